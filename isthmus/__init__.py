@@ -1,0 +1,58 @@
+"""Isthmus: autoregressive transformers that are diffusion models, on one's own images.
+
+Names are loaded when they are first used, so that ``import isthmus`` and ``isthmus --help`` answer at once.
+
+>>> import isthmus
+>>> "NextScalePipeline" in dir(isthmus)
+True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isthmus.errors import UserError
+    from isthmus.functional.guidance import GuidanceSchedule
+    from isthmus.functional.pyramid import ScaleSchedule
+    from isthmus.generation.step import GenerationStep
+    from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+    from isthmus.models.next_scale_transformer import NextScaleTransformer
+    from isthmus.pipelines.loading import load_pipeline
+    from isthmus.pipelines.next_scale import NextScalePipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GenerationStep",
+    "GuidanceSchedule",
+    "MultiScaleVQVAE",
+    "NextScalePipeline",
+    "NextScaleTransformer",
+    "ScaleSchedule",
+    "UserError",
+    "__version__",
+    "load_pipeline",
+]
+
+_HOMES = {
+    "GenerationStep": "isthmus.generation.step",
+    "GuidanceSchedule": "isthmus.functional.guidance",
+    "MultiScaleVQVAE": "isthmus.models.multiscale_vqvae",
+    "NextScalePipeline": "isthmus.pipelines.next_scale",
+    "NextScaleTransformer": "isthmus.models.next_scale_transformer",
+    "ScaleSchedule": "isthmus.functional.pyramid",
+    "UserError": "isthmus.errors",
+    "load_pipeline": "isthmus.pipelines.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'isthmus' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))

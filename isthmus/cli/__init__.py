@@ -1,0 +1,137 @@
+"""The command `isthmus`: picks the subcommand, and turns what goes wrong into one line and an exit code.
+
+Nothing heavy is imported before a subcommand asks for it, so that `isthmus --help` answers at once.
+"""
+
+import errno
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+
+import isthmus
+from isthmus.errors import UserError
+
+logger = logging.getLogger("isthmus")
+
+# what is typed -> (module with `run(arguments)`, one line)
+COMMANDS = {
+    "demo": ("isthmus.cli.demo:run", "the whole story on built-in images: train, sample, report"),
+    "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
+    "train prior": ("isthmus.cli.train:run_prior", "train a VAR or SRDD transformer, or fine-tune a model"),
+    "sample": ("isthmus.cli.sample:run", "draw images from a model"),
+    "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
+    "info": ("isthmus.cli.info:run", "what a model is; `info data`: licences; `info presets`: named runs"),
+}
+
+_VERBOSITY = {"-v": logging.DEBUG, "--verbose": logging.DEBUG, "-q": logging.WARNING, "--quiet": logging.WARNING}
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name) and return its exit code.
+
+    0: done. 2: the caller's to mend; one line on stderr says what. 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    level = next((_VERBOSITY[word] for word in arguments if word in _VERBOSITY), logging.INFO)
+    arguments = [word for word in arguments if word not in _VERBOSITY]
+    with _messages(level):
+        try:
+            return _dispatch(arguments)
+        except SystemExit as stop:  # --help of a subcommand
+            return int(stop.code or 0)
+        except KeyboardInterrupt:
+            print("isthmus: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            line = _one_line(error)
+            if line is None:
+                raise
+            logger.debug("where it happened:", exc_info=True)
+            print(f"isthmus: error: {line}", file=sys.stderr)
+            return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"isthmus {isthmus.__version__}")
+        return 0
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            module, function = COMMANDS[name][0].split(":")
+            getattr(import_module(module), function)(arguments[words:])
+            return 0
+    if any(name.startswith(arguments[0] + " ") for name in COMMANDS):
+        return _incomplete(arguments)
+    # imported here: --help does without
+    from isthmus.cli.parsing import nearest
+
+    what = "option" if arguments[0].startswith("-") else "command"
+    names = sorted({name.split()[0] for name in COMMANDS})
+    raise UserError(f"there is no {what} {arguments[0]!r}.{nearest(arguments[0], names)} Commands: {', '.join(names)}.")
+
+
+def _incomplete(arguments: list[str]) -> int:
+    """`isthmus train`, `isthmus train --help` and `isthmus train pryor`."""
+    from isthmus.cli.parsing import nearest
+
+    group = arguments[0]
+    kinds = [name.split()[1] for name in COMMANDS if name.startswith(group + " ")]
+    if len(arguments) > 1 and arguments[1] in ("-h", "--help"):
+        print(_help(group))
+        return 0
+    got = f"got {arguments[1]!r}.{nearest(arguments[1], kinds)}" if len(arguments) > 1 else "got nothing."
+    raise UserError(f"isthmus {group} needs one of {', '.join(kinds)}, {got}")
+
+
+def _help(group: str = "") -> str:
+    shown = {name: about for name, (_, about) in COMMANDS.items() if name.startswith(group)}
+    width = max(map(len, shown)) + 3
+    listing = "\n".join(f"  {name:<{width}}{about}" for name, about in shown.items())
+    return (
+        f"usage: isthmus [-v | -q] {group + ' ...' if group else 'COMMAND ...'}\n\n"
+        "Autoregressive transformers that are diffusion models, on your own images.\n\n"
+        f"commands:\n{listing}\n\n"
+        "options:\n"
+        "  -h, --help       this text; `isthmus COMMAND --help` for the options of a command\n"
+        "  -v, --verbose    say more, with tracebacks\n"
+        "  -q, --quiet      warnings and errors only\n"
+        "  --version        version of Isthmus\n\n"
+        "Start with `isthmus demo`."
+    )
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the caller about an error that is theirs to mend; None for a fault of ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if (isinstance(error, OSError) and error.errno in _FULL_DISK) or "No space left on device" in text:
+        where = getattr(error, "filename", None)
+        return f"the disk is full{f' (writing {where})' if where else ''}: {text}. Free some space and run this again."
+    if isinstance(error, OSError):
+        return f"{text}. Check the path and its permissions."
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+        return f"memory ran out ({text[:160]}). Try half the --batch-size."
+    return None
+
+
+@contextmanager
+def _messages(level: int) -> Iterator[None]:
+    """The logger `isthmus` on stderr at this level, for the time of one command."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

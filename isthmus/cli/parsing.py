@@ -1,0 +1,127 @@
+"""Command lines from dataclasses (tyro); what cannot be parsed is one line with the nearest option."""
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, cast, get_type_hints
+
+import tyro
+
+from isthmus.errors import UserError
+
+Command = TypeVar("Command")
+
+# tyro frames its messages, in ASCII where the terminal has no better
+_FRAME = re.compile(r"[\u2500-\u257f]+|\x1b\[[0-9;]*m|^[|+]|[|+]$|-{3,}")
+# how tyro and Python say that a value does not fit, and how we say it
+_PLAIN = (
+    (r"^Error parsing (\S+): invalid literal for int\(\) .*: ('.*')", r"\1 needs a whole number, got \2"),
+    (r"^Error parsing (\S+): could not convert string to float: ('.*')", r"\1 needs a number, got \2"),
+    (r"^Error parsing (\S+): no type matching (\S+) could be instantiated from \[(.*?)\]\..*", r"\1 takes \2, got \3"),
+    (r"^invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*)\)\.?$", r"\2 takes one of \3, got \1"),
+    (r"^Missing value for argument '(\S+)'\. Expected 1 values", r"\1 needs a value"),
+)
+
+
+def parse(
+    kind: type[Command], arguments: Sequence[str], *, prog: str, default: Command | None = None, description: str = ""
+) -> Command:
+    """A command's dataclass from its arguments; `--help` prints and exits with code 0.
+
+    Values of one option may be separated by spaces or by commas.
+
+    Raises:
+        UserError: an option is unknown (names the nearest), missing, or has a value that does not fit.
+    """
+    arguments = _split_commas(list(arguments), kind)
+    heard = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(heard):
+            return tyro.cli(
+                kind,
+                prog=prog,
+                args=arguments,
+                description=description or None,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    unknown = _first_unknown(kind, arguments)
+    if unknown:
+        raise UserError(unknown + f" `{prog} --help` lists all.")
+    raise UserError(_plain(heard.getvalue(), prog))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of an error message, " Did you mean x?", or nothing where nothing is near."""
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _first_unknown(kind: type, arguments: Sequence[str]) -> str:
+    names = [*_options(kind), "--help"]
+    # a switch that is on by default is turned off by its name with "no-"
+    known = names + [re.sub(r"(--|\.)([^.]+)$", r"\1no-\2", name) for name in names]
+    for argument in arguments:
+        name = argument.split("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in known:
+            return f"there is no option {argument.split('=')[0]}.{nearest(name, names)}"
+    return ""
+
+
+def _plain(framed: str, prog: str) -> str:
+    """The sentence inside a framed message, without title and pointer to the help."""
+    lines = [_FRAME.sub("", line).rstrip() for line in framed.splitlines()]
+    body = [line for line in lines[1:] if line.strip()]
+    ends = ("For full helptext", "Argument helptext", "Perhaps you meant")
+    end = next((i for i, line in enumerate(body) if line.strip().startswith(ends)), len(body))
+    text = " ".join(line.strip() for line in body[:end])
+    if text.startswith("Missing from"):
+        # names stand further left than their help
+        indents = {line: len(line) - len(line.lstrip()) for line in body[1:end]}
+        names = [line.strip() for line, indent in indents.items() if indent == min(indents.values())]
+        return f"missing {', '.join(names)}. `{prog} --help` explains the options."
+    if re.match(r"Error parsing [A-Z]\w*: ", text):
+        return text.split(": ", 1)[1]  # our own checks say all there is to say
+    for pattern, plain in _PLAIN:
+        text = re.sub(pattern, plain, text)
+    return f"{text.removesuffix('.')}. `{prog} --help` explains the options."
+
+
+def _split_commas(arguments: list[str], kind: type) -> list[str]:
+    """`--classes face,flag` as `--classes face flag`, for options that hold several values."""
+    several = {name for name, hint in _options(kind).items() if "tuple[" in hint}
+    result: list[str] = []
+    current = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            current = name.replace("_", "-")
+            if equals and current in several:
+                result += [name, *filter(None, value.split(","))]
+            else:
+                result.append(argument)
+        elif current in several:
+            result += filter(None, argument.split(","))
+        else:
+            result.append(argument)
+    return result
+
+
+def _options(kind: type, prefix: str = "--") -> dict[str, str]:
+    """Every option of a dataclass (nested ones with dots) and how its type is written."""
+    hints = get_type_hints(kind, include_extras=True)
+    found: dict[str, str] = {}
+    for field in fields(cast(Any, kind)):
+        name, hint = prefix + field.name.replace("_", "-"), hints[field.name]
+        if is_dataclass(hint):
+            found |= _options(cast(type, hint), name + ".")
+        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()):
+            found[name] = str(hint)
+    return found

@@ -1,0 +1,90 @@
+"""`isthmus sample`: images from a model, each with everything needed to draw it again."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from isthmus.cli.parsing import parse
+from isthmus.errors import UserError
+from isthmus.functional.guidance import Guidance
+from isthmus.generation.options import FOLDER_DEFAULT, Default, parse_guidance
+
+logger = logging.getLogger("isthmus")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draw images from a model. Image i is the same whatever the batch size; run again to fill in missing images."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A pipeline folder (a trained run, a converted checkpoint) or a hub id."""
+    out: Path
+    """Folder for the images, samples.json, grid.png and strip.png."""
+    classes: tuple[str, ...] = ()
+    """Names or ids, taken in turn; `null` is no class. None given: all classes of the model."""
+    num: int = 16
+    """Number of images."""
+    seed: int = 0
+    """Image i is drawn from (seed, i)."""
+    guidance: str = "default"
+    """A number (1 = off), linear:START:END, cosine:START:END, or one number per scale; default: the model's."""
+    top_k: Literal["default", "off"] | int = "default"
+    """Keep the k likeliest codes."""
+    top_p: Literal["default", "off"] | float = "default"
+    """Keep the likeliest codes that hold this probability together."""
+    temperature: Literal["default"] | float = "default"
+    """Divides the logits."""
+    smooth: bool = False
+    """Mix codes instead of drawing one: softer images."""
+    grid: bool = False
+    """Write grid.png: rows are classes, names written."""
+    strip: bool = False
+    """Write strip.png: the first images from the coarsest scale to the finest."""
+    batch_size: int | None = None
+    """Images at once; None estimates what fits into memory."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. In bfloat16 images may differ between batch sizes."""
+
+    def __post_init__(self):
+        if self.num < 1:
+            raise UserError(f"--num must be at least 1, got {self.num}.")
+        if self.seed < 0:
+            raise UserError(f"--seed must not be negative, got {self.seed}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, got {self.batch_size}.")
+
+    def options(self) -> dict[str, Guidance | float | int | bool | None | Default]:
+        """The options of the draw that were given; the others stand for the model's own."""
+        guidance = FOLDER_DEFAULT if self.guidance == "default" else parse_guidance(self.guidance)
+        given = {"top_k": self.top_k, "top_p": self.top_p, "temperature": self.temperature}
+        words = {"default": FOLDER_DEFAULT, "off": None}
+        filters = {name: words[value] if isinstance(value, str) else value for name, value in given.items()}
+        return {"guidance_scale": guidance, **filters, "smooth": self.smooth or FOLDER_DEFAULT}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Draw and save."""
+    command = parse(Sample, arguments, prog="isthmus sample")
+    options = command.options()  # guidance that cannot be read is refused before the slow imports
+    # imported here: --help does without
+    from isthmus.sampling_run import draw_folder
+
+    draw_folder(
+        command.model,
+        command.out,
+        classes=command.classes,
+        num_images=command.num,
+        seed=command.seed,
+        options=options,
+        grid=command.grid,
+        strip=command.strip,
+        batch_size=command.batch_size,
+        device=command.device,
+        dtype=command.dtype,
+    )

@@ -1,0 +1,75 @@
+"""From a stored image to a square training view: resize, crop, shift, flip."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from isthmus.data.decode import ImageUint8
+from isthmus.errors import UserError
+
+SquareView = UInt8[np.ndarray, "side side 3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random views of an image. The defaults are VAR's (resize to 1.125 times the size, random crop), with flips."""
+
+    resize_ratio: float = 1.125
+    """The shorter side is resized to round(resize_ratio * image_size) before a random crop of image_size."""
+
+    flip: bool = True
+    """Mirror half of the views, for the classes whose meaning survives it (ImageSource.flip)."""
+
+    max_shift: float = 0.0
+    """Largest shift along each axis, as a fraction of the image size; the border pixels are repeated."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.resize_ratio <= 8:
+            raise UserError(f"resize_ratio must lie in [1, 8], got {self.resize_ratio}. 1 leaves no room for crops.")
+        if not 0 <= self.max_shift <= 0.5:
+            raise UserError(f"max_shift is a fraction of the image size in [0, 0.5], got {self.max_shift}.")
+
+
+def augmented_view(
+    image: ImageUint8, image_size: int, augmentation: Augmentation, generator: np.random.Generator, *, may_flip: bool
+) -> SquareView:
+    """One random view of side `image_size`. Draws five numbers, whatever the settings."""
+    crop_y, crop_x, shift_y, shift_x, coin = generator.random(5)
+    resized = _resize_shorter_side(image, round(augmentation.resize_ratio * image_size))
+    spare_y, spare_x = resized.shape[0] - image_size, resized.shape[1] - image_size
+    view = _crop(resized, int(crop_y * (spare_y + 1)), int(crop_x * (spare_x + 1)), image_size)
+    limit = round(augmentation.max_shift * image_size)
+    if limit:
+        view = _shift(view, int(shift_y * (2 * limit + 1)) - limit, int(shift_x * (2 * limit + 1)) - limit)
+    if augmentation.flip and may_flip and coin < 0.5:
+        view = view[:, ::-1]
+    return np.ascontiguousarray(view)
+
+
+def centre_view(image: ImageUint8, image_size: int) -> SquareView:
+    """The view for evaluation: shorter side resized with antialiasing, then the central square."""
+    resized = _resize_shorter_side(image, image_size)
+    top, left = (resized.shape[0] - image_size) // 2, (resized.shape[1] - image_size) // 2
+    return np.ascontiguousarray(_crop(resized, top, left, image_size))
+
+
+def _resize_shorter_side(image: ImageUint8, side: int) -> UInt8[np.ndarray, "rows columns 3"]:
+    height, width = image.shape[:2]
+    if min(height, width) == side:
+        return image
+    scale = side / min(height, width)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    # Pillow widens its filter when it shrinks: this is the antialiasing.
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def _crop(image: ImageUint8, top: int, left: int, side: int) -> SquareView:
+    return image[top : top + side, left : left + side]
+
+
+def _shift(image: SquareView, dy: int, dx: int) -> SquareView:
+    rows = np.clip(np.arange(image.shape[0]) - dy, 0, image.shape[0] - 1)
+    columns = np.clip(np.arange(image.shape[1]) - dx, 0, image.shape[1] - 1)
+    return image[rows][:, columns]

@@ -1,0 +1,203 @@
+"""Images through the `datasets` library: `hf:NAME_OR_PATH[:SPLIT]`, as a table addressed by index."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from isthmus.data.augment import Augmentation
+from isthmus.data.cache import cache_directory, sha256_of_parts
+from isthmus.data.decode import ImageUint8, UnreadableImage, decode_image
+from isthmus.data.readability import examine
+from isthmus.data.source import ImageSource, choose_classes, logger, missing_extra, nearest, report_skipped
+from isthmus.data.split import held_out
+from isthmus.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+_VAL_SPLITS = ("validation", "val", "valid", "test")
+# The name is as short as it can be, so that "a:train[:100]" is split "train[:100]" of "a" and not split "100]".
+_NAME_AND_SPLIT = re.compile(r"(?P<name>.{2,}?):(?P<split>[A-Za-z_][\w.-]*(\[[^\]/\\]*\])?)")
+
+
+def name_and_split(text: str) -> tuple[str, str | None]:
+    """What follows "hf:" as (name or path, split or None). An existing path with a colon in it wins over a split."""
+    if Path(text).expanduser().exists():
+        return text, None
+    match = _NAME_AND_SPLIT.fullmatch(text)
+    return (match["name"], match["split"]) if match else (text, None)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The image column, the label column (None: unlabelled) and the names of its classes."""
+
+    image: str
+    label: str | None
+    class_names: tuple[str, ...]
+
+
+def find_columns(features: "datasets.Features | None", *, source: str) -> Columns:
+    """The first image column, and the first ClassLabel column, of which one named label or labels goes first."""
+    import datasets
+
+    features = features or datasets.Features()
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise UserError(
+            f"{source} needs a column of images, got {', '.join(features) or 'none'}. Cast it to datasets.Image()."
+        )
+    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels.sort(key=lambda name: name not in ("label", "labels"))
+    if not labels:
+        return Columns(images[0], None, ())
+    return Columns(images[0], labels[0], tuple(features[labels[0]].names))
+
+
+class HuggingFaceSource(ImageSource):
+    """One split of a data set of the Hugging Face hub, of its local files, or of `Dataset.save_to_disk`.
+
+    Without SPLIT its own train and validation (or test) splits are used; with SPLIT, or without a validation split,
+    a part is held out by content hash. Images are decoded by us, and checked at opening as those of a folder are.
+    Raises UserError for what cannot be loaded, for data without an image column, and for empty classes.
+    """
+
+    augmentation = Augmentation()
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        split: str = "train",
+        classes: Sequence[str] | None = None,
+        strict: bool = False,
+        val_fraction: float = 0.1,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        path, asked = name_and_split(name)
+        self.name = f"hf:{name}"
+        tables = load(path, asked, streaming=False, cache_dir=cache_dir)
+        table, is_own_split = _table_of_split(tables, asked, split, source=self.name)
+        self._columns = find_columns(table.features, source=self.name)
+        self.class_names = choose_classes(self._columns.class_names, classes, source=self.name)
+        self.flip = np.ones(max(self.num_classes, 1), dtype=bool)
+        self._table = as_bytes(table, self._columns)
+
+        rows, labels = self._wanted_rows(table)
+        digests, reasons = self._examined(rows, cache_dir)
+        broken = [(f"row {row}", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
+        report_skipped(self.name, broken, strict=strict)
+        good = np.flatnonzero([not reason for reason in reasons])
+        rows, labels, digests = rows[good], labels[good], [digests[i] for i in good]
+        missing = set(range(max(self.num_classes, 1))) - set(labels.tolist())
+        if missing and split == "train":
+            empty = f"class {self.class_names[min(missing)]!r}" if self.class_names else "the data set"
+            raise UserError(f"{self.name}: every class needs an image, but {empty} has none. Name the classes to use.")
+        if not is_own_split:
+            mask = held_out(digests, labels, val_fraction, source=self.name)
+            chosen = np.flatnonzero(mask == (split == "val")) if mask.any() else np.arange(len(rows))
+            rows, labels, digests = rows[chosen], labels[chosen], [digests[i] for i in chosen]
+        self._rows, self.labels = rows, labels
+        self.fingerprint = sha256_of_parts("hf", *self.class_names, *labels, *digests)
+
+    def _wanted_rows(self, table: Any) -> tuple[np.ndarray, np.ndarray]:
+        if self._columns.label is None:
+            return np.arange(len(table)), np.zeros(len(table), dtype=np.int64)
+        raw = np.array(table[self._columns.label][:], dtype=np.float64)  # missing labels become NaN
+        if not (raw >= 0).all():
+            raise UserError(f"{self.name}: every image needs a label, but some have none. Use another split.")
+        new_label = np.full(len(self._columns.class_names), -1)
+        new_label[[self._columns.class_names.index(name) for name in self.class_names]] = np.arange(self.num_classes)
+        labels = new_label[raw.astype(np.int64)]
+        rows = np.flatnonzero(labels >= 0)
+        return rows, labels[rows].astype(np.int64)
+
+    def _examined(self, rows: np.ndarray, cache_dir: str | Path | None) -> tuple[list[str], list[str]]:
+        folder = cache_directory(cache_dir) / "checked"
+        folder.mkdir(exist_ok=True)
+        findings = examine(
+            [str(row) for row in rows],
+            lambda i: self._bytes(int(rows[i])),
+            index_file=folder / f"{sha256_of_parts(self._table._fingerprint)[:16]}.json",
+            what=self.name,
+        )
+        return [found.digest for found in findings], [found.reason for found in findings]
+
+    def _bytes(self, row: int) -> bytes:
+        return image_bytes(self._table[row][self._columns.image])
+
+    def load(self, index: int) -> ImageUint8:
+        """Image `index` at full size."""
+        return decode_image(self._bytes(int(self._rows[index])))
+
+
+def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path | None = None) -> Any:
+    """A data set (with a split) or a dictionary of them, table or stream. Raises UserError in words."""
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise missing_extra("data", "datasets") from error
+
+    local = Path(path).expanduser()
+    try:
+        if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(local))
+            if split is not None:
+                if not isinstance(loaded, datasets.DatasetDict) or split not in loaded:
+                    known = [str(name) for name in loaded] if isinstance(loaded, datasets.DatasetDict) else []
+                    held = ", ".join(known) or "a single table"
+                    raise UserError(f"hf:{path} has no split {split!r}, it has {held}.{nearest(split, known)}")
+                loaded = loaded[split]
+            return _as_streams(loaded) if streaming else loaded
+        own_cache = str(Path(cache_dir) / "huggingface") if cache_dir else None
+        name = str(local) if local.exists() else path
+        return datasets.load_dataset(name, split=split, streaming=streaming, cache_dir=own_cache)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"hf:{path} could not be loaded: {reason}. Check the name, the split and the connection."
+        ) from error
+
+
+def _as_streams(loaded: Any) -> Any:
+    if isinstance(loaded, dict):
+        return {name: _as_streams(table) for name, table in loaded.items()}
+    return loaded.to_iterable_dataset(num_shards=min(64, max(1, len(loaded))))
+
+
+def _table_of_split(tables: Any, asked: str | None, split: str, *, source: str) -> tuple[Any, bool]:
+    """The table to read and whether it is wholly of this split."""
+    if not isinstance(tables, dict):
+        return tables, False
+    if "train" not in tables:
+        if len(tables) == 1:
+            return next(iter(tables.values())), False
+        raise UserError(f"{source} has no split train, it has {', '.join(tables)}. Name one: {source}:SPLIT.")
+    val = next((name for name in _VAL_SPLITS if name in tables), None)
+    if val is not None and split == "train":
+        logger.info("%s: split %s is used for held-out images", source, val)
+    return (tables["train"], val is not None) if split == "train" or val is None else (tables[val], True)
+
+
+def as_bytes(table: Any, columns: Columns) -> Any:
+    """The image (and label) columns alone, with images as files or bytes: decoding is ours."""
+    import datasets
+
+    kept = [columns.image] + ([columns.label] if columns.label else [])
+    return table.select_columns(kept).cast_column(columns.image, datasets.Image(decode=False))
+
+
+def image_bytes(value: Any) -> bytes:
+    """The bytes of an undecoded image. Raises UnreadableImage where there are none."""
+    if value is None:
+        raise UnreadableImage("there is no image")
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    return Path(value["path"]).read_bytes()

@@ -1,0 +1,13 @@
+"""Who made the built-in images, and on what terms: printed by `isthmus info data`, written into model cards."""
+
+OPENMOJI_ATTRIBUTION = (
+    "All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 "
+    "(https://creativecommons.org/licenses/by-sa/4.0/). Changed: rendered as small bitmaps."
+)
+
+PHOTOS_ATTRIBUTION = (
+    "Ten photographs shipped with scikit-image and scikit-learn. CC0 or public domain (NASA, SpaceX, CC0 Textures and "
+    "named photographers, see the docstrings of skimage.data), but for two under CC BY 2.0 "
+    "(https://creativecommons.org/licenses/by/2.0/): palace (china.jpg) by danielbuechele, flower (flower.jpg) by "
+    "vultilion. Changed: cropped and resized."
+)

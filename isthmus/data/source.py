@@ -1,0 +1,139 @@
+"""What every data set offers: one split of labelled (or unlabelled) uint8 images, addressed by index."""
+
+import difflib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from isthmus.data.augment import Augmentation
+from isthmus.data.decode import ImageUint8
+from isthmus.errors import UserError
+
+logger = logging.getLogger("isthmus")
+
+SPLITS = ("train", "val")
+
+
+class ImageSource(ABC):
+    """One split of one data set. Subclasses fill the attributes and say how an image is read.
+
+    name         "openmoji", "folder:cats", ...
+    class_names  one name per class; () when unlabelled (num_classes = 0)
+    labels       (N,) int64, below num_classes; all zeros when unlabelled
+    flip         (max(num_classes, 1),) bool: classes whose meaning survives a horizontal flip
+    balanced     whether training draws all classes equally often
+    attribution  licence lines to print and to write into model cards ("" when unknown)
+    fingerprint  sha256 (hex) of the contents, the split and the settings that change pixels
+    in_memory    reading an image is so quick that worker processes would only cost time
+    augmentation the augmentation that suits these images
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    labels: Int[np.ndarray, " n"]
+    flip: Bool[np.ndarray, " classes"]
+    balanced: bool = False
+    attribution: str = ""
+    fingerprint: str
+    in_memory: bool = False
+    augmentation: Augmentation
+
+    @property
+    def num_classes(self) -> int:
+        """0 when unlabelled."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def load(self, index: int) -> ImageUint8:
+        """Image `index` as uint8 (H, W, 3) at full size: sRGB, upright, alpha composited on white."""
+
+    def draw(self, index: int, generator: np.random.Generator) -> ImageUint8:
+        """The raw material of one training sample: the image itself, unless a set has endless ones."""
+        return self.load(index)
+
+
+def check_image_size(image_size: int, stride: int) -> None:
+    """Raise UserError unless a tokenizer of this stride (pixels per latent cell) divides `image_size` (pixels)."""
+    if image_size < 1 or image_size % stride:
+        below = max(image_size // stride, 1) * stride
+        raise UserError(
+            f"The image size must be a positive multiple of the tokenizer's stride {stride}, got {image_size}. "
+            f"Take {below} or {below + stride}."
+        )
+
+
+def check_split(split: str) -> None:
+    """Raise UserError unless `split` is "train" or "val"."""
+    if split not in SPLITS:
+        raise UserError(f"The split must be one of {', '.join(SPLITS)}, got {split!r}.")
+
+
+def check_fraction(val_fraction: float) -> None:
+    """Raise UserError unless 0 <= val_fraction < 1."""
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}. 0.1 holds out a tenth.")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The words `Did you mean x or y?` after a space, or "" where nothing is near."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def choose_classes(available: Sequence[str], wanted: Sequence[str] | None, *, source: str) -> tuple[str, ...]:
+    """The wanted class names in the order given; all of them for None or ("all",).
+
+    Raises UserError for unknown names (with the nearest ones), repeated names, none at all, or unlabelled data.
+    """
+    if wanted is None or tuple(wanted) == ("all",):
+        return tuple(available)
+    if not available:
+        raise UserError(
+            f"{source} is unlabelled, so no classes can be chosen, got {', '.join(wanted)}. Leave them out."
+        )
+    if not wanted:
+        raise UserError(f"At least one class is needed, got none. {source} has {_some(available)}.")
+    for name in wanted:
+        if name not in available:
+            raise UserError(f"{source} has no class {name!r}, it has {_some(available)}.{nearest(name, available)}")
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"Every class may be named once, got {', '.join(wanted)}.")
+    return tuple(wanted)
+
+
+def report_skipped(
+    source: str, broken: Sequence[tuple[str, str]], *, strict: bool, level: int = logging.WARNING
+) -> None:
+    """Say once which images cannot be used: (name, reason) pairs. `strict` refuses them (UserError)."""
+    if not broken:
+        return
+    shown = "; ".join(f"{printable(name)} ({reason})" for name, reason in broken[:3])
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    if strict:
+        raise UserError(
+            f"{source}: every image must be readable, but {len(broken)} cannot be used: {shown}{more}. "
+            "Mend or remove them, or leave out --strict to skip them."
+        )
+    logger.log(level, "%s: skipped %d images that cannot be used: %s%s", source, len(broken), shown, more)
+
+
+def printable(name: str) -> str:
+    """A file name that any terminal and any JSON file can hold."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def missing_extra(extra: str, package: str) -> UserError:
+    """The error for data that need an optional package."""
+    return UserError(
+        f'This data needs the package {package}, which is not installed. Run: pip install "isthmus[{extra}]"'
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")

@@ -1,0 +1,327 @@
+"""Images as token ids on disk: a frozen tokenizer runs once, the prior reads integers."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from isthmus.data.augment import Augmentation, augmented_view
+from isthmus.data.cache import sha256_of_parts
+from isthmus.data.source import ImageSource, logger
+from isthmus.data.streaming import ImageStream
+from isthmus.data.views import Batch, Sample, collate, random_view
+from isthmus.data.workers import worker_batches
+from isthmus.errors import UserError
+from isthmus.functional.draws import AUGMENT, stream
+from isthmus.models.fingerprint import fingerprint
+
+FORMAT = 1
+_TOKENS, _LABELS, _RECORD = "tokens.npy", "labels.npy", "cache.json"
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """A network that turns images in [-1, 1] into `token_ids`, a list of (B, length) integers."""
+
+    @property
+    def config(self) -> Any:
+        """Holds `codebook_size`."""
+        ...
+
+    def encode(self, images: Tensor) -> Any:
+        """Images (B, 3, S, S) to an output with `token_ids`."""
+        ...
+
+
+class TokenCache:
+    """A folder of token ids, read through a memory map: no RAM is needed, whatever its size.
+
+    token_ids   (N * V, L) uint16 (int32 for more than 65536 codes): row i * V + v is view v of image i
+    labels      (N,) int64
+    num_views   V, augmented views per image
+    class_names names of the labels
+    fingerprint sha256 (hex) over tokenizer, images and settings
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the folder without asking for the tokenizer: `open` and `build` do. UserError where it is damaged."""
+        self.path = Path(path)
+        self.record = _read_record(self.path)
+        self.num_views = int(self.record["num_views"])
+        self.class_names = tuple(self.record["class_names"])
+        self.fingerprint = str(self.record["fingerprint"])
+        self._map()
+
+    def _map(self) -> None:
+        try:
+            # Without the asarray every batch would be a memmap object, too.
+            self.token_ids: Integer[np.ndarray, "rows l"] = np.asarray(np.load(self.path / _TOKENS, mmap_mode="r"))
+            self.labels: Integer[np.ndarray, " n"] = np.load(self.path / _LABELS)
+            whole = len(self.token_ids) == len(self.labels) * self.num_views == self.record["rows"]
+        except (OSError, ValueError, EOFError):
+            whole = False
+        if not whole:
+            raise UserError(f"The token cache {self.path} is damaged. Delete it, and it is made again.")
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @classmethod
+    def open(cls, path: str | Path, tokenizer: ImageTokenizer) -> "TokenCache":
+        """The cache at `path`. UserError where it is absent, damaged or was made by another tokenizer."""
+        cache = cls(path)
+        _refuse_other(cache, {"tokenizer": fingerprint(cast(nn.Module, tokenizer))})
+        return cache
+
+    @classmethod
+    def build(
+        cls,
+        path: str | Path,
+        tokenizer: ImageTokenizer,
+        source: ImageSource | ImageStream,
+        *,
+        image_size: int,
+        seed: int,
+        num_views: int = 1,
+        augment: Augmentation | None = None,
+        batch_size: int = 64,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        max_images: int | None = None,
+    ) -> "TokenCache":
+        """Encode every image `num_views` times and write the result at `path`, or open it where that was done before.
+
+        The folder appears whole or not at all; one process builds at a time. `augment` None is the source's own;
+        view v of image i depends on (seed, i * num_views + v). `max_images` ends early, and is needed for a stream.
+        UserError where `path` holds a cache of another tokenizer, other images or other settings, and on a full disk.
+        """
+        path = Path(path)
+        if num_views < 1 or (max_images is not None and max_images < 1):
+            raise UserError(
+                f"A cache needs at least one image and one view, got {max_images} images and {num_views} views."
+            )
+        if isinstance(source, ImageStream) and max_images is None:
+            raise UserError(f"{source.name} is a stream without an end. Say how many images to keep (max_images).")
+        augment = augment or source.augmentation
+        made_from = {
+            "tokenizer": fingerprint(cast(nn.Module, tokenizer)),
+            "data": source.fingerprint,
+            "settings": {
+                "num_views": num_views,
+                "image_size": image_size,
+                "augment": asdict(augment),
+                "seed": seed,
+                "max_images": max_images,
+            },
+        }
+        if path.exists():
+            cache = cls(path)
+            _refuse_other(cache, made_from)
+            logger.info("token cache: using %s", path)
+            return cache
+
+        views = _views(source, image_size, augment, seed, num_views, batch_size, num_workers, max_images)
+        rows = None if isinstance(source, ImageStream) else min(len(source), max_images or len(source)) * num_views
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        start = time.perf_counter()
+        try:
+            partial.mkdir(parents=True)
+            labels, length, written = _encode(partial / _TOKENS, tokenizer, views, device, rows)
+            labels = labels[::num_views]
+            if not written:
+                raise UserError(f"{source.name}: no image could be read. Check the data set.")
+            _write(partial / _LABELS, lambda file: np.save(file, labels))
+            record = {
+                "format": FORMAT,
+                "fingerprint": sha256_of_parts(json.dumps(made_from, sort_keys=True)),
+                "made_from": made_from,
+                "source": source.name,
+                "class_names": list(source.class_names),
+                "num_views": num_views,
+                "rows": written,
+            }
+            _write(partial / _RECORD, lambda file: file.write(json.dumps(record, indent=2).encode()))
+            partial.rename(path)
+        except OSError as error:
+            raise UserError(
+                f"Could not write the token cache {path}: {error.strerror or error}. Free some space."
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        cache = cls(path)
+        seconds = time.perf_counter() - start
+        logger.info(
+            "token cache: %d images x %d views x %d tokens, %.1f MB, %.1f s (%.0f images/s) in %s",
+            *(cache.num_images, num_views, length, cache.token_ids.nbytes / 1e6, seconds, written / seconds, path),
+        )
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Worker processes map the file again: a pickled map would be a copy of it."""
+        return {key: value for key, value in vars(self).items() if key not in ("token_ids", "labels")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See __getstate__."""
+        vars(self).update(state)
+        self._map()
+
+
+class CacheViews(Dataset[Sample]):
+    """The views that a cache encodes, by row: view `row % num_views` of image `row // num_views`."""
+
+    def __init__(self, source: ImageSource, image_size: int, augment: Augmentation, seed: int, num_views: int) -> None:
+        self.source, self.image_size, self.augment = source, image_size, augment
+        self.seed, self.num_views = seed, num_views
+
+    def __getitem__(self, row: int) -> Sample:
+        return {name: rows[0] for name, rows in self.__getitems__([row]).items()}
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        numbers = np.asarray(rows, dtype=np.int64)
+        indices = numbers // self.num_views
+        views = [
+            random_view(self.source, int(index), self.image_size, self.augment, stream(self.seed, AUGMENT, int(row)))
+            for index, row in zip(indices, numbers, strict=True)
+        ]
+        return collate(views, self.source.labels[indices], indices, numbers)
+
+
+def _views(
+    source: ImageSource | ImageStream,
+    image_size: int,
+    augment: Augmentation,
+    seed: int,
+    num_views: int,
+    batch_size: int,
+    num_workers: int,
+    max_images: int | None,
+) -> Iterator[Batch]:
+    """Batches of views in the order of the cache's rows."""
+    if isinstance(source, ImageStream):
+        assert max_images is not None, "checked by build"
+        return _streamed_views(source, image_size, augment, seed, num_views, batch_size, max_images)
+    dataset = CacheViews(source, image_size, augment, seed, num_views)
+    rows = min(len(source), max_images or len(source)) * num_views
+    slices = (list(range(first, min(first + batch_size, rows))) for first in range(0, rows, batch_size))
+    if num_workers:
+        return worker_batches(dataset, slices, num_workers)
+    return (dataset.__getitems__(chosen) for chosen in slices)
+
+
+def _streamed_views(
+    source: ImageStream,
+    image_size: int,
+    augment: Augmentation,
+    seed: int,
+    num_views: int,
+    batch_size: int,
+    max_images: int,
+) -> Iterator[Batch]:
+    views, labels, row = [], [], 0
+    for index, (image, label) in enumerate(source.images()):
+        for _ in range(num_views):
+            generator = stream(seed, AUGMENT, row)
+            views.append(augmented_view(image, image_size, augment, generator, may_flip=bool(source.flip[label])))
+            labels.append(label)
+            row += 1
+        last = index + 1 == max_images
+        if last or len(views) >= batch_size:
+            numbers = np.arange(row - len(views), row)
+            yield collate(views, np.array(labels), numbers // num_views, numbers)
+            views, labels = [], []
+        if last:
+            return
+    if views:
+        numbers = np.arange(row - len(views), row)
+        yield collate(views, np.array(labels), numbers // num_views, numbers)
+
+
+@torch.no_grad()
+def _encode(
+    file_path: Path, tokenizer: ImageTokenizer, views: Iterator[Batch], device: torch.device | str, rows: int | None
+) -> tuple[Integer[np.ndarray, " rows"], int, int]:
+    """Write tokens.npy row by row; the labels of the rows, tokens per row and the number of rows."""
+    network = cast(nn.Module, tokenizer)
+    kind = np.dtype("<u2" if tokenizer.config.codebook_size <= 2**16 else "<i4")
+    labels: list[np.ndarray] = []
+    written, length = 0, 0
+    was_training = network.training
+    network.eval()
+    try:
+        with file_path.open("wb") as file, tqdm(total=rows, desc="encoding images", unit="view", delay=1.0) as bar:
+            _write_header(file, kind, 0, 0)
+            for batch in views:
+                token_ids = torch.cat(list(tokenizer.encode(batch["image"].to(device)).token_ids), dim=1)
+                file.write(token_ids.cpu().numpy().astype(kind).tobytes())
+                labels.append(batch["class_label"].numpy())
+                written, length = written + len(token_ids), token_ids.shape[1]
+                bar.update(len(token_ids))
+            file.seek(0)
+            _write_header(file, kind, written, length)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        network.train(was_training)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *labels]), length, written
+
+
+def _write_header(file: BinaryIO, kind: np.dtype[Any], rows: int, length: int) -> None:
+    """A .npy header of constant length, so that the number of rows may be filled in at the end."""
+    text = f"{{'descr': '{kind.str}', 'fortran_order': False, 'shape': ({rows}, {length}), }}"
+    # magic (6), version (2), length (2), then the text up to byte 128
+    file.write(b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode("ascii") + b"\n")
+
+
+def _write(path: Path, write: Any) -> None:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"A token cache is a folder, got {path}, which does not exist. Build it first.")
+    try:
+        record = json.loads((path / _RECORD).read_text())
+        if record["format"] > FORMAT:
+            raise UserError(f"{path} was written by a newer Isthmus (format {record['format']}). Update Isthmus.")
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} holds no token cache that can be read. Delete it, and it is made again.") from error
+
+
+def _refuse_other(cache: TokenCache, made_from: dict[str, Any]) -> None:
+    """UserError unless the cache was made from this tokenizer, these images and these settings."""
+    words = {"tokenizer": "another tokenizer", "data": "other images", "settings": "other settings"}
+    before = cache.record["made_from"]
+    for part, wanted in made_from.items():
+        if before[part] == wanted:
+            continue
+        detail = ""
+        if isinstance(wanted, dict):
+            changed = [
+                f"{key}: {before[part].get(key)}, now {wanted[key]}"
+                for key in wanted
+                if before[part].get(key) != wanted[key]
+            ]
+            detail = f" ({'; '.join(changed)})"
+        raise UserError(
+            f"The token cache {cache.path} was made with {words[part]}{detail}. Delete it, or choose another folder."
+        )

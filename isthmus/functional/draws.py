@@ -1,0 +1,55 @@
+"""Random numbers as pure functions of (seed, path): the same draw whatever the batch, the order or the process.
+
+Nothing in Isthmus reads a global random state. Every random choice names its purpose and its place, and gets a
+stream of its own (numpy's Philox counter generator keyed through SeedSequence, both stable across platforms).
+
+>>> float(stream(7, IMAGE, 0).random()) == float(stream(7, IMAGE, 0).random())
+True
+>>> float(stream(7, IMAGE, 0).random()) == float(stream(7, IMAGE, 1).random())
+False
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Purposes: the first entry of a path, so that two uses of one seed never share numbers.
+AUGMENT = 1
+ORDER = 2
+LABEL_DROP = 3
+SCALE_SUBSET = 4
+DROP_PATH = 5
+IMAGE = 6
+REVIVE = 7
+KMEANS = 8
+SPLIT = 9
+SMOOTH = 10
+
+
+def stream(seed: int, *path: int) -> np.random.Generator:
+    """The generator that belongs to `seed` (>= 0) and `path` (non-negative integers, the purpose first)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy=seed, spawn_key=path)))
+
+
+def token_uniforms(
+    image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, *, round_index: int = 0
+) -> Float[Tensor, "b l"]:
+    """One number in [0, 1) per token, from (seed, image index, scale, round): the law "one seed per image".
+
+    `image_seeds` holds one (seed, image index) per row. The numbers are made on the CPU; a row depends on its own
+    pair only, so a batch of two equals two singles.
+    """
+    rows = [stream(seed, IMAGE, index, scale, round_index).random(num_tokens) for seed, index in image_seeds]
+    return torch.from_numpy(np.stack(rows)).float().clamp_(max=1 - 2**-24)
+
+
+def token_gumbels(
+    image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, codebook_size: int
+) -> Float[Tensor, "b l v"]:
+    """Gumbel noise per token and code, for `smooth=True`; rows depend on their own (seed, image index) only."""
+    shape = (num_tokens, codebook_size)
+    rows = [stream(seed, SMOOTH, index, scale).gumbel(size=shape) for seed, index in image_seeds]
+    return torch.from_numpy(np.stack(rows)).float()

@@ -1,0 +1,81 @@
+"""Guidance as a function of the step. One convention everywhere: guided = uncond + s (cond - uncond), s = 1 is off.
+
+VAR's "cfg = c" is `GuidanceSchedule("linear", 1, 1 + c)`. This file does not import torch: the command line reads it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from isthmus.errors import UserError
+
+
+@dataclass(frozen=True)
+class GuidanceSchedule:
+    """Guidance as a function of the step.
+
+    linear: start + (end - start) k / (K - 1); cosine: start + (end - start) (1 - cos(pi k / (K - 1))) / 2;
+    constant: `end`. One step alone takes `end`. After `last_guided_step` (from 0) the value is 1.
+
+    >>> GuidanceSchedule("linear", 1.0, 3.0).values(3)
+    (1.0, 2.0, 3.0)
+    >>> GuidanceSchedule("linear", 1.0, 3.0, last_guided_step=1).values(3)
+    (1.0, 2.0, 1.0)
+    """
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    start: float = 1.0
+    end: float = 1.0
+    last_guided_step: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("constant", "linear", "cosine"):
+            raise UserError(f"guidance kind must be constant, linear or cosine, got {self.kind!r}. Pick one of these.")
+        for value in (self.start, self.end):
+            _checked(value)
+
+    def at(self, position: float) -> float:
+        """Value at a relative position in [0, 1] of the run (0 = first step, 1 = last step)."""
+        if self.kind == "constant":
+            return self.end
+        ramp = position if self.kind == "linear" else (1 - math.cos(math.pi * position)) / 2
+        return self.start + (self.end - self.start) * ramp
+
+    def values(self, num_steps: int) -> tuple[float, ...]:
+        """One value per step."""
+        positions = [1.0] if num_steps == 1 else [k / (num_steps - 1) for k in range(num_steps)]
+        last = num_steps - 1 if self.last_guided_step is None else self.last_guided_step
+        return tuple(self.at(position) if k <= last else 1.0 for k, position in enumerate(positions))
+
+    def to_dict(self) -> dict[str, str | float | int | None]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+Guidance = float | int | Sequence[float] | GuidanceSchedule
+
+
+def guidance_values(guidance_scale: Guidance, num_steps: int) -> tuple[float, ...]:
+    """One guidance value per step from a number, a sequence with one value per step, or a `GuidanceSchedule`.
+
+    Raises:
+        UserError: a value is not finite, or a sequence has another length than `num_steps`.
+    """
+    if isinstance(guidance_scale, GuidanceSchedule):
+        return guidance_scale.values(num_steps)
+    if isinstance(guidance_scale, (int, float)):
+        return (_checked(guidance_scale),) * num_steps
+    values = tuple(_checked(value) for value in guidance_scale)
+    if len(values) != num_steps:
+        raise UserError(
+            f"guidance_scale as a sequence needs one value per step ({num_steps}), got {len(values)}. "
+            "Pass one number for all steps, or a GuidanceSchedule."
+        )
+    return values
+
+
+def _checked(value: float) -> float:
+    if not math.isfinite(value):
+        raise UserError(f"guidance_scale must be a finite number (1 = off), got {value}. Typical values are 1 to 5.")
+    return float(value)

@@ -1,0 +1,1 @@
+"""Loops that draw tokens and yield a `GenerationStep` each."""

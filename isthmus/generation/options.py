@@ -1,0 +1,133 @@
+"""How pictures are drawn, as one frozen value that the pipeline, the command line and training previews share.
+
+This file does not import torch: the command line is derived from it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
+from typing import Any
+
+from isthmus.errors import UserError
+from isthmus.functional.guidance import Guidance, GuidanceSchedule, guidance_values
+
+
+class Default(Enum):
+    """Says "take the value saved with the model" where None already means "off"."""
+
+    FOLDER = "saved with the model"
+
+
+FOLDER_DEFAULT = Default.FOLDER
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Settings of a draw. `codebook_size` bounds `top_k`, so filters are checked where the model is known.
+
+    Attributes:
+        guidance_scale: guided = uncond + s (cond - uncond), 1 is off: a number, one value per scale, or a schedule.
+        top_k: keep the k likeliest codes; None is off.
+        top_p: keep the likeliest codes that hold this probability together; None is off.
+        temperature: divides the guided logits, before the filters.
+        smooth: build the features from a mixture of codes instead of the drawn one (VAR's `more_smooth`).
+
+    >>> SamplingOptions.from_dict(SamplingOptions(top_k=3).to_dict()) == SamplingOptions(top_k=3)
+    True
+    """
+
+    guidance_scale: Guidance = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float | int = 1.0
+    smooth: bool = False
+
+    def __post_init__(self):
+        guidance = self.guidance_scale
+        if not isinstance(guidance, (int, float, GuidanceSchedule)):
+            object.__setattr__(self, "guidance_scale", tuple(guidance))
+            guidance_values(guidance, len(guidance))
+        else:
+            guidance_values(guidance, 1)
+
+    def override(self, **given: Any) -> "SamplingOptions":
+        """These options, but for the values given; `FOLDER_DEFAULT` keeps the value that is here.
+
+        >>> SamplingOptions(top_k=3, top_p=0.9).override(top_k=None, top_p=FOLDER_DEFAULT)
+        SamplingOptions(guidance_scale=1.0, top_k=None, top_p=0.9, temperature=1.0, smooth=False)
+        """
+        return replace(self, **{name: value for name, value in given.items() if value is not FOLDER_DEFAULT})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self)
+        if isinstance(self.guidance_scale, GuidanceSchedule):
+            values["guidance_scale"] = self.guidance_scale.to_dict()
+        elif isinstance(self.guidance_scale, Sequence):
+            values["guidance_scale"] = list(self.guidance_scale)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingOptions":
+        """The options that `to_dict` wrote; what is left out takes its default.
+
+        Raises:
+            UserError: a name is unknown or a value unusable.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"sampling options are {', '.join(sorted(known))}; got {unknown[0]!r}. Leave it out.")
+        given = dict(values)
+        if isinstance(given.get("guidance_scale"), Mapping):
+            given["guidance_scale"] = GuidanceSchedule(**given["guidance_scale"])
+        return cls(**given)
+
+
+def parse_guidance(text: str) -> Guidance:
+    """Guidance as it is written on the command line.
+
+    A number; `linear:START:END` or `cosine:START:END` over the scales, with `:LAST` for the last guided scale
+    (from 0); or one number per scale, separated by commas.
+
+    Raises:
+        UserError: the text is none of these.
+
+    >>> parse_guidance("2"), parse_guidance("1,1.5,2")
+    (2.0, (1.0, 1.5, 2.0))
+    >>> parse_guidance("linear:1:2.5")
+    GuidanceSchedule(kind='linear', start=1.0, end=2.5, last_guided_step=None)
+    """
+    kind, *numbers = text.strip().split(":")
+    try:
+        if not numbers:
+            values = tuple(float(value) for value in kind.split(","))
+            return values[0] if len(values) == 1 else values
+        if kind in ("linear", "cosine") and len(numbers) in (2, 3):
+            last = int(numbers[2]) if len(numbers) == 3 else None
+            return GuidanceSchedule(kind, float(numbers[0]), float(numbers[1]), last)
+    except UserError:
+        raise
+    except ValueError:
+        pass  # not numbers: the one message below says what is
+    raise UserError(
+        f"guidance must be a number, linear:START:END, cosine:START:END or one number per scale, got {text!r}. "
+        "For example 2.0 or linear:1:2.5; 1 is off."
+    )
+
+
+def guidance_on(guidance_scale: Guidance, scale_sizes: Sequence[int], parent_sizes: Sequence[int]) -> tuple[float, ...]:
+    """One guidance value per scale; a schedule is read at the position its side has in the parent's scales.
+
+    A model on a shortened set of scales is thus guided at every resolution as the full one is. Numbers and sequences
+    with one value per scale are taken as they are.
+
+    >>> guidance_on(GuidanceSchedule("linear", 1.0, 4.0), (1, 4), (1, 2, 3, 4))
+    (1.0, 4.0)
+    >>> guidance_on(GuidanceSchedule("linear", 1.0, 4.0), (2, 4), (1, 2, 3, 4))
+    (2.0, 4.0)
+    """
+    if not isinstance(guidance_scale, GuidanceSchedule):
+        return guidance_values(guidance_scale, len(scale_sizes))
+    by_side = dict(zip(parent_sizes, guidance_scale.values(len(parent_sizes)), strict=True))
+    return tuple(by_side[side] for side in scale_sizes)

@@ -1,0 +1,1 @@
+"""Leaves with weights that several models share: attention, conditioning, convolution."""

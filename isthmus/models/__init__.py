@@ -1,0 +1,1 @@
+"""The networks of the papers, and the frozen network that compares images."""

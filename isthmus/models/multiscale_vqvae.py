@@ -1,0 +1,357 @@
+"""The multi-scale image tokenizer of next-scale transformers.
+
+Source: Tian et al., "Visual Autoregressive Modeling", section 3.2 (published network: 108.9M parameters, stride 16).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# by name: diffusers' loader looks this class up in the namespace of the component's module
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from isthmus.errors import UserError
+from isthmus.functional.pyramid import ScaleSchedule, area_downsample, default_phi_indices
+from isthmus.functional.quantization import Scale, nearest_code, next_scale_input, residual_scales, tokens_to_map
+from isthmus.functional.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
+from isthmus.layers.convolution import (
+    Downsample,
+    Map,
+    Phi,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+    conv3x3,
+    group_norm,
+)
+
+
+@dataclass
+class EncoderOutput:
+    """What `MultiScaleVQVAE.encode` returns.
+
+    Attributes:
+        token_ids: one int tensor (b, s_k * s_k) per scale.
+        latents: (b, d, grid, grid), the map before quantisation.
+    """
+
+    token_ids: TokenPyramid
+    latents: LatentMap
+
+
+@dataclass
+class MultiScaleVQVAEOutput:
+    """What training reads.
+
+    Attributes:
+        images: (b, 3, h, w) reconstruction, not clamped.
+        token_ids: one int tensor (b, s_k * s_k) per scale; empty where quantisation was left out.
+        latents: (b, d, grid, grid), the map before quantisation.
+        codebook_loss: mean over scales of mse(features_k, sg(latents)).
+        commitment_loss: mean over scales of mse(sg(features_k), latents), not yet weighted.
+    """
+
+    images: Images
+    token_ids: TokenPyramid
+    latents: LatentMap
+    codebook_loss: Float[Tensor, ""]
+    commitment_loss: Float[Tensor, ""]
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.block1 = ResidualBlock(channels, channels, dropout)
+        self.attention = SpatialAttention(channels)
+        self.block2 = ResidualBlock(channels, channels, dropout)
+
+    def forward(self, x: Map) -> Map:
+        """Map of the same shape."""
+        return self.block2(self.attention(self.block1(x)))
+
+
+class Level(nn.Module):
+    """Blocks of one resolution, attention after each where asked, then a change of resolution (or none)."""
+
+    def __init__(self, widths: Sequence[int], dropout: float, attends: bool, resample: type[nn.Module] | None):
+        super().__init__()
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairs)
+        self.attentions = nn.ModuleList(SpatialAttention(b) if attends else nn.Identity() for _, b in pairs)
+        self.resample = resample(widths[-1]) if resample else nn.Identity()
+
+    def forward(self, x: Map) -> Float[Tensor, "b next_c next_h next_w"]:
+        """Map at the next resolution."""
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x))
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    """Pixels to latents: levels from the highest resolution down, attention at the lowest."""
+
+    def __init__(self, widths: Sequence[int], num_res_blocks: int, codebook_dim: int, dropout: float):
+        super().__init__()
+        last = len(widths) - 1
+        self.conv_in = conv3x3(3, widths[0])
+        self.levels = nn.ModuleList(
+            Level(
+                [widths[max(i - 1, 0)]] + [width] * num_res_blocks,
+                dropout,
+                attends=i == last,
+                resample=None if i == last else Downsample,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.middle = Middle(widths[-1], dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3x3(widths[-1], codebook_dim)
+
+    def forward(self, images: Images) -> LatentMap:
+        """Latents before `quant_conv`."""
+        h = self.conv_in(images)
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels. Levels are indexed as in the encoder (0 = highest resolution) and run backwards."""
+
+    def __init__(self, widths: Sequence[int], num_res_blocks: int, codebook_dim: int, dropout: float):
+        super().__init__()
+        last = len(widths) - 1
+        self.conv_in = conv3x3(codebook_dim, widths[-1])
+        self.middle = Middle(widths[-1], dropout)
+        self.levels = nn.ModuleList(
+            Level(
+                [widths[min(i + 1, last)]] + [width] * (num_res_blocks + 1),
+                dropout,
+                attends=i == last,
+                resample=None if i == 0 else Upsample,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = conv3x3(widths[0], 3)
+
+    def forward(self, latents: LatentMap) -> Images:
+        """Pixels, not clamped."""
+        h = self.middle(self.conv_in(latents))
+        for level in reversed(self.levels):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class MultiScaleVQVAE(ModelMixin, ConfigMixin):
+    """Convolutional autoencoder whose latent map is quantised residually over a pyramid of scales.
+
+    Args:
+        codebook_size: number of codes.
+        codebook_dim: width of a code.
+        scale_sizes: sides of the scales, coarse to fine; the last is the side of the latent map.
+        phi_indices: which phi follows each scale; None takes the published rule.
+        num_phi: number of phi convolutions (1: one for all scales).
+        phi_ratio: share of the convolution in phi, in [0, 1]; 0 leaves phi out.
+        base_channels: width of the first level, a multiple of 32.
+        channel_multipliers: one factor on `base_channels` per level; the stride is 2 ** (levels - 1).
+        num_res_blocks: residual blocks per encoder level; the decoder has one more.
+        normalize_codes: compare directions instead of positions (the vector looked up stays the raw row).
+        commitment_weight: weight of the commitment loss beside the codebook loss ("beta").
+        dropout: rate inside residual blocks.
+
+    Raises:
+        UserError: the schedule does not increase, a phi index has no convolution, `phi_ratio` is outside [0, 1], or a
+            width is no multiple of 32.
+
+    >>> tokenizer = MultiScaleVQVAE(
+    ...     codebook_size=16, codebook_dim=4, scale_sizes=(1, 2), base_channels=32, channel_multipliers=(1, 1),
+    ...     num_res_blocks=1)
+    >>> [tuple(ids.shape) for ids in tokenizer.encode(torch.zeros(3, 3, 4, 4)).token_ids]
+    [(3, 1), (3, 4)]
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        codebook_size: int = 4096,
+        codebook_dim: int = 32,
+        scale_sizes: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        phi_indices: Sequence[int] | None = None,
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+        base_channels: int = 160,
+        channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        normalize_codes: bool = False,
+        commitment_weight: float = 0.25,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if phi_indices is None:
+            phi_indices = default_phi_indices(len(scale_sizes), num_phi)
+        self.schedule = ScaleSchedule(tuple(scale_sizes), tuple(phi_indices))
+        if max(phi_indices) >= num_phi:
+            raise UserError(
+                f"phi_indices must lie in 0..{num_phi - 1} (num_phi = {num_phi}), got {tuple(phi_indices)}."
+            )
+        widths = [base_channels * m for m in channel_multipliers]
+        if not 0 <= phi_ratio <= 1:
+            raise UserError(f"phi_ratio must lie in [0, 1] (0 leaves phi out), got {phi_ratio}.")
+        if any(width % 32 for width in widths):
+            raise UserError(f"every width must be a multiple of 32 (GroupNorm has 32 groups), got {widths}.")
+        self.stride = 2 ** (len(widths) - 1)
+        self.image_size = self.schedule.grid * self.stride
+
+        self.encoder = Encoder(widths, num_res_blocks, codebook_dim, dropout)
+        self.quant_conv = conv3x3(codebook_dim, codebook_dim)
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+        self.phi = nn.ModuleList(Phi(codebook_dim, phi_ratio) for _ in range(num_phi if phi_ratio else 0))
+        self.post_quant_conv = conv3x3(codebook_dim, codebook_dim)
+        self.decoder = Decoder(widths, num_res_blocks, codebook_dim, dropout)
+
+    def latents(self, images: Images) -> LatentMap:
+        """Images in [-1, 1] of side `image_size` to the map before quantisation.
+
+        Raises:
+            UserError: the images have another side than the schedule's latent grid times the stride.
+        """
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise UserError(
+                f"images must be {self.image_size} x {self.image_size} (latent grid {self.schedule.grid} x stride "
+                f"{self.stride}), got {images.shape[-2]} x {images.shape[-1]}. Resize them first."
+            )
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Images) -> EncoderOutput:
+        """Images in [-1, 1] of side `image_size` to token ids of every scale and the latents.
+
+        Raises:
+            UserError: the images have another side than the schedule's latent grid times the stride.
+        """
+        latents = self.latents(images)
+        return EncoderOutput(self.requantize(latents), latents)
+
+    def decode(self, token_ids: TokenPyramid) -> Images:
+        """Token ids of every scale to images in [-1, 1]."""
+        return self.decode_features(self.features_up_to(token_ids, len(token_ids) - 1))
+
+    def decode_features(self, features: LatentMap) -> Images:
+        """Features (the sum over scales, or over the first few) to images in [-1, 1]."""
+        return self._pixels(features).clamp(-1, 1)
+
+    def requantize(self, latents: LatentMap, schedule: ScaleSchedule | None = None) -> TokenPyramid:
+        """Token ids of a latent map, or of features, under this tokenizer's schedule or a derived one.
+
+        `schedule` comes from `tokenizer.schedule.derive(scale_sizes)`, which keeps the phi of every side.
+        """
+        return [scale.token_ids for scale in self.residual_scales(self._search(latents, schedule), latents, schedule)]
+
+    def features_up_to(self, token_ids: TokenPyramid, scale: int, schedule: ScaleSchedule | None = None) -> LatentMap:
+        """Features after `scale` (from 0): the sum of the codes of scales 0..scale, each upsampled and through phi."""
+        for state in self._scales_of(token_ids, schedule):
+            if state.index == scale:
+                return state.features
+        raise UserError(f"scale must lie in 0..{len(token_ids) - 1} (the scales of token_ids), got {scale}.")
+
+    def scale_inputs(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None = None) -> Float[Tensor, "b l d"]:
+        """Teacher-forced input of the transformer for scales 1..K-1: (b, L - s_0^2, codebook_dim), in fp32."""
+        schedule = schedule or self.schedule
+        parts = [
+            next_scale_input(state.features, schedule, state.index + 1)
+            for state in self._scales_of(token_ids[:-1], schedule)
+        ]
+        empty = torch.zeros(token_ids[0].shape[0], 0, self.codebook.embedding_dim, device=token_ids[0].device)
+        return torch.cat([empty, *parts], dim=1)
+
+    def lookup(self, token_ids: ScaleTokens) -> FeatureMap:
+        """Codes of one scale as a map (b, d, s, s), in fp32 whatever the precision of the weights."""
+        return tokens_to_map(self.codebook(token_ids).float())
+
+    def residual_scales(
+        self,
+        choose: Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]],
+        like: Tensor,
+        schedule: ScaleSchedule | None = None,
+    ) -> Iterator[Scale]:
+        """The residual loop with this tokenizer's phi; `choose` decides the tokens of each scale.
+
+        `like` is any tensor whose first dimension is the batch, on the device to work on.
+        """
+        schedule = schedule or self.schedule
+        start = torch.zeros(
+            like.shape[0], self.codebook.embedding_dim, schedule.grid, schedule.grid, device=like.device
+        )
+        return residual_scales(start, schedule, choose, lambda k, h: self._phi(schedule.phi_indices[k], h))
+
+    def forward(self, images: Images, *, quantize: bool = True) -> MultiScaleVQVAEOutput:
+        """Reconstruct for training, with the straight-through gradient of the quantiser.
+
+        `quantize=False` decodes the latents themselves (continuous warm-up); both losses are then 0.
+        """
+        latents = self.latents(images)
+        zero = latents.new_zeros(())
+        if not quantize:
+            return MultiScaleVQVAEOutput(self._pixels(latents), [], latents, zero, zero)
+        latents = latents.float()
+        codebook_loss, commitment_loss, token_ids, features = zero.float(), zero.float(), [], latents
+        for state in self.residual_scales(self._search(latents, None), latents):
+            features = state.features
+            token_ids.append(state.token_ids)
+            codebook_loss = codebook_loss + F.mse_loss(features, latents.detach())
+            commitment_loss = commitment_loss + F.mse_loss(features.detach(), latents)
+        straight_through = latents + (features - latents).detach()
+        num_scales = self.schedule.num_scales
+        return MultiScaleVQVAEOutput(
+            self._pixels(straight_through), token_ids, latents, codebook_loss / num_scales, commitment_loss / num_scales
+        )
+
+    def _pixels(self, features: LatentMap) -> Images:
+        # the features are fp32 even where the weights are not
+        return self.decoder(self.post_quant_conv(features.to(self.post_quant_conv.weight.dtype)))
+
+    def _phi(self, index: int, codes: FeatureMap) -> FeatureMap:
+        if not len(self.phi):
+            return codes
+        # fp32 under any autocast: the residual of the next scale, hence its tokens, depends on this sum
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.phi[index](codes)
+
+    def _search(
+        self, latents: LatentMap, schedule: ScaleSchedule | None
+    ) -> Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]]:
+        sizes = (schedule or self.schedule).sizes
+
+        def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
+            # detached: the search has no gradient, and the distance matrices stay out of the graph
+            residual = area_downsample(latents.detach().float() - features.detach(), sizes[scale])
+            rows = residual.permute(0, 2, 3, 1).flatten(0, 2)
+            found = nearest_code(rows, self.codebook.weight, normalize=self.config["normalize_codes"])
+            token_ids = found.view(latents.shape[0], -1)
+            return token_ids, self.lookup(token_ids)
+
+        return choose
+
+    def _scales_of(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None) -> Iterator[Scale]:
+        expected, found = (schedule or self.schedule).lengths, tuple(ids.shape[1] for ids in token_ids)
+        if found != expected[: len(found)]:
+            raise UserError(
+                f"token_ids must hold {expected} tokens per scale (fewer scales are the coarser ones), got {found}. "
+                "Pass the token ids of this tokenizer's schedule, or the schedule they were made with."
+            )
+
+        def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
+            return token_ids[scale], self.lookup(token_ids[scale])
+
+        if not token_ids:
+            return iter(())
+        return islice(self.residual_scales(choose, token_ids[0], schedule), len(token_ids))

@@ -1,0 +1,295 @@
+"""The prior of the next-scale family: VAR (causal over scales) and SRDD (Markov over scales) in one network.
+
+Sources: Tian et al., "Visual Autoregressive Modeling", section 3.3; Kumar et al., "Scale-Wise VAR is Secretly Discrete
+Diffusion" (the Markovian mask).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# by name: diffusers' loader looks this class up in the namespace of the component's module
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from isthmus.errors import UserError
+from isthmus.functional.pyramid import ScaleSchedule
+from isthmus.layers.attention import Attend, KeyValueCache, MultiHeadAttention, causal_attention, markov_attention
+from isthmus.layers.conditioning import BlockModulation, SharedModulationOffset, modulated_norm
+from isthmus.layers.feed_forward import FeedForward
+
+Stream = Float[Tensor, "b l width"]
+
+
+@dataclass
+class NextScaleTransformerOutput:
+    """What `NextScaleTransformer.forward` returns.
+
+    Attributes:
+        logits: (b, l, codebook_size); the row of token j of scale k predicts token j of scale k.
+    """
+
+    logits: Float[Tensor, "b l v"]
+
+
+@dataclass
+class Conditioning:
+    """Everything that depends on the class label alone: computed once per image, not once per scale.
+
+    Attributes:
+        start: (b, width), the class vector, which is also the token of scale 0.
+        blocks: per block (b, 6, width): gates, scales, shifts.
+        head: (b, 2, width): scale and shift before the logits.
+    """
+
+    start: Float[Tensor, "b width"]
+    blocks: tuple[Float[Tensor, "b 6 width"], ...]
+    head: Float[Tensor, "b 2 width"]
+
+    def leading(self, rows: int) -> "Conditioning":
+        """The first `rows` images."""
+        return Conditioning(self.start[:rows], tuple(m[:rows] for m in self.blocks), self.head[:rows])
+
+
+class NextScaleBlock(nn.Module):
+    """Attention and feed-forward, each behind a modulated norm and a gate (spec of VAR, 2.3)."""
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, *, l2_attention: bool, shared_adaln: bool, norm_eps: float
+    ):
+        super().__init__()
+        self.norm_eps = norm_eps
+        self.attention = MultiHeadAttention(width, num_heads, l2_attention=l2_attention)
+        self.feed_forward = FeedForward(width, round(width * mlp_ratio))
+        self.modulation = SharedModulationOffset(width) if shared_adaln else BlockModulation(width)
+
+    def forward(
+        self,
+        x: Stream,
+        modulation: Float[Tensor, "b 6 width"],
+        attend: Attend,
+        keep: Float[Tensor, "b 2"] | None = None,
+    ) -> Stream:
+        """`keep` multiplies the two branches per image (stochastic depth: 0 or 1 / keep rate); None keeps both."""
+        gates = modulation[:, :2] if keep is None else modulation[:, :2] * keep.unsqueeze(-1)
+        gate1, gate2 = (g.unsqueeze(1) for g in gates.unbind(1))
+        scale1, scale2, shift1, shift2 = (m.unsqueeze(1) for m in modulation[:, 2:].unbind(1))
+        x = torch.addcmul(x, gate1, self.attention(modulated_norm(x, scale1, shift1, self.norm_eps), attend))
+        return torch.addcmul(x, gate2, self.feed_forward(modulated_norm(x, scale2, shift2, self.norm_eps)))
+
+
+class NextScaleTransformer(ModelMixin, ConfigMixin):
+    """Predict all tokens of a scale at once, from the features that the coarser scales have built.
+
+    Args:
+        scale_sizes: sides of the scales, coarse to fine (those of the tokenizer).
+        codebook_size: number of codes, hence logits per token.
+        codebook_dim: width of a code.
+        width: width of the residual stream.
+        num_layers: blocks.
+        num_heads: attention heads.
+        num_classes: classes; row `null_class_id` = num_classes of the table stands for "no class".
+        scale_attention: "causal" (VAR: own and earlier scales) or "markov" (SRDD: own scale only, no cache).
+        shared_adaln: one modulation for all blocks plus an offset per block, instead of one linear layer per block.
+        l2_attention: unit queries and keys with a learned temperature per head.
+        mlp_ratio: hidden width of the feed-forward over `width`.
+        norm_eps: epsilon of the norms.
+        drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+        init_gate: factor on the initial weights that make the gates ("alng"): small values start near identity.
+        init_modulation: factor on the initial weights that make scales and shifts.
+
+    Raises:
+        UserError: `width` is not a multiple of `num_heads`, or the scales do not increase.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["NextScaleBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        scale_sizes: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        codebook_size: int = 4096,
+        codebook_dim: int = 32,
+        width: int = 1024,
+        num_layers: int = 16,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        scale_attention: Literal["causal", "markov"] = "causal",
+        shared_adaln: bool = False,
+        l2_attention: bool = True,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        drop_path: float = 0.0,
+        init_gate: float = 1e-3,
+        init_modulation: float = 0.5,
+    ):
+        super().__init__()
+        if width % num_heads:
+            raise UserError(f"width must be a multiple of num_heads, got width {width} and {num_heads} heads.")
+        if scale_attention not in ("causal", "markov"):
+            raise UserError(f"scale_attention must be causal or markov, got {scale_attention!r}. Pick one of the two.")
+        # phi belongs to the tokenizer: the transformer only needs the sides
+        self.schedule = ScaleSchedule(tuple(scale_sizes), (0,) * len(scale_sizes))
+        self.null_class_id = num_classes
+        first = self.schedule.lengths[0]
+        self.word_embedding = nn.Linear(codebook_dim, width)
+        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        self.scale_embedding = nn.Embedding(self.schedule.num_scales, width)
+        self.start_position = nn.Parameter(torch.empty(1, first, width))
+        self.position = nn.Parameter(torch.empty(1, self.schedule.num_tokens, width))
+        self.shared_modulation = BlockModulation(width) if shared_adaln else None
+        self.blocks = nn.ModuleList(
+            NextScaleBlock(
+                width, num_heads, mlp_ratio, l2_attention=l2_attention, shared_adaln=shared_adaln, norm_eps=norm_eps
+            )
+            for _ in range(num_layers)
+        )
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, codebook_size)
+        self.gradient_checkpointing = False
+        self._init_weights(init_gate, init_modulation)
+
+    @property
+    def is_markov(self) -> bool:
+        """Whether a scale sees nothing but itself."""
+        return self.config.scale_attention == "markov"
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Stochastic depth rate of every block: 0 at the first, `drop_path` at the last."""
+        last = max(self.config.num_layers - 1, 1)
+        return tuple(self.config.drop_path * i / last for i in range(self.config.num_layers))
+
+    def condition(self, class_labels: Int[Tensor, " b"]) -> Conditioning:
+        """Class vector and all modulations of a batch of labels (0..num_classes, the last being the null label)."""
+        start = self.class_embedding(class_labels)
+        activated = F.silu(start)
+        source = activated if self.shared_modulation is None else self.shared_modulation(activated)
+        blocks = tuple(block.modulation(source) for block in self.blocks)
+        return Conditioning(start, blocks, self.head_modulation(activated).unflatten(-1, (2, -1)))
+
+    def embed(
+        self, start: Float[Tensor, "b width"], scale_inputs: Float[Tensor, "b inputs d"], scales: Sequence[int]
+    ) -> Stream:
+        """Tokens of `scales`: class vector (scale 0) or word embedding, plus position and scale embeddings."""
+        lengths, offsets = self.schedule.lengths, self.schedule.offsets
+        parts, seen = [], 0
+        for scale in scales:
+            position = self.position[:, offsets[scale] : offsets[scale + 1]] + self.scale_embedding.weight[scale]
+            if scale == 0:
+                parts.append(start.unsqueeze(1) + self.start_position + position)
+            else:
+                words = self.word_embedding(scale_inputs[:, seen : seen + lengths[scale]])
+                parts.append(words + position)
+                seen += lengths[scale]
+        return torch.cat(parts, dim=1)
+
+    def forward(
+        self,
+        class_labels: Int[Tensor, " b"],
+        scale_inputs: Float[Tensor, "b inputs d"],
+        *,
+        scales: Sequence[int] | None = None,
+        keep: Float[Tensor, "b layers 2"] | None = None,
+    ) -> NextScaleTransformerOutput:
+        """Teacher forcing: logits of every token in one pass.
+
+        Args:
+            class_labels: 0..num_classes; num_classes is the null label.
+            scale_inputs: `MultiScaleVQVAE.scale_inputs`, restricted to `scales` where those are given.
+            scales: the scales to run, increasing; None runs all. Causal models take a prefix 0..k, Markov models any.
+            keep: stochastic depth factors per image, block and branch; None keeps everything.
+
+        Raises:
+            UserError: `scale_inputs` does not hold the tokens of `scales`, or `scales` is no prefix and the model
+                is causal.
+        """
+        scales = tuple(range(self.schedule.num_scales)) if scales is None else tuple(scales)
+        lengths = [self.schedule.lengths[k] for k in scales]
+        expected = sum(lengths) - (lengths[0] if scales[0] == 0 else 0)
+        if scale_inputs.shape[1] != expected:
+            raise UserError(f"scale_inputs must hold {expected} tokens for scales {scales}, got {scale_inputs.shape[1]}.")
+        if not self.is_markov and scales != tuple(range(len(scales))):
+            raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}.")
+        conditioning = self.condition(class_labels)
+        attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
+        x = self.embed(conditioning.start, scale_inputs, scales)
+        for i, block in enumerate(self.blocks):
+            factors = None if keep is None else keep[:, i]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, conditioning.blocks[i], attend, factors)
+            else:
+                x = block(x, conditioning.blocks[i], attend, factors)
+        return NextScaleTransformerOutput(self._logits(x, conditioning.head))
+
+    def forward_scale(
+        self,
+        scale: int,
+        scale_input: Float[Tensor, "b inputs d"],
+        conditioning: Conditioning,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "b l v"]:
+        """Logits of one scale during generation.
+
+        Args:
+            scale: scale index, from 0. Causal models go through the scales in order.
+            scale_input: (b, s * s, codebook_dim), `next_scale_input` of the features so far; (b, 0, codebook_dim)
+                at scale 0.
+            conditioning: from `condition`.
+            cache: from `new_cache`; None for a Markov model, which never reads another scale.
+        """
+        if (cache is None) != self.is_markov:
+            raise UserError("a causal model needs a cache and a Markov model takes none. Pass cache=model.new_cache(b).")
+        x = self.embed(conditioning.start, scale_input, (scale,))
+        own = markov_attention([x.shape[1]])
+        for i, block in enumerate(self.blocks):
+            x = block(x, conditioning.blocks[i], own if cache is None else cache.attention(i))
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self._logits(x, conditioning.head)
+
+    def new_cache(self, batch: int) -> KeyValueCache | None:
+        """An empty cache for `batch` rows; None for a Markov model."""
+        if self.is_markov:
+            return None
+        heads, width = self.config.num_heads, self.config.width
+        return KeyValueCache(
+            len(self.blocks), batch, heads, self.schedule.num_tokens, width // heads, device=self.device, dtype=self.dtype
+        )
+
+    def _logits(self, x: Stream, modulation: Float[Tensor, "b 2 width"]) -> Float[Tensor, "b l v"]:
+        scale, shift = (m.unsqueeze(1) for m in modulation.to(x.dtype).unbind(1))
+        return self.head(modulated_norm(x, scale, shift, self.config.norm_eps))
+
+    def _init_weights(self, init_gate: float, init_modulation: float) -> None:
+        """Spec of VAR, 2.5: every weight N(0, 1 / (3 width)), residual outputs and the head scaled down."""
+        width, depth = self.config.width, self.config.num_layers
+        std = math.sqrt(1 / width / 3)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    nn.init.trunc_normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            for table in (self.start_position, self.position):
+                nn.init.trunc_normal_(table, std=std)
+            self.head.weight.mul_(0.02)
+            self.head_modulation.weight.mul_(init_modulation)
+            for block in self.blocks:
+                block.attention.proj.weight.div_(math.sqrt(2 * depth))
+                block.feed_forward.down.weight.div_(math.sqrt(2 * depth))
+                modulation = block.modulation
+                if isinstance(modulation, SharedModulationOffset):
+                    modulation.offset[:, :2].mul_(init_gate)
+                    modulation.offset[:, 2:].mul_(init_modulation)
+                else:
+                    modulation.linear.weight[: 2 * width].mul_(init_gate)
+                    modulation.linear.weight[2 * width :].mul_(init_modulation)

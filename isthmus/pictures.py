@@ -1,0 +1,79 @@
+"""Pictures for people: model output as 8-bit images, and tables of images with names on rows and columns."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from isthmus.functional.shapes import Images
+
+_GAP_PX = 2
+
+
+def to_uint8(images: Images) -> UInt8[np.ndarray, "b h w 3"]:
+    """Images in [-1, 1] (NCHW) as 0..255 (NHWC), rounded to the nearest level."""
+    scaled = images.detach().float().add(1).mul(127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: Images) -> list[Image.Image]:
+    """Images in [-1, 1] (NCHW) as PIL images."""
+    return [Image.fromarray(image) for image in to_uint8(images)]
+
+
+def table(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+    min_side_px: int = 64,
+) -> Image.Image:
+    """Images in rows and columns on white, with names at the left and on top where given.
+
+    Serves as a labelled grid (rows = classes) and as a coarse-to-fine strip (columns = scales). Rows may differ in
+    length; images of different size are brought to the largest. Images smaller than `min_side_px` are enlarged by a
+    whole factor, pixel by pixel.
+    """
+    width = max(image.width for row in rows for image in row)
+    height = max(image.height for row in rows for image in row)
+    factor = max(1, -(-min_side_px // max(width, height)))
+    cell = (width * factor, height * factor)
+    font = ImageFont.load_default(size=max(11, min(24, cell[1] // 5)))
+    line = round(font.getbbox("Ay")[3]) + 2 * _GAP_PX
+    left = max((round(font.getlength(name)) for name in row_names), default=0)
+    left += 3 * _GAP_PX if left else 0
+    top = line if column_names else 0
+    columns = max(len(row) for row in rows)
+    row_height = max(cell[1], line if row_names else 0) + _GAP_PX
+    canvas = Image.new("RGB", (left + columns * (cell[0] + _GAP_PX), top + len(rows) * row_height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, name in enumerate(column_names):
+        pen.text((left + column * (cell[0] + _GAP_PX) + cell[0] // 2, top // 2), name, "black", font, anchor="mm")
+    for index, row in enumerate(rows):
+        y = top + index * row_height
+        if index < len(row_names):
+            pen.text((_GAP_PX, y + cell[1] // 2), row_names[index], "black", font, anchor="lm")
+        for column, image in enumerate(row):
+            enlarged = image.convert("RGB").resize(cell, Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left + column * (cell[0] + _GAP_PX), y))
+    return canvas
+
+
+def save_picture(picture: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> Path:
+    """Write a PNG with `text` in its metadata, whole or not at all; makes the folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = PngInfo()
+    for key, value in (text or {}).items():
+        metadata.add_text(key, value)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        picture.save(temporary, format="PNG", pnginfo=metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,1 @@
+"""What users call: image tokenizer, transformer and settings as one folder."""

@@ -1,0 +1,87 @@
+"""The README.md of a saved pipeline: what it is, what it was trained on and on what terms, how to load it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from isthmus.generation.options import SamplingOptions
+
+
+def model_card(
+    *,
+    kind: str,
+    version: str,
+    image_size: int,
+    class_names: Mapping[str, str],
+    num_classes: int,
+    scale_sizes: tuple[int, ...],
+    num_parameters: Mapping[str, int],
+    sampling: SamplingOptions,
+    data: Mapping[str, Any],
+    protocol: str,
+) -> str:
+    """Markdown with the front matter the hub reads.
+
+    Args:
+        kind: what the model is, in a few words.
+        version: of Isthmus.
+        image_size: pixels.
+        class_names: index (as text) -> name.
+        num_classes: 0 for unlabelled models.
+        scale_sizes: sides of the scales.
+        num_parameters: per component.
+        sampling: the defaults saved with the model.
+        data: `name` and `attribution` of the training data.
+        protocol: how the model was trained and measured.
+    """
+    names = list(class_names.values())
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    classes = f"{num_classes} ({shown})" if names else str(num_classes) if num_classes else "none (unlabelled)"
+    argument = "" if not num_classes else f"class_labels=[{names[0]!r}], " if names else "class_labels=[0], "
+    sizes = "; ".join(f"{name} {count / 1e6:.2f}M" for name, count in num_parameters.items())
+    attribution = data.get("attribution") or "unknown. Find out before you publish this model or its images."
+    return f"""---
+library_name: isthmus
+pipeline_tag: unconditional-image-generation
+license: other
+tags:
+- isthmus
+- image-generation
+- autoregressive
+---
+
+# {kind}
+
+Images of {image_size} x {image_size} pixels. Classes: {classes}.
+Scales: {", ".join(map(str, scale_sizes))}. Parameters: {sizes}.
+
+## Load
+
+```python
+from isthmus import load_pipeline
+
+pipe = load_pipeline("path/to/this/folder")
+pipe({argument}num_images=4, seed=0).images[0].save("sample.png")
+```
+
+or `isthmus sample path/to/this/folder --num 16 --out samples`. Saved with Isthmus {version}.
+
+Defaults saved with the model: {_settings(sampling)}.
+
+## Data and licence
+
+Trained on: {data.get("name") or "unknown"}.
+Licence: {attribution}
+
+## Protocol
+
+{protocol or "Not recorded."}
+"""
+
+
+def _settings(sampling: SamplingOptions) -> str:
+    values = sampling.to_dict()
+    guidance = values.pop("guidance_scale")
+    if isinstance(guidance, Mapping):
+        guidance = f"{guidance['kind']} {guidance['start']:g} to {guidance['end']:g}"
+    shown = {"guidance": guidance, **values}
+    return ", ".join(f"{name} {'off' if value in (None, False) else value}" for name, value in shown.items())

@@ -1,0 +1,85 @@
+"""One function for any saved pipeline: a trained run, a converted checkpoint, a model on the hub."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from isthmus.errors import UserError
+from isthmus.pipelines.folder import read_index
+from isthmus.pipelines.hub import model_folder
+
+if TYPE_CHECKING:
+    from isthmus.pipelines.next_scale import NextScalePipeline
+
+    AnyPipeline = NextScalePipeline
+else:
+    # the classes are imported when a folder asks for them: each costs seconds
+    AnyPipeline = Any
+
+# class name in model_index.json -> module that has it
+PIPELINES = {"NextScalePipeline": "isthmus.pipelines.next_scale"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_pipeline(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> AnyPipeline:
+    """A saved pipeline, ready to draw.
+
+    Args:
+        path_or_hub_id: a pipeline folder, or a model on the hub; an existing path wins.
+        device: "auto" (a CUDA device where there is one, else the CPU; never mps), "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "float32" (the default), "bfloat16" or the torch type. bf16 needs a processor that has it to be fast.
+        revision: branch, tag or commit on the hub.
+        cache_dir: where hub files are kept; None takes the hub's own cache.
+        local_files_only: never ask the network.
+
+    Raises:
+        UserError: there is no such model, it is incomplete or of a newer format, or the device is absent.
+    """
+    chosen = choose_device(device)
+    folder = model_folder(path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    name = read_index(folder).get("_class_name")
+    if name not in PIPELINES:
+        raise UserError(f"{folder} holds a {name}; this version loads {', '.join(PIPELINES)}. Update Isthmus.")
+    kind = getattr(import_module(PIPELINES[name]), name)
+    return kind.from_pretrained(folder, dtype=choose_dtype(dtype)).to(chosen)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: there is no such device here; the message names those present.
+    """
+    present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        present.append("mps")
+    name = str(device)
+    if name == "auto":
+        return torch.device("cuda" if len(present) > 1 and present[1] == "cuda:0" else "cpu")
+    if name not in present and not (name == "cuda" and "cuda:0" in present):
+        raise UserError(f"device must be auto or one of those present here ({', '.join(present)}), got {name}.")
+    return torch.device(name)
+
+
+def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The type of that name; None is float32.
+
+    Raises:
+        UserError: the type is not one of `DTYPES`.
+    """
+    if dtype is None:
+        return torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
+    return chosen

@@ -1,0 +1,304 @@
+"""Named starting points for runs, with what each must measure. This file imports nothing heavy."""
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from isthmus.errors import UserError
+from isthmus.training.config import (
+    AugmentConfig,
+    OptimConfig,
+    PriorModel,
+    PriorRun,
+    PriorSampling,
+    Run,
+    TokenizerLoss,
+    TokenizerModel,
+    TokenizerRun,
+)
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+SCALES_32 = (1, 2, 3, 4, 6, 8)
+SCALES_64 = (1, 2, 3, 4, 6, 8, 12, 16)
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+PUBLISHED_SOURCE = "Tian et al. 2024, README of the published code (its own evaluation, guidance 1.5)"
+
+
+@dataclass(frozen=True)
+class Preset(Generic[AnyRun]):
+    """A run to start from.
+
+    Attributes:
+        about: one line.
+        run: the run.
+        expected_params_millions: parameters of the network, checked by a test; None where the model decides.
+        reported_fid: figure that its authors report, if any.
+        source: where that figure comes from.
+    """
+
+    about: str
+    run: AnyRun
+    expected_params_millions: float | None = None
+    reported_fid: float | None = None
+    source: str = ""
+
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def _published_prior(
+    depth: int,
+    *,
+    fid: float,
+    params: float,
+    gate: float,
+    peak: float,
+    final_ratio: float,
+    final_weight_decay: float,
+    epochs: int,
+    batch_size: int = 768,
+    pixels: int = 256,
+    shared_adaln: bool = False,
+) -> Preset[PriorRun]:
+    num_steps = epochs * IMAGENET_IMAGES // batch_size
+    run = PriorRun(
+        batch_size=batch_size,
+        num_steps=num_steps,
+        ema_decay=0.9999,
+        num_views=1,
+        save_every=5000,
+        validate_every=5000,
+        preview_every=5000,
+        augment=AugmentConfig(resize_ratio=1.125, flip=False),
+        optim=OptimConfig(
+            learning_rate=peak,
+            warmup_steps=num_steps // 50,
+            final_ratio=final_ratio,
+            final_weight_decay=final_weight_decay,
+        ),
+        model=PriorModel(
+            width=64 * depth,
+            num_layers=depth,
+            num_heads=depth,
+            scale_attention="causal",
+            shared_adaln=shared_adaln,
+            l2_attention=True,
+            mlp_ratio=4.0,
+            drop_path=0.1 * depth / 24,
+            init_gate=gate,
+        ),
+        sampling=PriorSampling(guidance="linear:1:2.5", top_k=900, top_p=0.96),
+    )
+    return Preset(f"published recipe of VAR-d{depth} for ImageNet at {pixels} px", run, params, fid, PUBLISHED_SOURCE)
+
+
+def _markov(preset: Preset[PriorRun], about: str) -> Preset[PriorRun]:
+    model = replace(preset.run.model, scale_attention="markov")
+    run = replace(preset.run, model=model, scale_loss="lognormal")
+    return Preset(about, run, preset.expected_params_millions)
+
+
+_SMALL_TOKENIZER = TokenizerRun(
+    num_steps=1600,
+    batch_size=16,
+    ema_decay=0.995,
+    continuous_steps=300,
+    revive_every=50,
+    optim=OptimConfig(
+        learning_rate=2e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, weight_decay=0.0, max_grad_norm=1.0
+    ),
+    model=TokenizerModel(
+        codebook_size=512,
+        codebook_dim=16,
+        scale_sizes=SCALES_32,
+        base_channels=32,
+        channel_multipliers=(1, 2, 2),
+        num_res_blocks=1,
+        num_phi=4,
+        dropout=0.0,
+    ),
+    loss=TokenizerLoss(l1=0.2, mse=1.0, perceptual=0.0, codebook=1.0),
+)
+
+TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
+    "small-32": Preset("32 px on a laptop: four minutes on two cores", _SMALL_TOKENIZER, 1.04),
+    "small-64": Preset(
+        "64 px on a laptop: about half an hour on two cores",
+        replace(
+            _SMALL_TOKENIZER,
+            num_steps=4000,
+            model=replace(_SMALL_TOKENIZER.model, scale_sizes=SCALES_64, codebook_size=1024),
+        ),
+        1.05,
+    ),
+    "vqvae-256": Preset(
+        "network of the published tokenizer, 256 px, with a recipe for GPUs",
+        TokenizerRun(
+            num_steps=250 * IMAGENET_IMAGES // 768,
+            batch_size=768,
+            ema_decay=0.9999,
+            continuous_steps=5000,
+            revive_every=1000,
+            validate_every=5000,
+            preview_every=5000,
+            save_every=5000,
+            augment=AugmentConfig(resize_ratio=1.125, flip=False),
+            optim=OptimConfig(
+                learning_rate=3e-4,
+                schedule="cosine",
+                warmup_steps=4000,
+                final_ratio=0.3,
+                weight_decay=0.005,
+                beta1=0.5,
+                beta2=0.9,
+                max_grad_norm=10.0,
+            ),
+            model=TokenizerModel(
+                codebook_size=4096,
+                codebook_dim=32,
+                scale_sizes=SCALES_256,
+                base_channels=160,
+                channel_multipliers=(1, 1, 2, 2, 4),
+                num_res_blocks=2,
+                num_phi=4,
+                dropout=0.05,
+            ),
+            loss=TokenizerLoss(l1=0.2, mse=1.0, perceptual=1.0, adversarial=0.4, adversarial_start=0.2),
+        ),
+        108.95,
+    ),
+    "finetune-tokenizer": Preset(
+        "continue a saved tokenizer at a lower rate",
+        TokenizerRun(
+            num_steps=1000,
+            continuous_steps=0,
+            revive_every=0,
+            ema_decay=0.995,
+            optim=OptimConfig(
+                learning_rate=2e-4, schedule="cosine", warmup_steps=20, final_ratio=0.05, weight_decay=0.0
+            ),
+        ),
+    ),
+}
+
+_SMALL_PRIOR = PriorRun(
+    num_steps=1500,
+    batch_size=32,
+    ema_decay=0.995,
+    num_views=16,
+    scale_loss="token-uniform",
+    optim=OptimConfig(learning_rate=1.5e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, max_grad_norm=2.0),
+    model=PriorModel(
+        width=192,
+        num_layers=4,
+        num_heads=3,
+        scale_attention="markov",
+        shared_adaln=False,
+        l2_attention=True,
+        mlp_ratio=4.0,
+        drop_path=0.0,
+        init_gate=0.5,
+    ),
+    sampling=PriorSampling(guidance="linear:1:3", top_k=None, top_p=0.95),
+)
+
+_D16 = _published_prior(
+    16, fid=3.55, params=310.28, gate=1e-3, peak=3e-4, final_ratio=0.1, final_weight_decay=0.05, epochs=200
+)
+_D20 = _published_prior(
+    20, fid=2.95, params=600.92, gate=1e-3, peak=3e-4, final_ratio=0.1, final_weight_decay=0.05, epochs=250
+)
+_D24 = _published_prior(
+    24, fid=2.33, params=1033.40, gate=1e-4, peak=2.4e-4, final_ratio=0.01, final_weight_decay=0.05, epochs=350
+)
+_D30 = _published_prior(
+    30,
+    fid=1.97,
+    params=2010.02,
+    gate=1e-5,
+    peak=3.2e-4,
+    final_ratio=0.01,
+    final_weight_decay=0.08,
+    epochs=350,
+    batch_size=1024,
+)
+_D36 = _published_prior(
+    36,
+    fid=2.63,
+    params=2353.89,
+    gate=5e-6,
+    peak=2.4e-4,
+    final_ratio=0.01,
+    final_weight_decay=0.08,
+    epochs=350,
+    pixels=512,
+    shared_adaln=True,
+)
+
+PRIOR_PRESETS: dict[str, Preset[PriorRun]] = {
+    "srdd-small": Preset("SRDD on a laptop: a few minutes on two cores", _SMALL_PRIOR),
+    "var-small": Preset(
+        "VAR on a laptop: the same network with the causal mask",
+        replace(_SMALL_PRIOR, model=replace(_SMALL_PRIOR.model, scale_attention="causal")),
+    ),
+    "var-d16": _D16,
+    "var-d20": _D20,
+    "var-d24": _D24,
+    "var-d30": _D30,
+    "var-d36-512": _D36,
+    "srdd-d16": _markov(_D16, "VAR-d16's recipe with the Markov mask and log-normal scale weights"),
+    "srdd-d20": _markov(_D20, "VAR-d20's recipe with the Markov mask and log-normal scale weights"),
+    "finetune-prior": Preset(
+        "continue a saved prior on other images: lower rate, short warm-up",
+        PriorRun(
+            num_steps=500,
+            batch_size=16,
+            ema_decay=0.995,
+            optim=OptimConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=20, final_ratio=0.05),
+        ),
+    ),
+}
+
+
+def tokenizer_preset(name: str) -> TokenizerRun:
+    """The run of a tokenizer preset. Raises `UserError` for an unknown name."""
+    return replace(_known(TOKENIZER_PRESETS, name, "tokenizer").run, preset=name)
+
+
+def prior_preset(name: str) -> PriorRun:
+    """The run of a prior preset. Raises `UserError` for an unknown name."""
+    return replace(_known(PRIOR_PRESETS, name, "prior").run, preset=name)
+
+
+def default_tokenizer_preset(*, image_size: int | None, from_model: bool) -> str:
+    """The preset that is meant when none is named: by image size, or fine-tuning where a model is given.
+
+    Raises:
+        UserError: no preset has that image size.
+    """
+    if from_model:
+        return "finetune-tokenizer"
+    by_size = {32: "small-32", 64: "small-64", 256: "vqvae-256"}
+    if image_size is not None and image_size not in by_size:
+        raise UserError(
+            f"no preset makes images of {image_size} px ({', '.join(map(str, by_size))} have one). Name a --preset and "
+            "set --model.scale-sizes so that its last side times the stride is the image size."
+        )
+    return by_size[image_size or 32]
+
+
+def default_prior_preset(*, from_model: bool, scale_attention: str | None) -> str:
+    """The preset that is meant when none is named."""
+    if from_model:
+        return "finetune-prior"
+    return "var-small" if scale_attention == "causal" else "srdd-small"
+
+
+def _known(presets: dict[str, Preset[AnyRun]], name: str, kind: str) -> Preset[AnyRun]:
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=3, cutoff=0.3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(presets)}."
+        raise UserError(f"{kind} presets have no {name!r}. {hint}")
+    return presets[name]

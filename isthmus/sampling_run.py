@@ -1,0 +1,245 @@
+"""A folder of samples: drawn in batches, resumable, every image carrying what is needed to draw it again."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+import isthmus
+from isthmus.errors import UserError
+from isthmus.generation.step import token_hashes
+from isthmus.pictures import save_picture, table
+from isthmus.pipelines.labels import Label, resolve_labels
+from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
+from isthmus.pipelines.next_scale import NextScalePipeline
+
+logger = logging.getLogger("isthmus")
+
+MANIFEST = "samples.json"
+_GRID_ROWS, _GRID_COLUMNS, _STRIP_ROWS = 20, 8, 8
+
+
+def draw_folder(
+    model: str,
+    out: Path,
+    *,
+    classes: Sequence[str],
+    num_images: int,
+    seed: int,
+    options: Mapping[str, Any],
+    grid: bool,
+    strip: bool,
+    batch_size: int | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Fill `out` with images 0..num_images - 1 of a request; those that are there already stay.
+
+    Raises:
+        UserError: an argument is not usable, or `out` holds something else than samples with these settings.
+    """
+    pipeline = load_pipeline(model, device=device, dtype=dtype)
+    labels = _labels(classes, pipeline)
+    request = {name: value for name, value in options.items()}
+    sampling = pipeline.defaults.override(**request)
+    # one refusal for options the model cannot take, before anything is written
+    pipeline.check_options(sampling)
+    settings = {
+        "model": pipeline.fingerprint,
+        "class_ids": labels,
+        "seed": seed,
+        "sampling": sampling.to_dict(),
+        "dtype": dtype,
+        "device": pipeline.device.type,
+    }
+    num_images = max(num_images, _number_in(out, settings))
+    _write_manifest(out, settings, num_images, [])
+    rows = {index: row for index in range(num_images) if (row := _finished(out, index, settings))}
+    missing = [index for index in range(num_images) if index not in rows]
+    if batch_size is None:
+        guided = sampling.guidance_scale != 1
+        batch_size = batch_size_that_fits(pipeline, guided=guided)
+    quiet = True if logger.getEffectiveLevel() > logging.INFO else None  # None: no bar where stderr is no terminal
+    with tqdm(total=len(missing), unit="image", disable=quiet) as bar:
+        for start in range(0, len(missing), batch_size):
+            indices = missing[start : start + batch_size]
+            rows |= _draw_batch(pipeline, out, indices, labels, seed, request, settings, batch_size)
+            bar.update(len(indices))
+    _write_manifest(out, settings, num_images, [rows[index] for index in range(num_images)])
+    if grid:
+        save_picture(_grid(out, rows), out / "grid.png")
+    if strip:
+        save_picture(_strip(pipeline, rows, labels, seed, request), out / "strip.png")
+    logger.info("%d images in %s (%d drawn now)", num_images, out, len(missing))
+
+
+def file_name(index: int) -> str:
+    """Name of image `index`."""
+    return f"{index:06d}.png"
+
+
+def _labels(classes: Sequence[str], pipeline: NextScalePipeline) -> list[int]:
+    """Class ids, taken in turn over the images: those asked for, or all the model has."""
+    names = pipeline.class_names
+    given: list[Label] = []
+    for text in classes:
+        if text in names.values():
+            given.append(text)
+        elif text in ("null", "none"):
+            given.append(None)
+        else:
+            given.append(int(text) if text.lstrip("-").isdigit() else text)
+    if not classes:
+        given = list(range(pipeline.num_classes)) or [None]
+    return resolve_labels(given, class_names=names, num_classes=pipeline.num_classes)
+
+
+def _draw_batch(
+    pipeline: NextScalePipeline,
+    out: Path,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    seed: int,
+    request: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    batch_size: int,
+) -> dict[int, dict[str, Any]]:
+    try:
+        result = pipeline(_request_labels(pipeline, indices, labels), seed=seed, image_index=list(indices), **request)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = (
+            f"Try --batch-size {batch_size // 2}." if batch_size > 1 else "Use a smaller model or --dtype bfloat16."
+        )
+        raise UserError(f"memory ran out at batch size {batch_size}. {advice}") from error
+    assert isinstance(result.images, list), "pictures are asked for"
+    rows = {}
+    for index, picture, digest in zip(indices, result.images, token_hashes(result.token_ids), strict=True):
+        label = labels[index % len(labels)]
+        row = {
+            "file": file_name(index),
+            "index": index,
+            "seed": seed,
+            "class_id": label,
+            "label": pipeline.label_name(label),
+            "token_ids_sha256": digest,
+        }
+        text = {name: str(value) for name, value in row.items() if name != "file"}
+        text |= {"Software": f"isthmus {isthmus.__version__}", "model": settings["model"], "settings": _json(settings)}
+        save_picture(picture, out / file_name(index), text)
+        rows[index] = row
+    return rows
+
+
+def _request_labels(pipeline: NextScalePipeline, indices: Sequence[int], labels: Sequence[int]) -> list[Label]:
+    ids = [labels[index % len(labels)] for index in indices]
+    return [None if one == pipeline.num_classes else one for one in ids]
+
+
+def _number_in(out: Path, settings: Mapping[str, Any]) -> int:
+    """How many images an earlier run of the same settings was asked for; 0 for a new or empty folder."""
+    if not out.exists():
+        return 0
+    if not out.is_dir():
+        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
+    if not (out / MANIFEST).is_file():
+        if any(out.iterdir()):
+            raise UserError(f"--out must be new, empty or a folder of samples, got {out}. Choose another folder.")
+        return 0
+    try:
+        before = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        earlier, number = before["settings"], int(before["num"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{out / MANIFEST} cannot be read ({error}). Choose another folder.") from error
+    changed = [name for name in settings if _json(settings[name]) != _json(earlier.get(name))]
+    if changed:
+        raise UserError(
+            f"{out} holds samples with other settings ({', '.join(changed)} differ). "
+            "Choose another --out; nothing is overwritten."
+        )
+    return number
+
+
+def _finished(out: Path, index: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row of an image that is there, from its metadata; None where it has to be drawn."""
+    path = out / file_name(index)
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as image:
+            text = dict(image.info)
+    except (UnidentifiedImageError, OSError):
+        return None
+    if text.get("settings") != _json(settings) or text.get("index") != str(index):
+        return None
+    return {
+        "file": path.name,
+        "index": index,
+        "seed": int(text["seed"]),
+        "class_id": int(text["class_id"]),
+        "label": text["label"],
+        "token_ids_sha256": text["token_ids_sha256"],
+    }
+
+
+def _write_manifest(out: Path, settings: Mapping[str, Any], number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    contents = {"isthmus_version": isthmus.__version__, "settings": settings, "num": number, "images": rows}
+    temporary = out / f".{MANIFEST}.{uuid4().hex[:8]}.partial"
+    try:
+        temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(out / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _grid(out: Path, rows: Mapping[int, Mapping[str, Any]]) -> Image.Image:
+    """Rows are classes in the order asked for; the first images of each."""
+    by_label: dict[str, list[Image.Image]] = {}
+    for _, row in sorted(rows.items()):
+        pictures = by_label.setdefault(row["label"], [])
+        if len(pictures) < _GRID_COLUMNS:
+            with Image.open(out / row["file"]) as image:
+                pictures.append(image.convert("RGB"))
+    if len(by_label) == 1:
+        # one class fills the picture
+        chosen = sorted(rows)[: _GRID_ROWS * _GRID_COLUMNS]
+        pictures = []
+        for index in chosen:
+            with Image.open(out / rows[index]["file"]) as image:
+                pictures.append(image.convert("RGB"))
+        parts = [pictures[i : i + _GRID_COLUMNS] for i in range(0, len(pictures), _GRID_COLUMNS)]
+        return table(parts, row_names=[next(iter(by_label))])
+    names = list(by_label)[:_GRID_ROWS]
+    return table([by_label[name] for name in names], row_names=names)
+
+
+def _strip(
+    pipeline: NextScalePipeline,
+    rows: Mapping[int, Mapping[str, Any]],
+    labels: Sequence[int],
+    seed: int,
+    request: Mapping[str, Any],
+) -> Image.Image:
+    """The first images, scale by scale: drawn once more, from their own random numbers."""
+    indices = sorted(rows)[:_STRIP_ROWS]
+    steps = pipeline.stream(
+        _request_labels(pipeline, indices, labels), seed=seed, image_index=indices, output_type="pil", **request
+    )
+    columns = [step.preview for step in steps if isinstance(step.preview, list)]
+    return table(
+        list(zip(*columns, strict=True)),
+        row_names=[rows[index]["label"] for index in indices],
+        column_names=[f"{side} x {side}" for side in pipeline.schedule.sizes],
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -1,0 +1,1 @@
+"""Training a tokenizer or a prior: objectives, optimisation, the loops, checkpoints."""

@@ -1,0 +1,346 @@
+"""Runs as typed, frozen values: what a training does, said once, written to `run.json`, checked before anything starts.
+
+This file imports nothing heavy: the command line is derived from it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from isthmus.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate, a pure function of the step."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "exponential", "two-slope"] = "linear"
+    """Course after the warm-up and the plateau, down to final_ratio."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    warmup_start: float = 0.005
+    """Share of the peak at step 0 of the warm-up."""
+    plateau: float = 0.05
+    """Share of the steps after the warm-up that stay at the peak."""
+    knee: float = 0.8
+    """two-slope only: share of the steps after which the rate has lost 40 % of its way."""
+    final_ratio: float = 0.1
+    """Share of the peak at the last step."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices at the first step; biases, gains, position and scale tables have none."""
+    final_weight_decay: float | None = None
+    """Weight decay at the last step, reached on a cosine; None keeps it constant."""
+    beta1: float = 0.9
+    """First moment of AdamW."""
+    beta2: float = 0.95
+    """Second moment of AdamW."""
+    eps: float = 1e-8
+    """Epsilon of AdamW."""
+    max_grad_norm: float = 2.0
+    """Gradients are clipped to this norm."""
+
+    def __post_init__(self):
+        _positive(self, "learning_rate", "eps", "max_grad_norm", "final_ratio", "warmup_start")
+        _share(self, "plateau", "knee", "beta1", "beta2", "warmup_start")
+        _not_negative(self, "warmup_steps", "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random views of a training image; None takes what suits the data set."""
+
+    resize_ratio: float | None = None
+    """The shorter side is resized to this times the image size before the random crop."""
+    flip: bool | None = None
+    """Mirror half of the views, where a data set says that this keeps the meaning."""
+    max_shift: float | None = None
+    """Largest shift, as a share of the image size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every training shares."""
+
+    data: str = "openmoji"
+    """openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
+    out: Path = Path("runs/unnamed")
+    """Folder of the run: checkpoints, logs, previews and, at the end, the model."""
+    preset: str = ""
+    """Name of the preset this run started from; `isthmus info presets` lists them."""
+    from_model: str = ""
+    """Model to start from (folder or hub id); empty trains from scratch."""
+    classes: tuple[str, ...] | None = None
+    """Classes of the data set to use, by name; None takes all."""
+    strict: bool = False
+    """Refuse a data set with unreadable files instead of skipping them."""
+    seed: int = 0
+    """Decides every random choice of the run."""
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Images per optimizer step, over all processes and accumulation."""
+    accumulate: int = 1
+    """Parts a batch is split into, to fit into memory."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights that are saved and sampled; the first steps average over fewer."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, float32 elsewhere."""
+    num_workers: int | None = None
+    """Data loading processes; None decides by the data set."""
+    log_every: int = 50
+    """Steps between log lines."""
+    validate_every: int = 500
+    """Steps between measurements on held-out images."""
+    preview_every: int = 500
+    """Steps between preview pictures."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    track: tuple[str, ...] = ()
+    """Trackers that accelerate knows (tensorboard, wandb, ...), beside the JSONL log."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random views."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+
+    def __post_init__(self):
+        _positive(self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every")
+        _positive(self, "save_every", "keep_checkpoints")
+        _not_negative(self, "seed")
+        _share(self, "ema_decay")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}. "
+                "Each part of a batch holds batch_size / accumulate images."
+            )
+        if self.optim.warmup_steps > self.num_steps:
+            raise UserError(
+                f"optim.warmup_steps must not exceed num_steps, got {self.optim.warmup_steps} and {self.num_steps}. "
+                "Shorten the warm-up."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerModel:
+    """Arguments of `MultiScaleVQVAE`; None takes the preset's value, or with --from the model's."""
+
+    codebook_size: int | None = None
+    """Number of codes."""
+    codebook_dim: int | None = None
+    """Width of a code."""
+    scale_sizes: tuple[int, ...] | None = None
+    """Sides of the scales, coarse to fine; the last is the latent grid."""
+    base_channels: int | None = None
+    """Width of the first level, a multiple of 32."""
+    channel_multipliers: tuple[int, ...] | None = None
+    """One factor per level; the stride is 2 ** (levels - 1)."""
+    num_res_blocks: int | None = None
+    """Residual blocks per encoder level; the decoder has one more."""
+    num_phi: int | None = None
+    """Number of phi convolutions."""
+    dropout: float | None = None
+    """Dropout inside residual blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLoss:
+    """Weights of the tokenizer's losses."""
+
+    l1: float = 0.2
+    """Absolute error."""
+    mse: float = 1.0
+    """Squared error."""
+    perceptual: float = 0.0
+    """Distance of frozen features."""
+    perceptual_network: Literal["lite0", "lpips"] = "lite0"
+    """EfficientNet-Lite0 (comes with Isthmus) or LPIPS on VGG16 (needs lpips_weights)."""
+    lpips_weights: tuple[Path, ...] = ()
+    """LPIPS only: files that hold the VGG16 weights and the linear heads."""
+    codebook: float = 1.0
+    """Codebook and commitment loss together."""
+    adversarial: float = 0.0
+    """Patch discriminator; 0 trains without one."""
+    adversarial_start: float = 0.4
+    """Share of the steps after which the discriminator starts."""
+    adversarial_warmup: float = 0.05
+    """Share of the steps over which its weight rises from 0."""
+    discriminator_channels: int = 64
+    """Width of the first layer of the discriminator."""
+    discriminator_learning_rate: float = 3e-4
+    """Peak learning rate of the discriminator."""
+
+    def __post_init__(self):
+        _not_negative(self, "l1", "mse", "perceptual", "codebook", "adversarial")
+        _share(self, "adversarial_start", "adversarial_warmup")
+        _positive(self, "discriminator_channels", "discriminator_learning_rate")
+        if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
+            raise UserError(
+                f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
+                f"{self.perceptual_network}. Pass both or neither."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRun(Run):
+    """`isthmus train tokenizer`."""
+
+    image_size: int | None = None
+    """Side of the images in pixels; None takes the model's."""
+    freeze_encoder: bool = False
+    """Train the decoder alone (with --from): token ids stay what they were."""
+    continuous_steps: int = 100
+    """First steps without quantisation; the codebook then starts from encoder outputs."""
+    revive_every: int = 100
+    """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
+    usage_warning: float = 0.2
+    """Share of codes in use under which a warning is printed."""
+    model: TokenizerModel = field(default_factory=TokenizerModel)
+    """Network."""
+    loss: TokenizerLoss = field(default_factory=TokenizerLoss)
+    """Losses."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _not_negative(self, "continuous_steps", "revive_every")
+        _share(self, "usage_warning")
+        if self.image_size is not None:
+            _positive(self, "image_size")
+        if self.freeze_encoder and not self.from_model:
+            raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorModel:
+    """Arguments of `NextScaleTransformer`; None takes the preset's value, or with --from the model's."""
+
+    width: int | None = None
+    """Width of the residual stream."""
+    num_layers: int | None = None
+    """Blocks."""
+    num_heads: int | None = None
+    """Attention heads."""
+    scale_attention: Literal["causal", "markov"] | None = None
+    """causal (VAR) or markov (SRDD)."""
+    shared_adaln: bool | None = None
+    """One modulation for all blocks."""
+    l2_attention: bool | None = None
+    """Unit queries and keys."""
+    mlp_ratio: float | None = None
+    """Hidden width of the feed-forward over the width."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block."""
+    init_gate: float | None = None
+    """Initial size of the gates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSampling:
+    """How previews are drawn, and the defaults the saved pipeline carries."""
+
+    guidance: str = "linear:1:2.5"
+    """Guidance: a number, or linear:START:END or cosine:START:END over the scales. 1 is off."""
+    top_k: int | None = None
+    """Keep the k likeliest codes."""
+    top_p: float | None = 0.96
+    """Keep the likeliest codes that hold this probability together."""
+    temperature: float = 1.0
+    """Divides the logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRun(Run):
+    """`isthmus train prior`."""
+
+    tokenizer: str = ""
+    """Folder of the trained tokenizer (a run of `isthmus train tokenizer`, or any pipeline); with --from its own."""
+    num_views: int = 8
+    """Augmented views per image in the token cache."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label, for guidance."""
+    scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
+    """Loss weights over scales: the same for every token (VAR), or a log-normal bump (SRDD)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    scales_per_step: int | None = None
+    """Train a random subset of this many scales per step (markov only), for memory; None trains all."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass, for memory."""
+    compile: bool = False
+    """torch.compile the network."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the model: a copy each, or shards (GPUs)."""
+    model: PriorModel = field(default_factory=PriorModel)
+    """Network."""
+    sampling: PriorSampling = field(default_factory=PriorSampling)
+    """Previews and saved defaults."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _positive(self, "num_views")
+        _share(self, "label_dropout", "label_smoothing")
+        if self.scales_per_step is not None:
+            _positive(self, "scales_per_step")
+        if self.from_model and self.tokenizer:
+            raise UserError(
+                f"a model to start from brings its own tokenizer, got --tokenizer {self.tokenizer} as well. "
+                "Leave it out."
+            )
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+def run_to_json(run: Run) -> dict[str, Any]:
+    """Plain values of a run, for run.json."""
+    return json.loads(json.dumps(asdict(run), default=str))
+
+
+def run_from_json(kind: type[AnyRun], values: dict[str, Any]) -> AnyRun:
+    """The run that `run_to_json` wrote.
+
+    Raises:
+        UserError: a field is unknown, so the file belongs to another version or kind of run.
+    """
+    return _from_plain(kind, values, "")
+
+
+def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(
+            f"{kind.__name__} has no field {prefix + unknown[0]}. Pass the run.json of such a run, of this version."
+        )
+    made = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if is_dataclass(hint):
+            value = _from_plain(hint, value, f"{prefix}{name}.")
+        elif isinstance(value, list):  # JSON has no tuples
+            value = tuple(Path(v) if "Path" in str(hint) else v for v in value)
+        elif hint is Path:
+            value = Path(value)
+        made[name] = value
+    return kind(**made)
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name} must be positive, got {getattr(config, name)}.")
+
+
+def _not_negative(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{name} must not be negative, got {getattr(config, name)}.")
+
+
+def _share(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name} must lie in [0, 1], got {getattr(config, name)}.")

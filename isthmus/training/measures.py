@@ -1,0 +1,87 @@
+"""Numbers that training prints: PSNR, what each scale adds, and how the codebook is used on held-out images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from isthmus.functional.shapes import Images
+from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.training.usage import CodebookUsage, code_counts
+
+
+def psnr(images: Images, targets: Images) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio in dB of each image, for values in [-1, 1] (peak-to-peak 2).
+
+    >>> psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.2)).round(decimals=3)
+    tensor([20.])
+    """
+    mse = (images - targets).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
+
+
+@dataclass(frozen=True)
+class TokenizerScores:
+    """How well a tokenizer does on images it has not seen.
+
+    Attributes:
+        num_images: images measured.
+        psnr: mean over images, dB.
+        psnr_by_scale: of the reconstruction from scales 0..k, mean over at most 64 images.
+        usage: share of the codebook that any scale uses.
+        usage_by_scale, perplexity_by_scale: the same for every scale.
+    """
+
+    num_images: int
+    psnr: float
+    psnr_by_scale: list[float]
+    usage: float
+    usage_by_scale: list[float]
+    perplexity_by_scale: list[float]
+
+    def as_floats(self) -> dict[str, float]:
+        """Flat names for a log line."""
+        values = {"val/psnr": self.psnr, "val/usage": self.usage}
+        for name in ("psnr", "usage", "perplexity"):
+            values |= {f"val/{name}_scale{k}": v for k, v in enumerate(getattr(self, f"{name}_by_scale"))}
+        return values
+
+
+@torch.no_grad()
+def tokenizer_scores(
+    tokenizer: MultiScaleVQVAE, images: "Dataset[dict[str, object]]", *, limit: int = 1024
+) -> TokenizerScores:
+    """Measure a tokenizer on the first `limit` images of a data set (already in a mixed order)."""
+    device = tokenizer.codebook.weight.device
+    count = min(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
+    values, partial = [], []
+    usage = CodebookUsage(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings, decay=0.0)
+    counts = torch.zeros(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings)
+    for start in range(0, count, 32):
+        batch = _stack(images, range(start, min(start + 32, count))).to(device)
+        token_ids = tokenizer.encode(batch).token_ids
+        counts += code_counts(token_ids, tokenizer.codebook.num_embeddings).cpu()
+        values.append(psnr(tokenizer.decode(token_ids), batch).cpu())
+        if start < 64:
+            by_scale = [
+                psnr(tokenizer.decode_features(tokenizer.features_up_to(token_ids, k)), batch).cpu()
+                for k in range(tokenizer.schedule.num_scales)
+            ]
+            partial.append(torch.stack(by_scale, dim=1))
+    usage.update(counts)
+    return TokenizerScores(
+        num_images=count,
+        psnr=float(torch.cat(values).mean()),
+        psnr_by_scale=torch.cat(partial).mean(dim=0).tolist(),
+        usage=float((counts.sum(dim=0) > 0).float().mean()),
+        usage_by_scale=(counts > 0).float().mean(dim=1).tolist(),
+        perplexity_by_scale=usage.perplexity().tolist(),
+    )
+
+
+def _stack(images: "Dataset[dict[str, object]]", indices: Sequence[int] | range) -> Images:
+    rows = [images[i]["image"] for i in indices]
+    return torch.stack([torch.as_tensor(row) for row in rows])

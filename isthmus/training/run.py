@@ -1,0 +1,245 @@
+"""What surrounds a training loop: its folder, its log, its checkpoints, and how it stops and comes back.
+
+A run folder holds run.json (settings, versions, fingerprints), log.jsonl, previews/, checkpoints/ and, at the end, the
+model. The same command again continues from the newest checkpoint; a finished run only exports.
+"""
+
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    set_seed,
+)
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import isthmus
+from isthmus.errors import UserError
+from isthmus.training.checkpoints import newest_checkpoint
+from isthmus.training.config import Run, run_to_json
+
+logger = logging.getLogger("isthmus")
+
+# fields that may change between a run and its continuation: they decide nothing about the weights
+_FREE_FIELDS = {"log_every", "preview_every", "save_every", "keep_checkpoints", "track", "num_workers", "out", "strict"}
+
+
+def start_run(
+    run: Run, *, find_unused_parameters: bool = False, compiled: bool = False, sharded: bool = False
+) -> Accelerator:
+    """Folders, precision, processes and trackers of a run.
+
+    Raises:
+        UserError: the folder belongs to another run, the batch does not divide over the processes, or FSDP2 was asked
+            for and accelerate did not turn it on.
+    """
+    accelerator = Accelerator(
+        mixed_precision=_precision(run),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate, sync_with_dataloader=False),
+        log_with=list(run.track) or None,
+        project_dir=str(run.out),
+        dynamo_backend="inductor" if compiled else "no",
+        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if sharded else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+    )
+    if sharded and not accelerator.is_fsdp2:
+        raise UserError(
+            f"parallel fsdp2 needs several processes on GPUs, accelerate chose {accelerator.distributed_type.value} on "
+            f"{accelerator.device.type}. Start with `accelerate launch` on GPUs, or use --parallel ddp."
+        )
+    shares = accelerator.num_processes * run.accumulate
+    if run.batch_size % shares:
+        raise UserError(
+            f"batch_size must be a multiple of processes x accumulate = {accelerator.num_processes} x "
+            f"{run.accumulate}, got {run.batch_size}. The batch is the same whatever the number of processes."
+        )
+    if accelerator.is_main_process:
+        check_folder(run)
+    accelerator.wait_for_everyone()
+    # models draw their initial weights from the global generator; everything later has streams of its own
+    set_seed(run.seed)
+    return accelerator
+
+
+def _precision(run: Run) -> str:
+    if run.mixed_precision != "auto":
+        return run.mixed_precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def check_folder(run: Run) -> None:
+    """Refuse a folder that holds something else than this run."""
+    if not run.out.exists():
+        return
+    if not run.out.is_dir():
+        raise UserError(f"--out must be a folder, got the file {run.out}. Choose another name.")
+    record = run.out / "run.json"
+    if not record.is_file():
+        if any(run.out.iterdir()):
+            raise UserError(
+                f"--out must be new, empty or the folder of this run, got {run.out}. Choose another folder."
+            )
+        return
+    before = json.loads(record.read_text())
+    now = run_to_json(run)
+    if before["kind"] != type(run).__name__:
+        raise UserError(f"{run.out} holds a {before['kind']}, this is a {type(run).__name__}. Choose another --out.")
+    changed = sorted(name for name in now if name not in _FREE_FIELDS and before["run"].get(name) != now[name])
+    if changed and newest_checkpoint(run.out) is not None:
+        details = ", ".join(f"{name}: {before['run'].get(name)} -> {now[name]}" for name in changed[:3])
+        raise UserError(
+            f"{run.out} holds a run with other settings ({details}). Continue it with its own settings "
+            f"(--config {record}), or choose another --out."
+        )
+
+
+def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
+    """run.json: everything needed to repeat the run, and what it ran on; trackers start here."""
+    if accelerator.is_main_process:
+        run.out.mkdir(parents=True, exist_ok=True)
+        record = {
+            "kind": type(run).__name__,
+            "isthmus_version": isthmus.__version__,
+            "run": run_to_json(run),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "processes": accelerator.num_processes,
+                "device": str(accelerator.device),
+            },
+            **facts,
+        }
+        write_atomically(run.out / "run.json", json.dumps(record, indent=2) + "\n")
+    if run.track:
+        flat = {k: v for k, v in run_to_json(run).items() if isinstance(v, (int, float, str, bool))}
+        accelerator.init_trackers("isthmus", config=flat)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it: readers see the old one or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts optimizer steps; `images` those seen over all processes."""
+
+    step: int = 0
+    images: int = 0
+    num_steps: int = 0
+    started_at: int = 0
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is due after this step, the last step included."""
+        return self.step % every == 0 or self.step == self.num_steps
+
+
+@dataclass
+class Log:
+    """log.jsonl, one line per measurement, beside the trackers of accelerate."""
+
+    accelerator: Accelerator
+    path: Path
+
+    def rewind(self, step: int) -> None:
+        """Forget lines after `step`: a killed run may have logged past its last checkpoint."""
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return
+        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) is not None]
+        kept = [line for line in lines if (_step_of(line) or 0) <= step]
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, progress: Progress, values: dict[str, float]) -> None:
+        """Add one line."""
+        self.accelerator.log(values, step=progress.step)
+        if self.accelerator.is_main_process:
+            rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": progress.step, "images": progress.images, **rounded}) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return None  # the last line of a killed run may be cut
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("stopping after this step; press Ctrl-C again to stop without saving")
+
+
+class FiniteGuard:
+    """Notices a NaN or Inf without asking the device at every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def watch(self, *values: Tensor) -> None:
+        """Remember whether a value was not finite."""
+        for value in values:
+            self._finite &= torch.isfinite(value.detach()).all()
+
+    def check(self, run: Run, step: int) -> None:
+        """Stop before anything is saved.
+
+        Raises:
+            UserError: a watched value was not finite; names the last good checkpoint.
+        """
+        if bool(self._finite):
+            return
+        good = newest_checkpoint(run.out)
+        advice = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise UserError(
+            f"losses and gradients must be finite, got NaN or Inf at or before step {step}; {advice}. "
+            "Lower optim.learning_rate or optim.max_grad_norm and start again in another folder."
+        )
+
+
+def progress_bar(accelerator: Accelerator, progress: Progress, what: str) -> "tqdm[Any]":
+    """A bar over optimizer steps with an ETA; quiet when not a terminal."""
+    return tqdm(
+        total=progress.num_steps,
+        initial=progress.step,
+        desc=what,
+        unit="step",
+        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+    )

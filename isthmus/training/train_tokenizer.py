@@ -1,0 +1,219 @@
+"""Train a multi-scale tokenizer on images (`isthmus train tokenizer`)."""
+
+import logging
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from isthmus.data.batches import EvaluationImages, TrainingImages, training_batches
+from isthmus.data.opening import open_source
+from isthmus.data.source import ImageSource, check_image_size
+from isthmus.errors import UserError
+from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.training.checkpoints import resume, save_checkpoint
+from isthmus.training.codebook import initialize_codebook, revive_codes
+from isthmus.training.config import TokenizerRun
+from isthmus.training.ema import ExponentialMovingAverage
+from isthmus.training.export import averaged_model, export_tokenizer, load_tokenizer, refuse_contradictions
+from isthmus.training.measures import tokenizer_scores
+from isthmus.training.optim import adamw, set_rates
+from isthmus.training.perceptual import perceptual_distance
+from isthmus.training.previews import save_reconstructions
+from isthmus.training.run import FiniteGuard, Log, Progress, StopRequest, progress_bar, start_run, write_record
+from isthmus.training.tokenizer_losses import Critic, reconstruction_losses
+from isthmus.training.usage import CodebookUsage, code_counts
+from isthmus.training.views import augmentation
+
+logger = logging.getLogger("isthmus")
+
+# images the codebook starts from
+_CODEBOOK_IMAGES = 512
+
+
+def train_tokenizer(run: TokenizerRun) -> Path:
+    """Train until `num_steps`, continuing where an earlier call stopped; returns the folder of the tokenizer.
+
+    Raises:
+        UserError: data, folder and model do not fit each other (before anything is trained), or a loss is not finite.
+        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
+    """
+    accelerator = start_run(run, find_unused_parameters=True)
+    bare = build_tokenizer(run).to(accelerator.device)
+    train, held_out = open_splits(run, bare)
+    write_record(accelerator, run, data_fingerprint=train.fingerprint, num_images=len(train))
+
+    critic = Critic.of(run) if run.loss.adversarial else None
+    model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
+    if critic:
+        critic.prepare(accelerator)
+    distance = perceptual_distance(run.loss.perceptual_network, lpips_weights=run.loss.lpips_weights)
+    distance = distance.to(accelerator.device) if run.loss.perceptual else None
+    ema = ExponentialMovingAverage(bare, run.ema_decay)
+    usage = CodebookUsage(bare.schedule.num_scales, bare.codebook.num_embeddings, device=accelerator.device)
+    progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
+    if (extras := resume(accelerator, ema, progress, run.out)) is not None:
+        usage.load_state_dict(extras)
+        log.rewind(progress.step)
+
+    views = TrainingImages(train, image_size=bare.image_size, seed=run.seed, augment=augmentation(run, train))
+    batches = training_batches(
+        views,
+        batch_size=run.batch_size // run.accumulate,
+        start_position=progress.step * run.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=run.num_workers,
+    )
+    guard, bar = FiniteGuard(accelerator.device), progress_bar(accelerator, progress, "tokenizer")
+    model.train()
+
+    with StopRequest() as stop, bar:
+        while progress.step < run.num_steps and not stop.requested:
+            rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
+            quantize = bool(run.from_model) or progress.step >= run.continuous_steps
+            if progress.step == run.continuous_steps and not run.from_model:
+                start_codebook(run, bare, views, ema)
+
+            counts = torch.zeros_like(usage.hits())
+            for batch in islice(batches, run.accumulate):
+                images = batch["image"].to(accelerator.device, memory_format=torch.channels_last)
+                with accelerator.accumulate(model):
+                    output = model(images, quantize=quantize)
+                    losses = reconstruction_losses(
+                        output, images, distance, run.loss, commitment_weight=bare.config.commitment_weight
+                    )
+                    if critic:
+                        losses |= critic.generator_losses(accelerator, bare, losses, output.images, run, progress.step)
+                    total = torch.stack([losses[name] for name in losses if name.startswith("weighted/")]).sum()
+                    accelerator.backward(total)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
+                        guard.watch(grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                if critic:
+                    losses |= critic.step(accelerator, images, output.images.detach(), run, progress.step)
+                if quantize:
+                    counts += code_counts(output.token_ids, bare.codebook.num_embeddings)
+                guard.watch(total)
+
+            progress.step += 1
+            progress.images += run.batch_size
+            ema.update(bare)
+            if quantize:
+                usage.update(accelerator.reduce(counts, "sum"))
+                if run.revive_every and not run.freeze_encoder and progress.step % run.revive_every == 0:
+                    revive(run, bare, usage, output.latents, ema, progress)
+            bar.update()
+
+            if progress.due(run.log_every):
+                guard.check(run, progress.step)
+                log.write(progress, step_values(losses, usage, rate, grad_norm.item(), quantize))
+                bar.set_postfix(loss=f"{total.item():.3f}", images=progress.images)
+            if progress.due(run.validate_every) and accelerator.is_main_process:
+                averaged = averaged_model(bare, ema)
+                scores = tokenizer_scores(averaged, EvaluationImages(held_out, bare.image_size))
+                log.write(progress, scores.as_floats())
+                warn_of_collapse(run, scores.usage, quantize)
+            if progress.due(run.preview_every) and accelerator.is_main_process:
+                save_reconstructions(averaged_model(bare, ema), held_out, run.out / "previews", progress.step)
+            if progress.due(run.save_every):
+                guard.check(run, progress.step)
+                save_checkpoint(
+                    accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict()
+                )
+
+        if stop.requested and progress.step < run.num_steps:
+            guard.check(run, progress.step)
+            save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
+            raise KeyboardInterrupt
+    return export_tokenizer(accelerator, averaged_model(bare, ema), run, train)
+
+
+def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
+    """The network of a run: from a saved model, or new from the run's arguments.
+
+    Raises:
+        UserError: an argument contradicts the saved model or the image size.
+    """
+    wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
+    if run.from_model:
+        model = load_tokenizer(run.from_model)
+        refuse_contradictions(model, wanted, run.from_model)
+    else:
+        model = MultiScaleVQVAE(**wanted)
+    if run.image_size is not None and run.image_size != model.image_size:
+        raise UserError(
+            f"image_size must be the latent grid times the stride = {model.schedule.grid} x {model.stride} = "
+            f"{model.image_size}, got {run.image_size}. Choose a preset of that size, or end model.scale_sizes at "
+            f"image_size / {model.stride}."
+        )
+    if run.freeze_encoder:
+        for part in (model.encoder, model.quant_conv, model.codebook, model.phi):
+            part.requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's overloads miss it
+
+
+def open_splits(run: TokenizerRun, model: MultiScaleVQVAE) -> tuple[ImageSource, ImageSource]:
+    """Training and held-out images of a run."""
+    check_image_size(model.image_size, model.stride)
+    train, held_out = (
+        open_source(run.data, image_size=model.image_size, split=split, classes=run.classes, strict=run.strict)
+        for split in ("train", "val")
+    )
+    return train, held_out
+
+
+def start_codebook(
+    run: TokenizerRun, model: MultiScaleVQVAE, views: TrainingImages, ema: ExponentialMovingAverage
+) -> None:
+    """K-means start of the codebook, from the same images in every process."""
+    rows = [torch.as_tensor(views[position]["image"]) for position in range(_CODEBOOK_IMAGES)]
+    initialize_codebook(model, torch.stack(rows).to(model.codebook.weight.device), seed=run.seed)
+    ema.restart("codebook.weight", model.codebook.weight)
+
+
+def revive(
+    run: TokenizerRun,
+    model: MultiScaleVQVAE,
+    usage: CodebookUsage,
+    latents: Tensor,
+    ema: ExponentialMovingAverage,
+    progress: Progress,
+) -> None:
+    """Move dead codes onto residuals of the first process's batch, in every process alike."""
+    # not at the end: a code that has just moved needs steps to settle
+    if progress.step > 0.8 * run.num_steps:
+        return
+    dead = ~usage.used().any(dim=0)
+    moved = revive_codes(model, dead, broadcast(latents.detach().contiguous()), seed=run.seed, step=progress.step)
+    if moved:
+        ema.restart("codebook.weight", model.codebook.weight, rows=dead)
+        logger.info("step %d: revived %d of %d codes", progress.step, moved, len(dead))
+
+
+def step_values(
+    losses: dict[str, Tensor], usage: CodebookUsage, rate: float, grad_norm: float, quantize: bool
+) -> dict[str, float]:
+    """One log line of training."""
+    values = {f"train/{name}": value.item() for name, value in losses.items()}
+    values |= {"train/learning_rate": rate, "train/grad_norm": grad_norm}
+    if quantize:
+        values["train/usage"] = float(usage.used().any(dim=0).float().mean())
+        values |= {f"train/perplexity_scale{k}": float(v) for k, v in enumerate(usage.perplexity())}
+    return values
+
+
+def warn_of_collapse(run: TokenizerRun, usage: float, quantize: bool) -> None:
+    """Say in words when held-out images use too few codes."""
+    if quantize and usage < run.usage_warning:
+        logger.warning(
+            "held-out images use %.0f %% of the codes (threshold %.0f %%): the codebook is collapsing. Try more "
+            "--continuous-steps, a smaller --revive-every or a smaller --model.codebook-size.",
+            100 * usage,
+            100 * run.usage_warning,
+        )

@@ -1,0 +1,92 @@
+"""How much of the codebook a tokenizer uses, per scale, as a moving average over training steps."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from isthmus.errors import UserError
+from isthmus.functional.shapes import TokenPyramid
+
+_USED_SHARE = 0.08
+
+
+def code_counts(token_ids: TokenPyramid, codebook_size: int) -> Float[Tensor, "scales k"]:
+    """How often each code was chosen at each scale. With several processes, sum these before `update`.
+
+    >>> code_counts([torch.tensor([[2]]), torch.tensor([[0, 0, 1, 2]])], 3).tolist()
+    [[0.0, 0.0, 1.0], [2.0, 1.0, 1.0]]
+    """
+    return torch.stack([torch.bincount(ids.flatten(), minlength=codebook_size).float() for ids in token_ids])
+
+
+class CodebookUsage:
+    """Moving average of the hits per step of every code, one row per scale.
+
+    The average is free of the bias towards its zero start: after `step` updates it is divided by
+    1 - decay ** step, so the first step already gives the hits of that step.
+
+    Args:
+        num_scales: rows.
+        codebook_size: columns.
+        decay: share of the average that one update keeps, in [0, 1).
+        device: where the average lives.
+
+    >>> usage = CodebookUsage(num_scales=1, codebook_size=4)
+    >>> usage.update(code_counts([torch.tensor([[0, 0, 1, 1]])], 4))
+    >>> usage.perplexity().tolist(), usage.share_used().tolist()
+    ([2.0], [0.5])
+    """
+
+    def __init__(self, num_scales: int, codebook_size: int, *, decay: float = 0.99, device: torch.device | str = "cpu"):
+        self.decay = decay
+        self.step = 0
+        self._average = torch.zeros(num_scales, codebook_size, device=device)
+
+    @torch.no_grad()
+    def update(self, counts: Float[Tensor, "scales k"]) -> None:
+        """Count one training step; `counts` from `code_counts`, summed over processes."""
+        self._average.lerp_(counts.to(self._average.device), 1 - self.decay)
+        self.step += 1
+
+    def hits(self) -> Float[Tensor, "scales k"]:
+        """Average hits per step; zeros before the first update."""
+        return self._average / (1 - self.decay**self.step) if self.step else self._average.clone()
+
+    def perplexity(self) -> Float[Tensor, " scales"]:
+        """exp(entropy) of the codes of each scale: 1 (one code) to codebook_size (all alike); 1 before any update."""
+        hits = self.hits()
+        shares = hits / hits.sum(dim=1, keepdim=True).clamp_min(torch.finfo(hits.dtype).tiny)
+        return torch.special.entr(shares).sum(dim=1).exp()
+
+    def used(self) -> Bool[Tensor, "scales k"]:
+        """Codes with at least 8 % of the hits that they would have if all codes of that scale were hit alike.
+
+        The threshold of a scale is proportional to its tokens: a 1 x 1 scale is not dead for having few.
+        """
+        hits = self.hits()
+        threshold = _USED_SHARE * hits.mean(dim=1, keepdim=True)
+        return (hits >= threshold) & (hits > 0)
+
+    def share_used(self) -> Float[Tensor, " scales"]:
+        """Share of the codebook in use at each scale, in [0, 1]."""
+        return self.used().float().mean(dim=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Average and step counter, for a checkpoint."""
+        return {"average": self._average.clone(), "step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            UserError: the state belongs to another number of scales or codes, or lacks an entry.
+        """
+        found = {key: tuple(value.shape) for key, value in state.items()}
+        expected = {"average": tuple(self._average.shape), "step": ()}
+        if found != expected:
+            raise UserError(
+                f"codebook usage must have the entries {expected}, got {found}. "
+                "Resume with the scale_sizes and codebook_size of the checkpoint."
+            )
+        self._average.copy_(state["average"])
+        self.step = int(state["step"])

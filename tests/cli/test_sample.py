@@ -1,0 +1,153 @@
+import json
+import resource
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from isthmus.generation.step import token_hashes
+from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image, is_out_of_memory
+from tests.pipelines.tiny import tiny_pipeline
+
+
+def manifest(folder):
+    return json.loads((folder / "samples.json").read_text())
+
+
+def hashes(folder):
+    return [row["token_ids_sha256"] for row in manifest(folder)["images"]]
+
+
+def test_images_do_not_depend_on_the_batch_size(isthmus, model, tmp_path):
+    for size in (1, 3, 64):
+        out = tmp_path / f"by{size}"
+        result = isthmus("sample", model, "--num", 7, "--seed", 5, "--out", out, "--batch-size", size)
+        assert result.code == 0 and "7 images" in result.err and result.out == ""
+    assert hashes(tmp_path / "by1") == hashes(tmp_path / "by3") == hashes(tmp_path / "by64")
+    assert len(set(hashes(tmp_path / "by1"))) > 1
+
+
+def test_an_image_says_how_to_draw_it_again(isthmus, model, tmp_path):
+    words = (
+        "--classes",
+        "flag,0,null",
+        "--guidance",
+        "linear:1:3",
+        "--top-k",
+        5,
+        "--top-p",
+        "off",
+        "--temperature",
+        0.9,
+    )
+    assert isthmus("sample", model, "--num", 4, "--out", tmp_path / "o", *words).code == 0
+    with Image.open(tmp_path / "o" / "000003.png") as image:
+        text = image.info
+    assert (text["label"], text["seed"], text["index"]) == ("flag", "0", "3")
+    pipe = load_pipeline(model)
+    assert text["model"] == pipe.fingerprint
+    options = pipe.defaults.from_dict(json.loads(text["settings"])["sampling"])
+    again = pipe(text["label"], seed=int(text["seed"]), image_index=int(text["index"]), **vars(options))
+    assert token_hashes(again.token_ids) == [text["token_ids_sha256"]]
+    assert [row["label"] for row in manifest(tmp_path / "o")["images"]] == ["flag", "face", "null", "flag"]
+
+
+def test_grid_and_strip(isthmus, model, tmp_path):
+    assert isthmus("sample", model, "--num", 6, "--out", tmp_path / "o", "--grid", "--strip").code == 0
+    with Image.open(tmp_path / "o" / "grid.png") as grid, Image.open(tmp_path / "o" / "strip.png") as strip:
+        assert grid.height == 3 * 66 and grid.width > 2 * 66
+        assert strip.height > 6 * 66 and strip.width > 3 * 66
+    assert isthmus("sample", model, "--classes", "face", "--num", 9, "--out", tmp_path / "one", "--grid").code == 0
+    with Image.open(tmp_path / "one" / "grid.png") as grid:
+        assert grid.height == 2 * 66
+
+
+def test_running_again_draws_what_is_missing_and_overwrites_nothing(isthmus, refused, model, tmp_path):
+    out = tmp_path / "o"
+    assert isthmus("sample", model, "--num", 5, "--out", out).code == 0
+    before = hashes(out)
+    (out / "000002.png").unlink()
+    (out / "000003.png").write_bytes((out / "000003.png").read_bytes()[:40])
+    untouched = (out / "000001.png").stat().st_mtime_ns
+    assert "(2 drawn now)" in isthmus("sample", model, "--num", 5, "--out", out).err
+    assert hashes(out) == before and (out / "000001.png").stat().st_mtime_ns == untouched
+    assert "(3 drawn now)" in isthmus("sample", model, "--num", 8, "--out", out).err
+    assert hashes(out)[:5] == before
+    assert "(0 drawn now)" in isthmus("sample", model, "--num", 2, "--out", out).err and len(hashes(out)) == 8
+    assert "seed" in refused("sample", model, "--num", 5, "--out", out, "--seed", 1)
+    assert "sampling" in refused("sample", model, "--num", 5, "--out", out, "--guidance", 1)
+    assert hashes(out)[:5] == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert "folder of samples" in refused("sample", model, "--out", tmp_path / "mine")
+    (out / "samples.json").write_text("{")
+    assert "cannot be read" in refused("sample", model, "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--classes fcae", "Did you mean face"),
+        ("--classes 3", "0..2"),
+        ("--classes=-1", "0..2"),
+        ("--top-k 0", "top_k"),
+        ("--top-k 17", "1..16"),
+        ("--top-p 1.5", "top_p"),
+        ("--temperature 0", "temperature"),
+        ("--guidance nan", "finite"),
+        ("--guidance strong", "linear:START:END"),
+        ("--guidance 1,2", "one value per step (3)"),
+        ("--num 0", "--num"),
+        ("--seed=-1", "--seed"),
+        ("--batch-size 0", "--batch-size"),
+        ("--device cuda:99", "present here"),
+    ],
+)
+def test_bad_arguments_write_nothing(refused, model, tmp_path, words, said):
+    assert said in refused("sample", model, "--out", tmp_path / "o", *words.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_none(refused, model, tmp_path):
+    assert "does not exist" in refused("sample", tmp_path / "nowhere", "--out", tmp_path / "o")
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "truncated" in refused("sample", broken, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_unlabelled_models(isthmus, refused, tmp_path):
+    tiny_pipeline(num_classes=0).save_pretrained(tmp_path / "model")
+    assert isthmus("sample", tmp_path / "model", "--num", 2, "--out", tmp_path / "o", "--grid").code == 0
+    assert "no classes" in refused("sample", tmp_path / "model", "--classes", "face", "--out", tmp_path / "p")
+    assert "nothing to guide" in refused("sample", tmp_path / "model", "--guidance", 2, "--out", tmp_path / "p")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_files(refused, model, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # every longer file fails, as on a full disk
+    try:
+        assert "Free some space" in refused("sample", model, "--num", 2, "--out", tmp_path / "o")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in (tmp_path / "o").iterdir()] == []
+
+
+def test_quiet_says_nothing(isthmus, model, tmp_path):
+    assert isthmus("-q", "sample", model, "--num", 1, "--out", tmp_path / "o").err == ""
+
+
+def test_the_memory_estimate_knows_its_networks():
+    small, pipe = tiny_pipeline(), tiny_pipeline(scale_attention="causal")
+    assert 1 <= batch_size_that_fits(pipe, guided=True) <= 64
+    assert (
+        bytes_per_image(pipe, guided=True)
+        >= bytes_per_image(pipe, guided=False)
+        >= bytes_per_image(small, guided=False)
+    )
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(failure.value) and not is_out_of_memory(RuntimeError("shapes differ"))

@@ -1,0 +1,174 @@
+"""Every odd file format comes out as the colour that was put in."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from isthmus.data.decode import UnreadableImage, decode_image
+
+ORANGE = (240, 120, 20)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def colour(data: bytes) -> tuple[int, ...]:
+    """The colour in the middle of a plain image."""
+    pixels = decode_image(data)
+    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.flags.c_contiguous
+    return tuple(int(value) for value in pixels[pixels.shape[0] // 2, pixels.shape[1] // 2])
+
+
+def near(found: tuple[int, ...], wanted: tuple[int, ...], tolerance: int = 3) -> bool:
+    return all(abs(a - b) <= tolerance for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG"])
+def test_plain_colour_survives_every_format(kind):
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    assert near(colour(encoded(Image.new("RGB", (16, 16), ORANGE), kind, **options)), ORANGE)
+
+
+def test_grey_is_repeated_over_the_channels():
+    assert colour(encoded(Image.new("L", (8, 8), 77), "PNG")) == (77, 77, 77)
+    assert colour(encoded(Image.new("1", (8, 8), 1), "PNG")) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("alpha, wanted", [(0, (255, 255, 255)), (255, ORANGE), (128, (247, 187, 137))])
+def test_alpha_is_composited_on_white(alpha, wanted):
+    assert near(colour(encoded(Image.new("RGBA", (8, 8), (*ORANGE, alpha)), "PNG")), wanted, 1)
+
+
+def test_grey_with_alpha():
+    # 100 at half opacity on white: 255 - 128/255 * 155 = 177
+    assert near(colour(encoded(Image.new("LA", (8, 8), (100, 128)), "PNG")), (177, 177, 177), 1)
+
+
+def test_transparent_colours_without_an_alpha_channel():
+    assert colour(encoded(Image.new("RGB", (8, 8), ORANGE), "PNG", transparency=ORANGE)) == (255, 255, 255)
+    assert colour(encoded(Image.new("L", (8, 8), 9), "PNG", transparency=9)) == (255, 255, 255)
+
+
+def test_palette_with_and_without_transparency():
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, *ORANGE])
+    assert colour(encoded(image, "PNG")) == ORANGE
+    assert colour(encoded(image, "PNG", transparency=1)) == (255, 255, 255)
+    assert near(colour(encoded(image, "PNG", transparency=bytes([255, 128]))), (247, 187, 137), 1)
+    assert colour(encoded(image, "GIF")) == ORANGE
+
+
+def test_cmyk():
+    # no ink is white, full magenta and yellow is red
+    assert colour(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF")) == (255, 0, 0)
+    assert near(colour(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG", quality=95)), (255, 255, 255))
+    assert near(colour(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)), (254, 0, 0))
+
+
+@pytest.mark.parametrize("value, wanted", [(0, 0), (65535, 255), (32896, 128), (257 * 77, 77)])
+def test_16_bit_grey_is_scaled_not_clipped(value, wanted):
+    grey = np.full((8, 8), value, dtype=np.uint16)
+    assert colour(encoded(Image.fromarray(grey), "PNG")) == (wanted,) * 3
+    assert colour(encoded(Image.fromarray(grey), "TIFF")) == (wanted,) * 3
+    assert colour(encoded(Image.fromarray(grey.astype(np.int32)), "TIFF")) == (wanted,) * 3
+
+
+def test_16_bit_colour_png():
+    # Pillow cannot write it, so it is written by hand: one row per line, filter byte 0
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    row = b"\0" + np.array([value * 257 for value in ORANGE] * 8, dtype=">u2").tobytes()
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
+    assert colour(data) == ORANGE
+
+
+def test_float_grey_has_white_at_one():
+    assert colour(encoded(Image.fromarray(np.full((8, 8), 0.2, dtype=np.float32)), "TIFF")) == (51, 51, 51)
+    with pytest.raises(UnreadableImage, match="outside 0..1"):
+        decode_image(encoded(Image.fromarray(np.full((8, 8), 3.5, dtype=np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_animation_gives_its_first_frame(kind):
+    frames = [Image.new("RGB", (8, 8), shade) for shade in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert colour(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    # the corner that a viewer sees at the top left must be white, wherever it is stored
+    upright = np.zeros((16, 32, 3), dtype=np.uint8)
+    upright[:8, :16] = 255
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+    stored = Image.fromarray(upright)
+    if undo is not None:
+        stored = stored.transpose(Image.Transpose(undo))
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(encoded(stored, "PNG", exif=tags)), upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_leaves_the_pixels():
+    data = encoded(Image.new("RGB", (8, 8), ORANGE), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert colour(data) == ORANGE
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_truncated_files_are_refused(kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, kind)
+    decode_image(data)
+    with pytest.raises(UnreadableImage):
+        decode_image(data[: len(data) // 2])
+
+
+def test_foreign_and_empty_files_are_refused():
+    with pytest.raises(UnreadableImage, match="empty"):
+        decode_image(b"")
+    with pytest.raises(UnreadableImage, match="not an image"):
+        decode_image(b"<html>404</html>" * 9)
+
+
+def test_absurd_sizes_are_refused_from_the_header():
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    for side in (10_000, 30_000):  # the second is above Pillow's own limits, too
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+        with pytest.raises(UnreadableImage, match="limit"):
+            decode_image(bomb)
+    with pytest.raises(UnreadableImage, match="16 x 16"):
+        decode_image(encoded(Image.new("RGB", (16, 16)), "PNG"), max_pixels=255)
+
+
+@given(data=st.data())
+def test_damage_anywhere_is_an_image_or_a_refusal(data):
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]))
+    whole = bytearray(encoded(Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert decode_image(bytes(whole)).ndim == 3
+    except UnreadableImage as error:
+        assert str(error)
+
+
+def test_the_same_picture_from_a_file_with_a_wrong_suffix(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.new("RGB", (8, 8), ORANGE), "BMP"))
+    assert colour(path.read_bytes()) == ORANGE

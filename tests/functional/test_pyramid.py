@@ -1,0 +1,112 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.errors import UserError
+from isthmus.functional.pyramid import (
+    ScaleSchedule,
+    area_downsample,
+    bicubic_upsample,
+    default_phi_indices,
+    nats_to_bits,
+)
+
+SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=8, unique=True).map(sorted)
+
+
+@given(SIZES)
+def test_lengths_and_offsets_agree(sizes):
+    schedule = ScaleSchedule(tuple(sizes), (0,) * len(sizes))
+    assert schedule.grid == sizes[-1] and schedule.num_scales == len(sizes)
+    assert schedule.offsets[0] == 0 and schedule.offsets[-1] == schedule.num_tokens == sum(s * s for s in sizes)
+    assert [b - a for a, b in zip(schedule.offsets, schedule.offsets[1:], strict=False)] == list(schedule.lengths)
+
+
+@given(SIZES, st.integers(1, 6))
+def test_phi_indices_rise_and_stay_in_range(sizes, num_phi):
+    phi = default_phi_indices(len(sizes), num_phi)
+    assert len(phi) == len(sizes) and list(phi) == sorted(phi)
+    assert 0 <= min(phi) and max(phi) < num_phi
+
+
+@given(SIZES, st.data())
+def test_a_derived_schedule_keeps_sides_and_phi(sizes, data):
+    parent = ScaleSchedule(tuple(sizes), tuple(range(len(sizes))))
+    kept = sorted(data.draw(st.sets(st.sampled_from(sizes))) | {sizes[-1]})
+    derived = parent.derive(kept)
+    assert derived.sizes == tuple(kept)
+    assert [parent.sizes[i] for i in derived.phi_indices] == kept
+    assert derived.derive(kept) == derived and parent.derive(parent.sizes) == parent
+
+
+def test_derive_takes_given_phi_for_new_sides():
+    assert ScaleSchedule((1, 4), (0, 1)).derive((2, 4), phi_indices=(1, 1)) == ScaleSchedule((2, 4), (1, 1))
+
+
+@pytest.mark.parametrize(
+    "sizes, phi, message",
+    [
+        ((), (), "increase"),
+        ((0, 1), (0, 0), "positive"),
+        ((2, 1), (0, 0), "increase"),
+        ((1, 1), (0, 0), "increase"),
+        ((1, 2), (0,), "one non-negative integer per scale"),
+        ((1, 2), (0, -1), "one non-negative integer per scale"),
+    ],
+)
+def test_schedules_that_make_no_sense(sizes, phi, message):
+    with pytest.raises(UserError, match=message):
+        ScaleSchedule(sizes, phi)
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 2), (1, 8)])
+def test_a_derived_schedule_ends_at_the_grid(sizes):
+    with pytest.raises(UserError, match="must end at 4"):
+        ScaleSchedule((1, 2, 4), (0, 1, 2)).derive(sizes)
+
+
+def test_an_unknown_side_needs_phi():
+    with pytest.raises(UserError, match=r"no side \[3\]"):
+        ScaleSchedule((1, 2, 4), (0, 1, 2)).derive((1, 3, 4))
+
+
+def test_area_averages_overlapping_windows():
+    # 5 rows to 3: bin i covers rows floor(5 i / 3) .. ceil(5 (i + 1) / 3) - 1, here 0-1, 1-3, 3-4
+    rows = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    found = area_downsample(rows[None, None, :, None].expand(1, 1, 5, 5), 3)
+    torch.testing.assert_close(found[0, 0, :, 0], torch.tensor([0.5, 2.0, 3.5]))
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 7])
+def test_a_constant_map_stays_constant(side):
+    constant = torch.full((2, 3, 7, 7), 1.5)
+    small = area_downsample(constant, side)
+    assert small.shape == (2, 3, side, side)
+    torch.testing.assert_close(small, torch.full_like(small, 1.5))
+    torch.testing.assert_close(bicubic_upsample(small, 7), constant)
+
+
+def test_the_same_side_is_the_same_tensor():
+    features = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert area_downsample(features, 4) is features
+    assert bicubic_upsample(features, 4) is features
+
+
+def test_bicubic_of_a_step_overshoots_with_a_three_quarters():
+    # half-pixel centres: output 0 of 2 -> 4 lies at -0.25, a = -0.75 weighs [edge, edge, x0, x1] at distances
+    # 1.75, 0.75, 0.25, 1.25 of clamped neighbours (x0, x0, x0, x1)
+    def weight(t, a=-0.75):
+        t = abs(t)
+        if t <= 1:
+            return (a + 2) * t**3 - (a + 3) * t**2 + 1
+        return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+
+    image = torch.tensor([[0.0, 1.0], [0.0, 1.0]])[None, None]
+    assert float(bicubic_upsample(image, 4)[0, 0, 0, 0]) == pytest.approx(weight(1.25), abs=1e-6)
+
+
+def test_bits():
+    assert nats_to_bits(math.log(1024)) == pytest.approx(10)

@@ -1,0 +1,164 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from isthmus.errors import UserError
+from isthmus.functional.draws import token_uniforms
+from isthmus.functional.guidance import GuidanceSchedule, guidance_values
+from isthmus.functional.sampling import draw_tokens, filter_logits
+from isthmus.generation.next_scale import generate_scales, shared_schedule
+from isthmus.generation.options import SamplingOptions
+from isthmus.generation.step import token_hashes
+from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.models.next_scale_transformer import NextScaleTransformer
+from tests.pipelines.tiny import tiny_pipeline
+
+SEEDS = [(7, i) for i in range(5)]
+LABELS = torch.tensor([0, 2, 3, 1, 0])
+
+
+def tokens_of(pipe, options, labels=LABELS, seeds=SEEDS):
+    scales = generate_scales(pipe.image_tokenizer, pipe.transformer, labels, seeds, options)
+    return [scale.token_ids for scale in scales]
+
+
+@torch.no_grad()
+def tokens_by_definition(pipe, guidance, labels, seeds, **filters):
+    """Teacher-forced from the start at every scale, both halves at every scale: slow and plain."""
+    tokenizer, transformer = pipe.image_tokenizer, pipe.transformer
+    null = torch.full_like(labels, transformer.null_class_id)
+    drawn = []
+    for k, scale_value in enumerate(guidance_values(guidance, len(tokenizer.schedule.sizes))):
+        known = drawn + [torch.zeros(len(labels), n, dtype=torch.long) for n in tokenizer.schedule.lengths[k:]]
+        inputs = tokenizer.scale_inputs(known)
+        cut = slice(tokenizer.schedule.offsets[k], tokenizer.schedule.offsets[k + 1])
+        cond, uncond = (transformer(ids, inputs).logits[:, cut] for ids in (labels, null))
+        logits = filter_logits(uncond + scale_value * (cond - uncond), **filters)
+        drawn.append(draw_tokens(logits, token_uniforms(seeds, k, tokenizer.schedule.lengths[k])))
+    return drawn
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+@pytest.mark.parametrize(
+    "guidance", [1.0, 2.0, GuidanceSchedule("linear", 1.0, 4.0), (1.0, 3.0, 1.0), (2.0, 1.0, 1.0), (2.0, 1.0, 0.0)]
+)
+def test_cache_and_left_out_null_rows_change_nothing(attention, guidance):
+    pipe = tiny_pipeline(scale_attention=attention)
+    drawn = tokens_of(pipe, SamplingOptions(guidance_scale=guidance, top_k=9, top_p=0.95))
+    expected = tokens_by_definition(pipe, guidance, LABELS, SEEDS, top_k=9, top_p=0.95)
+    for ours, plain in zip(drawn, expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_an_image_depends_on_its_own_seed_alone(attention, smooth):
+    pipe = tiny_pipeline(scale_attention=attention)
+    options = SamplingOptions(guidance_scale=2.0, top_k=9, top_p=0.9, temperature=1.2, smooth=smooth)
+
+    def draw(rows):
+        labels, seeds = LABELS[rows], [SEEDS[i] for i in rows]
+        scales = list(generate_scales(pipe.image_tokenizer, pipe.transformer, labels, seeds, options))
+        return [s.token_ids for s in scales], pipe.image_tokenizer.decode_features(scales[-1].features)
+
+    together, images = draw([0, 1, 2, 3, 4])
+    for order in ([4, 2, 0, 1, 3], [3], [1, 0]):
+        tokens, pictures = draw(order)
+        for ours, theirs in zip(tokens, together, strict=True):
+            assert torch.equal(ours, theirs[order])
+        assert_close(pictures, images[order], atol=1e-4, rtol=0)
+
+
+def test_guidance_of_one_is_no_guidance_and_whole_filters_are_none():
+    pipe = tiny_pipeline()
+    plain = tokens_of(pipe, SamplingOptions())
+    for same in (
+        SamplingOptions(top_k=16),
+        SamplingOptions(top_p=1.0),
+        SamplingOptions(guidance_scale=(1.0, 1.0, 1.0)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(plain, tokens_of(pipe, same), strict=True))
+    guided = tokens_of(pipe, SamplingOptions(guidance_scale=3.0))
+    assert not all(torch.equal(a, b) for a, b in zip(plain, guided, strict=True))
+
+
+def test_top_k_of_one_is_greedy_whatever_the_seed():
+    pipe = tiny_pipeline()
+    labels = LABELS[:1]
+    first = tokens_of(pipe, SamplingOptions(top_k=1), labels, [(1, 0)])
+    second = tokens_of(pipe, SamplingOptions(top_k=1), labels, [(2, 9)])
+    assert token_hashes(first) == token_hashes(second)
+
+
+def test_temperature_near_zero_is_greedy():
+    pipe = tiny_pipeline()
+    cold = tokens_of(pipe, SamplingOptions(temperature=1e-4))
+    assert token_hashes(cold) == token_hashes(tokens_of(pipe, SamplingOptions(top_k=1)))
+
+
+def test_null_labels_are_not_guided():
+    pipe = tiny_pipeline()
+    labels = torch.full((2,), pipe.transformer.null_class_id)
+    plain, guided = (tokens_of(pipe, SamplingOptions(guidance_scale=s), labels, SEEDS[:2]) for s in (1.0, 4.0))
+    assert token_hashes(plain) == token_hashes(guided)
+
+
+def test_smooth_changes_features_after_scale_0_but_draws_tokens_all_the_same():
+    pipe = tiny_pipeline()
+    hard, soft = (
+        list(generate_scales(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, SamplingOptions(smooth=smooth)))
+        for smooth in (False, True)
+    )
+    assert torch.equal(hard[0].token_ids, soft[0].token_ids)
+    assert not torch.allclose(hard[-1].features, soft[-1].features)
+
+
+def test_bf16_weights_keep_fp32_sums():
+    pipe = tiny_pipeline(scale_attention="causal")
+    pipe.to(torch.bfloat16)
+    options = SamplingOptions(guidance_scale=2.0, top_p=0.9, smooth=True)
+    scales = list(generate_scales(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options))
+    assert scales[-1].features.dtype == torch.float32
+
+
+def tokenizer_and_prior(sizes, prior_sizes, **changed):
+    tokenizer = MultiScaleVQVAE(
+        codebook_size=16,
+        codebook_dim=4,
+        scale_sizes=sizes,
+        base_channels=32,
+        channel_multipliers=(1,),
+        num_res_blocks=1,
+    )
+    shape = {"codebook_size": 16, "codebook_dim": 4} | changed
+    prior = NextScaleTransformer(scale_sizes=prior_sizes, width=16, num_layers=1, num_heads=2, num_classes=2, **shape)
+    return tokenizer, prior
+
+
+def test_a_prior_on_some_of_the_scales_uses_their_phi():
+    tokenizer, prior = tokenizer_and_prior((1, 2, 3, 4), (1, 3, 4))
+    schedule = shared_schedule(tokenizer, prior)
+    assert schedule.sizes == (1, 3, 4)
+    assert schedule.phi_indices == tuple(tokenizer.schedule.phi_indices[k] for k in (0, 2, 3))
+    options = SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1.0, 2.0))
+    scales = list(generate_scales(tokenizer, prior, torch.tensor([1]), [(0, 0)], options))
+    assert [s.token_ids.shape[1] for s in scales] == [1, 9, 16]
+
+
+@pytest.mark.parametrize(
+    ("prior_sizes", "changed", "said"),
+    [
+        ((1, 2), {}, "scale_sizes"),
+        ((1, 2, 4), {"codebook_size": 8}, "codebook_size"),
+        ((1, 2, 4), {"codebook_dim": 8}, "codebook_dim"),
+    ],
+)
+def test_strangers_are_refused(prior_sizes, changed, said):
+    with pytest.raises(UserError, match=said):
+        shared_schedule(*tokenizer_and_prior((1, 2, 3, 4), prior_sizes, **changed))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 17}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}])
+def test_filters_out_of_range_are_refused(options):
+    with pytest.raises(UserError):
+        tokens_of(tiny_pipeline(), SamplingOptions(**options))

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+from isthmus.errors import UserError
+from isthmus.functional.guidance import GuidanceSchedule
+from isthmus.generation.next_scale import null_row_scales
+from isthmus.generation.options import FOLDER_DEFAULT, SamplingOptions, guidance_on, parse_guidance
+
+
+@pytest.mark.parametrize("guidance", [1, 2.5, [1.0, 2.0, 3.0], GuidanceSchedule("cosine", 1.0, 4.0, 1)])
+def test_options_survive_json(guidance):
+    options = SamplingOptions(guidance_scale=guidance, top_k=5, top_p=0.9, temperature=0.7, smooth=True)
+    assert SamplingOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(UserError, match="'topk'"):
+        SamplingOptions.from_dict({"topk": 3})
+
+
+def test_none_turns_off_and_the_folder_default_stays():
+    saved = SamplingOptions(top_k=9, top_p=0.9)
+    assert saved.override(top_k=None, top_p=FOLDER_DEFAULT) == SamplingOptions(top_p=0.9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), [1.0, float("nan")]])
+def test_guidance_must_be_finite(bad):
+    with pytest.raises(UserError, match="finite"):
+        SamplingOptions(guidance_scale=bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1.5", 1.5),
+        ("linear:1:2.5", GuidanceSchedule("linear", 1.0, 2.5)),
+        ("cosine:1:4:2", GuidanceSchedule("cosine", 1.0, 4.0, 2)),
+        ("1,2,3", (1.0, 2.0, 3.0)),
+    ],
+)
+def test_guidance_as_text(text, value):
+    assert parse_guidance(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "two", "linear", "linear:1", "square:1:2", "nan", "linear:1:nan", "1,x"])
+def test_other_text_is_no_guidance(text):
+    with pytest.raises(UserError):
+        SamplingOptions(guidance_scale=parse_guidance(text))
+
+
+def test_a_shortened_schedule_is_guided_as_its_parent_is_at_every_side():
+    parent = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    schedule = GuidanceSchedule("linear", 1.0, 10.0)
+    assert guidance_on(schedule, (1, 3, 5, 8, 13, 16), parent) == (1.0, 3.0, 5.0, 7.0, 9.0, 10.0)
+    assert guidance_on(2.0, (1, 16), parent) == (2.0, 2.0)
+    assert guidance_on((1.0, 3.0), (1, 16), parent) == (1.0, 3.0)
+
+
+def test_where_null_rows_run():
+    guidance = (1.0, 1.0, 2.0, 1.0, 3.0, 1.0)
+    assert null_row_scales(guidance, markov=True) == (False, False, True, False, True, False)
+    assert null_row_scales(guidance, markov=False) == (True, True, True, True, True, False)
+    assert null_row_scales((1.0, 1.0), markov=False) == (False, False)

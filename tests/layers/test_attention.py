@@ -1,0 +1,113 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.layers.attention import (
+    MAX_LOG_SCALE,
+    KeyValueCache,
+    MultiHeadAttention,
+    causal_attention,
+    markov_attention,
+    scale_causal_mask,
+)
+
+LENGTHS = st.lists(st.integers(1, 8), min_size=1, max_size=5)
+
+
+def heads(tokens: int, seed: int = 0, batch: int = 2) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, 3, tokens, 4, generator=generator) for _ in range(3))
+
+
+def markov_mask(lengths):
+    return torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
+
+
+@given(LENGTHS)
+def test_markov_attention_is_attention_under_a_block_mask(lengths):
+    q, k, v = heads(sum(lengths))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=markov_mask(lengths), scale=0.7)
+    torch.testing.assert_close(markov_attention(lengths)(q, k, v, 0.7), expected)
+
+
+@given(LENGTHS)
+def test_causal_attention_is_attention_under_a_staircase_mask(lengths):
+    q, k, v = heads(sum(lengths))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=scale_causal_mask(lengths), scale=0.7)
+    torch.testing.assert_close(causal_attention(lengths)(q, k, v, 0.7), expected)
+
+
+def test_long_scales_are_cut_where_short_ones_are_grouped():
+    lengths = (1, 4, 9, 16, 25, 36, 64, 100)
+    q, k, v = heads(sum(lengths), batch=1)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=scale_causal_mask(lengths), scale=0.5)
+    torch.testing.assert_close(causal_attention(lengths)(q, k, v, 0.5), expected)
+
+
+@pytest.mark.parametrize("attention, mask", [(markov_attention, markov_mask), (causal_attention, scale_causal_mask)])
+def test_gradients_are_those_of_masked_attention(attention, mask):
+    lengths = (1, 4, 9, 64, 70)
+    tensors = [t.requires_grad_() for t in heads(sum(lengths), batch=1)]
+    weights = heads(sum(lengths), seed=1, batch=1)[0]
+    masked = F.scaled_dot_product_attention(*tensors, attn_mask=mask(lengths), scale=0.5)
+    expected = torch.autograd.grad((masked * weights).sum(), tensors)
+    found = torch.autograd.grad((attention(lengths)(*tensors, 0.5) * weights).sum(), tensors)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_masks_by_hand():
+    assert scale_causal_mask([1, 2, 1]).int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@given(LENGTHS)
+def test_cached_attention_is_causal_attention(lengths):
+    q, k, v = heads(sum(lengths))
+    cache = KeyValueCache(1, 2, 3, sum(lengths), 4, device=torch.device("cpu"), dtype=torch.float32)
+    parts = []
+    for new in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True):
+        parts.append(cache.attention(0)(*new, 0.7))
+        cache.advance(new[0].shape[2])
+    assert cache.length == sum(lengths)
+    torch.testing.assert_close(torch.cat(parts, dim=2), causal_attention(lengths)(q, k, v, 0.7))
+
+
+@pytest.mark.parametrize("l2_attention", [False, True])
+def test_projections_by_hand(l2_attention):
+    torch.manual_seed(0)
+    width, num_heads = 8, 2
+    attention = MultiHeadAttention(width, num_heads, l2_attention=l2_attention)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 3, width)
+    q, k, v = F.linear(x, attention.qkv.weight).chunk(3, dim=-1)
+    q, v = q + attention.q_bias, v + attention.v_bias  # keys have no bias
+    mixed = torch.zeros(2, 3, width)
+    for image, head in itertools.product(range(2), range(num_heads)):
+        own = slice(head * 4, head * 4 + 4)
+        one_q, one_k = q[image, :, own], k[image, :, own]
+        if l2_attention:
+            factor = attention.log_scale[0, head].clamp(max=MAX_LOG_SCALE).exp()
+            scores = factor * F.normalize(one_q, dim=-1) @ F.normalize(one_k, dim=-1).T
+        else:
+            scores = 0.25 / math.sqrt(4) * one_q @ one_k.T
+        mixed[image, :, own] = scores.softmax(dim=-1) @ v[image, :, own]
+    torch.testing.assert_close(attention(x, markov_attention([3])), attention.proj(mixed))
+
+
+def test_temperature_is_clamped_at_a_hundred():
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(4, 1, l2_attention=True)
+    x = torch.randn(1, 3, 4)
+    outputs = []
+    for log_scale in (MAX_LOG_SCALE, 9.0, 3.0):
+        torch.nn.init.constant_(attention.log_scale, log_scale)
+        outputs.append(attention(x, markov_attention([3])))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+    assert math.exp(MAX_LOG_SCALE) == pytest.approx(100)

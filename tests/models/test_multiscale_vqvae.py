@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from isthmus.errors import UserError
+from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from tests.testers import TokenizerLaws, randomized
+
+ARGUMENTS = {
+    "codebook_size": 24,
+    "codebook_dim": 4,
+    "scale_sizes": (1, 2, 3, 4),
+    "base_channels": 32,
+    "channel_multipliers": (1, 1),
+    "num_res_blocks": 1,
+}
+
+
+def images(batch: int, side: int) -> torch.Tensor:
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def build(**changes) -> MultiScaleVQVAE:
+    return randomized(MultiScaleVQVAE(**ARGUMENTS | changes))
+
+
+class TestMultiScaleVQVAE(TokenizerLaws):
+    @pytest.fixture(
+        params=[
+            {},
+            {"normalize_codes": True, "num_phi": 1},
+            {"phi_indices": (3, 2, 1, 0), "channel_multipliers": (1,), "commitment_weight": 1.0},
+            {"scale_sizes": (4,), "num_phi": 1},
+            {"scale_sizes": (2, 4), "num_phi": 2},
+        ],
+        ids=["plain", "cosine", "own-phi", "one-scale", "from-two"],
+    )
+    def model(self, request):
+        return build(**request.param)
+
+    @pytest.fixture
+    def inputs(self, model):
+        return (images(3, model.image_size),)
+
+
+def test_derived_schedule_keeps_the_phi_of_every_side():
+    tokenizer = build(phi_indices=(0, 3, 1, 2))
+    latents = tokenizer.latents(images(2, 8))
+    derived = tokenizer.schedule.derive((1, 3, 4))
+    assert derived.phi_indices == (0, 1, 2)
+    token_ids = tokenizer.requantize(latents, derived)
+    assert [ids.shape[1] for ids in token_ids] == [1, 9, 16]
+    # the same weights under a schedule of their own give the same tokens, features and inputs
+    other = MultiScaleVQVAE(**ARGUMENTS | {"scale_sizes": (1, 3, 4), "phi_indices": (0, 1, 2)})
+    other.load_state_dict(tokenizer.state_dict())
+    assert all(map(torch.equal, token_ids, other.requantize(latents)))
+    assert torch.equal(tokenizer.features_up_to(token_ids, 2, derived), other.features_up_to(token_ids, 2))
+    assert torch.equal(tokenizer.scale_inputs(token_ids, derived), other.scale_inputs(token_ids))
+
+
+def test_features_of_fewer_scales_are_the_features_on_the_way():
+    tokenizer = build()
+    token_ids = tokenizer.encode(images(2, 8)).token_ids
+    for scale in range(4):
+        fewer = tokenizer.features_up_to(token_ids[: scale + 1], scale)
+        assert torch.equal(fewer, tokenizer.features_up_to(token_ids, scale))
+    assert torch.equal(
+        tokenizer.decode(token_ids[:2]), tokenizer.decode_features(tokenizer.features_up_to(token_ids, 1))
+    )
+
+
+def test_a_code_on_the_grid_is_found_again():
+    # one scale and no phi: the features are codes, and the nearest code of a code is itself
+    tokenizer = build(scale_sizes=(4,), phi_ratio=0.0)
+    token_ids = [torch.randint(24, (2, 16), generator=torch.Generator().manual_seed(0))]
+    features = tokenizer.features_up_to(token_ids, 0)
+    assert torch.equal(tokenizer.requantize(features)[0], token_ids[0])
+
+
+def test_normalized_codes_ignore_the_length_of_the_residual():
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    cosine, plain = (build(normalize_codes=flag, scale_sizes=(4,)) for flag in (True, False))
+    assert torch.equal(cosine.requantize(latents)[0], cosine.requantize(latents * 100)[0])
+    assert not torch.equal(plain.requantize(latents)[0], plain.requantize(latents * 100)[0])
+
+
+def test_straight_through_passes_the_gradient_of_the_features_on():
+    tokenizer = build().train()
+    batch = images(2, 8)
+    tokenizer(batch).images.square().sum().backward()
+    # the codebook gets no gradient from the reconstruction, the encoder does
+    assert tokenizer.codebook.weight.grad is None
+    assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"scale_sizes": (1, 3, 2)}, "increase"),
+        ({"scale_sizes": ()}, "increase"),
+        ({"scale_sizes": (0, 2)}, "positive"),
+        ({"phi_indices": (0, 1)}, "one non-negative integer per scale"),
+        ({"phi_indices": (0, 1, 2, 4)}, "0..3"),
+        ({"phi_ratio": 1.5}, r"\[0, 1\]"),
+        ({"base_channels": 48}, "multiple of 32"),
+    ],
+)
+def test_arguments_that_cannot_be_built(changes, message):
+    with pytest.raises(UserError, match=message):
+        MultiScaleVQVAE(**ARGUMENTS | changes)
+
+
+def test_bad_inputs_are_named():
+    tokenizer = build()
+    token_ids = tokenizer.encode(images(1, 8)).token_ids
+    with pytest.raises(UserError, match="8 x 8 .* got 9 x 8"):
+        tokenizer.encode(torch.zeros(1, 3, 9, 8))
+    with pytest.raises(UserError, match=r"scale must lie in 0\.\.3"):
+        tokenizer.features_up_to(token_ids, 4)
+    with pytest.raises(UserError, match="tokens per scale"):
+        tokenizer.decode(token_ids[1:])
+    with pytest.raises(UserError, match=r"no side \[2\]"):
+        build(scale_sizes=(1, 4)).schedule.derive((2, 4))
+    with pytest.raises(UserError, match="must end at 4"):
+        tokenizer.schedule.derive((1, 2))

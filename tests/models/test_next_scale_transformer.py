@@ -1,0 +1,206 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from isthmus.errors import UserError
+from isthmus.models.next_scale_transformer import NextScaleTransformer
+from tests.testers import PriorLaws, randomized
+
+ARGUMENTS = {
+    "scale_sizes": (1, 2, 3),
+    "codebook_size": 10,
+    "codebook_dim": 4,
+    "width": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_classes": 3,
+}
+
+
+def build(**changes) -> NextScaleTransformer:
+    return randomized(NextScaleTransformer(**ARGUMENTS | changes))
+
+
+def arguments_for(model, batch: int = 3):
+    generator = torch.Generator().manual_seed(2)
+    tokens = model.schedule.num_tokens - model.schedule.lengths[0]
+    inputs = torch.randn(batch, tokens, model.config.codebook_dim, generator=generator)
+    return torch.arange(batch) % (model.null_class_id + 1), inputs
+
+
+class TestNextScaleTransformer(PriorLaws):
+    @pytest.fixture(
+        params=itertools.product(["causal", "markov"], [False, True], [False, True]),
+        ids=lambda p: f"{p[0]}-{'shared' if p[1] else 'own'}-{'l2' if p[2] else 'dot'}",
+    )
+    def model(self, request):
+        scale_attention, shared_adaln, l2_attention = request.param
+        return build(scale_attention=scale_attention, shared_adaln=shared_adaln, l2_attention=l2_attention)
+
+    @pytest.fixture
+    def inputs(self, model):
+        # the last of three labels is the null label, and no class but the three is looked up
+        labels, scale_inputs = arguments_for(model, batch=4)
+        return labels, scale_inputs
+
+
+class TestOtherSchedules(PriorLaws):
+    """One scale alone, and a schedule that starts above 1 x 1 and is long enough for ungrouped causal scales."""
+
+    @pytest.fixture(
+        params=[("causal", (3,)), ("markov", (3,)), ("causal", (2, 5, 7)), ("markov", (2, 5, 7))],
+        ids=["one-causal", "one-markov", "long-causal", "long-markov"],
+    )
+    def model(self, request):
+        scale_attention, scale_sizes = request.param
+        return build(scale_attention=scale_attention, scale_sizes=scale_sizes, num_layers=1)
+
+    @pytest.fixture
+    def inputs(self, model):
+        return arguments_for(model, batch=4)
+
+    def test_gradients_reach_every_parameter(self, model, inputs):
+        model.zero_grad()
+        self.loss(model(*inputs)).backward()
+        silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+        # with one scale the model reads no features, so nothing is embedded
+        alone = {"word_embedding.weight", "word_embedding.bias"} if model.schedule.num_scales == 1 else set()
+        assert silent == alone
+
+
+@pytest.mark.parametrize("scales", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_any_scales_of_a_markov_model_are_rows_of_the_full_pass(scales):
+    model = build(scale_attention="markov")
+    labels, scale_inputs = arguments_for(model)
+    full = model(labels, scale_inputs).logits.split([1, 4, 9], dim=1)
+    parts = scale_inputs.split([0, 4, 9], dim=1)
+    logits = model(labels, torch.cat([parts[k] for k in scales], dim=1), scales=scales).logits
+    torch.testing.assert_close(logits, torch.cat([full[k] for k in scales], dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_markov_and_causal_differ_only_in_what_they_see():
+    causal, markov = build(), build(scale_attention="markov")
+    markov.load_state_dict(causal.state_dict())
+    labels, scale_inputs = arguments_for(causal)
+    a, b = causal(labels, scale_inputs).logits, markov(labels, scale_inputs).logits
+    torch.testing.assert_close(a[:, :1], b[:, :1])
+    assert (a[:, 1:] - b[:, 1:]).abs().max() > 1e-3
+
+
+def test_cache_of_leading_rows():
+    # guidance may end before the last scale: the null rows behind the others are then left out
+    model = build()
+    labels, scale_inputs = arguments_for(model, batch=4)
+    expected = model(labels, scale_inputs).logits[:2, 5:]
+    conditioning, cache = model.condition(labels), model.new_cache(4)
+    parts = scale_inputs.split([0, 4, 9], dim=1)
+    for scale in (0, 1):
+        model.forward_scale(scale, parts[scale], conditioning, cache)
+    logits = model.forward_scale(2, parts[2][:2], conditioning.leading(2), cache)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_truncated_cache_repeats_a_scale():
+    model = build()
+    labels, scale_inputs = arguments_for(model)
+    conditioning, cache = model.condition(labels), model.new_cache(3)
+    parts = scale_inputs.split([0, 4, 9], dim=1)
+    model.forward_scale(0, parts[0], conditioning, cache)
+    first = model.forward_scale(1, parts[1], conditioning, cache)
+    cache.truncate(1)
+    model.forward_scale(1, parts[1] + 1, conditioning, cache)
+    cache.truncate(1)
+    torch.testing.assert_close(model.forward_scale(1, parts[1], conditioning, cache), first)
+    assert cache.length == 5
+
+
+def test_two_requests_can_interleave():
+    model = build()
+    labels, scale_inputs = arguments_for(model, batch=2)
+    parts = scale_inputs.split([0, 4, 9], dim=1)
+    requests = [(model.condition(labels[i : i + 1]), model.new_cache(1), []) for i in range(2)]
+    for scale in range(3):
+        for i, (conditioning, cache, logits) in enumerate(requests):
+            logits.append(model.forward_scale(scale, parts[scale][i : i + 1], conditioning, cache))
+    together = torch.cat([torch.cat(logits, dim=1) for *_, logits in requests])
+    torch.testing.assert_close(together, model(labels, scale_inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_autocast_stays_near_fp32():
+    for scale_attention in ("causal", "markov"):
+        model = build(scale_attention=scale_attention)
+        labels, scale_inputs = arguments_for(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(labels, scale_inputs).logits
+        reference = model(labels, scale_inputs).logits
+        assert (logits.float() - reference).abs().mean() < 0.05 * reference.abs().mean()
+
+
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_initial_weights(shared_adaln):
+    """Spec of the published networks: std sqrt(1 / (3 width)), and what is scaled down from there."""
+    width, depth, gate, modulation = 128, 3, 1e-3, 0.5
+    model = NextScaleTransformer(
+        **ARGUMENTS | {"width": width, "num_layers": depth, "codebook_dim": 32, "codebook_size": 64},
+        shared_adaln=shared_adaln,
+        init_gate=gate,
+        init_modulation=modulation,
+    )
+    std = math.sqrt(1 / (3 * width))
+    block, residual = model.blocks[1], math.sqrt(2 * depth)
+    expected = {
+        model.word_embedding.weight: std,
+        model.position: std,
+        model.head.weight: 0.02 * std,
+        model.head_modulation.weight: modulation * std,
+        block.attention.qkv.weight: std,
+        block.attention.proj.weight: std / residual,
+        block.feed_forward.up.weight: std,
+        block.feed_forward.down.weight: std / residual,
+    }
+    if shared_adaln:
+        expected[model.shared_modulation.linear.weight] = std
+        expected[block.modulation.offset[:, :2]] = gate / math.sqrt(width)
+        expected[block.modulation.offset[:, 2:]] = modulation / math.sqrt(width)
+    else:
+        expected[block.modulation.linear.weight[: 2 * width]] = gate * std
+        expected[block.modulation.linear.weight[2 * width :]] = modulation * std
+    for tensor, deviation in expected.items():
+        # the standard error of a standard deviation is std / sqrt(2 n); five of them
+        assert float(tensor.detach().std()) == pytest.approx(deviation, rel=5 / math.sqrt(2 * tensor.numel()))
+    assert torch.equal(block.attention.log_scale, torch.full((1, 2, 1, 1), math.log(4)))
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    assert not any(bias.any() for bias in biases)
+
+
+def test_stochastic_depth_rises_linearly():
+    assert build(num_layers=3, drop_path=0.2).drop_path_rates == pytest.approx((0.0, 0.1, 0.2))
+    assert build(num_layers=1, drop_path=0.2).drop_path_rates == (0.0,)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_heads": 3}, "multiple of num_heads"),
+        ({"scale_sizes": (2, 2)}, "increase"),
+    ],
+)
+def test_arguments_that_cannot_be_built(changes, message):
+    with pytest.raises(UserError, match=message):
+        NextScaleTransformer(**ARGUMENTS | changes)
+
+
+def test_bad_inputs_are_named():
+    causal, markov = build(), build(scale_attention="markov")
+    labels, scale_inputs = arguments_for(causal)
+    with pytest.raises(UserError, match="must hold 13 tokens"):
+        causal(labels, scale_inputs[:, 1:])
+    with pytest.raises(UserError, match="every earlier scale"):
+        causal(labels, scale_inputs[:, 4:], scales=(2,))
+    with pytest.raises(UserError, match="needs a cache"):
+        causal.forward_scale(0, scale_inputs[:, :0], causal.condition(labels))
+    with pytest.raises(UserError, match="takes none"):
+        markov.forward_scale(0, scale_inputs[:, :0], markov.condition(labels), causal.new_cache(3))
+    assert markov.new_cache(3) is None

@@ -1,0 +1,85 @@
+"""The package as a whole: every module loads, names are where they are promised, start-up is light."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import isthmus
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODULES = sorted(module.name for module in pkgutil.walk_packages(isthmus.__path__, "isthmus."))
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "datasets", "matplotlib", "skimage", "sklearn", "resvg_py")
+
+
+def heavy_after(statements: str) -> list[str]:
+    """Heavy libraries that a fresh interpreter has loaded after the statements."""
+    report = f"import sys; print('heavy:', *[name for name in {HEAVY!r} if name in sys.modules])"
+    command = [sys.executable, "-c", f"{statements}\n{report}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+def test_every_module_loads_and_says_what_it_is(name):
+    assert (importlib.import_module(name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", isthmus.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(isthmus, name) is not None
+    assert name in dir(isthmus)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Isthmian'"):
+        isthmus.Isthmian  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert heavy_after("import isthmus") == []
+
+
+@pytest.mark.parametrize("module", ["isthmus.errors", "isthmus.presets", "isthmus.training.config", "isthmus.cli"])
+def test_what_parses_the_command_line_loads_nothing_heavy(module):
+    assert heavy_after(f"import {module}") == []
+
+
+def test_help_loads_nothing_heavy():
+    statements = (
+        "import sys\nfrom isthmus.cli import main\nsys.argv = ['isthmus', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code, done.code"
+    )
+    assert heavy_after(statements) == []
+
+
+def test_torchvision_is_required_nowhere_but_in_its_own_extra():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needing = [name for name, needs in extras.items() if any(need.startswith("torchvision") for need in needs)]
+    assert needing == ["inception"]
+    assert not any("inception" in need for needs in extras.values() for need in needs)
+    assert not any(need.startswith("torchvision") for need in project["dependencies"])
+    assert "torchvision" not in (REPOSITORY / "constraints.txt").read_text()
+
+
+def test_constraints_pin_every_direct_dependency_that_the_suite_installs():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(need for extra in ("demo", "data", "eval", "dev") for need in extras[extra])]
+    names = {_bare(need) for need in wanted} - {"isthmus"}
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = {_bare(line) for line in lines if line and not line.startswith("#")}
+    assert names <= pinned
+
+
+def _bare(requirement: str) -> str:
+    name = requirement
+    for separator in "[<>=,":
+        name = name.split(separator)[0]
+    return name.strip().lower().replace("_", "-")

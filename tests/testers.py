@@ -1,0 +1,264 @@
+"""Laws that every model keeps, as mixins: a test class gives `model` and `inputs`, and inherits the tests."""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from isthmus.functional.quantization import next_scale_input
+from isthmus.models.fingerprint import fingerprint
+
+PARITY_ATOL = 2e-5
+GRADIENT_RTOL = 1e-4
+# below this a gradient is nothing but rounding (a bias in front of a group norm has gradient 0 in exact arithmetic)
+GRADIENT_FLOOR = 1e-7
+
+
+def assert_parity(actual: Tensor, expected: Tensor, atol: float = PARITY_ATOL) -> None:
+    """Equal to a golden tensor: integers exactly, floats within `atol`, shapes and types alike."""
+    if not expected.is_floating_point():
+        atol = 0.0
+    torch.testing.assert_close(actual.detach(), expected, atol=atol, rtol=0.0)
+
+
+def assert_gradient(actual: Tensor, expected: Tensor) -> None:
+    """A whole gradient: the norm of the difference is at most 1e-4 of the norm."""
+    assert actual.shape == expected.shape
+    assert float((actual - expected).norm()) <= GRADIENT_RTOL * float(expected.norm()) + GRADIENT_FLOOR
+
+
+def assert_gradient_summary(name: str, grad: Tensor, norm: float, total: float) -> None:
+    """Norm within 1e-4 of itself, sum within 1e-4 of the larger of itself and the norm.
+
+    A sum whose terms cancel keeps the rounding of its terms, so a small sum cannot be its own measure.
+    """
+    assert float(grad.norm()) == pytest.approx(norm, rel=GRADIENT_RTOL, abs=GRADIENT_FLOOR), name
+    rounding = GRADIENT_RTOL * max(abs(total), norm) + GRADIENT_FLOOR
+    assert float(grad.sum()) == pytest.approx(total, rel=0, abs=rounding), name
+
+
+def published_names(raw: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, str]:
+    """Our key -> published key, found by the memory that the converter passed through unchanged."""
+    home = {tensor.data_ptr(): key for key, tensor in raw.items() if tensor.numel()}
+    return {key: home[tensor.data_ptr()] for key, tensor in ours.items()}
+
+
+def randomized(model: nn.Module, seed: int = 0) -> Any:
+    """The model with no weight near zero, so that a slip anywhere shows; in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
+        for module in model.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.weight.add_(1)
+    return model.eval()
+
+
+class ModelLaws:
+    """A subclass has fixtures `model` (in eval mode) and `inputs` (arguments of forward), and `floats(output)`."""
+
+    def floats(self, output: Any) -> Tensor:
+        """The float tensor of an output that depends on every weight."""
+        raise AssertionError("a test class says which tensor of its output is compared")
+
+    def test_save_and_load_gives_the_same_output(self, model, inputs, tmp_path):
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        assert torch.equal(self.floats(loaded(*inputs)), self.floats(model(*inputs)))
+        assert fingerprint(loaded) == fingerprint(model)
+
+    def test_config_round_trip(self, model, tmp_path):
+        model.save_config(tmp_path)
+        again = type(model).from_config(type(model).load_config(tmp_path))
+        plain = [json.dumps({k: v for k, v in m.config.items() if k[0] != "_"}, default=list) for m in (model, again)]
+        assert plain[0] == plain[1]
+        assert {k: v.shape for k, v in again.state_dict().items()} == {
+            k: v.shape for k, v in model.state_dict().items()
+        }
+
+    def test_fingerprint_sees_the_weights(self, model):
+        before, names = fingerprint(model), list(model.state_dict())
+        for name in names[:: len(names) // 3]:
+            other = copy.deepcopy(model)
+            other.state_dict()[name].flatten()[-1] += 1
+            assert fingerprint(other) != before, name
+
+    def test_gradients_reach_every_parameter(self, model, inputs):
+        model.zero_grad()
+        self.loss(model(*inputs)).backward()
+        silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not silent
+
+    def loss(self, output: Any) -> Tensor:
+        """A scalar that depends on every weight."""
+        return self.floats(output).square().mean()
+
+    def test_same_input_same_output(self, model, inputs):
+        assert torch.equal(self.floats(model(*inputs)), self.floats(model(*inputs)))
+
+
+class TokenizerLaws(ModelLaws):
+    """A subclass has fixtures `model` (a `MultiScaleVQVAE`) and `inputs` ((images,))."""
+
+    def floats(self, output: Any) -> Tensor:
+        return output.images
+
+    def loss(self, output: Any) -> Tensor:
+        return output.images.square().mean() + output.codebook_loss + output.commitment_loss
+
+    def test_token_ids_have_their_shape_and_range(self, model, inputs):
+        token_ids = model.encode(*inputs).token_ids
+        assert [tuple(ids.shape) for ids in token_ids] == [(len(inputs[0]), n) for n in model.schedule.lengths]
+        assert all(0 <= ids.min() and ids.max() < model.config.codebook_size for ids in token_ids)
+
+    def test_decode_equals_decoding_the_features(self, model, inputs):
+        encoded = model.encode(*inputs)
+        last = model.schedule.num_scales - 1
+        images = model.decode(encoded.token_ids)
+        assert images.shape == inputs[0].shape
+        assert -1 <= images.min() and images.max() <= 1
+        assert torch.equal(images, model.decode_features(model.features_up_to(encoded.token_ids, last)))
+
+    def test_training_output_is_the_same_reconstruction(self, model, inputs):
+        output, encoded = model(*inputs), model.encode(*inputs)
+        assert all(map(torch.equal, output.token_ids, encoded.token_ids))
+        # latents + (features - latents) rounds once more than the features themselves
+        torch.testing.assert_close(output.images.clamp(-1, 1), model.decode(encoded.token_ids), atol=2e-5, rtol=0)
+
+    def test_scale_inputs_are_what_the_generator_reads(self, model, inputs):
+        token_ids, schedule, parts = model.encode(*inputs).token_ids, model.schedule, []
+
+        def choose(scale, features):
+            if scale:
+                parts.append(next_scale_input(features, schedule, scale))
+            return token_ids[scale], model.lookup(token_ids[scale])
+
+        list(model.residual_scales(choose, inputs[0]))
+        empty = torch.zeros(len(inputs[0]), 0, model.config.codebook_dim)
+        scale_inputs = model.scale_inputs(token_ids)
+        assert scale_inputs.shape[1] == schedule.num_tokens - schedule.lengths[0]
+        assert torch.equal(scale_inputs, torch.cat([empty, *parts], dim=1))
+
+    def test_a_batch_equals_its_images_alone(self, model, inputs):
+        (images,) = inputs
+        together = model.encode(images)
+        for i in range(len(images)):
+            alone = model.encode(images[i : i + 1])
+            assert all(torch.equal(a[0], b[i]) for a, b in zip(alone.token_ids, together.token_ids, strict=True))
+            torch.testing.assert_close(model.decode(alone.token_ids)[0], model.decode(together.token_ids)[i])
+
+    def test_search_is_fp32_under_autocast(self, model, inputs):
+        latents = model.encode(*inputs).latents
+        plain = model.requantize(latents)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under_autocast = model.requantize(latents)
+            scale_inputs = model.scale_inputs(plain)
+        assert all(map(torch.equal, plain, under_autocast))
+        assert scale_inputs.dtype == torch.float32
+        assert torch.equal(scale_inputs, model.scale_inputs(plain))
+
+    def test_half_precision_keeps_the_features_in_fp32(self, model, inputs):
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        token_ids = model.encode(*inputs).token_ids
+        assert half.scale_inputs(token_ids).dtype == torch.float32
+        images = half.decode(token_ids)
+        assert images.dtype == torch.bfloat16
+        assert (images.float() - model.decode(token_ids)).abs().mean() < 0.1
+
+    def test_warm_up_decodes_the_latents(self, model, inputs):
+        output = model(*inputs, quantize=False)
+        assert output.token_ids == [] and output.codebook_loss == 0 and output.commitment_loss == 0
+        assert torch.equal(output.images.clamp(-1, 1), model.decode_features(output.latents))
+
+
+class PriorLaws(ModelLaws):
+    """A subclass has fixtures `model` (a `NextScaleTransformer`) and `inputs` ((class_labels, scale_inputs))."""
+
+    def floats(self, output: Any) -> Tensor:
+        return output.logits
+
+    def generated(self, model, class_labels, scale_inputs) -> Tensor:
+        """Logits of all scales, one `forward_scale` after the other."""
+        conditioning, cache = model.condition(class_labels), model.new_cache(len(class_labels))
+        lengths = model.schedule.lengths
+        parts = scale_inputs.split([0, *lengths[1:]], dim=1)
+        return torch.cat([model.forward_scale(k, part, conditioning, cache) for k, part in enumerate(parts)], dim=1)
+
+    def test_logits_have_one_row_per_token(self, model, inputs):
+        expected = (len(inputs[0]), model.schedule.num_tokens, model.config.codebook_size)
+        assert tuple(model(*inputs).logits.shape) == expected
+
+    def test_scale_by_scale_equals_teacher_forcing(self, model, inputs):
+        torch.testing.assert_close(self.generated(model, *inputs), model(*inputs).logits, atol=1e-5, rtol=1e-5)
+
+    def test_a_batch_equals_its_images_alone(self, model, inputs):
+        labels, scale_inputs = inputs
+        together = model(*inputs).logits
+        for i in range(len(labels)):
+            alone = model(labels[i : i + 1], scale_inputs[i : i + 1]).logits
+            torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
+
+    def test_a_hidden_scale_changes_nothing(self, model, inputs):
+        labels, scale_inputs = inputs
+        scale_inputs = scale_inputs.clone().requires_grad_()
+        lengths = model.schedule.lengths
+        for scale, logits in enumerate(model(labels, scale_inputs).logits.split(list(lengths), dim=1)):
+            if not scale_inputs.numel():
+                continue  # one scale alone reads no features
+            (grad,) = torch.autograd.grad(logits.square().sum(), scale_inputs, retain_graph=True)
+            for other, part in enumerate(grad.split(list(lengths[1:]), dim=1), start=1):
+                visible = other == scale if model.is_markov else other <= scale
+                assert bool(part.abs().sum() > 0) == visible, (scale, other)
+
+    def test_an_image_does_not_see_another(self, model, inputs):
+        labels, scale_inputs = inputs
+        before, others = model(labels, scale_inputs).logits, torch.arange(len(labels)) > 0
+        changed = torch.where(others, labels.roll(1), labels), scale_inputs + others[:, None, None]
+        after = model(*changed).logits
+        torch.testing.assert_close(after[0], before[0])
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(after[1:], before[1:], strict=True))
+
+    def test_leading_scales_are_rows_of_the_full_pass(self, model, inputs):
+        labels, scale_inputs = inputs
+        full, offsets = model(*inputs).logits, model.schedule.offsets
+        for count in range(1, model.schedule.num_scales + 1):
+            part = scale_inputs[:, : offsets[count] - offsets[1]]
+            logits = model(labels, part, scales=range(count)).logits
+            torch.testing.assert_close(logits, full[:, : offsets[count]], atol=1e-5, rtol=1e-5)
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self, model, inputs):
+        plain, saving = copy.deepcopy(model), copy.deepcopy(model)
+        saving.enable_gradient_checkpointing()
+        for candidate in (plain, saving):
+            candidate.train()
+            self.loss(candidate(*inputs)).backward()
+        for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+    def test_keep_factors_of_one_change_nothing(self, model, inputs):
+        ones = torch.ones(len(inputs[0]), model.config.num_layers, 2)
+        torch.testing.assert_close(model(*inputs, keep=ones).logits, model(*inputs).logits)
+
+    def test_keep_factors_act_per_image_and_layer(self, model, inputs):
+        labels, scale_inputs = inputs
+        keep = torch.ones(len(labels), model.config.num_layers, 2)
+        keep[0] = 0
+        dropped = model(*inputs, keep=keep).logits
+        torch.testing.assert_close(dropped[1:], model(*inputs).logits[1:])
+        # an image whose branches are all dropped is its embedding under the head
+        conditioning = model.condition(labels)
+        x = model.embed(conditioning.start, scale_inputs, range(model.schedule.num_scales))
+        scale, shift = conditioning.head.unsqueeze(2).unbind(1)
+        bare = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=model.config.norm_eps) * (1 + scale) + shift
+        torch.testing.assert_close(dropped[0], model.head(bare)[0], atol=1e-5, rtol=1e-5)
+
+    def test_the_last_class_row_is_the_null_label(self, model):
+        assert model.null_class_id == model.config.num_classes == model.class_embedding.num_embeddings - 1

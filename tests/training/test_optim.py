@@ -1,0 +1,65 @@
+"""Rates are the published functions of the step, and decay spares what the published groups spare."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.training.config import OptimConfig
+from isthmus.training.optim import adamw, decays, learning_rate, set_rates, weight_decay
+
+PUBLISHED = {
+    "lin0|wpe=0.1": {"schedule": "linear", "plateau": 0.05, "final_ratio": 0.1},
+    "lin0|wpe=0.01": {"schedule": "linear", "plateau": 0.05, "final_ratio": 0.01},
+    "lin|wpe=0.01": {"schedule": "linear", "plateau": 0.15, "final_ratio": 0.01},
+    "lin00|wpe=0.01": {"schedule": "linear", "plateau": 0.0, "final_ratio": 0.01},
+    "lin0.8|wpe=0.01": {"schedule": "two-slope", "knee": 0.8, "final_ratio": 0.01},
+    "cos|wpe=0.01": {"schedule": "cosine", "final_ratio": 0.01},
+    "exp|wpe=0.01": {"schedule": "exponential", "plateau": 0.15, "final_ratio": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rates_equal_the_published_tables(golden, name):
+    tables = golden.json("var/schedules.json")
+    table = next(value for key, value in tables.items() if key.startswith("lr_wd"))[name]
+    config = OptimConfig(
+        learning_rate=3e-4, warmup_steps=20, weight_decay=0.05, final_weight_decay=0.08, **PUBLISHED[name]
+    )
+    for step, rate, decay, _ in table:
+        assert learning_rate(step, config, 1000) == pytest.approx(rate, rel=1e-9)
+        assert weight_decay(step, config, 1000) == pytest.approx(decay, rel=1e-9)
+
+
+@given(st.sampled_from(["linear", "cosine", "exponential", "two-slope"]), st.integers(2, 300), st.integers(0, 50))
+def test_rate_stays_between_its_ends_and_falls_after_the_warm_up(schedule, num_steps, warmup_steps):
+    config = OptimConfig(schedule=schedule, learning_rate=1.0, warmup_steps=min(warmup_steps, num_steps - 1))
+    rates = [learning_rate(step, config, num_steps) for step in range(num_steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    falling = rates[config.warmup_steps :]
+    assert all(after <= before + 1e-12 for before, after in zip(falling, falling[1:], strict=False))
+
+
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_decay_groups_are_the_published_ones(shared_adaln):
+    model = NextScaleTransformer(
+        scale_sizes=(1, 2), codebook_size=8, codebook_dim=4, width=8, num_layers=1, num_heads=2, num_classes=3,
+        shared_adaln=shared_adaln,
+    )  # fmt: skip
+    decayed = {name for name, p in model.named_parameters() if decays(name, p)}
+    expected = {"word_embedding.weight", "class_embedding.weight", "head_modulation.weight", "head.weight"}
+    expected |= {f"blocks.0.{n}.weight" for n in ("attention.qkv", "attention.proj")}
+    expected |= {f"blocks.0.feed_forward.{n}.weight" for n in ("up", "down")}
+    expected |= {"shared_modulation.linear.weight"} if shared_adaln else {"blocks.0.modulation.linear.weight"}
+    assert decayed == expected
+
+
+def test_set_rates_reaches_every_group():
+    model = NextScaleTransformer(
+        scale_sizes=(1, 2), codebook_size=8, codebook_dim=4, width=8, num_layers=1, num_heads=2, num_classes=3
+    )
+    config = OptimConfig(learning_rate=0.5, warmup_steps=0, schedule="constant", weight_decay=0.25)
+    optimizer = adamw(model, config)
+    assert set_rates(optimizer, 3, config, 10) == 0.5
+    assert sorted((g["lr"], g["weight_decay"]) for g in optimizer.param_groups) == [(0.5, 0.0), (0.5, 0.25)]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
