@@ -64,7 +64,8 @@ def describe_tokenizer_run(run: TokenizerRun) -> str:
     with torch.device("meta"):
         model = MultiScaleVQVAE(**arguments)
         image = torch.zeros(1, 3, model.image_size, model.image_size)
-        cost = training_cost(model, lambda: model(image))
+        # without the search for codes, a few percent: it runs under autocast, which the meta device has not
+        cost = training_cost(model, lambda: model(image, quantize=False))
     network = f"scales {', '.join(map(str, model.schedule.sizes))}; images of {model.image_size} px"
     return _report(run, network, cost)
 
@@ -111,7 +112,7 @@ def _report(run: Run, network: str, cost: Cost) -> str:
     rows = {
         "network": network,
         "parameters": f"{cost.num_parameters / 1e6:.2f}M",
-        "cost": f"{cost.flops / 1e9:.2f} GFLOP per image (forward and backward)",
+        "cost": f"{cost.flops / 1e9:.2f} GFLOP per image (forward and backward of the network)",
         "run": f"{run.num_steps} steps of {run.batch_size} images, {run.num_steps * run.batch_size:,} images, "
         f"{cost.flops * run.num_steps * run.batch_size / 1e15:.3f} PFLOP",
         "memory": f"about {memory / 2**30:.2f} GiB in float32 at {part} images at once (weights, gradients, optimizer, "

@@ -39,10 +39,10 @@ class FolderSource(ImageSource):
         self.root = Path(path).expanduser()
         layout = folder_layout(self.root)
         self.name = f"folder:{self.root.resolve().name}"
-        # Both splits are opened in a row: the first one says it, the second repeats it for those who listen closely.
-        level = logging.INFO if split == "val" else logging.WARNING
+        # Both splits are opened in a row: what was said about shared files need not be said twice.
+        level = logging.INFO if split == "val" and layout.val is None else logging.WARNING
         if layout.notice:
-            logger.log(level, "%s: %s", self.name, layout.notice)
+            logger.log(logging.DEBUG if split == "val" else logging.INFO, "%s: %s", self.name, layout.notice)
         available = tuple(name for name in layout.train if name)
         self.class_names = choose_classes(available, classes, source=self.name)
         self.flip = np.ones(max(self.num_classes, 1), dtype=bool)

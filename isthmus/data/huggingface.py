@@ -1,5 +1,6 @@
 """Images through the `datasets` library: `hf:NAME_OR_PATH[:SPLIT]`, as a table addressed by index."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +91,13 @@ class HuggingFaceSource(ImageSource):
         rows, labels = self._wanted_rows(table)
         digests, reasons = self._examined(rows, cache_dir)
         broken = [(f"row {row}", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
-        report_skipped(self.name, broken, strict=strict)
+        # both splits are opened in a row: what was said about shared rows need not be said twice
+        report_skipped(
+            self.name,
+            broken,
+            strict=strict,
+            level=logging.INFO if split == "val" and not is_own_split else logging.WARNING,
+        )
         good = np.flatnonzero([not reason for reason in reasons])
         rows, labels, digests = rows[good], labels[good], [digests[i] for i in good]
         missing = set(range(max(self.num_classes, 1))) - set(labels.tolist())

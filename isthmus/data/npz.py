@@ -65,7 +65,9 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         with file.open("rb") as handle:
             archive = np.load(handle, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"npz: needs an .npz file, got a single array in {file}. Save with np.savez(file, images).")
+                raise UserError(
+                    f"npz: needs an .npz file, got a single array in {file}. Save with np.savez(file, images)."
+                )
             if "arr_0" not in archive:
                 held = ", ".join(archive.files) or "nothing"
                 raise UserError(f"npz: needs the name arr_0, got {held} in {file}. Save with np.savez(file, images).")

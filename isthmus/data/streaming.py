@@ -92,10 +92,10 @@ def open_stream(spec: str, *, strict: bool = False, cache_dir: str | Path | None
 class StreamedBatches:
     """Endless batches from a stream, with a `state_dict` from which a new one continues at the right shard.
 
-    `datasets` deals shards to the processes (or, where their number does not divide, every n-th example), so that,
-    other than for data read by index, the samples depend on `world_size`. Without a shuffle buffer a continued stream
-    repeats and misses nothing; with one, examples that were in the buffer when it stopped may come again or be missed. Images
-    that cannot be read leave no gap. Crops and flips are a pure function of (seed, position).
+    `datasets` deals shards to the processes (or, where their number does not divide, every n-th example): other than
+    for data read by index, the samples depend on `world_size`. Without a shuffle buffer a continued stream repeats and
+    misses nothing; with one, examples that were in the buffer when it stopped may come again or be missed. Images that
+    cannot be read leave no gap. Crops and flips are a pure function of (seed, position).
     """
 
     def __init__(

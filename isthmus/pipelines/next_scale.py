@@ -374,9 +374,13 @@ class NextScalePipeline(DiffusionPipeline):
         return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
 
     def _decode(self, features: LatentMap) -> Images:
+        # on CPUs oneDNN convolves channels-last maps about twice as fast; the weights stay as they are
+        layout = torch.channels_last if features.device.type == "cpu" else torch.contiguous_format
+        features = features.to(self.image_tokenizer.dtype, memory_format=layout)
         with torch.inference_mode():
-            images = self.image_tokenizer.decode_features(features.to(self.image_tokenizer.dtype))
-        return images.clone()  # outside of inference mode: a tensor the caller may use anywhere
+            images = self.image_tokenizer.decode_features(features)
+        # copied out of inference mode: a tensor the caller may use anywhere
+        return images.clone(memory_format=torch.contiguous_format)
 
 
 def _spread(ids: list[int], num_images: int | None, num_images_per_class: int) -> list[int]:

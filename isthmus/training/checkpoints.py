@@ -6,16 +6,22 @@ loop keeps) and progress.json. It is written as `checkpoint-STEP.partial`, flush
 
 import json
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from isthmus.errors import UserError
 from isthmus.training.ema import ExponentialMovingAverage
 
 if TYPE_CHECKING:
@@ -43,25 +49,33 @@ def save_checkpoint(
     keep: int,
     extras: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the state after `progress.step`; keep the newest `keep` checkpoints."""
+    """Write the state after `progress.step`; keep the newest `keep` checkpoints. Every process must call.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; no checkpoint has changed.
+    """
     final = out / "checkpoints" / f"checkpoint-{progress.step:08d}"
     if final.exists():
         return
     partial = final.with_name(final.name + ".partial")
+    with written_or_removed(partial):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial), safe_serialization=True)
+        averages = gathered(ema.state_dict())
+        if accelerator.is_main_process:
+            save_file(averages, partial / "ema.safetensors")
+            save_file({k: v.contiguous() for k, v in (extras or {}).items()}, partial / "extras.safetensors")
+            (partial / "progress.json").write_text(json.dumps({"step": progress.step, "images": progress.images}))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _flush(*partial.rglob("*"), partial)
+            partial.rename(final)
+            # the new name must be on the disk before the old checkpoints go
+            _flush(final.parent)
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial), safe_serialization=True)
-    averages = gathered(ema.state_dict())
-    if accelerator.is_main_process:
-        save_file(averages, partial / "ema.safetensors")
-        save_file({k: v.contiguous() for k, v in (extras or {}).items()}, partial / "extras.safetensors")
-        (partial / "progress.json").write_text(json.dumps({"step": progress.step, "images": progress.images}))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _flush(partial)
-        partial.rename(final)
         for old in _checkpoints(out)[:-keep]:
             shutil.rmtree(old)
         for leftover in final.parent.glob("*.partial"):
@@ -72,17 +86,28 @@ def save_checkpoint(
 def resume(
     accelerator: Accelerator, ema: ExponentialMovingAverage, progress: "Progress", out: Path
 ) -> dict[str, Tensor] | None:
-    """Load the newest checkpoint into everything prepared; returns its extras, or None where there is none."""
+    """Load the newest checkpoint into everything prepared; returns its extras, or None where there is none.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or belongs to another network.
+    """
     newest = newest_checkpoint(out)
     if newest is None:
         return None
-    accelerator.load_state(str(newest))
-    averages = load_file(newest / "ema.safetensors")
-    ema.load_state_dict({name: like(ema.averages.get(name), value) for name, value in averages.items()})
-    state = json.loads((newest / "progress.json").read_text())
-    progress.step = progress.started_at = state["step"]
-    progress.images = state["images"]
-    return load_file(newest / "extras.safetensors")
+    try:
+        accelerator.load_state(str(newest))
+        averages = load_file(newest / "ema.safetensors")
+        ema.load_state_dict({name: like(ema.averages.get(name), value) for name, value in averages.items()})
+        state = json.loads((newest / "progress.json").read_text())
+        progress.step, progress.images = int(state["step"]), int(state["images"])
+        return load_file(newest / "extras.safetensors")
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"a checkpoint must be whole and of this run, got {newest}, which cannot be read ({_first_line(error)}). "
+            "Delete that folder: the same command then continues from the one before, or starts again."
+        ) from error
 
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,9 +123,33 @@ def like(template: Tensor | None, whole: Tensor) -> Tensor:
     return whole
 
 
-def _flush(folder: Path) -> None:
+@contextmanager
+def written_or_removed(partial: Path) -> Iterator[None]:
+    """Writing that fails takes its temporary folder away and becomes one sentence.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    # torch and safetensors report a full disk as errors of their own
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{partial.with_suffix('')} could not be written ({_first_line(error)}). Free some space and give the same "
+            "command again: it continues from the newest checkpoint."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+
+
+def _flush(*paths: Path) -> None:
     """Contents before the name: after a power cut a renamed folder must not hold empty files."""
-    for path in [*folder.rglob("*"), folder]:
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

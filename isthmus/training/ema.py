@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from isthmus.errors import UserError
+
 
 class ExponentialMovingAverage:
     """Averages of a model's parameters, one tensor per parameter and made from it, so that shards stay shards.
@@ -12,7 +14,7 @@ class ExponentialMovingAverage:
     The decay of update n is min(decay, (1 + n) / (10 + n)): the first steps average over a few only.
 
     Args:
-        model: the model as it trains (prepared, wrapped or sharded).
+        model: the bare model after `accelerator.prepare`, which trains (and may have sharded) its parameters in place.
         decay: share of the old average that an update keeps, in [0, 1].
     """
 
@@ -41,16 +43,23 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned; names must agree."""
+        """Take over what `state_dict` returned.
+
+        Raises:
+            UserError: the names of the parameters differ.
+        """
         names = set(state) - {"num_updates"}
-        assert names == set(self.averages), "checkpoint and model have different parameters"
+        if names != set(self.averages):
+            differing = sorted(names ^ set(self.averages))
+            raise UserError(
+                f"averages and model must have the same parameters, {len(differing)} differ (first: {differing[:3]}). "
+                "Continue with the network of the checkpoint."
+            )
         for name, average in self.averages.items():
             average.copy_(state[name])
         self.num_updates = int(state["num_updates"])
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters under the names of the bare model, whatever wraps it (compile, DDP)."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name.removeprefix("module.").removeprefix("_orig_mod."), parameter
+    """Trainable parameters by name."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -19,7 +19,7 @@ from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.pipelines.components import load_component
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.training.checkpoints import gathered
+from isthmus.training.checkpoints import gathered, written_or_removed
 from isthmus.training.config import PriorRun, TokenizerRun
 from isthmus.training.ema import ExponentialMovingAverage
 
@@ -79,14 +79,19 @@ def refuse_contradictions(model: ModelMixin, wanted: Mapping[str, object], name:
 def export_tokenizer(
     accelerator: Accelerator, tokenizer: MultiScaleVQVAE, run: TokenizerRun, source: ImageSource
 ) -> Path:
-    """Write the tokenizer under the run's folder, complete or not at all."""
+    """Write the tokenizer under the run's folder, complete or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     target = run.out / TOKENIZER_FOLDER
     if accelerator.is_main_process:
         partial = run.out / (TOKENIZER_FOLDER + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        tokenizer.to(memory_format=torch.contiguous_format).save_pretrained(partial)  # pyright: ignore[reportCallIssue]
-        card = {"data": source.name, "attribution": source.attribution, "class_names": list(source.class_names)}
-        (partial / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+        with written_or_removed(partial):
+            tokenizer.to(memory_format=torch.contiguous_format).save_pretrained(partial)  # pyright: ignore[reportCallIssue]
+            card = {"data": source.name, "attribution": source.attribution, "class_names": list(source.class_names)}
+            (partial / "training.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         logger.info("tokenizer written to %s", target)
@@ -119,7 +124,11 @@ def export_pipeline(
     run: PriorRun,
     source: ImageSource,
 ) -> Path:
-    """Write the pipeline into the run's folder: a trained run loads like a downloaded model."""
+    """Write the pipeline into the run's folder: a trained run loads like a downloaded model.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     if accelerator.is_main_process:
         pipeline = NextScalePipeline(
             image_tokenizer=tokenizer,
@@ -132,7 +141,8 @@ def export_pipeline(
                 f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl"
             ),
         )
-        pipeline.save_pretrained(run.out)
+        with written_or_removed(run.out / "model_index.json.partial"):
+            pipeline.save_pretrained(run.out)
         logger.info("pipeline written to %s", run.out)
     accelerator.wait_for_everyone()
     return run.out

@@ -10,7 +10,9 @@ import os
 import platform
 import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +23,11 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    extract_model_from_parallel,
     set_seed,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import isthmus
@@ -53,8 +57,14 @@ def start_run(
         project_dir=str(run.out),
         dynamo_backend="inductor" if compiled else "no",
         fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if sharded else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+            # the others wait while the first process encodes the data set; launchers notice a dead process by itself
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+        ],
     )
+    accelerator.register_save_state_pre_hook(_save_bare_weights)
+    accelerator.register_load_state_pre_hook(_load_bare_models)
     if sharded and not accelerator.is_fsdp2:
         raise UserError(
             f"parallel fsdp2 needs several processes on GPUs, accelerate chose {accelerator.distributed_type.value} on "
@@ -74,6 +84,19 @@ def start_run(
     return accelerator
 
 
+def _save_bare_weights(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """Checkpoints keep the names of the bare model: DDP would write others, which one process could not read."""
+    weights[:] = [_bare(model).state_dict() for model in models[: len(weights)]]
+
+
+def _load_bare_models(models: list[nn.Module], folder: str) -> None:
+    models[:] = [_bare(model) for model in models]
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
 def _precision(run: Run) -> str:
     if run.mixed_precision != "auto":
         return run.mixed_precision
@@ -88,13 +111,13 @@ def check_folder(run: Run) -> None:
         raise UserError(f"--out must be a folder, got the file {run.out}. Choose another name.")
     record = run.out / "run.json"
     if not record.is_file():
-        if any(run.out.iterdir()):
+        # a run killed while it wrote its first record leaves a partial one
+        if any(path.suffix != ".partial" for path in run.out.iterdir()):
             raise UserError(
                 f"--out must be new, empty or the folder of this run, got {run.out}. Choose another folder."
             )
         return
-    before = json.loads(record.read_text())
-    now = run_to_json(run)
+    before, now = _read_record(record), run_to_json(run)
     if before["kind"] != type(run).__name__:
         raise UserError(f"{run.out} holds a {before['kind']}, this is a {type(run).__name__}. Choose another --out.")
     changed = sorted(name for name in now if name not in _FREE_FIELDS and before["run"].get(name) != now[name])
@@ -104,6 +127,14 @@ def check_folder(run: Run) -> None:
             f"{run.out} holds a run with other settings ({details}). Continue it with its own settings "
             f"(--config {record}), or choose another --out."
         )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        return {"kind": str(record["kind"]), "run": dict(record["run"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the record of a run. Choose another --out.") from error
 
 
 def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
@@ -146,11 +177,11 @@ class Progress:
     step: int = 0
     images: int = 0
     num_steps: int = 0
-    started_at: int = 0
 
-    def due(self, every: int) -> bool:
-        """Whether something done every so many steps is due after this step, the last step included."""
-        return self.step % every == 0 or self.step == self.num_steps
+    def due(self, every: int, *, ahead: int = 0) -> bool:
+        """Whether something done every so many steps is due after this step (or `ahead` more), the last included."""
+        step = self.step + ahead
+        return step % every == 0 or step == self.num_steps
 
 
 @dataclass
@@ -184,12 +215,45 @@ def _step_of(line: str) -> int | None:
         return None  # the last line of a killed run may be cut
 
 
+@dataclass
+class StepMeans:
+    """Means of what one step measures, over the parts of its batch and over all processes: those of the whole batch.
+
+    Parts and processes hold equal shares, so means of means are means.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    parts: int = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Values of one part, the same names each time."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if self.parts else value
+        self.parts += 1
+
+    def over_processes(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """The means, the same in every process; every process must call."""
+        means = {name: value / self.parts for name, value in self.sums.items()}
+        return accelerator.reduce(means, "mean")  # pyright: ignore[reportReturnType]  any nesting goes in and out
+
+
 class StopRequest:
     """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._before: Tensor | None = None
         self._previous: dict[int, Any] = {}
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop; all must call this at every step, and all get the same answer."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        asked = torch.tensor(float(self.requested), device=accelerator.device)
+        before, self._before = self._before, accelerator.reduce(asked, "sum")  # pyright: ignore
+        # the answer of a step ago, so that the host does not wait for what the device is busy with
+        return before is not None and bool(before)
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):

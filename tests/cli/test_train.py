@@ -13,7 +13,16 @@ def resolved(result):
 
 
 def test_a_dry_run_shows_run_size_and_cost(isthmus, tmp_path):
-    words = ("--preset", "small-32", "--out", tmp_path / "run", "--optim.learning-rate", "1e-3", "--classes", "face,flag")
+    words = (
+        "--preset",
+        "small-32",
+        "--out",
+        tmp_path / "run",
+        "--optim.learning-rate",
+        "1e-3",
+        "--classes",
+        "face,flag",
+    )
     result = isthmus("train", "tokenizer", *words, "--dry-run")
     run = resolved(result)
     assert run["optim"]["learning_rate"] == 1e-3 and run["classes"] == ["face", "flag"] and run["preset"] == "small-32"
@@ -30,7 +39,7 @@ def test_a_record_repeats_a_run_and_options_override_it(isthmus, refused, tmp_pa
     record.write_text(json.dumps({"kind": "TokenizerRun", "run": run}))
     again = resolved(isthmus("train", "tokenizer", "--config", record, "--num-steps", 500, "--dry-run"))
     assert again == run | {"num_steps": 500}
-    assert "TokenizerRun" not in refused("train", "prior", "--config", record) or True
+    assert "not the record of a PriorRun" in refused("train", "prior", "--config", record)
     assert "got both" in refused("train", "tokenizer", "--config", record, "--preset", "small-32")
     record.write_text(json.dumps({"kind": "TokenizerRun", "run": run | {"wishes": 1}}))
     assert "wishes" in refused("train", "tokenizer", "--config", record, "--dry-run")

@@ -1,3 +1,4 @@
+import logging
 import os
 import sys
 
@@ -66,6 +67,7 @@ def test_nested_files_count_and_hidden_ones_do_not(tmp_path, cache_dir):
 
 @pytest.mark.parametrize("val_name", ["val", "validation", "test"])
 def test_split_folders_are_splits_not_classes(tmp_path, cache_dir, val_name, caplog):
+    caplog.set_level(logging.INFO)
     root = tmp_path / "split"
     for i in range(4):
         save(i, root / ("train" if i < 3 else val_name) / ("cat" if i % 2 else "dog") / f"{i}.png")
@@ -183,3 +185,12 @@ def test_ambiguous_trees_are_refused(tmp_path, cache_dir):
 def test_unlabelled_data_have_no_classes_to_choose(tmp_path, cache_dir):
     save(0, tmp_path / "flat" / "a.png")
     assert "unlabelled" in refusal(tmp_path / "flat", cache_dir, classes=("cat",))
+
+
+def test_broken_files_of_a_held_out_folder_are_said_too(tmp_path, cache_dir, caplog):
+    root = tmp_path / "split"
+    for i in range(3):
+        save(i, root / ("train" if i < 2 else "val") / f"{i}.png")
+    (root / "val" / "broken.png").write_bytes(b"broken")
+    train, val = both(root, cache_dir)
+    assert len(train) == 2 and len(val) == 1 and "broken.png" in caplog.text

@@ -1,0 +1,178 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from isthmus.data.huggingface import name_and_split
+from isthmus.data.opening import open_source
+from isthmus.data.streaming import StreamedBatches, open_stream
+from isthmus.data.token_cache import TokenCache
+from isthmus.errors import UserError
+from tests.data.conftest import picture, save, tiny_tokenizer
+
+datasets = pytest.importorskip("datasets", reason="extra `data`")
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(number).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def table(numbers, labels=None) -> "datasets.Dataset":
+    features = {"image": datasets.Image()}
+    columns = {"image": [{"bytes": png(i), "path": None} for i in numbers]}
+    if labels is not None:
+        features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+        columns["label"] = labels
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    table(range(16), [i % 2 for i in range(16)]).save_to_disk(str(tmp_path / "table"))
+    return tmp_path / "table"
+
+
+def opened(path, cache_dir, **options):
+    return open_source(f"hf:{path}", image_size=8, cache_dir=cache_dir, **options)
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("owner/name", ("owner/name", None)),
+        ("owner/name:test", ("owner/name", "test")),
+        ("owner/name:train[:100]", ("owner/name", "train[:100]")),
+        ("C:\\data\\pets", ("C:\\data\\pets", None)),
+        ("C:\\data\\pets:train", ("C:\\data\\pets", "train")),
+        ("/a/path:with/colon", ("/a/path:with/colon", None)),
+    ],
+)
+def test_names_paths_and_splits(text, wanted):
+    assert name_and_split(text) == wanted
+
+
+def test_an_existing_path_with_a_colon_wins(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    assert name_and_split(f"{tmp_path}/a:b") == (f"{tmp_path}/a:b", None)
+
+
+def test_a_table_is_split_by_content(saved, cache_dir):
+    train, val = (opened(saved, cache_dir, split=split, val_fraction=0.3) for split in ("train", "val"))
+    found = {s.load(i).tobytes(): s.labels[i] for s in (train, val) for i in range(len(s))}
+    assert found == {np.asarray(picture(i)).tobytes(): i % 2 for i in range(16)}
+    assert train.class_names == ("cat", "dog") and len(train) + len(val) == 16
+    assert train.fingerprint != val.fingerprint
+    only = opened(saved, cache_dir, classes=("dog",), val_fraction=0.0)
+    assert len(only) == 8 and set(only.labels) == {0}
+
+
+def test_own_splits_and_named_splits(tmp_path, cache_dir):
+    parts = {"train": table(range(4), [0, 1] * 2), "validation": table(range(4, 7), [0, 1, 1])}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "parts"))
+    train, val = (opened(tmp_path / "parts", cache_dir, split=split) for split in ("train", "val"))
+    assert len(train) == 4 and val.labels.tolist() == [0, 1, 1]
+    named = opened(f"{tmp_path / 'parts'}:validation", cache_dir, val_fraction=0.0)
+    assert len(named) == 3
+    with pytest.raises(UserError, match="no split 'validate'.*Did you mean validation"):
+        opened(f"{tmp_path / 'parts'}:validate", cache_dir)
+
+
+def test_a_folder_through_datasets(tmp_path, cache_dir):
+    for i in range(6):
+        save(i, tmp_path / "pets" / ("cat" if i % 2 else "dog") / f"{i}.png")
+    source = opened(tmp_path / "pets", cache_dir, val_fraction=0.0)
+    assert source.class_names == ("cat", "dog") and len(source) == 6
+    ours = open_source(f"folder:{tmp_path / 'pets'}", image_size=8, cache_dir=cache_dir, val_fraction=0.0)
+    assert {source.load(i).tobytes() for i in range(6)} == {ours.load(i).tobytes() for i in range(6)}
+
+
+def test_unlabelled_odd_and_broken_rows(tmp_path, cache_dir, caplog):
+    grey = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 257 * 77, dtype=np.uint16)).save(grey, format="PNG")
+    rows = [png(0), grey.getvalue(), png(1)[:30]]
+    columns = {"picture": [{"bytes": row, "path": None} for row in rows]}
+    features = datasets.Features({"picture": datasets.Image()})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "odd"))
+    source = opened(tmp_path / "odd", cache_dir, val_fraction=0.0)
+    assert source.class_names == () and len(source) == 2
+    assert (source.load(1) == 77).all()
+    assert "skipped 1 images" in caplog.text and "row 2" in caplog.text
+    with pytest.raises(UserError, match="1 cannot be used"):
+        opened(tmp_path / "odd", cache_dir, strict=True)
+
+
+def test_refusals(tmp_path, cache_dir):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "text"))
+    with pytest.raises(UserError, match="column of images, got text"):
+        opened(tmp_path / "text", cache_dir)
+    with pytest.raises(UserError, match="could not be loaded"):
+        opened(tmp_path / "text" / "dataset_info.json", cache_dir)
+
+
+def rows_of(batches, count):
+    taken = [next(batches) for _ in range(count)]
+    return {name: torch.cat([batch[name] for batch in taken]) for name in taken[0]}
+
+
+def streamed(saved, **options):
+    return StreamedBatches(open_stream(f"hf:{saved}"), image_size=8, seed=0, **options)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 9])
+def test_a_stream_continues_where_it_stopped(saved, stop):
+    whole = rows_of(streamed(saved, batch_size=3), 12)
+    first = streamed(saved, batch_size=3)
+    rows_of(first, stop)
+    state = json.loads(json.dumps(first.state_dict()))
+    rest = rows_of(streamed(saved, batch_size=3, state=state), 12 - stop)
+    for name, rows in rest.items():
+        assert torch.equal(rows, whole[name][3 * stop :]), name
+
+
+def test_an_epoch_of_a_stream_is_shared_out_once_among_processes(saved):
+    parts = [streamed(saved, batch_size=16, rank=rank, world_size=2) for rank in range(2)]
+    batches = [next(part) for part in parts]
+    positions = torch.cat([batch["position"] for batch in batches])
+    assert sorted(positions.tolist()) == list(range(16))
+    assert torch.cat([batch["class_label"] for batch in batches]).sum() == 8
+
+
+def test_a_shuffled_stream_shows_other_orders_by_epoch(saved):
+    batches = streamed(saved, batch_size=16, shuffle_buffer=8)
+    assert not torch.equal(next(batches)["class_label"], next(batches)["class_label"])
+
+
+def test_broken_images_in_a_stream(tmp_path, caplog):
+    columns = {"image": [{"bytes": data, "path": None} for data in (png(0), b"broken", png(1))]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "odd"))
+    batch = next(StreamedBatches(open_stream(f"hf:{tmp_path / 'odd'}"), image_size=8, seed=0, batch_size=4))
+    assert batch["image"].shape == (4, 3, 8, 8) and "cannot be used" in caplog.text
+    with pytest.raises(UserError, match="not an image"):
+        next(StreamedBatches(open_stream(f"hf:{tmp_path / 'odd'}", strict=True), image_size=8, seed=0, batch_size=4))
+
+
+def test_only_hubs_can_be_streamed():
+    with pytest.raises(UserError, match="can be streamed"):
+        open_stream("folder:here")
+
+
+def test_a_stream_fills_a_cache(saved, tmp_path):
+    tokenizer = tiny_tokenizer()
+    stream = open_stream(f"hf:{saved}")
+    options = {"image_size": 8, "seed": 0, "num_views": 2, "batch_size": 5}
+    with pytest.raises(UserError, match="how many images"):
+        TokenCache.build(tmp_path / "tokens", tokenizer, stream, **options)
+    cache = TokenCache.build(tmp_path / "tokens", tokenizer, stream, max_images=7, **options)
+    assert cache.num_images == 7 and cache.labels.tolist() == [i % 2 for i in range(7)]
+    # the stream keeps the order of the table: the same tokens come out by index
+    by_index = open_source(f"hf:{saved}", image_size=8, val_fraction=0.0, cache_dir=tmp_path / "cache")
+    again = TokenCache.build(tmp_path / "again", tokenizer, by_index, max_images=7, **options)
+    assert (again.token_ids == cache.token_ids).all()
+    everything = TokenCache.build(tmp_path / "all", tokenizer, stream, max_images=100, **options)
+    assert everything.num_images == 16

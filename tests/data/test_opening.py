@@ -1,0 +1,71 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from isthmus.data.cache import cache_directory, write_whole
+from isthmus.data.description import describe, describe_built_in
+from isthmus.data.opening import open_source, parse_spec
+from isthmus.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "spec, word",
+    [
+        ("openmojis", "Did you mean openmoji"),
+        ("foto", "Did you mean photos"),
+        ("foldr:here", "Did you mean folder:"),
+        ("folder:", "needs a place"),
+        ("", "must be one of"),
+    ],
+)
+def test_unknown_data_are_refused_with_the_nearest(spec, word):
+    with pytest.raises(UserError, match=word):
+        parse_spec(spec)
+
+
+def test_a_bare_path_gets_its_prefix(tmp_path):
+    with pytest.raises(UserError, match=f"Write folder:{tmp_path}"):
+        parse_spec(str(tmp_path))
+
+
+def test_paths_may_have_colons():
+    assert parse_spec("folder:/a:b/c") == ("folder", "/a:b/c")
+
+
+def test_split_and_fraction_are_checked():
+    with pytest.raises(UserError, match="train, val, got 'test'"):
+        open_source("photos", image_size=8, split="test")
+    with pytest.raises(UserError, match="val_fraction"):
+        open_source("photos", image_size=8, val_fraction=1.0)
+
+
+def test_descriptions_name_classes_and_licences(tmp_path):
+    text = describe_built_in()
+    assert "CC BY-SA 4.0" in text and "CC BY 2.0" in text and "face 130" in text and "gravel" in text
+    np.savez(tmp_path / "a.npz", np.zeros((3, 4, 4, 3), dtype=np.uint8))
+    assert "unlabelled" in describe(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_the_cache_folder_is_the_callers_then_the_environments(tmp_path):
+    assert cache_directory(tmp_path / "mine") == tmp_path / "mine"
+    program = "from isthmus.data.cache import cache_directory; print(cache_directory())"
+    environment = os.environ | {"ISTHMUS_CACHE": str(tmp_path / "theirs")}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(tmp_path / "theirs")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="ISTHMUS_CACHE"):
+        cache_directory(tmp_path / "file" / "below")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    write_whole(tmp_path / "a", lambda file: file.write(b"old"))
+    with pytest.raises(UserError, match="No space left"):
+        write_whole(tmp_path / "a", fail)
+    assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

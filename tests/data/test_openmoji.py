@@ -1,0 +1,99 @@
+import logging
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+
+from isthmus.data.opening import open_source
+from isthmus.data.openmoji import OPENMOJI_CLASSES, OpenMoji, emoji_table, held_out_bases, rendered_openmoji
+from isthmus.errors import UserError
+
+TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+SIZE = 8
+
+
+def opened(cache_dir, **options):
+    return open_source("openmoji", image_size=SIZE, cache_dir=cache_dir, **options)
+
+
+def toneless(emoji) -> str:
+    return "-".join(part for part in emoji.file.split("-") if part not in TONES)
+
+
+def test_the_table_has_the_ten_classes():
+    # counted in the label table when it was made: 2179 distinct drawings
+    assert len(emoji_table()) == 2179
+    assert {emoji.class_name for emoji in emoji_table()} == set(OPENMOJI_CLASSES)
+    assert [emoji.file for emoji in emoji_table()] == sorted(emoji.file for emoji in emoji_table())
+
+
+def test_the_split_is_a_partition_of_every_class_in_which_tones_never_straddle(drawings_cache):
+    train, val = (opened(drawings_cache, split=split) for split in ("train", "val"))
+    assert {e.file for e in train.emojis} | {e.file for e in val.emojis} == {e.file for e in emoji_table()}
+    assert not {toneless(e) for e in train.emojis} & {toneless(e) for e in val.emojis}
+    assert not {e.base for e in train.emojis} & {e.base for e in val.emojis}
+    for name in OPENMOJI_CLASSES:
+        bases = {e.base for e in emoji_table() if e.class_name == name}
+        assert len(held_out_bases(name, 0.1)) == round(0.1 * len(bases))
+
+
+def test_a_subset_of_classes_keeps_the_split(drawings_cache):
+    everything = opened(drawings_cache, split="val")
+    some = opened(drawings_cache, split="val", classes=("hand", "face"))
+    assert some.class_names == ("hand", "face")
+    assert {e.file for e in some.emojis} == {e.file for e in everything.emojis if e.class_name in ("hand", "face")}
+    assert all(some.class_names[label] == e.class_name for label, e in zip(some.labels, some.emojis, strict=True))
+
+
+def test_flags_symbols_and_times_are_not_mirrored(drawings_cache):
+    source = opened(drawings_cache)
+    kept = {name for name, flip in zip(source.class_names, source.flip, strict=True) if not flip}
+    assert kept == {"flag", "symbol", "sky_time"}
+    assert source.balanced and "OpenMoji" in source.attribution
+
+
+def test_drawings_lie_on_white_and_show_what_they_are(drawings_cache):
+    source = opened(drawings_cache)
+    images = np.stack([source.load(i) for i in range(len(source))])
+    assert images.shape == (len(source), SIZE, SIZE, 3) and images.dtype == np.uint8
+    assert np.median(images[:, [0, 0, -1, -1], [0, -1, 0, -1]]) == 255
+    # faces are yellow, red and green strong and blue weak
+    faces = images[source.labels == source.class_names.index("face")]
+    red, green, blue = np.median(faces[:, SIZE // 2, SIZE // 2], axis=0)
+    assert min(red, green) > 150 and blue < 120
+
+
+def test_drawn_once_then_read(drawings_cache):
+    path, digest = rendered_openmoji(SIZE, drawings_cache)
+    before = path.stat().st_mtime_ns
+    assert rendered_openmoji(SIZE, drawings_cache) == (path, digest)
+    assert path.stat().st_mtime_ns == before
+    assert not list(drawings_cache.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["cut", "changed"])
+def test_a_damaged_cache_is_drawn_again(drawings_cache, tmp_path, caplog, kind):
+    rendered_openmoji(SIZE, drawings_cache)
+    shutil.copytree(drawings_cache, tmp_path / "copy")
+    path, digest = rendered_openmoji(SIZE, tmp_path / "copy")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] if kind == "cut" else whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with caplog.at_level(logging.WARNING):
+        assert rendered_openmoji(SIZE, tmp_path / "copy")[1] == digest
+    assert "damaged" in caplog.text and path.read_bytes() == whole
+
+
+def test_two_processes_may_draw_at_once(tmp_path):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(rendered_openmoji, [SIZE, SIZE], [tmp_path, tmp_path]))
+    assert results[0] == results[1]
+    assert OpenMoji(image_size=SIZE, cache_dir=tmp_path).load(0).shape == (SIZE, SIZE, 3)
+
+
+def test_refusals(drawings_cache):
+    with pytest.raises(UserError, match="no class 'faec'.*Did you mean face"):
+        opened(drawings_cache, classes=("faec",))
+    with pytest.raises(UserError, match="8 to 1024 pixels, got 4"):
+        open_source("openmoji", image_size=4, cache_dir=drawings_cache)
