@@ -58,7 +58,7 @@ def save_checkpoint(
     if final.exists():
         return
     partial = final.with_name(final.name + ".partial")
-    with written_or_removed(partial):
+    with written_or_explained(final, partial):
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -124,8 +124,8 @@ def like(template: Tensor | None, whole: Tensor) -> Tensor:
 
 
 @contextmanager
-def written_or_removed(partial: Path) -> Iterator[None]:
-    """Writing that fails takes its temporary folder away and becomes one sentence.
+def written_or_explained(target: Path, *temporary: Path) -> Iterator[None]:
+    """Writing that fails takes its temporary folders away and becomes one sentence about `target`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -136,9 +136,10 @@ def written_or_removed(partial: Path) -> Iterator[None]:
         raise
     # torch and safetensors report a full disk as errors of their own
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in temporary:
+            shutil.rmtree(leftover, ignore_errors=True)
         raise UserError(
-            f"{partial.with_suffix('')} could not be written ({_first_line(error)}). Free some space and give the same "
+            f"{target} could not be written ({_first_line(error)}). Free some space and give the same "
             "command again: it continues from the newest checkpoint."
         ) from error
 

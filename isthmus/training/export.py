@@ -19,7 +19,7 @@ from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.pipelines.components import load_component
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.training.checkpoints import gathered, written_or_removed
+from isthmus.training.checkpoints import gathered, written_or_explained
 from isthmus.training.config import PriorRun, TokenizerRun
 from isthmus.training.ema import ExponentialMovingAverage
 
@@ -88,7 +88,7 @@ def export_tokenizer(
     if accelerator.is_main_process:
         partial = run.out / (TOKENIZER_FOLDER + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        with written_or_removed(partial):
+        with written_or_explained(target, partial):
             tokenizer.to(memory_format=torch.contiguous_format).save_pretrained(partial)  # pyright: ignore[reportCallIssue]
             card = {"data": source.name, "attribution": source.attribution, "class_names": list(source.class_names)}
             (partial / "training.json").write_text(json.dumps(card, indent=2) + "\n")
@@ -141,7 +141,7 @@ def export_pipeline(
                 f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl"
             ),
         )
-        with written_or_removed(run.out / "model_index.json.partial"):
+        with written_or_explained(run.out):
             pipeline.save_pretrained(run.out)
         logger.info("pipeline written to %s", run.out)
     accelerator.wait_for_everyone()

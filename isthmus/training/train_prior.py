@@ -1,6 +1,7 @@
 """Train a next-scale prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -39,7 +40,16 @@ from isthmus.training.objectives import (
 )
 from isthmus.training.optim import adamw, set_rates
 from isthmus.training.previews import save_samples
-from isthmus.training.run import FiniteGuard, Log, Progress, StopRequest, progress_bar, start_run, write_record
+from isthmus.training.run import (
+    FiniteGuard,
+    Log,
+    Progress,
+    StepMeans,
+    StopRequest,
+    progress_bar,
+    start_run,
+    write_record,
+)
 from isthmus.training.views import augmentation
 
 logger = logging.getLogger("isthmus")
@@ -55,7 +65,13 @@ def train_prior(run: PriorRun) -> Path:
         UserError: data, folder and models do not fit each other (before anything is trained), or a loss is not finite.
         KeyboardInterrupt: Ctrl-C, after a last checkpoint.
     """
-    accelerator = start_run(run, compiled=run.compile, sharded=run.parallel == "fsdp2")
+    accelerator = start_run(
+        run,
+        # scale 0 has a table of its own, and only the others embed words
+        find_unused_parameters=run.scales_per_step is not None,
+        compiled=run.compile,
+        sharded=run.parallel == "fsdp2",
+    )
     tokenizer, train, held_out, bare = prepare(run)
     tokenizer = tokenizer.to(accelerator.device)
     if run.checkpoint_activations:
@@ -74,10 +90,10 @@ def train_prior(run: PriorRun) -> Path:
     config, schedule, rates = bare.config, tokenizer.schedule, bare.drop_path_rates
     weights = scale_weights(run.scale_loss, schedule.sizes)
     model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
-    ema = ExponentialMovingAverage(model, run.ema_decay)
+    ema = ExponentialMovingAverage(bare, run.ema_decay)
     progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
-    if resume(accelerator, ema, progress, run.out) is not None:
-        log.rewind(progress.step)
+    resume(accelerator, ema, progress, run.out)
+    log.rewind(progress.step)
     batches = training_batches(
         CachedTokens(cache, seed=run.seed, balanced=train.balanced),
         batch_size=run.batch_size // run.accumulate,
@@ -91,9 +107,10 @@ def train_prior(run: PriorRun) -> Path:
     model.train()
 
     with StopRequest() as stop, bar:
-        while progress.step < run.num_steps and not stop.requested:
+        while progress.step < run.num_steps and not stop.agreed(accelerator):
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
             scales = scale_subset(schedule.num_scales, run.scales_per_step, seed=run.seed, step=progress.step)
+            means = StepMeans()
 
             for batch in islice(batches, run.accumulate):
                 token_ids, positions = batch["token_ids"].to(accelerator.device), batch["position"]
@@ -125,19 +142,21 @@ def train_prior(run: PriorRun) -> Path:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 guard.watch(losses.total)
+                if progress.due(run.log_every, ahead=1):
+                    means.add(part_values(losses, targets))
 
             progress.step += 1
             progress.images += run.batch_size
-            ema.update(model)
+            ema.update(bare)
             bar.update()
 
             if progress.due(run.log_every):
                 guard.check(run, progress.step)
-                values = step_values(losses, targets, schedule)
+                values = step_values(means.over_processes(accelerator), schedule, scales)
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
                 bar.set_postfix(bits=f"{values['train/bits_per_token']:.3f}", images=progress.images)
             if progress.due(run.validate_every) or progress.due(run.preview_every):
-                averaged = averaged_model(accelerator.unwrap_model(model), ema)
+                averaged = averaged_model(bare, ema)
                 if accelerator.is_main_process and progress.due(run.validate_every):
                     log.write(progress, held_out_bits(averaged, tokenizer, validation))
                 if accelerator.is_main_process and progress.due(run.preview_every):
@@ -147,12 +166,11 @@ def train_prior(run: PriorRun) -> Path:
                 guard.check(run, progress.step)
                 save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
 
-        if stop.requested and progress.step < run.num_steps:
+        if progress.step < run.num_steps:
             guard.check(run, progress.step)
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
             raise KeyboardInterrupt
-    averaged = averaged_model(accelerator.unwrap_model(model), ema)
-    return export_pipeline(accelerator, tokenizer, averaged, run, train)
+    return export_pipeline(accelerator, tokenizer, averaged_model(bare, ema), run, train)
 
 
 def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource, ImageSource, NextScaleTransformer]:
@@ -257,11 +275,16 @@ def held_out_bits(
     return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}
 
 
-def step_values(losses: PriorLosses, token_ids: Tensor, schedule: ScaleSchedule) -> dict[str, float]:
-    """One log line of training: the loss, bits per token of every scale and of all, token accuracy."""
+def part_values(losses: PriorLosses, token_ids: Tensor) -> dict[str, Tensor]:
+    """What is logged of one part of a batch: loss, token accuracy, and nats per token of every scale that was run."""
     hits = losses.logits.argmax(dim=-1) == token_ids
-    values = {"train/loss": losses.total.item(), "train/token_accuracy": float(hits.float().mean())}
-    lengths = [schedule.lengths[k] for k in losses.scales]
-    bits = [nats_to_bits(nats) for nats in losses.by_scale.tolist()]
+    return {"loss": losses.total, "token_accuracy": hits.float().mean(), "nats": losses.by_scale}
+
+
+def step_values(means: dict[str, Tensor], schedule: ScaleSchedule, scales: Sequence[int]) -> dict[str, float]:
+    """One log line of training: the loss, bits per token of every scale and of all, token accuracy."""
+    values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
+    lengths = [schedule.lengths[k] for k in scales]
+    bits = [nats_to_bits(nats) for nats in means["nats"].tolist()]
     values["train/bits_per_token"] = sum(b * n for b, n in zip(bits, lengths, strict=True)) / sum(lengths)
-    return values | {f"train/bits_scale{k}": b for k, b in zip(losses.scales, bits, strict=True)}
+    return values | {f"train/bits_scale{k}": b for k, b in zip(scales, bits, strict=True)}

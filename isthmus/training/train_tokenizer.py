@@ -23,7 +23,16 @@ from isthmus.training.measures import tokenizer_scores
 from isthmus.training.optim import adamw, set_rates
 from isthmus.training.perceptual import perceptual_distance
 from isthmus.training.previews import save_reconstructions
-from isthmus.training.run import FiniteGuard, Log, Progress, StopRequest, progress_bar, start_run, write_record
+from isthmus.training.run import (
+    FiniteGuard,
+    Log,
+    Progress,
+    StepMeans,
+    StopRequest,
+    progress_bar,
+    start_run,
+    write_record,
+)
 from isthmus.training.tokenizer_losses import Critic, reconstruction_losses
 from isthmus.training.usage import CodebookUsage, code_counts
 from isthmus.training.views import augmentation
@@ -57,7 +66,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
     progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
     if (extras := resume(accelerator, ema, progress, run.out)) is not None:
         usage.load_state_dict(extras)
-        log.rewind(progress.step)
+    log.rewind(progress.step)
 
     views = TrainingImages(train, image_size=bare.image_size, seed=run.seed, augment=augmentation(run, train))
     batches = training_batches(
@@ -72,15 +81,17 @@ def train_tokenizer(run: TokenizerRun) -> Path:
     model.train()
 
     with StopRequest() as stop, bar:
-        while progress.step < run.num_steps and not stop.requested:
+        while progress.step < run.num_steps and not stop.agreed(accelerator):
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
             quantize = bool(run.from_model) or progress.step >= run.continuous_steps
             if progress.step == run.continuous_steps and not run.from_model:
                 start_codebook(run, bare, views, ema)
 
-            counts = torch.zeros_like(usage.hits())
-            for batch in islice(batches, run.accumulate):
+            counts, means = torch.zeros_like(usage.hits()), StepMeans()
+            for part, batch in enumerate(islice(batches, run.accumulate)):
                 images = batch["image"].to(accelerator.device, memory_format=torch.channels_last)
+                # `accumulate` counts its calls; those for model and discriminator are about the same part
+                accelerator.step = part
                 with accelerator.accumulate(model):
                     output = model(images, quantize=quantize)
                     losses = reconstruction_losses(
@@ -96,10 +107,12 @@ def train_tokenizer(run: TokenizerRun) -> Path:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 if critic:
+                    accelerator.step = part
                     losses |= critic.step(accelerator, images, output.images.detach(), run, progress.step)
                 if quantize:
                     counts += code_counts(output.token_ids, bare.codebook.num_embeddings)
                 guard.watch(total)
+                means.add(losses | {"loss": total})
 
             progress.step += 1
             progress.images += run.batch_size
@@ -107,13 +120,14 @@ def train_tokenizer(run: TokenizerRun) -> Path:
             if quantize:
                 usage.update(accelerator.reduce(counts, "sum"))
                 if run.revive_every and not run.freeze_encoder and progress.step % run.revive_every == 0:
-                    revive(run, bare, usage, output.latents, ema, progress)
+                    revive(run, bare, usage, accelerator.gather(output.latents.detach()), ema, progress)
             bar.update()
 
             if progress.due(run.log_every):
                 guard.check(run, progress.step)
-                log.write(progress, step_values(losses, usage, rate, grad_norm.item(), quantize))
-                bar.set_postfix(loss=f"{total.item():.3f}", images=progress.images)
+                values = step_values(means.over_processes(accelerator), usage, rate, grad_norm.item(), quantize)
+                log.write(progress, values)
+                bar.set_postfix(loss=f"{values['train/loss']:.3f}", images=progress.images)
             if progress.due(run.validate_every) and accelerator.is_main_process:
                 averaged = averaged_model(bare, ema)
                 scores = tokenizer_scores(averaged, EvaluationImages(held_out, bare.image_size))
@@ -127,7 +141,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
                     accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict()
                 )
 
-        if stop.requested and progress.step < run.num_steps:
+        if progress.step < run.num_steps:
             guard.check(run, progress.step)
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
             raise KeyboardInterrupt
@@ -171,9 +185,11 @@ def open_splits(run: TokenizerRun, model: MultiScaleVQVAE) -> tuple[ImageSource,
 def start_codebook(
     run: TokenizerRun, model: MultiScaleVQVAE, views: TrainingImages, ema: ExponentialMovingAverage
 ) -> None:
-    """K-means start of the codebook, from the same images in every process."""
+    """K-means start of the codebook, the same in every process."""
     rows = [torch.as_tensor(views[position]["image"]) for position in range(_CODEBOOK_IMAGES)]
     initialize_codebook(model, torch.stack(rows).to(model.codebook.weight.device), seed=run.seed)
+    # sums on a GPU may differ between processes, and nothing later would bring the copies together again
+    broadcast(model.codebook.weight.data)
     ema.restart("codebook.weight", model.codebook.weight)
 
 
@@ -185,22 +201,23 @@ def revive(
     ema: ExponentialMovingAverage,
     progress: Progress,
 ) -> None:
-    """Move dead codes onto residuals of the first process's batch, in every process alike."""
+    """Move dead codes onto residuals of the whole batch's latents (its last part), in every process alike."""
     # not at the end: a code that has just moved needs steps to settle
     if progress.step > 0.8 * run.num_steps:
         return
     dead = ~usage.used().any(dim=0)
-    moved = revive_codes(model, dead, broadcast(latents.detach().contiguous()), seed=run.seed, step=progress.step)
+    moved = revive_codes(model, dead, latents, seed=run.seed, step=progress.step)
     if moved:
+        broadcast(model.codebook.weight.data)
         ema.restart("codebook.weight", model.codebook.weight, rows=dead)
         logger.info("step %d: revived %d of %d codes", progress.step, moved, len(dead))
 
 
 def step_values(
-    losses: dict[str, Tensor], usage: CodebookUsage, rate: float, grad_norm: float, quantize: bool
+    means: dict[str, Tensor], usage: CodebookUsage, rate: float, grad_norm: float, quantize: bool
 ) -> dict[str, float]:
     """One log line of training."""
-    values = {f"train/{name}": value.item() for name, value in losses.items()}
+    values = {f"train/{name}": value.item() for name, value in means.items()}
     values |= {"train/learning_rate": rate, "train/grad_norm": grad_norm}
     if quantize:
         values["train/usage"] = float(usage.used().any(dim=0).float().mean())
