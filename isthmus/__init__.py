@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from isthmus.errors import UserError
     from isthmus.functional.guidance import GuidanceSchedule
     from isthmus.functional.pyramid import ScaleSchedule
+    from isthmus.generation.options import SamplingOptions
     from isthmus.generation.step import GenerationStep
     from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
     from isthmus.models.next_scale_transformer import NextScaleTransformer
@@ -28,6 +29,7 @@ __all__ = [
     "MultiScaleVQVAE",
     "NextScalePipeline",
     "NextScaleTransformer",
+    "SamplingOptions",
     "ScaleSchedule",
     "UserError",
     "__version__",
@@ -40,6 +42,7 @@ _HOMES = {
     "MultiScaleVQVAE": "isthmus.models.multiscale_vqvae",
     "NextScalePipeline": "isthmus.pipelines.next_scale",
     "NextScaleTransformer": "isthmus.models.next_scale_transformer",
+    "SamplingOptions": "isthmus.generation.options",
     "ScaleSchedule": "isthmus.functional.pyramid",
     "UserError": "isthmus.errors",
     "load_pipeline": "isthmus.pipelines.loading",

@@ -42,25 +42,33 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b l width"], attend: Attend) -> Float[Tensor, "b l width"]:
         """Mix the tokens with `attend(q, k, v, softmax_scale)`; keys have no bias."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, heads, l, c)
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if self.log_scale is None:
             softmax_scale = 0.25 / math.sqrt(q.shape[-1])
         else:
             softmax_scale = 1.0
-            q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-            k = F.normalize(k, dim=-1)
-        # autocast leaves normalised q and k in fp32; the three have to agree
-        mixed = attend(q.to(v.dtype), k.to(v.dtype), v, softmax_scale)
+            factor = self.log_scale.clamp(max=MAX_LOG_SCALE).exp().transpose(1, 2)  # (1, 1, heads, 1)
+            # the factors are fp32, so the products are; attention wants one type
+            q = (q * (factor * reciprocal_norm(q))).to(v.dtype)
+            k = (k * reciprocal_norm(k)).to(v.dtype)
+        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale)
         return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def reciprocal_norm(x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows 1"]:
+    """1 / |x| of every row, in fp32, with |x| taken to be at least 1e-12.
+
+    x * reciprocal_norm(x) is `F.normalize(x)`, whose backward takes twice as many passes over memory.
+    """
+    return x.float().square().sum(dim=-1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
 def markov_attention(lengths: Sequence[int]) -> Attend:
     """Every scale attends to itself alone: one unmasked attention per scale."""
 
     def attend(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
-        parts = zip(*(x.split(list(lengths), dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part, scale=softmax_scale) for part in parts], dim=2)
+        parts = zip(*(_cut(x, lengths) for x in (q, k, v)), strict=True)
+        return _join([F.scaled_dot_product_attention(*part, scale=softmax_scale) for part in parts])
 
     return attend
 
@@ -78,7 +86,7 @@ def causal_attention(lengths: Sequence[int], *, smallest_alone: int = 64) -> Att
 
     def attend(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
         outputs, seen = [], 0
-        for index, queries in enumerate(q.split(cuts, dim=2)):
+        for index, queries in enumerate(_cut(q, cuts)):
             seen += cuts[index]
             whole = seen == k.shape[2]
             keys, values = (k, v) if whole else (k[:, :, :seen], v[:, :, :seen])
@@ -86,9 +94,21 @@ def causal_attention(lengths: Sequence[int], *, smallest_alone: int = 64) -> Att
             outputs.append(
                 F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=softmax_scale)
             )
-        return torch.cat(outputs, dim=2)
+        return _join(outputs)
 
     return attend
+
+
+# Rows of projections lie token by token, (b, l, heads, c): cut and joined along l there, neither the parts nor their
+# gradients have to be laid out anew.
+def _cut(x: Heads, lengths: Sequence[int]) -> list[Float[Tensor, "b heads _ c"]]:
+    return [part.transpose(1, 2) for part in x.transpose(1, 2).split(list(lengths), dim=1)]
+
+
+def _join(parts: Sequence[Float[Tensor, "b heads _ c"]]) -> Heads:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def _leading_group(lengths: Sequence[int], limit: int) -> int:

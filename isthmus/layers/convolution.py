@@ -50,11 +50,10 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Map) -> Map:
         """Map of the same shape."""
         b, c, h, w = x.shape
-        # (b, 3, 1 head, h*w, c): the layout that fused attention wants
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, 1, c, h * w).transpose(-1, -2)
-        q, k, v = (part.contiguous() for part in qkv.unbind(1))
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(mixed.transpose(-1, -2).reshape(b, c, h, w))
+        # one head of width c over h * w rows; on a channels-last map the rows are there already
+        rows = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, 1, h * w, 3, c)
+        mixed = F.scaled_dot_product_attention(*rows.unbind(3))
+        return x + self.proj_out(mixed.reshape(b, h, w, c).permute(0, 3, 1, 2))
 
 
 class Downsample(nn.Module):

@@ -5,9 +5,9 @@ Diffusion" (the Markovian mask).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -160,37 +160,32 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
     @property
     def is_markov(self) -> bool:
         """Whether a scale sees nothing but itself."""
-        return self.config.scale_attention == "markov"
+        return self.config["scale_attention"] == "markov"
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
         """Stochastic depth rate of every block: 0 at the first, `drop_path` at the last."""
-        last = max(self.config.num_layers - 1, 1)
-        return tuple(self.config.drop_path * i / last for i in range(self.config.num_layers))
+        last = max(self.config["num_layers"] - 1, 1)
+        return tuple(self.config["drop_path"] * i / last for i in range(self.config["num_layers"]))
 
     def condition(self, class_labels: Int[Tensor, " b"]) -> Conditioning:
         """Class vector and all modulations of a batch of labels (0..num_classes, the last being the null label)."""
         start = self.class_embedding(class_labels)
         activated = F.silu(start)
         source = activated if self.shared_modulation is None else self.shared_modulation(activated)
-        blocks = tuple(block.modulation(source) for block in self.blocks)
+        blocks = tuple(block.modulation(source) for block in cast("Iterable[NextScaleBlock]", self.blocks))
         return Conditioning(start, blocks, self.head_modulation(activated).unflatten(-1, (2, -1)))
 
     def embed(
         self, start: Float[Tensor, "b width"], scale_inputs: Float[Tensor, "b inputs d"], scales: Sequence[int]
     ) -> Stream:
         """Tokens of `scales`: class vector (scale 0) or word embedding, plus position and scale embeddings."""
-        lengths, offsets = self.schedule.lengths, self.schedule.offsets
-        parts, seen = [], 0
-        for scale in scales:
-            position = self.position[:, offsets[scale] : offsets[scale + 1]] + self.scale_embedding.weight[scale]
-            if scale == 0:
-                parts.append(start.unsqueeze(1) + self.start_position + position)
-            else:
-                words = self.word_embedding(scale_inputs[:, seen : seen + lengths[scale]])
-                parts.append(words + position)
-                seen += lengths[scale]
-        return torch.cat(parts, dim=1)
+        words = self.word_embedding(scale_inputs)
+        if scales[0] == 0:
+            words = torch.cat([start.unsqueeze(1) + self.start_position, words], dim=1)
+        # one split and one concatenation: a slice per scale would pad its gradient to the whole table
+        positions, levels = self.position.split(list(self.schedule.lengths), dim=1), self.scale_embedding.weight
+        return words + torch.cat([positions[k] + levels[k] for k in scales], dim=1)
 
     def forward(
         self,
@@ -209,10 +204,16 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
             keep: stochastic depth factors per image, block and branch; None keeps everything.
 
         Raises:
-            UserError: `scale_inputs` does not hold the tokens of `scales`, or `scales` is no prefix and the model
-                is causal.
+            UserError: `scales` is empty or does not increase, `scale_inputs` does not hold its tokens, or it is no
+                prefix and the model is causal.
         """
-        scales = tuple(range(self.schedule.num_scales)) if scales is None else tuple(scales)
+        known = tuple(range(self.schedule.num_scales))
+        scales = known if scales is None else tuple(scales)
+        if not scales or scales != tuple(sorted(set(scales) & set(known))):
+            raise UserError(
+                f"scales must be some of 0..{known[-1]} in increasing order, each once, got {scales}. "
+                "Leave it out to run them all."
+            )
         lengths = [self.schedule.lengths[k] for k in scales]
         expected = sum(lengths) - (lengths[0] if scales[0] == 0 else 0)
         if scale_inputs.shape[1] != expected:
@@ -225,6 +226,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         for i, block in enumerate(self.blocks):
             factors = None if keep is None else keep[:, i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
+                assert self._gradient_checkpointing_func is not None  # diffusers sets it with the flag
                 x = self._gradient_checkpointing_func(block, x, conditioning.blocks[i], attend, factors)
             else:
                 x = block(x, conditioning.blocks[i], attend, factors)
@@ -260,18 +262,18 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         """An empty cache for `batch` rows; None for a Markov model."""
         if self.is_markov:
             return None
-        heads, width = self.config.num_heads, self.config.width
+        heads, width = self.config["num_heads"], self.config["width"]
         return KeyValueCache(
             len(self.blocks), batch, heads, self.schedule.num_tokens, width // heads, device=self.device, dtype=self.dtype
         )
 
     def _logits(self, x: Stream, modulation: Float[Tensor, "b 2 width"]) -> Float[Tensor, "b l v"]:
         scale, shift = (m.unsqueeze(1) for m in modulation.to(x.dtype).unbind(1))
-        return self.head(modulated_norm(x, scale, shift, self.config.norm_eps))
+        return self.head(modulated_norm(x, scale, shift, self.config["norm_eps"]))
 
     def _init_weights(self, init_gate: float, init_modulation: float) -> None:
         """Spec of VAR, 2.5: every weight N(0, 1 / (3 width)), residual outputs and the head scaled down."""
-        width, depth = self.config.width, self.config.num_layers
+        width, depth = self.config["width"], self.config["num_layers"]
         std = math.sqrt(1 / width / 3)
         with torch.no_grad():
             for module in self.modules():
@@ -283,13 +285,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
                 nn.init.trunc_normal_(table, std=std)
             self.head.weight.mul_(0.02)
             self.head_modulation.weight.mul_(init_modulation)
-            for block in self.blocks:
+            for block in cast("Iterable[NextScaleBlock]", self.blocks):
                 block.attention.proj.weight.div_(math.sqrt(2 * depth))
                 block.feed_forward.down.weight.div_(math.sqrt(2 * depth))
-                modulation = block.modulation
-                if isinstance(modulation, SharedModulationOffset):
-                    modulation.offset[:, :2].mul_(init_gate)
-                    modulation.offset[:, 2:].mul_(init_modulation)
+                if isinstance(block.modulation, SharedModulationOffset):
+                    gates, others = block.modulation.offset.split((2, 4), dim=1)
                 else:
-                    modulation.linear.weight[: 2 * width].mul_(init_gate)
-                    modulation.linear.weight[2 * width :].mul_(init_modulation)
+                    gates, others = block.modulation.linear.weight.split((2 * width, 4 * width))
+                gates.mul_(init_gate)
+                others.mul_(init_modulation)

@@ -36,8 +36,9 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 def _checkpoints(out: Path) -> list[Path]:
     folder = out / "checkpoints"
-    names = [p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name)] if folder.is_dir() else []
-    return sorted(names, key=lambda p: int(p.name.split("-")[1]))
+    paths = folder.iterdir() if folder.is_dir() else ()
+    complete = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
 
 
 def save_checkpoint(
@@ -112,15 +113,19 @@ def resume(
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU; shards are collected from all ranks (every rank must call)."""
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
-    return {name: t.detach().to("cpu").contiguous() for name, t in whole.items()}
+    return {name: whole(tensor).detach().to("cpu").contiguous() for name, tensor in state.items()}
 
 
-def like(template: Tensor | None, whole: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor collected from its shards (every rank must call), or itself where it has none."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(template: Tensor | None, tensor: Tensor) -> Tensor:
     """A whole tensor laid out like `template`: sharded where that is sharded."""
     if isinstance(template, DTensor):
-        return distribute_tensor(whole.to(template.device), template.device_mesh, template.placements)
-    return whole
+        return distribute_tensor(tensor.to(template.device), template.device_mesh, template.placements)
+    return tensor
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 import isthmus
@@ -42,21 +43,23 @@ _FREE_FIELDS = {"log_every", "preview_every", "save_every", "keep_checkpoints", 
 
 
 def start_run(
-    run: Run, *, find_unused_parameters: bool = False, compiled: bool = False, sharded: bool = False
+    run: Run, *, find_unused_parameters: bool = False, compiled: bool = False, sharded: Sequence[str] = ()
 ) -> Accelerator:
-    """Folders, precision, processes and trackers of a run.
+    """Folders, precision, processes and trackers of a run; `sharded` names the modules that FSDP2 gathers one by one.
 
     Raises:
-        UserError: the folder belongs to another run, the batch does not divide over the processes, or FSDP2 was asked
-            for and accelerate did not turn it on.
+        UserError: the folder belongs to another run, the batch does not divide over the processes, or accelerate did
+            not turn on the processes or the FSDP2 that were asked for.
     """
     accelerator = Accelerator(
+        # asked for, or accelerate takes the processes of a launcher on CPU for so many single ones
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=_precision(run),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate, sync_with_dataloader=False),
         log_with=list(run.track) or None,
         project_dir=str(run.out),
         dynamo_backend="inductor" if compiled else "no",
-        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if sharded else None,
+        fsdp_plugin=_fsdp2(sharded) if sharded else None,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
             # the others wait while the first process encodes the data set; launchers notice a dead process by itself
@@ -65,6 +68,12 @@ def start_run(
     )
     accelerator.register_save_state_pre_hook(_save_bare_weights)
     accelerator.register_load_state_pre_hook(_load_bare_models)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {launched} processes, accelerate knows {accelerator.num_processes} on "
+            f"{accelerator.device.type}. Set ACCELERATE_USE_CPU=1 to train on the CPU, or start a single process."
+        )
     if sharded and not accelerator.is_fsdp2:
         raise UserError(
             f"parallel fsdp2 needs several processes on GPUs, accelerate chose {accelerator.distributed_type.value} on "
@@ -82,6 +91,12 @@ def start_run(
     # models draw their initial weights from the global generator; everything later has streams of its own
     set_seed(run.seed)
     return accelerator
+
+
+def _fsdp2(modules: Sequence[str]) -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=list(modules)
+    )
 
 
 def _save_bare_weights(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
@@ -203,7 +218,7 @@ class Log:
         """Add one line."""
         self.accelerator.log(values, step=progress.step)
         if self.accelerator.is_main_process:
-            rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+            rounded = {name: float(f"{value:.8g}") for name, value in values.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": progress.step, "images": progress.images, **rounded}) + "\n")
 
@@ -280,14 +295,16 @@ class FiniteGuard:
     def watch(self, *values: Tensor) -> None:
         """Remember whether a value was not finite."""
         for value in values:
-            self._finite &= torch.isfinite(value.detach()).all()
+            own = value.to_local() if isinstance(value, DTensor) else value
+            self._finite &= torch.isfinite(own.detach()).all()
 
-    def check(self, run: Run, step: int) -> None:
-        """Stop before anything is saved.
+    def check(self, run: Run, step: int, weights: Iterable[Tensor] = ()) -> None:
+        """Stop before anything is saved; `weights` are what would be saved.
 
         Raises:
-            UserError: a watched value was not finite; names the last good checkpoint.
+            UserError: one of them or a watched value was not finite; names the last good checkpoint.
         """
+        self.watch(*weights)
         if bool(self._finite):
             return
         good = newest_checkpoint(run.out)

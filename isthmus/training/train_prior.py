@@ -18,7 +18,7 @@ from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
 from isthmus.models.fingerprint import fingerprint
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.training.checkpoints import resume, save_checkpoint
+from isthmus.training.checkpoints import resume, save_checkpoint, whole
 from isthmus.training.config import PriorRun
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.export import (
@@ -56,6 +56,8 @@ logger = logging.getLogger("isthmus")
 
 # held-out images whose likelihood is measured while training
 _VALIDATION_IMAGES = 1024
+# what FSDP2 gathers one by one: not whole blocks, since all modulations are computed ahead of the blocks
+_SHARDED = ("BlockModulation", "MultiHeadAttention", "FeedForward")
 
 
 def train_prior(run: PriorRun) -> Path:
@@ -70,7 +72,7 @@ def train_prior(run: PriorRun) -> Path:
         # scale 0 has a table of its own, and only the others embed words
         find_unused_parameters=run.scales_per_step is not None,
         compiled=run.compile,
-        sharded=run.parallel == "fsdp2",
+        sharded=_SHARDED if run.parallel == "fsdp2" else (),
     )
     tokenizer, train, held_out, bare = prepare(run)
     tokenizer = tokenizer.to(accelerator.device)
@@ -137,7 +139,7 @@ def train_prior(run: PriorRun) -> Path:
                     )
                     accelerator.backward(losses.total)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
+                        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm))
                         guard.watch(grad_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -163,11 +165,11 @@ def train_prior(run: PriorRun) -> Path:
                     options = sampling_options(run, averaged)
                     save_samples(tokenizer, averaged, train.class_names, options, run.out / "previews", progress.step)
             if progress.due(run.save_every):
-                guard.check(run, progress.step)
+                guard.check(run, progress.step, ema.averages.values())
                 save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
 
         if progress.step < run.num_steps:
-            guard.check(run, progress.step)
+            guard.check(run, progress.step, ema.averages.values())
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
             raise KeyboardInterrupt
     return export_pipeline(accelerator, tokenizer, averaged_model(bare, ema), run, train)

@@ -136,13 +136,13 @@ def train_tokenizer(run: TokenizerRun) -> Path:
             if progress.due(run.preview_every) and accelerator.is_main_process:
                 save_reconstructions(averaged_model(bare, ema), held_out, run.out / "previews", progress.step)
             if progress.due(run.save_every):
-                guard.check(run, progress.step)
+                guard.check(run, progress.step, ema.averages.values())
                 save_checkpoint(
                     accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict()
                 )
 
         if progress.step < run.num_steps:
-            guard.check(run, progress.step)
+            guard.check(run, progress.step, ema.averages.values())
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
             raise KeyboardInterrupt
     return export_tokenizer(accelerator, averaged_model(bare, ema), run, train)

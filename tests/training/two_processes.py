@@ -1,0 +1,135 @@
+"""Started by test_processes.py under torchrun: gloo processes that train runs, agree to stop, and share out a network."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from isthmus.errors import UserError
+from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.training.checkpoints import gathered, like, whole
+from isthmus.training.config import OptimConfig, PriorRun, TokenizerRun, run_from_json
+from isthmus.training.ema import ExponentialMovingAverage
+from isthmus.training.export import averaged_model
+from isthmus.training.objectives import next_scale_loss, scale_weights
+from isthmus.training.optim import adamw
+from isthmus.training.run import FiniteGuard, StopRequest
+from isthmus.training.train_prior import _SHARDED, train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
+
+SHARDED_BATCH = 4
+MAX_GRAD_NORM = 0.05  # small enough to clip at every step
+
+
+def tiny_prior(*, shared_adaln: bool) -> NextScaleTransformer:
+    """The network that is shared out; the same in every process."""
+    torch.manual_seed(0)
+    return NextScaleTransformer(
+        scale_sizes=(1, 2, 4), codebook_size=16, codebook_dim=4, width=16, num_layers=2, num_heads=2, num_classes=3,
+        scale_attention="markov", shared_adaln=shared_adaln, init_gate=0.5,
+    )  # fmt: skip
+
+
+def three_steps(
+    model: NextScaleTransformer, *, rank: int = 0, world_size: int = 1
+) -> tuple[ExponentialMovingAverage, list[float], torch.optim.Optimizer]:
+    """Three clipped steps on this process's share of three fixed batches; EMA, gradient norms, optimizer."""
+    optimizer = adamw(model, OptimConfig(learning_rate=1e-3))
+    ema, guard, norms = ExponentialMovingAverage(model, 0.9), FiniteGuard(torch.device("cpu")), []
+    generator = torch.Generator().manual_seed(1)
+    length, share = model.schedule.num_tokens, SHARDED_BATCH // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    for _ in range(3):
+        token_ids = torch.randint(16, (SHARDED_BATCH, length), generator=generator)[mine]
+        inputs = torch.randn(SHARDED_BATCH, length - 1, 4, generator=generator)[mine]
+        labels = torch.randint(4, (SHARDED_BATCH,), generator=generator)[mine]
+        weights = scale_weights("token-uniform", model.schedule.sizes)
+        logits = model(labels, inputs).logits
+        next_scale_loss(logits, token_ids, model.schedule, weights, scales=(0, 1, 2)).total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        guard.watch(norm, *ema.averages.values())
+        norms.append(whole(norm).item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+    guard.check(PriorRun(), 3)
+    return ema, norms, optimizer
+
+
+def share_out(folder: Path, rank: int, world_size: int, *, shared_adaln: bool) -> None:
+    """Train sharded; the main process writes the whole averages and what a reloaded EMA holds."""
+    model, mesh = tiny_prior(shared_adaln=shared_adaln), init_device_mesh("cpu", (world_size,))
+    for module in model.modules():
+        if type(module).__name__ in _SHARDED:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ema, norms, _ = three_steps(model, rank=rank, world_size=world_size)
+    assert all(isinstance(average, DTensor) for average in ema.averages.values())
+    path = folder / "ema.safetensors"
+    saved = gathered(ema.state_dict())
+    if rank == 0:
+        folder.mkdir()
+        save_file(saved, path)
+        (folder / "norms.json").write_text(json.dumps(norms))
+    torch.distributed.barrier()
+
+    loaded = ExponentialMovingAverage(model, 0.9)
+    loaded.load_state_dict({name: like(loaded.averages.get(name), value) for name, value in load_file(path).items()})
+    reloaded, averaged = gathered(loaded.state_dict()), averaged_model(model, ema)
+    if rank == 0:
+        save_file(reloaded, folder / "reloaded.safetensors")
+        averaged.save_pretrained(folder / "averaged")
+
+
+def stop_together() -> list[bool]:
+    """The second process alone is asked to stop: both must hear of it at the same step."""
+    accelerator = Accelerator()
+    with StopRequest() as stop:
+        answers = [stop.agreed(accelerator)]
+        if accelerator.process_index == 1:
+            signal.raise_signal(signal.SIGINT)
+        return answers + [stop.agreed(accelerator) for _ in range(2)]
+
+
+def refused(run: PriorRun) -> str:
+    """What the error says."""
+    try:
+        train_prior(run)
+    except UserError as error:
+        return str(error)
+    return "it was not refused"
+
+
+def main(folder: Path) -> None:
+    """Everything that needs two processes, in one start of them."""
+    plan = json.loads((folder / "plan.json").read_text())
+    for values in plan["tokenizers"]:
+        train_tokenizer(run_from_json(TokenizerRun, values))
+    for values in plan["priors"]:
+        train_prior(run_from_json(PriorRun, values))
+    said: dict[str, object] = {"stop": stop_together()}
+    said["refused"] = [refused(run_from_json(PriorRun, values)) for values in plan["refused"]]
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for shared_adaln in (False, True):
+        share_out(folder / f"sharded-{shared_adaln}", rank, world_size, shared_adaln=shared_adaln)
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    torch.distributed.destroy_process_group()
+
+
+def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor], *, atol: float) -> None:
+    """Equal names, values within `atol`."""
+    assert set(first) == set(second)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
