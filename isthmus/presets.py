@@ -101,10 +101,10 @@ def _markov(preset: Preset[PriorRun], about: str) -> Preset[PriorRun]:
 
 
 _SMALL_TOKENIZER = TokenizerRun(
-    num_steps=1600,
+    num_steps=850,
     batch_size=16,
     ema_decay=0.995,
-    continuous_steps=300,
+    continuous_steps=100,
     revive_every=50,
     optim=OptimConfig(
         learning_rate=2e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, weight_decay=0.0, max_grad_norm=1.0
@@ -114,7 +114,7 @@ _SMALL_TOKENIZER = TokenizerRun(
         codebook_dim=16,
         scale_sizes=SCALES_32,
         base_channels=32,
-        channel_multipliers=(1, 2, 2),
+        channel_multipliers=(1, 1, 2),
         num_res_blocks=1,
         num_phi=4,
         dropout=0.0,
@@ -123,12 +123,12 @@ _SMALL_TOKENIZER = TokenizerRun(
 )
 
 TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
-    "small-32": Preset("32 px on a laptop: four minutes on two cores", _SMALL_TOKENIZER, 1.04),
+    "small-32": Preset("32 px on a laptop: four minutes on two cores", _SMALL_TOKENIZER, 0.82),
     "small-64": Preset(
-        "64 px on a laptop: about half an hour on two cores",
+        "64 px on a laptop: about forty minutes on two cores",
         replace(
             _SMALL_TOKENIZER,
-            num_steps=4000,
+            num_steps=2000,
             model=replace(_SMALL_TOKENIZER.model, scale_sizes=SCALES_64, codebook_size=1024),
         ),
         1.05,
@@ -184,10 +184,10 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
 }
 
 _SMALL_PRIOR = PriorRun(
-    num_steps=1500,
-    batch_size=32,
+    num_steps=540,
+    batch_size=16,
     ema_decay=0.995,
-    num_views=16,
+    num_views=6,
     scale_loss="token-uniform",
     optim=OptimConfig(learning_rate=1.5e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, max_grad_norm=2.0),
     model=PriorModel(

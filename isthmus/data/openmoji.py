@@ -143,7 +143,7 @@ def rendered_openmoji(image_size: int, cache_dir: str | Path | None = None) -> t
     def draw_all(file: BinaryIO) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for emoji in tqdm(emoji_table(), desc=f"drawing openmoji at {image_size} px", unit="image"):
+        for emoji in tqdm(emoji_table(), desc=f"drawing openmoji at {image_size} px", unit="image", disable=None):
             png = resvg_py.svg_to_bytes(
                 svg_string=(svg_folder / f"{emoji.file}.svg").read_text(encoding="utf-8"),
                 width=image_size,

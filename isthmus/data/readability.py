@@ -34,7 +34,7 @@ def examine(keys: Sequence[str], read: Callable[[int], bytes], *, index_file: Pa
     findings = {key: Finding(known[key], "") for key in keys if key in known}
     unknown = [i for i, key in enumerate(keys) if key not in findings]
     if unknown:
-        bar = tqdm(total=len(unknown), desc=f"checking {what}", unit="image", delay=1.0)
+        bar = tqdm(total=len(unknown), desc=f"checking {what}", unit="image", delay=1.0, disable=None)
         try:
             with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
                 for start in range(0, len(unknown), _CHUNK):

@@ -1,6 +1,7 @@
 """Data sets too large to keep: read through `datasets` as a stream, batch by batch, and continued where it stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from isthmus.data.augment import Augmentation, augmented_view
 from isthmus.data.cache import sha256_of_parts
 from isthmus.data.decode import ImageUint8, UnreadableImage, decode_image
 from isthmus.data.huggingface import as_bytes, find_columns, image_bytes, load, name_and_split
-from isthmus.data.source import logger, nearest
+from isthmus.data.source import ImageSource, logger, nearest
 from isthmus.data.views import Batch, collate
 from isthmus.data.workers import check_share
 from isthmus.errors import UserError
@@ -87,6 +88,44 @@ def open_stream(spec: str, *, strict: bool = False, cache_dir: str | Path | None
             )
         dataset = dataset["train"]
     return ImageStream(dataset, name=spec, strict=strict)
+
+
+class KeptImages(ImageSource):
+    """The first images of a stream, kept in memory to measure on."""
+
+    in_memory = True
+    augmentation = Augmentation()
+
+    def __init__(self, stream_: ImageStream, images: Sequence[ImageUint8], labels: Sequence[int]) -> None:
+        """Images and labels in the order of the stream."""
+        self.name, self.class_names, self.flip = stream_.name, stream_.class_names, stream_.flip
+        self.fingerprint = stream_.fingerprint
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self._images = list(images)
+
+    def load(self, index: int) -> ImageUint8:
+        """Image `index` at full size."""
+        return self._images[index]
+
+
+def hold_out(source: ImageStream, count: int) -> tuple[ImageStream, KeptImages]:
+    """The stream without its first rows, and the `count` readable images of those rows.
+
+    A stream has no split of its own by content; its first rows are the same at every start.
+    """
+    images, labels, rows = [], [], 0
+    for row in source.dataset:
+        rows += 1
+        if (decoded := source.decode(row)) is not None:
+            images.append(decoded[0])
+            labels.append(decoded[1])
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError(f"{source.name}: no image of the stream can be read. Check the data set.")
+    rest = copy(source)
+    rest.dataset = source.dataset.skip(rows)
+    return rest, KeptImages(source, images, labels)
 
 
 class StreamedBatches:

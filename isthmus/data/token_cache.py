@@ -262,7 +262,10 @@ def _encode(
     was_training = network.training
     network.eval()
     try:
-        with file_path.open("wb") as file, tqdm(total=rows, desc="encoding images", unit="view", delay=1.0) as bar:
+        with (
+            file_path.open("wb") as file,
+            tqdm(total=rows, desc="encoding images", unit="view", delay=1.0, disable=None) as bar,
+        ):
             _write_header(file, kind, 0, 0)
             for batch in views:
                 token_ids = torch.cat(list(tokenizer.encode(batch["image"].to(device)).token_ids), dim=1)

@@ -217,9 +217,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         lengths = [self.schedule.lengths[k] for k in scales]
         expected = sum(lengths) - (lengths[0] if scales[0] == 0 else 0)
         if scale_inputs.shape[1] != expected:
-            raise UserError(f"scale_inputs must hold {expected} tokens for scales {scales}, got {scale_inputs.shape[1]}.")
+            raise UserError(
+                f"scale_inputs must hold {expected} tokens for scales {scales}, got {scale_inputs.shape[1]}. "
+                "Leave out those of other scales; scale 0 has none."
+            )
         if not self.is_markov and scales != tuple(range(len(scales))):
-            raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}.")
+            raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}. Fill it up.")
         conditioning = self.condition(class_labels)
         attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
         x = self.embed(conditioning.start, scale_inputs, scales)
@@ -249,7 +252,9 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
             cache: from `new_cache`; None for a Markov model, which never reads another scale.
         """
         if (cache is None) != self.is_markov:
-            raise UserError("a causal model needs a cache and a Markov model takes none. Pass cache=model.new_cache(b).")
+            raise UserError(
+                "a causal model needs a cache and a Markov model takes none, got the opposite. Pass model.new_cache(b)."
+            )
         x = self.embed(conditioning.start, scale_input, (scale,))
         own = markov_attention([x.shape[1]])
         for i, block in enumerate(self.blocks):
@@ -262,9 +267,15 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         """An empty cache for `batch` rows; None for a Markov model."""
         if self.is_markov:
             return None
-        heads, width = self.config["num_heads"], self.config["width"]
+        heads, tokens = self.config["num_heads"], self.schedule.num_tokens
         return KeyValueCache(
-            len(self.blocks), batch, heads, self.schedule.num_tokens, width // heads, device=self.device, dtype=self.dtype
+            len(self.blocks),
+            batch,
+            heads,
+            tokens,
+            self.config["width"] // heads,
+            device=self.device,
+            dtype=self.dtype,
         )
 
     def _logits(self, x: Stream, modulation: Float[Tensor, "b 2 width"]) -> Float[Tensor, "b l v"]:

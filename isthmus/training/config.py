@@ -74,6 +74,10 @@ class Run:
     """Model to start from (folder or hub id); empty trains from scratch."""
     classes: tuple[str, ...] | None = None
     """Classes of the data set to use, by name; None takes all."""
+    stream: bool = False
+    """Read hf: data as a stream instead of by index: for sets that do not fit on the disk."""
+    shuffle_buffer: int = 1000
+    """Streams only: examples that are mixed; 0 keeps the order of the data set."""
     strict: bool = False
     """Refuse a data set with unreadable files instead of skipping them."""
     seed: int = 0
@@ -110,7 +114,7 @@ class Run:
     def __post_init__(self):
         _positive(self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every")
         _positive(self, "save_every", "keep_checkpoints")
-        _not_negative(self, "seed")
+        _not_negative(self, "seed", "shuffle_buffer")
         _share(self, "ema_decay")
         if self.batch_size % self.accumulate:
             raise UserError(
@@ -259,6 +263,8 @@ class PriorRun(Run):
     """Folder of the trained tokenizer (a run of `isthmus train tokenizer`, or any pipeline); with --from its own."""
     num_views: int = 8
     """Augmented views per image in the token cache."""
+    max_images: int | None = None
+    """Images that are encoded into the token cache; None takes all, a stream needs a number."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label, for guidance."""
     scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
@@ -281,6 +287,10 @@ class PriorRun(Run):
     def __post_init__(self):
         super().__post_init__()
         _positive(self, "num_views")
+        if self.max_images is not None:
+            _positive(self, "max_images")
+        if self.stream and self.max_images is None:
+            raise UserError("a stream has no end, so its token cache needs one. Pass --max-images NUMBER.")
         _share(self, "label_dropout", "label_smoothing")
         if self.scales_per_step is not None:
             _positive(self, "scales_per_step")

@@ -74,8 +74,6 @@ def prior_run(data: str, out: Path, tokenizer: Path | str, **changes) -> PriorRu
         validate_every=3,
         preview_every=6,
         optim=OPTIM,
-        model=PriorModel(
-            width=16, num_layers=2, num_heads=2, scale_attention="markov", drop_path=0.2, init_gate=0.5
-        ),
+        model=PriorModel(width=16, num_layers=2, num_heads=2, scale_attention="markov", drop_path=0.2, init_gate=0.5),
     )
     return replace(run, **changes)

@@ -1,4 +1,4 @@
-"""Started by test_processes.py under torchrun: gloo processes that train runs, agree to stop, and share out a network."""
+"""Started by test_processes.py under torchrun: gloo processes that train, agree to stop, and share out a network."""
 
 import json
 import signal
@@ -128,7 +128,9 @@ def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor], *, atol: f
     """Equal names, values within `atol`."""
     assert set(first) == set(second)
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            second[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 if __name__ == "__main__":

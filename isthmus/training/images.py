@@ -1,0 +1,70 @@
+"""What a run trains on: images by index, or a stream of them, and a held-out part to measure on."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from isthmus.data.batches import TrainingImages, training_batches
+from isthmus.data.opening import open_source
+from isthmus.data.source import ImageSource
+from isthmus.data.streaming import ImageStream, StreamedBatches, hold_out, open_stream
+from isthmus.data.views import Batch
+from isthmus.errors import UserError
+from isthmus.training.config import Run
+from isthmus.training.views import augmentation
+
+# rows at the start of a stream that are measured on and never trained on
+HELD_OUT_OF_STREAM = 256
+
+
+def open_splits(run: Run, image_size: int) -> tuple[ImageSource | ImageStream, ImageSource]:
+    """Training and held-out images of a run.
+
+    Raises:
+        UserError: the data set cannot be used, in words; or a stream is asked for classes, which it cannot choose.
+    """
+    if run.stream:
+        if run.classes is not None:
+            raise UserError(f"a stream cannot choose classes, got --classes {', '.join(run.classes)}. Leave one out.")
+        return hold_out(open_stream(run.data, strict=run.strict), HELD_OUT_OF_STREAM)
+    train, held_out = (
+        open_source(run.data, image_size=image_size, split=split, classes=run.classes, strict=run.strict)
+        for split in ("train", "val")
+    )
+    return train, held_out
+
+
+def image_batches(
+    run: Run,
+    source: ImageSource | ImageStream,
+    *,
+    image_size: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    stream_states: Sequence[dict[str, Any]] | None,
+) -> Iterator[Batch]:
+    """Batches of training views from `step` on; one batch is what one process computes at once.
+
+    `stream_states` are those that a checkpoint holds, one per process; data read by index need none.
+
+    Raises:
+        UserError: a stream is continued with another number of processes.
+    """
+    share = {"batch_size": run.batch_size // run.accumulate, "rank": rank, "world_size": world_size}
+    if not isinstance(source, ImageStream):
+        views = TrainingImages(source, image_size=image_size, seed=run.seed, augment=augmentation(run, source))
+        return training_batches(views, start_position=step * run.batch_size, num_workers=run.num_workers, **share)
+    if stream_states and len(stream_states) != world_size:
+        raise UserError(
+            f"a stream continues with the number of processes it was started with ({len(stream_states)}), got "
+            f"{world_size}: each process reads shards of its own."
+        )
+    return StreamedBatches(
+        source,
+        image_size=image_size,
+        seed=run.seed,
+        augment=augmentation(run, source),
+        shuffle_buffer=run.shuffle_buffer,
+        state=stream_states[rank] if stream_states else None,
+        **share,
+    )
