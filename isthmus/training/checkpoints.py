@@ -69,7 +69,8 @@ def save_checkpoint(
         if accelerator.is_main_process:
             save_file(averages, partial / "ema.safetensors")
             save_file({k: v.contiguous() for k, v in (extras or {}).items()}, partial / "extras.safetensors")
-            (partial / "progress.json").write_text(json.dumps({"step": progress.step, "images": progress.images}))
+            record = {"step": progress.step, "images": progress.images, "stream_states": progress.stream_states}
+            (partial / "progress.json").write_text(json.dumps(record))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _flush(*partial.rglob("*"), partial)
@@ -101,6 +102,7 @@ def resume(
         ema.load_state_dict({name: like(ema.averages.get(name), value) for name, value in averages.items()})
         state = json.loads((newest / "progress.json").read_text())
         progress.step, progress.images = int(state["step"]), int(state["images"])
+        progress.stream_states = state["stream_states"]
         return load_file(newest / "extras.safetensors")
     except torch.OutOfMemoryError:
         raise

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers.models.modeling_utils import ModelMixin
 
 from isthmus.data.source import ImageSource
+from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions, parse_guidance
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
@@ -77,7 +78,7 @@ def refuse_contradictions(model: ModelMixin, wanted: Mapping[str, object], name:
 
 
 def export_tokenizer(
-    accelerator: Accelerator, tokenizer: MultiScaleVQVAE, run: TokenizerRun, source: ImageSource
+    accelerator: Accelerator, tokenizer: MultiScaleVQVAE, run: TokenizerRun, source: ImageSource | ImageStream
 ) -> Path:
     """Write the tokenizer under the run's folder, complete or not at all.
 
@@ -122,7 +123,7 @@ def export_pipeline(
     tokenizer: MultiScaleVQVAE,
     transformer: NextScaleTransformer,
     run: PriorRun,
-    source: ImageSource,
+    source: ImageSource | ImageStream,
 ) -> Path:
     """Write the pipeline into the run's folder: a trained run loads like a downloaded model.
 

@@ -1,7 +1,11 @@
 """What a run trains on: images by index, or a stream of them, and a held-out part to measure on."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
+from accelerate.utils import gather_object
 
 from isthmus.data.batches import TrainingImages, training_batches
 from isthmus.data.opening import open_source
@@ -9,6 +13,7 @@ from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream, StreamedBatches, hold_out, open_stream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
+from isthmus.functional.shapes import Images
 from isthmus.training.config import Run
 from isthmus.training.views import augmentation
 
@@ -68,3 +73,29 @@ def image_batches(
         state=stream_states[rank] if stream_states else None,
         **share,
     )
+
+
+def first_images(run: Run, source: ImageSource | ImageStream, *, image_size: int, count: int) -> Images:
+    """The first `count` training views (or up to a batch more), the same in every process."""
+    batches = image_batches(run, source, image_size=image_size, step=0, rank=0, world_size=1, stream_states=None)
+    parts, seen = [], 0
+    for batch in batches:
+        parts.append(batch["image"])
+        seen += len(parts[-1])
+        if seen >= count:
+            break
+    return torch.cat(parts)
+
+
+def stream_states(batches: Iterator[Batch]) -> list[dict[str, Any]] | None:
+    """Where a stream stands in every process (all must call); None for data read by index."""
+    return gather_object([batches.state_dict()]) if isinstance(batches, StreamedBatches) else None
+
+
+def cache_workers(run: Run, source: ImageSource | ImageStream) -> int:
+    """Processes that decode images while the token cache is built: none for streams and sets held in memory."""
+    if isinstance(source, ImageStream):
+        return 0
+    if run.num_workers is not None:
+        return run.num_workers
+    return 0 if source.in_memory else min(8, (os.cpu_count() or 2) // 2)

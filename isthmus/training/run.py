@@ -192,6 +192,8 @@ class Progress:
     step: int = 0
     images: int = 0
     num_steps: int = 0
+    stream_states: list[dict[str, Any]] | None = None
+    """Where a stream stands, one entry per process; None for data read by index."""
 
     def due(self, every: int, *, ahead: int = 0) -> bool:
         """Whether something done every so many steps is due after this step (or `ahead` more), the last included."""

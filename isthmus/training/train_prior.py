@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
-from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource
+from isthmus.data.streaming import ImageStream
 from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
 from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
@@ -29,6 +29,7 @@ from isthmus.training.export import (
     refuse_contradictions,
     sampling_options,
 )
+from isthmus.training.images import cache_workers, open_splits
 from isthmus.training.objectives import (
     PriorLosses,
     dropped_labels,
@@ -175,7 +176,7 @@ def train_prior(run: PriorRun) -> Path:
     return export_pipeline(accelerator, tokenizer, averaged_model(bare, ema), run, train)
 
 
-def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource, ImageSource, NextScaleTransformer]:
+def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer]:
     """Tokenizer, training images, held-out images and the prior to train: new, or from a saved model.
 
     Raises:
@@ -190,10 +191,7 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource, ImageSource, N
         raise UserError(
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
-    train, held_out = (
-        open_source(run.data, image_size=tokenizer.image_size, split=split, classes=run.classes, strict=run.strict)
-        for split in ("train", "val")
-    )
+    train, held_out = open_splits(run, tokenizer.image_size)
     num_classes = len(train.class_names)
     if source_model is not None:
         return tokenizer, train, held_out, with_new_classes(source_model, num_classes, wanted, run.from_model)
@@ -230,13 +228,15 @@ def with_new_classes(
     return model
 
 
-def open_cache(run: PriorRun, tokenizer: MultiScaleVQVAE, train: ImageSource) -> TokenCache:
+def open_cache(run: PriorRun, tokenizer: MultiScaleVQVAE, train: ImageSource | ImageStream) -> TokenCache:
     """The token cache of this run: made at the first start, opened again afterwards."""
     return TokenCache.build(
         run.out / "tokens",
         tokenizer,
         train,
         num_views=run.num_views,
+        max_images=run.max_images,
+        num_workers=cache_workers(run, train),
         image_size=tokenizer.image_size,
         augment=augmentation(run, train),
         seed=run.seed,

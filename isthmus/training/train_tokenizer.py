@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from isthmus.data.batches import EvaluationImages, TrainingImages, training_batches
-from isthmus.data.opening import open_source
-from isthmus.data.source import ImageSource, check_image_size
+from isthmus.data.batches import EvaluationImages
+from isthmus.data.source import ImageSource
+from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.training.checkpoints import resume, save_checkpoint
@@ -19,6 +19,7 @@ from isthmus.training.codebook import initialize_codebook, revive_codes
 from isthmus.training.config import TokenizerRun
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.export import averaged_model, export_tokenizer, load_tokenizer, refuse_contradictions
+from isthmus.training.images import first_images, image_batches, open_splits, stream_states
 from isthmus.training.measures import tokenizer_scores
 from isthmus.training.optim import adamw, set_rates
 from isthmus.training.perceptual import perceptual_distance
@@ -35,7 +36,6 @@ from isthmus.training.run import (
 )
 from isthmus.training.tokenizer_losses import Critic, reconstruction_losses
 from isthmus.training.usage import CodebookUsage, code_counts
-from isthmus.training.views import augmentation
 
 logger = logging.getLogger("isthmus")
 
@@ -52,8 +52,8 @@ def train_tokenizer(run: TokenizerRun) -> Path:
     """
     accelerator = start_run(run, find_unused_parameters=True)
     bare = build_tokenizer(run).to(accelerator.device)
-    train, held_out = open_splits(run, bare)
-    write_record(accelerator, run, data_fingerprint=train.fingerprint, num_images=len(train))
+    train, held_out = open_splits(run, bare.image_size)
+    write_record(accelerator, run, data_fingerprint=train.fingerprint)
 
     critic = Critic.of(run) if run.loss.adversarial else None
     model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
@@ -68,14 +68,14 @@ def train_tokenizer(run: TokenizerRun) -> Path:
         usage.load_state_dict(extras)
     log.rewind(progress.step)
 
-    views = TrainingImages(train, image_size=bare.image_size, seed=run.seed, augment=augmentation(run, train))
-    batches = training_batches(
-        views,
-        batch_size=run.batch_size // run.accumulate,
-        start_position=progress.step * run.batch_size,
+    batches = image_batches(
+        run,
+        train,
+        image_size=bare.image_size,
+        step=progress.step,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=run.num_workers,
+        stream_states=progress.stream_states,
     )
     guard, bar = FiniteGuard(accelerator.device), progress_bar(accelerator, progress, "tokenizer")
     model.train()
@@ -85,7 +85,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
             quantize = bool(run.from_model) or progress.step >= run.continuous_steps
             if progress.step == run.continuous_steps and not run.from_model:
-                start_codebook(run, bare, views, ema)
+                start_codebook(run, bare, train, ema)
 
             counts, means = torch.zeros_like(usage.hits()), StepMeans()
             for part, batch in enumerate(islice(batches, run.accumulate)):
@@ -137,12 +137,14 @@ def train_tokenizer(run: TokenizerRun) -> Path:
                 save_reconstructions(averaged_model(bare, ema), held_out, run.out / "previews", progress.step)
             if progress.due(run.save_every):
                 guard.check(run, progress.step, ema.averages.values())
+                progress.stream_states = stream_states(batches)
                 save_checkpoint(
                     accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict()
                 )
 
         if progress.step < run.num_steps:
             guard.check(run, progress.step, ema.averages.values())
+            progress.stream_states = stream_states(batches)
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
             raise KeyboardInterrupt
     return export_tokenizer(accelerator, averaged_model(bare, ema), run, train)
@@ -172,22 +174,12 @@ def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's overloads miss it
 
 
-def open_splits(run: TokenizerRun, model: MultiScaleVQVAE) -> tuple[ImageSource, ImageSource]:
-    """Training and held-out images of a run."""
-    check_image_size(model.image_size, model.stride)
-    train, held_out = (
-        open_source(run.data, image_size=model.image_size, split=split, classes=run.classes, strict=run.strict)
-        for split in ("train", "val")
-    )
-    return train, held_out
-
-
 def start_codebook(
-    run: TokenizerRun, model: MultiScaleVQVAE, views: TrainingImages, ema: ExponentialMovingAverage
+    run: TokenizerRun, model: MultiScaleVQVAE, source: ImageSource | ImageStream, ema: ExponentialMovingAverage
 ) -> None:
     """K-means start of the codebook, the same in every process."""
-    rows = [torch.as_tensor(views[position]["image"]) for position in range(_CODEBOOK_IMAGES)]
-    initialize_codebook(model, torch.stack(rows).to(model.codebook.weight.device), seed=run.seed)
+    images = first_images(run, source, image_size=model.image_size, count=_CODEBOOK_IMAGES)
+    initialize_codebook(model, images.to(model.codebook.weight.device), seed=run.seed)
     # sums on a GPU may differ between processes, and nothing later would bring the copies together again
     broadcast(model.codebook.weight.data)
     ema.restart("codebook.weight", model.codebook.weight)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from isthmus import load_pipeline
@@ -38,6 +39,17 @@ def forget_after(out: Path, step: int) -> None:
     for name in ("image_tokenizer", "transformer", "model_index.json"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Three hundred images of two classes as files, which `datasets` reads as a stream."""
+    folder = tmp_path / "files"
+    for i in range(300):
+        path = folder / "ab"[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9, 3), (i * 7) % 255, np.uint8)).save(path)
+    return folder
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -97,8 +109,6 @@ def test_unlabelled_one_class_and_three_images(tmp_path, num_classes, count, sid
 
 
 def test_grey_images(tmp_path):
-    from PIL import Image
-
     for i in range(6):
         path = tmp_path / "grey" / "abc"[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +117,23 @@ def test_grey_images(tmp_path):
     train_tokenizer(tokenizer_run(data, tmp_path / "t", num_steps=3))
     train_prior(prior_run(data, tmp_path / "p", tmp_path / "t", num_steps=2))
     assert load_pipeline(tmp_path / "p", device="cpu").class_names == {"0": "a", "1": "b", "2": "c"}
+
+
+def test_a_stream_trains_both_and_goes_on_at_the_right_example(tmp_path, image_folder):
+    data = f"hf:{image_folder}"
+    changes = {"stream": True, "shuffle_buffer": 0, "num_steps": 4, "log_every": 1}
+    straight = tokenizer_run(data, tmp_path / "straight", **changes)
+    train_tokenizer(straight)
+    shutil.copytree(straight.out, tmp_path / "again")
+    forget_after(tmp_path / "again", 2)
+    train_tokenizer(replace(straight, out=tmp_path / "again"))
+    assert_same(weights(tmp_path / "again" / "image_tokenizer"), weights(straight.out / "image_tokenizer"))
+    train_prior(prior_run(data, tmp_path / "p", straight.out, stream=True, max_images=12, num_steps=2))
+    assert load_pipeline(tmp_path / "p", device="cpu").num_classes == 2
+    with pytest.raises(UserError, match="max-images"):
+        prior_run(data, tmp_path / "q", straight.out, stream=True)
+    with pytest.raises(UserError, match="cannot choose classes"):
+        train_tokenizer(replace(straight, out=tmp_path / "r", classes=("a",)))
 
 
 def test_fine_tuning_starts_where_the_source_stands(tmp_path, trained_prior):
