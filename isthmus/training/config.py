@@ -328,7 +328,7 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
     made = {}
     for name, value in values.items():
         hint = hints[name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             value = _from_plain(hint, value, f"{prefix}{name}.")
         elif isinstance(value, list):  # JSON has no tuples
             value = tuple(Path(v) if "Path" in str(hint) else v for v in value)

@@ -109,7 +109,7 @@ def load_pair(path: str) -> tuple[MultiScaleVQVAE, NextScaleTransformer]:
 def sampling_options(run: PriorRun, transformer: NextScaleTransformer) -> SamplingOptions:
     """The run's settings of draws; without classes there is nothing to guide."""
     settings = run.sampling
-    top_k = None if settings.top_k is None else min(settings.top_k, transformer.config.codebook_size)
+    top_k = None if settings.top_k is None else min(settings.top_k, transformer.config["codebook_size"])
     return SamplingOptions(
         guidance_scale=parse_guidance(settings.guidance) if transformer.null_class_id else 1.0,
         top_k=top_k,

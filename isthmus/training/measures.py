@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from isthmus.data.views import Sample
 from isthmus.functional.shapes import Images
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.training.usage import CodebookUsage, code_counts
@@ -51,9 +52,7 @@ class TokenizerScores:
 
 
 @torch.no_grad()
-def tokenizer_scores(
-    tokenizer: MultiScaleVQVAE, images: "Dataset[dict[str, object]]", *, limit: int = 1024
-) -> TokenizerScores:
+def tokenizer_scores(tokenizer: MultiScaleVQVAE, images: "Dataset[Sample]", *, limit: int = 1024) -> TokenizerScores:
     """Measure a tokenizer on the first `limit` images of a data set (already in a mixed order)."""
     device = tokenizer.codebook.weight.device
     count = min(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
@@ -82,6 +81,6 @@ def tokenizer_scores(
     )
 
 
-def _stack(images: "Dataset[dict[str, object]]", indices: Sequence[int] | range) -> Images:
+def _stack(images: "Dataset[Sample]", indices: Sequence[int] | range) -> Images:
     rows = [images[i]["image"] for i in indices]
     return torch.stack([torch.as_tensor(row) for row in rows])

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import isthmus
 from isthmus.errors import UserError
-from isthmus.training.checkpoints import newest_checkpoint
+from isthmus.training.checkpoints import newest_checkpoint, whole
 from isthmus.training.config import Run, run_to_json
 
 logger = logging.getLogger("isthmus")
@@ -315,6 +315,13 @@ class FiniteGuard:
             f"losses and gradients must be finite, got NaN or Inf at or before step {step}; {advice}. "
             "Lower optim.learning_rate or optim.max_grad_norm and start again in another folder."
         )
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the gradients of a prepared model; returns their norm before, over all shards."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    assert norm is not None, "accelerate returns the norm for every backend used here"
+    return whole(norm)
 
 
 def progress_bar(accelerator: Accelerator, progress: Progress, what: str) -> "tqdm[Any]":

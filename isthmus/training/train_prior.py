@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
 from isthmus.models.fingerprint import fingerprint
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.training.checkpoints import resume, save_checkpoint, whole
+from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.config import PriorRun
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.export import (
@@ -47,6 +48,7 @@ from isthmus.training.run import (
     Progress,
     StepMeans,
     StopRequest,
+    clip_gradients,
     progress_bar,
     start_run,
     write_record,
@@ -140,7 +142,7 @@ def train_prior(run: PriorRun) -> Path:
                     )
                     accelerator.backward(losses.total)
                     if accelerator.sync_gradients:
-                        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm))
+                        grad_norm = clip_gradients(accelerator, model, run.optim.max_grad_norm)
                         guard.watch(grad_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -197,8 +199,8 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
         return tokenizer, train, held_out, with_new_classes(source_model, num_classes, wanted, run.from_model)
     model = NextScaleTransformer(
         scale_sizes=tokenizer.schedule.sizes,
-        codebook_size=tokenizer.config.codebook_size,
-        codebook_dim=tokenizer.config.codebook_dim,
+        codebook_size=tokenizer.config["codebook_size"],
+        codebook_dim=tokenizer.config["codebook_dim"],
         num_classes=num_classes,
         **wanted,
     )
@@ -219,7 +221,8 @@ def with_new_classes(
         UserError: an argument contradicts the saved model.
     """
     refuse_contradictions(source, wanted, name)
-    arguments = {k: v for k, v in source.config.items() if not k.startswith("_")} | {"num_classes": num_classes}
+    arguments: dict[str, Any] = {k: v for k, v in source.config.items() if not k.startswith("_")}
+    arguments["num_classes"] = num_classes
     model = NextScaleTransformer(**arguments)
     state = source.state_dict()
     null_row = state["class_embedding.weight"][source.null_class_id]

@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import broadcast
@@ -30,6 +31,7 @@ from isthmus.training.run import (
     Progress,
     StepMeans,
     StopRequest,
+    clip_gradients,
     progress_bar,
     start_run,
     write_record,
@@ -95,14 +97,14 @@ def train_tokenizer(run: TokenizerRun) -> Path:
                 with accelerator.accumulate(model):
                     output = model(images, quantize=quantize)
                     losses = reconstruction_losses(
-                        output, images, distance, run.loss, commitment_weight=bare.config.commitment_weight
+                        output, images, distance, run.loss, commitment_weight=bare.config["commitment_weight"]
                     )
                     if critic:
                         losses |= critic.generator_losses(accelerator, bare, losses, output.images, run, progress.step)
                     total = torch.stack([losses[name] for name in losses if name.startswith("weighted/")]).sum()
                     accelerator.backward(total)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
+                        grad_norm = clip_gradients(accelerator, model, run.optim.max_grad_norm)
                         guard.watch(grad_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -118,9 +120,10 @@ def train_tokenizer(run: TokenizerRun) -> Path:
             progress.images += run.batch_size
             ema.update(bare)
             if quantize:
-                usage.update(accelerator.reduce(counts, "sum"))
+                usage.update(cast(Tensor, accelerator.reduce(counts, "sum")))
                 if run.revive_every and not run.freeze_encoder and progress.step % run.revive_every == 0:
-                    revive(run, bare, usage, accelerator.gather(output.latents.detach()), ema, progress)
+                    latents = cast(Tensor, accelerator.gather(output.latents.detach()))
+                    revive(run, bare, usage, latents, ema, progress)
             bar.update()
 
             if progress.due(run.log_every):
