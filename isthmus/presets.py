@@ -131,7 +131,7 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
             num_steps=2000,
             model=replace(_SMALL_TOKENIZER.model, scale_sizes=SCALES_64, codebook_size=1024),
         ),
-        1.05,
+        0.82,
     ),
     "vqvae-256": Preset(
         "network of the published tokenizer, 256 px, with a recipe for GPUs",
