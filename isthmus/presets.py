@@ -102,6 +102,8 @@ def _markov(preset: Preset[PriorRun], about: str) -> Preset[PriorRun]:
 
 _SMALL_TOKENIZER = TokenizerRun(
     num_steps=850,
+    validate_every=170,
+    preview_every=425,
     batch_size=16,
     ema_decay=0.995,
     continuous_steps=100,
@@ -185,6 +187,8 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
 
 _SMALL_PRIOR = PriorRun(
     num_steps=540,
+    validate_every=108,
+    preview_every=270,
     batch_size=16,
     ema_decay=0.995,
     num_views=6,

@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
 
 
 def tanh_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """x (1 + tanh u) / 2 = x sigmoid(2 u), where u = sqrt(2 / pi) (x + 0.044715 x^3).
+    """GELU as x (1 + tanh u) / 2 = x sigmoid(2 u), where u = sqrt(2 / pi) (x + 0.044715 x^3).
 
     >>> tanh_gelu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.1588,  0.0000,  0.8412])
