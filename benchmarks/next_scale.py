@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from attention_variants import variants
 from measure import Gemm, both, in_child, interleaved, machine, peak_mib
 from plain import PlainTransformer, default_adamw, plain_tokenizer
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.generation.next_scale import generate_scales
 from isthmus.generation.options import SamplingOptions
-from isthmus.layers.attention import Attend, causal_attention, markov_attention, scale_causal_mask
+from isthmus.layers.attention import Attend
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
 from isthmus.training.config import OptimConfig
@@ -297,25 +298,7 @@ def attention(rounds: int) -> None:
         lengths = ScaleSchedule(sizes, (0,) * len(sizes)).lengths
         qkv = torch.randn(batch, sum(lengths), 3, num_heads, 64, requires_grad=True)
         upstream = torch.randn(batch, sum(lengths), num_heads, 64).transpose(1, 2)
-        seen = scale_causal_mask(lengths)
-        own = seen & seen.T
-        variants: dict[str, dict[str, Attend]] = {
-            "causal": {
-                "dense mask": masked(seen),
-                "softmax written out": written_out(seen),
-                "a loop over prefixes": causal_attention(lengths, smallest_alone=0),
-                "**small scales under one mask (default)**": causal_attention(lengths),
-                "up to 200 tokens under one mask": causal_attention(lengths, smallest_alone=200),
-            },
-            "markov": {
-                "dense mask": masked(own),
-                "softmax written out": written_out(own),
-                "a loop by slices": sliced(lengths),
-                "**a loop by one split (default)**": markov_attention(lengths),
-                "small scales under one mask": grouped_markov(lengths, own, limit=64),
-            },
-        }
-        for kind, attends in variants.items():
+        for kind, attends in variants(lengths).items():
 
             def run(attend: Attend, qkv: Tensor = qkv, upstream: Tensor = upstream) -> Tensor:
                 q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -327,42 +310,6 @@ def attention(rounds: int) -> None:
             times = interleaved({n: lambda a=a, run=run: run(a) for n, a in attends.items()}, 2 * rounds)
             rows = [[n, t.milliseconds(), "x" + both(times["dense mask"].ratio(t), ".2f")] for n, t in times.items()]
             table(f"Attention alone, {kind}, {name}", ("variant", "forward + backward, ms", "against the mask"), rows)
-
-
-def masked(visible: Tensor) -> Attend:
-    return lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-
-
-def written_out(visible: Tensor) -> Attend:
-    hidden = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
-    return lambda q, k, v, scale: ((q * scale) @ k.transpose(-1, -2) + hidden).softmax(dim=-1) @ v
-
-
-def sliced(lengths: Sequence[int]) -> Attend:
-    ends = [sum(lengths[: k + 1]) for k in range(len(lengths))]
-    parts = [slice(end - n, end) for n, end in zip(lengths, ends, strict=True)]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        own = ((x[:, :, part] for x in (q, k, v)) for part in parts)
-        return torch.cat([F.scaled_dot_product_attention(*three, scale=scale) for three in own], dim=2)
-
-    return attend
-
-
-def grouped_markov(lengths: Sequence[int], own: Tensor, *, limit: int) -> Attend:
-    count = max(k for k in range(1, len(lengths)) if sum(lengths[:k]) <= limit)
-    cuts = [sum(lengths[:count]), *lengths[count:]]
-    masks = [own[: cuts[0], : cuts[0]], *[None] * (len(cuts) - 1)]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        parts = zip(*(x.transpose(1, 2).split(cuts, dim=1) for x in (q, k, v)), masks, strict=True)
-        outputs = [
-            F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in three), attn_mask=mask, scale=scale)
-            for *three, mask in parts
-        ]
-        return torch.cat([x.transpose(1, 2) for x in outputs], dim=1).transpose(1, 2)
-
-    return attend
 
 
 def start(rounds: int) -> None:

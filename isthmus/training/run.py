@@ -39,7 +39,18 @@ from isthmus.training.config import Run, run_to_json
 logger = logging.getLogger("isthmus")
 
 # fields that may change between a run and its continuation: they decide nothing about the weights
-_FREE_FIELDS = {"log_every", "preview_every", "save_every", "keep_checkpoints", "track", "num_workers", "out", "strict"}
+_FREE_FIELDS = {
+    "log_every",
+    "preview_every",
+    "validate_every",
+    "usage_warning",
+    "save_every",
+    "keep_checkpoints",
+    "track",
+    "num_workers",
+    "out",
+    "strict",
+}
 
 
 def start_run(
@@ -153,8 +164,13 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
-    """run.json: everything needed to repeat the run, and what it ran on; trackers start here."""
+    """run.json: everything needed to repeat the run, and what it ran on; trackers start here.
+
+    Raises:
+        UserError: a run that is continued was started on other images or with another tokenizer.
+    """
     if accelerator.is_main_process:
+        _refuse_changed_facts(run, facts)
         run.out.mkdir(parents=True, exist_ok=True)
         record = {
             "kind": type(run).__name__,
@@ -173,6 +189,19 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
     if run.track:
         flat = {k: v for k, v in run_to_json(run).items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("isthmus", config=flat)
+
+
+def _refuse_changed_facts(run: Run, facts: dict[str, Any]) -> None:
+    record = run.out / "run.json"
+    if newest_checkpoint(run.out) is None or not record.is_file():
+        return
+    before = json.loads(record.read_text())
+    changed = sorted(name for name, value in facts.items() if name in before and before[name] != value)
+    if changed:
+        raise UserError(
+            f"{run.out} was started with another {' and '.join(changed)}, so it cannot go on as the same run. "
+            "Restore the images and the tokenizer it began with, or choose another --out."
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

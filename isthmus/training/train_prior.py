@@ -175,7 +175,9 @@ def train_prior(run: PriorRun) -> Path:
             guard.check(run, progress.step, ema.averages.values())
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
             raise KeyboardInterrupt
-    return export_pipeline(accelerator, tokenizer, averaged_model(bare, ema), run, train)
+    folder = export_pipeline(accelerator, tokenizer, averaged_model(bare, ema), run, train)
+    accelerator.end_training()
+    return folder
 
 
 def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer]:

@@ -150,7 +150,9 @@ def train_tokenizer(run: TokenizerRun) -> Path:
             progress.stream_states = stream_states(batches)
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
             raise KeyboardInterrupt
-    return export_tokenizer(accelerator, averaged_model(bare, ema), run, train)
+    folder = export_tokenizer(accelerator, averaged_model(bare, ema), run, train)
+    accelerator.end_training()
+    return folder
 
 
 def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:

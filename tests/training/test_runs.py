@@ -215,6 +215,15 @@ def test_another_run_in_the_same_folder_is_refused(images, trained_tokenizer, tr
         train_tokenizer(tokenizer_run(images, trained_prior))
 
 
+def test_a_run_does_not_go_on_with_other_images(tmp_path, trained_tokenizer):
+    data = write_images(tmp_path / "d.npz", seed=1)
+    run = prior_run(data, tmp_path / "run", trained_tokenizer)
+    train_prior(run)
+    write_images(tmp_path / "d.npz", seed=2)
+    with pytest.raises(UserError, match="data_fingerprint"):
+        train_prior(run)
+
+
 def test_contradictions_to_the_saved_model_are_refused(tmp_path, images, trained_tokenizer, trained_prior):
     run = prior_run(images, tmp_path / "x", "", from_model=str(trained_prior), model=PriorModel(width=32))
     with pytest.raises(UserError, match=r"model\.width is 16"):
