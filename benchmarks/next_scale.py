@@ -247,11 +247,9 @@ def decode(rounds: int, quick: bool) -> None:
 def memory() -> None:
     """Largest resident memory of fresh processes, beyond what they had with the model built."""
     rows = []
-    for what, variants in MEMORY.items():
+    for what, names in MEMORY.items():
         threads = str(torch.get_num_threads())
-        peaks = {
-            name: in_child("next_scale.py", "--threads", threads, "--memory-of", what, name)[0] for name in variants
-        }
+        peaks = {name: in_child("next_scale.py", "--threads", threads, "--memory-of", what, name)[0] for name in names}
         first = next(iter(peaks.values()))
         rows += [[what, name, f"{peak:,.0f}", f"{peak / first:.2f}"] for name, peak in peaks.items()]
     table("Peak memory", ("what", "variant", "MiB beyond the built model", "of the first"), rows)

@@ -346,6 +346,12 @@ class FiniteGuard:
         )
 
 
+def close_trackers(accelerator: Accelerator) -> None:
+    """Let trackers write what they hold. The process group stays: the caller may train again."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
     """Clip the gradients of a prepared model; returns their norm before, over all shards."""
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)

@@ -49,6 +49,7 @@ from isthmus.training.run import (
     StepMeans,
     StopRequest,
     clip_gradients,
+    close_trackers,
     progress_bar,
     start_run,
     write_record,
@@ -176,7 +177,7 @@ def train_prior(run: PriorRun) -> Path:
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
             raise KeyboardInterrupt
     folder = export_pipeline(accelerator, tokenizer, averaged_model(bare, ema), run, train)
-    accelerator.end_training()
+    close_trackers(accelerator)
     return folder
 
 

@@ -32,6 +32,7 @@ from isthmus.training.run import (
     StepMeans,
     StopRequest,
     clip_gradients,
+    close_trackers,
     progress_bar,
     start_run,
     write_record,
@@ -151,7 +152,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
             save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
             raise KeyboardInterrupt
     folder = export_tokenizer(accelerator, averaged_model(bare, ema), run, train)
-    accelerator.end_training()
+    close_trackers(accelerator)
     return folder
 
 

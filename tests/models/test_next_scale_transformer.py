@@ -204,3 +204,10 @@ def test_bad_inputs_are_named():
     with pytest.raises(UserError, match="takes none"):
         markov.forward_scale(0, scale_inputs[:, :0], markov.condition(labels), causal.new_cache(3))
     assert markov.new_cache(3) is None
+
+
+@pytest.mark.parametrize("scales", [(), (1, 0), (1, 1), (3,), (-1, 0)])
+def test_scales_must_increase_and_exist(scales):
+    model = build(scale_attention="markov")
+    with pytest.raises(UserError, match="increasing order"):
+        model(*arguments_for(model), scales=scales)
