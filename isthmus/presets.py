@@ -101,9 +101,9 @@ def _markov(preset: Preset[PriorRun], about: str) -> Preset[PriorRun]:
 
 
 _SMALL_TOKENIZER = TokenizerRun(
-    num_steps=850,
-    validate_every=170,
-    preview_every=425,
+    num_steps=700,
+    validate_every=140,
+    preview_every=350,
     batch_size=16,
     ema_decay=0.995,
     continuous_steps=100,
@@ -186,9 +186,9 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
 }
 
 _SMALL_PRIOR = PriorRun(
-    num_steps=540,
-    validate_every=108,
-    preview_every=270,
+    num_steps=450,
+    validate_every=90,
+    preview_every=225,
     batch_size=16,
     ema_decay=0.995,
     num_views=6,
