@@ -82,7 +82,7 @@ def failing(error):
         (UserError("the rule,\n what arrived"), 2, "isthmus: error: the rule, what arrived\n"),
         (KeyboardInterrupt(), 130, "isthmus: interrupted\n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/x.png"), 2, "the disk is full (writing out/x.png)"),
-        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/x"), 2, "Permission denied: '/root/x'"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/nowhere/x"), 2, "Permission denied: '/nowhere/x'"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "Try half the --batch-size"),
     ],
 )
