@@ -16,14 +16,22 @@ if TYPE_CHECKING:
     from isthmus.functional.pyramid import ScaleSchedule
     from isthmus.generation.options import SamplingOptions
     from isthmus.generation.step import GenerationStep
+    from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
+    from isthmus.models.flow_decoder import FlowDecoder
     from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
     from isthmus.models.next_scale_transformer import NextScaleTransformer
+    from isthmus.pipelines.dar import DARPipeline
     from isthmus.pipelines.loading import load_pipeline
     from isthmus.pipelines.next_scale import NextScalePipeline
+    from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DARPipeline",
+    "DiffusionTokenizer",
+    "FlowDecoder",
+    "FlowMatchingScheduler",
     "GenerationStep",
     "GuidanceSchedule",
     "MultiScaleVQVAE",
@@ -37,6 +45,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DARPipeline": "isthmus.pipelines.dar",
+    "DiffusionTokenizer": "isthmus.models.diffusion_tokenizer",
+    "FlowDecoder": "isthmus.models.flow_decoder",
+    "FlowMatchingScheduler": "isthmus.schedulers.flow_matching",
     "GenerationStep": "isthmus.generation.step",
     "GuidanceSchedule": "isthmus.functional.guidance",
     "MultiScaleVQVAE": "isthmus.models.multiscale_vqvae",

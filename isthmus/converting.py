@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from isthmus.conversion import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state, read_weights
+from isthmus.conversion.reading import read_weights
+from isthmus.conversion.var import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
 from isthmus.errors import UserError
 from isthmus.functional.guidance import GuidanceSchedule
 from isthmus.generation.options import SamplingOptions

@@ -1,6 +1,7 @@
 """Named starting points for runs, with what each must measure. This file imports nothing heavy."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -268,12 +269,12 @@ PRIOR_PRESETS: dict[str, Preset[PriorRun]] = {
 
 def tokenizer_preset(name: str) -> TokenizerRun:
     """The run of a tokenizer preset. Raises `UserError` for an unknown name."""
-    return replace(_known(TOKENIZER_PRESETS, name, "tokenizer").run, preset=name)
+    return replace(find_preset(TOKENIZER_PRESETS, name, "tokenizer").run, preset=name)
 
 
 def prior_preset(name: str) -> PriorRun:
     """The run of a prior preset. Raises `UserError` for an unknown name."""
-    return replace(_known(PRIOR_PRESETS, name, "prior").run, preset=name)
+    return replace(find_preset(PRIOR_PRESETS, name, "prior").run, preset=name)
 
 
 def default_tokenizer_preset(*, image_size: int | None, from_model: bool) -> str:
@@ -300,7 +301,8 @@ def default_prior_preset(*, from_model: bool, scale_attention: str | None) -> st
     return "var-small" if scale_attention == "causal" else "srdd-small"
 
 
-def _known(presets: dict[str, Preset[AnyRun]], name: str, kind: str) -> Preset[AnyRun]:
+def find_preset(presets: Mapping[str, Preset[AnyRun]], name: str, kind: str) -> Preset[AnyRun]:
+    """The preset of that name. Raises `UserError` for an unknown name, with the nearest known ones."""
     if name not in presets:
         near = difflib.get_close_matches(name, presets, n=3, cutoff=0.3)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(presets)}."

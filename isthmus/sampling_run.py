@@ -1,23 +1,30 @@
 """A folder of samples: drawn in batches, resumable, every image carrying what is needed to draw it again."""
 
+import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from tqdm import tqdm
 
 import isthmus
+from isthmus.data.decode import UnreadableImage, decode_image
 from isthmus.errors import UserError
+from isthmus.generation.options import FOLDER_DEFAULT
 from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import Label, resolve_labels
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
-from isthmus.pipelines.next_scale import NextScalePipeline
+
+if TYPE_CHECKING:
+    from isthmus.pipelines.loading import AnyPipeline
 
 logger = logging.getLogger("isthmus")
 
@@ -33,6 +40,8 @@ def draw_folder(
     num_images: int,
     seed: int,
     options: Mapping[str, Any],
+    steering: Mapping[str, Any],
+    prefix_image: Path | None = None,
     grid: bool,
     strip: bool,
     batch_size: int | None,
@@ -41,15 +50,30 @@ def draw_folder(
 ) -> None:
     """Fill `out` with images 0..num_images - 1 of a request; those that are there already stay.
 
+    Args:
+        model: a pipeline folder or hub id.
+        out: folder of samples, new or of the same settings.
+        classes: names or ids, taken in turn; none are all classes of the model.
+        num_images: images in all.
+        seed: image i is drawn from (seed, i).
+        options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
+        steering: arguments of a call beyond these, such as the number of solver steps, where the model has them.
+        prefix_image: file of the image whose first tokens are kept, where the model has prefixes.
+        grid: also write grid.png.
+        strip: also write strip.png.
+        batch_size: images at once; None estimates what fits into memory.
+        device: see `load_pipeline`.
+        dtype: see `load_pipeline`.
+
     Raises:
         UserError: an argument is not usable, or `out` holds something else than samples with these settings.
     """
     pipeline = load_pipeline(model, device=device, dtype=dtype)
     labels = _labels(classes, pipeline)
-    request = {name: value for name, value in options.items()}
-    sampling = pipeline.defaults.override(**request)
+    sampling = pipeline.defaults.override(**options)
     # one refusal for options the model cannot take, before anything is written
     pipeline.check_options(sampling)
+    request = {name: value for name, value in options.items() if value is not FOLDER_DEFAULT} | dict(steering)
     settings = {
         "model": pipeline.fingerprint,
         "class_ids": labels,
@@ -58,6 +82,13 @@ def draw_folder(
         "dtype": dtype,
         "device": pipeline.device.type,
     }
+    if prefix_image is not None:
+        request["prefix_image"] = _read_image(prefix_image)
+        steering = {**steering, "prefix_image": hashlib.sha256(prefix_image.read_bytes()).hexdigest()}
+    if steering:
+        # only where it is given: folders of samples without it stay what they are
+        settings["steering"] = dict(steering)
+    _check_request(pipeline, request, seed)
     num_images = max(num_images, _number_in(out, settings))
     _write_manifest(out, settings, num_images, [])
     rows = {index: row for index in range(num_images) if (row := _finished(out, index, settings))}
@@ -79,12 +110,28 @@ def draw_folder(
     logger.info("%d images in %s (%d drawn now)", num_images, out, len(missing))
 
 
+def _check_request(pipeline: "AnyPipeline", request: Mapping[str, Any], seed: int) -> None:
+    """Raise UserError, before anything is written, where the model does not take the arguments of a request."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    unknown = sorted(name for name in request if name not in known)
+    if unknown:
+        raise UserError(f"this model, a {pipeline.kind}, has no {', '.join(unknown)}. Leave it out.")
+    pipeline.stream(seed=seed, **request)  # checks its arguments at once and draws only when it is read
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        return Image.fromarray(decode_image(path.read_bytes()))
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error}. Pass another file.") from error
+
+
 def file_name(index: int) -> str:
     """Name of image `index`."""
     return f"{index:06d}.png"
 
 
-def _labels(classes: Sequence[str], pipeline: NextScalePipeline) -> list[int]:
+def _labels(classes: Sequence[str], pipeline: "AnyPipeline") -> list[int]:
     """Class ids, taken in turn over the images: those asked for, or all the model has."""
     names = pipeline.class_names
     given: list[Label] = []
@@ -101,7 +148,7 @@ def _labels(classes: Sequence[str], pipeline: NextScalePipeline) -> list[int]:
 
 
 def _draw_batch(
-    pipeline: NextScalePipeline,
+    pipeline: "AnyPipeline",
     out: Path,
     indices: Sequence[int],
     labels: Sequence[int],
@@ -121,7 +168,7 @@ def _draw_batch(
         raise UserError(f"memory ran out at batch size {batch_size}. {advice}") from error
     assert isinstance(result.images, list), "pictures are asked for"
     rows = {}
-    for index, picture, digest in zip(indices, result.images, token_hashes(result.token_ids), strict=True):
+    for index, picture, digest in zip(indices, result.images, _hashes(result.token_ids), strict=True):
         label = labels[index % len(labels)]
         row = {
             "file": file_name(index),
@@ -138,7 +185,12 @@ def _draw_batch(
     return rows
 
 
-def _request_labels(pipeline: NextScalePipeline, indices: Sequence[int], labels: Sequence[int]) -> list[Label]:
+def _hashes(token_ids: Tensor | Sequence[Tensor]) -> list[str]:
+    """One per image; a pyramid is a list of scales, a sequence one tensor."""
+    return token_hashes([token_ids] if isinstance(token_ids, Tensor) else token_ids)
+
+
+def _request_labels(pipeline: "AnyPipeline", indices: Sequence[int], labels: Sequence[int]) -> list[Label]:
     ids = [labels[index % len(labels)] for index in indices]
     return [None if one == pipeline.num_classes else one for one in ids]
 
@@ -158,7 +210,7 @@ def _number_in(out: Path, settings: Mapping[str, Any]) -> int:
         earlier, number = before["settings"], int(before["num"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{out / MANIFEST} cannot be read ({error}). Choose another folder.") from error
-    changed = [name for name in settings if _json(settings[name]) != _json(earlier.get(name))]
+    changed = [name for name in {**settings, **earlier} if _json(settings.get(name)) != _json(earlier.get(name))]
     if changed:
         raise UserError(
             f"{out} holds samples with other settings ({', '.join(changed)} differ). "
@@ -222,13 +274,13 @@ def _grid(out: Path, rows: Mapping[int, Mapping[str, Any]]) -> Image.Image:
 
 
 def _strip(
-    pipeline: NextScalePipeline,
+    pipeline: "AnyPipeline",
     rows: Mapping[int, Mapping[str, Any]],
     labels: Sequence[int],
     seed: int,
     request: Mapping[str, Any],
 ) -> Image.Image:
-    """The first images, scale by scale: drawn once more, from their own random numbers."""
+    """The first images, step by step: drawn once more, from their own random numbers."""
     indices = sorted(rows)[:_STRIP_ROWS]
     steps = pipeline.stream(
         _request_labels(pipeline, indices, labels), seed=seed, image_index=indices, output_type="pil", **request
@@ -237,7 +289,7 @@ def _strip(
     return table(
         list(zip(*columns, strict=True)),
         row_names=[rows[index]["label"] for index in indices],
-        column_names=[f"{side} x {side}" for side in pipeline.schedule.sizes],
+        column_names=pipeline.step_names(len(columns)),
     )
 
 

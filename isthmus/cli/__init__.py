@@ -19,9 +19,11 @@ logger = logging.getLogger("isthmus")
 COMMANDS = {
     "demo": ("isthmus.cli.demo:run", "the whole story on built-in images: train, sample, report"),
     "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
-    "train prior": ("isthmus.cli.train:run_prior", "train a VAR or SRDD transformer, or fine-tune a model"),
+    "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
+    "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
+    "export llama": ("isthmus.cli.export:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),
     "info": ("isthmus.cli.info:run", "what a model is; `info data`: licences; `info presets`: named runs"),
 }
 

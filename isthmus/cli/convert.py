@@ -1,4 +1,4 @@
-"""`isthmus convert var`: published weights to a pipeline folder."""
+"""`isthmus convert var` and `isthmus convert dar`: published weights to a pipeline folder."""
 
 import logging
 from collections import defaultdict
@@ -33,11 +33,51 @@ class ConvertVar:
     """Text file with one class name per line, in the order of the class ids."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertDar:
+    """Published D-AR weights (.pt or .safetensors; bare, nested or EMA) to a pipeline folder.
+
+    Layers and widths are read off the files. What shapes cannot tell comes from the settings in the tokenizer file;
+    the options below take their place, and where there are neither, the published model's hold. Every key that is not
+    needed is listed with its reason; a key that is unknown or missing is an error.
+    """
+
+    tokenizer: Path
+    """The tokenizer file, such as D-AR-tokenizer_v1.pt, which also holds the pixel decoder."""
+    prior: Path
+    """The Llama's file, such as D-AR-L-360K.pt."""
+    out: Path
+    """The pipeline folder to write; new or empty."""
+    class_names: Path | None = None
+    """Text file with one class name per line, in the order of the class ids."""
+    num_heads: int | None = None
+    """Heads of the prior; None takes heads that are 64 wide, as published."""
+    image_size: int | None = None
+    """Side of the training images in pixels."""
+    num_tokens: int | None = None
+    """Tokens of an image."""
+    num_groups: int | None = None
+    """Groups that they fall into."""
+    tokens_per_step: int | None = None
+    """Tokens that drive a solver step; more than a group are overlapping windows."""
+    num_inference_steps: int | None = None
+    """Solver steps."""
+    time_shift: float | None = None
+    """Of the time grid."""
+    data_std: float | None = None
+    """Factor between images and states of the diffusion."""
+
+    def settings(self) -> dict[str, int | float]:
+        """Those of the last options that were given."""
+        names = ("image_size", "num_tokens", "num_groups", "tokens_per_step", "num_inference_steps", "time_shift")
+        given = {name: getattr(self, name) for name in (*names, "data_std")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 def run_var(arguments: Sequence[str]) -> None:
     """Convert and write."""
     command = parse(ConvertVar, arguments, prog="isthmus convert var")
-    if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
-        raise UserError(f"--out must be new or empty, got {command.out}. Choose another folder or remove it.")
+    _check_out(command.out)
     # imported here: --help does without
     from isthmus.converting import convert_var
 
@@ -50,7 +90,36 @@ def run_var(arguments: Sequence[str]) -> None:
     _report_dropped("tokenizer", converted.dropped_tokenizer_keys)
     _report_dropped("prior", converted.dropped_prior_keys)
     converted.pipeline.save_pretrained(command.out)
-    logger.info("pipeline written to %s; draw with `isthmus sample %s --out samples`", command.out, command.out)
+    _report_written(command.out)
+
+
+def run_dar(arguments: Sequence[str]) -> None:
+    """Convert and write."""
+    command = parse(ConvertDar, arguments, prog="isthmus convert dar")
+    _check_out(command.out)
+    # imported here: --help does without
+    from isthmus.converting_dar import convert_dar
+
+    converted = convert_dar(
+        command.tokenizer,
+        command.prior,
+        num_heads=command.num_heads,
+        class_names=_read_names(command.class_names),
+        **command.settings(),
+    )
+    _report_dropped("tokenizer", converted.dropped_tokenizer_keys)
+    _report_dropped("prior", converted.dropped_prior_keys)
+    converted.pipeline.save_pretrained(command.out)
+    _report_written(command.out)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out must be new or empty, got {out}. Choose another folder or remove it.")
+
+
+def _report_written(out: Path) -> None:
+    logger.info("pipeline written to %s; draw with `isthmus sample %s --out samples`", out, out)
 
 
 def _read_names(path: Path | None) -> list[str]:

@@ -60,14 +60,14 @@ def describe_tokenizer_run(run: TokenizerRun) -> str:
     """The run as JSON, then size, cost and memory."""
     arguments = {name: value for name, value in asdict(run.model).items() if value is not None}
     if run.from_model:
-        arguments = _settings(run.from_model, "image_tokenizer")
+        arguments = saved_settings(run.from_model, "image_tokenizer")
     with torch.device("meta"):
         model = MultiScaleVQVAE(**arguments)
         image = torch.zeros(1, 3, model.image_size, model.image_size)
         # without the search for codes, a few percent: it runs under autocast, which the meta device has not
         cost = training_cost(model, lambda: model(image, quantize=False))
     network = f"scales {', '.join(map(str, model.schedule.sizes))}; images of {model.image_size} px"
-    return _report(run, network, cost)
+    return report(run, network, cost)
 
 
 def describe_prior_run(run: PriorRun) -> str:
@@ -76,11 +76,11 @@ def describe_prior_run(run: PriorRun) -> str:
         raise UserError(
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
-    tokenizer = _settings(run.from_model or run.tokenizer, "image_tokenizer")
+    tokenizer = saved_settings(run.from_model or run.tokenizer, "image_tokenizer")
     image_size = tokenizer["scale_sizes"][-1] * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
     source = open_source(run.data, image_size=image_size, split="train", classes=run.classes, strict=run.strict)
     if run.from_model:
-        arguments = _settings(run.from_model, "transformer")
+        arguments = saved_settings(run.from_model, "transformer")
     else:
         shared = {name: tokenizer[name] for name in ("scale_sizes", "codebook_size", "codebook_dim")}
         arguments = shared | {name: value for name, value in asdict(run.model).items() if value is not None}
@@ -96,17 +96,18 @@ def describe_prior_run(run: PriorRun) -> str:
         f"{model.config['scale_attention']}, scales {sizes}, {schedule.num_tokens} tokens; "
         f"{len(source)} images, {len(source.class_names) or 'no'} classes"
     )
-    return _report(run, network, cost)
+    return report(run, network, cost)
 
 
-def _settings(model: str, component: str) -> dict[str, Any]:
+def saved_settings(model: str, component: str) -> dict[str, Any]:
     """Constructor arguments of a saved component, or of a folder that is itself that component."""
     folder: Path = model_folder(model)
     config = read_config(folder / component if (folder / component).is_dir() else folder)
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _report(run: Run, network: str, cost: Cost) -> str:
+def report(run: Run, network: str, cost: Cost) -> str:
+    """The run as JSON, then its network, size, cost and memory."""
     part = run.batch_size // run.accumulate
     memory = cost.num_parameters * _BYTES_PER_PARAMETER + part * cost.activation_bytes
     rows = {

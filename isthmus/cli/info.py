@@ -40,29 +40,25 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def describe_model(folder: Path) -> str:
-    """Sizes, classes, scales, parameter counts and defaults of a pipeline folder."""
-    from isthmus.pipelines.folder import read_config, read_index, stored_shapes
+    """Sizes, classes, token layout, parameter counts and defaults of a pipeline folder."""
+    from isthmus.pipelines.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_index, stored_shapes
 
     index = read_index(folder)
-    tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
-    counts = {
-        name: sum(math.prod(shape) for shape in stored_shapes(folder / name).values())
-        for name in ("image_tokenizer", "transformer")
-    }
     names = list(index["class_names"].values())
-    classes = str(prior["num_classes"]) if prior["num_classes"] else "none (unlabelled)"
-    stride = 2 ** (len(tokenizer["channel_multipliers"]) - 1)
-    sizes = prior["scale_sizes"]
-    rows = {
-        "model": f"{index['_class_name']}, {prior['scale_attention']} over scales",
+    about = _DESCRIPTIONS.get(index["_class_name"])
+    if about is None:
+        raise UserError(f"{folder} holds a {index['_class_name']}, which this version does not know. Update Isthmus.")
+    rows, num_classes = about(folder)
+    for name in _components(index):
+        if index[name][1].endswith("Scheduler"):
+            continue
+        weights = TRANSFORMERS_WEIGHTS if index[name][0] == "transformers" else DIFFUSERS_WEIGHTS
+        count = sum(math.prod(shape) for shape in stored_shapes(folder / name, weights).values())
+        rows[name] = f"{count / 1e6:.2f}M parameters" + (f", {rows[name]}" if name in rows else "")
+    classes = str(num_classes) if num_classes else "none (unlabelled)"
+    rows |= {
         "written by": f"Isthmus {index['isthmus_version']} (format {index['isthmus_format']})",
-        "image size": f"{tokenizer['scale_sizes'][-1] * stride} px (stride {stride})",
-        "scales": f"{', '.join(map(str, sizes))} ({sum(s * s for s in sizes)} tokens)",
-        "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
         "classes": classes + (f": {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" if names else ""),
-        "transformer": f"{_millions(counts['transformer'])}, width {prior['width']}, {prior['num_layers']} layers, "
-        f"{prior['num_heads']} heads",
-        "tokenizer": _millions(counts["image_tokenizer"]),
         "defaults": ", ".join(f"{k} {_plain(v)}" for k, v in index["sampling_defaults"].items()),
         "data": index["data"].get("name") or "unknown",
         "licence": index["data"].get("attribution") or "unknown",
@@ -70,15 +66,60 @@ def describe_model(folder: Path) -> str:
     return _listing(rows)
 
 
+def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
+    """What only this family has, and the number of classes."""
+    from isthmus.pipelines.folder import read_config
+
+    tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
+    stride = 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    sizes = prior["scale_sizes"]
+    rows = {
+        "model": f"NextScalePipeline, {prior['scale_attention']} over scales",
+        "image size": f"{tokenizer['scale_sizes'][-1] * stride} px (stride {stride})",
+        "scales": f"{', '.join(map(str, sizes))} ({sum(s * s for s in sizes)} tokens)",
+        "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
+        "transformer": f"width {prior['width']}, {prior['num_layers']} layers, {prior['num_heads']} heads",
+    }
+    return rows, prior["num_classes"]
+
+
+def _describe_dar(folder: Path) -> tuple[dict[str, str], int]:
+    """What only this family has, and the number of classes."""
+    from isthmus.pipelines.folder import read_config
+
+    tokenizer, decoder, llama = (read_config(folder / n) for n in ("image_tokenizer", "decoder", "transformer"))
+    scheduler = read_config(folder / "scheduler", "scheduler_config.json")
+    tokens, groups = tokenizer["num_tokens"], tokenizer["num_groups"]
+    rows = {
+        "model": "DARPipeline, a Llama whose tokens drive a pixel diffusion",
+        "image size": f"{tokenizer['image_size']} px (patches of {decoder['patch_size']})",
+        "tokens": f"{tokens} in {groups} groups",
+        "steps": f"{scheduler['num_inference_steps']}, {scheduler['solver']}, time shift {scheduler['time_shift']:g}",
+        "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
+        "transformer": f"width {llama['hidden_size']}, {llama['num_hidden_layers']} layers, "
+        f"{llama['num_attention_heads']} heads",
+    }
+    return rows, llama["vocab_size"] - tokenizer["codebook_size"] - 1
+
+
+_DESCRIPTIONS = {"NextScalePipeline": _describe_next_scale, "DARPipeline": _describe_dar}
+
+
+def _components(index: Mapping[str, Any]) -> list[str]:
+    """Names of the components that a pipeline folder holds: entries [library, class]."""
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    return [name for name, value in pairs.items() if value != [None, None]]
+
+
 def upload_contents(folder: Path) -> str:
     """The card, then every file an upload would send with its size."""
     from isthmus.pipelines.folder import read_index
 
-    read_index(folder)
+    index = read_index(folder)
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder} has no README.md. Load the model and save it again: that writes the card.")
     parts = [folder / "README.md", folder / "model_index.json"]
-    parts += [path for name in ("image_tokenizer", "transformer") for path in sorted((folder / name).glob("*"))]
+    parts += [path for name in _components(index) for path in sorted((folder / name).glob("*"))]
     files = "\n".join(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in parts if path.is_file())
     return f"{(folder / 'README.md').read_text(encoding='utf-8')}\nFiles (bytes):\n{files}\n\nNothing was sent."
 
@@ -92,10 +133,15 @@ def describe_data() -> str:
 
 def describe_presets() -> str:
     """Every preset with its size, and what its authors report."""
-    from isthmus.presets import PRIOR_PRESETS, TOKENIZER_PRESETS
+    from isthmus.dar_presets import DIFFUSION_TOKENIZER_PRESETS, NEXT_TOKEN_PRIOR_PRESETS
+    from isthmus.presets import PRIOR_PRESETS, TOKENIZER_PRESETS, Preset
 
     parts = []
-    for title, presets in (("train tokenizer", TOKENIZER_PRESETS), ("train prior", PRIOR_PRESETS)):
+    listed: dict[str, Mapping[str, Preset[Any]]] = {
+        "train tokenizer": {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS},
+        "train prior": {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS},
+    }
+    for title, presets in listed.items():
         rows = {}
         for name, preset in presets.items():
             size = f" {preset.expected_params_millions:g}M parameters." if preset.expected_params_millions else ""
@@ -109,10 +155,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{value['kind']} {value['start']:g} to {value['end']:g}"
     return "off" if value is None or value is False else str(value)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f}M parameters"
 
 
 def _listing(rows: Mapping[str, str], indent: str = "") -> str:

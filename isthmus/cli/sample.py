@@ -31,7 +31,7 @@ class Sample:
     seed: int = 0
     """Image i is drawn from (seed, i)."""
     guidance: str = "default"
-    """A number (1 = off), linear:START:END, cosine:START:END, or one number per scale; default: the model's."""
+    """A number (1 = off), linear:START:END, cosine:START:END, or one number per step; default: the model's."""
     top_k: Literal["default", "off"] | int = "default"
     """Keep the k likeliest codes."""
     top_p: Literal["default", "off"] | float = "default"
@@ -40,10 +40,18 @@ class Sample:
     """Divides the logits."""
     smooth: bool = False
     """Mix codes instead of drawing one: softer images."""
+    steps: int | None = None
+    """Solver steps of a D-AR model; None takes the model's."""
+    solver: Literal["default", "euler", "adams-bashforth", "adams-bashforth-variable"] = "default"
+    """How a D-AR model goes from step to step."""
+    prefix_image: Path | None = None
+    """Image whose first tokens every image keeps (layout control of D-AR models)."""
+    prefix_tokens: int | None = None
+    """How many tokens of --prefix-image are kept: the more, the closer the layout."""
     grid: bool = False
     """Write grid.png: rows are classes, names written."""
     strip: bool = False
-    """Write strip.png: the first images from the coarsest scale to the finest."""
+    """Write strip.png: the first images as they grow, scale by scale or solver step by solver step."""
     batch_size: int | None = None
     """Images at once; None estimates what fits into memory."""
     device: str = "auto"
@@ -58,6 +66,10 @@ class Sample:
             raise UserError(f"--seed must not be negative, got {self.seed}.")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, got {self.batch_size}.")
+        if (self.prefix_image is None) != (self.prefix_tokens is None):
+            raise UserError("a layout is kept by --prefix-image FILE and --prefix-tokens M together, got one of them.")
+        if self.prefix_image is not None and not self.prefix_image.is_file():
+            raise UserError(f"--prefix-image must be an image file, got {self.prefix_image}, which is none.")
 
     def options(self) -> dict[str, Guidance | float | int | bool | None | Default]:
         """The options of the draw that were given; the others stand for the model's own."""
@@ -66,6 +78,15 @@ class Sample:
         words = {"default": FOLDER_DEFAULT, "off": None}
         filters = {name: words[value] if isinstance(value, str) else value for name, value in given.items()}
         return {"guidance_scale": guidance, **filters, "smooth": self.smooth or FOLDER_DEFAULT}
+
+    def steering(self) -> dict[str, int | str]:
+        """Arguments that only some models have, where they were given."""
+        given = {
+            "num_inference_steps": self.steps,
+            "solver": None if self.solver == "default" else self.solver,
+            "prefix_tokens": self.prefix_tokens,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -82,6 +103,8 @@ def run(arguments: Sequence[str]) -> None:
         num_images=command.num,
         seed=command.seed,
         options=options,
+        steering=command.steering(),
+        prefix_image=command.prefix_image,
         grid=command.grid,
         strip=command.strip,
         batch_size=command.batch_size,

@@ -2,14 +2,27 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from isthmus.cli.parsing import parse
+from isthmus.dar_presets import DIFFUSION_TOKENIZER_PRESETS, NEXT_TOKEN_PRIOR_PRESETS
 from isthmus.errors import UserError
-from isthmus.presets import default_prior_preset, default_tokenizer_preset, prior_preset, tokenizer_preset
+from isthmus.pipelines.folder import read_config
+from isthmus.pipelines.hub import model_folder
+from isthmus.presets import (
+    PRIOR_PRESETS,
+    TOKENIZER_PRESETS,
+    Preset,
+    default_prior_preset,
+    default_tokenizer_preset,
+    find_preset,
+)
 from isthmus.training.config import PriorRun, Run, TokenizerRun, run_from_json, run_to_json
+from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
 
 logger = logging.getLogger("isthmus")
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -22,43 +35,79 @@ Start with --preset NAME (`isthmus info presets`), --from MODEL to fine-tune a s
 repeat a run; every option below overrides it. --dry-run prints the resolved run, its size and its cost, and stops.
 The same command again continues a run that was stopped."""
 
+# run -> (what it is, function that describes it, function that trains it); functions by name, as --help does without
+_TRAININGS: dict[type[Run], tuple[str, str, str]] = {
+    TokenizerRun: (
+        "Train the image tokenizer: images to tokens on a pyramid of scales, and back. --preset dar-small-32 (or "
+        "another dar- preset) trains the D-AR tokenizer and its pixel decoder instead, with options of its own.",
+        "isthmus.cli.dry_run:describe_tokenizer_run",
+        "isthmus.training.train_tokenizer:train_tokenizer",
+    ),
+    DiffusionTokenizerRun: (
+        "Train the D-AR tokenizer and its decoder: images to groups of tokens that drive a diffusion of pixels.",
+        "isthmus.cli.dar_dry_run:describe_diffusion_tokenizer_run",
+        "isthmus.training.train_diffusion_tokenizer:train_diffusion_tokenizer",
+    ),
+    PriorRun: (
+        "Train the transformer that predicts a scale from the coarser ones: VAR (causal) or SRDD (markov). With the "
+        "tokenizer or a model of the D-AR family, train its Llama instead, with options of its own.",
+        "isthmus.cli.dry_run:describe_prior_run",
+        "isthmus.training.train_prior:train_prior",
+    ),
+    NextTokenPriorRun: (
+        "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
+        "isthmus.cli.dar_dry_run:describe_next_token_prior_run",
+        "isthmus.training.train_prior:train_prior",
+    ),
+}
+
 
 def run_tokenizer(arguments: Sequence[str]) -> None:
     """Train a tokenizer, or print what would be trained."""
     words, config, dry = _own_options(arguments)
-    name = _value(words, "--preset") or _tokenizer_preset_for(words)
-    base = _from_config(TokenizerRun, config, words) if config else tokenizer_preset(name)
-    about = "Train the image tokenizer: images to tokens on a pyramid of scales, and back."
-    run = _parsed(TokenizerRun, words, base, "isthmus train tokenizer", about)
-    if dry:
-        from isthmus.cli.dry_run import describe_tokenizer_run
-
-        print(describe_tokenizer_run(run))
-        return
-    # imported here: --help does without
-    from isthmus.training.train_tokenizer import train_tokenizer
-
-    _train(run, train_tokenizer)
+    presets = {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}
+    default = _tokenizer_preset_for(words) if not config else ""
+    base = _base(words, config, (TokenizerRun, DiffusionTokenizerRun), presets, "tokenizer", default)
+    _run(base, words, "isthmus train tokenizer", dry)
 
 
 def run_prior(arguments: Sequence[str]) -> None:
     """Train a prior, or print what would be trained."""
     words, config, dry = _own_options(arguments)
-    name = _value(words, "--preset") or default_prior_preset(
-        from_model=bool(_value(words, "--from-model")), scale_attention=_value(words, "--model.scale-attention") or None
-    )
-    base = _from_config(PriorRun, config, words) if config else prior_preset(name)
-    about = "Train the transformer that predicts a scale from the coarser ones: VAR (causal) or SRDD (markov)."
-    run = _parsed(PriorRun, words, base, "isthmus train prior", about)
+    presets = {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}
+    default = _prior_preset_for(words) if not config else ""
+    base = _base(words, config, (PriorRun, NextTokenPriorRun), presets, "prior", default)
+    _run(base, words, "isthmus train prior", dry)
+
+
+def _base(
+    words: Sequence[str],
+    config: str,
+    kinds: Sequence[type[Run]],
+    presets: Mapping[str, Preset[Any]],
+    what: str,
+    default: str,
+) -> Run:
+    """The run that the options change: of a record, of the preset that is named, or of the default one."""
+    if config:
+        return _from_config(kinds, config, words)
+    name = _value(words, "--preset") or default
+    return replace(find_preset(presets, name, what).run, preset=name)
+
+
+def _run(base: Run, words: list[str], prog: str, dry: bool) -> None:
+    about, describe, train = _TRAININGS[type(base)]
+    run = parse(type(base), words, prog=prog, default=base, description=_DESCRIPTION.format(about=about))
+    logger.debug("%s", json.dumps(run_to_json(run), indent=2))
     if dry:
-        from isthmus.cli.dry_run import describe_prior_run
+        print(_function(describe)(run))
+    else:
+        _train(run, _function(train))
 
-        print(describe_prior_run(run))
-        return
-    # imported here: --help does without
-    from isthmus.training.train_prior import train_prior
 
-    _train(run, train_prior)
+def _function(name: str) -> Callable[..., Any]:
+    module, function = name.split(":")
+    return getattr(import_module(module), function)
 
 
 def _train(run: AnyRun, train: Callable[[AnyRun], Path]) -> None:
@@ -104,13 +153,41 @@ def _value(words: Sequence[str], option: str) -> str:
 
 
 def _tokenizer_preset_for(words: Sequence[str]) -> str:
+    if _value(words, "--preset"):
+        return ""
+    model = _value(words, "--from-model")
+    if model and _is_dar(model):
+        return "finetune-dar-tokenizer"
     size = _value(words, "--image-size")
     # a size that is no number is refused, in words, when the options are parsed
     image_size = int(size) if size.isdigit() and not _value(words, "--model.scale-sizes") else None
-    return default_tokenizer_preset(image_size=image_size, from_model=bool(_value(words, "--from-model")))
+    return default_tokenizer_preset(image_size=image_size, from_model=bool(model))
 
 
-def _from_config(kind: type[AnyRun], path: str, words: Sequence[str]) -> AnyRun:
+def _prior_preset_for(words: Sequence[str]) -> str:
+    if _value(words, "--preset"):
+        return ""
+    model = _value(words, "--from-model")
+    if any(_is_dar(path) for path in (model, _value(words, "--tokenizer")) if path):
+        return "finetune-dar-prior" if model else "dar-prior-small"
+    return default_prior_preset(
+        from_model=bool(model), scale_attention=_value(words, "--model.scale-attention") or None
+    )
+
+
+def _is_dar(model: str) -> bool:
+    """Whether a saved model, or the tokenizer of a run, is of the D-AR family.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = model_folder(model)
+    inner = folder / "image_tokenizer"
+    folder = inner if inner.is_dir() else folder
+    return (folder / "config.json").is_file() and read_config(folder).get("_class_name") == "DiffusionTokenizer"
+
+
+def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) -> Run:
     if _value(words, "--preset"):
         raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
     file = Path(path)
@@ -120,12 +197,10 @@ def _from_config(kind: type[AnyRun], path: str, words: Sequence[str]) -> AnyRun:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config must be JSON, {path} cannot be read ({error}).") from error
-    if not isinstance(record, dict) or record.get("kind", kind.__name__) != kind.__name__:
-        raise UserError(f"{path} is not the record of a {kind.__name__}. Use the other `isthmus train` command.")
-    return run_from_json(kind, record.get("run", record))
-
-
-def _parsed(kind: type[AnyRun], words: list[str], base: AnyRun, prog: str, about: str) -> AnyRun:
-    run = parse(kind, words, prog=prog, default=base, description=_DESCRIPTION.format(about=about))
-    logger.debug("%s", json.dumps(run_to_json(run), indent=2))
-    return run
+    by_name = {kind.__name__: kind for kind in kinds}
+    name = record.get("kind", kinds[0].__name__) if isinstance(record, dict) else None
+    if name not in by_name:
+        raise UserError(
+            f"{path} is not the record of a {' or a '.join(by_name)}. Use the other `isthmus train` command."
+        )
+    return run_from_json(by_name[name], record.get("run", record))

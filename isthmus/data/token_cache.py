@@ -32,7 +32,7 @@ _TOKENS, _LABELS, _RECORD = "tokens.npy", "labels.npy", "cache.json"
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """A network that turns images in [-1, 1] into `token_ids`, a list of (B, length) integers."""
+    """A network that turns images in [-1, 1] into `token_ids`: integers (B, length), or a list of such parts."""
 
     @property
     def config(self) -> Any:
@@ -268,7 +268,9 @@ def _encode(
         ):
             _write_header(file, kind, 0, 0)
             for batch in views:
-                token_ids = torch.cat(list(tokenizer.encode(batch["image"].to(device)).token_ids), dim=1)
+                token_ids = tokenizer.encode(batch["image"].to(device)).token_ids
+                if not isinstance(token_ids, Tensor):
+                    token_ids = torch.cat(list(token_ids), dim=1)
                 file.write(token_ids.cpu().numpy().astype(kind).tobytes())
                 labels.append(batch["class_label"].numpy())
                 written, length = written + len(token_ids), token_ids.shape[1]

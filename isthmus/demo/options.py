@@ -2,15 +2,36 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Prepare images, train a tokenizer and an SRDD prior, sample, and write a report."""
+    """Prepare images, train a tokenizer and a prior, sample, and write a report."""
 
-    out: Path = Path("demo")
-    """Folder of everything the demo makes; finished stages in it are used again."""
+    family: Literal["next-scale", "dar"] = "next-scale"
+    """next-scale: a multi-scale tokenizer and an SRDD prior; dar: a diffusion tokenizer and a Llama."""
+    budget: Literal["short", "long"] = "short"
+    """short: minutes on two cores; long: twelve times the training."""
+    out: Path | None = None
+    """Folder of everything the demo makes; finished stages in it are used again. None: demo or demo-dar, with -long."""
     classes: tuple[str, ...] = ("face", "flag", "hand", "person")
     """Classes of openmoji, or `all` for the ten."""
     seed: int = 0
     """Decides the training and the samples."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes.
+
+        >>> str(DemoOptions(family="dar", budget="long").folder)
+        'demo-dar-long'
+        """
+        if self.out is not None:
+            return self.out
+        return Path("demo" + ("-dar" if self.family == "dar" else "") + ("-long" if self.budget == "long" else ""))
+
+    @property
+    def chosen_classes(self) -> tuple[str, ...] | None:
+        """Names of the classes; None is all of them."""
+        return None if tuple(self.classes) == ("all",) else tuple(self.classes)

@@ -13,7 +13,7 @@ from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.training.run import write_atomically
 
 if TYPE_CHECKING:
-    from isthmus.demo.run import DemoScores
+    from isthmus.demo.next_scale import DemoScores
 
 LogLines = list[dict[str, float]]
 
@@ -23,13 +23,15 @@ def read_log(path: Path) -> LogLines:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _column(log: LogLines, name: str) -> tuple[list[float], list[float]]:
+def column(log: LogLines, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one measurement."""
     rows = [(line["step"], line[name]) for line in log if name in line]
     return [step for step, _ in rows], [value for _, value in rows]
 
 
-def _last(log: LogLines, name: str) -> float:
-    values = _column(log, name)[1]
+def last(log: LogLines, name: str) -> float:
+    """The last value of a measurement; NaN where there is none."""
+    values = column(log, name)[1]
     return values[-1] if values else float("nan")
 
 
@@ -40,18 +42,18 @@ def draw_curves(tokenizer_log: LogLines, prior_log: LogLines, scale_sizes: tuple
 
     figure = Figure(figsize=(11, 6), layout="constrained")
     (psnr, usage), (bits, by_scale) = figure.subplots(2, 2)
-    psnr.plot(*_column(tokenizer_log, "val/psnr"), marker="o")
+    psnr.plot(*column(tokenizer_log, "val/psnr"), marker="o")
     psnr.set(title="tokenizer: PSNR on held-out images", ylabel="dB")
-    usage.plot(*_column(tokenizer_log, "val/usage"), marker="o", label="held-out images")
-    usage.plot(*_column(tokenizer_log, "train/usage"), label="training (moving average)")
+    usage.plot(*column(tokenizer_log, "val/usage"), marker="o", label="held-out images")
+    usage.plot(*column(tokenizer_log, "train/usage"), label="training (moving average)")
     usage.set(title="tokenizer: share of codes in use", ylim=(0, 1.02))
     usage.legend()
-    bits.plot(*_column(prior_log, "train/bits_per_token"), alpha=0.6, label="training (one batch)")
-    bits.plot(*_column(prior_log, "val/bits_per_token"), marker="o", label="held-out images")
+    bits.plot(*column(prior_log, "train/bits_per_token"), alpha=0.6, label="training (one batch)")
+    bits.plot(*column(prior_log, "val/bits_per_token"), marker="o", label="held-out images")
     bits.set(title="prior: bits per token", ylabel="bits")
     bits.legend()
     for k, size in enumerate(scale_sizes):
-        by_scale.plot(*_column(prior_log, f"val/bits_scale{k}"), label=f"{size} x {size}")
+        by_scale.plot(*column(prior_log, f"val/bits_scale{k}"), label=f"{size} x {size}")
     by_scale.set(title="prior: bits per token by scale, held-out images", ylabel="bits")
     by_scale.legend(ncols=2)
     for panel in (psnr, usage, bits, by_scale):
@@ -75,8 +77,8 @@ def write_report(
     sizes, codebook_size = pipeline.schedule.sizes, pipeline.image_tokenizer.config["codebook_size"]
     params = {n: sum(p.numel() for p in getattr(pipeline, n).parameters()) for n in ("image_tokenizer", "transformer")}
     ratio = scores.class_accuracy / max(scores.class_accuracy_held_out, 1e-9)
-    bits = " | ".join(f"{_last(prior_log, f'val/bits_scale{k}'):.2f}" for k in range(len(sizes)))
-    psnr = " | ".join(f"{_last(tokenizer_log, f'val/psnr_scale{k}'):.1f}" for k in range(len(sizes)))
+    bits = " | ".join(f"{last(prior_log, f'val/bits_scale{k}'):.2f}" for k in range(len(sizes)))
+    psnr = " | ".join(f"{last(tokenizer_log, f'val/psnr_scale{k}'):.1f}" for k in range(len(sizes)))
     by_class = ", ".join(f"{name} {share:.0%}" for name, share in scores.accuracy_by_class.items())
     phases = "\n".join(f"| {phase} | {value:.0f} |" for phase, value in seconds.items())
     text = f"""# Isthmus demo
@@ -101,10 +103,10 @@ Held-out images, rebuilt from the first scales and from all of them; the image i
 | | |
 |---|---|
 | tokenizer | {params["image_tokenizer"]:,} parameters |
-| PSNR on held-out images | {_last(tokenizer_log, "val/psnr"):.2f} dB |
-| codes that held-out images use | {_last(tokenizer_log, "val/usage"):.0%} of {codebook_size} |
+| PSNR on held-out images | {last(tokenizer_log, "val/psnr"):.2f} dB |
+| codes that held-out images use | {last(tokenizer_log, "val/usage"):.0%} of {codebook_size} |
 | prior | {params["transformer"]:,} parameters |
-| bits per token on held-out images | {_last(prior_log, "val/bits_per_token"):.3f} |
+| bits per token on held-out images | {last(prior_log, "val/bits_per_token"):.3f} |
 | class accuracy of {scores.num_samples} samples | {scores.class_accuracy:.1%} ({by_class}) |
 | class accuracy of held-out images | {scores.class_accuracy_held_out:.1%} |
 | samples over held-out | {ratio:.1%} |
@@ -130,12 +132,13 @@ Isthmus {isthmus.__version__}, torch {torch.__version__}, {torch.get_num_threads
 ## Next
 
 ```
-isthmus sample {options.out}/model --classes {train.class_names[0]} --num 16 --seed 1 --out samples --grid --strip
-isthmus info {options.out}/model
-isthmus train prior --from {options.out}/model --data folder:PATH_TO_YOUR_IMAGES --out mine
+isthmus sample {options.folder}/model --classes {train.class_names[0]} --num 16 --seed 1 --out samples --grid --strip
+isthmus info {options.folder}/model
+isthmus train prior --from {options.folder}/model --data folder:PATH_TO_YOUR_IMAGES --out mine
 isthmus demo --classes all --out demo-all
+isthmus demo --family dar
 ```
 
 {train.attribution}
 """
-    write_atomically(options.out / "report.md", text)
+    write_atomically(options.folder / "report.md", text)

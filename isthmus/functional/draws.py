@@ -27,6 +27,10 @@ REVIVE = 7
 KMEANS = 8
 SPLIT = 9
 SMOOTH = 10
+NOISE = 11
+FLOW_TIME = 12
+EMBEDDING_DROPOUT = 13
+RESIDUAL_DROPOUT = 14
 
 
 def stream(seed: int, *path: int) -> np.random.Generator:

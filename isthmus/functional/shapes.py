@@ -11,11 +11,16 @@ letter    meaning
 ``k``     `codebook_size`, the number of codes
 ``s``     side of one scale; a scale holds ``s * s`` tokens, row by row
 ``l``     tokens in a sequence (of one scale, or of all scales together: the signature says which)
+``n``     tokens of an image, or of a part of it; in a signature without tokens: rows, times
 ``v``     logits per token (= `codebook_size`)
 ``width`` width of the transformer
+``heads`` attention heads
+``pairs`` pairs of channels that a rotary position turns together (half the width of a head)
+``seen``  tokens that an attention looks at, where these are not the ones that ask
 ========  =====================================================================================================
 
 Images are float, NCHW, in [-1, 1]; a name that ends in ``_uint8`` holds 0..255. Scales are counted from 0.
+Flow time t is in [0, 1], 0 = noise and 1 = image; `raw_t` is the same before the scheduler's shift.
 """
 
 from jaxtyping import Float, Int

@@ -130,6 +130,15 @@ def scale_causal_mask(lengths: Sequence[int]) -> Tensor:
     return scale[:, None] >= scale[None, :]
 
 
+def prefix_causal_mask(new: int, total: int, device: torch.device) -> Tensor:
+    """(new, total) booleans of the last `new` of `total` tokens: True up to and including a token's own column.
+
+    >>> prefix_causal_mask(2, 3, torch.device("cpu")).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+
+
 class KeyValueCache:
     """Keys and values of the scales generated so far, allocated once; passed in by the caller, owned by no module.
 
@@ -162,8 +171,8 @@ class KeyValueCache:
         """Forget everything after the first `length` tokens."""
         self.length = min(self.length, length)
 
-    def attention(self, layer: int) -> Attend:
-        """Attention of new tokens over everything stored and themselves.
+    def attention(self, layer: int, *, causal: bool = False) -> Attend:
+        """Attention of new tokens over everything stored and themselves; where `causal`, not over later new tokens.
 
         A batch smaller than the cache reads and writes its leading rows (guidance ended: the null rows behind them
         are no longer needed).
@@ -174,6 +183,7 @@ class KeyValueCache:
             keys, values = self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
             keys[:, :, start:] = k
             values[:, :, start:] = v
-            return F.scaled_dot_product_attention(q, keys, values, scale=softmax_scale)
+            mask = prefix_causal_mask(q.shape[2], end, q.device) if causal and q.shape[2] > 1 else None
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=softmax_scale)
 
         return attend

@@ -1,6 +1,7 @@
 """The two-layer perceptron of a transformer block."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,21 +10,23 @@ from torch import Tensor, nn
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU in its tanh approximation, Linear.
+    """Linear, activation, Linear.
 
     Args:
         width: width in and out.
         hidden: width between.
+        activation: applied between the two; None is GELU in its tanh approximation.
     """
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, *, activation: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
+        self.activation = activation or tanh_gelu
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
 
-    def forward(self, x: Float[Tensor, "b l width"]) -> Float[Tensor, "b l width"]:
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Same shape as the input."""
-        return self.down(tanh_gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 def tanh_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import nn
+
+# what transformers notes about the file, not about the network
+_WRITER = {"architectures", "dtype", "transformers_version"}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -13,7 +17,10 @@ def fingerprint(model: nn.Module) -> str:
     Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it.
     """
     digest = hashlib.sha256()
-    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+    config: Any = getattr(model, "config", {})
+    # transformers' configurations are no mappings; what differs from their defaults is what makes the network
+    values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
+    config = {k: v for k, v in values.items() if not (k.startswith("_") or k in _WRITER)}
     digest.update(json.dumps(config, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -13,7 +13,7 @@ def model_card(
     image_size: int,
     class_names: Mapping[str, str],
     num_classes: int,
-    scale_sizes: tuple[int, ...],
+    layout: str,
     num_parameters: Mapping[str, int],
     sampling: SamplingOptions,
     data: Mapping[str, Any],
@@ -27,7 +27,7 @@ def model_card(
         image_size: pixels.
         class_names: index (as text) -> name.
         num_classes: 0 for unlabelled models.
-        scale_sizes: sides of the scales.
+        layout: how tokens are laid out, as a sentence.
         num_parameters: per component.
         sampling: the defaults saved with the model.
         data: `name` and `attribution` of the training data.
@@ -52,7 +52,7 @@ tags:
 # {kind}
 
 Images of {image_size} x {image_size} pixels. Classes: {classes}.
-Scales: {", ".join(map(str, scale_sizes))}. Parameters: {sizes}.
+{layout} Parameters: {sizes}.
 
 ## Load
 

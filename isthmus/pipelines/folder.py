@@ -14,7 +14,8 @@ from isthmus.errors import UserError
 
 FORMAT = 1
 INDEX_NAME = "model_index.json"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -48,21 +49,25 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a component's folder."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"a saved model needs {folder / 'config.json'}, which is missing. Copy or download it whole.")
-    return _read_json(folder / "config.json")
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """`config.json` (or the file `name`) of a component's folder."""
+    if not (folder / name).is_file():
+        raise UserError(f"a saved model needs {folder / name}, which is missing. Copy or download it whole.")
+    return _read_json(folder / name)
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every stored weight of a component, from the headers of its safetensors files (all shards).
+
+    Args:
+        folder: of the component.
+        weights: name of the file, `TRANSFORMERS_WEIGHTS` for components of transformers.
 
     Raises:
         UserError: a file is missing, truncated, or holds something else.
     """
-    shards = [folder / _WEIGHTS]
-    listing = folder / f"{_WEIGHTS}.index.json"
+    shards = [folder / weights]
+    listing = folder / f"{weights}.index.json"
     if listing.is_file():
         shards = [folder / name for name in sorted(set(_read_json(listing)["weight_map"].values()))]
     shapes: dict[str, tuple[int, ...]] = {}

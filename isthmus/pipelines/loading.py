@@ -11,15 +11,16 @@ from isthmus.pipelines.folder import read_index
 from isthmus.pipelines.hub import model_folder
 
 if TYPE_CHECKING:
+    from isthmus.pipelines.dar import DARPipeline
     from isthmus.pipelines.next_scale import NextScalePipeline
 
-    AnyPipeline = NextScalePipeline
+    AnyPipeline = NextScalePipeline | DARPipeline
 else:
     # the classes are imported when a folder asks for them: each costs seconds
     AnyPipeline = Any
 
 # class name in model_index.json -> module that has it
-PIPELINES = {"NextScalePipeline": "isthmus.pipelines.next_scale"}
+PIPELINES = {"NextScalePipeline": "isthmus.pipelines.next_scale", "DARPipeline": "isthmus.pipelines.dar"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -1,31 +1,41 @@
 """How many images fit into memory at once: an estimate from the sizes of the networks."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.pipelines.saved import SavedPipeline
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from isthmus.models.flow_decoder import FlowDecoder
 
 _LARGEST = 64  # larger batches are no faster, and progress is seen less often
 _SHARE = 0.5  # of what is free: the allocator and everything else on the machine need the rest
 
 
-def bytes_per_image(pipeline: NextScalePipeline, *, guided: bool) -> int:
-    """Peak bytes that one more image in a batch takes, roughly.
+def bytes_per_image(pipeline: SavedPipeline, *, guided: bool) -> int:
+    """Peak bytes that one more image in a batch takes, roughly: each family knows its own."""
+    return pipeline.bytes_per_image(guided=guided)
 
-    Whichever is larger: the last scale in the transformer (feed-forward, keys and values, logits and their sorted and
-    cumulated copies), or the widest maps of the pixel decoder.
-    """
-    config, schedule = pipeline.transformer.config, pipeline.schedule
-    width, tokens, rows = config["width"], schedule.lengths[-1], 2 if guided else 1
-    size = 2 if pipeline.transformer.dtype == torch.bfloat16 else 4
-    block = tokens * width * (10 + 2 * config["mlp_ratio"]) * size
-    cache = 0 if pipeline.transformer.is_markov else 2 * config["num_layers"] * schedule.num_tokens * width * size
-    logits = tokens * config["codebook_size"] * 4 * 2
-    draw = tokens * config["codebook_size"] * (5 * 4 + 2 * 8)
-    tokenizer = pipeline.image_tokenizer
-    pixels = tokenizer.image_size**2 * tokenizer.config["base_channels"] * 4 * 6
-    return int(max(rows * (block + cache + logits) + draw, pixels))
+
+def next_token_bytes(transformer: "LlamaForCausalLM", *, guided: bool) -> int:
+    """Keys and values of one image's sequence, and the logits of one token with their sorted and cumulated copies."""
+    config, rows = transformer.config, 2 if guided else 1
+    size = 2 if transformer.dtype == torch.bfloat16 else 4
+    cache = 2 * config.num_hidden_layers * config.max_position_embeddings * config.hidden_size * size
+    draw = config.vocab_size * (5 * 4 + 2 * 8)
+    return rows * cache + draw
+
+
+def flow_bytes(decoder: "FlowDecoder", image_size: int) -> int:
+    """Rows of one image inside a block of the pixel decoder: stream, modulation, feed-forward, attention."""
+    config = decoder.config
+    size = 2 if decoder.dtype == torch.bfloat16 else 4
+    rows = (image_size // config["patch_size"]) ** 2
+    return rows * config["width"] * (2 + 6 + 2 * 4 + 6) * size + 8 * 3 * image_size**2 * 4
 
 
 def free_bytes(device: torch.device) -> int:
@@ -37,7 +47,7 @@ def free_bytes(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def batch_size_that_fits(pipeline: NextScalePipeline, *, guided: bool) -> int:
+def batch_size_that_fits(pipeline: SavedPipeline, *, guided: bool) -> int:
     """Images per batch for this pipeline where it is now: 1..64."""
     fitting = int(_SHARE * free_bytes(pipeline.device)) // bytes_per_image(pipeline, guided=guided)
     return max(1, min(_LARGEST, fitting))

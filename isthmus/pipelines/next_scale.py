@@ -4,44 +4,28 @@ Source of the method: Tian et al., "Visual Autoregressive Modeling"; Kumar et al
 Diffusion".
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from huggingface_hub import HfApi
 from jaxtyping import Int
 from torch import Tensor
 
-import isthmus
-from isthmus.errors import UserError
-from isthmus.functional.guidance import Guidance, guidance_values
+from isthmus.functional.guidance import Guidance
 from isthmus.functional.quantization import Scale
-from isthmus.functional.sampling import check_filters
 from isthmus.functional.shapes import Images, LatentMap
 from isthmus.generation.next_scale import generate_scales, shared_schedule
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
 from isthmus.generation.step import GenerationStep, Pictures
-from isthmus.models.fingerprint import fingerprint
 
 # eagerly, and by name: loading looks the component classes up in the modules that model_index.json names
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.pictures import to_pil
-from isthmus.pipelines.card import model_card
-from isthmus.pipelines.components import check_settings, load_component
-from isthmus.pipelines.folder import FORMAT, INDEX_NAME, read_index, replaced_within, written_whole
-from isthmus.pipelines.hub import model_folder
-from isthmus.pipelines.labels import Label, resolve_labels
-from isthmus.pipelines.seeds import image_seeds
-
-OutputType = Literal["pil", "np", "pt", "latent"]
+from isthmus.pipelines.components import load_component
+from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
+from isthmus.pipelines.saved import SavedPipeline
 
 
 @dataclass
@@ -61,15 +45,7 @@ class NextScalePipelineOutput:
     seeds: list[tuple[int, int]]
 
 
-@dataclass
-class _Request:
-    class_labels: list[int]
-    seeds: list[tuple[int, int]]
-    options: SamplingOptions
-    output_type: OutputType
-
-
-class NextScalePipeline(DiffusionPipeline):
+class NextScalePipeline(SavedPipeline):
     """An image tokenizer and a next-scale transformer that draw images together.
 
     Args:
@@ -87,6 +63,10 @@ class NextScalePipeline(DiffusionPipeline):
     """
 
     _optional_components = ["scheduler"]
+    parts = {
+        "image_tokenizer": (MultiScaleVQVAE, load_component),
+        "transformer": (NextScaleTransformer, load_component),
+    }
 
     def __init__(
         self,
@@ -103,30 +83,11 @@ class NextScalePipeline(DiffusionPipeline):
         self.register_modules(image_tokenizer=image_tokenizer, transformer=transformer, scheduler=scheduler)
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
-        if not isinstance(class_names, Mapping):
-            # a mapping: diffusers takes a list of strings in model_index.json for a component
-            class_names = {str(index): name for index, name in enumerate(class_names or ())}
-        if class_names and sorted(class_names, key=int) != [str(index) for index in range(self.num_classes)]:
-            raise UserError(
-                f"class_names needs one name per class ({self.num_classes}), got {len(class_names)}. "
-                "Pass the names of the data the transformer was trained on, or none."
-            )
-        if not isinstance(sampling_defaults, SamplingOptions):
-            sampling_defaults = SamplingOptions.from_dict(sampling_defaults or {})
-        self.check_options(sampling_defaults)
-        self.defaults = sampling_defaults
-        self.class_names: dict[str, str] = dict(class_names)
-        self.register_to_config(
-            class_names=self.class_names,
-            sampling_defaults=sampling_defaults.to_dict(),
-            preprocessing=dict(preprocessing or _usual_preprocessing(image_tokenizer.image_size)),
-            data=dict(data or {}),
-            protocol=protocol,
-        )
+        self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
 
     def __call__(
         self,
-        class_labels: Label | Sequence[Label] | Int[Tensor, " n"] = None,
+        class_labels: Labels = None,
         num_images: int | None = None,
         *,
         num_images_per_class: int = 1,
@@ -135,7 +96,7 @@ class NextScalePipeline(DiffusionPipeline):
         top_p: float | int | None | Default = FOLDER_DEFAULT,
         temperature: float | int | Default = FOLDER_DEFAULT,
         seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         image_index: int | Sequence[int] = 0,
         smooth: bool | Default = FOLDER_DEFAULT,
         output_type: OutputType = "pil",
@@ -179,7 +140,7 @@ class NextScalePipeline(DiffusionPipeline):
 
     def stream(
         self,
-        class_labels: Label | Sequence[Label] | Int[Tensor, " n"] = None,
+        class_labels: Labels = None,
         num_images: int | None = None,
         *,
         num_images_per_class: int = 1,
@@ -188,7 +149,7 @@ class NextScalePipeline(DiffusionPipeline):
         top_p: float | int | None | Default = FOLDER_DEFAULT,
         temperature: float | int | Default = FOLDER_DEFAULT,
         seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         image_index: int | Sequence[int] = 0,
         smooth: bool | Default = FOLDER_DEFAULT,
         output_type: OutputType = "pil",
@@ -212,166 +173,53 @@ class NextScalePipeline(DiffusionPipeline):
             for scale in self._scales(request)
         )
 
-    def check_options(self, options: SamplingOptions) -> None:
-        """Raise UserError where this model cannot draw with these options."""
-        check_filters(
-            top_k=options.top_k,
-            top_p=options.top_p,
-            temperature=options.temperature,
-            codebook_size=self.image_tokenizer.config["codebook_size"],
-        )
-        values = guidance_values(options.guidance_scale, self.schedule.num_scales)
-        if self.num_classes == 0 and any(value != 1 for value in values):
-            raise UserError(
-                "this model has no classes, so there is nothing to guide towards: guidance_scale must be 1, got "
-                f"{options.guidance_scale}. Leave it out."
-            )
-
-    def label_name(self, class_id: int) -> str:
-        """Name of a class id: its class name, the number where classes have no names, "null" for no class."""
-        return "null" if class_id == self.num_classes else self.class_names.get(str(class_id), str(class_id))
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes a token is drawn from."""
+        return self.image_tokenizer.config["codebook_size"]
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of configuration and weights of both components: what images depend on beside the options."""
-        both = fingerprint(self.image_tokenizer) + fingerprint(self.transformer)
-        return hashlib.sha256(both.encode()).hexdigest()
+    def num_guided_steps(self) -> int:
+        """Number of scales."""
+        return self.schedule.num_scales
 
-    def card(self) -> str:
-        """The README.md that `save_pretrained` writes."""
+    @property
+    def kind(self) -> str:
+        """What the model is, in a few words."""
         markov = self.transformer.is_markov
-        return model_card(
-            kind="SRDD (next-scale transformer, Markov over scales)" if markov else "VAR (next-scale transformer)",
-            version=isthmus.__version__,
-            image_size=self.image_tokenizer.image_size,
-            class_names=self.class_names,
-            num_classes=self.num_classes,
-            scale_sizes=self.schedule.sizes,
-            num_parameters={
-                name: sum(p.numel() for p in getattr(self, name).parameters())
-                for name in ("image_tokenizer", "transformer")
-            },
-            sampling=self.defaults,
-            data=self.config["data"],
-            protocol=self.config["protocol"],
-        )
+        return "SRDD (next-scale transformer, Markov over scales)" if markov else "VAR (next-scale transformer)"
 
-    def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str | None = None) -> None:
-        """Write the pipeline folder: model_index.json, components as safetensors, and the card README.md.
+    @property
+    def layout(self) -> str:
+        """The scales, in a sentence for the card."""
+        return f"Scales: {', '.join(map(str, self.schedule.sizes))}."
 
-        A new or empty folder appears whole or not at all. In a folder that has other files they stay, and ours take
-        the place of earlier ones when all are written.
+    def step_names(self, num_steps: int) -> list[str]:
+        """Sides of the scales."""
+        return [f"{side} x {side}" for side in self.schedule.sizes[:num_steps]]
+
+    def bytes_per_image(self, *, guided: bool) -> int:
+        """Peak bytes that one more image in a batch takes, roughly.
+
+        Whichever is larger: the last scale in the transformer (feed-forward, keys and values, logits and their sorted
+        and cumulated copies), or the widest maps of the pixel decoder.
         """
-        folder = Path(save_directory)
-        fresh = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        with written_whole(folder) if fresh else replaced_within(folder) as temporary:
-            self._write(temporary, max_shard_size)
+        config, schedule = self.transformer.config, self.schedule
+        width, tokens, rows = config["width"], schedule.lengths[-1], 2 if guided else 1
+        size = 2 if self.transformer.dtype == torch.bfloat16 else 4
+        block = tokens * width * (10 + 2 * config["mlp_ratio"]) * size
+        cache = 0 if self.transformer.is_markov else 2 * config["num_layers"] * schedule.num_tokens * width * size
+        logits = tokens * config["codebook_size"] * 4 * 2
+        draw = tokens * config["codebook_size"] * (5 * 4 + 2 * 8)
+        pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
+        return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload exactly what `save_pretrained` writes, card included; returns the address of the commit."""
-        api = HfApi(token=token)
-        with TemporaryDirectory() as parent:
-            folder = Path(parent) / "model"
-            self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> "NextScalePipeline":
-        """The pipeline saved in a folder, or on the hub; an existing path wins. Weights stay on the CPU.
-
-        `load_pipeline` also picks the class and the device.
-
-        Raises:
-            UserError: there is no such folder or model, it is incomplete, or it has settings we do not know.
-        """
-        folder = model_folder(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        index = read_index(folder)
-        if index.get("_class_name") != cls.__name__:
-            raise UserError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}. Use load_pipeline.")
-        values = {k: v for k, v in index.items() if not k.startswith(("_", "isthmus_"))}
-        check_settings(values, cls, folder / INDEX_NAME)
-        kinds = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
-        for name, kind in kinds.items():
-            if values.pop(name, None) != [kind.__module__, kind.__name__]:
-                raise UserError(f"{folder / INDEX_NAME} must name {kind.__name__} as its {name}. Save the model again.")
-        if values.pop("scheduler", [None, None]) != [None, None]:
-            raise UserError(f"{folder} has a scheduler that this version does not know. Update Isthmus.")
-        components = {name: load_component(kind, folder / name, dtype=dtype) for name, kind in kinds.items()}
-        return cls(**components, **values)
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, without the two entries that say which version wrote the folder."""
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name in ("isthmus_format", "isthmus_version"):
-            index.pop(name, None)
-        return loaded
-
-    def to_json_string(self) -> str:
-        """Contents of model_index.json."""
-        written = json.loads(super().to_json_string())
-        written |= {"isthmus_format": FORMAT, "isthmus_version": isthmus.__version__}
-        written.pop("_name_or_path", None)
-        return json.dumps(written, indent=2, sort_keys=True) + "\n"
-
-    def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
-        super().save_pretrained(folder, max_shard_size=max_shard_size)
-        (folder / "README.md").write_text(self.card(), encoding="utf-8")
-        for weights in folder.rglob("*.safetensors"):
-            # safetensors writes for the owner alone; a model is as readable as the rest of its folder
-            weights.chmod((folder / INDEX_NAME).stat().st_mode)
-
-    def _request(
-        self,
-        class_labels: Label | Sequence[Label] | Int[Tensor, " n"],
-        num_images: int | None,
-        num_images_per_class: int,
-        seed: int | Sequence[int] | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        image_index: int | Sequence[int],
-        output_type: OutputType,
-        **options: Any,
-    ) -> _Request:
-        if output_type not in get_args(OutputType):
-            raise UserError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}.")
-        resolved = self.defaults.override(**options)
-        self.check_options(resolved)
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
-        elif class_labels is None or isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        ids = resolve_labels(list(class_labels), class_names=self.class_names, num_classes=self.num_classes)
-        ids = _spread(ids, num_images, num_images_per_class)
-        seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
-        return _Request(ids, seeds, resolved, output_type)
-
-    def _scales(self, request: _Request) -> Iterator[Scale]:
+    def _scales(self, request: Request) -> Iterator[Scale]:
         labels = torch.tensor(request.class_labels, device=self.device)
         return generate_scales(self.image_tokenizer, self.transformer, labels, request.seeds, request.options)
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
-        if output_type == "latent":
-            return features
-        images = self._decode(features)
-        if output_type == "pil":
-            return to_pil(images)
-        scaled = images.float().add(1).div(2)
-        return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
+        return features if output_type == "latent" else as_output(self._decode(features), output_type)
 
     def _decode(self, features: LatentMap) -> Images:
         # on CPUs oneDNN convolves channels-last maps about twice as fast; the weights stay as they are
@@ -381,20 +229,3 @@ class NextScalePipeline(DiffusionPipeline):
             images = self.image_tokenizer.decode_features(features)
         # copied out of inference mode: a tensor the caller may use anywhere
         return images.clone(memory_format=torch.contiguous_format)
-
-
-def _spread(ids: list[int], num_images: int | None, num_images_per_class: int) -> list[int]:
-    """Class id of every image of a request."""
-    if not ids:
-        raise UserError("at least one class label is needed, got an empty list. Pass None for images without a class.")
-    if num_images_per_class < 1 or (num_images is not None and num_images < 1):
-        raise UserError(f"at least one image is needed, got {num_images} and {num_images_per_class} per class.")
-    if num_images is None:
-        return [one for one in ids for _ in range(num_images_per_class)]
-    if num_images_per_class != 1:
-        raise UserError("num_images is the number of all images, got num_images_per_class as well. Pass one of them.")
-    return [ids[i % len(ids)] for i in range(num_images)]
-
-
-def _usual_preprocessing(image_size: int) -> dict[str, Any]:
-    return {"image_size": image_size, "resize": "shorter side, antialiased", "crop": "center", "value_range": [-1, 1]}

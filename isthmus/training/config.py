@@ -43,9 +43,9 @@ class OptimConfig:
     """Gradients are clipped to this norm."""
 
     def __post_init__(self):
-        _positive(self, "learning_rate", "eps", "max_grad_norm", "final_ratio", "warmup_start")
-        _share(self, "plateau", "knee", "beta1", "beta2", "warmup_start")
-        _not_negative(self, "warmup_steps", "weight_decay")
+        check_positive(self, "learning_rate", "eps", "max_grad_norm", "final_ratio", "warmup_start")
+        check_share(self, "plateau", "knee", "beta1", "beta2", "warmup_start")
+        check_not_negative(self, "warmup_steps", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +112,10 @@ class Run:
     """Optimizer."""
 
     def __post_init__(self):
-        _positive(self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every")
-        _positive(self, "save_every", "keep_checkpoints")
-        _not_negative(self, "seed", "shuffle_buffer")
-        _share(self, "ema_decay")
+        check_positive(self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every")
+        check_positive(self, "save_every", "keep_checkpoints")
+        check_not_negative(self, "seed", "shuffle_buffer")
+        check_share(self, "ema_decay")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}. "
@@ -178,9 +178,9 @@ class TokenizerLoss:
     """Peak learning rate of the discriminator."""
 
     def __post_init__(self):
-        _not_negative(self, "l1", "mse", "perceptual", "codebook", "adversarial")
-        _share(self, "adversarial_start", "adversarial_warmup")
-        _positive(self, "discriminator_channels", "discriminator_learning_rate")
+        check_not_negative(self, "l1", "mse", "perceptual", "codebook", "adversarial")
+        check_share(self, "adversarial_start", "adversarial_warmup")
+        check_positive(self, "discriminator_channels", "discriminator_learning_rate")
         if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
             raise UserError(
                 f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
@@ -209,10 +209,10 @@ class TokenizerRun(Run):
 
     def __post_init__(self):
         super().__post_init__()
-        _not_negative(self, "continuous_steps", "revive_every")
-        _share(self, "usage_warning")
+        check_not_negative(self, "continuous_steps", "revive_every")
+        check_share(self, "usage_warning")
         if self.image_size is not None:
-            _positive(self, "image_size")
+            check_positive(self, "image_size")
         if self.freeze_encoder and not self.from_model:
             raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
 
@@ -246,7 +246,7 @@ class PriorSampling:
     """How previews are drawn, and the defaults the saved pipeline carries."""
 
     guidance: str = "linear:1:2.5"
-    """Guidance: a number, or linear:START:END or cosine:START:END over the scales. 1 is off."""
+    """Guidance: a number, or linear:START:END or cosine:START:END over the scales (or tokens). 1 is off."""
     top_k: int | None = None
     """Keep the k likeliest codes."""
     top_p: float | None = 0.96
@@ -256,8 +256,8 @@ class PriorSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorRun(Run):
-    """`isthmus train prior`."""
+class TokensRun(Run):
+    """What the trainings of all priors share: a frozen tokenizer, whose tokens are cached."""
 
     tokenizer: str = ""
     """Folder of the trained tokenizer (a run of `isthmus train tokenizer`, or any pipeline); with --from its own."""
@@ -267,38 +267,48 @@ class PriorRun(Run):
     """Images that are encoded into the token cache; None takes all, a stream needs a number."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label, for guidance."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass, for memory."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the model: a copy each, or shards (GPUs)."""
+    sampling: PriorSampling = field(default_factory=PriorSampling)
+    """Previews and saved defaults."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_views")
+        if self.max_images is not None:
+            check_positive(self, "max_images")
+        if self.stream and self.max_images is None:
+            raise UserError("a stream has no end, so its token cache needs one. Pass --max-images NUMBER.")
+        check_share(self, "label_dropout")
+        if self.from_model and self.tokenizer:
+            raise UserError(
+                f"a model to start from brings its own tokenizer, got --tokenizer {self.tokenizer} as well. "
+                "Leave it out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRun(TokensRun):
+    """`isthmus train prior`."""
+
     scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
     """Loss weights over scales: the same for every token (VAR), or a log-normal bump (SRDD)."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
     scales_per_step: int | None = None
     """Train a random subset of this many scales per step (markov only), for memory; None trains all."""
-    checkpoint_activations: bool = False
-    """Recompute activations in the backward pass, for memory."""
     compile: bool = False
     """torch.compile the network."""
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """How several processes share the model: a copy each, or shards (GPUs)."""
     model: PriorModel = field(default_factory=PriorModel)
     """Network."""
-    sampling: PriorSampling = field(default_factory=PriorSampling)
-    """Previews and saved defaults."""
 
     def __post_init__(self):
         super().__post_init__()
-        _positive(self, "num_views")
-        if self.max_images is not None:
-            _positive(self, "max_images")
-        if self.stream and self.max_images is None:
-            raise UserError("a stream has no end, so its token cache needs one. Pass --max-images NUMBER.")
-        _share(self, "label_dropout", "label_smoothing")
+        check_share(self, "label_smoothing")
         if self.scales_per_step is not None:
-            _positive(self, "scales_per_step")
-        if self.from_model and self.tokenizer:
-            raise UserError(
-                f"a model to start from brings its own tokenizer, got --tokenizer {self.tokenizer} as well. "
-                "Leave it out."
-            )
+            check_positive(self, "scales_per_step")
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -338,19 +348,22 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
     return kind(**made)
 
 
-def _positive(config: object, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
+    """Raise `UserError` where a named field is not above 0."""
     for name in names:
         if not getattr(config, name) > 0:
             raise UserError(f"{name} must be positive, got {getattr(config, name)}.")
 
 
-def _not_negative(config: object, *names: str) -> None:
+def check_not_negative(config: object, *names: str) -> None:
+    """Raise `UserError` where a named field is below 0."""
     for name in names:
         if not getattr(config, name) >= 0:
             raise UserError(f"{name} must not be negative, got {getattr(config, name)}.")
 
 
-def _share(config: object, *names: str) -> None:
+def check_share(config: object, *names: str) -> None:
+    """Raise `UserError` where a named field is outside [0, 1]."""
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} must lie in [0, 1], got {getattr(config, name)}.")

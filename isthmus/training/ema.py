@@ -37,6 +37,10 @@ class ExponentialMovingAverage:
         chosen = slice(None) if rows is None else rows
         self.averages[name][chosen] = parameter.detach().float()[chosen]
 
+    def averages_under(self, prefix: str) -> dict[str, Tensor]:
+        """Averages of the part of the model whose parameter names begin with `prefix`, named as in that part."""
+        return {name.removeprefix(prefix): a for name, a in self.averages.items() if name.startswith(prefix)}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Averages by parameter name, and the number of updates."""
         return {**self.averages, "num_updates": torch.tensor(self.num_updates)}

@@ -30,12 +30,13 @@ AnyModel = TypeVar("AnyModel", bound=ModelMixin)
 TOKENIZER_FOLDER = "image_tokenizer"
 
 
-def averaged_model(model: AnyModel, ema: ExponentialMovingAverage) -> AnyModel:
+def averaged_model(model: AnyModel, ema: ExponentialMovingAverage, *, prefix: str = "") -> AnyModel:
     """A whole copy of `model` that holds the averages (and its own frozen weights), in eval mode.
 
-    Every process must call it where weights are sharded.
+    `prefix` begins the names of its parameters where the averages are those of a larger module. Every process must
+    call it where weights are sharded.
     """
-    state = gathered(dict(model.state_dict())) | gathered(ema.averages)
+    state = gathered(dict(model.state_dict())) | gathered(ema.averages_under(prefix))
     with torch.device("meta"):
         copy = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     copy.load_state_dict({name: value.to(model.device, copy=True) for name, value in state.items()}, assign=True)
@@ -51,7 +52,7 @@ def load_tokenizer(path: str) -> MultiScaleVQVAE:
     folder = Path(path)
     if not folder.exists():
         # a hub id brings a whole pipeline
-        return load_pipeline(path, device="cpu").image_tokenizer
+        return _next_scale(path).image_tokenizer
     if (folder / TOKENIZER_FOLDER).is_dir():
         folder = folder / TOKENIZER_FOLDER
     if not (folder / "config.json").is_file():
@@ -62,8 +63,10 @@ def load_tokenizer(path: str) -> MultiScaleVQVAE:
     return load_component(MultiScaleVQVAE, folder)
 
 
-def refuse_contradictions(model: ModelMixin, wanted: Mapping[str, object], name: str) -> None:
-    """A model that is trained on keeps its network.
+def refuse_contradictions(
+    model: ModelMixin, wanted: Mapping[str, object], name: str, *, options: str = "model"
+) -> None:
+    """A model that is trained on keeps its network; `options` is the run's field that holds what is wanted.
 
     Raises:
         UserError: an argument in `wanted` differs from the saved model's.
@@ -72,8 +75,8 @@ def refuse_contradictions(model: ModelMixin, wanted: Mapping[str, object], name:
         present = model.config[option]
         if value != (tuple(present) if isinstance(present, (list, tuple)) else present):
             raise UserError(
-                f"model.{option} is {present} in {name}, got {value}. Leave it out: a model that is fine-tuned keeps "
-                "its network."
+                f"{options}.{option} is {present} in {name}, got {value}. Leave it out: a model that is fine-tuned "
+                "keeps its network."
             )
 
 
@@ -102,8 +105,18 @@ def export_tokenizer(
 
 def load_pair(path: str) -> tuple[MultiScaleVQVAE, NextScaleTransformer]:
     """Tokenizer and prior of a saved pipeline, to go on training."""
-    pipeline = load_pipeline(path, device="cpu")
+    pipeline = _next_scale(path)
     return pipeline.image_tokenizer, pipeline.transformer
+
+
+def _next_scale(path: str) -> NextScalePipeline:
+    pipeline = load_pipeline(path, device="cpu")
+    if not isinstance(pipeline, NextScalePipeline):
+        raise UserError(
+            f"a next-scale run starts from a next-scale model, got {path}, which is a {type(pipeline).__name__}. "
+            "Choose a preset of its family (`isthmus info presets`)."
+        )
+    return pipeline
 
 
 def sampling_options(run: PriorRun, transformer: NextScaleTransformer) -> SamplingOptions:

@@ -22,7 +22,7 @@ def save_reconstructions(
 ) -> Path:
     """Rows = held-out images; columns = scales 0..k added up, the image itself last."""
     views = EvaluationImages(source, tokenizer.image_size)
-    chosen = _spread(len(views), num_images)
+    chosen = spread(len(views), num_images)
     images = torch.stack([torch.as_tensor(views[i]["image"]) for i in chosen]).to(tokenizer.device)
     token_ids = tokenizer.encode(images).token_ids
     steps = [
@@ -59,7 +59,7 @@ def save_samples(
     return save_picture(table(rows, row_names=list(class_names[:shown])), folder / f"samples-{step:08d}.png")
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, wanted: int) -> list[int]:
     """Evenly spread indices, so that a sorted data set shows more than its first class."""
     wanted = min(count, wanted)
     return [i * count // wanted for i in range(wanted)]

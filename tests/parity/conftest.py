@@ -2,7 +2,15 @@
 
 import pytest
 
-from isthmus.conversion import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state, read_weights
+from isthmus.conversion.dar_tokenizer import (
+    PublishedSettings,
+    build_diffusion_tokenizer,
+    build_flow_decoder,
+    build_scheduler,
+    convert_diffusion_tokenizer_state,
+)
+from isthmus.conversion.reading import read_weights
+from isthmus.conversion.var import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
 
 
 @pytest.fixture(scope="session")
@@ -42,5 +50,23 @@ def published_prior(golden):
                 converted.arguments["num_heads"] = 2
             built[variant, scale_attention] = build_prior(converted), raw
         return built[variant, scale_attention]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def published_dar(golden):
+    """Variant ("a" or "b") -> (tokenizer, decoder, scheduler) of the D-AR fixtures, built once; do not modify."""
+    built = {}
+
+    def build(variant):
+        if variant not in built:
+            raw = read_weights(golden.path(f"dar/tok_{variant}_weights.safetensors"))
+            settings = PublishedSettings.of(golden.json("dar/config.json")[f"tokenizer_{variant}"])
+            converted = convert_diffusion_tokenizer_state(raw, settings)
+            built[variant] = tuple(
+                part(converted) for part in (build_diffusion_tokenizer, build_flow_decoder, build_scheduler)
+            )
+        return built[variant]
 
     return build

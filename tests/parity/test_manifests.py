@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from isthmus.conversion import convert_prior_state, convert_tokenizer_state
+from isthmus.conversion.var import convert_prior_state, convert_tokenizer_state
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 

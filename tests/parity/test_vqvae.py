@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.conversion import build_tokenizer, convert_tokenizer_state
+from isthmus.conversion.var import build_tokenizer, convert_tokenizer_state
 from isthmus.functional.pyramid import bicubic_upsample
 from isthmus.functional.quantization import next_scale_input
 from tests.testers import assert_parity

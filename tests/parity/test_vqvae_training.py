@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from isthmus.conversion import build_tokenizer, convert_tokenizer_state, read_weights
+from isthmus.conversion.reading import read_weights
+from isthmus.conversion.var import build_tokenizer, convert_tokenizer_state
 from isthmus.training.usage import code_counts
 from tests.testers import assert_gradient, assert_gradient_summary, assert_parity, published_names
 

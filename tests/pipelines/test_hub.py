@@ -52,6 +52,7 @@ def test_offline_the_cache_is_enough_and_the_rest_is_one_error(hub_cache):
 
 
 def test_an_existing_path_wins_over_a_hub_id(hub_cache, saved, tmp_path, monkeypatch):
+    # a name such as someone/tiny is a path only relative to where one stands
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved, tmp_path / "someone" / "tiny")
     assert model_folder("someone/tiny", cache_dir=hub_cache) == Path("someone/tiny")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from isthmus import load_pipeline
 from isthmus.errors import UserError
 from isthmus.training.config import PriorModel, run_from_json, run_to_json
-from isthmus.training.train_prior import train_prior, with_new_classes
+from isthmus.training.next_scale_prior import with_new_classes
+from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run, write_images
 

@@ -19,10 +19,11 @@ from isthmus.training.checkpoints import gathered, like, whole
 from isthmus.training.config import OptimConfig, PriorRun, TokenizerRun, run_from_json
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.export import averaged_model
+from isthmus.training.next_scale_prior import NextScalePrior
 from isthmus.training.objectives import next_scale_loss, scale_weights
 from isthmus.training.optim import adamw
 from isthmus.training.run import FiniteGuard, StopRequest
-from isthmus.training.train_prior import _SHARDED, train_prior
+from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 
 SHARDED_BATCH = 4
@@ -68,7 +69,7 @@ def share_out(folder: Path, rank: int, world_size: int, *, shared_adaln: bool) -
     """Train sharded; the main process writes the whole averages and what a reloaded EMA holds."""
     model, mesh = tiny_prior(shared_adaln=shared_adaln), init_device_mesh("cpu", (world_size,))
     for module in model.modules():
-        if type(module).__name__ in _SHARDED:
+        if type(module).__name__ in NextScalePrior.sharded:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     ema, norms, _ = three_steps(model, rank=rank, world_size=world_size)

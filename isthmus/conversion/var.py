@@ -3,25 +3,16 @@
 The published layouts are described key by key in the tables below; what a file holds beyond them is an error.
 """
 
-import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from isthmus.conversion.renaming import Converted, indexed, load_strict, rename, require
 from isthmus.errors import UserError
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-
-logger = logging.getLogger("isthmus")
-StateDict = dict[str, Tensor]
 
 # (published key, our key); the first pattern that matches the whole key decides
 _TOKENIZER_KEYS = [
@@ -77,21 +68,6 @@ _PRIOR_DROPPED = {
 }
 
 
-@dataclass
-class Converted:
-    """One converted file.
-
-    Attributes:
-        arguments: constructor arguments read off the file.
-        state: weights under our names.
-        dropped: published key -> why it is not needed.
-    """
-
-    arguments: dict[str, Any]
-    state: StateDict
-    dropped: dict[str, str] = field(default_factory=dict)
-
-
 def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, ...]) -> Converted:
     """Published VQVAE weights to `MultiScaleVQVAE` arguments and weights; sizes come from the shapes.
 
@@ -100,13 +76,13 @@ def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, .
     Raises:
         UserError: a key is unknown or missing.
     """
-    state, dropped = _rename(raw, _TOKENIZER_KEYS, _TOKENIZER_DROPPED, "VAR tokenizer", "quantize.embedding.weight")
+    state, dropped = rename(raw, _TOKENIZER_KEYS, _TOKENIZER_DROPPED, "VAR tokenizer", "quantize.embedding.weight")
     first = ("encoder.conv_in.weight", "encoder.levels.0.blocks.0.conv1.weight")
-    _require(state, first, "VAR tokenizer")
+    require(state, first, "VAR tokenizer")
     codebook = state["codebook.weight"]
-    first_convs = _indexed(state, r"encoder\.levels\.(\d+)\.blocks\.0\.conv1\.weight")
+    first_convs = indexed(state, r"encoder\.levels\.(\d+)\.blocks\.0\.conv1\.weight")
     base = state["encoder.conv_in.weight"].shape[0]
-    num_phi = len(_indexed(state, r"phi\.(\d+)\.conv\.weight"))
+    num_phi = len(indexed(state, r"phi\.(\d+)\.conv\.weight"))
     per_scale = any(re.fullmatch(r"quantize\.quant_resi\.\d+\.weight", key) for key in raw)
     if per_scale and num_phi != len(scale_sizes):
         raise UserError(
@@ -122,7 +98,7 @@ def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, .
         "phi_ratio": 0.5 if num_phi else 0.0,
         "base_channels": base,
         "channel_multipliers": tuple(weight.shape[0] // base for weight in first_convs),
-        "num_res_blocks": len(_indexed(state, r"encoder\.levels\.0\.blocks\.(\d+)\.conv1\.weight")),
+        "num_res_blocks": len(indexed(state, r"encoder\.levels\.0\.blocks\.(\d+)\.conv1\.weight")),
     }
     return Converted(arguments, state, dropped)
 
@@ -133,7 +109,7 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
     Raises:
         UserError: a key is unknown or missing.
     """
-    state, dropped = _rename(raw, _PRIOR_KEYS, _PRIOR_DROPPED, "VAR prior", "pos_1LC")
+    state, dropped = rename(raw, _PRIOR_KEYS, _PRIOR_DROPPED, "VAR prior", "pos_1LC")
     if "lvl_1L" not in raw:
         raise UserError(
             "a VAR prior holds lvl_1L, the scale of every token; this file does not. Pass an unedited file."
@@ -144,12 +120,12 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
         raise UserError(f"lvl_1L must give every scale a square number of tokens, got {counts}.")
     first = ("head.weight", "word_embedding.weight", "class_embedding.weight")
     block = ("blocks.0.attention.qkv.weight", "blocks.0.feed_forward.up.weight")
-    _require(state, first + block, "VAR prior")
+    require(state, first + block, "VAR prior")
     codebook_size, width = state["head.weight"].shape
     # the file keeps a sequence dimension in the shared variant's offsets
     state = {key: value[0] if key.endswith("modulation.offset") else value for key, value in state.items()}
     log_scale = state.get("blocks.0.attention.log_scale")
-    depth = len(_indexed(state, r"blocks\.(\d+)\.attention\.qkv\.weight"))
+    depth = len(indexed(state, r"blocks\.(\d+)\.attention\.qkv\.weight"))
     arguments = {
         "scale_sizes": scale_sizes,
         "codebook_size": codebook_size,
@@ -166,116 +142,6 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
         "drop_path": 0.1 * depth / 24,
     }
     return Converted(arguments, state, dropped)
-
-
-def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
-    """Load weights of which none may be missing, unexpected or of another shape.
-
-    Raises:
-        UserError: names the first few keys that do not fit.
-    """
-    own = model.state_dict()
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{what} does not fit the network: {'; '.join(problems[:4])}{more}. Pass a complete file.")
-    model.load_state_dict(state)
-
-
-def read_weights(path: str | Path, *, nested: tuple[str, ...] = ()) -> StateDict:
-    """Tensors of a `.safetensors` or `.pth` file, without running any code that the file may carry.
-
-    Bare state dicts, training checkpoints (`nested` names the entries to look into, such as `var_wo_ddp`), the
-    prefixes `module.` and `_orig_mod.` and EMA copies (preferred where a file has both) are understood.
-
-    Raises:
-        UserError: the file is absent, truncated, or holds something else than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights must be a file, got {path}, which does not exist. Pass a .pth or .safetensors file.")
-    try:
-        if path.suffix == ".safetensors":
-            raw: Any = load_file(path)
-        else:
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as weights ({_first_line(error)}). Download it again.") from error
-    except UnpicklingError as error:
-        if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
-            raise UserError(f"{path} is no PyTorch file, or not the whole of one. Download it again.") from error
-        raise UserError(
-            f"{path} holds objects other than tensors, and Isthmus never runs pickled code. "
-            "Save its state dict alone (torch.save(model.state_dict(), ...)) or as safetensors."
-        ) from error
-    return _unwrap(raw, nested, path)
-
-
-def _unwrap(raw: Any, nested: tuple[str, ...], path: Path) -> StateDict:
-    wrappers = ("trainer", *nested, "ema", "model_ema", "ema_state_dict", "state_dict", "model", "module")
-    while isinstance(raw, Mapping):
-        inner = next((name for name in wrappers if isinstance(raw.get(name), Mapping)), None)
-        if inner is None:
-            break
-        logger.info("%s: taking the weights under %r", path.name, inner)
-        raw = raw[inner]
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{path} must hold a state dict, got {type(raw).__name__}. Pass a state dict.")
-    if not any(isinstance(value, Tensor) for value in raw.values()):
-        raise UserError(f"{path} holds no tensors, only {sorted(map(str, raw))[:5]}. Pass a state dict.")
-    strange = [key for key, value in raw.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if strange:
-        raise UserError(f"{path} must hold tensors only, got others under {strange[:3]}. Pass a state dict.")
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): value for key, value in raw.items()}
-
-
-def _rename(
-    raw: Mapping[str, Tensor], rules: list[tuple[str, str]], droppable: dict[str, str], what: str, landmark: str
-) -> tuple[StateDict, dict[str, str]]:
-    if landmark not in raw:
-        raise UserError(
-            f"a {what} holds {landmark}, this file does not (first keys: {sorted(raw)[:3]}). Pass the other file?"
-        )
-    state, dropped, unknown = {}, {}, []
-    for key, tensor in raw.items():
-        reason = next((why for pattern, why in droppable.items() if re.fullmatch(pattern, key)), None)
-        rule = next(((p, ours) for p, ours in rules if re.fullmatch(p, key)), None)
-        if reason:
-            dropped[key] = reason
-        # two layouts of phi lead to one name of ours: a file has one of them
-        elif rule and (ours := re.sub(rule[0], rule[1], key)) not in state:
-            state[ours] = tensor.float() if tensor.is_floating_point() else tensor
-        else:
-            unknown.append(key)
-    if unknown:
-        raise UserError(
-            f"a {what} has no such keys: {sorted(unknown)[:4]} ({len(unknown)} in all). Pass a published file."
-        )
-    return state, dropped
-
-
-def _require(state: StateDict, keys: tuple[str, ...], what: str) -> None:
-    missing = [key for key in keys if key not in state]
-    if missing:
-        raise UserError(
-            f"a {what} file must be complete, this one lacks what becomes {missing}. Pass a published file."
-        )
-
-
-def _indexed(state: StateDict, pattern: str) -> list[Tensor]:
-    """Tensors whose key matches, ordered by the number in the first group."""
-    found = {int(m.group(1)): state[key] for key in state if (m := re.fullmatch(pattern, key))}
-    return [found[i] for i in sorted(found)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def build_tokenizer(converted: Converted) -> MultiScaleVQVAE:

@@ -1,0 +1,111 @@
+"""What the demos of both families share: their clock, their samples, and how a picture's class is judged."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from isthmus.data.batches import EvaluationImages
+from isthmus.data.source import ImageSource
+from isthmus.evaluation.features import Lite0Arrays, NearestClassMean, lite0_features, memorised_share
+from isthmus.models.efficientnet_lite import EfficientNetLite0
+from isthmus.pipelines.loading import AnyPipeline
+from isthmus.training.run import write_atomically
+
+T = TypeVar("T")
+
+IMAGE_SIZE_PX = 32
+SAMPLES_PER_CLASS = 50
+SHOWN_PER_CLASS = 10
+# `--budget long` trains so many times longer
+LONGER = 12
+
+
+class Clock:
+    """Seconds per phase, kept in a file: a stage that was finished earlier keeps the time it took then."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def time(self, phase: str, work: Callable[[], T]) -> T:
+        """Run `work` and note how long it took, unless an earlier run took longer (it did the work)."""
+        start = time.perf_counter()
+        result = work()
+        self.seconds[phase] = round(max(time.perf_counter() - start, self.seconds.get(phase, 0.0)), 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.seconds))
+        return result
+
+
+def draw_samples(pipeline: AnyPipeline, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Images in [-1, 1] and labels, the same number of each class; image i is image i of the seed."""
+    labels = [label for label in range(pipeline.num_classes) for _ in range(SAMPLES_PER_CLASS)]
+    parts = []
+    for start in tqdm(range(0, len(labels), SAMPLES_PER_CLASS), desc="samples", unit="class", disable=None):
+        chosen = labels[start : start + SAMPLES_PER_CLASS]
+        output = pipeline(chosen, seed=seed, image_index=start, output_type="pt")
+        parts.append(torch.as_tensor(output.images) * 2 - 1)
+    return torch.cat(parts), np.array(labels)
+
+
+def features_of(images: "ImageSource | torch.Tensor", network: EfficientNetLite0) -> Lite0Arrays:
+    """Lite0 features of a split, as it is evaluated, or of drawn images."""
+    if isinstance(images, torch.Tensor):
+        return lite0_features(images, network=network)
+    views = EvaluationImages(images, IMAGE_SIZE_PX)
+    return lite0_features((torch.as_tensor(views[i]["image"]) for i in range(len(views))), network=network)
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Whether drawn images look like their class and not like a training image; features of EfficientNet-Lite0.
+
+    Attributes:
+        class_accuracy: share of samples whose nearest class mean is their own class.
+        class_accuracy_held_out: the same for held-out images, the ceiling.
+        accuracy_by_class: class name -> share, of the samples.
+        memorised: share of samples nearer to a training image than 99 % of held-out images are.
+    """
+
+    class_accuracy: float
+    class_accuracy_held_out: float
+    accuracy_by_class: dict[str, float]
+    memorised: float
+
+
+class ClassJudge:
+    """Class means of the training images, and what is measured against them.
+
+    Args:
+        train: images whose means are taken.
+        held_out: images of the same classes that nothing was trained on.
+    """
+
+    def __init__(self, train: ImageSource, held_out: ImageSource):
+        self.names = list(train.class_names)
+        self.network = EfficientNetLite0()
+        self.real, self.unseen = (features_of(images, self.network) for images in (train, held_out))
+        self.means = NearestClassMean.fit(self.real.pooled_192, train.labels)
+        self.ceiling = self.means.accuracy(self.unseen.pooled_192, held_out.labels)
+
+    def accuracy(self, images: torch.Tensor, labels: np.ndarray) -> float:
+        """Share of images in [-1, 1] whose nearest class mean is their own class."""
+        return self.means.accuracy(features_of(images, self.network).pooled_192, labels)
+
+    def scores(self, images: torch.Tensor, labels: np.ndarray) -> ClassScores:
+        """Everything that is said of drawn images in [-1, 1]."""
+        drawn = features_of(images, self.network).pooled_192
+        found = self.means.predict(drawn)
+        return ClassScores(
+            class_accuracy=float((found == labels).mean()),
+            class_accuracy_held_out=self.ceiling,
+            accuracy_by_class={name: float((found[labels == i] == i).mean()) for i, name in enumerate(self.names)},
+            memorised=memorised_share(drawn, self.real.pooled_192, self.unseen.pooled_192),
+        )

@@ -1,0 +1,273 @@
+"""Pixels of the D-AR family: a solver step runs as soon as the tokens of its window exist, before later ones do.
+
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.7). Where the tokens
+come from is the caller's: from a prior that draws them while the pixels form, or from an image that was encoded.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from isthmus.errors import UserError
+from isthmus.functional.draws import NOISE, stream
+from isthmus.functional.shapes import Images
+from isthmus.layers.token_canvas import Painted
+from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
+from isthmus.models.flow_decoder import Canvas, FlowDecoder, KeysValues
+from isthmus.schedulers.flow_matching import SOLVERS, FlowMatchingScheduler, Solver
+
+Preview = Literal["jump", "solver"]
+# a part and what is cut from it differ in length, so that may not be bound to a letter
+Columns = tuple[tuple[Float[Tensor, "b heads _ c"], Float[Tensor, "b heads _ c"]], ...]
+
+
+@dataclass
+class FlowStep:
+    """One finished solver step.
+
+    Attributes:
+        index: step, from 0.
+        total: number of steps of the whole way.
+        token_ids: (b, n), the tokens that came in since the step before; n may be 0.
+        x: state after the step, in the scale of the scheduler, fp32.
+        preview: the images as they would be if this step were the last, in [-1, 1] but not clamped, fp32; after the
+            last step, the images.
+    """
+
+    index: int
+    total: int
+    token_ids: Int[Tensor, "b n"]
+    x: Images
+    preview: Images
+
+
+@dataclass(frozen=True)
+class SolverPlan:
+    """The steps that will run, and how many tokens each of them waits for.
+
+    Attributes:
+        windows: tokens [start, end) that drive each step of the whole way.
+        needed: tokens that exist when a step runs: the end of its window, in whole groups.
+        first: the step that runs first; later than 0 where the diffusion starts from an image.
+        solver: rule of the scheduler.
+    """
+
+    windows: tuple[tuple[int, int], ...]
+    needed: tuple[int, ...]
+    first: int
+    solver: Solver
+
+    @property
+    def total(self) -> int:
+        """Number of steps of the whole way."""
+        return len(self.windows)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Numbers of tokens at which a step can run, increasing: where a prior hands over what it has drawn."""
+        return tuple(sorted(set(self.needed[self.first :])))
+
+    @classmethod
+    def of(
+        cls,
+        scheduler: FlowMatchingScheduler,
+        *,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+        first: int = 0,
+    ) -> "SolverPlan":
+        """The plan of a scheduler; None takes its own number of steps and its own rule.
+
+        Raises:
+            UserError: no such number of steps, first step or rule.
+
+        >>> plan = SolverPlan.of(FlowMatchingScheduler(num_tokens=32), num_inference_steps=5)
+        >>> plan.windows[:3], plan.stops
+        (((0, 4), (8, 12), (12, 16)), (4, 12, 16, 24, 28))
+        """
+        group = scheduler.config["num_tokens"] // scheduler.config["num_groups"]
+        windows = scheduler.windows(num_inference_steps)
+        if not 0 <= first < len(windows):
+            raise UserError(f"the first step must lie in 0..{len(windows) - 1}, got {first}. 0 starts from noise.")
+        needed = tuple(-(-end // group) * group for _, end in windows)
+        chosen = scheduler.config["solver"] if solver is None else solver
+        if chosen not in SOLVERS:
+            raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {chosen!r}.")
+        return cls(windows, needed, first, chosen)
+
+
+def image_noise(image_seeds: Sequence[tuple[int, int]], height: int, width: int) -> Images:
+    """Standard normal noise per image, from its own (seed, image index) alone; fp32, on the CPU."""
+    shape = (3, height, width)
+    rows = [stream(seed, NOISE, index).standard_normal(shape, dtype=np.float32) for seed, index in image_seeds]
+    return torch.from_numpy(np.stack(rows))
+
+
+def check_preview(preview: Preview) -> None:
+    """Raise UserError unless `preview` is one of `Preview`."""
+    if preview not in get_args(Preview):
+        raise UserError(f"preview must be one of {', '.join(get_args(Preview))}, got {preview!r}.")
+
+
+def flow_steps(
+    image_tokenizer: DiffusionTokenizer,
+    decoder: FlowDecoder,
+    scheduler: FlowMatchingScheduler,
+    plan: SolverPlan,
+    token_ids: Iterable[Int[Tensor, "b _"]],
+    x: Images,
+    *,
+    preview: Preview = "jump",
+) -> Iterator[FlowStep]:
+    """Walk from `x` to images, each step as soon as its tokens have come.
+
+    A new group costs the causal stack and the decoder's keys and values on that group alone; the embeddings of the
+    fixed times are computed once.
+
+    Args:
+        image_tokenizer: turns token ids into conditions.
+        decoder: predicts velocities.
+        scheduler: times, windows and the rule of a step.
+        plan: which steps run, and what they wait for.
+        token_ids: parts of the sequence, one for each of `plan.stops`, from token 0 on. The next part is asked for
+            only when a step needs it.
+        x: state at the time of the first step: noise, or `scheduler.add_noise` of images.
+        preview: "jump" shows x_t + (1 - t) velocity; "solver" the published rule, the solver's own step to t = 1.
+
+    Yields:
+        One `FlowStep` per step.
+
+    Raises:
+        UserError: an unknown preview, or sides that the decoder's patch does not divide.
+    """
+    check_preview(preview)
+    steps = _steps(image_tokenizer, decoder, scheduler, plan, iter(token_ids), x, preview)
+    while True:
+        # entered for each turn: around the yield it would also hold for whoever reads the steps
+        with torch.inference_mode():
+            step = next(steps, None)
+        if step is None:
+            return
+        # copied out of inference mode: a caller may go on computing with them
+        yield FlowStep(step.index, step.total, step.token_ids.clone(), step.x.clone(), step.preview.clone())
+
+
+def _steps(
+    image_tokenizer: DiffusionTokenizer,
+    decoder: FlowDecoder,
+    scheduler: FlowMatchingScheduler,
+    plan: SolverPlan,
+    token_ids: Iterator[Int[Tensor, "b _"]],
+    x: Images,
+    preview: Preview,
+) -> Iterator[FlowStep]:
+    times = scheduler.times(plan.total)
+    embedded = decoder.embed_times(times[:-1])
+    x, times = x.to(decoder.device).float(), times.to(decoder.device)
+    cache, keys, canvas = image_tokenizer.new_cache(len(x)), WindowKeys(decoder), None
+    rule = {"num_inference_steps": plan.total, "solver": plan.solver}
+    previous_velocity = None
+    for index in range(plan.first, plan.total):
+        start, end = plan.windows[index]
+        keys.forget_before(start)
+        arrived = [torch.empty(len(x), 0, dtype=torch.long, device=decoder.device)]
+        while cache.length < plan.needed[index]:
+            arrived.append(next(token_ids).to(decoder.device))
+            first, condition = cache.length, image_tokenizer.condition(arrived[-1], cache)
+            keys.add(condition)
+            canvas = added(canvas, decoder.paint(condition, first))
+        velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
+        following = scheduler.step(velocity, previous_velocity, index, x, **rule)
+        if index == plan.total - 1:
+            shown = scheduler.to_image(following)
+        elif preview == "jump":
+            shown = scheduler.jump(x, velocity, times[index : index + 1])
+        else:
+            shown = scheduler.solver_preview(velocity, previous_velocity, index, x, **rule)
+        previous_velocity, x = velocity, following
+        yield FlowStep(index, plan.total, torch.cat(arrived, dim=1), x, shown)
+
+
+def added(canvas: Canvas | None, painted: Painted | None) -> Canvas | None:
+    """The canvas with what new tokens painted; None for decoders without one."""
+    if painted is None:
+        return None
+    return painted.sum(dim=1) if canvas is None else canvas + painted.sum(dim=1)
+
+
+class WindowKeys:
+    """Keys and values of the decoder's cross-attention: computed once for every group, put together to windows.
+
+    Args:
+        decoder: whose blocks read them.
+    """
+
+    def __init__(self, decoder: FlowDecoder):
+        self.decoder = decoder
+        self.parts: list[tuple[int, tuple[KeysValues, ...]]] = []  # first token of the part, per block (keys, values)
+        self.start = 0
+        self.length = 0
+
+    def forget_before(self, start: int) -> None:
+        """Tokens before `start` drive no later step."""
+        self.start = start
+        self.parts = [(first, part) for first, part in self.parts if first + part[0][0].shape[2] > start]
+
+    def add(self, condition: Float[Tensor, "b n condition_width"]) -> None:
+        """Conditions of the next tokens; those that no later step reads cost nothing."""
+        skipped = min(max(self.start - self.length, 0), condition.shape[1])
+        if skipped < condition.shape[1]:
+            self.parts.append((self.length + skipped, self.decoder.attend_to(condition[:, skipped:])))
+        self.length += condition.shape[1]
+
+    def window(self, start: int, end: int) -> tuple[KeysValues, ...]:
+        """Per block, keys and values of the tokens [start, end)."""
+        cut = [_columns(part, max(start - first, 0), end - first) for first, part in self.parts if first < end]
+        if len(cut) == 1:
+            return cut[0]
+        return tuple(
+            (torch.cat([keys for keys, _ in block], dim=2), torch.cat([values for _, values in block], dim=2))
+            for block in zip(*cut, strict=True)
+        )
+
+
+def _columns(part: Columns, start: int, end: int) -> Columns:
+    return tuple((keys[:, :, start:end], values[:, :, start:end]) for keys, values in part)
+
+
+def decode_tokens(
+    image_tokenizer: DiffusionTokenizer,
+    decoder: FlowDecoder,
+    scheduler: FlowMatchingScheduler,
+    token_ids: Int[Tensor, "b n"],
+    x: Images,
+    *,
+    plan: SolverPlan,
+) -> Images:
+    """The second of two phases: images, not clamped, from tokens that all exist.
+
+    Args:
+        image_tokenizer: see `flow_steps`.
+        decoder: see `flow_steps`.
+        scheduler: see `flow_steps`.
+        token_ids: at least as many as the last step of the plan needs.
+        x: state at the time of the first step.
+        plan: which steps run.
+
+    Raises:
+        UserError: the tokens are too few, or the sides of `x` do not fit the decoder.
+    """
+    if token_ids.shape[1] < plan.stops[-1]:
+        raise UserError(
+            f"{plan.total} solver steps need {plan.stops[-1]} tokens, got {token_ids.shape[1]}. "
+            "Pass all tokens of the images."
+        )
+    cuts = (0, *plan.stops)
+    parts = (token_ids[:, a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    *_, last = flow_steps(image_tokenizer, decoder, scheduler, plan, parts, x)
+    return last.preview

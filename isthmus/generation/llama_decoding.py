@@ -1,0 +1,215 @@
+"""Decoding with the weights of a stock Llama: the same network, written for one new token at a time.
+
+The module itself stays as it is. `LlamaDecoder` reads its weights once: queries, keys and values become one matrix,
+gate and up another, and the head is cut to the image tokens. Keys and values lie in buffers that are allocated once and
+read up to where they are filled, so nothing is concatenated, masked or asked of the host between two tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from isthmus.errors import UserError
+from isthmus.generation.products import Int8Product, Product, fastest_product
+from isthmus.models.next_token_prior import TokenLayout, check_architecture
+
+# new tokens one below the other, whatever sequence they are of, and any width
+Rows = Float[Tensor, "rows _"]
+
+
+@dataclass
+class LlamaCache:
+    """Keys and values of a request, owned by nobody else; two requests with a cache each may take turns.
+
+    Attributes:
+        layers: per layer (sequences, 2, heads, positions, head width): keys, then values.
+        length: positions that are filled.
+    """
+
+    layers: list[Float[Tensor, "b 2 heads l c"]]
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: Tensor
+    qkv: Product
+    out: Product
+    feed_forward_norm: Tensor
+    gate_up: Product
+    down: Product
+
+
+class LlamaDecoder:
+    """A prior's weights, laid out for decoding. It holds no state of a request: that is in the cache passed in.
+
+    Args:
+        transformer: the prior, whose weights must not change while the decoder is in use.
+        layout: of its vocabulary.
+        num_rows: sequences that will run at once (two per guided image), for which the weights are laid out; any other
+            number works, if slower.
+        int8: store the blocks' matrices in 8 bits (the head stays whole). On a CPU a token then reads about a quarter
+            of the bytes, and logits are off by about a hundredth of their spread: other tokens may be drawn.
+        compiled: run each token through `torch.compile` (on a GPU: one CUDA graph per token). Pays on GPUs, where
+            starting kernels is what takes the time; the first token waits for the compiler.
+
+    Raises:
+        UserError: the Llama is of a kind that priors never are, or 8 bits are asked for on another device than a CPU.
+    """
+
+    def __init__(
+        self,
+        transformer: LlamaForCausalLM,
+        layout: TokenLayout,
+        *,
+        num_rows: int = 2,
+        int8: bool = False,
+        compiled: bool = False,
+    ):
+        check_architecture(transformer.config)
+        config: Any = transformer.config
+        self.device, self.dtype = transformer.device, transformer.dtype
+        if int8 and self.device.type != "cpu":
+            raise UserError(f"8-bit weights are for CPUs, the prior is on {self.device}. Use bfloat16 there.")
+        self.num_positions = layout.num_tokens + 1
+        self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_width, self.norm_eps = config.head_dim, config.rms_norm_eps
+        with torch.inference_mode():
+            self._embedding = transformer.model.embed_tokens.weight.detach()
+            layers = [cast(LlamaDecoderLayer, layer) for layer in transformer.model.layers]
+            # the compiler does not look into packed weights: it gets those that are fastest for one row
+            whole = partial(fastest_product, num_rows=1 if compiled else num_rows)
+            self._layers = [_packed(layer, self.head_width, Int8Product if int8 else whole) for layer in layers]
+            self._norm = transformer.model.norm.weight.detach()
+            self._head = whole(transformer.lm_head.weight.detach()[: layout.codebook_size])
+            self._positions = torch.arange(self.num_positions, device=self.device)
+            cos, sin = transformer.model.rotary_emb(self._norm.float(), self._positions.unsqueeze(0))
+            half = self.head_width // 2
+            self._rotation = torch.complex(cos[0, :, :half], sin[0, :, :half])
+        self._fixed_step = None
+        if compiled:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._fixed_step = torch.compile(self._at_position, dynamic=False, fullgraph=True, mode=mode)
+
+    def new_cache(self, num_sequences: int) -> LlamaCache:
+        """An empty cache for this many sequences."""
+        shape = (num_sequences, 2, self.num_key_heads, self.num_positions, self.head_width)
+        # zeros, not whatever lies there: the compiled step reads positions that are masked out but not yet filled
+        layers = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self._layers]
+        if self._fixed_step is not None:
+            for layer in layers:
+                torch._dynamo.mark_static_address(layer)
+        return LlamaCache(layers)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Int[Tensor, "b l"], cache: LlamaCache) -> Float[Tensor, "b v"]:
+        """Logits of the codes after a whole sequence (vocabulary ids, class first), which fills the empty cache."""
+        assert cache.length == 0, "prefill starts a sequence"
+        return self._after(ids, cache)
+
+    @torch.inference_mode()
+    def step(self, ids: Int[Tensor, " b"], cache: LlamaCache) -> Float[Tensor, "b v"]:
+        """Logits of the codes after one more token per sequence.
+
+        Fewer tokens than the cache has sequences belong to its leading ones.
+        """
+        if self._fixed_step is None:
+            return self._after(ids.unsqueeze(1), cache)
+        position = self._positions[cache.length : cache.length + 1]
+        cache.length += 1
+        return self._fixed_step(ids, position, cache.layers)
+
+    def _after(self, ids: Int[Tensor, "b l"], cache: LlamaCache) -> Float[Tensor, "b v"]:
+        """New tokens of any number; the positions are known to the host, so the filled part alone is read."""
+        b, length = ids.shape
+        start, end = cache.length, cache.length + length
+        rotation = self._rotation[start:end].view(1, length, 1, -1)
+        grouped = self.num_heads != self.num_key_heads
+
+        def attend(qkv: Rows, layer: Tensor) -> Rows:
+            heads = qkv.view(b, length, -1, self.head_width)
+            turned = torch.view_as_complex(heads[:, :, : -self.num_key_heads].unflatten(-1, (-1, 2)).float())
+            # in place: where the weights are fp32, `turned` is a view of qkv
+            turned.mul_(rotation)
+            if qkv.dtype != torch.float32:
+                heads[:, :, : -self.num_key_heads] = torch.view_as_real(turned).flatten(-2)
+            new = heads[:, :, self.num_heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4)
+            layer[:b, :, :, start:end] = new
+            q = heads[:, :, : self.num_heads].transpose(1, 2)
+            k, v = layer[:b, 0, :, :end], layer[:b, 1, :, :end]
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=grouped)
+            return mixed.transpose(1, 2).reshape(b * length, -1)
+
+        x = F.embedding(ids.flatten(), self._embedding)
+        for layer, stored in zip(self._layers, cache.layers, strict=True):
+            x = layer.out.added(x, attend(layer.qkv(self._normed(x, layer.attention_norm)), stored))
+            x = self._fed_forward(x, layer)
+        cache.length = end
+        return self._head(self._normed(x.view(b, length, -1)[:, -1], self._norm)).float()
+
+    def _at_position(
+        self, ids: Int[Tensor, " b"], position: Int[Tensor, " 1"], stored: list[Tensor]
+    ) -> Float[Tensor, "b v"]:
+        """One new token with the position as a tensor: the same kernels for every token, so that they can be recorded.
+
+        Attention runs over all positions; those not yet filled are masked out.
+        """
+        b = len(ids)
+        rotation = torch.view_as_real(self._rotation)[position]
+        visible = (self._positions <= position).view(1, 1, 1, -1)
+        grouped = self.num_heads != self.num_key_heads
+
+        def attend(qkv: Rows, layer: Tensor) -> Rows:
+            heads = qkv.view(b, -1, self.head_width)
+            # no complex numbers: the compiler makes no code for them
+            qk, v = heads.split([self.num_heads + self.num_key_heads, self.num_key_heads], dim=1)
+            re, im = qk.float().unflatten(-1, (-1, 2)).unbind(-1)
+            cos, sin = rotation.unbind(-1)
+            qk = torch.stack([re * cos - im * sin, im * cos + re * sin], dim=-1).flatten(-2).to(v.dtype)
+            q, k = qk.split([self.num_heads, self.num_key_heads], dim=1)
+            layer[:b].index_copy_(3, position, torch.stack([k, v], dim=1).unsqueeze(3))
+            mixed = F.scaled_dot_product_attention(
+                q.unsqueeze(2), layer[:b, 0], layer[:b, 1], attn_mask=visible, enable_gqa=grouped
+            )
+            return mixed.reshape(b, -1)
+
+        x = F.embedding(ids, self._embedding)
+        for layer, buffers in zip(self._layers, stored, strict=True):
+            x = layer.out.added(x, attend(layer.qkv(self._normed(x, layer.attention_norm)), buffers))
+            x = self._fed_forward(x, layer)
+        return self._head(self._normed(x, self._norm)).float()
+
+    def _fed_forward(self, x: Rows, layer: _Layer) -> Rows:
+        gate, up = layer.gate_up(self._normed(x, layer.feed_forward_norm)).chunk(2, dim=-1)
+        return layer.down.added(x, F.silu(gate).mul_(up))
+
+    def _normed(self, x: Rows, weight: Tensor) -> Rows:
+        return F.rms_norm(x, weight.shape, weight, self.norm_eps)
+
+
+def _packed(layer: LlamaDecoderLayer, head_width: int, product: Callable[[Tensor], Product]) -> _Layer:
+    attention, feed_forward = layer.self_attn, layer.mlp
+    # rotary positions turn channel j with channel j + half: side by side, the pair is one complex number
+    q, k = (_pairs_adjacent(m.weight.detach(), head_width) for m in (attention.q_proj, attention.k_proj))
+    return _Layer(
+        attention_norm=layer.input_layernorm.weight.detach(),
+        qkv=product(torch.cat([q, k, attention.v_proj.weight.detach()])),
+        out=product(attention.o_proj.weight.detach()),
+        feed_forward_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=product(torch.cat([feed_forward.gate_proj.weight.detach(), feed_forward.up_proj.weight.detach()])),
+        down=product(feed_forward.down_proj.weight.detach()),
+    )
+
+
+def _pairs_adjacent(weight: Float[Tensor, "heads_c width"], head_width: int) -> Float[Tensor, "heads_c width"]:
+    """Rows (0, 1, ..., c/2, c/2 + 1, ...) of every head in the order (0, c/2, 1, c/2 + 1, ...)."""
+    halves = weight.unflatten(0, (-1, 2, head_width // 2))
+    return halves.transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,218 @@
+"""The prior of the D-AR family: a stock `transformers.LlamaForCausalLM` over image tokens, never edited or subclassed.
+
+Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.1 and 3.4.
+
+The classes are words of the vocabulary: ids 0..codebook_size - 1 are image tokens, then one id per class, and last the
+null class. A sequence is [class, token 0, ..., token N - 1], and the output at position p predicts token p. No class is
+ever predicted: its row of the head is zero, and every loss and every draw reads the first `codebook_size` logits alone.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from isthmus.errors import UserError
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which id of a Llama's vocabulary means what.
+
+    Attributes:
+        codebook_size: image tokens; ids 0..codebook_size - 1.
+        num_classes: classes, whose ids follow; 0 for unlabelled models.
+        num_tokens: tokens of one image.
+
+    >>> layout = TokenLayout(codebook_size=16384, num_classes=1000, num_tokens=256)
+    >>> layout.vocab_size, layout.class_token(torch.tensor([0, layout.null_class_id]))
+    (17385, tensor([16384, 17384]))
+    """
+
+    codebook_size: int
+    num_classes: int
+    num_tokens: int
+
+    def __post_init__(self):
+        if self.codebook_size < 1 or self.num_classes < 0 or self.num_tokens < 1:
+            raise UserError(
+                "a token layout needs at least one code, one token and no negative number of classes, got "
+                f"codebook_size {self.codebook_size}, num_tokens {self.num_tokens}, num_classes {self.num_classes}. "
+                "Pass the sizes of the image tokenizer and of the data."
+            )
+
+    @property
+    def null_class_id(self) -> int:
+        """The label that stands for no class; `num_classes`, as in every model here."""
+        return self.num_classes
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: codes, classes and the null class."""
+        return self.codebook_size + self.num_classes + 1
+
+    def class_token(self, class_labels: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """Vocabulary ids of labels 0..num_classes."""
+        return class_labels + self.codebook_size
+
+    @classmethod
+    def of(cls, config: LlamaConfig, codebook_size: int, num_tokens: int | None = None) -> "TokenLayout":
+        """The layout of a Llama that predicts the tokens of a tokenizer with these sizes.
+
+        Args:
+            config: of the Llama.
+            codebook_size: codes of the image tokenizer.
+            num_tokens: tokens per image of the image tokenizer; None takes what the Llama has room for.
+
+        Raises:
+            UserError: the two do not belong together, or the Llama is of a kind that priors here never are.
+        """
+        check_architecture(config)
+        other = "Pass the image tokenizer that the prior was trained on."
+        trained_on = getattr(config, "codebook_size", codebook_size)
+        if trained_on != codebook_size:
+            raise UserError(
+                f"image tokenizer and prior must have the same codebook_size, got {codebook_size} and {trained_on}. "
+                f"{other}"
+            )
+        num_classes = config.vocab_size - codebook_size - 1
+        if num_classes < 0:
+            raise UserError(
+                f"a prior's vocabulary holds all {codebook_size} codes of the image tokenizer, its classes and a null "
+                f"class, got {config.vocab_size} words. {other}"
+            )
+        room = config.max_position_embeddings - 1
+        if room < 1 or num_tokens not in (None, room):
+            raise UserError(
+                f"a prior has one position for the class and one per token, got {config.max_position_embeddings} "
+                f"positions for {num_tokens or 'at least one'} token(s). {other}"
+            )
+        return cls(codebook_size, num_classes, room)
+
+
+def check_architecture(config: LlamaConfig) -> None:
+    """Raise UserError for a Llama with biases, tied embeddings, another activation or stretched positions.
+
+    No published or trained prior has any of these; what they would mean for decoding is not tested.
+    """
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    found = {
+        "attention_bias": (config.attention_bias, False),
+        "mlp_bias": (config.mlp_bias, False),
+        "tie_word_embeddings": (config.tie_word_embeddings, False),
+        "hidden_act": (config.hidden_act, "silu"),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+    }
+    for name, (value, needed) in found.items():
+        if value != needed:
+            raise UserError(f"a prior is a Llama with {name} {needed!r}, got {value!r}. Pass a prior trained here.")
+
+
+def llama_config(
+    layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
+) -> LlamaConfig:
+    """Configuration of a prior: positions for one class and all tokens, no biases, untied, no bos, eos or pad.
+
+    Args:
+        layout: ids and sequence length. `codebook_size` is recorded beside Llama's own settings, so that a prior
+            under another tokenizer is noticed; other readers of the file ignore it.
+        width: of the hidden states; a multiple of twice `num_heads`.
+        num_layers: blocks.
+        num_heads: heads of each.
+        feed_forward_width: inner width; None is the published rule, int(8 width / 3) rounded up to a multiple of 256.
+
+    Raises:
+        UserError: the heads do not divide the width into even parts.
+    """
+    if width % (2 * num_heads):
+        raise UserError(
+            f"width must be a multiple of twice the heads (rotary positions turn pairs of channels), got width {width} "
+            f"and num_heads {num_heads}. Published heads are 64 wide."
+        )
+    settings = {
+        "vocab_size": layout.vocab_size,
+        "codebook_size": layout.codebook_size,
+        "hidden_size": width,
+        "intermediate_size": feed_forward_width or published_feed_forward_width(width),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_heads,
+        "max_position_embeddings": layout.num_tokens + 1,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": INIT_STD,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return LlamaConfig.from_dict(settings)
+
+
+def published_feed_forward_width(width: int) -> int:
+    """int(8 width / 3), rounded up to a multiple of 256.
+
+    >>> [published_feed_forward_width(width) for width in (768, 1024, 1280, 1536)]
+    [2048, 2816, 3584, 4096]
+    """
+    return -(-int(8 * width / 3) // 256) * 256
+
+
+def new_prior(
+    layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
+) -> LlamaForCausalLM:
+    """An untrained prior: weights N(0, 0.02), norms one, head zero, so that every code is equally likely at first.
+
+    The arguments are those of `llama_config`. Initial weights come from torch's global generator, as in any module.
+    """
+    config = llama_config(
+        layout, width=width, num_layers=num_layers, num_heads=num_heads, feed_forward_width=feed_forward_width
+    )
+    prior = LlamaForCausalLM(config)
+    with torch.no_grad():
+        prior.lm_head.weight.zero_()
+    return prior
+
+
+def next_token_inputs(
+    layout: TokenLayout, class_labels: Int[Tensor, " b"], token_ids: Int[Tensor, "b l"]
+) -> Int[Tensor, "b l+1"]:
+    """Vocabulary ids of [class, tokens]: what the network reads. For training, leave out the last token."""
+    return torch.cat([layout.class_token(class_labels).unsqueeze(1), token_ids.long()], dim=1)
+
+
+def codebook_logits(logits: Float[Tensor, "b l vocab"], layout: TokenLayout) -> Float[Tensor, "b l v"]:
+    """Logits of the codes alone, in fp32: classes are never predicted, so their rows of the head get no gradient."""
+    return logits[..., : layout.codebook_size].float()
+
+
+def next_token_logits(
+    transformer: LlamaForCausalLM,
+    layout: TokenLayout,
+    class_labels: Int[Tensor, " b"],
+    token_ids: Int[Tensor, "b l"],
+) -> Float[Tensor, "b l+1 v"]:
+    """Teacher-forced logits: entry p predicts token p from the class and tokens 0..p - 1.
+
+    Args:
+        transformer: the prior.
+        layout: of its vocabulary.
+        class_labels: (b,), 0..num_classes; num_classes is the null label.
+        token_ids: (b, l), the known tokens from the first on; the last entry of the result predicts what follows.
+    """
+    output = transformer(input_ids=next_token_inputs(layout, class_labels, token_ids), use_cache=False)
+    return codebook_logits(output.logits, layout)
+
+
+def next_token_loss(logits: Float[Tensor, "b l v"], token_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    """Cross-entropy of every token, nats: -log p(token p | class, tokens before p)."""
+    return F.cross_entropy(logits.transpose(1, 2), token_ids.long(), reduction="none")

@@ -1,0 +1,349 @@
+"""The pipeline of the D-AR family: a Llama's next tokens are the steps of a pixel diffusion.
+
+Source of the method: Gao and Shou, "D-AR: Diffusion via Autoregressive Models".
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from isthmus.errors import UserError
+from isthmus.functional.guidance import Guidance
+from isthmus.generation.flow_decoding import (
+    FlowStep,
+    Preview,
+    SolverPlan,
+    check_preview,
+    flow_steps,
+    image_noise,
+)
+from isthmus.generation.next_token import check_next_token_options, generate_tokens
+from isthmus.generation.next_token_likelihood import log_likelihood
+from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
+from isthmus.generation.step import GenerationStep, Pictures
+
+# eagerly, and by name: loading looks the component classes up in the modules that model_index.json names
+from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
+from isthmus.models.flow_decoder import FlowDecoder
+from isthmus.models.next_token_prior import TokenLayout
+from isthmus.pipelines.belonging import shared_layout
+from isthmus.pipelines.components import load_component, load_llama, load_scheduler, no_progress_bars
+from isthmus.pipelines.images import ImageInput
+from isthmus.pipelines.labels import resolve_labels
+from isthmus.pipelines.memory import flow_bytes, next_token_bytes
+from isthmus.pipelines.pixels import PixelPipeline, checked_sides
+from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
+from isthmus.pipelines.steering import Prefix, PrefixLengths, PrefixTokens, resolve_prefix
+from isthmus.schedulers.flow_matching import FlowMatchingScheduler, Solver
+
+
+@dataclass
+class DARPipelineOutput:
+    """What a call returns.
+
+    Attributes:
+        images: as `output_type` says; "latent" gives images in [-1, 1] that are not clamped.
+        token_ids: (b, n), on the CPU: the tokens that the solver steps read, prefixes included. With as many steps as
+            groups, or more, these are all tokens of the images.
+        class_labels: class id of every image; `null_class_id` where no class was asked for.
+        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
+    """
+
+    images: Pictures
+    token_ids: Int[Tensor, "b n"]
+    class_labels: list[int]
+    seeds: list[tuple[int, int]]
+
+
+class DARPipeline(PixelPipeline):
+    """An image tokenizer, a pixel decoder and a Llama that draw images together.
+
+    Args:
+        image_tokenizer: turns images into tokens, and tokens into what drives the decoder.
+        decoder: predicts the velocity of noisy pixels.
+        transformer: predicts the next token; a stock Llama, whose vocabulary ends with the classes.
+        scheduler: times, windows of tokens and the solver.
+        class_names: one name per class, or index -> name; nothing for models without names.
+        sampling_defaults: options of a call that names none, stored in the folder.
+        preprocessing: how training images were made; None describes the usual way.
+        data: `name` and `attribution` (licence line) of the training data, for the card.
+        protocol: how the model was trained and measured, for the card.
+
+    Raises:
+        UserError: the components do not belong together, or names or defaults do not fit them.
+    """
+
+    parts = {
+        "image_tokenizer": (DiffusionTokenizer, load_component),
+        "decoder": (FlowDecoder, load_component),
+        "transformer": (LlamaForCausalLM, load_llama),
+        "scheduler": (FlowMatchingScheduler, load_scheduler),
+    }
+
+    def __init__(
+        self,
+        image_tokenizer: DiffusionTokenizer,
+        decoder: FlowDecoder,
+        transformer: LlamaForCausalLM,
+        scheduler: FlowMatchingScheduler,
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
+        sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        protocol: str = "",
+    ):
+        super().__init__()
+        self.register_modules(
+            image_tokenizer=image_tokenizer, decoder=decoder, transformer=transformer, scheduler=scheduler
+        )
+        self.token_layout: TokenLayout = shared_layout(image_tokenizer, decoder, transformer.config, scheduler)
+        self.num_classes: int = self.token_layout.num_classes
+        self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
+
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        num_images: int | None = None,
+        *,
+        num_images_per_class: int = 1,
+        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
+        top_k: int | None | Default = FOLDER_DEFAULT,
+        top_p: float | int | None | Default = FOLDER_DEFAULT,
+        temperature: float | int | Default = FOLDER_DEFAULT,
+        image_options: Sequence[SamplingOptions] | None = None,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+        prefix_image: ImageInput | None = None,
+        prefix_token_ids: PrefixTokens | None = None,
+        prefix_tokens: PrefixLengths = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: Generators = None,
+        image_index: int | Sequence[int] = 0,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callable[[GenerationStep], object] | None = None,
+    ) -> DARPipelineOutput:
+        """Draw images.
+
+        Args:
+            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
+            num_images: how many images in all, labels taken in turn; None draws one per label.
+            num_images_per_class: images per label, next to each other, where `num_images` is not given.
+            guidance_scale: guided = uncond + s (cond - uncond), 1 = off: a number, one per token, or a
+                `GuidanceSchedule` over the tokens. Like the next three it defaults to the value saved with the model.
+            top_k: keep the k likeliest codes; None is off.
+            top_p: keep the likeliest codes that hold this probability together; None is off.
+            temperature: divides the logits.
+            image_options: settings for each image, in place of those saved with the model; the four options above,
+                where given, hold for all images.
+            num_inference_steps: solver steps; None is the number saved with the model.
+            solver: "euler", "adams-bashforth" or "adams-bashforth-variable"; None is the one saved with the model.
+            prefix_image: the images begin with the first tokens of this one (one for all, or one for each), which
+                hold their layout.
+            prefix_token_ids: the same, as tokens: (p,) for all images or (b, p).
+            prefix_tokens: how many tokens of the prefix are kept, for all images or for each.
+            height: of the images in pixels, a multiple of the decoder's patch; None is the size trained on.
+            width: the same.
+            seed: one number for the request, or a list with one per image; None draws a fresh one.
+            generator: makes the list of seeds instead: one generator, or one per image.
+            image_index: number of the first image in the whole request, or one number per image. An image depends
+                on its seed and number alone: not on the batch, nor on its place in it.
+            output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent" (not clamped).
+            callback_on_step_end: called with a `GenerationStep` (without preview) after every solver step.
+
+        Raises:
+            UserError: a label, an option, a prefix or a seed is not usable; the message says why.
+        """
+        given = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+        request = self._request(
+            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type, **given
+        )
+        prefix = resolve_prefix(self.image_tokenizer, len(request.seeds), prefix_image, prefix_token_ids, prefix_tokens)
+        options = [request.options] * len(request.seeds)
+        if image_options is not None:
+            options = [own.override(**given) for own in image_options]
+        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
+        sides = checked_sides(self.decoder, self.image_size, height, width)
+        steps = self._steps(request, options, plan, prefix, sides, "jump")
+        token_ids, step = [], None
+        for step in steps:
+            token_ids.append(step.token_ids.cpu())
+            if callback_on_step_end is not None:
+                callback_on_step_end(GenerationStep(step.index, step.total, token_ids[-1]))
+        assert step is not None, "a plan has at least one step"
+        images = as_output(step.preview, output_type)
+        return DARPipelineOutput(images, torch.cat(token_ids, dim=1), request.class_labels, request.seeds)
+
+    def stream(
+        self,
+        class_labels: Labels = None,
+        num_images: int | None = None,
+        *,
+        num_images_per_class: int = 1,
+        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
+        top_k: int | None | Default = FOLDER_DEFAULT,
+        top_p: float | int | None | Default = FOLDER_DEFAULT,
+        temperature: float | int | Default = FOLDER_DEFAULT,
+        image_options: Sequence[SamplingOptions] | None = None,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+        prefix_image: ImageInput | None = None,
+        prefix_token_ids: PrefixTokens | None = None,
+        prefix_tokens: PrefixLengths = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: Generators = None,
+        image_index: int | Sequence[int] = 0,
+        output_type: OutputType = "pil",
+        preview: Preview = "jump",
+    ) -> Iterator[GenerationStep]:
+        """Draw images and show them while they grow: one `GenerationStep` with a preview per solver step.
+
+        A step runs, and is yielded, as soon as its tokens are drawn, before later tokens exist. The arguments, the
+        tokens and the last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
+        `preview="solver"` the published rule, the solver's own step to the end. Bad arguments raise at once, before
+        the first step is asked for.
+        """
+        given = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+        request = self._request(
+            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type, **given
+        )
+        check_preview(preview)
+        prefix = resolve_prefix(self.image_tokenizer, len(request.seeds), prefix_image, prefix_token_ids, prefix_tokens)
+        options = [request.options] * len(request.seeds)
+        if image_options is not None:
+            options = [own.override(**given) for own in image_options]
+        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
+        sides = checked_sides(self.decoder, self.image_size, height, width)
+        steps = self._steps(request, options, plan, prefix, sides, preview)
+        return (
+            GenerationStep(step.index, step.total, step.token_ids.cpu(), as_output(step.preview, output_type))
+            for step in steps
+        )
+
+    def variations(
+        self, image: ImageInput, num_groups_kept: int, class_labels: Labels = None, **options: Any
+    ) -> DARPipelineOutput:
+        """Images that share the first groups of tokens with `image`; `options` are those of a call.
+
+        Raises:
+            UserError: there are fewer groups, or another argument is not usable.
+        """
+        groups = self.image_tokenizer.config["num_groups"]
+        if not 0 <= num_groups_kept <= groups:
+            raise UserError(f"num_groups_kept must lie in 0..{groups} (the groups of an image), got {num_groups_kept}.")
+        kept = num_groups_kept * self.image_tokenizer.tokens_per_group
+        return self(class_labels, prefix_image=image, prefix_tokens=kept, **options)
+
+    def log_prob(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
+
+        Raises:
+            UserError: images or labels are not usable, or both or neither of images and tokens are given.
+        """
+        return self._log_likelihood(images, class_labels, token_ids).sum(dim=1)
+
+    def bits_per_token(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n"]:
+        """Bits that every token costs, by position; arguments as for `log_prob`."""
+        return -self._log_likelihood(images, class_labels, token_ids) / math.log(2)
+
+    def check_options(self, options: SamplingOptions) -> None:
+        """Raise UserError where this model cannot draw with these options."""
+        check_next_token_options(options, self.token_layout)
+        super().check_options(options)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes a token is drawn from."""
+        return self.token_layout.codebook_size
+
+    @property
+    def num_guided_steps(self) -> int:
+        """Number of tokens."""
+        return self.token_layout.num_tokens
+
+    @property
+    def kind(self) -> str:
+        """What the model is, in a few words."""
+        return "D-AR (next-token Llama that drives a pixel diffusion)"
+
+    @property
+    def layout(self) -> str:
+        """Tokens and steps, in a sentence for the card."""
+        config, groups = self.scheduler.config, self.image_tokenizer.config["num_groups"]
+        return (
+            f"Tokens: {self.token_layout.num_tokens} in {groups} groups, which drive {config['num_inference_steps']} "
+            f"solver steps ({config['solver']})."
+        )
+
+    def step_names(self, num_steps: int) -> list[str]:
+        """How many tokens each step waits for."""
+        return [f"{needed} tokens" for needed in SolverPlan.of(self.scheduler, num_inference_steps=num_steps).needed]
+
+    def bytes_per_image(self, *, guided: bool) -> int:
+        """Peak bytes that one more image in a batch takes, roughly; see `isthmus.pipelines.memory`."""
+        return next_token_bytes(self.transformer, guided=guided) + flow_bytes(self.decoder, self.image_size)
+
+    def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
+        with no_progress_bars():
+            super()._write(folder, max_shard_size)
+
+    def _steps(
+        self,
+        request: Request,
+        options: Sequence[SamplingOptions],
+        plan: SolverPlan,
+        prefix: Prefix | None,
+        sides: tuple[int, int],
+        preview: Preview,
+    ) -> Iterator[FlowStep]:
+        """Solver steps of a request, each as soon as the prior has drawn its tokens."""
+        for own in options:
+            self.check_options(own)
+        labels = torch.tensor(request.class_labels, device=self.device)
+        token_ids = generate_tokens(
+            self.transformer,
+            self.token_layout,
+            labels,
+            request.seeds,
+            options,
+            stops=plan.stops,
+            prefix_token_ids=None if prefix is None else prefix.token_ids,
+            prefix_lengths=None if prefix is None else prefix.lengths,
+        )
+        noise = image_noise(request.seeds, *sides)
+        return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
+
+    def _log_likelihood(
+        self, images: ImageInput | None, class_labels: Labels, token_ids: Int[Tensor, "b n"] | None
+    ) -> Float[Tensor, "_ n"]:
+        if (images is None) == (token_ids is None):
+            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
+        if token_ids is None:
+            assert images is not None
+            token_ids = self.encode(images)
+        given = label_list(class_labels)
+        labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        each = torch.tensor(labels * len(token_ids) if len(labels) == 1 else labels)
+        return log_likelihood(self.transformer, self.token_layout, token_ids, each)

@@ -1,0 +1,209 @@
+"""The steps of D-AR's pixel diffusion: times, the tokens that drive each of them, and the solver.
+
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.6 and 1.7).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# by name: diffusers' loader looks this class up in the namespace of the component's module
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from isthmus.errors import UserError
+from isthmus.functional.flow import interpolate, jump_to_image, shift_time
+from isthmus.functional.shapes import Images
+
+Solver = Literal["euler", "adams-bashforth", "adams-bashforth-variable"]
+SOLVERS: tuple[str, ...] = get_args(Solver)
+
+
+class FlowMatchingScheduler(SchedulerMixin, ConfigMixin):
+    """Straight paths from noise (t = 0) to image (t = 1), walked in steps that groups of tokens drive in turn.
+
+    It owns `data_std`, the factor between images in [-1, 1] and the states of the diffusion, and it is the only place
+    where the unshifted time `raw_t` appears. It holds no state: a solver's history is an argument.
+
+    Args:
+        num_inference_steps: solver steps of one image, unless a call says otherwise.
+        num_groups: groups that the tokens fall into.
+        num_tokens: tokens of an image.
+        tokens_per_step: tokens that drive a step; None is one group, more are overlapping windows.
+        time_shift: t = raw / (raw + shift (1 - raw)).
+        data_std: states are t * data_std * image + (1 - t) * noise.
+        solver: "euler"; "adams-bashforth", the published two-step rule 1.5 v - 0.5 v_previous, whose coefficients are
+            those of an even grid; or "adams-bashforth-variable", with the coefficients that the uneven grid asks for.
+            The two-step rules begin with a step of Euler.
+
+    Raises:
+        UserError: an argument is out of its range.
+
+    >>> FlowMatchingScheduler(num_inference_steps=5, num_tokens=32).windows()
+    ((0, 4), (8, 12), (12, 16), (20, 24), (24, 28))
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        num_inference_steps: int = 8,
+        num_groups: int = 8,
+        num_tokens: int = 256,
+        tokens_per_step: int | None = None,
+        time_shift: float = 2.0,
+        data_std: float = 0.6,
+        solver: Solver = "adams-bashforth",
+    ):
+        if num_groups <= 0 or num_tokens % num_groups:
+            raise UserError(f"num_tokens must be a multiple of num_groups, got {num_tokens} and {num_groups}.")
+        self.tokens_per_step = num_tokens // num_groups if tokens_per_step is None else tokens_per_step
+        if not num_tokens // num_groups <= self.tokens_per_step <= num_tokens:
+            raise UserError(
+                f"tokens_per_step must lie in {num_tokens // num_groups}..{num_tokens} (a group .. all tokens), "
+                f"got {tokens_per_step}. None takes one group."
+            )
+        if time_shift <= 0 or data_std <= 0:
+            raise UserError(f"time_shift and data_std must be positive, got {time_shift} and {data_std}.")
+        self._steps(num_inference_steps)
+        self._solver(solver)
+
+    def shift(self, raw_t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Shifted times of raw ones, both in [0, 1]."""
+        return shift_time(raw_t, self.config["time_shift"])
+
+    def times(self, num_inference_steps: int | None = None) -> Float[Tensor, " steps_and_end"]:
+        """Shifted time of every step, and 1 at the end: (S + 1,), fp32, on the CPU.
+
+        Raises:
+            UserError: fewer than one step.
+        """
+        return torch.tensor(self._grid(num_inference_steps), dtype=torch.float32)
+
+    def windows(self, num_inference_steps: int | None = None) -> tuple[tuple[int, int], ...]:
+        """The tokens [start, end) that drive each step: the group nearest in raw time, rounded up in the middle.
+
+        Raises:
+            UserError: fewer than one step.
+        """
+        steps, groups = self._steps(num_inference_steps), self.config["num_groups"]
+        # in integers: raw_t * groups + 1/2 = (2 i groups + steps) / (2 steps), with nothing rounded
+        starts = [self._start((2 * i * groups + steps) // (2 * steps)) for i in range(steps)]
+        return tuple((start, start + self.tokens_per_step) for start in starts)
+
+    def window_of(self, raw_t: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """First token of the window that drives raw time in [0, 1] (training draws it at random)."""
+        groups, tokens = self.config["num_groups"], self.config["num_tokens"]
+        group = (raw_t.float() * groups + 0.5).floor().long()
+        return (group * (tokens // groups)).clamp(max=tokens - self.tokens_per_step)
+
+    def add_noise(self, image: Images, noise: Images, t: Float[Tensor, " b"]) -> Images:
+        """State of images in [-1, 1] at shifted times: t * data_std * image + (1 - t) * noise."""
+        return interpolate(noise, image * self.config["data_std"], t)
+
+    def velocity_target(self, image: Images, noise: Images) -> Images:
+        """What the decoder learns: data_std * image - noise, the same at every time."""
+        return image * self.config["data_std"] - noise
+
+    def jump(self, x_t: Images, velocity: Images, t: Float[Tensor, " _"]) -> Images:
+        """Estimate of the final image from one state: (x_t + (1 - t) velocity) / data_std, not clamped.
+
+        `t` holds one time per image, or one for all.
+        """
+        return self.to_image(jump_to_image(x_t, velocity, t))
+
+    def step(
+        self,
+        velocity: Images,
+        previous_velocity: Images | None,
+        index: int,
+        x_t: Images,
+        *,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+    ) -> Images:
+        """The state after step `index`.
+
+        Args:
+            velocity: of the decoder at `x_t` and `times()[index]`.
+            previous_velocity: that of the step before; None takes a step of Euler, as the first step that is executed
+                must, wherever it starts.
+            index: step, from 0.
+            x_t: state before the step.
+            num_inference_steps: steps of the whole way; None is the configured number.
+            solver: None is the configured one.
+
+        Raises:
+            UserError: no such step, or no such solver.
+        """
+        grid = self._grid(num_inference_steps)
+        self._check_index(index, grid)
+        return self._move(velocity, previous_velocity, index, x_t, grid, grid[index + 1], solver)
+
+    def solver_preview(
+        self,
+        velocity: Images,
+        previous_velocity: Images | None,
+        index: int,
+        x_t: Images,
+        *,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+    ) -> Images:
+        """The published preview: the solver's own rule taken straight to t = 1, as an image, not clamped.
+
+        With a two-step rule it differs from `jump`. Arguments and errors as `step`.
+        """
+        grid = self._grid(num_inference_steps)
+        self._check_index(index, grid)
+        return self.to_image(self._move(velocity, previous_velocity, index, x_t, grid, 1.0, solver))
+
+    def to_image(self, x: Images) -> Images:
+        """State at t = 1 to an image in [-1, 1], not clamped."""
+        return x / self.config["data_std"]
+
+    def _move(
+        self,
+        velocity: Images,
+        previous_velocity: Images | None,
+        index: int,
+        x_t: Images,
+        grid: Sequence[float],
+        end: float,
+        solver: Solver | None,
+    ) -> Images:
+        solver, length = self._solver(solver), end - grid[index]
+        if solver == "euler" or previous_velocity is None:
+            return x_t.float() + length * velocity.float()
+        # v extrapolated to the middle of the step: v + (v - v_previous) * half this step / the step before
+        ratio = 0.5 if solver == "adams-bashforth" else 0.5 * length / (grid[index] - grid[index - 1])
+        slope = (1 + ratio) * velocity.float() - ratio * previous_velocity.float()
+        return x_t.float() + length * slope
+
+    def _grid(self, num_inference_steps: int | None) -> tuple[float, ...]:
+        steps = self._steps(num_inference_steps)
+        raw_t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        return tuple(self.shift(raw_t).tolist())
+
+    def _start(self, group: int) -> int:
+        tokens, groups = self.config["num_tokens"], self.config["num_groups"]
+        return min(group * (tokens // groups), tokens - self.tokens_per_step)
+
+    def _steps(self, num_inference_steps: int | None) -> int:
+        steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise UserError(f"num_inference_steps must be at least 1, got {steps}.")
+        return steps
+
+    def _solver(self, solver: Solver | None) -> Solver:
+        solver = self.config["solver"] if solver is None else solver
+        if solver not in SOLVERS:
+            raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
+        return solver
+
+    def _check_index(self, index: int, grid: Sequence[float]) -> None:
+        if not 0 <= index < len(grid) - 1:
+            raise UserError(f"index must be a step in 0..{len(grid) - 2}, got {index}.")

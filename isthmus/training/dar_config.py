@@ -1,0 +1,244 @@
+"""Runs of the D-AR family: the diffusion tokenizer with its decoder, and the Llama that predicts its tokens.
+
+This file imports nothing heavy: the command line is derived from it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from isthmus.errors import UserError
+from isthmus.training.config import Run, TokensRun, check_not_negative, check_positive, check_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTokenizerModel:
+    """Arguments of `DiffusionTokenizer`; None takes the preset's value, or with --from the model's."""
+
+    image_size: int | None = None
+    """Side of the training images in pixels, a multiple of both patch sizes."""
+    patch_size: int | None = None
+    """Side of the encoder's patches in pixels."""
+    width: int | None = None
+    """Width of the encoder."""
+    num_layers: int | None = None
+    """Blocks of the encoder."""
+    condition_width: int | None = None
+    """Width of the causal stack after the codebook, and of what the decoder reads."""
+    num_condition_layers: int | None = None
+    """Blocks of that stack."""
+    head_width: int | None = None
+    """Width of an attention head in encoder and stack, a multiple of 4."""
+    num_tokens: int | None = None
+    """Tokens of an image, a multiple of the groups."""
+    num_groups: int | None = None
+    """Groups of tokens: each drives its share of the diffusion."""
+    tokens_per_step: int | None = None
+    """Tokens a solver step reads; more than num_tokens / num_groups makes windows that overlap."""
+    codebook_size: int | None = None
+    """Number of codes."""
+    codebook_dim: int | None = None
+    """Width of a code."""
+    table_rows: int | None = None
+    """Rows of the query and position tables, at least num_tokens."""
+    low_rank_queries: bool | None = None
+    """Queries from a narrow table and a linear layer."""
+    query_rank: int | None = None
+    """Width of that narrow table."""
+    query_std: float | None = None
+    """Initial spread of the query table."""
+    init_gate: float | None = None
+    """Initial size of the gates of encoder and stack; 0 starts every block as the identity (published)."""
+    position_table: bool | None = None
+    """Add a learned table of positions to the encoder's patches."""
+    linear_query_rank: int | None = None
+    """Numbers that each query reads off the shrunk image by a linear map; None starts all images alike (published)."""
+    linear_query_side: int | None = None
+    """Side of that shrunk image in pixels."""
+    latent_norm: bool | None = None
+    """Batch normalisation of the latents before they are brought to unit length."""
+    quantized: bool | None = None
+    """Whether tokens are discrete; a prior needs them so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowDecoderModel:
+    """Arguments of `FlowDecoder`; None takes the preset's value, or with --from the model's."""
+
+    patch_size: int | None = None
+    """Side of the decoder's patches in pixels."""
+    width: int | None = None
+    """Width."""
+    num_layers: int | None = None
+    """Blocks."""
+    head_width: int | None = None
+    """Width of an attention head, a multiple of 4."""
+    shared_time_embedding: bool | None = None
+    """One embedding of the time for all blocks instead of one each."""
+    adaptive_head: bool | None = None
+    """Modulate the last layer by the time as well; needs shared_time_embedding."""
+    position_table: bool | None = None
+    """Add a learned table of positions to the patches, of the grid of the training images."""
+    prediction: Literal["velocity", "image"] | None = None
+    """What the network puts out: the velocity (published), or the image, from which the velocity follows."""
+    canvas: bool | None = None
+    """Tokens paint a small image together, which the decoder reads and corrects; False is the published network."""
+    canvas_side: int | None = None
+    """Side of that image in pixels."""
+    canvas_rank: int | None = None
+    """Rank of the map by which a token paints."""
+    init_gate: float | None = None
+    """Initial size of the gates; 0 starts every block as the identity (published)."""
+    modulation_std: float | None = None
+    """Initial spread of the weights that turn time and tokens into modulation; 0 starts deaf to both (published)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSettings:
+    """Arguments of `FlowMatchingScheduler`; None takes the preset's value, or with --from the model's."""
+
+    num_inference_steps: int | None = None
+    """Solver steps of a decode."""
+    time_shift: float | None = None
+    """More than 1 spends more of the time near noise."""
+    data_std: float | None = None
+    """Images are multiplied by this before noise of standard deviation 1 is mixed in."""
+    solver: Literal["euler", "adams-bashforth", "adams-bashforth-variable"] | None = None
+    """Solver of a decode; held-out images are measured with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTokenizerLoss:
+    """Weights of the losses, and the noise levels they are measured at. 0 leaves a loss out."""
+
+    flow: float = 1.0
+    """Squared error of the velocity over data_std^2."""
+    codebook: float = 1.0
+    """Squared error that moves codes to latents, over the tokens up to the group of the noise level."""
+    commitment: float = 0.25
+    """Squared error that moves latents to codes, over the same tokens."""
+    jump: float = 0.0
+    """Squared error of the image that one straight step from here to the end would give."""
+    canvas: float = 0.0
+    """Squared error of the image that the tokens so far have painted; for decoders with a canvas."""
+    perceptual: float = 0.0
+    """Distance of frozen features between that image and the true one."""
+    perceptual_network: Literal["lite0", "lpips"] = "lite0"
+    """EfficientNet-Lite0 (comes with Isthmus) or LPIPS on VGG16 (needs lpips_weights)."""
+    perceptual_taps: tuple[int, ...] = (0, 2, 4, 10, 14)
+    """lite0 only: blocks that are compared; the last ones see little in small images."""
+    lpips_weights: tuple[Path, ...] = ()
+    """LPIPS only: files that hold the VGG16 weights and the linear heads."""
+    alignment: float = 0.0
+    """1 - cosine between a projection of the decoder's inner features and those of a frozen network (REPA)."""
+    alignment_layer: int = 8
+    """Decoder blocks before the features that are aligned."""
+    alignment_network: Literal["lite0", "dinov2"] = "lite0"
+    """EfficientNet-Lite0 (comes with Isthmus) or DINOv2 (needs alignment_folder)."""
+    alignment_taps: tuple[int, ...] = (2, 4, 10)
+    """lite0 only: blocks whose features are aligned with."""
+    alignment_folder: Path | None = None
+    """dinov2 only: folder that transformers saved the network in."""
+    readout: float = 0.0
+    """Squared error of small images that a linear map reads off the tokens of the first groups, for each number."""
+    readout_from: Literal["codes", "condition"] = "codes"
+    """What is read: the codes themselves, or what the causal stack makes of a group's window."""
+    readout_size: int = 16
+    """Side of those small images in pixels."""
+    noise_levels: int = 1
+    """Noise levels that the decoder is trained on per encoded image."""
+    times: Literal["uniform", "balanced"] = "uniform"
+    """uniform: raw times over [0, latest_time), which gives the first group half of its share (published);
+    balanced: the same number of noise levels for every group."""
+    latest_time: float = 1.0
+    """Largest raw time that is drawn (0 = noise, 1 = image)."""
+
+    def __post_init__(self):
+        check_not_negative(self, "flow", "codebook", "commitment", "jump", "canvas")
+        check_not_negative(self, "perceptual", "alignment", "readout")
+        check_positive(self, "noise_levels", "latest_time", "readout_size", "alignment_layer")
+        check_share(self, "latest_time")
+        if not self.perceptual_taps or not self.alignment_taps:
+            raise UserError("loss.perceptual_taps and loss.alignment_taps need at least one block each, got none.")
+        if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
+            raise UserError(
+                f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
+                f"{self.perceptual_network}. Pass both or neither."
+            )
+        if (self.alignment_network == "dinov2") != (self.alignment_folder is not None):
+            raise UserError(
+                f"loss.alignment_folder goes with loss.alignment_network dinov2, got {self.alignment_folder} with "
+                f"{self.alignment_network}. Pass both or neither."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTokenizerRun(Run):
+    """`isthmus train tokenizer` for the D-AR family."""
+
+    freeze_encoder: bool = False
+    """Train the causal stack and the decoder alone (with --from): token ids stay what they were."""
+    continuous_steps: int = 100
+    """First steps without quantisation; the codebook then starts from encoder outputs. 0 starts it at random."""
+    revive_every: int = 100
+    """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
+    usage_warning: float = 0.2
+    """Share of codes in use under which a warning is printed."""
+    gap_warning: float = 0.5
+    """Gain in dB of an image's own codes over another image's under which a warning is printed."""
+    validation_images: int = 128
+    """Held-out images that are decoded while training, once with their own and once with another image's codes."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass, for memory."""
+    model: DiffusionTokenizerModel = field(default_factory=DiffusionTokenizerModel)
+    """Tokenizer."""
+    decoder: FlowDecoderModel = field(default_factory=FlowDecoderModel)
+    """Decoder."""
+    flow: FlowSettings = field(default_factory=FlowSettings)
+    """Diffusion."""
+    loss: DiffusionTokenizerLoss = field(default_factory=DiffusionTokenizerLoss)
+    """Losses."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_not_negative(self, "continuous_steps", "revive_every", "gap_warning")
+        check_share(self, "usage_warning")
+        if self.validation_images < 2:
+            raise UserError(
+                f"validation_images must be at least 2 (codes are compared with another image's), got "
+                f"{self.validation_images}."
+            )
+        if self.freeze_encoder and not self.from_model:
+            raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaModel:
+    """Sizes of the Llama; None takes the preset's value, or with --from the model's."""
+
+    width: int | None = None
+    """Width of the residual stream."""
+    num_layers: int | None = None
+    """Blocks."""
+    num_heads: int | None = None
+    """Attention heads."""
+    feed_forward_width: int | None = None
+    """Hidden width of the feed-forward; None takes 8/3 of the width, rounded up to a multiple of 256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenPriorRun(TokensRun):
+    """`isthmus train prior` for the D-AR family."""
+
+    embedding_dropout: float = 0.1
+    """Share of the entries of embedded tokens that are zeroed."""
+    residual_dropout: float = 0.1
+    """Share of what attention and feed-forward add to the residual stream that is zeroed."""
+    model: LlamaModel = field(default_factory=LlamaModel)
+    """Network."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("embedding_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")

@@ -1,0 +1,96 @@
+"""What a finished prior of the D-AR family leaves behind: a pipeline folder."""
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import LlamaForCausalLM
+
+from isthmus.data.source import ImageSource
+from isthmus.data.streaming import ImageStream
+from isthmus.errors import UserError
+from isthmus.generation.options import SamplingOptions, parse_guidance
+from isthmus.models.next_token_prior import TokenLayout
+from isthmus.pipelines.dar import DARPipeline
+from isthmus.pipelines.loading import load_pipeline
+from isthmus.training.checkpoints import gathered, written_or_explained
+from isthmus.training.dar_config import NextTokenPriorRun
+from isthmus.training.dar_export import TokenizerParts
+from isthmus.training.ema import ExponentialMovingAverage
+from isthmus.training.next_token_objective import NextTokenObjective
+
+logger = logging.getLogger("isthmus")
+
+
+def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM]:
+    """Everything of a saved pipeline, to go on training.
+
+    Raises:
+        UserError: there is none, or it is of another family.
+    """
+    pipeline = load_pipeline(path, device="cpu")
+    if not isinstance(pipeline, DARPipeline):
+        raise UserError(f"{path} holds a {type(pipeline).__name__}, no model of the D-AR family. Pass another model.")
+    return TokenizerParts(pipeline.image_tokenizer, pipeline.decoder, pipeline.scheduler), pipeline.transformer
+
+
+def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> LlamaForCausalLM:
+    """A whole copy of the Llama that holds the averages, in eval mode, without the hooks of the loop.
+
+    Every process must call it where weights are sharded.
+    """
+    source = model.transformer
+    state = gathered(ema.averages_under("transformer."))
+    with torch.device("meta"):
+        averaged = LlamaForCausalLM(source.config)
+    averaged.load_state_dict({name: value.to(source.device, copy=True) for name, value in state.items()}, assign=True)
+    # its table of angles is no weight, so it is still on the meta device
+    averaged.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
+    return averaged.eval().requires_grad_(False)
+
+
+def dar_sampling_options(run: NextTokenPriorRun, layout: TokenLayout) -> SamplingOptions:
+    """The run's settings of draws; without classes there is nothing to guide."""
+    settings = run.sampling
+    return SamplingOptions(
+        guidance_scale=parse_guidance(settings.guidance) if layout.num_classes else 1.0,
+        top_k=None if settings.top_k is None else min(settings.top_k, layout.codebook_size),
+        top_p=settings.top_p,
+        temperature=settings.temperature,
+    )
+
+
+def export_dar_pipeline(
+    accelerator: Accelerator,
+    parts: TokenizerParts,
+    transformer: LlamaForCausalLM,
+    layout: TokenLayout,
+    run: NextTokenPriorRun,
+    source: ImageSource | ImageStream,
+) -> Path:
+    """Write the pipeline into the run's folder: a trained run loads like a downloaded model.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    if accelerator.is_main_process:
+        pipeline = DARPipeline(
+            image_tokenizer=parts.image_tokenizer,
+            decoder=parts.decoder,
+            transformer=transformer,
+            scheduler=parts.scheduler,
+            class_names=source.class_names,
+            sampling_defaults=dar_sampling_options(run, layout),
+            data={"name": source.name, "attribution": source.attribution},
+            protocol=(
+                f"{run.num_steps} steps of {run.batch_size} images, seed {run.seed}, averaged weights (decay "
+                f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl"
+            ),
+        )
+        with written_or_explained(run.out):
+            pipeline.save_pretrained(run.out)
+        logger.info("pipeline written to %s", run.out)
+    accelerator.wait_for_everyone()
+    return run.out

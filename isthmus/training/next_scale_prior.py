@@ -1,0 +1,212 @@
+"""What is particular about training a next-scale prior: VAR and SRDD."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from isthmus.data.source import ImageSource
+from isthmus.data.streaming import ImageStream
+from isthmus.data.views import Batch
+from isthmus.errors import UserError
+from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
+from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.training.config import PriorRun
+from isthmus.training.ema import ExponentialMovingAverage
+from isthmus.training.export import (
+    averaged_model,
+    export_pipeline,
+    load_pair,
+    load_tokenizer,
+    refuse_contradictions,
+    sampling_options,
+)
+from isthmus.training.images import open_splits
+from isthmus.training.objectives import (
+    PriorLosses,
+    dropped_labels,
+    next_scale_loss,
+    path_factors,
+    scale_subset,
+    scale_weights,
+    select_scales,
+)
+from isthmus.training.previews import save_samples
+
+
+class NextScalePrior:
+    """The next-scale family, as the training loop asks for it.
+
+    Attributes:
+        sharded: what FSDP2 gathers one by one: not whole blocks, since all modulations are computed ahead of them.
+        tokenizer, train, held_out, network: what `prepare` found.
+    """
+
+    sharded = ("BlockModulation", "MultiHeadAttention", "FeedForward")
+
+    def __init__(self, run: PriorRun):
+        self.run = run
+        self.tokenizer, self.train, self.held_out, self.network = prepare(run)
+        self.image_size = self.tokenizer.image_size
+        self._schedule = self.tokenizer.schedule
+        self._weights = scale_weights(run.scale_loss, self._schedule.sizes)
+
+    @staticmethod
+    def has_unused_parameters(run: PriorRun) -> bool:
+        """Whether a step may leave weights without a gradient."""
+        # scale 0 has a table of its own, and only the others embed words
+        return run.scales_per_step is not None
+
+    @staticmethod
+    def is_compiled(run: PriorRun) -> bool:
+        """Whether the network is compiled."""
+        return run.compile
+
+    def regularisation(self) -> AbstractContextManager[object]:
+        """Nothing is attached to the network: stochastic depth goes in with the batch."""
+        return nullcontext()
+
+    def losses(self, model: nn.Module, batch: Batch, step: int) -> PriorLosses:
+        """Losses of one part of a batch, on the device of the model."""
+        run, schedule, config = self.run, self._schedule, self.network.config
+        device = self.tokenizer.device
+        scales = scale_subset(schedule.num_scales, run.scales_per_step, seed=run.seed, step=step)
+        token_ids, positions = batch["token_ids"].to(device), batch["position"]
+        labels = dropped_labels(
+            batch["class_label"].to(device),
+            positions,
+            rate=run.label_dropout,
+            null_class_id=config["num_classes"],
+            seed=run.seed,
+        )
+        with torch.no_grad():
+            inputs = self.tokenizer.scale_inputs(list(token_ids.split(list(schedule.lengths), dim=1)))
+        keep = path_factors(positions, self.network.drop_path_rates, seed=run.seed)
+        output = model(
+            labels,
+            select_scales(inputs, schedule, scales, first=1),
+            scales=scales,
+            keep=None if keep is None else keep.to(device),
+        )
+        targets = select_scales(token_ids, schedule, scales)
+        return next_scale_loss(
+            output.logits, targets, schedule, self._weights, scales=scales, label_smoothing=run.label_smoothing
+        )
+
+    def part_values(self, losses: PriorLosses, batch: Batch) -> dict[str, Tensor]:
+        """What is logged of one part of a batch: loss, token accuracy, and nats per token of every scale run."""
+        targets = select_scales(batch["token_ids"].to(losses.logits.device), self._schedule, losses.scales)
+        hits = losses.logits.argmax(dim=-1) == targets
+        return {"loss": losses.total, "token_accuracy": hits.float().mean(), "nats": losses.by_scale}
+
+    def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
+        """One log line of training."""
+        scales = scale_subset(self._schedule.num_scales, self.run.scales_per_step, seed=self.run.seed, step=step)
+        return step_values(means, self._schedule, scales)
+
+    def averaged(self, ema: ExponentialMovingAverage) -> NextScaleTransformer:
+        """A copy that holds the averages; every process must call it where weights are sharded."""
+        return averaged_model(self.network, ema)
+
+    def token_ids(self, images: Tensor) -> Tensor:
+        """All tokens (b, L) of images."""
+        return torch.cat(self.tokenizer.encode(images).token_ids, dim=1)
+
+    def held_out_bits(self, model: NextScaleTransformer, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
+        """Bits per token of held-out images, in all and per scale."""
+        return held_out_bits(model, self.tokenizer, (token_ids, labels))
+
+    def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
+        """A picture of samples at fixed seeds."""
+        options = sampling_options(self.run, model)
+        save_samples(self.tokenizer, model, self.train.class_names, options, folder, step)
+
+    def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
+        """Write the pipeline."""
+        return export_pipeline(accelerator, self.tokenizer, model, self.run, self.train)
+
+
+def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer]:
+    """Tokenizer, training images, held-out images and the prior to train: new, or from a saved model.
+
+    Raises:
+        UserError: something is missing or contradicts the saved model.
+    """
+    wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
+    if run.from_model:
+        tokenizer, source_model = load_pair(run.from_model)
+    elif run.tokenizer:
+        tokenizer, source_model = load_tokenizer(run.tokenizer), None
+    else:
+        raise UserError(
+            "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
+        )
+    train, held_out = open_splits(run, tokenizer.image_size)
+    num_classes = len(train.class_names)
+    if source_model is not None:
+        return tokenizer, train, held_out, with_new_classes(source_model, num_classes, wanted, run.from_model)
+    model = NextScaleTransformer(
+        scale_sizes=tokenizer.schedule.sizes,
+        codebook_size=tokenizer.config["codebook_size"],
+        codebook_dim=tokenizer.config["codebook_dim"],
+        num_classes=num_classes,
+        **wanted,
+    )
+    if run.scales_per_step is not None and not model.is_markov:
+        raise UserError(
+            f"scales_per_step needs the Markov mask, where scales are independent, got {run.scales_per_step} with "
+            "causal. Use --model.scale-attention markov."
+        )
+    return tokenizer, train, held_out, model
+
+
+def with_new_classes(
+    source: NextScaleTransformer, num_classes: int, wanted: dict[str, object], name: str
+) -> NextScaleTransformer:
+    """The saved prior with a new class table: every row starts at the null row, which is kept; all else is as it was.
+
+    Raises:
+        UserError: an argument contradicts the saved model.
+    """
+    refuse_contradictions(source, wanted, name)
+    arguments: dict[str, Any] = {k: v for k, v in source.config.items() if not k.startswith("_")}
+    arguments["num_classes"] = num_classes
+    model = NextScaleTransformer(**arguments)
+    state = source.state_dict()
+    null_row = state["class_embedding.weight"][source.null_class_id]
+    state["class_embedding.weight"] = null_row.expand(num_classes + 1, -1).clone()
+    model.load_state_dict(state)
+    return model
+
+
+@torch.no_grad()
+def held_out_bits(
+    model: NextScaleTransformer, tokenizer: MultiScaleVQVAE, validation: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Bits per token of held-out images, in all and per scale."""
+    token_ids, labels = validation
+    schedule = tokenizer.schedule
+    scales = range(schedule.num_scales)
+    sums = torch.zeros(schedule.num_scales, device=token_ids.device)
+    for ids, label in zip(token_ids.split(32), labels.split(32), strict=True):
+        logits = model(label, tokenizer.scale_inputs(list(ids.split(list(schedule.lengths), dim=1)))).logits
+        uniform = scale_weights("token-uniform", schedule.sizes)
+        sums += next_scale_loss(logits, ids, schedule, uniform, scales=scales).by_scale * len(ids)
+    by_scale = [nats_to_bits(value) for value in (sums / len(token_ids)).tolist()]
+    mean = sum(bits * length for bits, length in zip(by_scale, schedule.lengths, strict=True)) / schedule.num_tokens
+    return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}
+
+
+def step_values(means: dict[str, Tensor], schedule: ScaleSchedule, scales: Sequence[int]) -> dict[str, float]:
+    """One log line of training: the loss, bits per token of every scale and of all, token accuracy."""
+    values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
+    lengths = [schedule.lengths[k] for k in scales]
+    bits = [nats_to_bits(nats) for nats in means["nats"].tolist()]
+    values["train/bits_per_token"] = sum(b * n for b, n in zip(bits, lengths, strict=True)) / sum(lengths)
+    return values | {f"train/bits_scale{k}": b for k, b in zip(scales, bits, strict=True)}

@@ -1,0 +1,149 @@
+"""Published D-AR tokenizers: sizes off the shapes and the stored settings, strictness, what is dropped and why."""
+
+import pytest
+import torch
+
+from isthmus.conversion.dar_tokenizer import (
+    PublishedSettings,
+    build_diffusion_tokenizer,
+    build_flow_decoder,
+    build_scheduler,
+    convert_diffusion_tokenizer_state,
+)
+from isthmus.errors import UserError
+from isthmus.models.fingerprint import fingerprint
+
+
+@pytest.fixture(params=["a", "b"])
+def variant(request):
+    return request.param
+
+
+@pytest.fixture
+def published(golden, variant):
+    """(weights, settings) of a fixture."""
+    config = golden.json("dar/config.json")[f"tokenizer_{variant}"]
+    return golden.tensors(f"dar/tok_{variant}_weights.safetensors"), PublishedSettings.of(config)
+
+
+def build_all(raw, settings):
+    converted = convert_diffusion_tokenizer_state(raw, settings)
+    return [build(converted) for build in (build_diffusion_tokenizer, build_flow_decoder, build_scheduler)]
+
+
+def test_sizes_are_read_off_the_file(published, variant):
+    converted = convert_diffusion_tokenizer_state(*published)
+    of_a = {
+        "image_size": 32, "patch_size": 8, "width": 128, "num_layers": 2, "condition_width": 64,
+        "num_condition_layers": 2, "num_tokens": 32, "num_groups": 8, "tokens_per_step": 4, "codebook_size": 128,
+        "codebook_dim": 8, "table_rows": 1024, "low_rank_queries": True, "query_rank": 8, "rotary_base": 10_000.0,
+        "head_width": 64, "quantized": True,
+    }  # fmt: skip
+    of_b = of_a | {
+        "width": 64, "num_layers": 1, "num_condition_layers": 0, "num_tokens": 24, "num_groups": 6,
+        "tokens_per_step": 8, "codebook_size": 64, "codebook_dim": 4, "low_rank_queries": False, "rotary_base": 500.0,
+    }  # fmt: skip
+    del of_b["query_rank"]
+    assert converted.tokenizer.arguments == {"a": of_a, "b": of_b}[variant]
+    decoder_a = {
+        "patch_size": 2, "width": 128, "num_layers": 2, "condition_width": 64, "head_width": 64,
+        "rotary_base": 10_000.0, "shared_time_embedding": False, "adaptive_head": False,
+    }  # fmt: skip
+    decoder_b = decoder_a | {
+        "patch_size": 4, "width": 64, "rotary_base": 500.0, "shared_time_embedding": True, "adaptive_head": True,
+    }  # fmt: skip
+    assert converted.decoder.arguments == {"a": decoder_a, "b": decoder_b}[variant]
+    assert converted.scheduler == {
+        "a": {"num_tokens": 32, "num_groups": 8, "tokens_per_step": 4, "num_inference_steps": 8, "time_shift": 2,
+              "data_std": 0.6},
+        "b": {"num_tokens": 24, "num_groups": 6, "tokens_per_step": 8, "num_inference_steps": 9, "time_shift": 3,
+              "data_std": 0.5},
+    }[variant]  # fmt: skip
+
+
+def test_every_dropped_key_has_its_reason(published, variant):
+    raw, _ = published
+    converted = convert_diffusion_tokenizer_state(*published)
+    heads = {f"diff_decoder.net.repa_out.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")}
+    assert set(converted.dropped) == heads | {"quantize.codebook_used"}
+    assert all(converted.dropped.values())
+    # three published layers become one in self-attention, two in cross-attention; weights and biases each
+    layers = {"a": 2 + 2, "b": 1}[variant]
+    joined = 2 * 2 * (layers + 2) + 2 * 1 * 2
+    kept = len(converted.tokenizer.state) + len(converted.decoder.state)
+    assert kept + joined + len(converted.dropped) == len(raw)
+
+
+def test_settings_without_a_configuration_are_those_of_the_published_model():
+    assert PublishedSettings.of({}) == PublishedSettings()
+    assert PublishedSettings.of({"num_all_queries": 32, "diff_decoder": {"data_std": 0.5}}) == PublishedSettings(
+        num_tokens=32, data_std=0.5
+    )
+    assert PublishedSettings.of({"num_all_queries": 32}, num_tokens=24, num_groups=6).num_tokens == 24
+    with pytest.raises(UserError, match=r"no settings \['num_token'\]"):
+        PublishedSettings.of({}, num_token=3)
+
+
+def test_conversion_does_not_modify_the_file(published):
+    raw, settings = published
+    before = {key: tensor.clone() for key, tensor in raw.items()}
+    convert_diffusion_tokenizer_state(raw, settings)
+    assert set(raw) == set(before) and all(torch.equal(raw[key], before[key]) for key in raw)
+
+
+def test_half_precision_files_become_fp32(published):
+    raw, settings = published
+    half = {key: tensor.half() for key, tensor in raw.items()}
+    for one, other in zip(build_all(raw, settings)[:2], build_all(half, settings)[:2], strict=True):
+        assert {p.dtype for p in one.parameters()} == {torch.float32}
+        assert fingerprint(one) == fingerprint(other)  # the fixtures are exact in half precision
+
+
+def test_every_missing_key_is_an_error(published):
+    raw, settings = published
+    dropped = convert_diffusion_tokenizer_state(raw, settings).dropped
+    for key in set(raw) - set(dropped):
+        build = build_flow_decoder if key.startswith("diff_decoder") else build_diffusion_tokenizer
+        # on the meta device: the networks of this file are built as many times as it has keys
+        with torch.device("meta"), pytest.raises(UserError):
+            build(convert_diffusion_tokenizer_state({k: v for k, v in raw.items() if k != key}, settings))
+
+
+def test_training_leftovers_may_be_absent(published):
+    raw, settings = published
+    dropped = convert_diffusion_tokenizer_state(raw, settings).dropped
+    less = {key: tensor for key, tensor in raw.items() if key not in dropped}
+    for one, other in zip(build_all(raw, settings)[:2], build_all(less, settings)[:2], strict=True):
+        assert fingerprint(one) == fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    "key", ["mask_token", "diff_decoder.net.pos_embed", "encoder_layers.0.attention.r.weight", "diff_decoder.beta"]
+)
+def test_unknown_keys_are_refused(key, published):
+    raw, settings = published
+    with pytest.raises(UserError, match="no such keys"):
+        convert_diffusion_tokenizer_state(raw | {key: torch.zeros(1)}, settings)
+
+
+def test_another_file_is_named(golden):
+    prior = golden.tensors("dar/gpt_weights.safetensors")
+    with pytest.raises(UserError, match="D-AR tokenizer holds query_embedding.weight"):
+        convert_diffusion_tokenizer_state(prior)
+
+
+def test_continuous_tokenizers_have_no_codebook(published):
+    raw, settings = published
+    continuous = PublishedSettings(**vars(settings) | {"quantized": False})
+    tokenizer, _, _ = build_all(raw, continuous)
+    assert tokenizer.codebook is None
+    dropped = convert_diffusion_tokenizer_state(raw, continuous).dropped
+    assert "continuous" in dropped["quantize.embedding.weight"]
+
+
+def test_more_tokens_than_the_tables_hold_are_refused(published):
+    raw, settings = published
+    with pytest.raises(UserError, match="table_rows must be at least num_tokens"):
+        build_all(
+            raw, PublishedSettings(**vars(settings) | {"num_tokens": 4096, "num_groups": 8, "tokens_per_step": None})
+        )

@@ -1,0 +1,125 @@
+"""Files with settings beside the weights: two known classes come back inert, anything else is refused, nothing runs."""
+
+import argparse
+import io
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+
+from isthmus.conversion.reading import read_file, read_weights
+from isthmus.errors import UserError
+
+RAN = []
+
+
+def ran(*args):
+    """What a pickle would call if anything in it were run."""
+    RAN.append(args)
+
+
+class Config:
+    """As in the published training code: settings under `_data`, and code that must never run here."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def __setstate__(self, state):
+        ran(state)
+        self.__dict__.update(state)
+
+
+class Dangerous:
+    """Its pickle is a call."""
+
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+@pytest.fixture
+def small():
+    return {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2])}
+
+
+@pytest.fixture
+def published_config(monkeypatch):
+    """Makes a settings object whose class pickle knows as `config_util.Config`; the module is there while it saves."""
+    module = types.ModuleType("config_util")
+    monkeypatch.setattr(Config, "__module__", "config_util")
+    module.Config = Config
+    monkeypatch.setitem(sys.modules, "config_util", module)
+    return Config
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+def test_settings_of_a_training_file_become_plain_values(small, published_config, tmp_path):
+    config = published_config({"num_all_queries": 32, "diff_decoder": published_config({"time_shift": 2})})
+    content = {
+        "model": {key: value + 1 for key, value in small.items()},
+        "ema": {f"_orig_mod.{key}": value for key, value in small.items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "steps": 7,
+        "args": argparse.Namespace(lr=1e-4, image_size=256),
+        "config": config,
+    }
+    path = saved(tmp_path / "tokenizer.pt", content)
+    RAN.clear()
+    file = read_file(path)
+    assert file.config == {"num_all_queries": 32, "diff_decoder": {"time_shift": 2}}
+    assert set(file.weights) == set(small)
+    assert all(torch.equal(file.weights[key], small[key]) for key in small)  # the EMA copy, its prefix taken off
+    assert RAN == []  # not even the class's own __setstate__
+
+
+def test_the_real_classes_need_not_be_there(small, published_config, tmp_path, monkeypatch):
+    path = saved(tmp_path / "tokenizer.pt", {"model": small, "config": published_config({"vq_dim": 8})})
+    monkeypatch.delitem(sys.modules, "config_util")
+    assert read_file(path).config == {"vq_dim": 8}
+
+
+@pytest.mark.parametrize("config", [{"vq_dim": 8}, argparse.Namespace(vq_dim=8)], ids=["mapping", "namespace"])
+def test_settings_of_other_kinds(config, small, tmp_path):
+    assert read_file(saved(tmp_path / "weights.pt", {"model": small, "config": config})).config == {"vq_dim": 8}
+
+
+@pytest.mark.parametrize("config", [None, 3, ["vq_dim"], "v1"])
+def test_what_is_no_settings_is_left_out(config, small, tmp_path):
+    assert read_file(saved(tmp_path / "weights.pt", {"model": small, "config": config})).config == {}
+    assert read_file(saved(tmp_path / "bare.pt", small)).config == {}
+
+
+def test_an_object_of_another_class_is_refused_and_not_run(small, published_config, tmp_path, capsys):
+    for content in (
+        {"model": small, "config": Dangerous()},
+        {"model": small, "args": argparse.Namespace(hook=Dangerous())},
+        {"model": small, "config": published_config({"hook": Dangerous()})},
+    ):
+        with pytest.raises(UserError, match="never runs pickled code"):
+            read_weights(saved(tmp_path / "weights.pt", content))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_call_in_the_name_of_a_known_class_does_nothing(small, tmp_path, capsys):
+    # a pickle may name a known class and call it with anything: it gets an empty object
+    class Caller:
+        def __reduce__(self):
+            return argparse.Namespace, (), {"lr": 1.0}
+
+    file = read_file(saved(tmp_path / "weights.pt", {"model": small, "config": Caller()}))
+    assert file.config == {"lr": 1.0}
+    assert capsys.readouterr().out == ""
+
+
+def test_allowing_the_two_names_is_over_when_the_file_is_read(small, tmp_path):
+    path = saved(tmp_path / "weights.pt", {"model": small, "args": argparse.Namespace(lr=1.0)})
+    before = set(torch.serialization.get_safe_globals())
+    read_weights(path)
+    assert set(torch.serialization.get_safe_globals()) == before
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(io.BytesIO(path.read_bytes()), weights_only=True)

@@ -1,0 +1,205 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaForCausalLM
+
+from isthmus.errors import UserError
+from isthmus.generation.llama_decoding import LlamaDecoder
+from isthmus.generation.products import Int8Product, PackedProduct, WholeProduct, fastest_product
+from isthmus.models.next_token_prior import (
+    TokenLayout,
+    llama_config,
+    new_prior,
+    next_token_inputs,
+    next_token_logits,
+)
+from tests.generation.tiny_prior import LAYOUT, tiny_prior
+
+LABELS = torch.tensor([0, 2, 3])
+TOKENS = torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def decoded(decoder: LlamaDecoder, known: int) -> torch.Tensor:
+    """Logits after `known` tokens at once and after every later one alone."""
+    inputs = next_token_inputs(LAYOUT, LABELS, TOKENS)
+    cache = decoder.new_cache(3)
+    logits = [decoder.prefill(inputs[:, : known + 1], cache)]
+    logits += [decoder.step(inputs[:, p], cache) for p in range(known + 1, 13)]
+    assert cache.length == 13
+    return torch.stack(logits, dim=1)
+
+
+def with_fixed_step(prior: LlamaForCausalLM, **options) -> LlamaDecoder:
+    """A decoder that runs what would be compiled, without the compiler."""
+    decoder = LlamaDecoder(prior, LAYOUT, **options)
+    decoder._fixed_step = decoder._at_position
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return tiny_prior(num_layers=3)
+
+
+@pytest.fixture(scope="module")
+def stock(prior):
+    """Logits of the module itself, all positions at once."""
+    with torch.no_grad():
+        return next_token_logits(prior, LAYOUT, LABELS, TOKENS)
+
+
+@pytest.mark.parametrize("known", [0, 1, 5, 12])
+@pytest.mark.parametrize("build", [LlamaDecoder, with_fixed_step])
+def test_logits_are_those_of_the_stock_module(prior, stock, known, build):
+    decoder = build(prior, LAYOUT) if build is LlamaDecoder else build(prior)
+    assert_close(decoded(decoder, known), stock[:, known:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("build", [LlamaDecoder, with_fixed_step])
+def test_shared_key_heads(build):
+    config = llama_config(LAYOUT, width=32, num_layers=2, num_heads=4)
+    config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    prior = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        expected = next_token_logits(prior, LAYOUT, LABELS, TOKENS)
+    decoder = build(prior, LAYOUT) if build is LlamaDecoder else build(prior)
+    assert_close(decoded(decoder, 4), expected[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("build", [LlamaDecoder, with_fixed_step])
+def test_half_precision_is_near(stock, build):
+    half = tiny_prior(num_layers=3).to(torch.bfloat16)
+    decoder = build(half, LAYOUT) if build is LlamaDecoder else build(half)
+    logits = decoded(decoder, 3)
+    assert logits.dtype == torch.float32
+    # bf16 keeps 8 bits, and three blocks add up what is lost
+    assert float((logits - stock[:, 3:]).std()) < 0.05 * float(stock.std())
+
+
+def test_logits_of_a_prior_with_large_matrices():
+    layout = TokenLayout(codebook_size=1024, num_classes=3, num_tokens=6)
+    torch.manual_seed(0)
+    prior = new_prior(layout, width=1024, num_layers=1, num_heads=16).eval()
+    with torch.no_grad():
+        prior.lm_head.weight.normal_(std=0.02)
+    ids = next_token_inputs(layout, LABELS, TOKENS[:, :6])
+    decoder = LlamaDecoder(prior, layout, num_rows=3)
+    if not isinstance(decoder._head, PackedProduct):
+        pytest.skip("this build of torch has no oneDNN")
+    cache = decoder.new_cache(3)
+    logits = [decoder.prefill(ids[:, :3], cache), *(decoder.step(ids[:, p], cache) for p in range(3, 7))]
+    with torch.no_grad():
+        expected = next_token_logits(prior, layout, LABELS, TOKENS[:, :6])
+    assert_close(torch.stack(logits, dim=1), expected[:, 2:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_module_is_left_alone(prior):
+    before = {name: (value.data_ptr(), value.clone()) for name, value in prior.state_dict().items()}
+    decoded(LlamaDecoder(prior, LAYOUT), 3)
+    for name, value in prior.state_dict().items():
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1]), name
+
+
+def test_leading_rows_go_on_alone(prior, stock):
+    """After the last guided token the null rows are left behind."""
+    inputs = next_token_inputs(LAYOUT, LABELS, TOKENS)
+    for decoder in (LlamaDecoder(prior, LAYOUT), with_fixed_step(prior)):
+        cache = decoder.new_cache(3)
+        decoder.prefill(inputs[:, :4], cache)
+        decoder.step(inputs[:, 4], cache)
+        for p in range(5, 13):
+            logits = decoder.step(inputs[:2, p], cache)
+            assert_close(logits, stock[:2, p], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_a_whole_product_is_a_linear_layer(shape):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(shape, generator=generator), torch.randn(3, shape[1], generator=generator)
+    product = WholeProduct(weight)
+    assert_close(product(x), x @ weight.T)
+    residual = torch.randn(3, shape[0], generator=generator)
+    assert_close(product.added(residual, x), residual + x @ weight.T)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 40])
+def test_large_products_are_linear_layers_too(num_rows):
+    generator = torch.Generator().manual_seed(0)
+    # sums with a spread of 1
+    weight, x = torch.randn(1536, 768, generator=generator) / 768**0.5, torch.randn(num_rows, 768, generator=generator)
+    product = fastest_product(weight, num_rows=2)
+    if not isinstance(product, PackedProduct):
+        pytest.skip("this build of torch has no oneDNN")
+    expected = (x.double() @ weight.double().T).float()
+    assert_close(product(x), expected, atol=1e-5, rtol=0)
+    residual = torch.randn(num_rows, 1536, generator=generator)
+    assert_close(product.added(residual, x), residual + expected, atol=1e-5, rtol=0)
+    assert isinstance(fastest_product(weight, num_rows=1), WholeProduct)
+    assert isinstance(fastest_product(weight.bfloat16(), num_rows=2), WholeProduct)
+    assert isinstance(fastest_product(weight[:512], num_rows=2), WholeProduct)
+
+
+def test_an_int8_product_is_off_by_its_rounding():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 32, generator=generator), torch.randn(40, 32, generator=generator)
+    product = Int8Product(weight)
+    assert product.weight.dtype == torch.int8
+    step = product.scale.float()[:, None]
+    stored = product.weight * step
+    # half a step; a scale rounded down lets the largest weight of its row stick out by what that took
+    assert bool(((stored - weight).abs() <= 0.5 * step + weight.abs() / 256).all())
+    many = product(x)
+    assert_close(many, x @ stored.T)
+    few = torch.cat([product(row) for row in x.split(2)])
+    # activations and results in bf16
+    assert_close(few, many, atol=0.02 * float(many.abs().max()), rtol=0)
+    assert torch.equal(product.added(many[:2], x[:2]), many[:2] + product(x[:2]))
+
+
+def test_int8_logits_are_near(prior, stock):
+    for build in (lambda: LlamaDecoder(prior, LAYOUT, int8=True), lambda: with_fixed_step(prior, int8=True)):
+        assert float((decoded(build(), 3) - stock[:, 3:]).std()) < 0.05 * float(stock.std())
+
+
+def test_int8_is_refused_where_it_does_not_run(prior):
+    with torch.device("meta"):
+        elsewhere = LlamaForCausalLM(prior.config)
+    with pytest.raises(UserError, match="8-bit weights are for CPUs"):
+        LlamaDecoder(elsewhere, LAYOUT, int8=True)
+
+
+# In a process of its own: the shape checks that tests put around every function cannot be compiled.
+COMPILED = """
+import torch
+from tests.generation.tiny_prior import LAYOUT, tiny_prior
+from isthmus.functional.guidance import GuidanceSchedule
+from isthmus.generation.llama_decoding import LlamaDecoder
+from isthmus.generation.next_token import generate_tokens
+from isthmus.generation.options import SamplingOptions
+
+torch.set_num_threads(1)
+prior = tiny_prior(num_layers=1)
+options = SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1, 3, last_guided_step=6), top_k=9)
+labels, seeds = torch.tensor([0, 2, 1]), [(0, 0), (0, 1), (0, 2)]
+for decoder in (LlamaDecoder(prior, LAYOUT), LlamaDecoder(prior, LAYOUT, compiled=True)):
+    (tokens,) = generate_tokens(prior, LAYOUT, labels, seeds, options, stops=[12], decoder=decoder)
+    print(tokens.tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_the_compiled_step_draws_the_same_tokens():
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run([sys.executable, "-c", COMPILED], cwd=root, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    eager, compiled = ran.stdout.splitlines()
+    assert eager == compiled

@@ -1,0 +1,45 @@
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from isthmus.errors import UserError
+from isthmus.generation.next_token_likelihood import bits_per_token, log_likelihood
+from isthmus.models.next_token_prior import TokenLayout, next_token_logits
+from tests.generation.tiny_prior import LAYOUT, tiny_prior
+
+
+def test_all_sequences_together_have_probability_one():
+    layout = TokenLayout(codebook_size=3, num_classes=1, num_tokens=3)
+    sequences = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    for label in (0, 1):
+        log_p = log_likelihood(tiny_prior(layout), layout, sequences, torch.full((27,), label)).sum(dim=1)
+        assert_close(log_p.exp().sum(), torch.tensor(1.0))
+
+
+def test_a_token_costs_what_the_logits_before_it_say():
+    prior, labels = tiny_prior(), torch.tensor([1, 3])
+    token_ids = torch.randint(24, (2, 12), generator=torch.Generator().manual_seed(0))
+    log_p = log_likelihood(prior, LAYOUT, token_ids, labels)
+    for p in range(12):
+        logits = next_token_logits(prior, LAYOUT, labels, token_ids[:, :p])[:, -1].log_softmax(dim=-1)
+        assert_close(log_p[:, p], logits.gather(1, token_ids[:, p : p + 1])[:, 0].detach())
+    assert_close(log_likelihood(prior, LAYOUT, token_ids[:, :5], labels), log_p[:, :5])
+    assert_close(bits_per_token(log_p).sum(), -log_p.sum() / 2 / torch.log(torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "labels", "said"),
+    [
+        (torch.full((1, 12), 24), [0], "0..23"),
+        (torch.full((1, 12), -1), [0], "0..23"),
+        (torch.zeros(1, 13, dtype=torch.long), [0], "1..12 tokens"),
+        (torch.zeros(1, 0, dtype=torch.long), [0], "1..12 tokens"),
+        (torch.zeros(2, 12, dtype=torch.long), [0], "per image"),
+        (torch.zeros(1, 12, dtype=torch.long), [4], "class labels"),
+    ],
+)
+def test_bad_tokens_and_labels_are_refused(token_ids, labels, said):
+    with pytest.raises(UserError, match=said):
+        log_likelihood(tiny_prior(), LAYOUT, token_ids, torch.tensor(labels))

@@ -1,0 +1,121 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.errors import UserError
+from isthmus.functional.rotary import grid_rotary_table, rotate
+from isthmus.layers.attention import KeyValueCache, prefix_causal_mask
+from isthmus.layers.rotary_attention import (
+    RotaryCrossAttention,
+    RotarySelfAttention,
+    context_causal_attention,
+    full_attention,
+    token_causal_attention,
+)
+from tests.testers import randomized
+
+WIDTH, HEAD = 16, 8
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(q, k, v, rotary_q, rotary_k, layer, mask=None):
+    """Attention head by head from projected rows (b, l, width), as the spec of D-AR, 1.1, writes it."""
+    batch, length, _ = q.shape
+    mixed = torch.zeros(batch, length, WIDTH)
+    for image, head in itertools.product(range(batch), range(WIDTH // HEAD)):
+        own = slice(head * HEAD, (head + 1) * HEAD)
+        one_q, one_k = layer.q_norm(q[image, :, own])[None, None], layer.k_norm(k[image, :, own])[None, None]
+        one_q = one_q if rotary_q is None else rotate(one_q, rotary_q)
+        one_k = one_k if rotary_k is None else rotate(one_k, rotary_k)
+        scores = one_q[0, 0] @ one_k[0, 0].T / HEAD**0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        mixed[image, :, own] = scores.softmax(dim=-1) @ v[image, :, own]
+    return layer.proj(mixed)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@torch.no_grad()
+def test_self_attention_by_hand(placed):
+    layer = randomized(RotarySelfAttention(WIDTH, HEAD))
+    x, rotary = normal(2, 6, WIDTH), grid_rotary_table(2, 3, HEAD) if placed else None
+    q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, dim=-1)
+    torch.testing.assert_close(layer(x, rotary, full_attention), by_hand(q, k, v, rotary, rotary, layer))
+
+
+@torch.no_grad()
+def test_cross_attention_by_hand():
+    layer = randomized(RotaryCrossAttention(WIDTH, HEAD))
+    x, context, rotary = normal(2, 6, WIDTH), normal(2, 4, WIDTH, seed=1), grid_rotary_table(2, 3, HEAD)
+    k, v = layer.kv(context).chunk(2, dim=-1)
+    # keys have no position: their order means nothing
+    expected = by_hand(layer.q(x), k, v, rotary, None, layer)
+    torch.testing.assert_close(layer(x, layer.keys_values(context), rotary), expected)
+    torch.testing.assert_close(layer(x, layer.keys_values(context.flip(1)), rotary), expected)
+
+
+def test_gradients_reach_every_parameter():
+    x, context, rotary = normal(2, 6, WIDTH), normal(2, 4, WIDTH, seed=1), grid_rotary_table(2, 3, HEAD)
+    own, cross = randomized(RotarySelfAttention(WIDTH, HEAD)), randomized(RotaryCrossAttention(WIDTH, HEAD))
+    own(x, rotary, full_attention).square().sum().backward()
+    cross(x, cross.keys_values(context), rotary).square().sum().backward()
+    for layer in (own, cross):
+        # a bias of the keys' norm moves all scores of a query without a position alike, which softmax does not see
+        silent = {"k_norm.bias"} if layer is cross else set()
+        found = {name for name, p in layer.named_parameters() if p.grad.abs().sum() < 1e-5}
+        assert found <= silent | {"k_norm.bias"}, found
+
+
+@given(st.integers(0, 6), st.integers(0, 6))
+def test_context_and_causal_tokens_are_attention_under_their_mask(context, later):
+    length = context + later
+    if not context or not length:
+        return
+    q, k, v = (normal(2, 2, length, HEAD, seed=seed) for seed in range(3))
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[:, :context] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(context_causal_attention(context)(q, k, v, 0.3), expected)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_cached_groups_are_causal_attention(lengths):
+    total = sum(lengths)
+    q, k, v = (normal(2, 2, total, HEAD, seed=seed) for seed in range(3))
+    cache = KeyValueCache(1, 2, 2, total, HEAD, device=torch.device("cpu"), dtype=torch.float32)
+    parts = []
+    for new in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True):
+        parts.append(cache.attention(0, causal=True)(*new, 0.3))
+        cache.advance(new[0].shape[2])
+    torch.testing.assert_close(torch.cat(parts, dim=2), token_causal_attention(q, k, v, 0.3))
+
+
+def test_masks_by_hand():
+    cpu = torch.device("cpu")
+    assert prefix_causal_mask(2, 4, cpu).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert prefix_causal_mask(1, 1, cpu).tolist() == [[True]]
+
+
+@torch.no_grad()
+def test_attention_runs_under_autocast_and_in_half_precision():
+    x, rotary = normal(2, 6, WIDTH), grid_rotary_table(2, 3, HEAD)
+    layer = randomized(RotarySelfAttention(WIDTH, HEAD))
+    expected = layer(x, rotary, full_attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (layer(x, rotary, full_attention).float() - expected).abs().max() < 0.1
+    half = layer.to(torch.bfloat16)(x.bfloat16(), rotary, full_attention)
+    assert half.dtype == torch.bfloat16 and (half.float() - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", [RotarySelfAttention, RotaryCrossAttention])
+@pytest.mark.parametrize("head_width", [0, 6, 12])
+def test_heads_that_do_not_fit_are_refused(kind, head_width):
+    with pytest.raises(UserError, match="multiple of head_width"):
+        kind(WIDTH, head_width)

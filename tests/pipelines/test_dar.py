@@ -1,0 +1,305 @@
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from isthmus.errors import UserError
+from isthmus.functional.guidance import GuidanceSchedule
+from isthmus.generation.flow_decoding import image_noise
+from isthmus.generation.options import SamplingOptions
+from isthmus.generation.step import token_hashes
+from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
+from isthmus.models.flow_decoder import FlowDecoder
+from isthmus.pipelines.dar import DARPipeline
+from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image
+from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from tests.pipelines.tiny_dar import tiny_dar
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DARPipeline:
+    """A labelled pipeline; do not modify it."""
+    return tiny_dar(sampling_defaults={"guidance_scale": 2.0, "top_k": 8})
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_labels_images_and_tokens(pipe):
+    result = pipe(["flag", 0, None], seed=1)
+    assert result.class_labels == [1, 0, 3]
+    assert [picture.size for picture in result.images] == [(8, 8)] * 3
+    assert result.token_ids.shape == (3, 16) and 0 <= result.token_ids.min() and result.token_ids.max() < 16
+    assert pipe("face", num_images=2, seed=1, height=4, width=12).images[0].size == (12, 4)
+
+
+def test_an_image_is_the_same_in_any_batch(pipe):
+    labels = ["face", 1, None, 2, 0]
+    together = pipe(labels, seed=7, image_index=10, output_type="pt")
+    assert together.seeds == [(7, 10 + i) for i in range(5)]
+    for i, label in enumerate(labels):
+        alone = pipe(label, seed=7, image_index=10 + i, output_type="pt")
+        assert torch.equal(alone.token_ids, together.token_ids[i : i + 1])
+        assert_close(alone.images[0], together.images[i], atol=1e-4, rtol=0)
+    order = [3, 0, 4]
+    shuffled = pipe([labels[i] for i in order], seed=7, image_index=[10 + i for i in order])
+    assert torch.equal(shuffled.token_ids, together.token_ids[order])
+
+
+@pytest.mark.parametrize("num_steps", [None, 1, 3, 5, 16])
+@pytest.mark.parametrize("preview", ["jump", "solver"])
+def test_stream_shows_every_step_and_ends_with_the_image(pipe, num_steps, preview):
+    called = pipe([0, 1], seed=3, output_type="pt", num_inference_steps=num_steps)
+    steps = list(pipe.stream([0, 1], seed=3, output_type="pt", num_inference_steps=num_steps, preview=preview))
+    total = num_steps or 4
+    assert [(s.index, s.total) for s in steps] == [(i, total) for i in range(total)]
+    assert len(pipe.step_names(total)) == total
+    assert torch.equal(torch.cat([s.token_ids for s in steps], dim=1), called.token_ids)
+    assert torch.equal(steps[-1].preview, called.images)
+    again = pipe.decode(called.token_ids, seed=3, output_type="pt", num_inference_steps=num_steps)
+    assert_close(again, called.images, atol=1e-4, rtol=0)
+
+
+def test_later_tokens_cannot_change_an_earlier_preview(pipe):
+    one = pipe("face", seed=3).token_ids
+    other = one.clone()
+    other[:, 8:] = (other[:, 8:] + 1) % 16
+    first, second = (list(pipe.stream("face", seed=3, prefix_token_ids=ids, output_type="pt")) for ids in (one, other))
+    assert all(torch.equal(a.preview, b.preview) for a, b in zip(first[:2], second[:2], strict=True))
+    assert not torch.equal(first[2].preview, second[2].preview)
+
+
+def test_the_callback_sees_every_step(pipe):
+    seen = []
+    result = pipe(0, seed=3, callback_on_step_end=seen.append)
+    assert [s.index for s in seen] == [0, 1, 2, 3] and all(s.preview is None for s in seen)
+    assert token_hashes([s.token_ids for s in seen]) == token_hashes([result.token_ids])
+
+
+def test_output_types_agree(pipe):
+    pt, array, pil, latent = (pipe([0, 1], seed=1, output_type=kind).images for kind in ("pt", "np", "pil", "latent"))
+    assert pt.shape == (2, 3, 8, 8) and 0 <= pt.min() and pt.max() <= 1
+    assert np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    assert np.abs(np.asarray(pil[0]) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
+    assert_close(latent.clamp(-1, 1).add(1).div(2), pt)
+    latent.requires_grad_().sum().backward()  # the caller may go on computing with it
+
+
+def test_defaults_come_from_the_model_and_none_turns_them_off(pipe):
+    saved = {"guidance_scale": 2.0, "top_k": 8}
+    assert torch.equal(pipe(0, seed=1, **saved).token_ids, pipe(0, seed=1).token_ids)
+    off = pipe([0, 1, 2], seed=1, guidance_scale=1, top_k=None)
+    assert torch.equal(off.token_ids, tiny_dar()([0, 1, 2], seed=1).token_ids)
+
+
+def test_options_may_differ_from_image_to_image(pipe):
+    schedule = GuidanceSchedule("linear", 1.0, 4.0, last_guided_step=9)
+    each = [SamplingOptions(guidance_scale=schedule), SamplingOptions(top_k=2, temperature=0.7), SamplingOptions()]
+    together = pipe(["face", "flag", None], seed=5, image_options=each)
+    for i, (label, options) in enumerate(zip(["face", "flag", None], each, strict=True)):
+        alone = pipe(label, seed=5, image_index=i, image_options=[options])
+        assert torch.equal(alone.token_ids, together.token_ids[i : i + 1])
+    narrowed = pipe(["face", "flag", None], seed=5, image_options=each, top_k=1)
+    assert torch.equal(
+        narrowed.token_ids[1:2], pipe("flag", seed=5, image_index=1, guidance_scale=1, top_k=1).token_ids
+    )
+
+
+def test_call_and_stream_take_the_same_options():
+    call, stream = (inspect.signature(f).parameters for f in (DARPipeline.__call__, DARPipeline.stream))
+    shared = [(p.name, p.default, p.kind) for p in call.values() if p.name != "callback_on_step_end"]
+    assert shared == [(p.name, p.default, p.kind) for p in stream.values() if p.name != "preview"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 16])
+def test_a_prefix_is_kept_and_the_rest_drawn_anew(pipe, image, kept):
+    token_ids = pipe.encode(image)
+    drawn = pipe(["face", "flag"], seed=2, prefix_image=image, prefix_tokens=kept)
+    assert torch.equal(drawn.token_ids[:, :kept], token_ids[:, :kept].expand(2, -1))
+    assert torch.equal(pipe(["face", "flag"], seed=2, prefix_token_ids=token_ids[0, :kept]).token_ids, drawn.token_ids)
+    if kept == 0:
+        assert torch.equal(drawn.token_ids, pipe(["face", "flag"], seed=2).token_ids)
+    if kept == 16:
+        decoded = pipe.decode(token_ids, seed=2, output_type="latent")
+        drawn = pipe("face", seed=2, prefix_token_ids=token_ids, output_type="latent")
+        assert_close(drawn.images, decoded, atol=1e-4, rtol=0)
+
+
+def test_prefixes_may_differ_from_image_to_image(pipe, image):
+    others = torch.cat([image, -image])
+    token_ids = pipe.encode(others)
+    together = pipe(["face", "flag"], seed=2, prefix_image=others, prefix_tokens=[3, 9]).token_ids
+    for i, (label, kept) in enumerate([("face", 3), ("flag", 9)]):
+        assert torch.equal(together[i, :kept], token_ids[i, :kept])
+        alone = pipe(label, seed=2, image_index=i, prefix_token_ids=token_ids[i], prefix_tokens=kept)
+        assert torch.equal(alone.token_ids[0], together[i])
+
+
+def test_variations_keep_whole_groups(pipe, image):
+    token_ids = pipe.encode(image)
+    varied = pipe.variations(image, 2, "flag", num_images=3, seed=1)
+    assert torch.equal(varied.token_ids[:, :8], token_ids[:, :8].expand(3, -1))
+    assert len({tuple(row.tolist()) for row in varied.token_ids}) == 3
+    with pytest.raises(UserError, match=r"0\.\.4 .*got 5"):
+        pipe.variations(image, 5)
+
+
+def test_a_restart_runs_the_last_steps_from_the_image(pipe, image):
+    token_ids = pipe.encode(image)
+    whole = pipe.restart(image, 1.0, seed=4, output_type="latent")
+    assert_close(whole, pipe.reconstruct(image, seed=4, output_type="latent"), atol=1e-5, rtol=0)
+    # by hand: two steps of Euler from the third time on
+    t, noise = pipe.scheduler.times(), image_noise([(4, 0)], 8, 8)
+    x = t[2] * 0.6 * image + (1 - t[2]) * noise
+    with torch.no_grad():
+        condition = pipe.image_tokenizer.condition(token_ids)
+        for step in (2, 3):
+            window = condition[:, 4 * step : 4 * step + 4]
+            x = x + (t[step + 1] - t[step]) * pipe.decoder(x, t[step : step + 1], window)
+    half = pipe.restart(image, 0.5, seed=4, solver="euler", output_type="latent")
+    assert_close(half, x / 0.6, atol=1e-5, rtol=1e-5)
+    other = pipe("flag", seed=1).token_ids
+    assert pipe.restart(image, 0.25, token_ids=other.expand(2, -1), seed=4, output_type="pt").shape == (2, 3, 8, 8)
+    for bad in (0.0, 1.5, -1):
+        with pytest.raises(UserError, match=r"\(0, 1\]"):
+            pipe.restart(image, bad)
+
+
+def test_reconstructions_keep_the_size_of_tensors(pipe, image):
+    wide = torch.cat([image, image], dim=3)
+    assert pipe.reconstruct(wide, output_type="pt").shape == (1, 3, 8, 16)
+    (picture,) = pipe.reconstruct(image)
+    assert picture.size == (8, 8)
+    assert_close(
+        pipe.reconstruct(image, output_type="pt"), pipe.decode(pipe.encode(image), output_type="pt"), atol=1e-6, rtol=0
+    )
+
+
+def test_likelihoods_add_up(pipe):
+    token_ids = pipe(["face", "flag"], seed=1).token_ids
+    nats = pipe.log_prob(token_ids=token_ids, class_labels=["face", "flag"])
+    bits = pipe.bits_per_token(token_ids=token_ids, class_labels=["face", "flag"])
+    assert bits.shape == (2, 16)
+    assert_close(bits.sum(dim=1) * np.log(2), -nats, atol=1e-4, rtol=1e-5)
+    # by the chain rule, one token after the other
+    with torch.no_grad():
+        total = 0.0
+        for position in range(16):
+            ids = torch.cat([torch.tensor([[16]]), token_ids[:1, :position]], dim=1)
+            logits = pipe.transformer(input_ids=ids).logits[0, -1, :16]
+            total += logits.log_softmax(dim=-1)[token_ids[0, position]].item()
+    assert nats[0].item() == pytest.approx(total, abs=1e-3)
+    assert not torch.allclose(nats, pipe.log_prob(token_ids=token_ids))
+
+
+def test_likelihoods_of_images_are_those_of_their_tokens(pipe, image):
+    assert_close(pipe.log_prob(image, "face"), pipe.log_prob(token_ids=pipe.encode(image), class_labels=[0]))
+    with pytest.raises(UserError, match="both or neither"):
+        pipe.log_prob()
+    with pytest.raises(UserError, match="both or neither"):
+        pipe.log_prob(image, token_ids=pipe.encode(image))
+    with pytest.raises(UserError, match="label"):
+        pipe.log_prob(image, ["face", "flag"])
+
+
+def test_unlabelled_models_need_no_labels():
+    pipe = tiny_dar(num_classes=0)
+    assert pipe(num_images=2, seed=0).class_labels == [0, 0]
+    with pytest.raises(UserError, match="nothing to guide towards"):
+        pipe(num_images=2, guidance_scale=2.0)
+    with pytest.raises(UserError, match="no classes"):
+        pipe("face")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"class_labels": "fcae"}, "Did you mean face"),
+        ({"class_labels": 3}, r"0\.\.2, got 3"),
+        ({"num_images": 0}, "at least one"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 17}, r"1\.\.16"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"guidance_scale": [1.0, 2.0]}, r"one value per step \(16\)"),
+        ({"image_options": []}, "per image, got 0"),
+        ({"image_options": [SamplingOptions(smooth=True)]}, "smooth"),
+        ({"image_options": [SamplingOptions(top_k=17)]}, r"1\.\.16"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"seed": -1}, "negative"),
+        ({"height": 7}, "multiples of 2"),
+        ({"height": 0}, "multiples of 2"),
+        ({"width": 3}, "multiples of 2"),
+        ({"prefix_tokens": 3}, "prefix_image"),
+        ({"prefix_image": torch.zeros(3, 8, 8)}, "prefix_tokens"),
+        ({"prefix_image": torch.zeros(3, 8, 8), "prefix_tokens": 17}, r"0\.\.16"),
+        ({"prefix_image": torch.zeros(3, 8, 8), "prefix_tokens": -1}, r"0\.\.16"),
+        ({"prefix_image": torch.zeros(3, 8, 8), "prefix_tokens": [1, 2]}, r"one per image \(1\)"),
+        ({"prefix_image": torch.zeros(2, 3, 8, 8), "prefix_tokens": 1}, "one for each"),
+        ({"prefix_image": torch.full((3, 8, 8), float("nan")), "prefix_tokens": 1}, "finite"),
+        ({"prefix_image": torch.zeros(3, 8, 7), "prefix_tokens": 1}, "multiples of 4"),
+        ({"prefix_image": torch.zeros(3, 8, 8), "prefix_token_ids": torch.tensor([1])}, "got both"),
+        ({"prefix_token_ids": torch.zeros(17, dtype=torch.long)}, "at most 16 tokens"),
+        ({"prefix_token_ids": torch.tensor([16])}, r"0\.\.15"),
+        ({"prefix_token_ids": torch.tensor([-1])}, r"0\.\.15"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_words(pipe, arguments, said):
+    for function in (pipe, pipe.stream):
+        with pytest.raises(UserError, match=said):
+            function(**arguments)  # at once, not at the first step
+
+
+def test_tokens_that_cannot_be_decoded(pipe, image):
+    with pytest.raises(UserError, match="need 16 tokens, got 15"):
+        pipe.decode(torch.zeros(1, 15, dtype=torch.long))
+    with pytest.raises(UserError, match=r"0\.\.15"):
+        pipe.decode(torch.full((1, 16), 16))
+    with pytest.raises(UserError, match="multiples of 4"):
+        pipe.encode(image[..., :7])
+    with pytest.raises(UserError, match="whole groups"):
+        pipe.image_tokenizer.condition(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_components_that_do_not_belong_together():
+    good = tiny_dar()
+    parts = dict(good.components)
+    tokenizer = {k: v for k, v in good.image_tokenizer.config.items() if not k.startswith("_")}
+    decoder = {k: v for k, v in good.decoder.config.items() if not k.startswith("_")}
+    for changes, said in [
+        ({"image_tokenizer": DiffusionTokenizer(**tokenizer | {"codebook_size": 8})}, "codebook_size"),
+        ({"image_tokenizer": DiffusionTokenizer(**tokenizer | {"num_tokens": 32})}, "num_tokens"),
+        ({"image_tokenizer": DiffusionTokenizer(**tokenizer | {"quantized": False})}, "continuous"),
+        ({"decoder": FlowDecoder(**decoder | {"condition_width": 8})}, "condition_width"),
+        ({"decoder": FlowDecoder(**decoder | {"patch_size": 3})}, "patch_size"),
+        ({"decoder": FlowDecoder(**decoder | {"canvas_tokens": 8})}, "canvas_tokens"),
+        ({"scheduler": FlowMatchingScheduler(num_groups=2, num_tokens=16)}, "num_groups"),
+        ({"scheduler": FlowMatchingScheduler(num_groups=4, num_tokens=16, tokens_per_step=8)}, "tokens_per_step"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            DARPipeline(**parts | changes)
+    with pytest.raises(UserError, match="positions"):
+        longer = DiffusionTokenizer(**tokenizer | {"num_tokens": 32})
+        DARPipeline(**parts | {
+            "image_tokenizer": longer, "scheduler": FlowMatchingScheduler(num_groups=4, num_tokens=32)
+        })  # fmt: skip
+
+
+def test_the_memory_estimate_grows_with_the_work(pipe):
+    assert 1 <= batch_size_that_fits(pipe, guided=True) <= 64
+    assert bytes_per_image(pipe, guided=True) >= bytes_per_image(pipe, guided=False) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_on_a_gpu_follow_the_same_law():
+    pipe = tiny_dar(sampling_defaults={"guidance_scale": 2.0}).to("cuda")
+    together = pipe(["face", "flag", None], seed=7, output_type="pt")
+    for i, label in enumerate(["face", "flag", None]):
+        alone = pipe(label, seed=7, image_index=i, output_type="pt")
+        assert torch.equal(alone.token_ids, together.token_ids[i : i + 1])
+        assert_close(alone.images[0], together.images[i], atol=1e-4, rtol=0)
