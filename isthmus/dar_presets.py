@@ -19,12 +19,12 @@ PUBLISHED_SOURCE = "README of the published code and Gao and Shou 2025 (its own 
 # Beyond the published network: linear queries and a canvas, which let codes reach the pixels from the first step on;
 # without them the decoder of so short a training hardly listens to its codes (docs/dar.md has the comparison).
 _SMALL_TOKENIZER = DiffusionTokenizerRun(
-    num_steps=1400,
-    validate_every=350,
-    preview_every=700,
+    num_steps=1200,
+    validate_every=300,
+    preview_every=600,
     batch_size=48,
     ema_decay=0.995,
-    continuous_steps=280,
+    continuous_steps=240,
     revive_every=50,
     optim=OptimConfig(
         learning_rate=1.5e-3,
@@ -68,8 +68,18 @@ _SMALL_TOKENIZER = DiffusionTokenizerRun(
         canvas_rank=16,
         init_gate=1.0,
     ),
-    flow=FlowSettings(num_inference_steps=8, time_shift=4.0, data_std=0.6, solver="euler"),
-    loss=DiffusionTokenizerLoss(flow=0.3, jump=1.0, canvas=1.0, noise_levels=1, times="balanced", latest_time=15 / 16),
+    flow=FlowSettings(num_inference_steps=8, time_shift=8.0, data_std=0.6, solver="euler"),
+    loss=DiffusionTokenizerLoss(
+        flow=0.3,
+        jump=1.0,
+        canvas=1.0,
+        perceptual=0.5,
+        # the later blocks see little at 32 px and are most of the cost
+        perceptual_taps=(0, 2, 4),
+        noise_levels=1,
+        times="balanced",
+        latest_time=15 / 16,
+    ),
 )
 
 DIFFUSION_TOKENIZER_PRESETS: dict[str, Preset[DiffusionTokenizerRun]] = {
@@ -199,7 +209,7 @@ NEXT_TOKEN_PRIOR_PRESETS: dict[str, Preset[NextTokenPriorRun]] = {
                 learning_rate=1.5e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, max_grad_norm=1.0
             ),
             model=LlamaModel(width=192, num_layers=4, num_heads=3),
-            sampling=PriorSampling(guidance="2.5", top_k=None, top_p=0.95),
+            sampling=PriorSampling(guidance="3.5", top_k=None, top_p=0.9),
         ),
     ),
     "dar-b": _published_prior("B", width=768, num_layers=12, num_heads=12, params=111.66, guidance="linear:1.1:8"),

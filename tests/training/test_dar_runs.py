@@ -21,7 +21,7 @@ from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
 from tests.training.test_runs import assert_same, weights
 from tests.training.tiny_dar_runs import FROZEN, LOSS, diffusion_tokenizer_run, next_token_prior_run
-from tests.training.tiny_runs import OPTIM, write_images
+from tests.training.tiny_runs import OPTIM, prior_run, write_images
 
 PARTS = ("image_tokenizer", "decoder")
 MODELS = (*PARTS, "scheduler", "transformer", "model_index.json")
@@ -227,7 +227,9 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, images, trained,
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_of_the_two_families_do_not_mix(images, trained, trained_tokenizer):
+def test_runs_of_the_two_families_do_not_mix(tmp_path, images, trained, trained_prior):
+    with pytest.raises(UserError, match="which is a DARPipeline"):
+        train_prior(prior_run(images, tmp_path / "out", "", from_model=str(trained_prior)))
     with pytest.raises(UserError, match="DiffusionTokenizerRun"):
         train_prior(next_token_prior_run(images, trained, trained))
     with pytest.raises(UserError, match="settings"):
