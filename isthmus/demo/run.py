@@ -26,7 +26,7 @@ def run_demo(options: DemoOptions) -> Path:
         ),
     )
     logger.info("    %d images to train on, %d held out: %s", len(train), len(held_out), ", ".join(train.class_names))
-    # imported here: a family does without the other's networks
+    # imported here: each brings a training loop of its own
     if options.family == "dar":
         from isthmus.demo.dar import run_dar_demo as run_family
     else:

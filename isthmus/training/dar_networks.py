@@ -107,6 +107,11 @@ def check_fit(run: DiffusionTokenizerRun, image_size: int, decoder: FlowDecoder)
         raise UserError(
             f"model.image_size must be a multiple of decoder.patch_size, got {image_size} and {patch}. Change one."
         )
+    if run.loss.canvas and decoder.canvas is None:
+        raise UserError(
+            f"loss.canvas needs a decoder with a canvas, got {run.loss.canvas} without one. Set --loss.canvas 0 or "
+            "--decoder.canvas True."
+        )
     layers = decoder.config["num_layers"]
     if run.loss.alignment and run.loss.alignment_layer > layers:
         raise UserError(

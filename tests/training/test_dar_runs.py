@@ -207,6 +207,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, images, trained,
     refused = [
         (replace(tokenizer, decoder=replace(tokenizer.decoder, patch_size=3)), r"decoder\.patch_size"),
         (replace(tokenizer, loss=replace(LOSS, alignment=1.0, alignment_layer=5)), "alignment_layer"),
+        (replace(tokenizer, loss=replace(LOSS, canvas=1.0)), r"loss\.canvas needs"),
         (replace(tokenizer, loss=replace(LOSS, latest_time=0.2)), "latest_time"),
         (replace(tokenizer, model=replace(tokenizer.model, num_tokens=5)), "multiple of num_groups"),
         (replace(tokenizer, from_model=str(trained), model=replace(tokenizer.model, width=32)), r"model\.width is 16"),
