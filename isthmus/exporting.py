@@ -178,7 +178,7 @@ token_ids = [answer["output_ids"] for answer in drawn]
 ```
 
 Neither server guides (there is no second, unlabelled row), so images look as with a guidance scale of 1. The flags are
-those of the servers' documentation (vLLM 0.10.2 or newer, SGLang 0.5 or newer); Isthmus does not run them in its tests.
+written for vLLM 0.10.2 and SGLang 0.5 but were never run by Isthmus: check them against your server's documentation.
 
 ## Licence
 

@@ -57,7 +57,8 @@ class LlamaDecoder:
         num_rows: sequences that will run at once (two per guided image), for which the weights are laid out; any other
             number works, if slower.
         int8: store the blocks' matrices in 8 bits (the head stays whole). On a CPU a token then reads about a quarter
-            of the bytes, and logits are off by about a hundredth of their spread: other tokens may be drawn.
+            of the bytes; logits change a little, so now and then another token is drawn. benchmarks/dar_prior.py
+            measures by how much for a given model.
         compiled: run each token through `torch.compile` (on a GPU: one CUDA graph per token). Pays on GPUs, where
             starting kernels is what takes the time; the first token waits for the compiler.
 
