@@ -64,6 +64,12 @@ def table(
     return canvas
 
 
+def spread(count: int, wanted: int) -> list[int]:
+    """Evenly spread indices, so that a sorted data set shows more than its first class."""
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
+
+
 def save_picture(picture: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> Path:
     """Write a PNG with `text` in its metadata, whole or not at all; makes the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from torch import nn
 # the meta device knows no autocast, which both networks turn off around what must stay fp32; fake CPU tensors do
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from isthmus.cli.dry_run import Cost, report, saved_settings, training_cost
+from isthmus.cli.cost import Cost, report, saved_settings, training_cost
 from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer

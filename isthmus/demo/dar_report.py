@@ -7,8 +7,8 @@ import torch
 
 import isthmus
 from isthmus.data.source import ImageSource
+from isthmus.demo.logs import LogLines, column, last
 from isthmus.demo.options import DemoOptions
-from isthmus.demo.report import LogLines, column, last
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.training.run import write_atomically
 

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from PIL import Image
 
 from isthmus.data.source import ImageSource
+from isthmus.demo.logs import read_log
 from isthmus.demo.options import DemoOptions
-from isthmus.demo.report import draw_curves, read_log, write_report
+from isthmus.demo.report import draw_curves, write_report
 from isthmus.demo.stages import LONGER, SAMPLES_PER_CLASS, SHOWN_PER_CLASS, ClassJudge, ClassScores, Clock, draw_samples
 from isthmus.models.fingerprint import fingerprint
 from isthmus.pictures import save_picture, table, to_pil

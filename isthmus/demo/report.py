@@ -1,6 +1,5 @@
 """Curves and the report of the demo."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,31 +7,13 @@ import torch
 
 import isthmus
 from isthmus.data.source import ImageSource
+from isthmus.demo.logs import LogLines, column, last
 from isthmus.demo.options import DemoOptions
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.training.run import write_atomically
 
 if TYPE_CHECKING:
     from isthmus.demo.next_scale import DemoScores
-
-LogLines = list[dict[str, float]]
-
-
-def read_log(path: Path) -> LogLines:
-    """Lines of a log.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def column(log: LogLines, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one measurement."""
-    rows = [(line["step"], line[name]) for line in log if name in line]
-    return [step for step, _ in rows], [value for _, value in rows]
-
-
-def last(log: LogLines, name: str) -> float:
-    """The last value of a measurement; NaN where there is none."""
-    values = column(log, name)[1]
-    return values[-1] if values else float("nan")
 
 
 def draw_curves(tokenizer_log: LogLines, prior_log: LogLines, scale_sizes: tuple[int, ...], path: Path) -> None:

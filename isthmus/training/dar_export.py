@@ -13,13 +13,13 @@ from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.pipelines.components import load_component
+from isthmus.pipelines.components import load_component, load_scheduler
 from isthmus.pipelines.hub import model_folder
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from isthmus.training.checkpoints import written_or_explained
 from isthmus.training.dar_config import DiffusionTokenizerRun
 from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.export import TOKENIZER_FOLDER, averaged_model
+from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, tokenizer_record
 from isthmus.training.tokenizer_with_decoder import TokenizerWithDecoder
 
 logger = logging.getLogger("isthmus")
@@ -51,12 +51,10 @@ def load_parts(path: str) -> TokenizerParts:
             )
     if not (folder / SCHEDULER_FOLDER / "scheduler_config.json").is_file():
         raise UserError(f"{path} lacks scheduler/scheduler_config.json. Copy or download it whole.")
-    scheduler = FlowMatchingScheduler.from_pretrained(folder / SCHEDULER_FOLDER)
-    assert isinstance(scheduler, FlowMatchingScheduler), "a tuple comes back only where it is asked for"
     return TokenizerParts(
         load_component(DiffusionTokenizer, folder / TOKENIZER_FOLDER),
         load_component(FlowDecoder, folder / DECODER_FOLDER),
-        scheduler,
+        load_scheduler(FlowMatchingScheduler, folder / SCHEDULER_FOLDER),
     )
 
 
@@ -84,8 +82,8 @@ def export_parts(
             parts.scheduler.save_pretrained(partial / SCHEDULER_FOLDER)
             parts.decoder.save_pretrained(partial / DECODER_FOLDER)
             parts.image_tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
-            card = {"data": source.name, "attribution": source.attribution, "class_names": list(source.class_names)}
-            (partial / TOKENIZER_FOLDER / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+            record = json.dumps(tokenizer_record(source), indent=2) + "\n"
+            (partial / TOKENIZER_FOLDER / "training.json").write_text(record)
         for name in (SCHEDULER_FOLDER, DECODER_FOLDER, TOKENIZER_FOLDER):
             shutil.rmtree(run.out / name, ignore_errors=True)
             (partial / name).rename(run.out / name)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from isthmus.data.views import Sample
+from isthmus.functional.psnr import psnr
 from isthmus.functional.shapes import Images
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.training.measures import psnr
 from isthmus.training.usage import CodebookUsage, code_counts
 
 _BATCH = 32

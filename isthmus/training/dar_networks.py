@@ -10,9 +10,9 @@ from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from isthmus.training.dar_config import DiffusionTokenizerRun, FlowDecoderModel
 from isthmus.training.dar_export import TokenizerParts, load_parts
-from isthmus.training.export import refuse_contradictions
 from isthmus.training.flow_draws import group_spans
 from isthmus.training.frozen_features import feature_shape, frozen_features
+from isthmus.training.saved_networks import refuse_contradictions
 from isthmus.training.tokenizer_with_decoder import AlignmentHead, PrefixReadout, TokenizerWithDecoder
 
 # what FlowDecoder takes where nothing is said

@@ -10,10 +10,9 @@ from torch import Tensor
 from isthmus.data.batches import EvaluationImages
 from isthmus.functional.shapes import Images
 from isthmus.generation.flow_decoding import image_noise
-from isthmus.pictures import save_picture, table, to_pil
+from isthmus.pictures import save_picture, spread, table, to_pil
 from isthmus.training.dar_export import TokenizerParts
 from isthmus.training.dar_measures import Decode, latents_or_codes
-from isthmus.training.previews import spread
 from isthmus.training.tokenizer_with_decoder import canvases
 
 PREVIEW_SEED = 0

@@ -11,7 +11,6 @@ from transformers import LlamaForCausalLM
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
-from isthmus.generation.options import SamplingOptions, parse_guidance
 from isthmus.models.next_token_prior import TokenLayout
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.loading import load_pipeline
@@ -20,6 +19,7 @@ from isthmus.training.dar_config import NextTokenPriorRun
 from isthmus.training.dar_export import TokenizerParts
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.next_token_objective import NextTokenObjective
+from isthmus.training.saved_networks import data_record, protocol, sampling_options
 
 logger = logging.getLogger("isthmus")
 
@@ -51,17 +51,6 @@ def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> 
     return averaged.eval().requires_grad_(False)
 
 
-def dar_sampling_options(run: NextTokenPriorRun, layout: TokenLayout) -> SamplingOptions:
-    """The run's settings of draws; without classes there is nothing to guide."""
-    settings = run.sampling
-    return SamplingOptions(
-        guidance_scale=parse_guidance(settings.guidance) if layout.num_classes else 1.0,
-        top_k=None if settings.top_k is None else min(settings.top_k, layout.codebook_size),
-        top_p=settings.top_p,
-        temperature=settings.temperature,
-    )
-
-
 def export_dar_pipeline(
     accelerator: Accelerator,
     parts: TokenizerParts,
@@ -82,12 +71,11 @@ def export_dar_pipeline(
             transformer=transformer,
             scheduler=parts.scheduler,
             class_names=source.class_names,
-            sampling_defaults=dar_sampling_options(run, layout),
-            data={"name": source.name, "attribution": source.attribution},
-            protocol=(
-                f"{run.num_steps} steps of {run.batch_size} images, seed {run.seed}, averaged weights (decay "
-                f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl"
+            sampling_defaults=sampling_options(
+                run.sampling, codebook_size=layout.codebook_size, num_classes=layout.num_classes
             ),
+            data=data_record(source),
+            protocol=protocol(run),
         )
         with written_or_explained(run.out):
             pipeline.save_pretrained(run.out)

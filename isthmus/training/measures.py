@@ -4,24 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from isthmus.data.views import Sample
+from isthmus.functional.psnr import psnr
 from isthmus.functional.shapes import Images
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.training.usage import CodebookUsage, code_counts
-
-
-def psnr(images: Images, targets: Images) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio in dB of each image, for values in [-1, 1] (peak-to-peak 2).
-
-    >>> psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.2)).round(decimals=3)
-    tensor([20.])
-    """
-    mse = (images - targets).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
 @dataclass(frozen=True)

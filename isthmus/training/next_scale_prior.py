@@ -19,14 +19,7 @@ from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.training.config import PriorRun
 from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.export import (
-    averaged_model,
-    export_pipeline,
-    load_pair,
-    load_tokenizer,
-    refuse_contradictions,
-    sampling_options,
-)
+from isthmus.training.export import export_pipeline, load_pair, load_tokenizer
 from isthmus.training.images import open_splits
 from isthmus.training.objectives import (
     PriorLosses,
@@ -38,6 +31,7 @@ from isthmus.training.objectives import (
     select_scales,
 )
 from isthmus.training.previews import save_samples
+from isthmus.training.saved_networks import averaged_model, refuse_contradictions, sampling_options
 
 
 class NextScalePrior:
@@ -124,7 +118,9 @@ class NextScalePrior:
 
     def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
-        options = sampling_options(self.run, model)
+        options = sampling_options(
+            self.run.sampling, codebook_size=model.config["codebook_size"], num_classes=model.null_class_id
+        )
         save_samples(self.tokenizer, model, self.train.class_names, options, folder, step)
 
     def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:

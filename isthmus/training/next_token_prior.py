@@ -19,18 +19,14 @@ from isthmus.functional.pyramid import nats_to_bits
 from isthmus.models.next_token_prior import TokenLayout, new_prior
 from isthmus.training.dar_config import LlamaModel, NextTokenPriorRun
 from isthmus.training.dar_export import TokenizerParts, load_parts
-from isthmus.training.dar_prior_export import (
-    averaged_llama,
-    dar_sampling_options,
-    export_dar_pipeline,
-    load_dar_model,
-)
+from isthmus.training.dar_prior_export import averaged_llama, export_dar_pipeline, load_dar_model
 from isthmus.training.dar_prior_previews import save_token_samples
 from isthmus.training.dropout import ResidualDropout, embedding_seeds, residual_seeds
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.images import open_splits
 from isthmus.training.next_token_objective import NextTokenLosses, NextTokenObjective, nats_by_group
 from isthmus.training.objectives import dropped_labels
+from isthmus.training.saved_networks import sampling_options
 
 _SIZES = {
     "width": "hidden_size",
@@ -122,7 +118,9 @@ class NextTokenPrior:
 
     def save_samples(self, model: LlamaForCausalLM, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
-        options = dar_sampling_options(self.run, self.layout)
+        options = sampling_options(
+            self.run.sampling, codebook_size=self.layout.codebook_size, num_classes=self.layout.num_classes
+        )
         save_token_samples(self.parts, model, self.layout, self.train.class_names, options, folder, step)
 
     def export(self, accelerator: Accelerator, model: LlamaForCausalLM) -> Path:

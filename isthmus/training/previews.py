@@ -11,7 +11,7 @@ from isthmus.generation.next_scale import generate_scales
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.pictures import save_picture, table, to_pil
+from isthmus.pictures import save_picture, spread, table, to_pil
 
 _PREVIEW_SEED = 0
 
@@ -57,9 +57,3 @@ def save_samples(
     pictures = to_pil(tokenizer.decode_features(features))
     rows = [pictures[i : i + per_class] for i in range(0, len(pictures), per_class)]
     return save_picture(table(rows, row_names=list(class_names[:shown])), folder / f"samples-{step:08d}.png")
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Evenly spread indices, so that a sorted data set shows more than its first class."""
-    wanted = min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]

@@ -19,7 +19,7 @@ from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.codebook import initialize_codebook, revive_codes
 from isthmus.training.config import TokenizerRun
 from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.export import averaged_model, export_tokenizer, load_tokenizer, refuse_contradictions
+from isthmus.training.export import export_tokenizer, load_tokenizer
 from isthmus.training.images import first_images, image_batches, open_splits, stream_states
 from isthmus.training.measures import tokenizer_scores
 from isthmus.training.optim import adamw, set_rates
@@ -37,6 +37,7 @@ from isthmus.training.run import (
     start_run,
     write_record,
 )
+from isthmus.training.saved_networks import averaged_model, refuse_contradictions
 from isthmus.training.tokenizer_losses import Critic, reconstruction_losses
 from isthmus.training.usage import CodebookUsage, code_counts
 

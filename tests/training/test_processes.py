@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.training.config import PriorRun, TokenizerRun, run_to_json
-from isthmus.training.export import averaged_model
+from isthmus.training.saved_networks import averaged_model
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.test_runs import forget_after

@@ -18,11 +18,11 @@ from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.training.checkpoints import gathered, like, whole
 from isthmus.training.config import OptimConfig, PriorRun, TokenizerRun, run_from_json
 from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.export import averaged_model
 from isthmus.training.next_scale_prior import NextScalePrior
 from isthmus.training.objectives import next_scale_loss, scale_weights
 from isthmus.training.optim import adamw
 from isthmus.training.run import FiniteGuard, StopRequest
+from isthmus.training.saved_networks import averaged_model
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 
