@@ -41,6 +41,7 @@ def draw_folder(
     seed: int,
     options: Mapping[str, Any],
     steering: Mapping[str, Any],
+    decoding: Mapping[str, bool] | None = None,
     prefix_image: Path | None = None,
     grid: bool,
     strip: bool,
@@ -58,6 +59,7 @@ def draw_folder(
         seed: image i is drawn from (seed, i).
         options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
         steering: arguments of a call beyond these, such as the number of solver steps, where the model has them.
+        decoding: how tokens are computed (`int8`, `compiled`), where the model has it.
         prefix_image: file of the image whose first tokens are kept, where the model has prefixes.
         grid: also write grid.png.
         strip: also write strip.png.
@@ -85,17 +87,21 @@ def draw_folder(
     if prefix_image is not None:
         request["prefix_image"] = _read_image(prefix_image)
         steering = {**steering, "prefix_image": hashlib.sha256(prefix_image.read_bytes()).hexdigest()}
+    decoding = dict(decoding or {})
+    if unknown := sorted(decoding.keys() - inspect.signature(pipeline.prepared).parameters.keys()):
+        raise UserError(f"this model, a {pipeline.kind}, has no {', '.join(unknown)}. Leave it out.")
+    steering = {**steering, **decoding}
     if steering:
         # only where it is given: folders of samples without it stay what they are
         settings["steering"] = dict(steering)
+    if batch_size is None:
+        batch_size = batch_size_that_fits(pipeline, guided=sampling.guidance_scale != 1)
+    request |= pipeline.prepared(batch_size, **decoding)
     _check_request(pipeline, request, seed)
     num_images = max(num_images, _number_in(out, settings))
     _write_manifest(out, settings, num_images, [])
     rows = {index: row for index in range(num_images) if (row := _finished(out, index, settings))}
     missing = [index for index in range(num_images) if index not in rows]
-    if batch_size is None:
-        guided = sampling.guidance_scale != 1
-        batch_size = batch_size_that_fits(pipeline, guided=guided)
     quiet = True if logger.getEffectiveLevel() > logging.INFO else None  # None: no bar where stderr is no terminal
     with tqdm(total=len(missing), unit="image", disable=quiet) as bar:
         for start in range(0, len(missing), batch_size):

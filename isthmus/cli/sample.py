@@ -48,6 +48,10 @@ class Sample:
     """Image whose first tokens every image keeps (layout control of D-AR models)."""
     prefix_tokens: int | None = None
     """How many tokens of --prefix-image are kept: the more, the closer the layout."""
+    int8: bool = False
+    """Decode with 8-bit weights (D-AR models on a CPU): large priors are faster, a token now and then is another."""
+    compile: bool = False
+    """Compile the decoding of tokens (D-AR models): pays on GPUs, after a first wait."""
     grid: bool = False
     """Write grid.png: rows are classes, names written."""
     strip: bool = False
@@ -88,6 +92,10 @@ class Sample:
         }
         return {name: value for name, value in given.items() if value is not None}
 
+    def decoding(self) -> dict[str, bool]:
+        """How tokens are computed, where it was asked for."""
+        return {name: True for name, wanted in (("int8", self.int8), ("compiled", self.compile)) if wanted}
+
 
 def run(arguments: Sequence[str]) -> None:
     """Draw and save."""
@@ -104,6 +112,7 @@ def run(arguments: Sequence[str]) -> None:
         seed=command.seed,
         options=options,
         steering=command.steering(),
+        decoding=command.decoding(),
         prefix_image=command.prefix_image,
         grid=command.grid,
         strip=command.strip,

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,16 @@ from isthmus.data.source import ImageSource
 from isthmus.demo.dar_report import draw_dar_curves, write_dar_report
 from isthmus.demo.logs import read_log
 from isthmus.demo.options import DemoOptions
-from isthmus.demo.stages import LONGER, SAMPLES_PER_CLASS, SHOWN_PER_CLASS, ClassJudge, ClassScores, Clock, draw_samples
+from isthmus.demo.stages import (
+    LONGER,
+    SAMPLES_PER_CLASS,
+    SHOWN_PER_CLASS,
+    ClassJudge,
+    ClassScores,
+    Clock,
+    draw_samples,
+    stage_run,
+)
 from isthmus.functional.psnr import psnr
 from isthmus.pictures import save_picture, table, to_pil
 from isthmus.pipelines.dar import DARPipeline
@@ -32,6 +41,7 @@ logger = logging.getLogger("isthmus")
 # tokens of the layout strip, as shares of all: 0, 8, 12, 16, 32, 64 and 128 of 256
 _PREFIX_SHARES = (0, 1 / 32, 3 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _SMALL_SIDE_PX = 4
+_TIMINGS = 5
 
 
 @dataclass(frozen=True)
@@ -70,29 +80,16 @@ def run_dar_demo(options: DemoOptions, train: ImageSource, held_out: ImageSource
     Raises:
         UserError: the folder holds something else.
     """
-    folder, longer = options.folder, LONGER if options.budget == "long" else 1
+    folder = options.folder
     logger.info("2/4 tokenizer: pixels to a sequence of tokens, groups of which drive the steps of a diffusion")
-    tokenizer_run = diffusion_tokenizer_preset("dar-small-32")
-    tokenizer_run = replace(
-        tokenizer_run,
-        num_steps=longer * tokenizer_run.num_steps,
-        classes=options.chosen_classes,
-        seed=options.seed,
-        out=folder / "tokenizer",
-    )
+    preset = diffusion_tokenizer_preset("dar-small-32")
+    tokenizer_run = stage_run(preset, options, "tokenizer", longer=LONGER)
     clock.time("tokenizer", lambda: train_diffusion_tokenizer(tokenizer_run))
 
     logger.info("3/4 prior: a Llama that predicts the next token")
-    prior_run = next_token_prior_preset("dar-prior-small")
-    prior_run = replace(
-        prior_run,
-        # a prior of so few images overfits long before a tokenizer does
-        num_steps=min(longer, 3) * prior_run.num_steps,
-        classes=options.chosen_classes,
-        seed=options.seed,
-        tokenizer=str(folder / "tokenizer"),
-        out=folder / "model",
-    )
+    tokenizer = str(folder / "tokenizer")
+    # a prior of so few images overfits long before a tokenizer does
+    prior_run = stage_run(next_token_prior_preset("dar-prior-small"), options, "model", longer=3, tokenizer=tokenizer)
     clock.time("prior", lambda: train_prior(prior_run))
 
     logger.info("4/4 samples, pictures and report")
@@ -186,8 +183,13 @@ def draw_previews(pipeline: DARPipeline, names: Sequence[str], options: DemoOpti
     columns = pipeline.step_names(len(steps))
     picture = table(list(zip(*steps, strict=True)), row_names=names, column_names=[c.split()[0] for c in columns])
     save_picture(picture, options.folder / "previews.png")
+    return float(np.median([first_preview_share(pipeline, options.seed) for _ in range(_TIMINGS)]))
+
+
+def first_preview_share(pipeline: DARPipeline, seed: int) -> float:
+    """Share of the time of a single image after which its first preview is there."""
     start = time.perf_counter()
-    times = [time.perf_counter() - start for _ in pipeline.stream(labels[:1], seed=options.seed)]
+    times = [time.perf_counter() - start for _ in pipeline.stream(0 if pipeline.num_classes else None, seed=seed)]
     return times[0] / times[-1]
 
 

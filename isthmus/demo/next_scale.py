@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from PIL import Image
 
@@ -12,7 +12,16 @@ from isthmus.data.source import ImageSource
 from isthmus.demo.logs import read_log
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.report import draw_curves, write_report
-from isthmus.demo.stages import LONGER, SAMPLES_PER_CLASS, SHOWN_PER_CLASS, ClassJudge, ClassScores, Clock, draw_samples
+from isthmus.demo.stages import (
+    LONGER,
+    SAMPLES_PER_CLASS,
+    SHOWN_PER_CLASS,
+    ClassJudge,
+    ClassScores,
+    Clock,
+    draw_samples,
+    stage_run,
+)
 from isthmus.models.fingerprint import fingerprint
 from isthmus.pictures import save_picture, table, to_pil
 from isthmus.pipelines.loading import load_pipeline
@@ -50,28 +59,14 @@ def run_next_scale_demo(options: DemoOptions, train: ImageSource, held_out: Imag
     Raises:
         UserError: the folder holds something else.
     """
-    folder, longer = options.folder, LONGER if options.budget == "long" else 1
+    folder = options.folder
     logger.info("2/4 tokenizer: pixels to tokens of six scales")
-    tokenizer_run = tokenizer_preset("small-32")
-    tokenizer_run = replace(
-        tokenizer_run,
-        num_steps=longer * tokenizer_run.num_steps,
-        classes=options.chosen_classes,
-        seed=options.seed,
-        out=folder / "tokenizer",
-    )
+    tokenizer_run = stage_run(tokenizer_preset("small-32"), options, "tokenizer", longer=LONGER)
     clock.time("tokenizer", lambda: train_tokenizer(tokenizer_run))
 
     logger.info("3/4 prior: an SRDD transformer that predicts each scale from the one before")
-    prior_run = prior_preset("srdd-small")
-    prior_run = replace(
-        prior_run,
-        num_steps=longer * prior_run.num_steps,
-        classes=options.chosen_classes,
-        seed=options.seed,
-        tokenizer=str(folder / "tokenizer"),
-        out=folder / "model",
-    )
+    tokenizer = str(folder / "tokenizer")
+    prior_run = stage_run(prior_preset("srdd-small"), options, "model", longer=LONGER, tokenizer=tokenizer)
     clock.time("prior", lambda: train_prior(prior_run))
 
     logger.info("4/4 samples, pictures and report")

@@ -3,9 +3,9 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
+from isthmus.demo.options import DemoOptions
 from isthmus.evaluation.features import Lite0Arrays, NearestClassMean, lite0_features, memorised_share
 from isthmus.models.efficientnet_lite import EfficientNetLite0
 from isthmus.pipelines.loading import AnyPipeline
+from isthmus.training.config import Run
 from isthmus.training.run import write_atomically
 
 T = TypeVar("T")
@@ -25,6 +27,21 @@ SAMPLES_PER_CLASS = 50
 SHOWN_PER_CLASS = 10
 # `--budget long` trains so many times longer
 LONGER = 12
+
+
+StageRun = TypeVar("StageRun", bound=Run)
+
+
+def stage_run(preset: StageRun, options: DemoOptions, folder: str, *, longer: int, **changes: Any) -> StageRun:
+    """A stage of the demo: the run of a preset on the demo's classes, `longer` times as long with `--budget long`."""
+    return replace(
+        preset,
+        num_steps=preset.num_steps * (longer if options.budget == "long" else 1),
+        classes=options.chosen_classes,
+        seed=options.seed,
+        out=options.folder / folder,
+        **changes,
+    )
 
 
 class Clock:

@@ -5,6 +5,8 @@ gate and up another, and the head is cut to the image tokens. Keys and values li
 read up to where they are filled, so nothing is concatenated, masked or asked of the host between two tokens.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +65,8 @@ class LlamaDecoder:
             starting kernels is what takes the time; the first token waits for the compiler.
 
     Raises:
-        UserError: the Llama is of a kind that priors never are, or 8 bits are asked for on another device than a CPU.
+        UserError: the Llama is of a kind that priors never are, 8 bits are asked for on another device than a CPU, or
+            a CPU has no compiler.
     """
 
     def __init__(
@@ -80,6 +83,9 @@ class LlamaDecoder:
         self.device, self.dtype = transformer.device, transformer.dtype
         if int8 and self.device.type != "cpu":
             raise UserError(f"8-bit weights are for CPUs, the prior is on {self.device}. Use bfloat16 there.")
+        if compiled and self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise UserError("compiling for a CPU needs g++, or the compiler that CXX names, found none. Leave it out.")
+        self.layout = layout
         self.num_positions = layout.num_tokens + 1
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width, self.norm_eps = config.head_dim, config.rms_norm_eps

@@ -67,6 +67,8 @@ def generate_tokens(
     if decoder is None:
         rows = len(labels) * (2 if min(lengths) < plan.num_with_null_rows else 1)
         decoder = LlamaDecoder(transformer, layout, num_rows=rows)
+    elif decoder.layout != layout:
+        raise UserError(f"the laid-out weights are those of a prior for {decoder.layout}, this one is for {layout}.")
     tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=decoder.device)
     if prefix_token_ids is not None:
         tokens[:, : prefix_token_ids.shape[1]] = prefix_token_ids.to(decoder.device)

@@ -26,7 +26,8 @@ class SamplingOptions:
     """Settings of a draw. `codebook_size` bounds `top_k`, so filters are checked where the model is known.
 
     Attributes:
-        guidance_scale: guided = uncond + s (cond - uncond), 1 is off: a number, one value per scale, or a schedule.
+        guidance_scale: guided = uncond + s (cond - uncond), 1 is off: a number, one value per step (scale or token),
+            or a schedule.
         top_k: keep the k likeliest codes; None is off.
         top_p: keep the likeliest codes that hold this probability together; None is off.
         temperature: divides the guided logits, before the filters.
@@ -88,7 +89,7 @@ def parse_guidance(text: str) -> Guidance:
     """Guidance as it is written on the command line.
 
     A number; `linear:START:END` or `cosine:START:END` over the scales, with `:LAST` for the last guided scale
-    (from 0); or one number per scale, separated by commas.
+    (from 0); or one number per step (scale or token), separated by commas.
 
     Raises:
         UserError: the text is none of these.
@@ -111,8 +112,8 @@ def parse_guidance(text: str) -> Guidance:
     except ValueError:
         pass  # not numbers: the one message below says what is
     raise UserError(
-        f"guidance must be a number, linear:START:END, cosine:START:END or one number per scale, got {text!r}. "
-        "For example 2.0 or linear:1:2.5; 1 is off."
+        f"guidance must be a number, linear:START:END, cosine:START:END or one number per step (scale or token), "
+        f"got {text!r}. For example 2.0 or linear:1:2.5; 1 is off."
     )
 
 

@@ -24,6 +24,7 @@ from isthmus.generation.flow_decoding import (
     flow_steps,
     image_noise,
 )
+from isthmus.generation.llama_decoding import LlamaDecoder
 from isthmus.generation.next_token import check_next_token_options, generate_tokens
 from isthmus.generation.next_token_likelihood import log_likelihood
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
@@ -123,6 +124,7 @@ class DARPipeline(PixelPipeline):
         prefix_image: ImageInput | None = None,
         prefix_token_ids: PrefixTokens | None = None,
         prefix_tokens: PrefixLengths = None,
+        llama_decoder: LlamaDecoder | None = None,
         height: int | None = None,
         width: int | None = None,
         seed: int | Sequence[int] | None = None,
@@ -150,6 +152,7 @@ class DARPipeline(PixelPipeline):
                 hold their layout.
             prefix_token_ids: the same, as tokens: (p,) for all images or (b, p).
             prefix_tokens: how many tokens of the prefix are kept, for all images or for each.
+            llama_decoder: what the method of this name returned, to be used again; None lays the weights out anew.
             height: of the images in pixels, a multiple of the decoder's patch; None is the size trained on.
             width: the same.
             seed: one number for the request, or a list with one per image; None draws a fresh one.
@@ -172,7 +175,7 @@ class DARPipeline(PixelPipeline):
             options = [own.override(**given) for own in image_options]
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
         sides = checked_sides(self.decoder, self.image_size, height, width)
-        steps = self._steps(request, options, plan, prefix, sides, "jump")
+        steps = self._steps(request, options, plan, prefix, sides, "jump", llama_decoder)
         token_ids, step = [], None
         for step in steps:
             token_ids.append(step.token_ids.cpu())
@@ -198,6 +201,7 @@ class DARPipeline(PixelPipeline):
         prefix_image: ImageInput | None = None,
         prefix_token_ids: PrefixTokens | None = None,
         prefix_tokens: PrefixLengths = None,
+        llama_decoder: LlamaDecoder | None = None,
         height: int | None = None,
         width: int | None = None,
         seed: int | Sequence[int] | None = None,
@@ -224,11 +228,30 @@ class DARPipeline(PixelPipeline):
             options = [own.override(**given) for own in image_options]
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
         sides = checked_sides(self.decoder, self.image_size, height, width)
-        steps = self._steps(request, options, plan, prefix, sides, preview)
+        steps = self._steps(request, options, plan, prefix, sides, preview, llama_decoder)
         return (
             GenerationStep(step.index, step.total, step.token_ids.cpu(), as_output(step.preview, output_type))
             for step in steps
         )
+
+    def llama_decoder(self, num_images: int = 1, *, int8: bool = False, compiled: bool = False) -> LlamaDecoder:
+        """The prior's weights laid out for decoding, for many calls: a call lays them out anew where it is given none.
+
+        Args:
+            num_images: images that will be drawn at once; any other number works, if slower.
+            int8: 8-bit weights, for CPUs: a large prior decodes faster, and now and then draws another token.
+            compiled: run through `torch.compile`, which pays on GPUs; the first token waits for the compiler.
+
+        Raises:
+            UserError: 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
+        """
+        # an image that is guided has a row with and one without its class
+        rows = 2 * num_images
+        return LlamaDecoder(self.transformer, self.token_layout, num_rows=rows, int8=int8, compiled=compiled)
+
+    def prepared(self, num_images: int, *, int8: bool = False, compiled: bool = False) -> dict[str, Any]:
+        """Arguments for many calls of `num_images` images each: the laid-out weights of the prior."""
+        return {"llama_decoder": self.llama_decoder(num_images, int8=int8, compiled=compiled)}
 
     def variations(
         self, image: ImageInput, num_groups_kept: int, class_labels: Labels = None, **options: Any
@@ -317,6 +340,7 @@ class DARPipeline(PixelPipeline):
         prefix: Prefix | None,
         sides: tuple[int, int],
         preview: Preview,
+        llama_decoder: LlamaDecoder | None,
     ) -> Iterator[FlowStep]:
         """Solver steps of a request, each as soon as the prior has drawn its tokens."""
         for own in options:
@@ -331,6 +355,7 @@ class DARPipeline(PixelPipeline):
             stops=plan.stops,
             prefix_token_ids=None if prefix is None else prefix.token_ids,
             prefix_lengths=None if prefix is None else prefix.lengths,
+            decoder=llama_decoder,
         )
         noise = image_noise(request.seeds, *sides)
         return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)

@@ -127,6 +127,10 @@ class SavedPipeline(DiffusionPipeline):
                 f"{options.guidance_scale}. Leave it out."
             )
 
+    def prepared(self, num_images: int) -> dict[str, Any]:
+        """Arguments worth computing once for many calls of `num_images` images each."""
+        return {}
+
     def label_name(self, class_id: int) -> str:
         """Name of a class id: its class name, the number where classes have no names, "null" for no class."""
         return "null" if class_id == self.num_classes else self.class_names.get(str(class_id), str(class_id))

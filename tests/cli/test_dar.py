@@ -57,6 +57,15 @@ def test_grid_and_strip_of_solver_steps(isthmus, dar_model, tmp_path):
     assert (tmp_path / "o" / "grid.png").is_file()
 
 
+def test_8_bit_weights_are_part_of_the_settings(isthmus, refused, dar_model, model, tmp_path):
+    words = ("--num", 2, "--seed", 5)
+    assert isthmus("sample", dar_model, *words, "--int8", "--out", tmp_path / "o").code == 0
+    assert manifest(tmp_path / "o")["settings"]["steering"] == {"int8": True}
+    assert "other settings" in refused("sample", dar_model, *words, "--out", tmp_path / "o")
+    assert "has no int8" in refused("sample", model, *words, "--int8", "--out", tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_layout_is_kept(isthmus, refused, dar_model, layout_image, tmp_path):
     out = tmp_path / "o"
     words = ("--classes", "flag", "--num", 2, "--prefix-image", layout_image, "--prefix-tokens", 6, "--out", out)

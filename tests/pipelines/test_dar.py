@@ -73,6 +73,25 @@ def test_later_tokens_cannot_change_an_earlier_preview(pipe):
     assert not torch.equal(first[2].preview, second[2].preview)
 
 
+def test_weights_laid_out_once_draw_the_same_images(pipe):
+    decoder = pipe.llama_decoder(num_images=2)
+    for seed in (1, 2):
+        again = pipe([0, 1], seed=seed, llama_decoder=decoder)
+        assert torch.equal(again.token_ids, pipe([0, 1], seed=seed).token_ids)
+    steps = list(pipe.stream([0, 1], seed=2, llama_decoder=decoder))
+    assert torch.equal(torch.cat([s.token_ids for s in steps], dim=1), again.token_ids)
+    other = tiny_dar(num_classes=1).llama_decoder()
+    with pytest.raises(UserError, match="those of a prior for"):
+        pipe([0], llama_decoder=other)
+
+
+def test_8_bit_weights_keep_the_seed_law(pipe):
+    decoder = pipe.llama_decoder(int8=True)
+    together = pipe([0, 1], seed=1, llama_decoder=decoder)
+    alone = pipe(1, seed=1, image_index=1, llama_decoder=decoder)
+    assert torch.equal(together.token_ids[1:], alone.token_ids)
+
+
 def test_the_callback_sees_every_step(pipe):
     seen = []
     result = pipe(0, seed=3, callback_on_step_end=seen.append)
