@@ -23,7 +23,6 @@ from isthmus.functional.rotary import RotaryTable, grid_rotary_table, with_unrot
 from isthmus.functional.shapes import Images
 from isthmus.layers.attention import Attend, KeyValueCache
 from isthmus.layers.feed_forward import FeedForward
-from isthmus.layers.initialisation import init_linear_layers
 from isthmus.layers.linear_queries import LinearQueries
 from isthmus.layers.norm import NORM_EPS, plain_norm
 from isthmus.layers.rotary_attention import RotarySelfAttention, context_causal_attention, token_causal_attention
@@ -118,8 +117,6 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
         linear_query_rank: add to each query as many numbers read off the shrunk image by a linear map, widened; None
             starts every image from the same queries.
         linear_query_side: side of the shrunk image in pixels.
-        fan_in_init: linear layers of blocks start with standard deviation 1 / sqrt(inputs) instead of 0.02, which
-            is that of the published width and leaves the signals of narrow networks small.
         latent_norm: batch normalisation (without parameters) of the latents before they are made unit vectors.
         quantized: False keeps the tokens continuous: no codebook, no token ids.
 
@@ -162,7 +159,6 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
         position_table: bool = False,
         linear_query_rank: int | None = None,
         linear_query_side: int = 16,
-        fan_in_init: bool = False,
         latent_norm: bool = False,
         quantized: bool = True,
     ):
@@ -190,7 +186,7 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
             GatedBlock(condition_width, head_width, init_gate) for _ in range(num_condition_layers)
         )
         self.gradient_checkpointing = False
-        self._init_weights(query_std, fan_in_init)
+        self._init_weights(query_std)
 
     def latents(self, images: Images) -> Codes:
         """Images in [-1, 1], of any sides that the patch divides, to unit vectors, in fp32.
@@ -356,14 +352,17 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
                 x = block(x, rotary, attend)
         return x
 
-    def _init_weights(self, query_std: float, fan_in_init: bool) -> None:
+    def _init_weights(self, query_std: float) -> None:
         """Spec of D-AR, 1.3 to 1.5: linear layers of blocks and tables from truncated normals, codes on the sphere."""
         nn.init.trunc_normal_(self.query_table, std=query_std, a=-2 * query_std, b=2 * query_std)
         nn.init.trunc_normal_(self.token_position, std=0.02)
         if self.patch_position is not None:
             nn.init.trunc_normal_(self.patch_position, std=0.02)
         for block in cast("Iterable[GatedBlock]", (*self.encoder, *self.condition_layers)):
-            init_linear_layers(block, fan_in_init)
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
         if self.codebook is not None:
             nn.init.uniform_(self.codebook.weight, -1, 1)
             with torch.no_grad():

@@ -22,7 +22,6 @@ from isthmus.functional.flow import time_waves, velocity_towards
 from isthmus.functional.rotary import RotaryTable, grid_rotary_table
 from isthmus.functional.shapes import Images
 from isthmus.layers.feed_forward import FeedForward
-from isthmus.layers.initialisation import init_linear_layers
 from isthmus.layers.norm import plain_norm
 from isthmus.layers.rotary_attention import RotaryCrossAttention, RotarySelfAttention, full_attention
 from isthmus.layers.token_canvas import Painted, TokenCanvas, shown_at
@@ -123,8 +122,6 @@ class FlowDecoder(ModelMixin, ConfigMixin):
         canvas_rank: rank of the map by which a token paints.
         modulation_std: standard deviation of the initial weights that turn time and tokens into modulation; 0 starts
             with tokens that change nothing.
-        fan_in_init: linear layers of blocks start with standard deviation 1 / sqrt(inputs) instead of 0.02, which
-            is that of the published width and leaves the signals of narrow networks small.
 
     Raises:
         UserError: arguments that do not fit each other.
@@ -156,7 +153,6 @@ class FlowDecoder(ModelMixin, ConfigMixin):
         canvas_rank: int = 16,
         init_gate: float = 0.0,
         modulation_std: float = 0.0,
-        fan_in_init: bool = False,
     ):
         super().__init__()
         if adaptive_head and not shared_time_embedding:
@@ -182,7 +178,7 @@ class FlowDecoder(ModelMixin, ConfigMixin):
         self.head_modulation = nn.Linear(width, 2 * width) if adaptive_head else None
         self.head = nn.Linear(width, channels)
         self.gradient_checkpointing = False
-        self._init_weights(init_gate, modulation_std, fan_in_init)
+        self._init_weights(init_gate, modulation_std)
 
     def embed_times(self, t: Float[Tensor, " n"]) -> TimeEmbeddings:
         """Embeddings of shifted times (0 = noise, 1 = image), fp32 under any autocast."""
@@ -305,12 +301,15 @@ class FlowDecoder(ModelMixin, ConfigMixin):
         # fp32: near t = 1 the difference is small and its divisor too
         return velocity_towards(predicted.float(), x_t.float(), times.t)
 
-    def _init_weights(self, init_gate: float, modulation_std: float, fan_in_init: bool) -> None:
+    def _init_weights(self, init_gate: float, modulation_std: float) -> None:
         """Spec of D-AR, 1.5: linear layers of blocks from a truncated normal, modulation and head zero."""
         if self.position is not None:
             nn.init.trunc_normal_(self.position, std=0.02)
         for block in cast("Iterable[FlowBlock]", self.blocks):
-            init_linear_layers(block, fan_in_init)
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
             _init_modulation(block.modulation, modulation_std)
             with torch.no_grad():
                 # shift, scale, gate of the attention, then of the feed-forward

@@ -55,8 +55,6 @@ class DiffusionTokenizerModel:
     """Numbers that each query reads off the shrunk image by a linear map; None starts all images alike (published)."""
     linear_query_side: int | None = None
     """Side of that shrunk image in pixels."""
-    fan_in_init: bool | None = None
-    """Linear layers start with a spread of 1 / sqrt(inputs), for narrow networks, instead of 0.02 (published)."""
     latent_norm: bool | None = None
     """Batch normalisation of the latents before they are brought to unit length."""
     quantized: bool | None = None
@@ -93,8 +91,6 @@ class FlowDecoderModel:
     """Initial size of the gates; 0 starts every block as the identity (published)."""
     modulation_std: float | None = None
     """Initial spread of the weights that turn time and tokens into modulation; 0 starts deaf to both (published)."""
-    fan_in_init: bool | None = None
-    """Linear layers start with a spread of 1 / sqrt(inputs), for narrow networks, instead of 0.02 (published)."""
 
 
 @dataclass(frozen=True, kw_only=True)
