@@ -19,12 +19,12 @@ PUBLISHED_SOURCE = "README of the published code and Gao and Shou 2025 (its own 
 # Beyond the published network: linear queries and a canvas, which let codes reach the pixels from the first step on;
 # without them the decoder of so short a training hardly listens to its codes (docs/dar.md has the comparison).
 _SMALL_TOKENIZER = DiffusionTokenizerRun(
-    num_steps=1200,
-    validate_every=300,
-    preview_every=600,
+    num_steps=960,
+    validate_every=240,
+    preview_every=480,
     batch_size=48,
     ema_decay=0.995,
-    continuous_steps=240,
+    continuous_steps=200,
     revive_every=50,
     optim=OptimConfig(
         learning_rate=1.5e-3,
@@ -83,7 +83,7 @@ _SMALL_TOKENIZER = DiffusionTokenizerRun(
 )
 
 DIFFUSION_TOKENIZER_PRESETS: dict[str, Preset[DiffusionTokenizerRun]] = {
-    "dar-small-32": Preset("D-AR at 32 px on a laptop: about twelve minutes on two cores", _SMALL_TOKENIZER, 1.59),
+    "dar-small-32": Preset("D-AR at 32 px on a laptop: about nine minutes on two cores", _SMALL_TOKENIZER, 1.59),
     "dar-small-64": Preset(
         "D-AR at 64 px on a laptop: about an hour on two cores",
         replace(
@@ -199,9 +199,9 @@ NEXT_TOKEN_PRIOR_PRESETS: dict[str, Preset[NextTokenPriorRun]] = {
     "dar-prior-small": Preset(
         "Llama over D-AR tokens on a laptop: three minutes on two cores",
         NextTokenPriorRun(
-            num_steps=800,
-            validate_every=160,
-            preview_every=400,
+            num_steps=720,
+            validate_every=144,
+            preview_every=360,
             batch_size=32,
             ema_decay=0.995,
             num_views=6,

@@ -24,7 +24,7 @@ from isthmus.functional.shapes import Images
 from isthmus.layers.attention import Attend, KeyValueCache
 from isthmus.layers.feed_forward import FeedForward
 from isthmus.layers.linear_queries import LinearQueries
-from isthmus.layers.norm import NORM_EPS, plain_norm
+from isthmus.layers.norm import NORM_EPS, SharedBatchNorm, plain_norm
 from isthmus.layers.rotary_attention import RotarySelfAttention, context_causal_attention, token_causal_attention
 
 Rows = Float[Tensor, "b l width"]
@@ -178,7 +178,7 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
         )
         self.encoder = nn.ModuleList(GatedBlock(width, head_width, init_gate) for _ in range(num_layers))
         self.to_code = nn.Linear(width, codebook_dim, bias=False)
-        self.latent_batch_norm = nn.BatchNorm1d(codebook_dim, affine=False) if latent_norm else None
+        self.latent_batch_norm = SharedBatchNorm(codebook_dim) if latent_norm else None
         self.codebook = nn.Embedding(codebook_size, codebook_dim) if quantized else None
         self.from_code = nn.Linear(codebook_dim, condition_width, bias=False)
         self.token_position = nn.Parameter(torch.empty(rows, condition_width))

@@ -45,7 +45,10 @@ def small():
 
 @pytest.fixture
 def published_config(monkeypatch):
-    """Makes a settings object whose class pickle knows as `config_util.Config`; the module is there while it saves."""
+    """Makes a settings object whose class pickle knows as `config_util.Config`; the module is there while it saves.
+
+    Not a mock: pickle writes the name of the module it finds a class in, and published files name this one.
+    """
     module = types.ModuleType("config_util")
     monkeypatch.setattr(Config, "__module__", "config_util")
     module.Config = Config
@@ -79,6 +82,7 @@ def test_settings_of_a_training_file_become_plain_values(small, published_config
 
 def test_the_real_classes_need_not_be_there(small, published_config, tmp_path, monkeypatch):
     path = saved(tmp_path / "tokenizer.pt", {"model": small, "config": published_config({"vq_dim": 8})})
+    # as on a reader's machine, which has no such module
     monkeypatch.delitem(sys.modules, "config_util")
     assert read_file(path).config == {"vq_dim": 8}
 

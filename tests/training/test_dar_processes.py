@@ -45,9 +45,10 @@ def train(run: AnyRun) -> Path:
 def runs(tmp_path_factory, images) -> Runs:
     folder = tmp_path_factory.mktemp("dar-processes")
     long = {"num_steps": 12, "save_every": 6, "preview_every": 12, "validate_every": 6}
-    # codebook start, usage, revival, uneven counts of tokens
+    # codebook start, usage, revival, uneven counts of tokens, statistics of the whole batch
     tokenizer = diffusion_tokenizer_run(images, folder / "one-tokenizer", revive_every=2, **long)
-    tokenizer = replace(tokenizer, loss=replace(tokenizer.loss, times="uniform"))
+    loss, model = replace(tokenizer.loss, times="uniform"), replace(tokenizer.model, latent_norm=True)
+    tokenizer = replace(tokenizer, loss=loss, model=model)
     # label dropout, every dropout of the Llama, a batch in two parts
     prior = next_token_prior_run(images, folder / "one-prior", folder / "one-tokenizer", accumulate=2, **long)
     one = {"tokenizer": tokenizer, "prior": prior}
