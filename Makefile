@@ -39,6 +39,8 @@ docs: $(DEV_READY)
 
 bench: $(DEV_READY)
 	$(BIN)/python benchmarks/next_scale.py
+	$(BIN)/python benchmarks/dar_prior.py --only products,small,middle,L,memory
+	$(BIN)/python benchmarks/dar_pixels.py
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -42,7 +42,7 @@ class PackedProduct:
         weight: as in `torch.nn.Linear`.
     """
 
-    SMALLEST = 2**20
+    SMALLEST = 2**18
     """Weights of a matrix below which `WholeProduct` is as fast."""
 
     def __init__(self, weight: Float[Tensor, "out in"]):
