@@ -124,7 +124,8 @@ def score_name(metric: str, space: str, num_images: int, input_size: int | None)
     """Name of a distance, after the features it was measured on.
 
     FID is one thing only: Frechet, on Inception features, of at least `FID_MIN_IMAGES` samples, with images resized to
-    299 px by the network's own rule. Everything else carries the name of its features.
+    299 px by the network's own rule. KID is the kernel distance on the same features, at any number (it has no bias).
+    Everything else carries the name of its features.
 
     Args:
         metric: "frechet" or "kernel".
@@ -144,4 +145,6 @@ def score_name(metric: str, space: str, num_images: int, input_size: int | None)
         raise UserError(f"metric must be frechet or kernel, got {metric!r}.")
     if metric == "frechet" and space == "inception-2048" and num_images >= FID_MIN_IMAGES and input_size == FID_SIZE_PX:
         return "FID"
+    if metric == "kernel" and space == "inception-2048" and input_size == FID_SIZE_PX:
+        return "KID"
     return f"{'FD' if metric == 'frechet' else 'KD'}-{space}"

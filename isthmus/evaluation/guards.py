@@ -54,8 +54,9 @@ def check_value_range(images: Iterable[UInt8[np.ndarray, "h w 3"] | Float[np.nda
     Raises:
         UserError: floats, or no value above 1 in all of them.
     """
-    number = 0
-    for number, image in enumerate(images, start=1):
+    looked_at = 0
+    for image in images:
+        looked_at += 1
         if image.dtype != np.uint8:
             raise UserError(
                 f"images must be 8-bit values in [0, 255], got {image.dtype} from {image.min():g} to {image.max():g}. "
@@ -63,9 +64,9 @@ def check_value_range(images: Iterable[UInt8[np.ndarray, "h w 3"] | Float[np.nda
             )
         if int(image.max()) > 1:
             return
-    if number:
+    if looked_at:
         raise UserError(
-            f"images must be 8-bit values in [0, 255], got none above 1 in {number} image(s). They were probably in "
+            f"images must be 8-bit values in [0, 255], got none above 1 in {looked_at} image(s). They were probably in "
             "[0, 1] when they were saved: multiply by 255 and save them again."
         )
 

@@ -3,8 +3,8 @@
 The weights are those of TensorFlow's inception-2015-12-05 graph, ported to PyTorch: the file
 ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's release v0.2.0, and the same bytes as
 ``pt_inception-2015-12-05-6726825d.pth`` of pytorch-fid. The file name carries the first eight hex digits of the
-SHA-256, which torch.hub checks on download. The other digits below stand in nine independent public repositories that
-record the file they used; we had no copy to hash ourselves.
+SHA-256, which torch.hub checks on download. The whole hash below is the one that several public repositories record for
+the file they used (one of them as the checksum of that very download); we had no copy to hash ourselves.
 """
 
 from pathlib import Path

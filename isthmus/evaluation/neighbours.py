@@ -34,7 +34,7 @@ class ManifoldScores:
     density: Float[np.ndarray, " n"]
     covered: Bool[np.ndarray, " m"]
 
-    def values(self) -> dict[str, Float[np.ndarray, "_"]]:
+    def values(self) -> dict[str, Float[np.ndarray, "..."]]:
         """The values behind precision, recall, density and coverage, by name."""
         return {
             "precision": self.realistic.astype(float),
