@@ -291,7 +291,7 @@ class NextScalePipeline(SavedPipeline):
             token_ids = self.encode(images)
         given = label_list(class_labels)
         labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
-        each = torch.tensor(labels * len(token_ids[0]) if len(labels) == 1 else labels)
+        each = torch.tensor(labels * len(token_ids[0]) if len(labels) == 1 else labels, dtype=torch.long)
         return log_likelihood(self.image_tokenizer, self.transformer, token_ids, each).cpu()
 
     def _scales(self, request: Request) -> Iterator[Scale]:

@@ -28,7 +28,6 @@ def test_two_flat_images_by_hand():
     torch.testing.assert_close(ssim(a, b), torch.tensor([(-0.1 + 4e-4) / (0.25 + 0.01 + 4e-4)]))
 
 
-@pytest.mark.parametrize("shapes", [((1, 3, 12, 12), (1, 3, 12, 13)), ((1, 3, 10, 12), (1, 3, 10, 12))])
-def test_sizes_that_do_not_fit_are_refused(shapes):
+def test_images_smaller_than_the_window_are_refused():
     with pytest.raises(UserError, match="at least 11 px"):
-        ssim(*(torch.zeros(shape) for shape in shapes))
+        ssim(torch.zeros(1, 3, 10, 12), torch.zeros(1, 3, 10, 12))
