@@ -116,7 +116,7 @@ def intra_class_diversity(features: Float[np.ndarray, "n d"], labels: Int[np.nda
 
 
 def inception_score(logits: Float[np.ndarray, "n v"], *, num_splits: int = 10) -> list[float]:
-    """The exponential of the mean KL divergence of p(class | image) from its mean, for each of `num_splits` parts in turn.
+    """The exponential of the mean KL divergence of p(class | image) from its mean, for each of `num_splits` parts.
 
     Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 4. Meant for the logits of
     Inception-v3, 1 (useless) to the number of classes; the published practice gives mean and deviation over 10 parts.
