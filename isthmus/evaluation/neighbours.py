@@ -112,7 +112,8 @@ def nearest_neighbours(
     if not len(references):
         raise UserError("nearest neighbours need at least one reference, got none. Pass the training features.")
     index = np.zeros(len(queries), dtype=np.int64)
-    for start, distances in _blocks(*_around(references, queries, references), block_size):
+    left, right = _around(references, queries, references)
+    for start, distances in _blocks(left, right, block_size):
         index[start : start + len(distances)] = distances.argmin(axis=1)
     # by differences: the products that found the neighbour put it a rounding error away
     difference = np.asarray(queries, np.float64) - np.asarray(references, np.float64)[index]

@@ -18,7 +18,7 @@ def test_the_kernel_distance_is_zero_on_average_where_distributions_are_equal():
 
 def test_the_standard_error_is_the_spread_between_experiments():
     found = [kernel_distance(normal(400, seed=2 * i), normal(400, seed=2 * i + 1, shift=0.5)) for i in range(30)]
-    claimed = np.mean([one.standard_error for one in found])
+    claimed = np.mean([one.standard_error or np.nan for one in found])
     # further cuts lower the noise, so the claim is on the safe side
     assert 0.8 < claimed / np.std([one.value for one in found]) < 2.5
 

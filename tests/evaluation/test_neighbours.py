@@ -81,7 +81,7 @@ def test_copies_count_as_memorised_and_new_images_do_not():
 def test_shares_of_nothing_are_refused(empty):
     arrays = {name: np.zeros((0 if name == empty else 2, 3)) for name in ("samples", "training", "held_out")}
     with pytest.raises(UserError, match="got (none|0 and 2|2 and 0)"):
-        memorised(**arrays)
+        memorised(arrays["samples"], arrays["training"], arrays["held_out"])
 
 
 def test_too_few_images_for_their_neighbours_are_refused():
