@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import IO, BinaryIO, Literal, cast
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -20,7 +20,7 @@ from isthmus.data.cache import write_whole
 from isthmus.errors import UserError
 
 _FAILURES = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
-_PIXELS_AT_ONCE = 2**22
+_VALUES_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class AdmImages:
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """Image after image, uint8. Raises UserError where the file ends too early."""
         size = math.prod(self.shape[1:])
-        at_once = max(1, _PIXELS_AT_ONCE // size)
+        at_once = max(1, _VALUES_AT_ONCE // size)
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
             _header(member)
             for start in range(0, len(self), at_once):
@@ -193,7 +193,7 @@ def write_statistics(path: Path, statistics: AdmStatistics) -> None:
     write_whole(path, lambda file: np.savez(file, **held))
 
 
-def _header(member: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(member: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether the order is Fortran's, and type: what stands before the numbers of an array."""
     file = cast(BinaryIO, member)
     version = np.lib.format.read_magic(file)

@@ -41,10 +41,17 @@ from isthmus.evaluation.protocol import (
     read_record,
     write_record,
 )
-from isthmus.evaluation.real_side import DataSplits, Reference, choose_reference, measure_real_side, open_splits
+from isthmus.evaluation.real_side import (
+    DataSplits,
+    RealSide,
+    Reference,
+    choose_reference,
+    measure_real_side,
+    open_splits,
+)
 from isthmus.evaluation.report import write_report
 from isthmus.evaluation.report_pictures import look_at_samples
-from isthmus.evaluation.scoring import nearest_training_images, score_samples
+from isthmus.evaluation.scoring import nearest_training_images, score_samples, statistics_space
 from isthmus.evaluation.usage import code_counts, usage_curves
 from isthmus.functional.guidance import Guidance
 from isthmus.pipelines.loading import choose_device, load_pipeline
@@ -103,7 +110,9 @@ def evaluate_model(
         names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
         splits = open_splits(data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names)
         chosen = choose_classes(pipeline, splits, num, balance)
+        size = (pipeline.image_size, pipeline.image_size)
         against = choose_reference(splits, reference, image_size=pipeline.image_size)
+        _check_fit(against, network, size)
 
         def prepared(folder: Path, guided: Mapping[str, Any]) -> ModelSamples:
             return model_samples(
@@ -118,13 +127,17 @@ def evaluate_model(
             for one in sweep
         }
         protocol = Protocol(
-            **_measured_with(network, against, num, (pipeline.image_size, pipeline.image_size)),
+            **_measured_with(network, against, num, size),
             balance=chosen.words,
             classes=splits.class_names,
         )
         subject = model_subject(model, main, steering, dtype)
         done = _finished_record(out, protocol, subject, sweep=list(others))
 
+        # before anything is drawn: the guards of the reference may refuse
+        real = None
+        if done is None and processes.is_first:
+            real = measure_real_side(against, splits, network, protocol.chunk_images)
         start = time.perf_counter()
         drawn = main.draw(network, batch_size=batch_size, processes=processes)
         for words, samples in others.items():
@@ -136,9 +149,10 @@ def evaluate_model(
         if npz:
             write_adm_images(out / "samples.npz", _images(main), num, main.classes.model_ids)
         if done is None:
+            assert real is not None, "the first process has measured them"
             facts = circumstances(pipeline.device, processes=processes.count)
             done = _score_model(
-                main, others, splits, against, network, protocol, subject, facts | {"seconds": seconds}, out
+                main, others, splits, against, real, network, protocol, subject, facts | {"seconds": seconds}, out
             )
             write_record(done, out)
         write_report(done, out)
@@ -177,10 +191,7 @@ def evaluate_images(
         raise UserError(f"a data set is brought to square images, the samples are {size}. Pass --reference instead.")
     splits = None if data is None else open_splits(data, image_size=size[0], classes=tuple(classes), wanted=())
     against = choose_reference(splits, reference, image_size=min(size))
-    if against.images is not None and against.images.size() != size:
-        raise UserError(
-            f"samples and reference must have one size, got {size} and {against.images.size()}. Resize one of them."
-        )
+    _check_fit(against, network, size)
     labels, names = _matched_labels(images, splits)
     protocol = Protocol(
         **_measured_with(network, against, len(images), size),
@@ -219,15 +230,15 @@ def _score_model(
     others: Mapping[str, ModelSamples],
     splits: DataSplits,
     against: Reference,
+    real: RealSide,
     network: FeatureNetwork,
     protocol: Protocol,
     subject: Subject,
     facts: dict[str, Any],
     out: Path,
 ) -> EvaluationRecord:
-    """Measure the real images once, then every set of samples against them, then the model on held-out images."""
+    """Every set of samples against the real images, then the model on held-out images."""
     num, start = len(main), time.perf_counter()
-    real = measure_real_side(against, splits, network, protocol.chunk_images)
     labels, names = (main.classes.labels if main.classes.names else None), main.classes.names
     found = main.store.features(num)
     scored = score_samples(found, labels, against, real, network, names)
@@ -255,6 +266,16 @@ def _score_model(
     )
 
 
+def _check_fit(against: Reference, network: FeatureNetwork, size: tuple[int, int]) -> None:
+    """Raise UserError where the reference has another image size than the samples, or statistics of other features."""
+    if against.images is None:
+        statistics_space(against, network)
+    elif against.images.size() != size:
+        raise UserError(
+            f"samples and reference must have one size, got {size} and {against.images.size()}. Resize one of them."
+        )
+
+
 def _measured_with(network: FeatureNetwork, against: Reference, num: int, size: tuple[int, int]) -> dict[str, Any]:
     return {
         "features": network.name,
@@ -277,9 +298,12 @@ def _finished_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: 
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
-    out.mkdir(parents=True, exist_ok=True)
     if not (out / RECORD).is_file():
-        foreign = [path.name for path in out.iterdir() if path.name not in ("samples", "sweep", "samples.npz")]
+        foreign = [
+            path.name
+            for path in (out.iterdir() if out.exists() else ())
+            if path.name not in ("samples", "sweep", "samples.npz")
+        ]
         if any(not name.startswith(".") and not name.endswith((".png", ".svg")) for name in foreign):
             raise UserError(
                 f"--out must be new, empty or the folder of an evaluation, got {out}. Choose another folder."

@@ -164,6 +164,7 @@ class EvaluationRecord:
 def write_record(record: EvaluationRecord, folder: Path) -> None:
     """Write evaluation.json, whole or not at all."""
     text = json.dumps(_finite(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECORD, lambda file: file.write(text.encode()))
 
 

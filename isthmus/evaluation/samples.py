@@ -96,7 +96,7 @@ class ChunkStore:
         arrays = {_FEATURES + space: rows for space, rows in samples.features.items()}
         arrays |= {"images": samples.images, "labels": samples.labels, "token_ids": samples.token_ids.astype(np.int32)}
         settings = np.array(_json(self.settings))
-        write_whole(self.path(chunk), lambda file: np.savez(file, settings=settings, **arrays))
+        write_whole(self.path(chunk), lambda file: np.savez(file, allow_pickle=False, settings=settings, **arrays))
 
     def read(self, num: int) -> Iterator[SampleChunk]:
         """Images 0..num - 1, chunk by chunk.

@@ -109,7 +109,12 @@ def nearest_training_images(samples: Features, real: RealSide, network: FeatureN
     return Neighbours(*nearest_neighbours(samples[next(iter(network.spaces))], real.training.rows))
 
 
-def _against_statistics(samples: Features, reference: Reference, network: FeatureNetwork) -> Score:
+def statistics_space(reference: Reference, network: FeatureNetwork) -> str:
+    """The feature space in which a file of statistics was made, as its width tells.
+
+    Raises:
+        UserError: it was made with other features.
+    """
     statistics = reference.statistics
     assert statistics is not None, "a reference is images or statistics"
     width = len(statistics.mean)
@@ -120,4 +125,10 @@ def _against_statistics(samples: Features, reference: Reference, network: Featur
             f"{' or '.join(map(str, network.spaces.values()))}. "
             "Pass --features inception:FILE for statistics of ADM's evaluator, or a reference of images."
         )
-    return statistics_score(samples[fitting], statistics, fitting, network)
+    return fitting
+
+
+def _against_statistics(samples: Features, reference: Reference, network: FeatureNetwork) -> Score:
+    assert reference.statistics is not None, "a reference is images or statistics"
+    space = statistics_space(reference, network)
+    return statistics_score(samples[space], reference.statistics, space, network)

@@ -29,7 +29,7 @@ def test_round_trip(tmp_path_factory, count, labelled, at_once):
     labels = np.arange(count) % 3 if labelled else None
     write_adm_images(path, iter(images), count, labels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adm_npz, "_PIXELS_AT_ONCE", at_once)
+        patch.setattr(adm_npz, "_VALUES_AT_ONCE", at_once)
         found = read_adm_images(path)
         assert np.array_equal(np.stack(list(found)), images) and len(found) == count
         assert np.array_equal(np.stack(list(found)), images), "a second reading starts again"
