@@ -149,4 +149,5 @@ def _share(right: Bool[np.ndarray, " n"]) -> float:
 
 
 def _double(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
+    # copied: torch takes no array that is read backwards or may not be written to
+    return torch.from_numpy(np.array(array, dtype=np.float64))

@@ -16,6 +16,8 @@ from torch import Tensor
 from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.weight_files import sha256_of
+from isthmus.pipelines.components import no_progress_bars
+from isthmus.pipelines.hub import model_folder
 
 # the image processor that DINOv2 was published with: shorter side, central square, and the statistics of ImageNet
 _RESIZED_PX, _CROP_PX = 256, 224
@@ -28,8 +30,8 @@ def dinov2_network(place: str, device: torch.device) -> FeatureNetwork:
     Raises:
         UserError: there is no DINOv2, or not all of its weights as safetensors.
     """
-    network, files = _load(place)
-    network = network.to(device)
+    folder = model_folder(place)
+    network = _load(folder).to(device)
     width, short_name = int(network.config.hidden_size), Path(place).name
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (_MEAN, _STD))
     space = f"dinov2-{short_name}-{width}"
@@ -46,7 +48,7 @@ def dinov2_network(place: str, device: torch.device) -> FeatureNetwork:
             f"shorter side to {_RESIZED_PX} px (bicubic, antialiased), central {_CROP_PX} px, v / 255 minus mean over "
             "deviation of ImageNet"
         ),
-        weights_sha256=_hash_of(files),
+        weights_sha256=_hash_of(sorted(folder.glob("*.safetensors"))),
         device=device,
         input_size=_CROP_PX,
     )
@@ -63,38 +65,40 @@ def _prepared(images_uint8: UInt8[Tensor, "b 3 h w"]) -> Tensor:
     return resized[:, :, top : top + _CROP_PX, left : left + _CROP_PX]
 
 
-def _load(place: str) -> tuple[Any, list[Path]]:
+def _load(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(place)
-        if config.model_type not in ("dinov2", "dinov2_with_registers"):
-            raise UserError(f"dinov2: needs a DINOv2, {place} is a {config.model_type}. Choose another folder.")
-        network, report = AutoModel.from_pretrained(
-            place, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # transformers' words for a folder without a usable config.json
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"dinov2: needs a folder (or a hub id that can be reached) with config.json and safetensors, got {place}: "
-            f"{first} Save the network again with transformers, or check the name."
-        ) from error
+        raise _unusable(folder, error) from error
+    if config.model_type not in ("dinov2", "dinov2_with_registers"):
+        raise UserError(f"dinov2: needs a DINOv2, {folder} is a {config.model_type}. Choose another folder.")
+    try:
+        with no_progress_bars():
+            network, report = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except OSError as error:
+        raise _unusable(folder, error) from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(f"the DINOv2 in {place} lacks {len(missing)} weights (first: {missing[:3]}). Copy it again.")
-    return network.requires_grad_(False).eval(), _weight_files(place)
+        raise UserError(f"the DINOv2 in {folder} lacks {len(missing)} weights (first: {missing[:3]}). Copy it again.")
+    return network.requires_grad_(False).eval()
 
 
-def _weight_files(place: str) -> list[Path]:
-    folder = Path(place)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        # the files were just read, so they lie in the cache
-        folder = Path(snapshot_download(place, allow_patterns="*.safetensors", local_files_only=True))
-    return sorted(folder.glob("*.safetensors"))
+def _unusable(folder: Path, error: Exception) -> UserError:
+    first = str(error).strip().splitlines()[0]
+    return UserError(
+        f"dinov2: needs a folder with config.json and safetensors, got {folder} ({first}). Save the network again with "
+        "transformers."
+    )
 
 
 def _hash_of(files: list[Path]) -> str:

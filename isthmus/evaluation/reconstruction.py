@@ -179,4 +179,4 @@ def reconstruction_report(
 
 def as_floats(images_uint8: Pictures) -> Images:
     """(b, h, w, 3) values 0..255 as (b, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(images_uint8).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return torch.tensor(images_uint8).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()

@@ -174,4 +174,7 @@ def frechet_distance(a: Gaussian | GaussianStatistics, b: Gaussian | GaussianSta
 
 
 def _double(array: np.ndarray | Tensor) -> Tensor:
-    return torch.as_tensor(array).to(device="cpu", dtype=torch.float64)
+    if isinstance(array, Tensor):
+        return array.to(device="cpu", dtype=torch.float64)
+    # copied: torch takes no array that is read backwards or may not be written to
+    return torch.from_numpy(np.array(array, dtype=np.float64))

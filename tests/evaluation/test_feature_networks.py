@@ -40,7 +40,7 @@ def test_dinov2_gives_the_class_token_of_the_published_preprocessing(dinov2):
     assert network.weights_sha256 == hashlib.sha256((dinov2 / "model.safetensors").read_bytes()).hexdigest()
     image = photo_crops("coffee", 1, side=60)[0][:, :48]
     # shorter side 48 -> 256, then the central 224 pixels, as Pillow resizes 8-bit pictures
-    resized = np.asarray(Image.fromarray(image).resize((256, 320), Image.Resampling.BICUBIC))
+    resized = np.array(Image.fromarray(image).resize((256, 320), Image.Resampling.BICUBIC))
     pixels = torch.from_numpy(resized[48:272, 16:240]).permute(2, 0, 1).float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():

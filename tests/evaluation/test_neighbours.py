@@ -89,8 +89,3 @@ def test_too_few_images_for_their_neighbours_are_refused():
         manifold_scores(normal(10, seed=0), normal(5, seed=1))
     with pytest.raises(UserError, match="more than 3"):
         neighbour_distances(normal(3, seed=0), k=3)
-
-
-def test_two_networks_do_not_mix():
-    with pytest.raises(UserError, match="one width"):
-        nearest_neighbours(np.zeros((2, 3)), np.zeros((2, 4)))
