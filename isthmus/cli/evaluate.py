@@ -80,9 +80,9 @@ def run(arguments: Sequence[str]) -> None:
     command = parse(Evaluate, arguments, prog="isthmus evaluate")
     options, sweep = command.options(), command.sweep()  # what cannot be read is refused before the slow imports
     # imported here: --help does without
-    from isthmus.evaluation.evaluate import evaluate_images, evaluate_model
-
     if command.samples is not None:
+        from isthmus.evaluation.evaluate_images import evaluate_images
+
         evaluate_images(
             command.samples,
             command.out,
@@ -93,6 +93,8 @@ def run(arguments: Sequence[str]) -> None:
             device=command.device,
         )
         return
+    from isthmus.evaluation.evaluate import evaluate_model
+
     assert command.model is not None and command.data is not None, "checked with the options"
     evaluate_model(
         command.model,

@@ -1,26 +1,22 @@
-"""`isthmus evaluate`, as a story: draw or read samples, measure the real images, score one against the other, write.
+"""`isthmus evaluate`, as a story: draw samples, measure the real images, score one against the other, write.
 
 Everything on disk is made once: samples in chunks, then evaluation.json, then the report. A second run with all of it
 there only writes the report again.
 """
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
-from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.circumstances import circumstances
+from isthmus.evaluation.evaluation_folder import finish, finished_record
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
-from isthmus.evaluation.features import extract_features
-from isthmus.evaluation.guards import check_value_range
 from isthmus.evaluation.held_out import held_out_scores
-from isthmus.evaluation.image_sets import ImageSet, Picture, open_images
+from isthmus.evaluation.image_sets import ImageSet, Picture
 from isthmus.evaluation.likelihood_scores import stage_lengths
 from isthmus.evaluation.model_samples import (
     Balance,
@@ -31,16 +27,7 @@ from isthmus.evaluation.model_samples import (
     model_subject,
 )
 from isthmus.evaluation.processes import launched_processes
-from isthmus.evaluation.protocol import (
-    RECORD,
-    Curve,
-    EvaluationRecord,
-    Protocol,
-    Score,
-    Subject,
-    read_record,
-    write_record,
-)
+from isthmus.evaluation.protocol import Curve, EvaluationRecord, Protocol, Subject, write_record
 from isthmus.evaluation.real_side import (
     DataSplits,
     RealSide,
@@ -49,14 +36,12 @@ from isthmus.evaluation.real_side import (
     measure_real_side,
     open_splits,
 )
-from isthmus.evaluation.report import write_report
+from isthmus.evaluation.reference_facts import check_fit, data_facts, measured_with
 from isthmus.evaluation.report_pictures import look_at_samples
-from isthmus.evaluation.scoring import nearest_training_images, score_samples, statistics_space
+from isthmus.evaluation.scoring import nearest_training_images, score_samples
 from isthmus.evaluation.usage import code_counts, usage_curves
 from isthmus.functional.guidance import Guidance
 from isthmus.pipelines.loading import choose_device, load_pipeline
-
-logger = logging.getLogger("isthmus")
 
 
 def evaluate_model(
@@ -112,7 +97,7 @@ def evaluate_model(
         chosen = choose_classes(pipeline, splits, num, balance)
         size = (pipeline.image_size, pipeline.image_size)
         against = choose_reference(splits, reference, image_size=pipeline.image_size)
-        _check_fit(against, network, size)
+        check_fit(against, network, size)
 
         def prepared(folder: Path, guided: Mapping[str, Any]) -> ModelSamples:
             return model_samples(
@@ -127,12 +112,12 @@ def evaluate_model(
             for one in sweep
         }
         protocol = Protocol(
-            **_measured_with(network, against, num, size),
+            **measured_with(network, against, num, size),
             balance=chosen.words,
             classes=splits.class_names,
         )
         subject = model_subject(model, main, steering, dtype)
-        done = _finished_record(out, protocol, subject, sweep=list(others))
+        done = finished_record(out, protocol, subject, sweep=list(others))
 
         # before anything is drawn: the guards of the reference may refuse
         real = None
@@ -155,74 +140,7 @@ def evaluate_model(
                 main, others, splits, against, real, network, protocol, subject, facts | {"seconds": seconds}, out
             )
             write_record(done, out)
-        write_report(done, out)
-        _say(done, out)
-
-
-def evaluate_images(
-    samples: Path,
-    out: Path,
-    *,
-    reference: Path | None = None,
-    data: str | None = None,
-    classes: Sequence[str] = (),
-    features: str = "lite0",
-    device: str = "auto",
-) -> None:
-    """Score anyone's images: an .npz file or a folder, against another or against a data set.
-
-    Args:
-        samples: as for `open_images`.
-        out: folder of evaluation.json and the report; new, or of the same images.
-        reference: images or statistics to measure against; None takes those of the data set.
-        data: data set whose training images judge classes and copies; None leaves both out.
-        classes: of the data; none are all.
-        features: as for `feature_network`.
-        device: where features are computed.
-
-    Raises:
-        UserError: an argument is not usable, a guard refuses, or `out` holds something else.
-    """
-    where = choose_device(device)
-    network = feature_network(features, device=where)
-    images = open_images(samples)
-    size = images.size()
-    if data is not None and size[0] != size[1]:
-        raise UserError(f"a data set is brought to square images, the samples are {size}. Pass --reference instead.")
-    splits = None if data is None else open_splits(data, image_size=size[0], classes=tuple(classes), wanted=())
-    against = choose_reference(splits, reference, image_size=min(size))
-    _check_fit(against, network, size)
-    labels, names = _matched_labels(images, splits)
-    protocol = Protocol(
-        **_measured_with(network, against, len(images), size),
-        balance="as in the samples",
-        classes=() if splits is None else splits.class_names,
-    )
-    subject = Subject(
-        name=str(samples), kind="images from elsewhere", fingerprint=images.fingerprint, sampling={}, steering={}
-    )
-    done = _finished_record(out, protocol, subject, sweep=[])
-    if done is None:
-        start = time.perf_counter()
-        check_value_range(images)
-        found = extract_features(network, images.shown("samples"))
-        real = measure_real_side(against, splits, network, protocol.chunk_images)
-        scored = score_samples(found, labels, against, real, network, names)
-        near = nearest_training_images(found, real, network)
-        warning = look_at_samples(images, labels, names, out, near, splits)
-        done = EvaluationRecord(
-            protocol=protocol,
-            subject=subject,
-            data={} if splits is None else _data(splits),
-            circumstances=circumstances(where, processes=1) | {"seconds": {"all": time.perf_counter() - start}},
-            warnings=(*scored.warnings, *([warning] if warning else [])),
-            scores=scored.scores,
-            class_scores=scored.by_class,
-            sweep={},
-        )
-        write_record(done, out)
-    write_report(done, out)
-    _say(done, out)
+        finish(done, out)
 
 
 def _score_model(
@@ -255,7 +173,7 @@ def _score_model(
     return EvaluationRecord(
         protocol=protocol,
         subject=subject,
-        data=_data(splits),
+        data=data_facts(splits),
         circumstances=facts,
         warnings=(*scored.warnings, *([warning] if warning else [])),
         scores=scored.scores,
@@ -264,90 +182,6 @@ def _score_model(
         curves=(*curves, *_usage(main)),
         sweep=sweep,
     )
-
-
-def _check_fit(against: Reference, network: FeatureNetwork, size: tuple[int, int]) -> None:
-    """Raise UserError where the reference has another image size than the samples, or statistics of other features."""
-    if against.images is None:
-        statistics_space(against, network)
-    elif against.images.size() != size:
-        raise UserError(
-            f"samples and reference must have one size, got {size} and {against.images.size()}. Resize one of them."
-        )
-
-
-def _measured_with(network: FeatureNetwork, against: Reference, num: int, size: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "features": network.name,
-        "features_sha256": network.weights_sha256,
-        "preprocessing": network.preprocessing,
-        "num_samples": num,
-        "chunk_images": against.images_per_measurement(num),
-        "image_size": f"{size[0]} x {size[1]}",
-        "reference": against.words,
-        "reference_images": 0 if against.images is None else len(against.images),
-        "reference_sha256": against.fingerprint,
-    }
-
-
-def _finished_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
-    """The record of an earlier run that asked for the same; None where there is something to do.
-
-    Raises:
-        UserError: `out` is a file, or holds the evaluation of something else, or other things.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
-    if not (out / RECORD).is_file():
-        foreign = [
-            path.name
-            for path in (out.iterdir() if out.exists() else ())
-            if path.name not in ("samples", "sweep", "samples.npz")
-        ]
-        if any(not name.startswith(".") and not name.endswith((".png", ".svg")) for name in foreign):
-            raise UserError(
-                f"--out must be new, empty or the folder of an evaluation, got {out}. Choose another folder."
-            )
-        return None
-    before = read_record(out)
-    if before.subject != subject:
-        raise UserError(
-            f"{out} holds the evaluation of {before.subject.name} with other weights or options. "
-            "Choose another --out; nothing is overwritten."
-        )
-    if before.protocol != protocol or list(before.sweep) != sweep:
-        logger.info("%s is scored again: it was measured in another way before", out)
-        return None
-    return before
-
-
-def _matched_labels(images: ImageSet, data: DataSplits | None) -> tuple[Int[np.ndarray, " n"] | None, tuple[str, ...]]:
-    """Classes of images from elsewhere in the order of the data set; None where they cannot be told."""
-    if data is None or images.labels is None or not data.class_names:
-        return None, ()
-    names = data.class_names
-    if images.class_names:
-        if not set(images.class_names) <= set(names):
-            logger.warning("%s has classes that %s has not; class scores are left out", images.name, data.spec)
-            return None, ()
-        return np.array([names.index(name) for name in images.class_names])[images.labels], names
-    if images.labels.min() < 0 or images.labels.max() >= len(names):
-        logger.warning("%s has labels beyond the classes of %s; class scores are left out", images.name, data.spec)
-        return None, ()
-    return images.labels, names
-
-
-def _data(splits: DataSplits) -> dict[str, Any]:
-    return {
-        "name": splits.spec,
-        "classes": list(splits.class_names),
-        "training images": splits.num_train,
-        "training images measured": len(splits.train),
-        "held-out images": len(splits.held_out),
-        "train fingerprint": splits.train.fingerprint,
-        "held-out fingerprint": splits.held_out.fingerprint,
-        "attribution": splits.attribution,
-    }
 
 
 def _images(samples: ModelSamples) -> Iterator[Picture]:
@@ -361,23 +195,3 @@ def _usage(samples: ModelSamples) -> list[Curve]:
         start=np.zeros((len(stages), size), np.int64),
     )
     return usage_curves(counts, list(stages), "tokens")
-
-
-def _say(record: EvaluationRecord, out: Path) -> None:
-    """The first scores, and where the others are."""
-    for warning in record.warnings:
-        logger.info("%s", warning)
-    for score in record.scores[:4]:
-        logger.info("%s", _line(score))
-    logger.info(
-        "N = %d, n = %d; all scores: %s", record.protocol.num_samples, record.protocol.chunk_images, out / "report.md"
-    )
-
-
-def _line(score: Score) -> str:
-    beside = [
-        f"{name} {value:.4g}"
-        for name, value in (("floor", score.floor), ("ceiling", score.ceiling))
-        if value is not None
-    ]
-    return f"{score.name}: {score.value:.4g}" + (f" ({', '.join(beside)})" if beside else "")

@@ -1,6 +1,5 @@
 """`isthmus evaluate` and `isthmus compare`: a tiny model on a folder of images, end to end."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from PIL import Image
 
 from isthmus.evaluation.adm_npz import read_adm_images
 from isthmus.evaluation.protocol import read_record
-from isthmus.evaluation.samples import ChunkStore
+from isthmus.evaluation.samples import read_chunk
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -52,8 +51,7 @@ def scores(folder):
 
 
 def hashes(folder):
-    settings = json.loads(str(np.load(folder / "samples" / "chunk_00000.npz")["settings"]))
-    return [digest for chunk in ChunkStore(folder / "samples", settings).read(NUM) for digest in chunk.hashes()]
+    return [digest for file in sorted((folder / "samples").iterdir()) for digest in read_chunk(file).hashes()]
 
 
 def same_scores(first, second):
@@ -70,7 +68,10 @@ def test_batch_size_and_processes_change_nothing(evaluate, isthmus, model, image
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["evaluate", str(model), "--data", f"folder:{images}", "--num", str(NUM), "--out", str(tmp_path / "c")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, "-m", "isthmus", *words], cwd=REPOSITORY, env=environment, check=True)
+    # after "--", or torchrun takes our --num for its --numa-binding
+    module = ["-m", "--", "tests.evaluation.small_chunks"]
+    subprocess.run([*launch, *module, *words], cwd=REPOSITORY, env=environment, check=True)
+    assert len(list((tmp_path / "c" / "samples").iterdir())) == 3
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b") == hashes(tmp_path / "c")
     same_scores(tmp_path / "a", tmp_path / "b")
     same_scores(tmp_path / "a", tmp_path / "c")
