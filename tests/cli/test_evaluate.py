@@ -110,7 +110,8 @@ def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, image
     assert (tmp_path / "a" / "report.md").is_file()
     assert (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns == before
     assert (tmp_path / "a" / "samples" / "chunk_00000.npz").stat().st_mtime_ns == samples
-    words = ("evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", tmp_path / "a")
+    # -q: the folder's own notice is no part of the refusal
+    words = ("-q", "evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", tmp_path / "a")
     assert "seed" in refused(*words, "--seed", 1)
     assert "sampling" in refused(*words, "--guidance", 1)
 
@@ -167,7 +168,7 @@ def test_what_misleads_is_refused(refused, model, images, tmp_path, words, said)
     places |= {"MODEL": model, "DATA": f"folder:{images}", "TRAIN": images / "train", "OUT": tmp_path / "out"}
     text = [str(places.get(word, word)) for word in words.split()]
     num = ("--num", 4) if "MODEL" in words and "--num" not in words and "--samples" not in words else ()
-    assert said in refused("evaluate", *text, *num)
+    assert said in refused("-q", "evaluate", *text, *num)
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
