@@ -21,6 +21,11 @@ COMMANDS = {
     "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
     "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
+    "evaluate": (
+        "isthmus.cli.evaluate:run",
+        "score a model's samples, or anyone's images, with everything that made it",
+    ),
+    "compare": ("isthmus.cli.compare:run", "one table of evaluations that were measured in the same way"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
     "export llama": ("isthmus.cli.export:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
-from isthmus.evaluation.features import Lite0Arrays, NearestClassMean, lite0_features, memorised_share
-from isthmus.models.efficientnet_lite import EfficientNetLite0
+from isthmus.evaluation.class_scores import NearestClassMean
+from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
+from isthmus.evaluation.features import extract_features, source_images
+from isthmus.evaluation.neighbours import memorised
+from isthmus.pictures import to_uint8
 from isthmus.pipelines.loading import AnyPipeline
 from isthmus.training.config import Run
 from isthmus.training.run import write_atomically
@@ -72,12 +74,10 @@ def draw_samples(pipeline: AnyPipeline, seed: int) -> tuple[torch.Tensor, np.nda
     return torch.cat(parts), np.array(labels)
 
 
-def features_of(images: "ImageSource | torch.Tensor", network: EfficientNetLite0) -> Lite0Arrays:
-    """Lite0 features of a split, as it is evaluated, or of drawn images."""
-    if isinstance(images, torch.Tensor):
-        return lite0_features(images, network=network)
-    views = EvaluationImages(images, IMAGE_SIZE_PX)
-    return lite0_features((torch.as_tensor(views[i]["image"]) for i in range(len(views))), network=network)
+def features_of(images: "ImageSource | torch.Tensor", network: FeatureNetwork) -> np.ndarray:
+    """Features (n, 192) of a split, as it is evaluated, or of drawn images in [-1, 1]."""
+    pictures = to_uint8(images) if isinstance(images, torch.Tensor) else source_images(images, IMAGE_SIZE_PX)
+    return extract_features(network, pictures)[next(iter(network.spaces))]
 
 
 @dataclass(frozen=True)
@@ -107,22 +107,22 @@ class ClassJudge:
 
     def __init__(self, train: ImageSource, held_out: ImageSource):
         self.names = list(train.class_names)
-        self.network = EfficientNetLite0()
+        self.network = feature_network("lite0")
         self.real, self.unseen = (features_of(images, self.network) for images in (train, held_out))
-        self.means = NearestClassMean.fit(self.real.pooled_192, train.labels)
-        self.ceiling = self.means.accuracy(self.unseen.pooled_192, held_out.labels)
+        self.means = NearestClassMean.fit(self.real, train.labels)
+        self.ceiling = self.means.accuracy(self.unseen, held_out.labels)
 
     def accuracy(self, images: torch.Tensor, labels: np.ndarray) -> float:
         """Share of images in [-1, 1] whose nearest class mean is their own class."""
-        return self.means.accuracy(features_of(images, self.network).pooled_192, labels)
+        return self.means.accuracy(features_of(images, self.network), labels)
 
     def scores(self, images: torch.Tensor, labels: np.ndarray) -> ClassScores:
         """Everything that is said of drawn images in [-1, 1]."""
-        drawn = features_of(images, self.network).pooled_192
+        drawn = features_of(images, self.network)
         found = self.means.predict(drawn)
         return ClassScores(
             class_accuracy=float((found == labels).mean()),
             class_accuracy_held_out=self.ceiling,
             accuracy_by_class={name: float((found[labels == i] == i).mean()) for i, name in enumerate(self.names)},
-            memorised=memorised_share(drawn, self.real.pooled_192, self.unseen.pooled_192),
+            memorised=float(memorised(drawn, self.real, self.unseen).mean()),
         )

@@ -4,19 +4,22 @@ Source of the method: Tian et al., "Visual Autoregressive Modeling"; Kumar et al
 Diffusion".
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from isthmus.errors import UserError
 from isthmus.functional.guidance import Guidance
 from isthmus.functional.quantization import Scale
-from isthmus.functional.shapes import Images, LatentMap
+from isthmus.functional.shapes import Images, LatentMap, TokenPyramid
 from isthmus.generation.next_scale import generate_scales, shared_schedule
+from isthmus.generation.next_scale_likelihood import log_likelihood
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
 from isthmus.generation.step import GenerationStep, Pictures
 
@@ -24,7 +27,17 @@ from isthmus.generation.step import GenerationStep, Pictures
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.pipelines.components import load_component
-from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
+from isthmus.pipelines.images import ImageInput, to_images
+from isthmus.pipelines.labels import resolve_labels
+from isthmus.pipelines.request import (
+    Generators,
+    Labels,
+    OutputType,
+    Request,
+    as_output,
+    check_output_type,
+    label_list,
+)
 from isthmus.pipelines.saved import SavedPipeline
 
 
@@ -173,6 +186,60 @@ class NextScalePipeline(SavedPipeline):
             for scale in self._scales(request)
         )
 
+    def encode(self, images: ImageInput) -> TokenPyramid:
+        """Tokens of images at every scale of this model, coarse to fine, on the CPU.
+
+        Raises:
+            UserError: the images are not usable, or not of the model's size.
+        """
+        pixels = to_images(images, self.image_size).to(self.device, self.image_tokenizer.dtype)
+        with torch.inference_mode():
+            token_ids = self.image_tokenizer.requantize(self.image_tokenizer.latents(pixels).float(), self.schedule)
+        # copied out of inference mode: tensors the caller may use anywhere
+        return [ids.cpu().clone() for ids in token_ids]
+
+    def decode(self, token_ids: TokenPyramid, *, output_type: OutputType = "pil") -> Pictures:
+        """Images from the tokens of all scales, or of the first few: then without what the finer ones add.
+
+        Raises:
+            UserError: the tokens are not those of the first scales, or name no codes.
+        """
+        check_output_type(output_type)
+        found, known = tuple(ids.shape[1] for ids in token_ids), self.schedule.lengths
+        if not found or found != known[: len(found)]:
+            raise UserError(f"token_ids must hold {known} tokens per scale, or the first few of these, got {found}.")
+        for ids in token_ids:
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.codebook_size:
+                raise UserError(f"token ids must be 0..{self.codebook_size - 1}, got others. Pass those of this model.")
+        with torch.inference_mode():
+            pyramid = [ids.to(self.device) for ids in token_ids]
+            features = self.image_tokenizer.features_up_to(pyramid, len(pyramid) - 1, self.schedule)
+        return self._pictures(features.clone(), output_type)
+
+    def log_prob(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
+
+        Raises:
+            UserError: images or labels are not usable, or both or neither of images and tokens are given.
+        """
+        return self._log_likelihood(images, class_labels, token_ids).sum(dim=1)
+
+    def bits_per_token(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+    ) -> Float[Tensor, "b l"]:
+        """Bits that every token costs, scale after scale; arguments as for `log_prob`."""
+        return -self._log_likelihood(images, class_labels, token_ids) / math.log(2)
+
     @property
     def codebook_size(self) -> int:
         """Number of codes a token is drawn from."""
@@ -213,6 +280,19 @@ class NextScalePipeline(SavedPipeline):
         draw = tokens * config["codebook_size"] * (5 * 4 + 2 * 8)
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
+
+    def _log_likelihood(
+        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenPyramid | None
+    ) -> Float[Tensor, "b l"]:
+        if (images is None) == (token_ids is None):
+            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
+        if token_ids is None:
+            assert images is not None
+            token_ids = self.encode(images)
+        given = label_list(class_labels)
+        labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        each = torch.tensor(labels * len(token_ids[0]) if len(labels) == 1 else labels, dtype=torch.long)
+        return log_likelihood(self.image_tokenizer, self.transformer, token_ids, each).cpu()
 
     def _scales(self, request: Request) -> Iterator[Scale]:
         labels = torch.tensor(request.class_labels, device=self.device)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from isthmus.errors import UserError
 from isthmus.functional.shapes import Images
 from isthmus.models.efficientnet_lite import EfficientNetLite0
+from isthmus.models.perceptual import unit_channels
 from isthmus.training.dar_config import DiffusionTokenizerLoss
-from isthmus.training.perceptual import unit_channels
 
 # places per side of a DINOv2 map, whatever the image: 224 px at the published patch of 14
 _DINO_GRID = 16

@@ -16,6 +16,7 @@ from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
+from isthmus.models.perceptual import perceptual_distance
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.dar_config import DiffusionTokenizerRun
@@ -34,7 +35,6 @@ from isthmus.training.flow_draws import raw_times, training_noise
 from isthmus.training.frozen_features import frozen_features
 from isthmus.training.images import first_images, image_batches, open_splits, stream_states
 from isthmus.training.optim import adamw, set_rates
-from isthmus.training.perceptual import perceptual_distance
 from isthmus.training.run import (
     FiniteGuard,
     Log,

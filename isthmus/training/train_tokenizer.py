@@ -15,6 +15,7 @@ from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.models.perceptual import perceptual_distance
 from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.codebook import initialize_codebook, revive_codes
 from isthmus.training.config import TokenizerRun
@@ -23,7 +24,6 @@ from isthmus.training.export import export_tokenizer, load_tokenizer
 from isthmus.training.images import first_images, image_batches, open_splits, stream_states
 from isthmus.training.measures import tokenizer_scores
 from isthmus.training.optim import adamw, set_rates
-from isthmus.training.perceptual import perceptual_distance
 from isthmus.training.previews import save_reconstructions
 from isthmus.training.run import (
     FiniteGuard,

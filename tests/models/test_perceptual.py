@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 
 from isthmus.errors import UserError
 from isthmus.models.efficientnet_lite import EfficientNetLite0
-from isthmus.training.perceptual import (
+from isthmus.models.perceptual import (
     Lite0Distance,
     LPIPSDistance,
     perceptual_distance,

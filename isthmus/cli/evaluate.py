@@ -1,0 +1,116 @@
+"""`isthmus evaluate`: scores of a model or of anyone's images, with everything that made them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from isthmus.cli.draw_options import DrawOptions
+from isthmus.cli.parsing import parse
+from isthmus.errors import UserError
+from isthmus.functional.guidance import Guidance
+from isthmus.generation.options import parse_guidance
+
+# what says how a model draws: nothing to images that exist
+_DRAWING = ("seed", "guidance", "top_k", "top_p", "temperature", "smooth", "steps", "solver", "batch_size", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(DrawOptions):
+    """Score MODEL on a data set, or --samples against --reference. Run again to go on; a finished one is not redone."""
+
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
+    """A pipeline folder or a hub id; nothing with --samples."""
+    out: Path
+    """Folder for samples, evaluation.json, report.md and report.html."""
+    data: str | None = None
+    """openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out part judges it."""
+    classes: tuple[str, ...] = ()
+    """Classes of the data; none are those of the model."""
+    num: int = 2000
+    """N, how many images are drawn."""
+    samples: Path | None = None
+    """Score these images instead of a model's: an .npz with arr_0, or a folder."""
+    reference: Path | None = None
+    """Measure against these: an .npz (arr_0, or mu and sigma) or a folder; None takes images of the data set."""
+    features: str = "lite0"
+    """lite0, inception:FILE_OF_WEIGHTS or dinov2:FOLDER_OR_HUB_ID."""
+    balance: Literal["uniform", "data"] = "uniform"
+    """Draw every class equally often, or as often as it is in the data."""
+    sweep_guidance: tuple[str, ...] = ()
+    """Guidances to draw and score beside, such as 1,1.5,2,3."""
+    npz: bool = False
+    """Also write samples.npz, which ADM's evaluator reads."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num < 2:
+            raise UserError(f"--num must be at least 2, got {self.num}.")
+        if (self.model is None) == (self.samples is None):
+            raise UserError("a model or --samples is scored, got both or neither. Pass one of them.")
+        if self.model is not None and self.data is None:
+            raise UserError("a model needs the data it is judged on, got no --data. For example --data openmoji.")
+        if self.samples is not None:
+            defaults = Evaluate.__dataclass_fields__
+            meant = (*_DRAWING, "num", "balance", "sweep_guidance", "npz")
+            given = [name for name in meant if getattr(self, name) != defaults[name].default]
+            if given:
+                option = "--" + given[0].replace("_", "-")
+                raise UserError(f"{option} says how a model draws, but --samples are drawn already. Leave it out.")
+            if self.data is None and self.reference is None:
+                raise UserError("--samples are measured against something, got no --reference and no --data. Pass one.")
+
+    def sweep(self) -> list[Guidance]:
+        """The guidances of the sweep.
+
+        Raises:
+            UserError: one cannot be read or is given twice.
+        """
+        found = [parse_guidance(text) for text in self.sweep_guidance]
+        twice = [text for i, text in enumerate(self.sweep_guidance) if found[i] in found[:i]]
+        if twice:
+            raise UserError(f"--sweep-guidance needs different values, got {twice[0]} twice.")
+        return found
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Score and report."""
+    command = parse(Evaluate, arguments, prog="isthmus evaluate")
+    options, sweep = command.options(), command.sweep()  # what cannot be read is refused before the slow imports
+    # imported here: --help does without
+    if command.samples is not None:
+        from isthmus.evaluation.evaluate_images import evaluate_images
+
+        evaluate_images(
+            command.samples,
+            command.out,
+            reference=command.reference,
+            data=command.data,
+            classes=command.classes,
+            features=command.features,
+            device=command.device,
+        )
+        return
+    from isthmus.evaluation.evaluate import evaluate_model
+
+    assert command.model is not None and command.data is not None, "checked with the options"
+    evaluate_model(
+        command.model,
+        command.out,
+        data=command.data,
+        classes=command.classes,
+        num=command.num,
+        seed=command.seed,
+        options=options,
+        steering=command.steering(),
+        features=command.features,
+        reference=command.reference,
+        balance=command.balance,
+        sweep=sweep,
+        npz=command.npz,
+        batch_size=command.batch_size,
+        device=command.device,
+        dtype=command.dtype,
+    )

@@ -1,0 +1,218 @@
+"""The `.npz` files of ADM's evaluator (Dhariwal and Nichol, 2021): images (arr_0, arr_1), or statistics of a reference.
+
+An image file holds arr_0 uint8 (N, H, W, 3) and, where there are labels, arr_1 (N,). A statistics file holds mu and
+sigma of pooled Inception features, and mu_s and sigma_s of spatial ones. Images are read and written one after the
+other: a file may be larger than memory.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO, Literal, cast
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from isthmus.data.cache import write_whole
+from isthmus.errors import UserError
+
+_FAILURES = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+_VALUES_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True)
+class AdmStatistics:
+    """Mean and covariance of a reference; the spatial ones where the file has them. They do not say how many images."""
+
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "d d"]
+    spatial_mean: Float[np.ndarray, " e"] | None = None
+    spatial_covariance: Float[np.ndarray, "e e"] | None = None
+
+
+@dataclass(frozen=True)
+class AdmImages:
+    """Images of a file, not yet read; iterate to read them, as often as you like.
+
+    Attributes:
+        path: the file.
+        shape: (N, H, W, 3).
+        labels: one per image, or None.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    labels: Int[np.ndarray, " n"] | None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Image after image, uint8. Raises UserError where the file ends too early."""
+        size = math.prod(self.shape[1:])
+        at_once = max(1, _VALUES_AT_ONCE // size)
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            _header(member)
+            for start in range(0, len(self), at_once):
+                count = min(at_once, len(self) - start)
+                try:
+                    data = member.read(count * size)
+                except _FAILURES as error:
+                    raise _unreadable(self.path, error) from error
+                if len(data) < count * size:
+                    raise UserError(
+                        f"{self.path} ends at image {start + len(data) // size} of {len(self)}. Copy it again."
+                    )
+                yield from np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
+
+
+def kind_of_npz(path: Path) -> Literal["images", "statistics"]:
+    """What an ADM file holds.
+
+    Raises:
+        UserError: neither, or the file cannot be read.
+    """
+    names = _names(path)
+    if "arr_0" in names:
+        return "images"
+    if {"mu", "sigma"} <= names:
+        return "statistics"
+    held = ", ".join(sorted(names)[:6]) or "nothing"
+    raise UserError(
+        f"{path} must hold arr_0 (images) or mu and sigma (statistics), got {held}. "
+        "Save images with np.savez(file, images)."
+    )
+
+
+def read_adm_images(path: Path) -> AdmImages:
+    """Shape and labels of an image file.
+
+    Raises:
+        UserError: arr_0 is not uint8 (N, H, W, 3) in C order, or arr_1 does not fit it.
+    """
+    if kind_of_npz(path) != "images":
+        raise UserError(f"{path} holds statistics, not images. Pass a file with arr_0.")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            shape, fortran, dtype = _header(member)
+        labels = None
+        if "arr_1" in _names(path):
+            with np.load(path, allow_pickle=False) as arrays:
+                labels = arrays["arr_1"]
+    except _FAILURES as error:
+        raise _unreadable(path, error) from error
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise UserError(
+            f"{path}: arr_0 must be uint8 of shape (N, H, W, 3), got {dtype} {shape}. "
+            "Scale to 0..255 and put the channels last."
+        )
+    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(
+            f"{path}: arr_1 must hold {shape[0]} integers, got {labels.dtype} {labels.shape}. One label per image."
+        )
+    sides = cast(tuple[int, int, int, int], shape)
+    return AdmImages(path, sides, None if labels is None else labels.astype(np.int64))
+
+
+def write_adm_images(
+    path: Path,
+    images: Iterable[UInt8[np.ndarray, "h w 3"]],
+    count: int,
+    labels: Int[np.ndarray, " n"] | None = None,
+) -> None:
+    """Write `count` images as they come, whole or not at all.
+
+    Raises:
+        UserError: there are more or fewer images, their sizes differ, or there is no image.
+    """
+    if labels is not None and len(labels) != count:
+        raise UserError(f"labels must be one per image ({count}), got {len(labels)}.")
+
+    def write(file: BinaryIO) -> None:
+        source, written, first = iter(images), 0, None
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                for image in source:
+                    if first is None:
+                        first = image.shape
+                        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first)}
+                        np.lib.format.write_array_header_1_0(cast(BinaryIO, member), header)
+                    if image.shape != first or image.dtype != np.uint8:
+                        raise UserError(f"images must be uint8 of one size {first}, got {image.dtype} {image.shape}.")
+                    member.write(np.ascontiguousarray(image).tobytes())
+                    written += 1
+            if written != count or first is None:
+                raise UserError(f"{path} was to hold {count} images, got {written}.")
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(cast(BinaryIO, member), labels.astype(np.int64), allow_pickle=False)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write)
+
+
+def read_statistics(path: Path) -> AdmStatistics:
+    """The statistics in a file, in float64.
+
+    Raises:
+        UserError: it holds none, or their shapes do not fit.
+    """
+    if not {"mu", "sigma"} <= _names(path):
+        raise UserError(f"{path} holds no mu and sigma. Pass a statistics file.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {
+                name: arrays[name].astype(np.float64)
+                for name in ("mu", "sigma", "mu_s", "sigma_s")
+                if name in arrays.files
+            }
+    except _FAILURES as error:
+        raise _unreadable(path, error) from error
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mean in found and (
+            found[mean].ndim != 1 or covariance not in found or found[covariance].shape != 2 * found[mean].shape
+        ):
+            shapes = {name: array.shape for name, array in found.items()}
+            raise UserError(f"{path}: {covariance} must be (d, d) where {mean} is (d,), got {shapes}. Make it again.")
+    return AdmStatistics(found["mu"], found["sigma"], found.get("mu_s"), found.get("sigma_s"))
+
+
+def write_statistics(path: Path, statistics: AdmStatistics) -> None:
+    """Write mu, sigma and, where there are any, mu_s and sigma_s, whole or not at all."""
+    arrays = {
+        "mu": statistics.mean,
+        "sigma": statistics.covariance,
+        "mu_s": statistics.spatial_mean,
+        "sigma_s": statistics.spatial_covariance,
+    }
+    held = {name: array for name, array in arrays.items() if array is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: np.savez(file, **held))
+
+
+def _header(member: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the order is Fortran's, and type: what stands before the numbers of an array."""
+    file = cast(BinaryIO, member)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _names(path: Path) -> set[str]:
+    if not path.is_file():
+        raise UserError(f"an .npz file is needed, got {path}, which is none. Check the path.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _FAILURES as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({' '.join(str(error).split())}). Save it with np.savez(file, images, labels)."
+    )

@@ -1,0 +1,197 @@
+"""`isthmus evaluate`, as a story: draw samples, measure the real images, score one against the other, write.
+
+Everything on disk is made once: samples in chunks, then evaluation.json, then the report. A second run with all of it
+there only writes the report again.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isthmus.evaluation.adm_npz import write_adm_images
+from isthmus.evaluation.circumstances import circumstances
+from isthmus.evaluation.evaluation_folder import finish, finished_record
+from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
+from isthmus.evaluation.held_out import held_out_scores
+from isthmus.evaluation.image_sets import ImageSet, Picture
+from isthmus.evaluation.likelihood_scores import stage_lengths
+from isthmus.evaluation.model_samples import (
+    Balance,
+    ModelSamples,
+    choose_classes,
+    guidance_words,
+    model_samples,
+    model_subject,
+)
+from isthmus.evaluation.processes import launched_processes
+from isthmus.evaluation.protocol import Curve, EvaluationRecord, Protocol, Subject, write_record
+from isthmus.evaluation.real_side import (
+    DataSplits,
+    RealSide,
+    Reference,
+    choose_reference,
+    measure_real_side,
+    open_splits,
+)
+from isthmus.evaluation.reference_facts import check_fit, data_facts, measured_with
+from isthmus.evaluation.report_pictures import look_at_samples
+from isthmus.evaluation.scoring import nearest_training_images, score_samples
+from isthmus.evaluation.usage import code_counts, usage_curves
+from isthmus.functional.guidance import Guidance
+from isthmus.pipelines.loading import choose_device, load_pipeline
+
+
+def evaluate_model(
+    model: str,
+    out: Path,
+    *,
+    data: str,
+    classes: Sequence[str] = (),
+    num: int,
+    seed: int = 0,
+    options: Mapping[str, Any],
+    steering: Mapping[str, Any],
+    features: str = "lite0",
+    reference: Path | None = None,
+    balance: Balance = "uniform",
+    sweep: Sequence[Guidance] = (),
+    npz: bool = False,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> None:
+    """Draw `num` images of a model, score them and the model's held-out figures, and write `out`.
+
+    Under torchrun the processes share the drawing; the first one scores and writes.
+
+    Args:
+        model: a pipeline folder or hub id.
+        out: folder of samples, evaluation.json and the report; new, or of an evaluation of the same model.
+        data: the data set, as for `open_source`: its held-out images, classes and training images.
+        classes: of the data; none are those of the model.
+        num: N, images in all.
+        seed: image i is drawn from (seed, i).
+        options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
+        steering: solver and steps of a D-AR model, where given.
+        features: as for `feature_network`.
+        reference: images or statistics to measure against; None takes those of the data set.
+        balance: every class equally often, or as often as in the data.
+        sweep: guidances that are drawn and scored beside.
+        npz: also write samples.npz for ADM's evaluator.
+        batch_size: images drawn at once; None estimates what fits. It changes no score.
+        device: see `load_pipeline`.
+        dtype: see `load_pipeline`.
+
+    Raises:
+        UserError: an argument is not usable, a guard refuses, or `out` holds something else.
+    """
+    with launched_processes() as processes:
+        # everything that can be refused is refused here, before anything is written
+        network = feature_network(features, device=choose_device(processes.device(device)))
+        pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
+        names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+        splits = open_splits(data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names)
+        chosen = choose_classes(pipeline, splits, num, balance)
+        size = (pipeline.image_size, pipeline.image_size)
+        against = choose_reference(splits, reference, image_size=pipeline.image_size)
+        check_fit(against, network, size)
+
+        def prepared(folder: Path, guided: Mapping[str, Any]) -> ModelSamples:
+            return model_samples(
+                pipeline, chosen, folder, network, seed=seed, options=guided, steering=steering, dtype=dtype
+            )
+
+        main = prepared(out / "samples", options)
+        others = {
+            guidance_words(one): prepared(
+                out / "sweep" / guidance_words(one).replace(":", "-"), {**options, "guidance_scale": one}
+            )
+            for one in sweep
+        }
+        protocol = Protocol(
+            **measured_with(network, against, num, size),
+            balance=chosen.words,
+            classes=splits.class_names,
+        )
+        subject = model_subject(model, main, steering, dtype)
+        done = finished_record(out, protocol, subject, sweep=list(others))
+
+        # before anything is drawn: the guards of the reference may refuse
+        real = None
+        if done is None and processes.is_first:
+            real = measure_real_side(against, splits, network, protocol.chunk_images)
+        start = time.perf_counter()
+        drawn = main.draw(network, batch_size=batch_size, processes=processes)
+        for words, samples in others.items():
+            samples.draw(network, batch_size=batch_size, processes=processes, title=f"guidance {words}")
+        processes.wait()
+        if not processes.is_first:
+            return
+        seconds = {"drawing": time.perf_counter() - start} if drawn else {}
+        if npz:
+            write_adm_images(out / "samples.npz", _images(main), num, main.classes.model_ids)
+        if done is None:
+            assert real is not None, "the first process has measured them"
+            facts = circumstances(pipeline.device, processes=processes.count)
+            done = _score_model(
+                main, others, splits, against, real, network, protocol, subject, facts | {"seconds": seconds}, out
+            )
+            write_record(done, out)
+        finish(done, out)
+
+
+def _score_model(
+    main: ModelSamples,
+    others: Mapping[str, ModelSamples],
+    splits: DataSplits,
+    against: Reference,
+    real: RealSide,
+    network: FeatureNetwork,
+    protocol: Protocol,
+    subject: Subject,
+    facts: dict[str, Any],
+    out: Path,
+) -> EvaluationRecord:
+    """Every set of samples against the real images, then the model on held-out images."""
+    num, start = len(main), time.perf_counter()
+    labels, names = (main.classes.labels if main.classes.names else None), main.classes.names
+    found = main.store.features(num)
+    scored = score_samples(found, labels, against, real, network, names)
+    sweep = {}
+    for words, samples in others.items():
+        sweep[words] = score_samples(samples.store.features(num), labels, against, real, network, names).scores
+    near = nearest_training_images(found, real, network)
+    images = ImageSet(str(main.store.folder), "", labels, names, num, lambda: _images(main))
+    warning = look_at_samples(images, labels, names, out, near, splits)
+    facts["seconds"]["scoring"] = time.perf_counter() - start
+    start = time.perf_counter()
+    held_out, curves = held_out_scores(main.pipeline, splits.held_out, network, main.classes.ids)
+    facts["seconds"]["held-out images"] = time.perf_counter() - start
+    return EvaluationRecord(
+        protocol=protocol,
+        subject=subject,
+        data=data_facts(splits),
+        circumstances=facts,
+        warnings=(*scored.warnings, *([warning] if warning else [])),
+        scores=scored.scores,
+        class_scores=scored.by_class,
+        held_out=tuple(held_out),
+        curves=(*curves, *_usage(main)),
+        sweep=sweep,
+    )
+
+
+def _images(samples: ModelSamples) -> Iterator[Picture]:
+    return (image for chunk in samples.store.read(len(samples)) for image in chunk.images)
+
+
+def _usage(samples: ModelSamples) -> list[Curve]:
+    stages, size = stage_lengths(samples.pipeline), samples.pipeline.codebook_size
+    counts = sum(
+        (code_counts(chunk.token_ids, list(stages.values()), size) for chunk in samples.store.read(len(samples))),
+        start=np.zeros((len(stages), size), np.int64),
+    )
+    return usage_curves(counts, list(stages), "tokens")

@@ -1,0 +1,241 @@
+"""Scores of generated images from features alone: pure functions, every distance beside its floor and its ceiling."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from isthmus.evaluation.class_scores import (
+    LinearProbe,
+    NearestClassMean,
+    accuracy_by_class,
+    inception_score,
+    intra_class_diversity,
+)
+from isthmus.evaluation.distances import frechet_over_chunks, kernel_distance
+from isthmus.evaluation.feature_networks import FeatureNetwork, score_name
+from isthmus.evaluation.guards import FEWEST_FOR_FRECHET
+from isthmus.evaluation.intervals import bootstrap_interval, spread
+from isthmus.evaluation.neighbours import manifold_scores, memorised
+from isthmus.evaluation.protocol import Score
+from isthmus.evaluation.statistics import Gaussian, frechet_distance
+from isthmus.functional.draws import SPLIT, stream
+
+Rows = Float[np.ndarray, "_ d"]
+Features = dict[str, Float[np.ndarray, "_ _"]]
+
+MEMORISED_QUANTILE = 0.01
+_FEWEST_FOR_MANIFOLD = 6  # the fifth neighbour of an image
+
+
+@dataclass(frozen=True, eq=False)
+class RealFeatures:
+    """Features by space of n real images each.
+
+    Attributes:
+        reference: what samples are measured against.
+        other: disjoint from it; its score is the floor.
+        ruined: `other`, of which mean colour and blur are left; its score is the ceiling.
+    """
+
+    reference: Features
+    other: Features
+    ruined: Features
+
+    def __len__(self) -> int:
+        return len(next(iter(self.reference.values())))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFeatures:
+    """Features in the headline space with their classes."""
+
+    rows: Rows
+    labels: Int[np.ndarray, " n"]
+
+
+def distance_scores(samples: Features, real: RealFeatures, network: FeatureNetwork) -> list[Score]:
+    """Frechet distances in every space and the kernel distance in the first; Inception score where there are logits.
+
+    Below `FEWEST_FOR_FRECHET` images the kernel distance comes first.
+    """
+    n, headline = len(real), next(iter(network.spaces))
+    frechet = [_frechet(space, samples[space], real, network) for space in network.spaces]
+    scores = [*frechet, _kernel(headline, samples[headline], real, network)]
+    if n < FEWEST_FOR_FRECHET:
+        scores = [scores[-1], *scores[:-1]]
+    if network.logits is not None:
+        scores.append(_inception(samples, real, network.logits))
+    return scores
+
+
+def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Rows) -> list[Score]:
+    """Precision, recall, density and coverage in the headline space, over disjoint chunks of the samples.
+
+    Empty where there are too few images for the neighbours that define them.
+    """
+    n = len(reference)
+    if n < _FEWEST_FOR_MANIFOLD:
+        return []
+    chunks = _chunks(len(samples), n)
+    found = [manifold_scores(samples[rows], reference).values() for rows in chunks]
+    floor, ceiling = (manifold_scores(rows, reference).values() for rows in (other, ruined))
+    scores = []
+    for name in ("precision", "recall", "density", "coverage"):
+        per_chunk = [float(chunk[name].mean()) for chunk in found]
+        # precision is a mean over samples; recall and coverage are means over the same real images in every chunk
+        over_samples = name in ("precision", "density")
+        values = np.concatenate([c[name] for c in found]) if over_samples else np.mean([c[name] for c in found], axis=0)
+        interval, over = bootstrap_interval(values), spread(per_chunk)
+        scores.append(
+            Score(
+                name=name,
+                value=over.mean,
+                better="higher",
+                images=n,
+                measurements=over.count,
+                deviation=over.standard_deviation,
+                low=interval.low,
+                high=interval.high,
+                floor=float(floor[name].mean()),
+                ceiling=float(ceiling[name].mean()),
+            )
+        )
+    return scores
+
+
+def statistics_score(samples: Rows, reference: Gaussian, space: str, network: FeatureNetwork) -> Score:
+    """The Frechet distance of all samples to the mean and covariance of a file: no floor and no ceiling is known."""
+    statistics = Gaussian.of(samples)
+    return Score(
+        name=score_name("frechet", space, len(samples), network.input_size),
+        value=frechet_distance(statistics, reference),
+        better="lower",
+        images=len(samples),
+        note="reference statistics from a file, which holds no images: floor and ceiling are unknown",
+    )
+
+
+def class_consistency(
+    samples: LabelledFeatures, training: LabelledFeatures, held_out: LabelledFeatures, names: Sequence[str]
+) -> tuple[list[Score], dict[str, dict[str, float]]]:
+    """Accuracy of two classifiers fitted on training images, and variety within classes; the same by class."""
+    scores, by_class = [], {name: {} for name in names}
+    for name, kind in (
+        ("class accuracy (nearest mean)", NearestClassMean),
+        ("class accuracy (linear probe)", LinearProbe),
+    ):
+        judge = kind.fit(training.rows, training.labels)
+        right, right_held_out = (_right(judge, one) for one in (samples, held_out))
+        interval = bootstrap_interval(right.astype(float))
+        scores.append(
+            Score(
+                name=name,
+                value=interval.mean,
+                better="higher",
+                images=len(right),
+                low=interval.low,
+                high=interval.high,
+                floor=float(right_held_out.mean()),
+                ceiling=1 / len(names),
+                note=f"floor: {len(right_held_out)} held-out images; ceiling: chance",
+            )
+        )
+        for label, share in accuracy_by_class(right, samples.labels).items():
+            by_class[names[label]][name] = share
+        for label, share in accuracy_by_class(right_held_out, held_out.labels).items():
+            by_class[names[label]][f"{name}, held-out images"] = share
+    ours, theirs = (intra_class_diversity(one.rows, one.labels) for one in (samples, training))
+    ratios = {label: ours[label] / theirs[label] for label in sorted(set(ours) & set(theirs)) if theirs[label] > 0}
+    for label, ratio in ratios.items():
+        by_class[names[label]]["variety within the class"] = ratio
+    if ratios:
+        scores.append(
+            Score(
+                name="variety within classes",
+                value=float(np.mean(list(ratios.values()))),
+                better="higher",
+                images=len(samples.rows),
+                floor=1.0,
+                ceiling=0.0,
+                note="mean distance of two samples of a class over that of two training images; ceiling: all alike",
+            )
+        )
+    return scores, by_class
+
+
+def memorisation(samples: Rows, training: Rows, held_out: Rows) -> Score:
+    """Share of samples nearer to a training image than 99 % of the held-out images are."""
+    near = memorised(samples, training, held_out, quantile=MEMORISED_QUANTILE)
+    interval = bootstrap_interval(near.astype(float))
+    return Score(
+        name="memorised share",
+        value=interval.mean,
+        better="lower",
+        images=len(near),
+        low=interval.low,
+        high=interval.high,
+        floor=MEMORISED_QUANTILE,
+        ceiling=1.0,
+        note="samples nearer to a training image than 99 % of the held-out images are; ceiling: copies",
+    )
+
+
+def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork) -> Score:
+    n, reference = len(real), Gaussian.of(real.reference[space])
+    over = frechet_over_chunks(rows, reference, chunk_size=n)
+    return Score(
+        name=score_name("frechet", space, n, network.input_size),
+        value=over.mean,
+        better="lower",
+        images=n,
+        measurements=over.count,
+        deviation=over.standard_deviation,
+        floor=frechet_distance(Gaussian.of(real.other[space]), reference),
+        ceiling=frechet_distance(Gaussian.of(real.ruined[space]), reference),
+    )
+
+
+def _kernel(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork) -> Score:
+    reference = real.reference[space]
+    found, floor, ceiling = (kernel_distance(one, reference) for one in (rows, real.other[space], real.ruined[space]))
+    return Score(
+        name=score_name("kernel", space, len(rows), network.input_size),
+        value=found.value,
+        better="lower",
+        images=found.subset_size,
+        measurements=found.num_subsets,
+        error=found.standard_error,
+        floor=floor.value,
+        ceiling=ceiling.value,
+        note="unbiased at any n, so it may be a little below 0; all samples are used",
+    )
+
+
+def _inception(samples: Features, real: RealFeatures, logits: str) -> Score:
+    parts = min(10, len(samples[logits]))
+    over = spread(inception_score(samples[logits], num_splits=parts))
+    floor, ceiling = (
+        spread(inception_score(one[logits], num_splits=min(parts, len(real)))).mean for one in (real.other, real.ruined)
+    )
+    return Score(
+        name="Inception score",
+        value=over.mean,
+        better="higher",
+        images=len(samples[logits]) // parts,
+        measurements=over.count,
+        deviation=over.standard_deviation,
+        floor=floor,
+        ceiling=ceiling,
+    )
+
+
+def _right(judge: NearestClassMean | LinearProbe, images: LabelledFeatures) -> Bool[np.ndarray, " n"]:
+    return judge.predict(images.rows) == images.labels
+
+
+def _chunks(total: int, size: int) -> list[Int[np.ndarray, " size"]]:
+    """Disjoint chunks of shuffled samples: a file sorted by class gives chunks of all classes."""
+    order = stream(0, SPLIT, 1).permutation(total)
+    return [order[start : start + size] for start in range(0, total - size + 1, size)]

@@ -1,0 +1,156 @@
+"""What makes a score mislead, said before it is printed.
+
+A guard raises `UserError` where no honest number can follow; otherwise it returns its warning, or None where all is
+well. Warnings go into the record and the report, beside the scores.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from isthmus.errors import UserError
+
+BUILT_IN_SENTENCE = (
+    "The set is small: the reference is its training and held-out images together, so a model that copies its training "
+    "images would score well. Read the share of memorised samples beside every distance."
+)
+"""What a report says of the built-in sets, whose reference holds the training images."""
+
+MOST_DUPLICATES = 0.5
+"""Above this share of exact duplicates a set of samples is refused."""
+
+FEWEST_FOR_FRECHET = 1000
+"""Below this many images the kernel distance and the class scores lead (issue 4)."""
+
+
+def check_enough_images(count: int, width: int, *, space: str) -> str | None:
+    """Too few images for a covariance of this width.
+
+    Raises:
+        UserError: fewer than two images.
+
+    >>> print(check_enough_images(100, 192, space="lite0-192"))
+    100 images give lite0-192 features a covariance of rank 99 of 192: ...
+    """
+    if count < 2:
+        raise UserError(f"a distance needs at least 2 images on both sides, got {count}. Draw more images.")
+    if count > width:
+        return None
+    return (
+        f"{count} images give {space} features a covariance of rank {count - 1} of {width}: the Frechet distance is "
+        "biased upward and compares only at exactly this number. Read the kernel distance, or use more than "
+        f"{width} images."
+    )
+
+
+def check_value_range(images: Iterable[UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w 3"]]) -> None:
+    """Images must be 8-bit values 0..255; those of a set that only reaches 1 were scaled by somebody.
+
+    Args:
+        images: the set, or its first few hundred images; it is read up to the first one that settles the matter.
+
+    Raises:
+        UserError: floats, or no value above 1 in all of them.
+    """
+    looked_at = 0
+    for image in images:
+        looked_at += 1
+        if image.dtype != np.uint8:
+            raise UserError(
+                f"images must be 8-bit values in [0, 255], got {image.dtype} from {image.min():g} to {image.max():g}. "
+                "Multiply values in [0, 1] by 255 and round, then save them as uint8."
+            )
+        if int(image.max()) > 1:
+            return
+    if looked_at:
+        raise UserError(
+            f"images must be 8-bit values in [0, 255], got none above 1 in {looked_at} image(s). They were probably in "
+            "[0, 1] when they were saved: multiply by 255 and save them again."
+        )
+
+
+def check_duplicates(digests: Sequence[str] | Sequence[bytes]) -> str | None:
+    """Samples that are equal to the last bit: all but the first of each kind count as duplicates.
+
+    Args:
+        digests: one per image, from `pixel_digest`.
+
+    Raises:
+        UserError: more than `MOST_DUPLICATES` of the images are duplicates.
+
+    >>> print(check_duplicates(["a", "b", "b", "c"]))
+    1 of 4 images (25 %) equals an earlier one to the last bit. ...
+    """
+    number = len(digests) - len(set(digests))
+    if not number:
+        return None
+    share = number / len(digests)
+    found = f"{number} of {len(digests)} images ({100 * share:.3g} %)"
+    if share > MOST_DUPLICATES:
+        raise UserError(
+            f"samples must differ, but {found} equal an earlier one to the last bit. Check the seeds (image i must be "
+            "drawn from its own), or the model, which may have collapsed."
+        )
+    verb = "equals" if number == 1 else "equal"
+    return f"{found} {verb} an earlier one to the last bit. Variety scores count them as they are."
+
+
+def pixel_digest(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    """SHA-256 (hex) of an image's size and values."""
+    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def check_reference(reference_digests: Iterable[str], training_digests: Iterable[str], *, built_in: bool) -> str | None:
+    """A reference that is the training set rewards copying.
+
+    Built-in sets are so small that their reference holds the training images; they get `BUILT_IN_SENTENCE`. Otherwise
+    a reference with some training images is a warning, and one made of nothing else an error.
+
+    Args:
+        reference_digests: `pixel_digest` of the reference images.
+        training_digests: `pixel_digest` of the training images at the same size.
+        built_in: whether the images came with the package.
+
+    Raises:
+        UserError: every reference image is a training image.
+    """
+    reference = list(reference_digests)
+    known = set(training_digests)
+    shared = sum(digest in known for digest in reference)
+    if built_in:
+        return BUILT_IN_SENTENCE
+    if reference and shared == len(reference):
+        raise UserError(
+            f"the reference must hold images that the model was not trained on, but all {shared} are training images: "
+            "copying them would score best. Pass held-out images as --reference."
+        )
+    if shared:
+        return f"{shared} of {len(reference)} reference images are training images, which favours copies of them."
+    return None
+
+
+def check_classes(labels: Int[np.ndarray, " n"]) -> str | None:
+    """A single class leaves nothing to tell apart: class scores are left out.
+
+    >>> print(check_classes(np.array([3, 3])))
+    All images are of one class: class consistency and per-class scores are left out.
+    """
+    if len(np.unique(labels)) > 1:
+        return None
+    return "All images are of one class: class consistency and per-class scores are left out."
+
+
+def check_small_set(count: int) -> str | None:
+    """Few images: which scores to read first.
+
+    >>> check_small_set(5000) is None
+    True
+    """
+    if count >= FEWEST_FOR_FRECHET:
+        return None
+    return (
+        f"n = {count} is below {FEWEST_FOR_FRECHET:,}: the kernel distance (unbiased at any n) and class consistency "
+        "lead, Frechet distances follow."
+    )

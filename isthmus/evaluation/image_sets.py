@@ -1,0 +1,214 @@
+"""Images to measure or to measure against, wherever they lie: read one after the other, at one size.
+
+A folder of samples (`isthmus sample`, `isthmus evaluate`), a folder of image files, an ADM `.npz`, or a data set.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from isthmus.data.augment import centre_view
+from isthmus.data.cache import sha256_of_file, sha256_of_parts
+from isthmus.data.folder import FolderSource
+from isthmus.data.source import ImageSource
+from isthmus.errors import UserError
+from isthmus.evaluation.adm_npz import read_adm_images
+from isthmus.evaluation.samples import read_chunk
+from isthmus.pictures import spread
+
+Picture = UInt8[np.ndarray, "h w 3"]
+_SAMPLES = "samples.json"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are read when they are iterated over, as often as you like.
+
+    Attributes:
+        name: what they are, in words.
+        fingerprint: SHA-256 (hex) of their contents.
+        labels: one class per image, or None.
+        class_names: by label; empty where classes have no names.
+        count: how many.
+        read: starts a reading.
+        at: image by number; None where only a whole reading is possible.
+    """
+
+    name: str
+    fingerprint: str
+    labels: Int[np.ndarray, " n"] | None
+    class_names: tuple[str, ...]
+    count: int
+    read: Callable[[], Iterator[Picture]]
+    at: Callable[[int], Picture] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Picture]:
+        return self.read()
+
+    def shown(self, title: str) -> Iterator[Picture]:
+        """A reading with a progress bar. Raises UserError where sizes differ."""
+        first = None
+        for image in tqdm(self, total=self.count, desc=title, unit="image", disable=None):
+            first = first or image.shape
+            if image.shape != first:
+                raise UserError(
+                    f"{self.name}: all images must have one size, got {first[:2]} and {image.shape[:2]}. Resize them."
+                )
+            yield image
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of the first image, in pixels."""
+        height, width, _ = next(iter(self)).shape
+        return height, width
+
+
+def real_images(source: ImageSource, image_size: int) -> ImageSet:
+    """A split of a data set as it is evaluated: shorter side resized, centre crop."""
+
+    def at(index: int) -> Picture:
+        return centre_view(source.load(index), image_size)
+
+    labels = source.labels if source.class_names else None
+    fingerprint = sha256_of_parts(source.fingerprint, image_size)
+    return ImageSet(
+        source.name,
+        fingerprint,
+        labels,
+        source.class_names,
+        len(source),
+        lambda: (at(index) for index in range(len(source))),
+        at,
+    )
+
+
+def some(images: ImageSet, limit: int) -> ImageSet:
+    """At most `limit` images of a set that can be asked for single ones, evenly spread over it."""
+    if len(images) <= limit:
+        return images
+    read = images.at
+    assert read is not None, "only sets of single images are thinned out"
+    chosen = np.array(spread(len(images), limit))
+
+    def at(index: int) -> Picture:
+        return read(int(chosen[index]))
+
+    return ImageSet(
+        f"{limit} of {images.name}",
+        sha256_of_parts(images.fingerprint, limit),
+        None if images.labels is None else images.labels[chosen],
+        images.class_names,
+        limit,
+        lambda: (at(index) for index in range(limit)),
+        at,
+    )
+
+
+def joined(sets: Sequence[ImageSet], name: str) -> ImageSet:
+    """Several sets of the same classes, one after the other."""
+    labels = [one.labels for one in sets]
+    known = [one for one in labels if one is not None]
+    return ImageSet(
+        name,
+        sha256_of_parts(*(one.fingerprint for one in sets)),
+        np.concatenate(known) if len(known) == len(sets) else None,
+        sets[0].class_names,
+        sum(len(one) for one in sets),
+        lambda: (image for one in sets for image in one),
+    )
+
+
+def open_images(path: Path, *, image_size: int | None = None) -> ImageSet:
+    """Images of an `.npz` file or of a folder.
+
+    Args:
+        path: an ADM file, the --out of `isthmus sample` or `isthmus evaluate`, or any folder of images (one folder per
+            class, or none).
+        image_size: side in pixels to which images of a folder are brought (shorter side, centre crop); None keeps
+            theirs.
+
+    Raises:
+        UserError: there are no images, or they cannot be read.
+    """
+    if path.is_file():
+        file = read_adm_images(path)
+        return ImageSet(path.name, sha256_of_file(path), file.labels, (), len(file), lambda: iter(file))
+    if not path.is_dir():
+        raise UserError(f"images lie in an .npz file or a folder, got {path}, which is neither. Check the path.")
+    inner = path / "samples"
+    if inner.is_dir() and any(inner.glob("chunk_*.npz")):
+        return _chunks(inner)
+    if any(path.glob("chunk_*.npz")):
+        return _chunks(path)
+    if (path / _SAMPLES).is_file():
+        return _sampled(path)
+    source = FolderSource(path, val_fraction=0.0)
+    if image_size is not None:
+        return real_images(source, image_size)
+    labels = source.labels if source.class_names else None
+    return ImageSet(
+        source.name,
+        source.fingerprint,
+        labels,
+        source.class_names,
+        len(source),
+        lambda: (source.load(index) for index in range(len(source))),
+        source.load,
+    )
+
+
+def _chunks(folder: Path) -> ImageSet:
+    files = sorted(folder.glob("chunk_*.npz"))
+    try:
+        labels = np.concatenate([_member(file, "labels") for file in files])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} holds a chunk that cannot be read ({error}). Finish the evaluation first."
+        ) from error
+    read: Callable[[], Iterator[Picture]] = lambda: (image for file in files for image in read_chunk(file).images)  # noqa: E731
+    return ImageSet(str(folder), sha256_of_parts(*map(sha256_of_file, files)), labels, (), len(labels), read)
+
+
+def _member(file: Path, name: str) -> np.ndarray:
+    with np.load(file, allow_pickle=False) as archive:
+        return archive[name]
+
+
+def _sampled(folder: Path) -> ImageSet:
+    """The images that samples.json lists: not the grid beside them."""
+    try:
+        rows: list[dict[str, Any]] = json.loads((folder / _SAMPLES).read_text(encoding="utf-8"))["images"]
+        files, labels = [folder / row["file"] for row in rows], np.array([int(row["class_id"]) for row in rows])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / _SAMPLES} cannot be read ({error}). Draw the samples again.") from error
+    if not files:
+        raise UserError(f"{folder} holds no finished samples. Run the `isthmus sample` that made it to its end.")
+
+    def at(index: int) -> Picture:
+        try:
+            with Image.open(files[index]) as image:
+                return np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise UserError(f"{files[index]} cannot be read ({error}). Draw the samples again.") from error
+
+    names = {int(row["class_id"]): str(row["label"]) for row in rows}
+    named = tuple(names[i] for i in range(len(names))) if set(names) == set(range(len(names))) else ()
+    fingerprint = _digest_of(at(i) for i in range(len(files)))
+    return ImageSet(str(folder), fingerprint, labels, named, len(files), lambda: (at(i) for i in range(len(files))), at)
+
+
+def _digest_of(images: Iterable[Picture]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+    return digest.hexdigest()

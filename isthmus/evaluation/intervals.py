@@ -1,0 +1,96 @@
+"""How sure a number is: an interval for a mean over images, a spread for anything measured several times.
+
+A distance between sets is never bootstrapped: drawing with replacement repeats images, which narrows the set and pushes
+a Frechet distance up. Distances are measured on disjoint chunks of the samples, or on several seeds, and spread there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from isthmus.errors import UserError
+
+# resampled means are computed so many values at a time
+_BLOCK_VALUES = 2**22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the interval that holds it with probability `level`.
+
+    Attributes:
+        mean: of the values.
+        low: lower end.
+        high: upper end.
+        level: in (0, 1).
+        count: number of values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    level: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing.
+
+    Attributes:
+        mean: of the measurements.
+        standard_deviation: between them (n - 1 in the denominator); None for a single one.
+        count: number of measurements.
+    """
+
+    mean: float
+    standard_deviation: float | None
+    count: int
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " n"], *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap (Efron 1979) of a mean over independent images, such as PSNR or an accuracy.
+
+    Raises:
+        UserError: no value, or `level` or `num_resamples` is out of range.
+
+    >>> bootstrap_interval(np.full(5, 2.0))
+    Interval(mean=2.0, low=2.0, high=2.0, level=0.95, count=5)
+    """
+    if not len(values):
+        raise UserError("an interval needs at least one value, got none. Pass one value per image.")
+    if not 0 < level < 1 or num_resamples < 1:
+        raise UserError(
+            f"level must lie in (0, 1) and num_resamples be at least 1, got {level} and {num_resamples}. "
+            "The usual ones are 0.95 and 1000."
+        )
+    values = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    rows = max(_BLOCK_VALUES // len(values), 1)
+    means = []
+    for start in range(0, num_resamples, rows):
+        chosen = generator.integers(len(values), size=(min(rows, num_resamples - start), len(values)))
+        means.append(values[chosen].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high), level, len(values))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation over chunks or seeds.
+
+    Raises:
+        UserError: no value.
+
+    >>> spread([1.0, 3.0])
+    Spread(mean=2.0, standard_deviation=1.4142135623730951, count=2)
+    >>> spread([4.0])
+    Spread(mean=4.0, standard_deviation=None, count=1)
+    """
+    if not len(values):
+        raise UserError("a spread needs at least one measurement, got none.")
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(float(np.mean(values)), deviation, len(values))

@@ -1,0 +1,52 @@
+"""The processes of a launcher such as torchrun: who am I, and wait for the others. One process needs nothing."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Process `rank` of `count`; the first one scores and writes."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process scores."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def device(self, asked: str) -> str:
+        """The device of this process: where "auto" or "cuda" is asked for, every process takes a GPU of its own."""
+        if self.count > 1 and asked in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        return asked
+
+
+@contextmanager
+def launched_processes() -> Iterator[Processes]:
+    """The processes that torchrun (or another launcher that sets WORLD_SIZE) started; one where there is none."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    ours = not distributed.is_initialized()
+    if ours:
+        # gloo on GPUs too: only barriers pass between them. Slow machines may wait for hours.
+        distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        if ours:
+            distributed.destroy_process_group()

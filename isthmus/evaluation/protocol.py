@@ -1,0 +1,260 @@
+"""evaluation.json: every score with everything that made it, and whether two evaluations may be compared.
+
+A record has three parts: the protocol (what was measured against what, which must agree), the subject (what was
+measured, which is free), and the circumstances (when, where, with which versions, which should not matter).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from isthmus.data.cache import write_whole
+from isthmus.errors import UserError
+
+RECORD = "evaluation.json"
+FORMAT = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number, how sure it is, and what it would be for real and for ruined images.
+
+    Attributes:
+        name: such as "FD-lite0-192"; it names the features.
+        value: the score.
+        better: "lower" or "higher"; "" where neither is.
+        images: images in one measurement; 0 where a score is of no images.
+        measurements: measurements (disjoint chunks, subsets) that `value` is the mean of.
+        deviation: standard deviation between measurements; None for a single one.
+        error: standard error of `value`, where the estimator has one.
+        low: lower end of a 95 % bootstrap interval; for means over images alone.
+        high: upper end.
+        floor: the same score of real images that are disjoint from the reference.
+        ceiling: the same score of real images of which only mean colour and blur are left.
+        note: what else to know.
+    """
+
+    name: str
+    value: float
+    better: Literal["lower", "higher", ""] = ""
+    images: int = 0
+    measurements: int = 1
+    deviation: float | None = None
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None
+    ceiling: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A score by scale, position, number of tokens or guidance.
+
+    Attributes:
+        name: what is measured, with its unit.
+        along: what the positions are.
+        positions: names, in order.
+        values: one per position.
+        note: what else to know.
+    """
+
+    name: str
+    along: str
+    positions: tuple[str, ...]
+    values: tuple[float, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What must agree before scores are compared.
+
+    Attributes:
+        features: name of the feature network.
+        features_sha256: of its weight file.
+        preprocessing: of its input, in words.
+        num_samples: N.
+        chunk_images: n; distances are means over disjoint chunks of n samples, against n reference images.
+        balance: how often each class is drawn, in words.
+        image_size: "height x width" in pixels.
+        classes: names, where there are any.
+        reference: what the reference is, in words.
+        reference_images: how many real images there were; 0 where a file of statistics does not say.
+        reference_sha256: of their contents.
+    """
+
+    features: str
+    features_sha256: str
+    preprocessing: str
+    num_samples: int
+    chunk_images: int
+    balance: str
+    image_size: str
+    classes: tuple[str, ...]
+    reference: str
+    reference_images: int
+    reference_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What was measured.
+
+    Attributes:
+        name: the model's folder or hub id, or the folder or file of images.
+        kind: what it is, in a few words.
+        fingerprint: SHA-256 of the model's configuration and weights, or of the images.
+        seed: image i was drawn from (seed, i); None for images from elsewhere.
+        sampling: guidance schedule, filters and temperature.
+        steering: solver and steps, where the model has them and they were given.
+        dtype: of the weights while drawing.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    seed: int | None = None
+    sampling: dict[str, Any]
+    steering: dict[str, Any]
+    dtype: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """Everything in evaluation.json.
+
+    Attributes:
+        protocol: what must agree.
+        subject: what was measured.
+        data: name, fingerprints and classes of the data set, where one was given.
+        circumstances: versions, date, hardware, seconds.
+        warnings: what makes a score mislead.
+        scores: of the samples; those to read first come first.
+        class_scores: class -> name of a score -> value.
+        held_out: reconstruction and likelihood of held-out images.
+        curves: scores by scale, position or number of tokens.
+        sweep: guidance -> scores, where a sweep was asked for.
+        format: of the file.
+    """
+
+    protocol: Protocol
+    subject: Subject
+    data: dict[str, Any]
+    circumstances: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    scores: tuple[Score, ...] = ()
+    class_scores: dict[str, dict[str, float]]
+    held_out: tuple[Score, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    sweep: dict[str, tuple[Score, ...]]
+    format: int = FORMAT
+
+    def score(self, name: str) -> Score | None:
+        """The score of that name, among those of samples and of held-out images."""
+        return next((score for score in self.scores + self.held_out if score.name == name), None)
+
+
+def write_record(record: EvaluationRecord, folder: Path) -> None:
+    """Write evaluation.json, whole or not at all."""
+    text = json.dumps(_finite(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RECORD, lambda file: file.write(text.encode()))
+
+
+def read_record(folder: Path) -> EvaluationRecord:
+    """The record of an evaluation folder.
+
+    Raises:
+        UserError: there is none, it cannot be read, or a newer version wrote it.
+    """
+    path = folder / RECORD if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {RECORD}. Pass the --out of a finished `isthmus evaluate`.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        written = int(values["format"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
+    if written > FORMAT:
+        raise UserError(f"{path} is of format {written}, this version reads {FORMAT}. Update Isthmus.")
+    try:
+        return EvaluationRecord(
+            protocol=_from(Protocol, values["protocol"]),
+            subject=_from(Subject, values["subject"]),
+            data=dict(values["data"]),
+            circumstances=dict(values["circumstances"]),
+            warnings=tuple(values["warnings"]),
+            scores=_scores(values["scores"]),
+            class_scores={name: dict(found) for name, found in values["class_scores"].items()},
+            held_out=_scores(values["held_out"]),
+            curves=tuple(_from(Curve, curve) for curve in values["curves"]),
+            sweep={guidance: _scores(found) for guidance, found in values["sweep"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
+
+
+_WORDS = {
+    "features": "feature network",
+    "features_sha256": "weights of the feature network",
+    "preprocessing": "preprocessing",
+    "num_samples": "number of samples N",
+    "chunk_images": "images per measurement n",
+    "balance": "balance of the classes",
+    "image_size": "image size",
+    "classes": "classes",
+    "reference_images": "number of reference images",
+    "reference_sha256": "reference images",
+}
+
+
+def same_protocol(a: EvaluationRecord, b: EvaluationRecord) -> list[str]:
+    """In what two evaluations may not be compared, in words; nothing where they may.
+
+    Model, seed, guidance and filters are free, and so are versions, date and hardware.
+    """
+    differences = []
+    for name, words in _WORDS.items():
+        ours, theirs = getattr(a.protocol, name), getattr(b.protocol, name)
+        if ours != theirs:
+            differences.append(f"{words}: {_shown(a, name, ours)} and {_shown(b, name, theirs)}")
+    return differences
+
+
+def _shown(record: EvaluationRecord, name: str, value: Any) -> str:
+    if name == "reference_sha256":
+        return f"{record.protocol.reference} ({value[:12]})"
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    return value[:12] if name.endswith("sha256") else str(value)
+
+
+def _scores(values: list[Mapping[str, Any]]) -> tuple[Score, ...]:
+    return tuple(_from(Score, score) for score in values)
+
+
+def _from(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from JSON: lists become tuples, null a number that was not finite."""
+    hints, given = get_type_hints(kind), {}
+    for field in fields(kind):  # pyright: ignore[reportArgumentType]  kind is a dataclass
+        value, hint = values[field.name], hints[field.name]
+        if hint is float and value is None:
+            value = math.nan
+        given[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**given)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,213 @@
+"""The real images of an evaluation, measured once: reference, its disjoint other half, training and held-out images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from isthmus.data.cache import sha256_of_file
+from isthmus.data.opening import BUILT_IN, open_source, parse_spec
+from isthmus.errors import UserError
+from isthmus.evaluation.adm_npz import kind_of_npz, read_statistics
+from isthmus.evaluation.degradations import ruined
+from isthmus.evaluation.feature_networks import FeatureNetwork
+from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.generation_scores import Features, LabelledFeatures, RealFeatures
+from isthmus.evaluation.guards import check_reference, check_value_range, pixel_digest
+from isthmus.evaluation.image_sets import ImageSet, Picture, joined, open_images, real_images, some
+from isthmus.evaluation.reference_halves import disjoint_halves, images_per_measurement
+from isthmus.evaluation.statistics import Gaussian
+
+TRAINING_LIMIT = 50_000
+"""Training images that are measured (class means, nearest neighbours); of larger sets evenly spread ones are taken."""
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The data set of a model, as it is evaluated.
+
+    Attributes:
+        spec: as in --data.
+        built_in: whether it comes with the package.
+        train: training images, at most `TRAINING_LIMIT` of them.
+        held_out: images nothing was trained on.
+        num_train: training images in all.
+        attribution: licence line.
+    """
+
+    spec: str
+    built_in: bool
+    train: ImageSet
+    held_out: ImageSet
+    num_train: int
+    attribution: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Empty where the data are unlabelled."""
+        return self.train.class_names
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are measured against: images, or a file of statistics.
+
+    Attributes:
+        words: what it is.
+        fingerprint: SHA-256 (hex) of its contents.
+        images: None for a file of statistics.
+        statistics: mean and covariance of such a file.
+        holds_training: whether it is training and held-out images of a built-in set together.
+    """
+
+    words: str
+    fingerprint: str
+    images: ImageSet | None
+    statistics: Gaussian | None = None
+    holds_training: bool = False
+
+    def images_per_measurement(self, num_samples: int) -> int:
+        """n; all samples where the reference is a file of statistics."""
+        return num_samples if self.images is None else images_per_measurement(num_samples, len(self.images))
+
+
+@dataclass(frozen=True, eq=False)
+class RealSide:
+    """Measured real images.
+
+    Attributes:
+        reference: features of the two halves; None where the reference is a file of statistics.
+        training: in the headline space; None without a data set.
+        held_out: the same.
+        warnings: of the guards.
+    """
+
+    reference: RealFeatures | None
+    training: LabelledFeatures | None
+    held_out: LabelledFeatures | None
+    warnings: tuple[str, ...]
+
+
+def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted: tuple[str, ...]) -> DataSplits:
+    """Both splits of a data set at `image_size` pixels.
+
+    Args:
+        spec: as for `open_source`.
+        image_size: side in pixels.
+        classes: those asked for, in this order; none are those of the model.
+        wanted: names of the model's classes, which the data set must have where `classes` names none.
+
+    Raises:
+        UserError: the data cannot be used, or do not have the model's classes.
+    """
+    kind, _ = parse_spec(spec)
+    chosen = classes or None
+    if chosen is None and wanted:
+        there = open_source(spec, image_size=image_size).class_names
+        absent = [name for name in wanted if name not in there]
+        if there and absent:
+            raise UserError(
+                f"the model draws {', '.join(wanted)}, but {spec} has no {absent[0]}. "
+                "Pass the data it was trained on, or name the classes both have with --classes."
+            )
+        chosen = wanted if there else None
+    train, held_out = (
+        open_source(spec, image_size=image_size, split=split, classes=chosen) for split in ("train", "val")
+    )
+    return DataSplits(
+        spec,
+        kind in BUILT_IN,
+        some(real_images(train, image_size), TRAINING_LIMIT),
+        real_images(held_out, image_size),
+        len(train),
+        train.attribution,
+    )
+
+
+def choose_reference(data: DataSplits | None, path: Path | None, *, image_size: int) -> Reference:
+    """The reference of an evaluation: the one given, else images of the data set.
+
+    Built-in sets are small, so theirs is training and held-out images together; of other data it is the held-out part.
+
+    Raises:
+        UserError: there is neither, or it cannot be read.
+    """
+    if path is not None:
+        if path.is_file() and kind_of_npz(path) == "statistics":
+            found = read_statistics(path)
+            statistics = Gaussian.from_covariance(found.mean, found.covariance)
+            return Reference(f"the statistics in {path.name}", sha256_of_file(path), None, statistics)
+        images = open_images(path, image_size=image_size)
+        return Reference(f"{len(images)} images of {images.name}", images.fingerprint, images)
+    if data is None:
+        raise UserError("samples need something to be measured against, got no --reference and no --data. Pass one.")
+    if data.built_in:
+        images = joined((data.train, data.held_out), data.spec)
+        words = f"{len(data.train)} training and {len(data.held_out)} held-out images of {data.spec}"
+        return Reference(words, images.fingerprint, images, holds_training=True)
+    words = f"{len(data.held_out)} held-out images of {data.spec}"
+    return Reference(words, data.held_out.fingerprint, data.held_out)
+
+
+def measure_real_side(reference: Reference, data: DataSplits | None, network: FeatureNetwork, n: int) -> RealSide:
+    """Features of all real images; `n` of the reference on each side of the comparison.
+
+    Raises:
+        UserError: the reference is the training set, or its images cannot be used.
+    """
+    headline = next(iter(network.spaces))
+    sets = {"train": _measured(data.train, network), "held_out": _measured(data.held_out, network)} if data else {}
+    real, digests = None, []
+    if reference.images is not None:
+        if reference.holds_training:
+            names = next(iter(sets.values())).features
+            features = {name: np.concatenate([part.features[name] for part in sets.values()]) for name in names}
+            digests = [digest for part in sets.values() for digest in part.digests]
+        elif data is not None and reference.images is data.held_out:
+            features, digests = sets["held_out"].features, sets["held_out"].digests
+        else:
+            measured = _measured(reference.images, network)
+            features, digests = measured.features, measured.digests
+        real = _halves(reference.images, features, network, n)
+    warning = None
+    if data is not None and digests:
+        warning = check_reference(digests, sets["train"].digests, built_in=reference.holds_training)
+    labelled = {name: LabelledFeatures(part.features[headline], _labels(part.images)) for name, part in sets.items()}
+    return RealSide(real, labelled.get("train"), labelled.get("held_out"), (warning,) if warning is not None else ())
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    images: ImageSet
+    features: Features
+    digests: list[str]
+
+
+def _measured(images: ImageSet, network: FeatureNetwork) -> _Measured:
+    """Features and digests, in one reading."""
+    digests: list[str] = []
+
+    def noted() -> Iterator[Picture]:
+        for image in images.shown("real images"):
+            digests.append(pixel_digest(image))
+            yield image
+
+    check_value_range(images)
+    return _Measured(images, extract_features(network, noted()), digests)
+
+
+def _labels(images: ImageSet) -> Int[np.ndarray, " n"]:
+    return np.zeros(len(images), np.int64) if images.labels is None else images.labels
+
+
+def _halves(images: ImageSet, features: Features, network: FeatureNetwork, n: int) -> RealFeatures:
+    first, second = disjoint_halves(_labels(images), n)
+    wanted = set(second.tolist())
+    other = (image for i, image in enumerate(images.shown("ruined images")) if i in wanted)
+    return RealFeatures(
+        {space: rows[first] for space, rows in features.items()},
+        {space: rows[second] for space, rows in features.items()},
+        extract_features(network, ruined(other)),
+    )

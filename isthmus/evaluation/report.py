@@ -1,0 +1,157 @@
+"""report.md and report.html of an evaluation: every number with what it takes to read it."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from isthmus.data.cache import write_whole
+from isthmus.evaluation.protocol import EvaluationRecord, Score
+from isthmus.evaluation.report_blocks import Block, Heading, Paragraph, Picture, Table, markdown, one_html_file
+from isthmus.evaluation.report_pictures import NEIGHBOURS, SAMPLES
+from isthmus.evaluation.report_plots import CURVES, SWEEP, draw_curves, draw_sweep
+
+logger = logging.getLogger("isthmus")
+
+HEAD = ("score", "value", "uncertainty", "floor", "ceiling", "images", "better", "note")
+
+
+def write_report(record: EvaluationRecord, out: Path) -> None:
+    """Write report.md and report.html from the record and the pictures in `out`; plots where there is matplotlib."""
+    try:
+        if record.curves:
+            draw_curves(record.curves, out / CURVES)
+        if record.sweep:
+            draw_sweep(record, out / SWEEP)
+    except ImportError:
+        logger.warning('The report has no plots: they need matplotlib. Run: pip install "isthmus[eval]"')
+    blocks = list(report_blocks(record, out))
+    text, page = markdown(blocks), one_html_file(blocks, title=f"Evaluation of {record.subject.name}")
+    write_whole(out / "report.md", lambda file: file.write(text.encode()))
+    write_whole(out / "report.html", lambda file: file.write(page.encode()))
+
+
+def report_blocks(record: EvaluationRecord, out: Path) -> Iterator[Block]:
+    """The report, block by block."""
+    protocol, subject = record.protocol, record.subject
+    yield Heading(f"Evaluation of {subject.name}", level=1)
+    yield Paragraph(_summary(record))
+    for warning in record.warnings:
+        yield Paragraph(warning, warning=True)
+    yield Heading("Scores")
+    yield Table(HEAD, [score_cells(score) for score in record.scores])
+    yield Paragraph(
+        f"Floor: real images that are disjoint from the reference. Ceiling: the same images, blurred until little more "
+        f"than their mean colour is left. Both are measured as the samples are: n = {protocol.chunk_images} images "
+        f"against n = {protocol.chunk_images} of the reference. A distance of the N = {protocol.num_samples} samples "
+        "is the mean over disjoint chunks of n, +- their standard deviation; brackets hold 95 % bootstrap intervals of "
+        "means. Numbers compare only where features, n, image size and reference are the same, which `isthmus compare` "
+        "checks."
+    )
+    yield from _pictures(out)
+    if record.class_scores:
+        columns = list(dict.fromkeys(name for found in record.class_scores.values() for name in found))
+        yield Heading("Classes")
+        yield Table(
+            ("class", *columns),
+            [(name, *(number(found.get(column)) for column in columns)) for name, found in record.class_scores.items()],
+        )
+    if record.held_out:
+        yield Heading("The model on held-out images")
+        yield Table(HEAD, [score_cells(score) for score in record.held_out])
+    if record.curves:
+        yield Heading("Step by step")
+        yield from _picture(out / CURVES, "Held-out images and samples, by step of the generation")
+        for curve in record.curves:
+            yield Table((curve.along, *curve.positions), [(curve.name, *map(number, curve.values))])
+            if curve.note:
+                yield Paragraph(curve.note)
+    if record.sweep:
+        yield Heading("Guidance")
+        yield from _picture(out / SWEEP, "Scores against guidance")
+        names = [score.name for score in next(iter(record.sweep.values()))]
+        rows = [(words, *(with_spread(score) for score in scores)) for words, scores in record.sweep.items()]
+        yield Table(("guidance", *names), rows)
+    yield Heading("Everything that made these numbers")
+    yield Table(("what", "value"), [(name, value) for name, value in _facts(record)])
+    if record.data.get("attribution"):
+        yield Paragraph(record.data["attribution"])
+
+
+def score_cells(score: Score) -> tuple[str, ...]:
+    """A row of the table of scores."""
+    images = str(score.images) if score.images else ""
+    if score.measurements > 1:
+        images = f"{score.measurements} x {images}"
+    cells = (number(score.value), _uncertainty(score), number(score.floor), number(score.ceiling))
+    return (score.name, *cells, images, score.better, score.note)
+
+
+def with_spread(score: Score) -> str:
+    """A value and its uncertainty in one cell."""
+    return f"{number(score.value)} {_uncertainty(score)}".strip()
+
+
+def number(value: float | None) -> str:
+    """Four digits; nothing for nothing."""
+    if value is None:
+        return ""
+    return f"{value:.4g}"
+
+
+def _uncertainty(score: Score) -> str:
+    if score.low is not None and score.high is not None:
+        return f"[{number(score.low)}, {number(score.high)}]"
+    if score.error is not None:
+        return f"+- {number(score.error)} (standard error)"
+    if score.deviation is not None:
+        return f"+- {number(score.deviation)}"
+    return ""
+
+
+def _summary(record: EvaluationRecord) -> str:
+    protocol, subject = record.protocol, record.subject
+    drawn = "" if subject.seed is None else f", drawn with seed {subject.seed} and guidance {_plain(subject.sampling)}"
+    return (
+        f"{subject.kind}. N = {protocol.num_samples} samples ({protocol.balance}){drawn}; n = {protocol.chunk_images} "
+        f"per measurement; features {protocol.features} at {protocol.image_size} px; reference: {protocol.reference}."
+    )
+
+
+def _plain(sampling: dict[str, Any]) -> str:
+    guidance = sampling.get("guidance_scale")
+    if isinstance(guidance, dict):
+        return f"{guidance['kind']} {guidance['start']:g} to {guidance['end']:g}"
+    return json.dumps(guidance)
+
+
+def _pictures(out: Path) -> Iterator[Block]:
+    yield from _picture(out / SAMPLES, "Samples; rows are classes, where there are any")
+    yield from _picture(
+        out / NEIGHBOURS,
+        "Samples over their nearest training images, with the distance in feature space: the nearest of all at the "
+        "left, then evenly spread to the farthest",
+    )
+
+
+def _picture(file: Path, caption: str) -> Iterator[Block]:
+    if file.is_file():
+        yield Picture(file, caption)
+
+
+def _facts(record: EvaluationRecord) -> Iterator[tuple[str, str]]:
+    for part in (record.subject, record.protocol):
+        for name, value in vars(part).items():
+            yield name.replace("_", " "), _text(value)
+    for group in (record.data, record.circumstances):
+        for name, value in group.items():
+            yield name, _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,134 @@
+"""All that is said of a set of samples, from their features: scores in the order to read them, warnings, neighbours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from isthmus.errors import UserError
+from isthmus.evaluation.feature_networks import FeatureNetwork
+from isthmus.evaluation.generation_scores import (
+    Features,
+    LabelledFeatures,
+    class_consistency,
+    distance_scores,
+    manifold_score_list,
+    memorisation,
+    statistics_score,
+)
+from isthmus.evaluation.guards import FEWEST_FOR_FRECHET, check_classes, check_enough_images, check_small_set
+from isthmus.evaluation.neighbours import nearest_neighbours
+from isthmus.evaluation.protocol import Score
+from isthmus.evaluation.real_side import RealSide, Reference
+
+
+@dataclass(frozen=True, eq=False)
+class SampleScores:
+    """What was found.
+
+    Attributes:
+        scores: those to read first come first.
+        by_class: class -> name -> value.
+        warnings: of the guards.
+    """
+
+    scores: tuple[Score, ...]
+    by_class: dict[str, dict[str, float]]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The nearest training image of every sample.
+
+    Attributes:
+        index: number of the training image.
+        distance: Euclidean, in the headline space.
+    """
+
+    index: Int[np.ndarray, " n"]
+    distance: Float[np.ndarray, " n"]
+
+
+def score_samples(
+    samples: Features,
+    labels: Int[np.ndarray, " n"] | None,
+    reference: Reference,
+    real: RealSide,
+    network: FeatureNetwork,
+    names: Sequence[str],
+) -> SampleScores:
+    """Distances, neighbourhoods, classes and copies.
+
+    Args:
+        samples: features by space.
+        labels: their classes, in the order of `names`; None where they have none.
+        reference: what they are measured against.
+        real: the same, measured.
+        network: whose features these are.
+        names: classes of the data set.
+
+    Raises:
+        UserError: a file of statistics was made with other features.
+    """
+    headline = next(iter(network.spaces))
+    rows = samples[headline]
+    warnings: list[str | None] = list(real.warnings)
+    if real.reference is None:
+        distances, neighbourhoods, n = [_against_statistics(samples, reference, network)], [], len(rows)
+        warnings += [check_enough_images(n, width, space=space) for space, width in network.spaces.items()][:1]
+    else:
+        n = len(real.reference)
+        warnings.append(check_small_set(n))
+        warnings += [check_enough_images(n, width, space=space) for space, width in network.spaces.items()]
+        distances = distance_scores(samples, real.reference, network)
+        halves = (real.reference.reference[headline], real.reference.other[headline], real.reference.ruined[headline])
+        neighbourhoods = manifold_score_list(rows, *halves)
+    classes, by_class = [], {}
+    if real.training is not None and real.held_out is not None and labels is not None and names:
+        warning = check_classes(labels)
+        warnings.append(warning)
+        if warning is None:
+            classes, by_class = class_consistency(LabelledFeatures(rows, labels), real.training, real.held_out, names)
+    copies = []
+    if real.training is not None and real.held_out is not None:
+        copies = [memorisation(rows, real.training.rows, real.held_out.rows)]
+    if n < FEWEST_FOR_FRECHET:
+        # the kernel distance, then class consistency, lead
+        scores = [*distances[:1], *classes[:1], *copies, *distances[1:], *classes[1:], *neighbourhoods]
+    else:
+        scores = [*distances, *classes, *copies, *neighbourhoods]
+    return SampleScores(tuple(scores), by_class, tuple(one for one in warnings if one is not None))
+
+
+def nearest_training_images(samples: Features, real: RealSide, network: FeatureNetwork) -> Neighbours | None:
+    """Of every sample in the headline space; None where there are no training images."""
+    if real.training is None:
+        return None
+    return Neighbours(*nearest_neighbours(samples[next(iter(network.spaces))], real.training.rows))
+
+
+def statistics_space(reference: Reference, network: FeatureNetwork) -> str:
+    """The feature space in which a file of statistics was made, as its width tells.
+
+    Raises:
+        UserError: it was made with other features.
+    """
+    statistics = reference.statistics
+    assert statistics is not None, "a reference is images or statistics"
+    width = len(statistics.mean)
+    fitting = next((space for space, own in network.spaces.items() if own == width), None)
+    if fitting is None:
+        raise UserError(
+            f"{reference.words} are {width} wide, the features {network.name} are "
+            f"{' or '.join(map(str, network.spaces.values()))}. "
+            "Pass --features inception:FILE for statistics of ADM's evaluator, or a reference of images."
+        )
+    return fitting
+
+
+def _against_statistics(samples: Features, reference: Reference, network: FeatureNetwork) -> Score:
+    assert reference.statistics is not None, "a reference is images or statistics"
+    space = statistics_space(reference, network)
+    return statistics_score(samples[space], reference.statistics, space, network)

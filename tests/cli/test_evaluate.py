@@ -1,0 +1,177 @@
+"""`isthmus evaluate` and `isthmus compare`: a tiny model on a folder of images, end to end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isthmus.evaluation.adm_npz import read_adm_images
+from isthmus.evaluation.protocol import read_record
+from isthmus.evaluation.samples import read_chunk
+from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny_dar import tiny_dar
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUM = 12
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """24 images of three classes, 8 px, with some held out."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("face", "flag", "hand")):
+        for part, count in (("train", 10), ("val", 6)):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (8, 8, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def evaluate(isthmus, model, images):
+    """Run `isthmus evaluate` on the tiny model."""
+
+    def run(out, *words, model=model):
+        result = isthmus("evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", out, *words)
+        assert result.code == 0, result.err
+        return result
+
+    return run
+
+
+def scores(folder):
+    record = read_record(folder)
+    return {score.name: score.value for score in record.scores + record.held_out}
+
+
+def hashes(folder):
+    return [digest for file in sorted((folder / "samples").iterdir()) for digest in read_chunk(file).hashes()]
+
+
+def same_scores(first, second):
+    ours, theirs = scores(first), scores(second)
+    assert set(ours) == set(theirs) and len(ours) > 10
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], rel=1e-3, abs=1e-3), name
+
+
+def test_batch_size_and_processes_change_nothing(evaluate, isthmus, model, images, tmp_path):
+    """Two processes under torchrun, one process, one image at a time: equal tokens, equal scores."""
+    evaluate(tmp_path / "a", "--batch-size", 1)
+    evaluate(tmp_path / "b", "--batch-size", 5)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["evaluate", str(model), "--data", f"folder:{images}", "--num", str(NUM), "--out", str(tmp_path / "c")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # after "--", or torchrun takes our --num for its --numa-binding
+    module = ["-m", "--", "tests.evaluation.small_chunks"]
+    subprocess.run([*launch, *module, *words], cwd=REPOSITORY, env=environment, check=True)
+    assert len(list((tmp_path / "c" / "samples").iterdir())) == 3
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b") == hashes(tmp_path / "c")
+    same_scores(tmp_path / "a", tmp_path / "b")
+    same_scores(tmp_path / "a", tmp_path / "c")
+    assert read_record(tmp_path / "c").circumstances["processes"] == 2
+    table = isthmus("compare", tmp_path / "a", tmp_path / "b", tmp_path / "c", "--out", tmp_path / "t.md")
+    assert table.code == 0 and "KD-lite0-192" in table.out and (tmp_path / "t.md").read_text() == table.out
+
+
+def test_samples_npz_scored_as_anyones_images_gives_the_same_numbers(evaluate, isthmus, refused, images, tmp_path):
+    evaluate(tmp_path / "a", "--npz", "--sweep-guidance", "1,3")
+    written = read_adm_images(tmp_path / "a" / "samples.npz")
+    assert len(written) == NUM and written.labels is not None and set(written.labels) == {0, 1, 2}
+    words = ("--data", f"folder:{images}", "--out", tmp_path / "b")
+    assert isthmus("evaluate", "--samples", tmp_path / "a" / "samples.npz", *words).code == 0
+    ours, theirs = scores(tmp_path / "a"), scores(tmp_path / "b")
+    assert theirs and all(ours[name] == pytest.approx(value, rel=1e-6) for name, value in theirs.items())
+    record = read_record(tmp_path / "a")
+    assert list(record.sweep) == ["1", "3"] and record.protocol.balance == "every class equally often"
+    assert record.protocol.reference == f"18 held-out images of folder:{images}"
+    assert record.subject.seed == 0 and record.subject.sampling["guidance_scale"] == 2.0
+    for name in ("report.md", "report.html", "samples.png", "neighbours.png", "curves.png", "sweep.png"):
+        assert (tmp_path / "a" / name).is_file(), name
+    assert "balance" in refused("compare", tmp_path / "a", tmp_path / "b")
+    # a file of the samples themselves, and images of a folder, as the reference
+    words = ("--samples", tmp_path / "a", "--reference", images / "val", "--out", tmp_path / "c")
+    assert isthmus("evaluate", *words).code == 0
+    assert "class" not in " ".join(scores(tmp_path / "c")), "no data set, no classes"
+
+
+def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, images, tmp_path):
+    evaluate(tmp_path / "a")
+    before = (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns
+    samples = (tmp_path / "a" / "samples" / "chunk_00000.npz").stat().st_mtime_ns
+    (tmp_path / "a" / "report.md").unlink()
+    evaluate(tmp_path / "a", "--batch-size", 2)
+    assert (tmp_path / "a" / "report.md").is_file()
+    assert (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns == before
+    assert (tmp_path / "a" / "samples" / "chunk_00000.npz").stat().st_mtime_ns == samples
+    # -q: the folder's own notice is no part of the refusal
+    words = ("-q", "evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", tmp_path / "a")
+    assert "seed" in refused(*words, "--seed", 1)
+    assert "sampling" in refused(*words, "--guidance", 1)
+
+
+def test_d_ar_and_unlabelled_models(evaluate, tmp_path):
+    tiny_dar().save_pretrained(tmp_path / "dar")
+    evaluate(tmp_path / "a", "--steps", 2, "--guidance", 1.5, "--balance", "data", model=tmp_path / "dar")
+    record = read_record(tmp_path / "a")
+    assert record.subject.steering == {"num_inference_steps": 2} and "as often as" in record.protocol.balance
+    assert {"bits per token", "PSNR, dB", "r-FD-lite0-192"} <= set(scores(tmp_path / "a"))
+    tiny_pipeline(num_classes=0).save_pretrained(tmp_path / "unlabelled")
+    evaluate(tmp_path / "b", model=tmp_path / "unlabelled")
+    assert not any("class" in name for name in scores(tmp_path / "b"))
+    assert "memorised share" in scores(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("MODEL --out OUT", "--data"),
+        ("--out OUT --data openmoji", "a model or --samples"),
+        ("MODEL --samples NPZ --out OUT", "a model or --samples"),
+        ("--samples NPZ --out OUT", "no --reference"),
+        ("--samples NPZ --reference NPZ --seed 1 --out OUT", "--seed"),
+        ("MODEL --data DATA --num 1 --out OUT", "--num"),
+        ("MODEL --data DATA --classes fcae --out OUT", "face"),
+        ("MODEL --data DATA --features vgg --out OUT", "lite0"),
+        ("MODEL --data DATA --features inception:none.pth --out OUT", "none.pth"),
+        ("MODEL --data DATA --solver euler --out OUT", "no solver"),
+        ("MODEL --data DATA --sweep-guidance 1,1.0 --out OUT", "twice"),
+        ("MODEL --data DATA --reference nowhere --out OUT", "nowhere"),
+        ("MODEL --data DATA --reference TRAIN --out OUT", "copying them would score best"),
+        ("MODEL --data DATA --reference STATS --out OUT", "2048"),
+        ("--samples FLOATS --reference NPZ --out OUT", "uint8"),
+        ("--samples ONES --reference NPZ --out OUT", "[0, 1]"),
+        ("--samples COPIES --reference NPZ --out OUT", "must differ"),
+        ("--samples LARGE --reference NPZ --out OUT", "one size"),
+    ],
+)
+def test_what_misleads_is_refused(refused, model, images, tmp_path, words, said):
+    rng = np.random.default_rng(0)
+    good = rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    files = {
+        "NPZ": good,
+        "FLOATS": good / 255,
+        "ONES": good // 128,
+        "COPIES": np.repeat(good[:1], 8, axis=0),
+        "LARGE": np.repeat(good, 2, axis=1),
+    }
+    for name, array in files.items():
+        np.savez(tmp_path / f"{name}.npz", array)
+    np.savez(tmp_path / "STATS.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    places = {name: tmp_path / f"{name}.npz" for name in (*files, "STATS")}
+    places |= {"MODEL": model, "DATA": f"folder:{images}", "TRAIN": images / "train", "OUT": tmp_path / "out"}
+    text = [str(places.get(word, word)) for word in words.split()]
+    num = ("--num", 4) if "MODEL" in words and "--num" not in words and "--samples" not in words else ()
+    assert said in refused("-q", "evaluate", *text, *num)
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_compare_needs_two_evaluations(refused, tmp_path):
+    assert "at least two" in refused("compare", tmp_path)
+    assert "holds no evaluation.json" in refused("compare", tmp_path, tmp_path)

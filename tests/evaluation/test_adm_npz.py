@@ -1,0 +1,109 @@
+"""ADM files: what is written is read, whatever the number of images, and a broken file is refused in words."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.errors import UserError
+from isthmus.evaluation import adm_npz
+from isthmus.evaluation.adm_npz import (
+    AdmStatistics,
+    kind_of_npz,
+    read_adm_images,
+    read_statistics,
+    write_adm_images,
+    write_statistics,
+)
+
+
+def pictures(count, height=4, width=5):
+    return np.random.default_rng(count).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+@given(count=st.integers(1, 40), labelled=st.booleans(), at_once=st.sampled_from([1, 64, 10**6]))
+def test_round_trip(tmp_path_factory, count, labelled, at_once):
+    path, images = tmp_path_factory.mktemp("npz") / "a.npz", pictures(count)
+    labels = np.arange(count) % 3 if labelled else None
+    write_adm_images(path, iter(images), count, labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adm_npz, "_VALUES_AT_ONCE", at_once)
+        found = read_adm_images(path)
+        assert np.array_equal(np.stack(list(found)), images) and len(found) == count
+        assert np.array_equal(np.stack(list(found)), images), "a second reading starts again"
+    assert kind_of_npz(path) == "images"
+    with np.load(path) as arrays:  # numpy reads the same
+        assert np.array_equal(arrays["arr_0"], images) and ("arr_1" in arrays) == labelled
+    assert (found.labels is None) if labels is None else np.array_equal(found.labels, labels)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_files_that_numpy_wrote(tmp_path, save):
+    images = pictures(7)
+    save(tmp_path / "a.npz", images, np.arange(7))
+    assert np.array_equal(np.stack(list(read_adm_images(tmp_path / "a.npz"))), images)
+
+
+def test_images_are_never_all_in_memory(tmp_path):
+    count, side = 400, 64
+    one = np.zeros((side, side, 3), dtype=np.uint8)
+    tracemalloc.start()
+    write_adm_images(tmp_path / "a.npz", (one for _ in range(count)), count)
+    for _ in read_adm_images(tmp_path / "a.npz"):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < count * one.nbytes and (tmp_path / "a.npz").stat().st_size > count * one.nbytes
+
+
+def test_statistics_round_trip(tmp_path):
+    rng = np.random.default_rng(0)
+    for spatial in ((None, None), (rng.normal(size=2), np.eye(2))):
+        given_ = AdmStatistics(rng.normal(size=3), np.eye(3), *spatial)
+        write_statistics(tmp_path / "s.npz", given_)
+        found = read_statistics(tmp_path / "s.npz")
+        for name, value in vars(given_).items():
+            assert np.array_equal(getattr(found, name), value), name
+    assert kind_of_npz(tmp_path / "s.npz") == "statistics"
+
+
+def test_too_few_images_leave_no_file(tmp_path):
+    for count in (2, 4):
+        with pytest.raises(UserError, match="3"):
+            write_adm_images(tmp_path / "a.npz", pictures(3), count)
+    with pytest.raises(UserError, match="one size"):
+        write_adm_images(tmp_path / "a.npz", [pictures(1)[0], pictures(1, 6)[0]], 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"arr_0": pictures(2).astype(np.float32)}, "uint8"),
+        ({"arr_0": pictures(2).transpose(0, 3, 1, 2)}, "channels last"),
+        ({"arr_0": np.asfortranarray(pictures(2))}, "uint8"),
+        ({"arr_0": pictures(2), "arr_1": np.arange(3)}, "arr_1"),
+        ({"arr_0": pictures(2), "arr_1": np.array([0.5, 1])}, "integers"),
+        ({"images": pictures(2)}, "arr_0"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "statistics"),
+    ],
+)
+def test_other_images_are_refused(tmp_path, arrays, said):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=said):
+        read_adm_images(tmp_path / "a.npz")
+
+
+def test_broken_files_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    write_adm_images(path, pictures(3), 3)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_adm_images(path)
+    with pytest.raises(UserError, match="which is none"):
+        read_adm_images(tmp_path / "b.npz")
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(2))
+    with pytest.raises(UserError, match="sigma must be"):
+        read_statistics(path)

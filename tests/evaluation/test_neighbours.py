@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+
+from isthmus.errors import UserError
+from isthmus.evaluation.neighbours import manifold_scores, memorised, nearest_neighbours, neighbour_distances
+
+
+def normal(count: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, 8)) + shift
+
+
+def means(samples: np.ndarray, real: np.ndarray, **options) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in manifold_scores(samples, real, **options).values().items()}
+
+
+def test_four_points_on_a_line_by_hand():
+    # k = 1: balls of radius 1 around 0 and 1, of radius 9 around 10
+    real, samples = np.array([[0.0], [1.0], [10.0]]), np.array([[0.5], [2.5], [20.0]])
+    found = manifold_scores(samples, real, precision_k=1, density_k=1)
+    assert found.realistic.tolist() == [True, True, False]
+    assert found.density.tolist() == [2.0, 1.0, 0.0]
+    assert found.covered.tolist() == [True, True, True]
+    # balls of the samples: radii 2, 2 and 17.5
+    assert found.recalled.tolist() == [True, True, True]
+
+
+def test_constructed_sets():
+    real = normal(200, seed=0)
+    assert means(real, real)["precision"] == means(real, real)["recall"] == means(real, real)["coverage"] == 1
+    far = means(normal(200, seed=1, shift=100.0), real)
+    assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+    one_mode = np.concatenate([real[:100], real[:100] + 1e-6])
+    two_modes = np.concatenate([real[:100], normal(100, seed=2, shift=100.0)])
+    collapsed = means(one_mode, two_modes)
+    assert collapsed["precision"] == 1 and collapsed["recall"] <= 0.5 and collapsed["coverage"] <= 0.5
+    assert means(normal(400, seed=3), normal(400, seed=4))["density"] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 1000])
+def test_blocks_and_order_change_nothing(block_size):
+    samples, real = normal(40, seed=0), normal(50, seed=1, shift=0.5)
+    expected = means(samples, real)
+    assert means(samples[::-1].copy(), real, block_size=block_size) == pytest.approx(expected)
+    assert means(samples, real[::-1].copy(), block_size=block_size) == pytest.approx(expected)
+
+
+def test_neighbour_distances_are_those_of_all_pairs():
+    rows = normal(20, seed=0, shift=1000.0)
+    every = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    np.testing.assert_allclose(neighbour_distances(rows, k=3), np.sort(every, axis=1)[:, 1:4], rtol=1e-6)
+    assert (neighbour_distances(np.repeat(rows, 2, axis=0), k=1) == 0).all()
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 100])
+def test_nearest_neighbours_in_blocks(block_size):
+    queries, references = normal(6, seed=0), normal(10, seed=1)
+    every = np.linalg.norm(queries[:, None] - references[None], axis=-1)
+    index, distance = nearest_neighbours(queries, references, block_size=block_size)
+    np.testing.assert_array_equal(index, every.argmin(axis=1))
+    np.testing.assert_allclose(distance, every.min(axis=1))
+    index, distance = nearest_neighbours(references[2:5], references, block_size=block_size)
+    assert index.tolist() == [2, 3, 4] and (distance == 0).all()
+
+
+def test_copies_are_at_distance_zero_in_single_precision_too():
+    references = (normal(50, seed=0) * 1e3 + 1e5).astype(np.float32)
+    index, distance = nearest_neighbours(references[10:20], references)
+    assert index.tolist() == list(range(10, 20)) and (distance == 0).all()
+
+
+def test_copies_count_as_memorised_and_new_images_do_not():
+    rng = np.random.default_rng(1)
+    training, held_out, fresh = (rng.normal(size=(200, 16)) for _ in range(3))
+    assert memorised(training[:50], training, held_out).all()
+    assert memorised(fresh, training, held_out).mean() < 0.05
+    half_copied = np.concatenate([training[:100] + 1e-3, fresh[:100]])
+    assert memorised(half_copied, training, held_out).mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("empty", ["samples", "training", "held_out"])
+def test_shares_of_nothing_are_refused(empty):
+    arrays = {name: np.zeros((0 if name == empty else 2, 3)) for name in ("samples", "training", "held_out")}
+    with pytest.raises(UserError, match="got (none|0 and 2|2 and 0)"):
+        memorised(arrays["samples"], arrays["training"], arrays["held_out"])
+
+
+def test_too_few_images_for_their_neighbours_are_refused():
+    with pytest.raises(UserError, match="5-th nearest"):
+        manifold_scores(normal(10, seed=0), normal(5, seed=1))
+    with pytest.raises(UserError, match="more than 3"):
+        neighbour_distances(normal(3, seed=0), k=3)

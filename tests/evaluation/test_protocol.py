@@ -1,0 +1,136 @@
+"""A record is read as it was written; only what was measured alike is compared."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from isthmus.errors import UserError
+from isthmus.evaluation.compare import compare
+from isthmus.evaluation.protocol import (
+    RECORD,
+    Curve,
+    EvaluationRecord,
+    Protocol,
+    Score,
+    Subject,
+    read_record,
+    same_protocol,
+    write_record,
+)
+from isthmus.evaluation.report import report_blocks, write_report
+from isthmus.evaluation.report_blocks import markdown
+
+SCORES = (
+    Score(
+        name="KD-lite0-192", value=0.25, better="lower", images=10, measurements=5, error=0.01, floor=0.0, ceiling=2.0
+    ),
+    Score(name="class accuracy", value=0.5, better="higher", images=20, low=0.4, high=0.6, note="a | b"),
+)
+
+
+def record(**changes) -> EvaluationRecord:
+    protocol = Protocol(
+        features="lite0",
+        features_sha256="a" * 64,
+        preprocessing="native size",
+        num_samples=20,
+        chunk_images=10,
+        balance="every class equally often",
+        image_size="8 x 8",
+        classes=("face", "flag"),
+        reference="20 images",
+        reference_images=20,
+        reference_sha256="b" * 64,
+    )
+    subject = Subject(
+        name="model", kind="SRDD", fingerprint="c" * 64, seed=3, sampling={"guidance_scale": [1.0, 2.0]}, steering={}
+    )
+    made = EvaluationRecord(
+        protocol=protocol,
+        subject=subject,
+        data={"name": "openmoji", "attribution": "CC0"},
+        circumstances={"date": "2026", "versions": {"torch": "2"}},
+        warnings=("few images",),
+        scores=SCORES,
+        class_scores={"face": {"accuracy": 0.5}, "flag": {}},
+        held_out=(Score(name="bits per token", value=math.inf),),
+        curves=(Curve(name="PSNR, dB", along="scale", positions=("1 x 1", "2 x 2"), values=(9.5, 12.0)),),
+        sweep={"1": SCORES, "2": SCORES},
+    )
+    inner = {name: value for name, value in changes.items() if name in vars(protocol)}
+    return replace(made, protocol=replace(protocol, **inner), **{k: v for k, v in changes.items() if k not in inner})
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    write_record(record(held_out=SCORES), tmp_path)
+    assert read_record(tmp_path) == read_record(tmp_path / RECORD) == record(held_out=SCORES)
+    write_record(record(), tmp_path)
+    assert math.isnan(read_record(tmp_path).held_out[0].value), "JSON has no infinity"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"features": "inception"}, "feature network"),
+        ({"features_sha256": "d" * 64}, "weights"),
+        ({"preprocessing": "299 px"}, "preprocessing"),
+        ({"num_samples": 40}, "number of samples N: 20 and 40"),
+        ({"chunk_images": 5}, "per measurement"),
+        ({"balance": "as in the data"}, "balance"),
+        ({"image_size": "16 x 16"}, "image size"),
+        ({"classes": ("face",)}, "classes: face, flag and face"),
+        ({"reference_sha256": "d" * 64}, "reference images"),
+    ],
+)
+def test_other_ways_of_measuring_are_refused_in_words(tmp_path, change, said):
+    assert any(said in difference for difference in same_protocol(record(), record(**change)))
+    for name, one in (("a", record()), ("b", record(**change))):
+        (tmp_path / name).mkdir()
+        write_record(one, tmp_path / name)
+    with pytest.raises(UserError, match="different ways") as error:
+        compare([tmp_path / "a", tmp_path / "b"])
+    assert said in str(error.value)
+
+
+def test_model_seed_and_guidance_are_free(tmp_path):
+    other = record(subject=replace(record().subject, seed=4, fingerprint="e" * 64, sampling={}), scores=SCORES[:1])
+    assert same_protocol(record(), other) == []
+    for name, one in (("a", record()), ("b", other)):
+        (tmp_path / name).mkdir()
+        write_record(one, tmp_path / name)
+    table = compare([tmp_path / "a", tmp_path / "b"])
+    assert "| KD-lite0-192 | lower | 0.25 +- 0.01 (standard error) | 0.25" in table and "N = 20" in table
+    assert "| class accuracy | higher | 0.5 [0.4, 0.6] |  |" in table, "what one of them has not is left empty"
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no"):
+        read_record(tmp_path)
+    for text in ("{", "[]", '{"format": 1}'):
+        (tmp_path / RECORD).write_text(text)
+        with pytest.raises(UserError, match="not the record"):
+            read_record(tmp_path)
+    write_record(record(), tmp_path)
+    values = json.loads((tmp_path / RECORD).read_text())
+    (tmp_path / RECORD).write_text(json.dumps(values | {"format": 2}))
+    with pytest.raises(UserError, match="Update"):
+        read_record(tmp_path)
+    with pytest.raises(UserError, match="at least two"):
+        compare([tmp_path])
+
+
+def test_every_score_is_reported_with_what_made_it(tmp_path):
+    text = markdown(list(report_blocks(record(), tmp_path)))
+    for needed in ("0.25", "+- 0.01", "[0.4, 0.6]", "N = 20", "n = 10", "lite0", "seed 3", "[1.0, 2.0]", "few images"):
+        assert needed in text, needed
+    assert "5 x 10" in text and "a \\| b" in text and "CC0" in text
+
+
+def test_reports_are_written_whole(tmp_path):
+    write_report(record(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page, "one file that needs nothing else"
+    assert "![Scores against guidance](sweep.png)" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob(".*partial"))
