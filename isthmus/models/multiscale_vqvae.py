@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.functional.pyramid import ScaleSchedule, area_downsample, default_phi_indices
+from isthmus.functional.pyramid import ScaleSchedule, area_downsample, bicubic_upsample, default_phi_indices
 from isthmus.functional.quantization import Scale, nearest_code, next_scale_input, residual_scales, tokens_to_map
 from isthmus.functional.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
 from isthmus.layers.convolution import (
@@ -276,6 +276,13 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
     def lookup(self, token_ids: ScaleTokens) -> FeatureMap:
         """Codes of one scale as a map (b, d, s, s), in fp32 whatever the precision of the weights."""
         return tokens_to_map(self.codebook(token_ids).float())
+
+    def add_codes(
+        self, features: LatentMap, codes: FeatureMap, scale: int, schedule: ScaleSchedule | None = None
+    ) -> LatentMap:
+        """One turn of the residual loop: features plus phi_k of the codes (b, d, s, s) of scale k, upsampled."""
+        schedule = schedule or self.schedule
+        return features + self._phi(schedule.phi_indices[scale], bicubic_upsample(codes, schedule.grid))
 
     def residual_scales(
         self,
