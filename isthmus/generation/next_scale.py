@@ -195,7 +195,7 @@ class ScaleSampler:
         token_ids = draw_tokens(logits, uniforms.to(logits.device))
         if not options.smooth:
             return ScaleDraw(token_ids, self._tokenizer.lookup(token_ids), logits)
-        ratio = scale / (self.schedule.num_scales - 1) if self.schedule.num_scales > 1 else 1.0
+        ratio = _position(self.schedule.sizes[scale], self._tokenizer.schedule.sizes)
         gumbels = token_gumbels(self.image_seeds, scale, length, self._codebook.shape[0], round_index=round_index)
         mixed = smooth_weights(logits, gumbels, ratio) @ self._codebook.float()
         return ScaleDraw(token_ids, tokens_to_map(mixed.to(self._codebook.dtype)), logits)
@@ -209,6 +209,11 @@ class ScaleSampler:
         """Forget the keys and values of `scale` and of all after it; nothing to do without a cache."""
         if self._cache is not None:
             self._cache.truncate(self.schedule.offsets[scale])
+
+
+def _position(side: int, parent_sizes: Sequence[int]) -> float:
+    """Where a side lies among the parent's scales, in [0, 1]: a shortened schedule is smoothed as the full one is."""
+    return parent_sizes.index(side) / (len(parent_sizes) - 1) if len(parent_sizes) > 1 else 1.0
 
 
 def _condition_once(

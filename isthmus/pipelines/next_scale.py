@@ -24,8 +24,8 @@ from isthmus.generation.step import GenerationStep, Pictures
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.pipelines.components import load_component
+from isthmus.pipelines.next_scale_likelihood import NextScaleLikelihood
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
-from isthmus.pipelines.saved import SavedPipeline
 
 
 @dataclass
@@ -45,7 +45,7 @@ class NextScalePipelineOutput:
     seeds: list[tuple[int, int]]
 
 
-class NextScalePipeline(SavedPipeline):
+class NextScalePipeline(NextScaleLikelihood):
     """An image tokenizer and a next-scale transformer that draw images together.
 
     Args:
