@@ -284,6 +284,12 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
         schedule = schedule or self.schedule
         return features + self._phi(schedule.phi_indices[scale], bicubic_upsample(codes, schedule.grid))
 
+    def nearest_tokens(self, residual: LatentMap, size: int) -> ScaleTokens:
+        """Nearest codes of what a scale of this side has left to say: latents minus the features so far."""
+        rows = area_downsample(residual, size).permute(0, 2, 3, 1).flatten(0, 2)
+        found = nearest_code(rows, self.codebook.weight, normalize=self.config["normalize_codes"])
+        return found.view(residual.shape[0], -1)
+
     def residual_scales(
         self,
         choose: Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]],
@@ -340,10 +346,7 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
 
         def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
             # detached: the search has no gradient, and the distance matrices stay out of the graph
-            residual = area_downsample(latents.detach().float() - features.detach(), sizes[scale])
-            rows = residual.permute(0, 2, 3, 1).flatten(0, 2)
-            found = nearest_code(rows, self.codebook.weight, normalize=self.config["normalize_codes"])
-            token_ids = found.view(latents.shape[0], -1)
+            token_ids = self.nearest_tokens(latents.detach().float() - features.detach(), sizes[scale])
             return token_ids, self.lookup(token_ids)
 
         return choose
