@@ -5,13 +5,10 @@ Diffusion".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from jaxtyping import Int
-from torch import Tensor
 
 from isthmus.functional.guidance import Guidance
 from isthmus.functional.quantization import Scale
@@ -25,24 +22,8 @@ from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.pipelines.components import load_component
 from isthmus.pipelines.next_scale_likelihood import NextScaleLikelihood
+from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
-
-
-@dataclass
-class NextScalePipelineOutput:
-    """What a call returns.
-
-    Attributes:
-        images: as `output_type` says; "latent" gives the features (b, d, grid, grid).
-        token_ids: one int tensor (b, s_k * s_k) per scale, on the CPU.
-        class_labels: class id of every image; `null_class_id` where no class was asked for.
-        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
-    """
-
-    images: Pictures
-    token_ids: list[Int[Tensor, "b _"]]
-    class_labels: list[int]
-    seeds: list[tuple[int, int]]
 
 
 class NextScalePipeline(NextScaleLikelihood):
