@@ -291,7 +291,9 @@ def _strip(
     steps = pipeline.stream(
         _request_labels(pipeline, indices, labels), seed=seed, image_index=indices, output_type="pil", **request
     )
-    columns = [step.preview for step in steps if isinstance(step.preview, list)]
+    # a step that was taken again counts as it is in the end
+    last = {step.index: step.preview for step in steps if isinstance(step.preview, list)}
+    columns = list(last.values())
     return table(
         list(zip(*columns, strict=True)),
         row_names=[rows[index]["label"] for index in indices],

@@ -31,6 +31,8 @@ NOISE = 11
 FLOW_TIME = 12
 EMBEDDING_DROPOUT = 13
 RESIDUAL_DROPOUT = 14
+HIDDEN_TOKENS = 15
+CRITIC = 16
 
 
 def stream(seed: int, *path: int) -> np.random.Generator:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
@@ -15,7 +15,7 @@ from isthmus.functional.draws import token_gumbels, token_uniforms
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.quantization import Scale, next_scale_input, tokens_to_map
 from isthmus.functional.sampling import check_filters, draw_tokens, filter_logits, guided_logits, smooth_weights
-from isthmus.functional.shapes import FeatureMap, LatentMap, ScaleTokens
+from isthmus.functional.shapes import FeatureMap, LatentMap, ScaleTokens, TokenPyramid
 from isthmus.generation.options import SamplingOptions, guidance_on
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
@@ -119,6 +119,7 @@ class ScaleSampler:
         guidance: guidance value of every scale.
         image_seeds: one (seed, image index) per image.
         num_forwards: predictions made so far; labelled and null rows of a scale are one.
+        conditional: logits (b, l, v) of the latest prediction before guidance, at temperature 1; None before the first.
 
     Raises:
         UserError: a filter or guidance value is out of range, or the two models do not belong together.
@@ -134,6 +135,7 @@ class ScaleSampler:
     ):
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.options, self.image_seeds, self.num_forwards = options, list(image_seeds), 0
+        self.conditional: Float[Tensor, "b l v"] | None = None
         self._tokenizer, self._transformer = image_tokenizer, transformer
         self._codebook = image_tokenizer.codebook.weight
         check_filters(
@@ -179,15 +181,42 @@ class ScaleSampler:
                 f"a causal model predicts a scale after all earlier ones, got scale {scale} after "
                 f"{self._cache.length} tokens. Predict the scales before it first."
             )
+        return self._guided(scale, inputs, None)
+
+    @torch.inference_mode()
+    def predict_again(
+        self, scale: int, features: LatentMap, codes: FeatureMap, hidden: Bool[Tensor, "b l"]
+    ) -> Float[Tensor, "b l v"]:
+        """Guided logits of a scale that sees its own codes (b, d, s, s), but for the hidden ones; `scale` >= 1.
+
+        A round of masked resampling (spec of SRDD, 3.2). A causal model's keys stay those of the ordinary prediction,
+        which has to be the latest one.
+        """
+        inputs = self._tokenizer.partial_scale_input(features, codes.float(), hidden, scale, self.schedule)
+        if self._cache is None:
+            return self._guided(scale, inputs, hidden)
+        start, end = self.schedule.offsets[scale : scale + 2]
+        assert self._cache.length == end, "the scale was predicted just before"
+        ordinary = self._cache.copy_of(start, end)
+        self.cut(scale)
+        logits = self._guided(scale, inputs, hidden)
+        self._cache.put_back(start, ordinary)
+        return logits
+
+    def _guided(
+        self, scale: int, inputs: Float[Tensor, "b inputs d"], hidden: Bool[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b l v"]:
         self.num_forwards += 1
         # the null rows lie behind the others in one doubled batch
-        rows = 2 * self._batch if self._with_null[scale] else self._batch
-        inputs = inputs.to(self._transformer.dtype).repeat(rows // self._batch, 1, 1)
-        conditioning = self._conditioning.leading(rows)
-        logits = self._transformer.forward_scale(scale, inputs, conditioning, self._cache).float()
-        if not self._with_null[scale]:
+        copies = 2 if self._with_null[scale] else 1
+        inputs = inputs.to(self._transformer.dtype).repeat(copies, 1, 1)
+        hidden = None if hidden is None else hidden.repeat(copies, 1)
+        conditioning = self._conditioning.leading(copies * self._batch)
+        logits = self._transformer.forward_scale(scale, inputs, conditioning, self._cache, hidden=hidden).float()
+        self.conditional = logits[: self._batch]
+        if copies == 1:
             return logits
-        return guided_logits(logits[: self._batch], logits[self._batch :], self.guidance[scale])
+        return guided_logits(self.conditional, logits[self._batch :], self.guidance[scale])
 
     @torch.inference_mode()
     def draw(self, scale: int, logits: Float[Tensor, "b l v"], *, round_index: int = 0) -> ScaleDraw:
@@ -209,6 +238,21 @@ class ScaleSampler:
     def add(self, scale: int, features: LatentMap, codes: FeatureMap) -> LatentMap:
         """Features after `scale`: those before it plus phi of the upsampled codes."""
         return self._tokenizer.add_codes(features, codes, scale, self.schedule)
+
+    @torch.inference_mode()
+    def lookup(self, token_ids: ScaleTokens) -> FeatureMap:
+        """Codes of one scale as a map (b, d, s, s)."""
+        return self._tokenizer.lookup(token_ids)
+
+    @torch.inference_mode()
+    def requantize(self, features: LatentMap) -> TokenPyramid:
+        """Token ids of features, as if they were latents of an image, under this sampler's schedule."""
+        return self._tokenizer.requantize(features, self.schedule)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether a scale reads keys and values of earlier ones (causal models)."""
+        return self._cache is not None
 
     def cut(self, scale: int) -> None:
         """Forget the keys and values of `scale` and of all after it; nothing to do without a cache."""

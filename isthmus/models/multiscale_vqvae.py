@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # by name: diffusers' loader looks this class up in the namespace of the component's module
 from diffusers.models.modeling_utils import ModelMixin
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
@@ -289,6 +289,27 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
         rows = area_downsample(residual, size).permute(0, 2, 3, 1).flatten(0, 2)
         found = nearest_code(rows, self.codebook.weight, normalize=self.config["normalize_codes"])
         return found.view(residual.shape[0], -1)
+
+    def partial_scale_input(
+        self,
+        features: LatentMap,
+        codes: FeatureMap,
+        hidden: Bool[Tensor, "b l"],
+        scale: int,
+        schedule: ScaleSchedule | None = None,
+    ) -> Float[Tensor, "b l d"]:
+        """Input of `scale` >= 1 that also shows the scale's own codes (b, d, s, s), but for the hidden ones.
+
+        S = Fhat_{k-1} + phi_k(up(codes kept)) - phi_k(0), averaged to the side of the scale (spec of SRDD, 3.2): phi
+        has a bias, without the last term "all hidden" would not be the ordinary input. Hidden first, then upsampled:
+        no hidden code reaches any place.
+        """
+        schedule = schedule or self.schedule
+        kept = codes.masked_fill(tokens_to_map(hidden.unsqueeze(-1).float()).bool(), 0)
+        phi, grid = schedule.phi_indices[scale], schedule.grid
+        shown = self._phi(phi, bicubic_upsample(kept, grid))
+        nothing = self._phi(phi, torch.zeros_like(shown[:1]))
+        return next_scale_input(features + (shown - nothing), schedule, scale)
 
     def residual_scales(
         self,
