@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("isthmus.cli.demo:run", "the whole story on built-in images: train, sample, report"),
     "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
     "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
+    "train critic": ("isthmus.cli.train_critic:run", "train a judge of drawn tokens, for refined draws"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
