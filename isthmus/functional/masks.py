@@ -92,7 +92,7 @@ def paste_known(new: Images, source: Images, mask: Mask, *, seam_px: int) -> Ima
     return torch.lerp(source, new, feathered(mask, seam_px))
 
 
-def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w"], *, steps: int = 8) -> Images:
+def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w"], *, steps: int = 12) -> Images:
     """Images in [-1, 1] whose averages over the cells of `small` are those of `small`, up to clamping.
 
     Each step adds the difference, enlarged bicubically (Irani and Peleg, "Improving resolution by image

@@ -40,39 +40,39 @@ class KnownPart:
 class Jumps:
     """Simple resampling: how often, and how far, an edit goes back.
 
-    After a scale n, the features are quantised again, the tokens of all but the last `length` scales up to n are those
+    After a scale n, the features are quantised again, the tokens of all but the last `num_scales` scales up to n are those
     found (the tokens an edit keeps stay the source's), and these last scales are drawn anew, with random numbers of
     their own. What the coarse scales say thus learns from the finer ones that were drawn under them.
 
     Attributes:
         per_scale: number of jumps after each scale, >= 0; a scale may have none.
-        length: scales drawn anew, >= 1.
+        num_scales: scales drawn anew, >= 1.
 
     Raises:
         UserError: a number is out of range.
     """
 
     per_scale: tuple[int, ...]
-    length: int = 2
+    num_scales: int = 2
 
     def __post_init__(self):
         if any(count < 0 for count in self.per_scale):
             raise UserError(f"jumps must not be negative, got {self.per_scale}. 0 is none.")
-        if self.length < 1:
-            raise UserError(f"jump_length must be at least 1 (scales drawn anew), got {self.length}.")
+        if self.num_scales < 1:
+            raise UserError(f"jump_scales must be at least 1 (scales drawn anew), got {self.num_scales}.")
 
     @classmethod
-    def of(cls, jumps: int | Sequence[int], length: int, num_scales: int) -> "Jumps":
+    def of(cls, jumps: int | Sequence[int], jump_scales: int, num_scales: int) -> "Jumps":
         """One number for all scales but the first (which has nothing to go back to), or one number per scale.
 
         >>> Jumps.of(2, 1, 3)
-        Jumps(per_scale=(0, 2, 2), length=1)
+        Jumps(per_scale=(0, 2, 2), num_scales=1)
         """
         if isinstance(jumps, int):
-            return cls((0, *(jumps,) * (num_scales - 1)), length)
+            return cls((0, *(jumps,) * (num_scales - 1)), jump_scales)
         if len(jumps) != num_scales:
             raise UserError(f"jumps is one number, or one per scale ({num_scales}), got {len(jumps)}.")
-        return cls(tuple(jumps), length)
+        return cls(tuple(jumps), jump_scales)
 
 
 def known_part(
@@ -150,17 +150,19 @@ def _visits(loop: "_EditLoop", jumps: Jumps) -> Iterator[Scale]:
     for scale, count in enumerate(jumps.per_scale):
         yield loop.visit(scale)
         for _ in range(count):
-            first = max(scale + 1 - jumps.length, 0)
+            first = max(scale + 1 - jumps.num_scales, 0)
             yield from loop.quantized_again(loop.states[scale + 1], first)
             for again in range(first, scale + 1):
                 yield loop.visit(again)
 
 
 class _EditLoop:
-    """One edit: features before every scale, and how often each was drawn.
+    """One edit as it stands.
 
     Attributes:
         states: features before scale 0, 1, ...; states[k + 1] are those after scale k.
+        token_ids: of every scale as it stands.
+        rounds: how often each scale was drawn: the round of its next random numbers.
     """
 
     def __init__(self, image_tokenizer: MultiScaleVQVAE, sampler: ScaleSampler, known: KnownPart):
@@ -170,8 +172,9 @@ class _EditLoop:
         self.keeps = [bool(kept.any()) for kept in known.kept]
         draws = [not bool(kept.all()) for kept in known.kept]
         # a causal model reads the keys of every scale before one that is drawn
-        self.predicts = [draws[k] or (not sampler.is_markov and any(draws[k:])) for k in range(num_scales)]
+        self.predicts = [draws[k] or (sampler.has_cache and any(draws[k:])) for k in range(num_scales)]
         self.states, self.rounds = [sampler.start()] * (num_scales + 1), [0] * num_scales
+        self.token_ids: list[ScaleTokens | None] = [None] * num_scales
 
     @torch.inference_mode()
     def visit(self, scale: int) -> Scale:
@@ -192,18 +195,20 @@ class _EditLoop:
     @torch.inference_mode()
     def quantized_again(self, features: LatentMap, num_scales: int) -> list[Scale]:
         """The first scales as the tokens found in `features`, kept tokens being the source's."""
-        scales = []
+        scales, changed = [], False
         for scale in range(num_scales):
             before = self.states[scale]
+            if changed and self.sampler.has_cache:
+                self.sampler.predict(scale, before)  # for its keys, which follow from the tokens before it
             token_ids = self.tokenizer.nearest_tokens(features - before, self.sampler.schedule.sizes[scale])
             if self.keeps[scale]:
                 token_ids = torch.where(self.kept[scale], self.known.token_ids(scale, before), token_ids)
-            if not self.sampler.is_markov:
-                self.sampler.predict(scale, before)  # for its keys
+            changed = changed or not torch.equal(token_ids, self.token_ids[scale])
             scales.append(self._add(scale, token_ids, self.tokenizer.lookup(token_ids)))
         return scales
 
     def _add(self, scale: int, token_ids: ScaleTokens, codes: FeatureMap) -> Scale:
+        self.token_ids[scale] = token_ids
         self.states[scale + 1] = self.sampler.add(scale, self.states[scale], codes)
         return Scale(scale, token_ids, self.states[scale + 1])
 
@@ -212,7 +217,7 @@ def _shares(max_unknown: float | Sequence[float], num_scales: int) -> tuple[floa
     shares = (max_unknown,) * num_scales if isinstance(max_unknown, (int, float)) else tuple(max_unknown)
     if len(shares) != num_scales or not all(0 <= share < 1 for share in shares):
         raise UserError(
-            f"max_unknown is a share of pixels in [0, 1), one number or one per scale ({num_scales}), got {max_unknown}. "
-            "0 keeps a token only where all its pixels are known."
+            f"max_unknown is a share of pixels in [0, 1), one number or one per scale ({num_scales}), got "
+            f"{max_unknown}. 0 keeps a token only where all its pixels are known."
         )
     return shares

@@ -154,11 +154,6 @@ class ScaleSampler:
             self._conditioning = _condition_once(transformer, class_labels, with_null_rows=doubled)
             self._cache = transformer.new_cache(2 * self._batch if doubled else self._batch)
 
-    @property
-    def is_markov(self) -> bool:
-        """Whether a scale may be left out: no later one reads its keys."""
-        return self._transformer.is_markov
-
     @torch.inference_mode()
     def start(self) -> LatentMap:
         """Features before scale 0: zeros."""
