@@ -33,6 +33,7 @@ EMBEDDING_DROPOUT = 13
 RESIDUAL_DROPOUT = 14
 HIDDEN_TOKENS = 15
 CRITIC = 16
+CLASSIFY = 20
 
 
 def stream(seed: int, *path: int) -> np.random.Generator:

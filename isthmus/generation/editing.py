@@ -40,9 +40,9 @@ class KnownPart:
 class Jumps:
     """Simple resampling: how often, and how far, an edit goes back.
 
-    After a scale n, the features are quantised again, the tokens of all but the last `num_scales` scales up to n are those
-    found (the tokens an edit keeps stay the source's), and these last scales are drawn anew, with random numbers of
-    their own. What the coarse scales say thus learns from the finer ones that were drawn under them.
+    After a scale n, the features are quantised again, the tokens of all but the last `num_scales` scales up to n are
+    those found (the tokens an edit keeps stay the source's), and these last scales are drawn anew, with random numbers
+    of their own. What the coarse scales say thus learns from the finer ones that were drawn under them.
 
     Attributes:
         per_scale: number of jumps after each scale, >= 0; a scale may have none.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Heads = Float[Tensor, "b heads l c"]
@@ -180,6 +180,10 @@ class KeyValueCache:
         keys, values = stored
         self.length = start + keys.shape[-2]
         self.keys[..., start : self.length, :], self.values[..., start : self.length, :] = keys, values
+
+    def keep_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Forget all rows of the batch but these, which are numbered anew in their order."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def attention(self, layer: int, *, causal: bool = False) -> Attend:
         """Attention of new tokens over everything stored and themselves; where `causal`, not over later new tokens.
