@@ -26,8 +26,8 @@ def refined_scales(
     """Draw the tokens of every scale, with the rounds that `scheduler` asks for; None draws every token once.
 
     Yields:
-        One `Scale` per scale when it is drawn, and after a jump once more each scale that was drawn again: the last
-        one of an index counts.
+        One `Scale` per scale when it is drawn, and after a jump once more each scale that has changed or was drawn
+        again: the last one of an index counts.
 
     Raises:
         UserError: rounds for a scale that does not exist, or mode "critic" without a critic.
@@ -52,7 +52,7 @@ def _refined(
             continue
         for _ in range(rounds[scale]):
             kept = scale + 1 - scheduler.jump_scales
-            _jump_back(sampler, state, kept)
+            yield from _jump_back(sampler, state, kept)
             for again in range(kept, scale + 1):
                 yield _draw(sampler, state, again, None, None, 0)
 
@@ -141,16 +141,20 @@ def merged(old: ScaleDraw, new: ScaleDraw, hidden: Bool[Tensor, "b l"]) -> Scale
     )
 
 
-def _jump_back(sampler: ScaleSampler, state: _State, kept: int) -> None:
-    """The first `kept` scales of the features, quantised anew; a causal model reads again what has changed."""
+def _jump_back(sampler: ScaleSampler, state: _State, kept: int) -> Iterator[Scale]:
+    """The first `kept` scales of the features, quantised anew; yields those from the first changed one on.
+
+    A causal model reads them again: the keys of a scale follow from the tokens before it.
+    """
     token_ids = sampler.requantize(state.features)[:kept]
-    changed = [scale for scale in range(kept) if not torch.equal(token_ids[scale], state.token_ids[scale])]
+    changed = [not torch.equal(ids, before) for ids, before in zip(token_ids, state.token_ids, strict=False)]
     features = sampler.start()
     for scale, ids in enumerate(token_ids):
-        # the keys of a scale follow from the tokens before it
-        if sampler.has_cache and changed and scale > changed[0]:
+        if sampler.has_cache and any(changed[:scale]):
             sampler.predict(scale, features)
         features = sampler.add(scale, features, sampler.lookup(ids))
+        if any(changed[: scale + 1]):
+            yield Scale(scale, ids.clone(), features.clone())
     state.features, state.token_ids = features, token_ids
 
 

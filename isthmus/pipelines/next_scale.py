@@ -8,63 +8,79 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
 
 from isthmus.functional.guidance import Guidance
-from isthmus.functional.quantization import Scale
 from isthmus.functional.shapes import Images, LatentMap
-from isthmus.generation.next_scale import generate_scales, shared_schedule
+from isthmus.generation.next_scale import ScaleSampler, shared_schedule
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
+from isthmus.generation.refinement import refined_scales
 from isthmus.generation.step import GenerationStep, Pictures
 
 # eagerly, and by name: loading looks the component classes up in the modules that model_index.json names
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.pipelines.components import load_component
-from isthmus.pipelines.next_scale_likelihood import NextScaleLikelihood
+from isthmus.models.token_critic import TokenCritic
+from isthmus.pipelines.components import load_component, load_scheduler
+from isthmus.pipelines.critics import check_critic
+from isthmus.pipelines.next_scale_classification import NextScaleClassification
+from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
+from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 
 
-class NextScalePipeline(NextScaleLikelihood):
+class NextScalePipeline(NextScaleClassification, NextScaleEditing):
     """An image tokenizer and a next-scale transformer that draw images together.
 
     Args:
         image_tokenizer: turns tokens into pixels.
         transformer: predicts the tokens of a scale; its scales are the tokenizer's, or some of them.
-        scheduler: optional component of samplers that redraw tokens.
+        scheduler: optional component: which tokens a draw draws again. None draws each once.
         class_names: one name per class, or index -> name; nothing for models without names.
         sampling_defaults: options of a call that names none, stored in the folder.
         preprocessing: how training images were made; None describes the usual way.
         data: `name` and `attribution` (licence line) of the training data, for the card.
         protocol: how the model was trained and measured, for the card.
+        critic: optional component: judges tokens for a scheduler of mode "critic"; it belongs to this model alone.
 
     Raises:
         UserError: the components do not belong together, or names or defaults do not fit them.
     """
 
-    _optional_components = ["scheduler"]
+    _optional_components = ["scheduler", "critic"]
     parts = {
         "image_tokenizer": (MultiScaleVQVAE, load_component),
         "transformer": (NextScaleTransformer, load_component),
+    }
+    optional_parts = {
+        "scheduler": (ScaleRefinementScheduler, load_scheduler),
+        "critic": (TokenCritic, load_component),
     }
 
     def __init__(
         self,
         image_tokenizer: MultiScaleVQVAE,
         transformer: NextScaleTransformer,
-        scheduler: SchedulerMixin | None = None,
+        scheduler: ScaleRefinementScheduler | None = None,
         class_names: Sequence[str] | Mapping[str, str] | None = None,
         sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         protocol: str = "",
+        critic: TokenCritic | None = None,
     ):
         super().__init__()
-        self.register_modules(image_tokenizer=image_tokenizer, transformer=transformer, scheduler=scheduler)
+        self.register_modules(
+            image_tokenizer=image_tokenizer, transformer=transformer, scheduler=scheduler, critic=critic
+        )
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
+        if scheduler is not None:
+            scheduler.rounds_of(self.schedule.num_scales)
+        self._checked_critic: TokenCritic | None = None
+        self._own_critic()
 
     def __call__(
         self,
@@ -109,15 +125,17 @@ class NextScalePipeline(NextScaleLikelihood):
             class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
             guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
         )  # fmt: skip
-        token_ids, features = [], None
-        for scale in self._scales(request):
-            token_ids.append(scale.token_ids.cpu())
-            features = scale.features
+        sampler = self._sampler(request)
+        token_ids: list[Tensor] = [torch.empty(0)] * self.schedule.num_scales
+        features = None
+        for scale in refined_scales(sampler, self.scheduler, self._own_critic()):
+            # a jump draws a scale once more: the last draw counts
+            token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
             if callback_on_step_end is not None:
-                callback_on_step_end(GenerationStep(scale.index, self.schedule.num_scales, token_ids[-1]))
+                callback_on_step_end(GenerationStep(scale.index, self.schedule.num_scales, token_ids[scale.index]))
         assert features is not None
         images = self._pictures(features, request.output_type)
-        return NextScalePipelineOutput(images, token_ids, request.class_labels, request.seeds)
+        return NextScalePipelineOutput(images, token_ids, request.class_labels, request.seeds, sampler.num_forwards)
 
     def stream(
         self,
@@ -137,13 +155,15 @@ class NextScalePipeline(NextScaleLikelihood):
     ) -> Iterator[GenerationStep]:
         """Draw images and show them while they grow: one `GenerationStep` with a preview per scale.
 
-        The arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the
-        first step is asked for.
+        Where the scheduler jumps back, the scales that it repeats are shown again, under their own index. The
+        arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the first
+        step is asked for.
         """
         request = self._request(
             class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
             guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
         )  # fmt: skip
+        scales = refined_scales(self._sampler(request), self.scheduler, self._own_critic())
         return (
             GenerationStep(
                 scale.index,
@@ -151,7 +171,7 @@ class NextScalePipeline(NextScaleLikelihood):
                 scale.token_ids.cpu(),
                 self._pictures(scale.features, output_type),
             )
-            for scale in self._scales(request)
+            for scale in scales
         )
 
     @property
@@ -195,9 +215,16 @@ class NextScalePipeline(NextScaleLikelihood):
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def _scales(self, request: Request) -> Iterator[Scale]:
+    def _sampler(self, request: Request) -> ScaleSampler:
         labels = torch.tensor(request.class_labels, device=self.device)
-        return generate_scales(self.image_tokenizer, self.transformer, labels, request.seeds, request.options)
+        return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options)
+
+    def _own_critic(self) -> TokenCritic | None:
+        """The critic, checked once: it may have been set after the pipeline was made."""
+        if self.critic is not None and self.critic is not self._checked_critic:
+            check_critic(self.critic, self.image_tokenizer, self.transformer)
+        self._checked_critic = self.critic
+        return self.critic
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
         return features if output_type == "latent" else as_output(self._decode(features), output_type)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.functional.shapes import LatentMap, TokenPyramid
+from isthmus.functional.shapes import TokenPyramid
 from isthmus.generation.next_scale_likelihood import (
     bits_per_pixel,
     check_token_ids,
@@ -63,7 +63,8 @@ class NextScaleLikelihood(SavedPipeline):
                 features = self.image_tokenizer.features_up_to(rows, len(rows) - 1, self.schedule)
                 latent = output_type == "latent"
                 images.append(features if latent else self.image_tokenizer.decode_features(features))
-        return as_output(torch.cat(images), output_type)
+        joined = torch.cat(images)
+        return joined if output_type == "latent" else as_output(joined, output_type)
 
     def reconstruct(
         self, images: ImageInput, num_scales: int | None = None, *, output_type: OutputType = "pil"
@@ -141,7 +142,8 @@ class NextScaleLikelihood(SavedPipeline):
         rows = [signal_to_noise(self.image_tokenizer, part, self.schedule) for part in self._latents(images)]
         return torch.cat(rows).mean(dim=0).cpu()
 
-    def _latents(self, images: ImageInput) -> list[LatentMap]:
+    def _latents(self, images: ImageInput) -> list[Tensor]:
+        """Maps (b, d, grid, grid) of a few images each."""
         parts = to_images(images, self.image_size).split(_ROWS_AT_ONCE)
         with torch.no_grad():
             tokenizer = self.image_tokenizer
@@ -180,6 +182,6 @@ class NextScaleLikelihood(SavedPipeline):
         return torch.cat([measure(part, each) for part, each in parts]).cpu()
 
 
-def _parts(token_ids: TokenPyramid) -> list[TokenPyramid]:
+def _parts(token_ids: TokenPyramid) -> list[list[Tensor]]:
     """The same pyramids, a few at a time."""
     return [list(part) for part in zip(*(ids.split(_ROWS_AT_ONCE) for ids in token_ids), strict=True)]

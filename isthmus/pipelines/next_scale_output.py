@@ -24,4 +24,4 @@ class NextScalePipelineOutput:
     token_ids: list[Int[Tensor, "b _"]]
     class_labels: list[int]
     seeds: list[tuple[int, int]]
-    num_forwards: int = 0
+    num_forwards: int

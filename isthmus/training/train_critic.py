@@ -153,7 +153,7 @@ def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
             num_blocks=run.num_blocks,
             model_fingerprint=pair_fingerprint(pipeline.image_tokenizer, pipeline.transformer),
         )
-    return critic.to(pipeline.device).train()
+    return critic.train().to(device=pipeline.device)
 
 
 def _check_classes(pipeline: NextScalePipeline, source: ImageSource) -> None:

@@ -84,7 +84,7 @@ def bound_by_matrices(reverse, index):
     # q(x_1 | x_0, image) = q(x_0 | x_1) q(x_1 | image) / q(x_0 | image)
     posterior = drop_first[:, 0] * q1 / q0
     step = kl(posterior, to_first[0])
-    reconstruction = -(q1 * to_second[:, index].log()).sum()
+    reconstruction = -to_second[q1 == 1, index].log().sum()
     return prior, step, reconstruction
 
 

@@ -51,7 +51,6 @@ def test_what_is_saved_comes_back(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"mode": "often"}, "none, simple, masked, critic"),
         ({"mode": "masked", "p_min": 0.0}, r"p_min.*\(0, 1\)"),
         ({"mode": "masked", "p_min": 1.0}, r"p_min.*\(0, 1\)"),
         ({"mode": "masked", "p_min": float("nan")}, r"p_min.*\(0, 1\)"),
@@ -60,7 +59,6 @@ def test_what_is_saved_comes_back(tmp_path):
         ({"mode": "masked", "share": 0.2, "p_min": 0.1}, "one of them"),
         ({"mode": "masked", "rounds": (1, 0)}, "0 for the first"),
         ({"mode": "masked", "rounds": (0, -1)}, "0 or more"),
-        ({"mode": "masked", "rounds": (0, 0.5)}, "0 or more"),
         ({"mode": "masked", "jump_scales": 2}, "has no jump_scales"),
         ({"mode": "critic", "p_min": 0.1}, "has no p_min"),
         ({"mode": "simple", "share": 0.1}, "has no share"),
