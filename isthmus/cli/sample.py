@@ -16,6 +16,17 @@ from isthmus.generation.options import FOLDER_DEFAULT, Default, parse_guidance
 logger = logging.getLogger("isthmus")
 
 
+def options_of_a_draw(
+    guidance: str, top_k: str | int, top_p: str | float, temperature: str | float, smooth: bool
+) -> dict[str, Guidance | float | int | bool | None | Default]:
+    """Options of a draw from what was typed; `default` stands for the model's own, `off` for none."""
+    given = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+    words = {"default": FOLDER_DEFAULT, "off": None}
+    filters = {name: words[value] if isinstance(value, str) else value for name, value in given.items()}
+    guided = FOLDER_DEFAULT if guidance == "default" else parse_guidance(guidance)
+    return {"guidance_scale": guided, **filters, "smooth": smooth or FOLDER_DEFAULT}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Draw images from a model. Image i is the same whatever the batch size; run again to fill in missing images."""
@@ -77,11 +88,7 @@ class Sample:
 
     def options(self) -> dict[str, Guidance | float | int | bool | None | Default]:
         """The options of the draw that were given; the others stand for the model's own."""
-        guidance = FOLDER_DEFAULT if self.guidance == "default" else parse_guidance(self.guidance)
-        given = {"top_k": self.top_k, "top_p": self.top_p, "temperature": self.temperature}
-        words = {"default": FOLDER_DEFAULT, "off": None}
-        filters = {name: words[value] if isinstance(value, str) else value for name, value in given.items()}
-        return {"guidance_scale": guidance, **filters, "smooth": self.smooth or FOLDER_DEFAULT}
+        return options_of_a_draw(self.guidance, self.top_k, self.top_p, self.temperature, self.smooth)
 
     def steering(self) -> dict[str, int | str]:
         """Arguments that only some models have, where they were given."""

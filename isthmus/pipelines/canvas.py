@@ -96,8 +96,17 @@ def place(
     return Canvas(torch.cat(pixels), torch.cat(unknown), list(boxes))
 
 
+def check_size(image: Float[Tensor, "1 3 h w"], stride: int) -> None:
+    """Raise UserError for an image smaller than a latent cell, which says nothing."""
+    height, width = image.shape[-2:]
+    if min(height, width) < stride:
+        raise UserError(
+            f"an image must be at least {stride} x {stride} pixels (the tokenizer's stride), got {width} x {height}."
+        )
+
+
 def _place(
-    image: Float[Tensor, "1 3 h w"], mask: Float[Tensor, "1 1 _ _"], side: int, stride: int, hide: bool
+    image: Float[Tensor, "1 3 _ _"], mask: Float[Tensor, "1 1 _ _"], side: int, stride: int, hide: bool
 ) -> tuple[Images, Mask, Box]:
     height, width = image.shape[-2:]
     if mask.shape[-2:] != image.shape[-2:]:
@@ -105,10 +114,7 @@ def _place(
             f"a mask must have the size of its image, {width} x {height} pixels, got {mask.shape[-1]} x "
             f"{mask.shape[-2]}. Resize the mask, or draw it on the image."
         )
-    if min(height, width) < stride:
-        raise UserError(
-            f"an image must be at least {stride} x {stride} pixels (the tokenizer's stride), got {width} x {height}."
-        )
+    check_size(image, stride)
     scale = side / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     if hide and bool(mask.any()):
@@ -129,13 +135,14 @@ def _place(
 
 
 def extended(
-    image: Float[Tensor, "1 3 h w"], left: int, top: int, right: int, bottom: int
+    image: Float[Tensor, "1 3 h w"], stride: int, left: int, top: int, right: int, bottom: int
 ) -> tuple[Float[Tensor, "1 3 _ _"], Float[Tensor, "1 1 _ _"]]:
     """A picture with unknown margins of so many pixels, and the mask of these.
 
     Raises:
-        UserError: a margin is negative, or all are 0.
+        UserError: the picture is smaller than the stride, a margin is negative, or all are 0.
     """
+    check_size(image, stride)
     margins = {"left": left, "top": top, "right": right, "bottom": bottom}
     if min(margins.values()) < 0 or not any(margins.values()):
         raise UserError(f"outpainting needs margins in pixels, none negative and one above 0, got {margins}.")

@@ -25,7 +25,7 @@ def to_masks(masks: MaskInput) -> list[_Plane]:
         UserError: there is no mask, it has another shape, other values, or it is empty or full.
     """
     if isinstance(masks, (np.ndarray, Tensor)):
-        planes = _planes(torch.as_tensor(masks))
+        planes = _planes(masks if isinstance(masks, Tensor) else torch.tensor(masks))
     else:
         pictures = [masks] if isinstance(masks, PIL.Image.Image) else list(masks)
         planes = [torch.from_numpy(np.array(picture.convert("L"))) for picture in pictures]

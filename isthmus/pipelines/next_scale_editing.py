@@ -125,7 +125,9 @@ class NextScaleEditing(SavedPipeline):
         """
         images = open_images(image)
         rows = _rows(num_images, image=images, class_label=label_list(class_labels))
-        larger, masks = zip(*(extended(one, left, top, right, bottom) for one in images), strict=True)
+        larger, masks = zip(
+            *(extended(one, self.image_tokenizer.stride, left, top, right, bottom) for one in images), strict=True
+        )
         return self._inpaint(_spread(larger, rows), _spread(masks, rows), class_labels, **options)
 
     def edit_class(
