@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from isthmus.pipelines.loading import load_pipeline
     from isthmus.pipelines.next_scale import NextScalePipeline
     from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+    from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "NextScalePipeline",
     "NextScaleTransformer",
     "SamplingOptions",
+    "ScaleRefinementScheduler",
     "ScaleSchedule",
     "UserError",
     "__version__",
@@ -55,6 +57,7 @@ _HOMES = {
     "NextScalePipeline": "isthmus.pipelines.next_scale",
     "NextScaleTransformer": "isthmus.models.next_scale_transformer",
     "SamplingOptions": "isthmus.generation.options",
+    "ScaleRefinementScheduler": "isthmus.schedulers.scale_refinement",
     "ScaleSchedule": "isthmus.functional.pyramid",
     "UserError": "isthmus.errors",
     "load_pipeline": "isthmus.pipelines.loading",

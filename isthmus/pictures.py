@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -62,6 +62,22 @@ def table(
             enlarged = image.convert("RGB").resize(cell, Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left + column * (cell[0] + _GAP_PX), y))
     return canvas
+
+
+def heat_map(
+    picture: Image.Image, values: Float[np.ndarray, "rows columns"], *, limit: float | None = None
+) -> Image.Image:
+    """Signed values over a grey version of a picture: red above 0, blue below, strongest at +-`limit`.
+
+    `limit` None is the largest absolute value. The values are a grid over the whole picture, interpolated bilinearly.
+    """
+    limit = float(np.abs(values).max()) if limit is None else limit
+    strength = np.clip(values / limit if limit > 0 else values, -1, 1).astype(np.float32)
+    grown = np.asarray(Image.fromarray(strength).resize(picture.size, Image.Resampling.BILINEAR))[..., None]
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    colour = np.where(grown > 0, np.array([215.0, 25, 28]), np.array([44.0, 105, 176]))
+    weight = 0.75 * np.abs(grown)
+    return Image.fromarray(((1 - weight) * grey + weight * colour).round().astype(np.uint8))
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -19,7 +19,7 @@ from isthmus.errors import UserError
 from isthmus.generation.options import FOLDER_DEFAULT
 from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
-from isthmus.pipelines.labels import Label, resolve_labels
+from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
 
@@ -85,7 +85,7 @@ def draw_folder(
         "device": pipeline.device.type,
     }
     if prefix_image is not None:
-        request["prefix_image"] = _read_image(prefix_image)
+        request["prefix_image"] = read_image(prefix_image)
         steering = {**steering, "prefix_image": hashlib.sha256(prefix_image.read_bytes()).hexdigest()}
     decoding = dict(decoding or {})
     if unknown := sorted(decoding.keys() - inspect.signature(pipeline.prepared).parameters.keys()):
@@ -125,7 +125,8 @@ def _check_request(pipeline: "AnyPipeline", request: Mapping[str, Any], seed: in
     pipeline.stream(seed=seed, **request)  # checks its arguments at once and draws only when it is read
 
 
-def _read_image(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
+    """The picture in a file, as RGB. Raises UserError where it cannot be read."""
     try:
         return Image.fromarray(decode_image(path.read_bytes()))
     except UnreadableImage as error:
@@ -140,14 +141,7 @@ def file_name(index: int) -> str:
 def _labels(classes: Sequence[str], pipeline: "AnyPipeline") -> list[int]:
     """Class ids, taken in turn over the images: those asked for, or all the model has."""
     names = pipeline.class_names
-    given: list[Label] = []
-    for text in classes:
-        if text in names.values():
-            given.append(text)
-        elif text in ("null", "none"):
-            given.append(None)
-        else:
-            given.append(int(text) if text.lstrip("-").isdigit() else text)
+    given = labels_from_words(classes, names)
     if not classes:
         given = list(range(pipeline.num_classes)) or [None]
     return resolve_labels(given, class_names=names, num_classes=pipeline.num_classes)
@@ -291,7 +285,9 @@ def _strip(
     steps = pipeline.stream(
         _request_labels(pipeline, indices, labels), seed=seed, image_index=indices, output_type="pil", **request
     )
-    columns = [step.preview for step in steps if isinstance(step.preview, list)]
+    # a step that was taken again counts as it is in the end
+    last = {step.index: step.preview for step in steps if isinstance(step.preview, list)}
+    columns = list(last.values())
     return table(
         list(zip(*columns, strict=True)),
         row_names=[rows[index]["label"] for index in indices],

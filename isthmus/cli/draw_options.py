@@ -1,4 +1,4 @@
-"""How images are drawn, as options of a command: shared by `isthmus sample` and `isthmus evaluate`."""
+"""How images are drawn, as options of a command: shared by `isthmus sample`, `evaluate` and `edit`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,10 +24,6 @@ class DrawOptions:
     """Divides the logits."""
     smooth: bool = False
     """Mix codes instead of drawing one: softer images."""
-    steps: int | None = None
-    """Solver steps of a D-AR model; None takes the model's."""
-    solver: Literal["default", "euler", "adams-bashforth", "adams-bashforth-variable"] = "default"
-    """How a D-AR model goes from step to step."""
     batch_size: int | None = None
     """Images at once; None estimates what fits into memory."""
     device: str = "auto"
@@ -48,6 +44,16 @@ class DrawOptions:
         words = {"default": FOLDER_DEFAULT, "off": None}
         filters = {name: words[value] if isinstance(value, str) else value for name, value in given.items()}
         return {"guidance_scale": guidance, **filters, "smooth": self.smooth or FOLDER_DEFAULT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeredDrawOptions(DrawOptions):
+    """And those that only some models have."""
+
+    steps: int | None = None
+    """Solver steps of a D-AR model; None takes the model's."""
+    solver: Literal["default", "euler", "adams-bashforth", "adams-bashforth-variable"] = "default"
+    """How a D-AR model goes from step to step."""
 
     def steering(self) -> dict[str, int | str]:
         """Arguments that only some models have, where they were given."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from isthmus.cli.draw_options import DrawOptions
+from isthmus.cli.draw_options import SteeredDrawOptions
 from isthmus.cli.parsing import parse
 from isthmus.errors import UserError
 from isthmus.functional.guidance import Guidance
@@ -18,7 +18,7 @@ _DRAWING = ("seed", "guidance", "top_k", "top_p", "temperature", "smooth", "step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(DrawOptions):
+class Evaluate(SteeredDrawOptions):
     """Score MODEL on a data set, or --samples against --reference. Run again to go on; a finished one is not redone."""
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None

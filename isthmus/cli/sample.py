@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from isthmus.cli.draw_options import DrawOptions
+from isthmus.cli.draw_options import SteeredDrawOptions
 from isthmus.cli.parsing import parse
 from isthmus.errors import UserError
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("isthmus")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(DrawOptions):
+class Sample(SteeredDrawOptions):
     """Draw images from a model. Image i is the same whatever the batch size; run again to fill in missing images."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -31,6 +31,9 @@ NOISE = 11
 FLOW_TIME = 12
 EMBEDDING_DROPOUT = 13
 RESIDUAL_DROPOUT = 14
+HIDDEN_TOKENS = 15
+CRITIC = 16
+CLASSIFY = 20
 
 
 def stream(seed: int, *path: int) -> np.random.Generator:
@@ -51,9 +54,11 @@ def token_uniforms(
 
 
 def token_gumbels(
-    image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, codebook_size: int
+    image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, codebook_size: int, *, round_index: int = 0
 ) -> Float[Tensor, "b l v"]:
     """Gumbel noise per token and code, for `smooth=True`; rows depend on their own (seed, image index) only."""
     shape = (num_tokens, codebook_size)
-    rows = [stream(seed, SMOOTH, index, scale).gumbel(size=shape) for seed, index in image_seeds]
+    # round 0 is the path without a round, as it was before there were rounds
+    place = (scale, round_index) if round_index else (scale,)
+    rows = [stream(seed, SMOOTH, index, *place).gumbel(size=shape) for seed, index in image_seeds]
     return torch.from_numpy(np.stack(rows)).float()

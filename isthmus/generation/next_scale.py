@@ -4,9 +4,10 @@ Source: Tian et al., "Visual Autoregressive Modeling", section 3.2; spec of VAR,
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
@@ -14,7 +15,7 @@ from isthmus.functional.draws import token_gumbels, token_uniforms
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.quantization import Scale, next_scale_input, tokens_to_map
 from isthmus.functional.sampling import check_filters, draw_tokens, filter_logits, guided_logits, smooth_weights
-from isthmus.functional.shapes import LatentMap, ScaleTokens
+from isthmus.functional.shapes import FeatureMap, LatentMap, ScaleTokens, TokenPyramid
 from isthmus.generation.options import SamplingOptions, guidance_on
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
@@ -79,65 +80,184 @@ def generate_scales(
     Raises:
         UserError: a filter or guidance value is out of range, or the two models do not belong together.
     """
-    scales = _scales(image_tokenizer, transformer, class_labels, image_seeds, options)
-    while True:
-        # entered for each turn: around the yield it would also hold for whoever reads the scales
-        with torch.inference_mode():
-            scale = next(scales, None)
-        if scale is None:
-            return
+    sampler = ScaleSampler(image_tokenizer, transformer, class_labels, image_seeds, options)
+    features = sampler.start()
+    for scale in range(sampler.schedule.num_scales):
+        drawn = sampler.draw(scale, sampler.predict(scale, features))
+        features = sampler.add(scale, features, drawn.codes)
         # copied out of inference mode: a caller may go on computing with them
-        yield Scale(scale.index, scale.token_ids.clone(), scale.features.clone())
+        yield Scale(scale, drawn.token_ids.clone(), features.clone())
 
 
-def _scales(
-    image_tokenizer: MultiScaleVQVAE,
-    transformer: NextScaleTransformer,
-    class_labels: Int[Tensor, " b"],
-    image_seeds: Sequence[tuple[int, int]],
-    options: SamplingOptions,
-) -> Iterator[Scale]:
-    schedule = shared_schedule(image_tokenizer, transformer)
-    codebook = image_tokenizer.codebook.weight
-    check_filters(
-        top_k=options.top_k, top_p=options.top_p, temperature=options.temperature, codebook_size=codebook.shape[0]
-    )
-    guidance = guidance_on(options.guidance_scale, schedule.sizes, image_tokenizer.schedule.sizes)
-    if bool((class_labels == transformer.null_class_id).all()):
-        guidance = (1.0,) * schedule.num_scales  # nothing to guide away from
-    with_null = null_row_scales(guidance, markov=transformer.is_markov)
+@dataclass
+class ScaleDraw:
+    """Tokens of one scale, drawn and not yet part of the features.
 
-    batch, device = len(class_labels), transformer.device
-    class_labels = class_labels.to(device)
-    conditioning = _condition_once(transformer, class_labels, with_null_rows=any(with_null))
-    cache = transformer.new_cache(2 * batch if any(with_null) else batch)
-    uniforms = [token_uniforms(image_seeds, k, n).to(device) for k, n in enumerate(schedule.lengths)]
+    Attributes:
+        token_ids: (b, s * s), row by row.
+        codes: (b, d, s, s), the codes of these tokens, or with `smooth` mixtures of codes.
+        logits: (b, s * s, v), what they were drawn from: guided, divided by the temperature, filtered (-inf).
+    """
 
-    def predict(scale: int, features: LatentMap) -> Float[Tensor, "b l v"]:
-        """Guided logits of one scale, in fp32; the null rows lie behind the others in one doubled batch."""
+    token_ids: ScaleTokens
+    codes: FeatureMap
+    logits: Float[Tensor, "b l v"]
+
+
+class ScaleSampler:
+    """Predict, draw and add, scale by scale, for loops that may visit a scale again or go back to an earlier one.
+
+    Nothing is remembered between calls but the keys and values of a causal model, which `predict` keeps consistent:
+    running a scale forgets it and everything after it first. A loop that changes the tokens of a scale must predict
+    the scales after it again, in order.
+
+    Args: those of `generate_scales`.
+
+    Attributes:
+        schedule: scales of the transformer, with the phi of the tokenizer.
+        options: as given.
+        guidance: guidance value of every scale.
+        image_seeds: one (seed, image index) per image.
+        num_forwards: predictions made so far; labelled and null rows of a scale are one.
+        conditional: logits (b, l, v) of the latest prediction before guidance, at temperature 1; None before the first.
+
+    Raises:
+        UserError: a filter or guidance value is out of range, or the two models do not belong together.
+    """
+
+    def __init__(
+        self,
+        image_tokenizer: MultiScaleVQVAE,
+        transformer: NextScaleTransformer,
+        class_labels: Int[Tensor, " b"],
+        image_seeds: Sequence[tuple[int, int]],
+        options: SamplingOptions,
+    ):
+        self.schedule = shared_schedule(image_tokenizer, transformer)
+        self.options, self.image_seeds, self.num_forwards = options, list(image_seeds), 0
+        self.conditional: Float[Tensor, "b l v"] | None = None
+        self._tokenizer, self._transformer = image_tokenizer, transformer
+        self._codebook = image_tokenizer.codebook.weight
+        check_filters(
+            top_k=options.top_k,
+            top_p=options.top_p,
+            temperature=options.temperature,
+            codebook_size=self._codebook.shape[0],
+        )
+        self.guidance = guidance_on(options.guidance_scale, self.schedule.sizes, image_tokenizer.schedule.sizes)
+        if bool((class_labels == transformer.null_class_id).all()):
+            self.guidance = (1.0,) * self.schedule.num_scales  # nothing to guide away from
+        self._with_null = null_row_scales(self.guidance, markov=transformer.is_markov)
+        self._batch, doubled = len(class_labels), any(self._with_null)
+        with torch.inference_mode():
+            class_labels = class_labels.to(transformer.device)
+            self._conditioning = _condition_once(transformer, class_labels, with_null_rows=doubled)
+            self._cache = transformer.new_cache(2 * self._batch if doubled else self._batch)
+
+    @torch.inference_mode()
+    def start(self) -> LatentMap:
+        """Features before scale 0: zeros."""
+        grid = self.schedule.grid
+        return torch.zeros(self._batch, self._codebook.shape[1], grid, grid, device=self._transformer.device)
+
+    @torch.inference_mode()
+    def predict(self, scale: int, features: LatentMap) -> Float[Tensor, "b l v"]:
+        """Guided logits of one scale, in fp32, from the features that all earlier scales have built."""
         if scale == 0:
-            inputs = codebook.new_zeros(batch, 0, codebook.shape[1])
-        else:
-            inputs = next_scale_input(features, schedule, scale)
-        rows = 2 * batch if with_null[scale] else batch
-        inputs = inputs.to(transformer.dtype).repeat(rows // batch, 1, 1)
-        logits = transformer.forward_scale(scale, inputs, conditioning.leading(rows), cache).float()
-        return guided_logits(logits[:batch], logits[batch:], guidance[scale]) if with_null[scale] else logits
+            return self.predict_from(0, self._codebook.new_zeros(self._batch, 0, self._codebook.shape[1]))
+        return self.predict_from(scale, next_scale_input(features, self.schedule, scale))
 
-    def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, Float[Tensor, "b d s s"]]:
-        logits = predict(scale, features)
+    @torch.inference_mode()
+    def predict_from(self, scale: int, inputs: Float[Tensor, "b inputs d"]) -> Float[Tensor, "b l v"]:
+        """As `predict`, from inputs of the caller's: (b, s * s, d), or (b, 0, d) at scale 0."""
+        self.cut(scale)
+        if self._cache is not None and self._cache.length != self.schedule.offsets[scale]:
+            raise UserError(
+                f"a causal model predicts a scale after all earlier ones, got scale {scale} after "
+                f"{self._cache.length} tokens. Predict the scales before it first."
+            )
+        return self._guided(scale, inputs, None)
+
+    @torch.inference_mode()
+    def predict_again(
+        self, scale: int, features: LatentMap, codes: FeatureMap, hidden: Bool[Tensor, "b l"]
+    ) -> Float[Tensor, "b l v"]:
+        """Guided logits of a scale that sees its own codes (b, d, s, s), but for the hidden ones; `scale` >= 1.
+
+        A round of masked resampling (spec of SRDD, 3.2). A causal model's keys stay those of the ordinary prediction,
+        which has to be the latest one.
+        """
+        inputs = self._tokenizer.partial_scale_input(features, codes.float(), hidden, scale, self.schedule)
+        if self._cache is None:
+            return self._guided(scale, inputs, hidden)
+        start, end = self.schedule.offsets[scale : scale + 2]
+        assert self._cache.length == end, "the scale was predicted just before"
+        ordinary = self._cache.copy_of(start, end)
+        self.cut(scale)
+        logits = self._guided(scale, inputs, hidden)
+        self._cache.put_back(start, ordinary)
+        return logits
+
+    def _guided(
+        self, scale: int, inputs: Float[Tensor, "b inputs d"], hidden: Bool[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b l v"]:
+        self.num_forwards += 1
+        # the null rows lie behind the others in one doubled batch
+        copies = 2 if self._with_null[scale] else 1
+        inputs = inputs.to(self._transformer.dtype).repeat(copies, 1, 1)
+        hidden = None if hidden is None else hidden.repeat(copies, 1)
+        conditioning = self._conditioning.leading(copies * self._batch)
+        logits = self._transformer.forward_scale(scale, inputs, conditioning, self._cache, hidden=hidden).float()
+        self.conditional = logits[: self._batch]
+        if copies == 1:
+            return logits
+        return guided_logits(self.conditional, logits[self._batch :], self.guidance[scale])
+
+    @torch.inference_mode()
+    def draw(self, scale: int, logits: Float[Tensor, "b l v"], *, round_index: int = 0) -> ScaleDraw:
+        """Tokens from guided logits, with the random numbers of (seed, image index, scale, round)."""
+        options, length = self.options, self.schedule.lengths[scale]
         if options.temperature != 1:
             logits = logits / options.temperature
         logits = filter_logits(logits, top_k=options.top_k, top_p=options.top_p)
-        token_ids = draw_tokens(logits, uniforms[scale])
+        uniforms = token_uniforms(self.image_seeds, scale, length, round_index=round_index)
+        token_ids = draw_tokens(logits, uniforms.to(logits.device))
         if not options.smooth:
-            return token_ids, image_tokenizer.lookup(token_ids)
-        ratio = scale / (schedule.num_scales - 1) if schedule.num_scales > 1 else 1.0
-        gumbels = token_gumbels(image_seeds, scale, schedule.lengths[scale], codebook.shape[0])
-        mixed = smooth_weights(logits, gumbels, ratio) @ codebook.float()
-        return token_ids, tokens_to_map(mixed.to(codebook.dtype))
+            return ScaleDraw(token_ids, self._tokenizer.lookup(token_ids), logits)
+        ratio = _position(self.schedule.sizes[scale], self._tokenizer.schedule.sizes)
+        gumbels = token_gumbels(self.image_seeds, scale, length, self._codebook.shape[0], round_index=round_index)
+        mixed = smooth_weights(logits, gumbels, ratio) @ self._codebook.float()
+        return ScaleDraw(token_ids, tokens_to_map(mixed.to(self._codebook.dtype)), logits)
 
-    yield from image_tokenizer.residual_scales(choose, class_labels, schedule)
+    @torch.inference_mode()
+    def add(self, scale: int, features: LatentMap, codes: FeatureMap) -> LatentMap:
+        """Features after `scale`: those before it plus phi of the upsampled codes."""
+        return self._tokenizer.add_codes(features, codes, scale, self.schedule)
+
+    @torch.inference_mode()
+    def lookup(self, token_ids: ScaleTokens) -> FeatureMap:
+        """Codes of one scale as a map (b, d, s, s)."""
+        return self._tokenizer.lookup(token_ids)
+
+    @torch.inference_mode()
+    def requantize(self, features: LatentMap) -> TokenPyramid:
+        """Token ids of features, as if they were latents of an image, under this sampler's schedule."""
+        return self._tokenizer.requantize(features, self.schedule)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether a scale reads keys and values of earlier ones (causal models)."""
+        return self._cache is not None
+
+    def cut(self, scale: int) -> None:
+        """Forget the keys and values of `scale` and of all after it; nothing to do without a cache."""
+        if self._cache is not None:
+            self._cache.truncate(self.schedule.offsets[scale])
+
+
+def _position(side: int, parent_sizes: Sequence[int]) -> float:
+    """Where a side lies among the parent's scales, in [0, 1]: a shortened schedule is smoothed as the full one is."""
+    return parent_sizes.index(side) / (len(parent_sizes) - 1) if len(parent_sizes) > 1 else 1.0
 
 
 def _condition_once(

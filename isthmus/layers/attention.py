@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Heads = Float[Tensor, "b heads l c"]
@@ -170,6 +170,20 @@ class KeyValueCache:
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
         self.length = min(self.length, length)
+
+    def copy_of(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens start..end - 1, to put back after something else was tried there."""
+        return self.keys[..., start:end, :].clone(), self.values[..., start:end, :].clone()
+
+    def put_back(self, start: int, stored: tuple[Tensor, Tensor]) -> None:
+        """Store what `copy_of` returned, from token `start` on; what lies behind it is forgotten."""
+        keys, values = stored
+        self.length = start + keys.shape[-2]
+        self.keys[..., start : self.length, :], self.values[..., start : self.length, :] = keys, values
+
+    def keep_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Forget all rows of the batch but these, which are numbered anew in their order."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def attention(self, layer: int, *, causal: bool = False) -> Attend:
         """Attention of new tokens over everything stored and themselves; where `causal`, not over later new tokens.

@@ -9,20 +9,31 @@ from torch import nn
 
 # what transformers notes about the file, not about the network
 _WRITER = {"architectures", "dtype", "transformers_version"}
+# settings that came after format 1: at these values a network is what it was before they existed
+_LATER = {"mask_embedding": False}
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, *, rounded: bool = False) -> str:
     """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
 
-    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it.
+    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it. `rounded`
+    reads the weights as bfloat16, so that a model loaded as float32 or as bfloat16 is the same one.
     """
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", {})
     # transformers' configurations are no mappings; what differs from their defaults is what makes the network
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
     config = {k: v for k, v in values.items() if not (k.startswith("_") or k in _WRITER)}
+    config = {k: v for k, v in config.items() if k not in _LATER or v != _LATER[k]}
     digest.update(json.dumps(config, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.bfloat16() if rounded and tensor.is_floating_point() else tensor
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def pair_fingerprint(image_tokenizer: nn.Module, transformer: nn.Module) -> str:
+    """What a critic belongs to: tokenizer and prior together, whatever type they were loaded in."""
+    joined = fingerprint(image_tokenizer, rounded=True) + fingerprint(transformer, rounded=True)
+    return hashlib.sha256(joined.encode()).hexdigest()

@@ -13,11 +13,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # by name: diffusers' loader looks this class up in the namespace of the component's module
 from diffusers.models.modeling_utils import ModelMixin
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.functional.pyramid import ScaleSchedule, area_downsample, default_phi_indices
+from isthmus.functional.pyramid import ScaleSchedule, area_downsample, bicubic_upsample, default_phi_indices
 from isthmus.functional.quantization import Scale, nearest_code, next_scale_input, residual_scales, tokens_to_map
 from isthmus.functional.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
 from isthmus.layers.convolution import (
@@ -277,6 +277,40 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
         """Codes of one scale as a map (b, d, s, s), in fp32 whatever the precision of the weights."""
         return tokens_to_map(self.codebook(token_ids).float())
 
+    def add_codes(
+        self, features: LatentMap, codes: FeatureMap, scale: int, schedule: ScaleSchedule | None = None
+    ) -> LatentMap:
+        """One turn of the residual loop: features plus phi_k of the codes (b, d, s, s) of scale k, upsampled."""
+        schedule = schedule or self.schedule
+        return features + self._phi(schedule.phi_indices[scale], bicubic_upsample(codes, schedule.grid))
+
+    def nearest_tokens(self, residual: LatentMap, size: int) -> ScaleTokens:
+        """Nearest codes of what a scale of this side has left to say: latents minus the features so far."""
+        rows = area_downsample(residual, size).permute(0, 2, 3, 1).flatten(0, 2)
+        found = nearest_code(rows, self.codebook.weight, normalize=self.config["normalize_codes"])
+        return found.view(residual.shape[0], -1)
+
+    def partial_scale_input(
+        self,
+        features: LatentMap,
+        codes: FeatureMap,
+        hidden: Bool[Tensor, "b l"],
+        scale: int,
+        schedule: ScaleSchedule | None = None,
+    ) -> Float[Tensor, "b l d"]:
+        """Input of `scale` >= 1 that also shows the scale's own codes (b, d, s, s), but for the hidden ones.
+
+        S = Fhat_{k-1} + phi_k(up(codes kept)) - phi_k(0), averaged to the side of the scale (spec of SRDD, 3.2): phi
+        has a bias, without the last term "all hidden" would not be the ordinary input. Hidden first, then upsampled:
+        no hidden code reaches any place.
+        """
+        schedule = schedule or self.schedule
+        kept = codes.masked_fill(tokens_to_map(hidden.unsqueeze(-1).float()).bool(), 0)
+        phi, grid = schedule.phi_indices[scale], schedule.grid
+        shown = self._phi(phi, bicubic_upsample(kept, grid))
+        nothing = self._phi(phi, torch.zeros_like(shown[:1]))
+        return next_scale_input(features + (shown - nothing), schedule, scale)
+
     def residual_scales(
         self,
         choose: Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]],
@@ -333,10 +367,7 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
 
         def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
             # detached: the search has no gradient, and the distance matrices stay out of the graph
-            residual = area_downsample(latents.detach().float() - features.detach(), sizes[scale])
-            rows = residual.permute(0, 2, 3, 1).flatten(0, 2)
-            found = nearest_code(rows, self.codebook.weight, normalize=self.config["normalize_codes"])
-            token_ids = found.view(latents.shape[0], -1)
+            token_ids = self.nearest_tokens(latents.detach().float() - features.detach(), sizes[scale])
             return token_ids, self.lookup(token_ids)
 
         return choose

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # by name: diffusers' loader looks this class up in the namespace of the component's module
 from diffusers.models.modeling_utils import ModelMixin
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
@@ -103,6 +103,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         init_gate: factor on the initial weights that make the gates ("alng"): small values start near identity.
         init_modulation: factor on the initial weights that make scales and shifts.
+        mask_embedding: learn a vector, zero at the start, that marks hidden tokens: for models trained for refinement
+            (spec of SRDD, 3.2). Without it hidden tokens are not marked.
 
     Raises:
         UserError: `width` is not a multiple of `num_heads`, or the scales do not increase.
@@ -130,6 +132,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         drop_path: float = 0.0,
         init_gate: float = 1e-3,
         init_modulation: float = 0.5,
+        mask_embedding: bool = False,
     ):
         super().__init__()
         if width % num_heads:
@@ -154,6 +157,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         )
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, codebook_size)
+        self.mask_embedding = nn.Parameter(torch.zeros(width)) if mask_embedding else None
         self.gradient_checkpointing = False
         self._init_weights(init_gate, init_modulation)
 
@@ -177,10 +181,16 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         return Conditioning(start, blocks, self.head_modulation(activated).unflatten(-1, (2, -1)))
 
     def embed(
-        self, start: Float[Tensor, "b width"], scale_inputs: Float[Tensor, "b inputs d"], scales: Sequence[int]
+        self,
+        start: Float[Tensor, "b width"],
+        scale_inputs: Float[Tensor, "b inputs d"],
+        scales: Sequence[int],
+        hidden: Bool[Tensor, "b inputs"] | None = None,
     ) -> Stream:
         """Tokens of `scales`: class vector (scale 0) or word embedding, plus position and scale embeddings."""
         words = self.word_embedding(scale_inputs)
+        if hidden is not None and self.mask_embedding is not None:
+            words = words + hidden.unsqueeze(-1) * self.mask_embedding
         if scales[0] == 0:
             words = torch.cat([start.unsqueeze(1) + self.start_position, words], dim=1)
         # one split and one concatenation: a slice per scale would pad its gradient to the whole table
@@ -194,6 +204,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         *,
         scales: Sequence[int] | None = None,
         keep: Float[Tensor, "b layers 2"] | None = None,
+        hidden: Bool[Tensor, "b inputs"] | None = None,
     ) -> NextScaleTransformerOutput:
         """Teacher forcing: logits of every token in one pass.
 
@@ -202,6 +213,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
             scale_inputs: `MultiScaleVQVAE.scale_inputs`, restricted to `scales` where those are given.
             scales: the scales to run, increasing; None runs all. Causal models take a prefix 0..k, Markov models any.
             keep: stochastic depth factors per image, block and branch; None keeps everything.
+            hidden: True at inputs whose own token is hidden (`partial_scale_input`); None where none shows any.
 
         Raises:
             UserError: `scales` is empty or does not increase, `scale_inputs` does not hold its tokens, or it is no
@@ -225,7 +237,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
             raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}. Fill it up.")
         conditioning = self.condition(class_labels)
         attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
-        x = self.embed(conditioning.start, scale_inputs, scales)
+        x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
             factors = None if keep is None else keep[:, i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -241,6 +253,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         scale_input: Float[Tensor, "b inputs d"],
         conditioning: Conditioning,
         cache: KeyValueCache | None = None,
+        *,
+        hidden: Bool[Tensor, "b inputs"] | None = None,
     ) -> Float[Tensor, "b l v"]:
         """Logits of one scale during generation.
 
@@ -250,12 +264,13 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
                 at scale 0.
             conditioning: from `condition`.
             cache: from `new_cache`; None for a Markov model, which never reads another scale.
+            hidden: as for `forward`.
         """
         if (cache is None) != self.is_markov:
             raise UserError(
                 "a causal model needs a cache and a Markov model takes none, got the opposite. Pass model.new_cache(b)."
             )
-        x = self.embed(conditioning.start, scale_input, (scale,))
+        x = self.embed(conditioning.start, scale_input, (scale,), hidden)
         own = markov_attention([x.shape[1]])
         for i, block in enumerate(self.blocks):
             x = block(x, conditioning.blocks[i], own if cache is None else cache.attention(i))

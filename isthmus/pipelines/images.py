@@ -32,8 +32,7 @@ def to_images(images: ImageInput, image_size: int) -> Images:
     pictures = [images] if isinstance(images, PIL.Image.Image) else list(images)
     if not pictures:
         raise UserError("at least one image is needed, got an empty list. Pass a picture or a tensor.")
-    pixels = np.stack([np.asarray(_square(picture, image_size)) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return from_pictures([_square(picture, image_size) for picture in pictures])
 
 
 def checked_images(images: Tensor) -> Images:
@@ -58,12 +57,23 @@ def checked_images(images: Tensor) -> Images:
     return batch
 
 
-def _square(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture as RGB of the same size: upright by its EXIF tag, transparency on white."""
     upright = ImageOps.exif_transpose(picture)
     if upright.has_transparency_data:
         layered = upright.convert("RGBA")
         upright = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layered.size, "white"), layered)
-    rgb = upright.convert("RGB")
+    return upright.convert("RGB")
+
+
+def from_pictures(pictures: Sequence[PIL.Image.Image]) -> Images:
+    """RGB pictures of one size as a tensor in [-1, 1]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def _square(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    rgb = upright_rgb(picture)
     width, height = rgb.size
     scale = side / min(width, height)
     if scale != 1:

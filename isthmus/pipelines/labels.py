@@ -26,6 +26,23 @@ def resolve_labels(labels: Sequence[Label], *, class_names: Mapping[str, str], n
     return [_resolve(label, class_names, num_classes) for label in labels]
 
 
+def labels_from_words(words: Sequence[str], class_names: Mapping[str, str]) -> list[Label]:
+    """Labels as they are typed: a name, an index, or `null` (or `none`) for no class.
+
+    >>> labels_from_words(["flag", "0", "null"], {"0": "face", "1": "flag"})
+    ['flag', 0, None]
+    """
+    return [_from_word(word, class_names) for word in words]
+
+
+def _from_word(word: str, class_names: Mapping[str, str]) -> Label:
+    if word in class_names.values():
+        return word
+    if word in ("null", "none"):
+        return None
+    return int(word) if word.lstrip("-").isdigit() else word
+
+
 def _resolve(label: Label, class_names: Mapping[str, str], num_classes: int) -> int:
     if label is None:
         return num_classes

@@ -4,99 +4,83 @@ Source of the method: Tian et al., "Visual Autoregressive Modeling"; Kumar et al
 Diffusion".
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.errors import UserError
 from isthmus.functional.guidance import Guidance
-from isthmus.functional.quantization import Scale
-from isthmus.functional.shapes import Images, LatentMap, TokenPyramid
-from isthmus.generation.next_scale import generate_scales, shared_schedule
-from isthmus.generation.next_scale_likelihood import log_likelihood
+from isthmus.functional.shapes import Images, LatentMap
+from isthmus.generation.next_scale import ScaleSampler, shared_schedule
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
+from isthmus.generation.refinement import refined_scales
 from isthmus.generation.step import GenerationStep, Pictures
 
 # eagerly, and by name: loading looks the component classes up in the modules that model_index.json names
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.pipelines.components import load_component
-from isthmus.pipelines.images import ImageInput, to_images
-from isthmus.pipelines.labels import resolve_labels
-from isthmus.pipelines.request import (
-    Generators,
-    Labels,
-    OutputType,
-    Request,
-    as_output,
-    check_output_type,
-    label_list,
-)
-from isthmus.pipelines.saved import SavedPipeline
+from isthmus.models.token_critic import TokenCritic
+from isthmus.pipelines.components import load_component, load_scheduler
+from isthmus.pipelines.critics import check_critic
+from isthmus.pipelines.next_scale_classification import NextScaleClassification
+from isthmus.pipelines.next_scale_editing import NextScaleEditing
+from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
+from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
+from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 
 
-@dataclass
-class NextScalePipelineOutput:
-    """What a call returns.
-
-    Attributes:
-        images: as `output_type` says; "latent" gives the features (b, d, grid, grid).
-        token_ids: one int tensor (b, s_k * s_k) per scale, on the CPU.
-        class_labels: class id of every image; `null_class_id` where no class was asked for.
-        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
-    """
-
-    images: Pictures
-    token_ids: list[Int[Tensor, "b _"]]
-    class_labels: list[int]
-    seeds: list[tuple[int, int]]
-
-
-class NextScalePipeline(SavedPipeline):
+class NextScalePipeline(NextScaleClassification, NextScaleEditing):
     """An image tokenizer and a next-scale transformer that draw images together.
 
     Args:
         image_tokenizer: turns tokens into pixels.
         transformer: predicts the tokens of a scale; its scales are the tokenizer's, or some of them.
-        scheduler: optional component of samplers that redraw tokens.
+        scheduler: optional component: which tokens a draw draws again. None draws each once.
         class_names: one name per class, or index -> name; nothing for models without names.
         sampling_defaults: options of a call that names none, stored in the folder.
         preprocessing: how training images were made; None describes the usual way.
         data: `name` and `attribution` (licence line) of the training data, for the card.
         protocol: how the model was trained and measured, for the card.
+        critic: optional component: judges tokens for a scheduler of mode "critic"; it belongs to this model alone.
 
     Raises:
         UserError: the components do not belong together, or names or defaults do not fit them.
     """
 
-    _optional_components = ["scheduler"]
+    _optional_components = ["scheduler", "critic"]
     parts = {
         "image_tokenizer": (MultiScaleVQVAE, load_component),
         "transformer": (NextScaleTransformer, load_component),
+    }
+    optional_parts = {
+        "scheduler": (ScaleRefinementScheduler, load_scheduler),
+        "critic": (TokenCritic, load_component),
     }
 
     def __init__(
         self,
         image_tokenizer: MultiScaleVQVAE,
         transformer: NextScaleTransformer,
-        scheduler: SchedulerMixin | None = None,
+        scheduler: ScaleRefinementScheduler | None = None,
         class_names: Sequence[str] | Mapping[str, str] | None = None,
         sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         protocol: str = "",
+        critic: TokenCritic | None = None,
     ):
         super().__init__()
-        self.register_modules(image_tokenizer=image_tokenizer, transformer=transformer, scheduler=scheduler)
+        self.register_modules(
+            image_tokenizer=image_tokenizer, transformer=transformer, scheduler=scheduler, critic=critic
+        )
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
+        if scheduler is not None:
+            scheduler.rounds_of(self.schedule.num_scales)
+        self._checked_critic: TokenCritic | None = None
+        self._own_critic()
 
     def __call__(
         self,
@@ -141,15 +125,17 @@ class NextScalePipeline(SavedPipeline):
             class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
             guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
         )  # fmt: skip
-        token_ids, features = [], None
-        for scale in self._scales(request):
-            token_ids.append(scale.token_ids.cpu())
-            features = scale.features
+        sampler = self._sampler(request)
+        token_ids: list[Tensor] = [torch.empty(0)] * self.schedule.num_scales
+        features = None
+        for scale in refined_scales(sampler, self.scheduler, self._own_critic()):
+            # a jump draws a scale once more: the last draw counts
+            token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
             if callback_on_step_end is not None:
-                callback_on_step_end(GenerationStep(scale.index, self.schedule.num_scales, token_ids[-1]))
+                callback_on_step_end(GenerationStep(scale.index, self.schedule.num_scales, token_ids[scale.index]))
         assert features is not None
         images = self._pictures(features, request.output_type)
-        return NextScalePipelineOutput(images, token_ids, request.class_labels, request.seeds)
+        return NextScalePipelineOutput(images, token_ids, request.class_labels, request.seeds, sampler.num_forwards)
 
     def stream(
         self,
@@ -169,13 +155,15 @@ class NextScalePipeline(SavedPipeline):
     ) -> Iterator[GenerationStep]:
         """Draw images and show them while they grow: one `GenerationStep` with a preview per scale.
 
-        The arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the
-        first step is asked for.
+        Where the scheduler jumps back, the scales that it repeats are shown again, under their own index. The
+        arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the first
+        step is asked for.
         """
         request = self._request(
             class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
             guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
         )  # fmt: skip
+        scales = refined_scales(self._sampler(request), self.scheduler, self._own_critic())
         return (
             GenerationStep(
                 scale.index,
@@ -183,62 +171,8 @@ class NextScalePipeline(SavedPipeline):
                 scale.token_ids.cpu(),
                 self._pictures(scale.features, output_type),
             )
-            for scale in self._scales(request)
+            for scale in scales
         )
-
-    def encode(self, images: ImageInput) -> TokenPyramid:
-        """Tokens of images at every scale of this model, coarse to fine, on the CPU.
-
-        Raises:
-            UserError: the images are not usable, or not of the model's size.
-        """
-        pixels = to_images(images, self.image_size).to(self.device, self.image_tokenizer.dtype)
-        with torch.inference_mode():
-            token_ids = self.image_tokenizer.requantize(self.image_tokenizer.latents(pixels).float(), self.schedule)
-        # copied out of inference mode: tensors the caller may use anywhere
-        return [ids.cpu().clone() for ids in token_ids]
-
-    def decode(self, token_ids: TokenPyramid, *, output_type: OutputType = "pil") -> Pictures:
-        """Images from the tokens of all scales, or of the first few: then without what the finer ones add.
-
-        Raises:
-            UserError: the tokens are not those of the first scales, or name no codes.
-        """
-        check_output_type(output_type)
-        found, known = tuple(ids.shape[1] for ids in token_ids), self.schedule.lengths
-        if not found or found != known[: len(found)]:
-            raise UserError(f"token_ids must hold {known} tokens per scale, or the first few of these, got {found}.")
-        for ids in token_ids:
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.codebook_size:
-                raise UserError(f"token ids must be 0..{self.codebook_size - 1}, got others. Pass those of this model.")
-        with torch.inference_mode():
-            pyramid = [ids.to(self.device) for ids in token_ids]
-            features = self.image_tokenizer.features_up_to(pyramid, len(pyramid) - 1, self.schedule)
-        return self._pictures(features.clone(), output_type)
-
-    def log_prob(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
-    ) -> Float[Tensor, " b"]:
-        """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
-
-        Raises:
-            UserError: images or labels are not usable, or both or neither of images and tokens are given.
-        """
-        return self._log_likelihood(images, class_labels, token_ids).sum(dim=1)
-
-    def bits_per_token(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
-    ) -> Float[Tensor, "b l"]:
-        """Bits that every token costs, scale after scale; arguments as for `log_prob`."""
-        return -self._log_likelihood(images, class_labels, token_ids) / math.log(2)
 
     @property
     def codebook_size(self) -> int:
@@ -281,22 +215,16 @@ class NextScalePipeline(SavedPipeline):
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def _log_likelihood(
-        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenPyramid | None
-    ) -> Float[Tensor, "b l"]:
-        if (images is None) == (token_ids is None):
-            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
-        if token_ids is None:
-            assert images is not None
-            token_ids = self.encode(images)
-        given = label_list(class_labels)
-        labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
-        each = torch.tensor(labels * len(token_ids[0]) if len(labels) == 1 else labels, dtype=torch.long)
-        return log_likelihood(self.image_tokenizer, self.transformer, token_ids, each).cpu()
-
-    def _scales(self, request: Request) -> Iterator[Scale]:
+    def _sampler(self, request: Request) -> ScaleSampler:
         labels = torch.tensor(request.class_labels, device=self.device)
-        return generate_scales(self.image_tokenizer, self.transformer, labels, request.seeds, request.options)
+        return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options)
+
+    def _own_critic(self) -> TokenCritic | None:
+        """The critic, checked once: it may have been set after the pipeline was made."""
+        if self.critic is not None and self.critic is not self._checked_critic:
+            check_critic(self.critic, self.image_tokenizer, self.transformer)
+        self._checked_critic = self.critic
+        return self.critic
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
         return features if output_type == "latent" else as_output(self._decode(features), output_type)

@@ -35,12 +35,14 @@ class SavedPipeline(DiffusionPipeline):
 
     Attributes:
         parts: component name -> (class, function that loads it from its folder).
+        optional_parts: the same, of components that a model may do without.
         num_classes: 0 for models without classes.
         class_names: index (as text) -> name; empty where classes have no names.
         defaults: options of a call that names none.
     """
 
     parts: ClassVar[Mapping[str, tuple[type, Loader]]] = {}
+    optional_parts: ClassVar[Mapping[str, tuple[type, Loader]]] = {}
     num_classes: int
     class_names: dict[str, str]
     defaults: SamplingOptions
@@ -138,7 +140,8 @@ class SavedPipeline(DiffusionPipeline):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of configuration and weights of all components: what images depend on beside the options."""
-        joined = "".join(_fingerprint(getattr(self, name)) for name in self.parts)
+        given = [name for name in self.optional_parts if getattr(self, name) is not None]
+        joined = "".join(_fingerprint(getattr(self, name)) for name in (*self.parts, *given))
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def card(self) -> str:
@@ -212,10 +215,15 @@ class SavedPipeline(DiffusionPipeline):
         for name, (part, _) in cls.parts.items():
             if values.pop(name, None) != [_library(part), part.__name__]:
                 raise UserError(f"{folder / INDEX_NAME} must name {part.__name__} as its {name}. Save the model again.")
+        present = dict(cls.parts)
         for name in cls._optional_components:
-            if values.pop(name, [None, None]) != [None, None]:
+            found, known = values.pop(name, [None, None]), cls.optional_parts.get(name)
+            if found == [None, None]:
+                continue
+            if known is None or found != [_library(known[0]), known[0].__name__]:
                 raise UserError(f"{folder} has a {name} that this version does not know. Update Isthmus.")
-        components = {name: load(part, folder / name, dtype=dtype) for name, (part, load) in cls.parts.items()}
+            present[name] = known
+        components = {name: load(part, folder / name, dtype=dtype) for name, (part, load) in present.items()}
         return cls(**components, **values)
 
     @classmethod

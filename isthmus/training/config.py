@@ -299,6 +299,9 @@ class PriorRun(TokensRun):
     """Label smoothing of the cross-entropy."""
     scales_per_step: int | None = None
     """Train a random subset of this many scales per step (markov only), for memory; None trains all."""
+    refinement_probability: float = 0.0
+    """Share of the scales of training images whose input shows a random part of the scale's own tokens, the loss being
+    on the others: for draws that are refined in masked rounds."""
     compile: bool = False
     """torch.compile the network."""
     model: PriorModel = field(default_factory=PriorModel)
@@ -306,7 +309,7 @@ class PriorRun(TokensRun):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "label_smoothing")
+        check_share(self, "label_smoothing", "refinement_probability")
         if self.scales_per_step is not None:
             check_positive(self, "scales_per_step")
 

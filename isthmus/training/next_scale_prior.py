@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.data.source import ImageSource
@@ -15,6 +16,7 @@ from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
+from isthmus.functional.shapes import TokenPyramid
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.training.config import PriorRun
@@ -30,6 +32,7 @@ from isthmus.training.objectives import (
     scale_weights,
     select_scales,
 )
+from isthmus.training.partial_inputs import partial_inputs, partly_shown
 from isthmus.training.previews import save_samples
 from isthmus.training.saved_networks import averaged_model, refuse_contradictions, sampling_options
 
@@ -79,24 +82,46 @@ class NextScalePrior:
             null_class_id=config["num_classes"],
             seed=run.seed,
         )
-        with torch.no_grad():
-            inputs = self.tokenizer.scale_inputs(list(token_ids.split(list(schedule.lengths), dim=1)))
+        inputs, marked, counted = self._inputs(list(token_ids.split(list(schedule.lengths), dim=1)), positions)
         keep = path_factors(positions, self.network.drop_path_rates, seed=run.seed)
         output = model(
             labels,
             select_scales(inputs, schedule, scales, first=1),
             scales=scales,
             keep=None if keep is None else keep.to(device),
+            hidden=None if marked is None else select_scales(marked, schedule, scales, first=1),
         )
         targets = select_scales(token_ids, schedule, scales)
         return next_scale_loss(
-            output.logits, targets, schedule, self._weights, scales=scales, label_smoothing=run.label_smoothing
+            output.logits,
+            targets,
+            schedule,
+            self._weights,
+            scales=scales,
+            label_smoothing=run.label_smoothing,
+            counted=None if counted is None else select_scales(counted, schedule, scales),
         )
+
+    def _inputs(
+        self, token_ids: TokenPyramid, positions: Tensor
+    ) -> tuple[Float[Tensor, "b l d"], Bool[Tensor, "b inputs"] | None, Bool[Tensor, "b tokens"] | None]:
+        """Inputs of scales 1..K-1, which of these hide their own token, and which of all tokens are predicted."""
+        schedule, probability = self._schedule, self.run.refinement_probability
+        if self.network.mask_embedding is None:
+            with torch.no_grad():
+                return self.tokenizer.scale_inputs(token_ids, schedule), None, None
+        # also where the probability is 0: every weight of the network takes part in every step
+        shown = partly_shown(positions, schedule.lengths, probability=probability, seed=self.run.seed)
+        device, first = token_ids[0].device, schedule.lengths[0]
+        inputs = partial_inputs(self.tokenizer, token_ids, shown, schedule)
+        return inputs, shown.marked[:, first:].to(device), shown.counted.to(device)
 
     def part_values(self, losses: PriorLosses, batch: Batch) -> dict[str, Tensor]:
         """What is logged of one part of a batch: loss, token accuracy, and nats per token of every scale run."""
         targets = select_scales(batch["token_ids"].to(losses.logits.device), self._schedule, losses.scales)
         hits = losses.logits.argmax(dim=-1) == targets
+        if losses.counted is not None:
+            hits = hits[losses.counted]
         return {"loss": losses.total, "token_accuracy": hits.float().mean(), "nats": losses.by_scale}
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
@@ -144,14 +169,16 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
     train, held_out = open_splits(run, tokenizer.image_size)
-    num_classes = len(train.class_names)
+    num_classes, refined = len(train.class_names), run.refinement_probability > 0
     if source_model is not None:
-        return tokenizer, train, held_out, with_new_classes(source_model, num_classes, wanted, run.from_model)
+        model = with_new_classes(source_model, num_classes, wanted, run.from_model, mask_embedding=refined)
+        return tokenizer, train, held_out, model
     model = NextScaleTransformer(
         scale_sizes=tokenizer.schedule.sizes,
         codebook_size=tokenizer.config["codebook_size"],
         codebook_dim=tokenizer.config["codebook_dim"],
         num_classes=num_classes,
+        mask_embedding=refined,
         **wanted,
     )
     if run.scales_per_step is not None and not model.is_markov:
@@ -163,9 +190,16 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
 
 
 def with_new_classes(
-    source: NextScaleTransformer, num_classes: int, wanted: dict[str, object], name: str
+    source: NextScaleTransformer,
+    num_classes: int,
+    wanted: dict[str, object],
+    name: str,
+    *,
+    mask_embedding: bool = False,
 ) -> NextScaleTransformer:
     """The saved prior with a new class table: every row starts at the null row, which is kept; all else is as it was.
+
+    `mask_embedding` adds the mark of hidden tokens where there is none; it starts at zero and changes nothing.
 
     Raises:
         UserError: an argument contradicts the saved model.
@@ -173,8 +207,11 @@ def with_new_classes(
     refuse_contradictions(source, wanted, name)
     arguments: dict[str, Any] = {k: v for k, v in source.config.items() if not k.startswith("_")}
     arguments["num_classes"] = num_classes
+    arguments["mask_embedding"] = mask_embedding or source.mask_embedding is not None
     model = NextScaleTransformer(**arguments)
     state = source.state_dict()
+    if model.mask_embedding is not None:
+        state.setdefault("mask_embedding", torch.zeros_like(model.mask_embedding))
     null_row = state["class_embedding.weight"][source.null_class_id]
     state["class_embedding.weight"] = null_row.expand(num_classes + 1, -1).clone()
     model.load_state_dict(state)

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.functional.draws import DROP_PATH, LABEL_DROP, SCALE_SUBSET, stream
@@ -43,12 +43,14 @@ class PriorLosses:
         by_scale: mean cross-entropy of each scale that was run, nats per token.
         scales: which scales those are.
         logits: (b, l, v), for measurements.
+        counted: (b, l), tokens that the loss is on; None where it is on all.
     """
 
     total: Float[Tensor, ""]
     by_scale: Float[Tensor, " scales"]
     scales: tuple[int, ...]
     logits: Float[Tensor, "b l v"]
+    counted: Bool[Tensor, "b l"] | None = None
 
 
 def next_scale_loss(
@@ -59,19 +61,25 @@ def next_scale_loss(
     *,
     scales: Sequence[int],
     label_smoothing: float = 0.0,
+    counted: Bool[Tensor, "b l"] | None = None,
 ) -> PriorLosses:
     """Weighted cross-entropy over `scales`; `logits` and `token_ids` hold their tokens only.
 
     With a random subset of the scales the sum is scaled by all / run, so that its mean over subsets is the full loss.
+    Where only some tokens are `counted` (at least one per image and scale), a scale's loss is their mean per image.
     """
     losses = F.cross_entropy(
         logits.float().transpose(1, 2), token_ids, reduction="none", label_smoothing=label_smoothing
     )
     lengths = [schedule.lengths[k] for k in scales]
-    by_scale = torch.stack([part.mean() for part in losses.split(lengths, dim=1)])
+    if counted is not None:
+        parts = zip(losses.split(lengths, dim=1), counted.split(lengths, dim=1), strict=True)
+        by_scale = torch.stack([((part * own).sum(dim=1) / own.sum(dim=1)).mean() for part, own in parts])
+    else:
+        by_scale = torch.stack([part.mean() for part in losses.split(lengths, dim=1)])
     chosen = by_scale.new_tensor([weights[k] for k in scales])
     total = (chosen * by_scale).sum() * (schedule.num_scales / len(scales))
-    return PriorLosses(total, by_scale.detach(), tuple(scales), logits.detach())
+    return PriorLosses(total, by_scale.detach(), tuple(scales), logits.detach(), counted)
 
 
 def dropped_labels(

@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from isthmus.functional.guidance import GuidanceSchedule
+from isthmus.functional.masks import kept_as_published
 from isthmus.functional.quantization import tokens_to_map
 from isthmus.functional.sampling import filter_logits, smooth_temperature, smooth_weights
+from isthmus.generation.editing import KnownPart, edit_scales, tokens_as_they_are
+from isthmus.generation.next_scale import ScaleSampler
+from isthmus.generation.options import SamplingOptions
 from tests.parity.published_loop import assert_turns, generate
 from tests.testers import assert_parity
 
@@ -108,3 +113,27 @@ def test_editing(task, golden, tokenizer, published_prior):
     labels = torch.tensor([edit["label"]])
     turns = generate(tokenizer, published_prior("base")[0], labels, edit["cfg"], draw)
     assert_turns(io, f"edit.{task}", turns, tokenizer, edit["cfg"])
+
+
+@pytest.mark.parametrize("task", ["inpaint", "outpaint"])
+def test_the_rule_of_keeping_named_published(task, golden, tokenizer, published_prior):
+    """The same numbers from the editing loop that pipelines use, its mask being one of pixels."""
+    io = golden.tensors("var/var_base_io.safetensors")
+    edit = golden.json("var/config.json")["files"]["var_base_state.safetensors + var_base_io.safetensors"]["edit"]
+    unknown = 1 - io[f"edit.{task}.in.mask"].float().view(1, 1, 4, 4)
+    mask = F.interpolate(unknown, scale_factor=tokenizer.stride, mode="nearest")
+    kept = kept_as_published(mask, tokenizer.schedule.sizes)
+    for scale, ours in enumerate(kept):
+        assert_parity(
+            ours.view_as(io[f"edit.{task}.keep_mask.scale{scale}"]).int(), io[f"edit.{task}.keep_mask.scale{scale}"]
+        )
+    known = KnownPart(kept, tokens_as_they_are([io[f"edit.in.tokens.{k}"] for k in range(4)]))
+    options = SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1.0, 1.0 + edit["cfg"]), top_k=edit["top_k"])
+    prior = published_prior("base")[0]
+    sampler = ScaleSampler(tokenizer, prior, torch.tensor([edit["label"]]), [(0, 0)], options)
+    for state in edit_scales(tokenizer, sampler, known):
+        assert_parity(state.features, io[f"edit.{task}.scale{state.index}.f_hat"])
+        free = ~kept[state.index]
+        assert_parity(state.token_ids[free], io[f"edit.{task}.scale{state.index}.idx"][free])
+    with torch.no_grad():
+        assert_parity((tokenizer.decode_features(state.features) + 1) / 2, io[f"edit.{task}.out.image_01"])

@@ -1,0 +1,163 @@
+"""`isthmus edit`: images changed by a next-scale model, without training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from isthmus.cli.draw_options import DrawOptions
+from isthmus.cli.parsing import parse
+from isthmus.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit(DrawOptions):
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A pipeline folder of a next-scale model (VAR, SRDD), or a hub id."""
+    image: Path
+    """The image to edit. It is scaled so that its longer side is the model's size."""
+    out: Path
+    """New folder for the results and overview.png."""
+    classes: tuple[str, ...] = ()
+    """What the results are to be, names or ids, taken in turn; none asks for no class."""
+    num: int = 4
+    """Number of results."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num < 1:
+            raise UserError(f"--num must be at least 1, got {self.num}.")
+        if not self.image.is_file():
+            raise UserError(f"--image must be an image file, got {self.image}, which is none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keeping(_Edit):
+    published: bool = False
+    """Keep tokens as VAR's published procedure does, which also reads what lies under the mask."""
+    max_unknown: float = 0.5
+    """A token is kept with at most this share of unknown pixels, in [0, 1)."""
+    jumps: int = 0
+    """Simple resampling: after every scale, go back and draw the last ones again, so many times."""
+    jump_scales: int = 2
+    """How many scales a jump draws again."""
+    paste: bool = True
+    """Put the known pixels back over the result."""
+    seam_px: int | None = None
+    """Width of the blend beside the mask, in pixels; None is 1/16 of the model's size."""
+
+    def keeping(self) -> dict[str, Any]:
+        """Arguments of `inpaint` about what is kept."""
+        names = ("max_unknown", "jumps", "jump_scales", "paste", "seam_px")
+        given = {name: getattr(self, name) for name in names}
+        return given | {"keeping": "published" if self.published else "coverage"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint(_Keeping):
+    """Make the pixels under a mask anew."""
+
+    mask: Path
+    """Black and white picture of the image's size; white is made."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.mask.is_file():
+            raise UserError(f"--mask must be an image file, got {self.mask}, which is none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditClass(Inpaint):
+    """Make the pixels under a mask anew, as part of an image of another class (--classes)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.classes:
+            raise UserError("--classes says what is made under the mask, got none. `isthmus edit inpaint` needs none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outpaint(_Keeping):
+    """Make what lies beyond the edges. The enlarged picture comes at the model's size."""
+
+    left: int = 0
+    """Pixels of the image to add at the left,"""
+    top: int = 0
+    """at the top,"""
+    right: int = 0
+    """at the right,"""
+    bottom: int = 0
+    """and below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolve(_Edit):
+    """A small image at the model's size: its tokens are the coarse scales, the finer ones are drawn."""
+
+    from_scale: int | None = None
+    """First scale (from 0) that is drawn; None is the first that is finer than the small image can tell."""
+    paste: bool = True
+    """Mend the result so that, averaged to the small size, it is the small image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variations(_Edit):
+    """Images that share the coarse scales with an image."""
+
+    from_scale: int = field()
+    """First scale (from 0) that is drawn: the smaller, the freer."""
+
+
+def run_inpaint(arguments: Sequence[str]) -> None:
+    """Inpaint and save."""
+    command = parse(Inpaint, arguments, prog="isthmus edit inpaint")
+    _run(command, "inpaint", command.keeping(), mask=command.mask)
+
+
+def run_class(arguments: Sequence[str]) -> None:
+    """Inpaint under another class and save."""
+    command = parse(EditClass, arguments, prog="isthmus edit class")
+    _run(command, "edit_class", command.keeping(), mask=command.mask)
+
+
+def run_outpaint(arguments: Sequence[str]) -> None:
+    """Outpaint and save."""
+    command = parse(Outpaint, arguments, prog="isthmus edit outpaint")
+    sides = {name: getattr(command, name) for name in ("left", "top", "right", "bottom")}
+    _run(command, "outpaint", command.keeping() | sides)
+
+
+def run_super_resolve(arguments: Sequence[str]) -> None:
+    """Enlarge and save."""
+    command = parse(SuperResolve, arguments, prog="isthmus edit super-resolve")
+    _run(command, "super_resolve", {"from_scale": command.from_scale, "paste": command.paste})
+
+
+def run_variations(arguments: Sequence[str]) -> None:
+    """Vary and save."""
+    command = parse(Variations, arguments, prog="isthmus edit variations")
+    _run(command, "variations", {"from_scale": command.from_scale})
+
+
+def _run(command: _Edit, method: str, settings: dict[str, Any], *, mask: Path | None = None) -> None:
+    options = command.options()  # guidance that cannot be read is refused before the slow imports
+    # imported here: --help does without
+    from isthmus.editing_run import edit_image
+
+    edit_image(
+        command.model,
+        command.out,
+        method,
+        image=command.image,
+        mask=mask,
+        classes=command.classes,
+        num_images=command.num,
+        seed=command.seed,
+        settings=settings,
+        options=options,
+        batch_size=command.batch_size,
+        device=command.device,
+        dtype=command.dtype,
+    )

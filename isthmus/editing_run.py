@@ -1,0 +1,106 @@
+"""A folder of edits of one image, and a picture of all of them side by side."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import isthmus
+from isthmus.errors import UserError
+from isthmus.generation.step import token_hashes
+from isthmus.pictures import save_picture, table
+from isthmus.pipelines.labels import labels_from_words, resolve_labels
+from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.memory import batch_size_that_fits
+from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.sampling_run import file_name, read_image
+
+logger = logging.getLogger("isthmus")
+
+OVERVIEW = "overview.png"
+_COLUMNS = 8
+
+
+def edit_image(
+    model: str,
+    out: Path,
+    method: str,
+    *,
+    image: Path,
+    mask: Path | None,
+    classes: Sequence[str],
+    num_images: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    batch_size: int | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Draw edits of an image and write them when all are drawn.
+
+    Args:
+        model: a pipeline folder or hub id.
+        out: new or empty folder.
+        method: name of the method of `NextScalePipeline` that edits.
+        image: file to edit.
+        mask: file of the mask, for methods that take one.
+        classes: names or ids, taken in turn; none is no class.
+        num_images: results.
+        seed: result i is drawn from (seed, i).
+        settings: arguments of the method.
+        options: sampling options by name.
+        batch_size: results at once; None estimates what fits into memory.
+        device: see `load_pipeline`.
+        dtype: see `load_pipeline`.
+
+    Raises:
+        UserError: an argument is not usable; nothing is written then.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out must be a new or empty folder, got {out}. Choose another; nothing is overwritten.")
+    source = read_image(image)
+    inputs = [source] if mask is None else [source, read_image(mask)]
+    pipeline = load_pipeline(model, device=device, dtype=dtype)
+    if not isinstance(pipeline, NextScalePipeline):
+        raise UserError(f"edits need a next-scale model (VAR, SRDD), got {model}, a {pipeline.kind}.")
+    given = labels_from_words(classes, pipeline.class_names) or [None]
+    labels = resolve_labels(given, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
+    if batch_size is None:
+        batch_size = batch_size_that_fits(pipeline, guided=bool(classes))
+    rows: list[tuple[Image.Image, dict[str, Any]]] = []
+    for start in range(0, num_images, batch_size):
+        indices = list(range(start, min(start + batch_size, num_images)))
+        asked = [given[index % len(given)] for index in indices]
+        result = getattr(pipeline, method)(
+            *inputs, class_labels=asked, seed=seed, image_index=indices, **settings, **options
+        )
+        hashes = token_hashes(result.token_ids)
+        for index, picture, digest in zip(indices, result.images, hashes, strict=True):
+            label = pipeline.label_name(labels[index % len(labels)])
+            rows.append((picture, {"index": index, "seed": seed, "label": label, "token_ids_sha256": digest}))
+    described = {
+        "Software": f"isthmus {isthmus.__version__}",
+        "model": pipeline.fingerprint,
+        "edit": method,
+        "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
+        "settings": json.dumps({**settings, "sampling": pipeline.defaults.override(**options).to_dict()}),
+    }
+    for picture, row in rows:
+        text = described | {name: str(value) for name, value in row.items()}
+        save_picture(picture, out / file_name(row["index"]), text)
+    save_picture(_overview(inputs, rows), out / OVERVIEW)
+    logger.info("%d edits in %s; %s shows them beside the image", len(rows), out, OVERVIEW)
+
+
+def _overview(inputs: Sequence[Image.Image], rows: Sequence[tuple[Image.Image, Mapping[str, Any]]]) -> Image.Image:
+    """The image, the mask where there is one, and the first results, named by their labels."""
+    shown = rows[:_COLUMNS]
+    width, height = shown[0][0].size
+    given = [one.resize((width, height), Image.Resampling.LANCZOS) for one in inputs]
+    names = ["image", "mask"][: len(given)] + [row["label"] for _, row in shown]
+    return table([[*given, *(picture for picture, _ in shown)]], column_names=names)

@@ -1,0 +1,201 @@
+"""Generative classification: which class makes the tokens of an image most probable?
+
+Bayes with equal priors over unguided log-likelihoods. Scales come coarse to fine, so classes that are hopeless after
+the first ones are not looked at any further. Diffusion classifiers do the same with noise levels (Li et al., "Your
+Diffusion Model is Secretly a Zero-Shot Classifier"); here every likelihood is exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from isthmus.errors import UserError
+from isthmus.functional.draws import CLASSIFY, stream
+from isthmus.functional.pyramid import ScaleSchedule
+from isthmus.functional.shapes import LatentMap, TokenPyramid
+from isthmus.generation.next_scale import shared_schedule
+from isthmus.generation.next_scale_likelihood import token_log_likelihood
+from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
+
+
+@dataclass
+class ClassScores:
+    """How probable the candidate classes make images.
+
+    Attributes:
+        nats: (b, candidates), log p(tokens | class) of the scales that were looked at; a mean over the views.
+        scales: (b, candidates), how many scales these are. A class that was dropped has fewer than the others.
+        below_best: (b, candidates), nats below the best class, both taken at the last scale at which the class was
+            looked at; 0 for the best.
+        tokens: (b,), tokens that ran through the network for this image, all classes and views together.
+    """
+
+    nats: Float[Tensor, "b candidates"]
+    scales: Int[Tensor, "b candidates"]
+    below_best: Float[Tensor, "b candidates"]
+    tokens: Int[Tensor, " b"]
+
+    @property
+    def probabilities(self) -> Float[Tensor, "b candidates"]:
+        """Posterior under equal priors; exact without pruning, and otherwise up to what dropped classes could gain."""
+        return (-self.below_best.double()).softmax(dim=1).float()
+
+
+def surviving(
+    nats: Float[Tensor, "b candidates"], alive: Bool[Tensor, "b candidates"], *, keep: int, margin_nats: float
+) -> Bool[Tensor, "b candidates"]:
+    """Candidates that go on: those within `margin_nats` of the best, and at least the best `keep` of those alive.
+
+    >>> nats = torch.tensor([[-1.0, -2.0, -9.0]])
+    >>> surviving(nats, torch.ones(1, 3, dtype=torch.bool), keep=1, margin_nats=3.0).tolist()
+    [[True, True, False]]
+    """
+    scores = nats.masked_fill(~alive, float("-inf"))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(nats.shape[1], device=nats.device).expand_as(order))
+    best = scores.amax(dim=1, keepdim=True)
+    return alive & ((scores >= best - margin_nats) | (rank < keep))
+
+
+@torch.inference_mode()
+def score_classes(
+    image_tokenizer: MultiScaleVQVAE,
+    transformer: NextScaleTransformer,
+    token_ids: TokenPyramid,
+    candidates: Sequence[int],
+    *,
+    keep: int = 1,
+    margin_nats: float | None = None,
+    num_views: int = 1,
+) -> ClassScores:
+    """Log-likelihoods of images under every candidate class, scale by scale, dropping classes on the way.
+
+    Inputs of the transformer are made once per image, modulations once per class; a causal model keeps the keys of the
+    classes that go on.
+
+    Args:
+        image_tokenizer: makes the inputs.
+        transformer: the model.
+        token_ids: one (b * num_views, s_k * s_k) per scale; the views of an image lie next to each other.
+        candidates: class ids.
+        keep: at least so many classes per image go on to the last scale. With 1, an image is decided as soon as one
+            class is left, and costs nothing more.
+        margin_nats: a class further below the best than this is dropped; None drops none.
+        num_views: token pyramids per image, whose log-likelihoods are averaged.
+    """
+    schedule, device = shared_schedule(image_tokenizer, transformer), transformer.device
+    token_ids = [ids.long().to(device) for ids in token_ids]
+    images = len(token_ids[0]) // num_views
+    inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
+    by_scale = [inputs[:, :0], *inputs.split(list(schedule.lengths[1:]), dim=1)]
+    conditioning = transformer.condition(torch.tensor(list(candidates), device=device))
+    nats = torch.zeros(images, len(candidates), device=device)
+    below, scales = torch.zeros_like(nats), torch.zeros_like(nats, dtype=torch.long)
+    alive = torch.ones_like(nats, dtype=torch.bool)
+    cache = transformer.new_cache(nats.numel() * num_views)
+    tokens = torch.zeros(images, dtype=torch.long, device=device)
+    for scale, ids in enumerate(token_ids):
+        image, candidate = alive.nonzero(as_tuple=True)
+        if not len(image):
+            break
+        rows = (image.unsqueeze(1) * num_views + torch.arange(num_views, device=device)).flatten()
+        modulation = _rows_of(conditioning, candidate.repeat_interleave(num_views))
+        logits = transformer.forward_scale(scale, by_scale[scale][rows], modulation, cache)
+        gained = -F.cross_entropy(logits.float().transpose(1, 2), ids[rows], reduction="none").sum(dim=1)
+        nats[image, candidate] += gained.view(-1, num_views).mean(dim=1)
+        scales[image, candidate] += 1
+        tokens += alive.sum(dim=1) * num_views * schedule.lengths[scale]
+        best = nats.masked_fill(~alive, float("-inf")).amax(dim=1, keepdim=True)
+        below = torch.where(alive, best - nats, below)
+        if margin_nats is None or scale + 1 == schedule.num_scales:
+            continue
+        going_on = surviving(nats, alive, keep=keep, margin_nats=margin_nats)
+        if keep == 1:
+            going_on = going_on & (going_on.sum(dim=1, keepdim=True) > 1)  # the last one has won
+        if cache is not None:
+            cache.keep_rows(going_on[image, candidate].repeat_interleave(num_views).nonzero().squeeze(1))
+        alive = going_on
+    return ClassScores(nats, scales, below, tokens)
+
+
+def perturbed_views(
+    latents: LatentMap, image_seeds: Sequence[tuple[int, int]], *, num_views: int, noise: float
+) -> LatentMap:
+    """Every latent map, then `num_views` - 1 copies with Gaussian noise: (b * num_views, d, grid, grid).
+
+    `noise` is a share of the standard deviation of the map itself. The numbers follow from (seed, image index, view).
+    """
+    views = []
+    for one, (seed, index) in zip(latents.float(), image_seeds, strict=True):
+        views.append(one)
+        for view in range(1, num_views):
+            drawn = torch.from_numpy(stream(seed, CLASSIFY, index, view).standard_normal(tuple(one.shape))).float()
+            views.append(one + noise * one.std() * drawn.to(one.device))
+    return torch.stack(views)
+
+
+def token_evidence(
+    image_tokenizer: MultiScaleVQVAE,
+    transformer: NextScaleTransformer,
+    token_ids: TokenPyramid,
+    class_labels: Int[Tensor, " labels"],
+) -> Float[Tensor, "b l"]:
+    """Pointwise mutual information of every token and the class, in nats: log p(token | class) - log p(token | null).
+
+    Positive where the class makes the token more probable than no class does. A row's sum is the evidence that the
+    image gives for the class.
+    """
+    null = torch.full_like(class_labels, transformer.null_class_id)
+    labelled, plain = (
+        token_log_likelihood(image_tokenizer, transformer, token_ids, labels) for labels in (class_labels, null)
+    )
+    return labelled - plain
+
+
+def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Float[Tensor, "b grid grid"]:
+    """Evidence of the tokens of all scales on one map: every token spread evenly over its cell, so sums stay.
+
+    >>> evidence_map(torch.ones(1, 5), ScaleSchedule((1, 2), (0, 0)))
+    tensor([[[1.2500, 1.2500],
+             [1.2500, 1.2500]]])
+    """
+    total = evidence.new_zeros(len(evidence), schedule.grid, schedule.grid)
+    for size, part in zip(schedule.sizes, evidence.split(list(schedule.lengths), dim=1), strict=True):
+        share = _overlaps(size, schedule.grid).to(evidence)
+        total = total + torch.einsum("bij,iy,jx->byx", part.unflatten(1, (size, size)), share, share)
+    return total
+
+
+def _overlaps(size: int, grid: int) -> Float[Tensor, "{size} {grid}"]:
+    """Which part of each of `size` equal intervals lies in each of `grid` equal intervals; rows sum to 1."""
+    edges = torch.arange(size + 1, dtype=torch.float64) * grid  # both divisions in units of 1 / (size * grid)
+    cells = torch.arange(grid + 1, dtype=torch.float64) * size
+    low = torch.maximum(edges[:-1, None], cells[None, :-1])
+    high = torch.minimum(edges[1:, None], cells[None, 1:])
+    return (high - low).clamp(min=0) / grid
+
+
+def _rows_of(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditioning:
+    return Conditioning(
+        conditioning.start[rows], tuple(block[rows] for block in conditioning.blocks), conditioning.head[rows]
+    )
+
+
+def check_classification(*, top_k: int, num_candidates: int, num_views: int, noise: float, prune_nats: float | None):
+    """Raise UserError for numbers out of range, or where there is nothing to choose from."""
+    if num_candidates < 1:
+        raise UserError("classification needs at least one class, got none. Pass class_labels of a model with classes.")
+    if not 1 <= top_k <= num_candidates:
+        raise UserError(f"top_k must lie in 1..{num_candidates} (the classes to choose from), got {top_k}.")
+    if num_views < 1 or not 0 <= noise <= 1:
+        raise UserError(
+            f"num_views must be at least 1 and view_noise lie in [0, 1] (a share of the latents' standard deviation), "
+            f"got {num_views} and {noise}."
+        )
+    if prune_nats is not None and not prune_nats >= 0:
+        raise UserError(f"prune_nats must not be negative (nats below the best class), got {prune_nats}. None is off.")

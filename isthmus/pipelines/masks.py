@@ -1,0 +1,61 @@
+"""Masks as people give them: pictures, arrays or tensors, white (1) where pixels are to be made."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from isthmus.errors import UserError
+
+MaskInput = PIL.Image.Image | Sequence[PIL.Image.Image] | Shaped[np.ndarray, "*dims"] | Shaped[Tensor, "*dims"]
+"""A picture, several of them, or an array or tensor (h, w), (b, h, w) or (b, 1, h, w). White is to be made."""
+
+_Plane = Float[Tensor, "1 1 h w"]
+
+
+def to_masks(masks: MaskInput) -> list[_Plane]:
+    """One (1, 1, h, w) mask of zeros and ones per image, on the CPU; 1 = unknown.
+
+    Values are false and true, 0 and 1, or 0 and 255. Pictures of any mode are read as grey.
+
+    Raises:
+        UserError: there is no mask, it has another shape, other values, or it is empty or full.
+    """
+    if isinstance(masks, (np.ndarray, Tensor)):
+        planes = _planes(masks if isinstance(masks, Tensor) else torch.tensor(masks))
+    else:
+        pictures = [masks] if isinstance(masks, PIL.Image.Image) else list(masks)
+        planes = [torch.from_numpy(np.array(picture.convert("L"))) for picture in pictures]
+    if not planes:
+        raise UserError("at least one mask is needed, got an empty list. Pass a picture, white where pixels are made.")
+    return [_binary(plane) for plane in planes]
+
+
+def _planes(values: Shaped[Tensor, "*dims"]) -> list[Shaped[Tensor, "h w"]]:
+    if values.ndim == 4 and values.shape[1] == 1:
+        values = values.squeeze(1)
+    if values.ndim == 2:
+        values = values.unsqueeze(0)
+    if values.ndim != 3 or not values.numel():
+        raise UserError(f"a mask is (h, w), and several are (b, h, w) or (b, 1, h, w), got {tuple(values.shape)}.")
+    return list(values.detach().cpu())
+
+
+def _binary(plane: Shaped[Tensor, "h w"]) -> _Plane:
+    found = plane.unique()
+    levels = found.tolist()
+    if not (set(levels) <= {0, 1} or (plane.dtype == torch.uint8 and set(levels) <= {0, 255})):
+        shown = ", ".join(f"{level:g}" for level in levels[:6]) + (", ..." if len(levels) > 6 else "")
+        raise UserError(
+            f"a mask must be black and white (0 and 1, or 0 and 255), got the values {shown}. Threshold it first, for "
+            "example mask.point(lambda grey: 255 * (grey > 127))."
+        )
+    if len(levels) == 1:
+        what, advice = ("full", "Leave some") if levels[0] else ("empty", "Mark some")
+        raise UserError(
+            f"a mask must have both known (black) and unknown (white) pixels, got one that is {what}. {advice} pixels."
+        )
+    return (plane > 0).float()[None, None]

@@ -1,0 +1,131 @@
+"""Which tokens of a next-scale draw are drawn again, and how often: the resampling of a discrete diffusion.
+
+Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion" (token resampling, simple and masked; numbers and
+thresholds are ours: spec of SRDD, 3.2).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# by name: diffusers' loader looks this class up in the namespace of the component's module
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from isthmus.errors import UserError
+
+RefinementMode = Literal["none", "simple", "masked", "critic"]
+DEFAULT_SHARE = 0.3
+DEFAULT_JUMP_SCALES = 2
+
+
+class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
+    """Rounds of redrawing per scale. It holds no state and no random numbers.
+
+    Args:
+        mode: "none" draws every token once. "masked" hides the least likely tokens of a scale after they are drawn
+            and draws them again beside those that stay; a round costs one forward of its scale. "critic" hides those
+            that a `TokenCritic` finds least plausible. "simple" jumps back: the features after a scale are quantised
+            anew, all but the last `jump_scales` scales of that are kept and the others drawn again (RePaint's jump);
+            a jump costs the forwards of the scales it repeats.
+        rounds: one number per scale, coarse to fine, 0 for what is left out; None is one round at the second to
+            fourth scale (simple: at the third and fourth). The first scale has no context and none.
+        share: masked and critic: share of a scale's tokens that a round draws again, in (0, 1]; None is 0.3, where
+            `p_min` does not say otherwise.
+        p_min: masked only, instead of a share: tokens less probable than this are drawn again, in (0, 1).
+        jump_scales: simple only: how many scales a jump repeats, the one it starts from included; None is 2.
+
+    Raises:
+        UserError: an argument is out of its range or means nothing in this mode.
+
+    >>> ScaleRefinementScheduler(mode="masked", rounds=(0, 2)).rounds_of(3)
+    (0, 2, 0)
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        mode: RefinementMode = "none",
+        rounds: Sequence[int] | None = None,
+        share: float | None = None,
+        p_min: float | None = None,
+        jump_scales: int | None = None,
+    ):
+        if mode not in get_args(RefinementMode):
+            raise UserError(f"mode must be one of {', '.join(get_args(RefinementMode))}, got {mode!r}.")
+        self.mode: RefinementMode = mode
+        self._refuse_unused(rounds=rounds, share=share, p_min=p_min, jump_scales=jump_scales)
+        if share is not None and p_min is not None:
+            raise UserError(f"tokens are chosen by share or by p_min, got {share} and {p_min}. Pass one of them.")
+        if p_min is not None and not 0 < p_min < 1:
+            raise UserError(f"p_min is a probability in (0, 1), got {p_min}. Leave it out to choose by share.")
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"share must lie in (0, 1], got {share}. Use mode='none' to draw nothing again.")
+        if jump_scales is not None and jump_scales < 1:
+            raise UserError(f"jump_scales must be at least 1 (the scale the jump starts from), got {jump_scales}.")
+        given = () if rounds is None else tuple(rounds)
+        if any(not isinstance(count, int) or count < 0 for count in given) or (given and given[0]):
+            raise UserError(
+                f"rounds needs one number per scale, 0 or more, and 0 for the first scale, got {given}. "
+                "For example 0,1,1,1."
+            )
+        self.jump_scales = DEFAULT_JUMP_SCALES if jump_scales is None else jump_scales
+        self.share = DEFAULT_SHARE if share is None else float(share)
+        for scale, count in enumerate(given):
+            if mode == "simple" and count and scale < self.jump_scales:
+                raise UserError(
+                    f"a jump over {self.jump_scales} scales must keep at least the first one, got a round at scale "
+                    f"{scale} (from 0). Start later, or lower jump_scales."
+                )
+
+    def rounds_of(self, num_scales: int) -> tuple[int, ...]:
+        """Rounds (or jumps) after every scale of a model.
+
+        Raises:
+            UserError: there are rounds for a scale that the model does not have.
+        """
+        if self.mode == "none":
+            return (0,) * num_scales
+        given = self.config["rounds"]
+        if given is None:
+            first = self.jump_scales if self.mode == "simple" else 1
+            return tuple(int(first <= scale < 4) for scale in range(num_scales))
+        if any(given[num_scales:]):
+            raise UserError(
+                f"rounds must be those of this model's {num_scales} scales, got {tuple(given)}, which has rounds for a "
+                f"scale that does not exist. Leave out what lies beyond scale {num_scales - 1} (from 0)."
+            )
+        return tuple(given[:num_scales]) + (0,) * (num_scales - len(given))
+
+    def hidden_by_probability(self, probabilities: Float[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
+        """Which tokens a masked round draws again, from the probabilities they were drawn with."""
+        p_min = self.config["p_min"]
+        return probabilities < p_min if p_min is not None else lowest_share(probabilities, self.share)
+
+    def _refuse_unused(self, **given: object) -> None:
+        used = {
+            "none": (),
+            "simple": ("rounds", "jump_scales"),
+            "masked": ("rounds", "share", "p_min"),
+            "critic": ("rounds", "share"),
+        }[self.mode]
+        for name, value in given.items():
+            if value is not None and name not in used:
+                raise UserError(f"mode {self.mode!r} has no {name}, got {value}. Leave it out, or choose another mode.")
+
+
+def lowest_share(values: Float[Tensor, "b l"], share: float) -> Bool[Tensor, "b l"]:
+    """The ceil(share * l) lowest values of every row; of equal ones the first go first.
+
+    >>> lowest_share(torch.tensor([[0.5, 0.1, 0.9, 0.1]]), 0.25)
+    tensor([[False,  True, False, False]])
+    """
+    # less a hair: 0.3 * 10 is 3 and must not count as 4 by rounding
+    count = math.ceil(share * values.shape[1] - 1e-9)
+    order = values.sort(dim=1, stable=True).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter(1, order[:, :count], True)

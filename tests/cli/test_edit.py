@@ -1,0 +1,101 @@
+"""`isthmus edit`: every command writes its pictures, and bad input writes nothing."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isthmus.pipelines.loading import load_pipeline
+
+
+@pytest.fixture
+def image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+@pytest.fixture
+def mask(tmp_path):
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[2:6, 2:6] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_inpainting_does_not_depend_on_the_batch_size(isthmus, model, image, mask, tmp_path):
+    for size in (1, 4):
+        words = (
+            "--classes",
+            "flag,null",
+            "--num",
+            3,
+            "--seed",
+            5,
+            "--batch-size",
+            size,
+            "--out",
+            tmp_path / f"o{size}",
+        )
+        result = isthmus("edit", "inpaint", model, "--image", image, "--mask", mask, *words)
+        assert result.code == 0 and "3 edits" in result.err, result
+    assert names(tmp_path / "o1") == ["000000.png", "000001.png", "000002.png", "overview.png"]
+    texts = []
+    for folder in ("o1", "o4"):
+        with Image.open(tmp_path / folder / "000002.png") as picture:
+            texts.append(dict(picture.info))
+            assert picture.size == (8, 8)
+    assert (
+        texts[0] == texts[1] and texts[0]["label"] == "flag" and texts[0]["model"] == load_pipeline(model).fingerprint
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("class", "--classes", "hand", "--jumps", 1),
+        ("inpaint", "--published", "--no-paste"),
+        ("outpaint", "--right", 8, "--top", 2),
+        ("variations", "--from-scale", 1, "--classes", "face"),
+    ],
+)
+def test_every_edit_writes_its_pictures(words, isthmus, model, image, mask, tmp_path):
+    masked = ("--mask", mask) if words[0] in ("class", "inpaint") else ()
+    result = isthmus(
+        "edit", words[0], model, "--image", image, *masked, "--num", 2, "--out", tmp_path / "o", *words[1:]
+    )
+    assert result.code == 0, result
+    assert names(tmp_path / "o") == ["000000.png", "000001.png", "overview.png"]
+
+
+def test_super_resolution_of_a_small_file(isthmus, model, image, tmp_path):
+    with Image.open(image) as picture:
+        picture.resize((4, 4)).save(tmp_path / "small.png")
+    words = ("--image", tmp_path / "small.png", "--num", 1, "--out", tmp_path / "o")
+    assert isthmus("edit", "super-resolve", model, *words).code == 0
+    with Image.open(tmp_path / "o" / "000000.png") as picture:
+        assert picture.size == (8, 8)
+
+
+def test_bad_input_is_one_line_and_writes_nothing(refused, model, image, mask, tmp_path):
+    out = tmp_path / "o"
+    Image.new("L", (8, 8)).save(tmp_path / "empty.png")
+    Image.new("L", (4, 4), 255).save(tmp_path / "small.png")
+    base = ("edit", "inpaint", model, "--image", image, "--out", out)
+    assert "empty" in refused(*base, "--mask", tmp_path / "empty.png")
+    assert "full" in refused(*base, "--mask", tmp_path / "small.png")
+    assert "black and white" in refused(*base, "--mask", image)
+    assert "--mask" in refused(*base, "--mask", tmp_path / "none.png")
+    assert "max_unknown" in refused(*base, "--mask", mask, "--max-unknown", 1.5)
+    assert "jumps" in refused(*base, "--mask", mask, "--jumps", -1)
+    assert "no class" in refused(*base, "--mask", mask, "--classes", "ship")
+    assert "--classes" in refused("edit", "class", model, "--image", image, "--mask", mask, "--out", out)
+    assert "margins" in refused("edit", "outpaint", model, "--image", image, "--out", out)
+    assert "smaller" in refused("edit", "super-resolve", model, "--image", image, "--out", out)
+    assert "from_scale" in refused("edit", "variations", model, "--image", image, "--from-scale", 9, "--out", out)
+    assert "edit needs one of" in refused("edit", "erase")
+    assert not out.exists()
+    assert "new or empty" in refused("edit", "outpaint", model, "--image", image, "--left", 1, "--out", tmp_path)

@@ -1,0 +1,219 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from isthmus.errors import UserError
+from isthmus.functional.quantization import next_scale_input, tokens_to_map
+from isthmus.generation.next_scale import ScaleSampler, generate_scales
+from isthmus.generation.options import SamplingOptions
+from isthmus.generation.refinement import merged, redraw, refined_scales
+from isthmus.generation.step import token_hashes
+from isthmus.models.token_critic import TokenCritic
+from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from tests.pipelines.tiny import tiny_pipeline
+
+SEEDS = [(7, i) for i in range(4)]
+LABELS = torch.tensor([0, 2, 3, 1])
+OPTIONS = SamplingOptions(guidance_scale=(1.0, 2.0, 1.5), top_k=9)
+
+
+def critic():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TokenCritic(scale_sizes=(1, 2, 4), codebook_size=16, codebook_dim=4, width=8, num_blocks=1).eval()
+
+
+SCHEDULERS = {
+    "masked": ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 2)),
+    "p_min": ScaleRefinementScheduler(mode="masked", p_min=0.2),
+    "simple": ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1),
+    "simple, far": ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2),
+    "critic": ScaleRefinementScheduler(mode="critic", share=0.5),
+}
+
+
+def sampler_of(pipe, rows=(0, 1, 2, 3), options=OPTIONS):
+    chosen = list(rows)
+    return ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS[chosen], [SEEDS[i] for i in chosen], options)
+
+
+def drawn(sampler, scheduler):
+    """Tokens per scale, the last visit counting, and the last features."""
+    scales = list(refined_scales(sampler, scheduler, critic()))
+    last = {scale.index: scale.token_ids for scale in scales}
+    return [last[k] for k in sorted(last)], scales[-1].features
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+@pytest.mark.parametrize("scheduler", [None, ScaleRefinementScheduler()])
+def test_without_rounds_nothing_changes(attention, scheduler):
+    pipe = tiny_pipeline(scale_attention=attention)
+    sampler = sampler_of(pipe)
+    tokens, features = drawn(sampler, scheduler)
+    plain = list(generate_scales(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, OPTIONS))
+    assert token_hashes(tokens) == token_hashes([scale.token_ids for scale in plain])
+    assert_close(features, plain[-1].features)
+    assert sampler.num_forwards == 3
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_an_image_depends_on_its_own_seed_alone(attention, name, smooth):
+    pipe = tiny_pipeline(scale_attention=attention)
+    options = SamplingOptions(guidance_scale=(1.0, 2.0, 1.5), top_k=9, smooth=smooth)
+    together, _ = drawn(sampler_of(pipe, options=options), SCHEDULERS[name])
+    for rows in ([0], [3, 1]):
+        alone, _ = drawn(sampler_of(pipe, rows, options), SCHEDULERS[name])
+        for ours, theirs in zip(alone, together, strict=True):
+            assert torch.equal(ours, theirs[rows])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_rounds_change_draws(name):
+    pipe = tiny_pipeline()
+    assert token_hashes(drawn(sampler_of(pipe), SCHEDULERS[name])[0]) != token_hashes(drawn(sampler_of(pipe), None)[0])
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+@pytest.mark.parametrize(
+    ("scheduler", "forwards"),
+    [
+        (ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 2)), 3 + 3),
+        (ScaleRefinementScheduler(mode="critic", rounds=(0, 2)), 3 + 2),
+        (ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1), 3 + 3),
+        (ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2), 3 + 4),
+    ],
+)
+def test_a_round_costs_one_forward_and_a_jump_those_of_the_scales_it_repeats(attention, scheduler, forwards):
+    pipe = tiny_pipeline(scale_attention=attention)
+    sampler = sampler_of(pipe)
+    drawn(sampler, scheduler)
+    # a causal model also reads the kept scales after the first changed one again: none here, or scale 1 after scale 0
+    extra = sampler.num_forwards - forwards
+    assert extra == 0 or (attention == "causal" and scheduler.mode == "simple" and 0 < extra <= sum((0, 1, 2)))
+
+
+def test_rows_in_which_nothing_is_hidden_cost_nothing():
+    sampler = sampler_of(tiny_pipeline())
+    drawn(sampler, ScaleRefinementScheduler(mode="masked", p_min=1e-30))
+    assert sampler.num_forwards == 3
+
+
+@torch.no_grad()
+def tokens_by_definition(pipe, rounds, share):
+    """Masked resampling, teacher-forced from the start at every forward: slow, plain, without a cache."""
+    tokenizer, transformer, plain = pipe.image_tokenizer, pipe.transformer, sampler_of(pipe)
+    schedule, null = tokenizer.schedule, torch.full_like(LABELS, transformer.null_class_id)
+    done, features = [], plain.start()
+
+    def logits_of(scale, own_input, hidden):
+        known = done + [torch.zeros(len(LABELS), n, dtype=torch.long) for n in schedule.lengths[scale:]]
+        inputs = tokenizer.scale_inputs(known)
+        start = schedule.offsets[scale] - 1
+        marks = torch.zeros(inputs.shape[:2], dtype=torch.bool)
+        if own_input is not None:
+            inputs[:, start : start + schedule.lengths[scale]] = own_input
+            marks[:, start : start + schedule.lengths[scale]] = hidden
+        cut = slice(schedule.offsets[scale], schedule.offsets[scale + 1])
+        cond, uncond = (transformer(ids, inputs, hidden=marks).logits[:, cut] for ids in (LABELS, null))
+        return uncond + plain.guidance[scale] * (cond - uncond)
+
+    for scale in range(3):
+        draw = plain.draw(scale, logits_of(scale, None, None))
+        p = draw.logits.softmax(-1).gather(-1, draw.token_ids[..., None])[..., 0]
+        for round_index in range(1, rounds[scale] + 1):
+            count = -int(-share * schedule.lengths[scale] // 1)
+            hidden = torch.zeros_like(p, dtype=torch.bool)
+            hidden.scatter_(1, p.argsort(dim=1, stable=True)[:, :count], True)
+            own = tokenizer.partial_scale_input(features, draw.codes, hidden, scale)
+            again = plain.draw(scale, logits_of(scale, own, hidden), round_index=round_index)
+            again_p = again.logits.softmax(-1).gather(-1, again.token_ids[..., None])[..., 0]
+            p = torch.where(hidden, again_p, p)
+            draw = merged(draw, again, hidden)
+        features = plain.add(scale, features, draw.codes)
+        done.append(draw.token_ids)
+    return done
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+def test_masked_rounds_are_what_the_definition_says(attention):
+    """For causal models: the cache holds the ordinary keys of a scale after its rounds."""
+    pipe = tiny_pipeline(scale_attention=attention)
+    scheduler = ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1), share=0.5)
+    tokens, _ = drawn(sampler_of(pipe), scheduler)
+    assert token_hashes(tokens) == token_hashes(tokens_by_definition(pipe, (0, 2, 1), 0.5))
+
+
+@torch.no_grad()
+def test_a_jump_goes_on_from_the_features_quantised_anew():
+    pipe = tiny_pipeline(scale_attention="causal")
+    tokens, features = drawn(sampler_of(pipe), ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 1), jump_scales=1))
+    # by hand: without a jump, then the first two scales of its features, then the third from the second random numbers
+    plain = list(refined_scales(sampler_of(pipe)))
+    kept = pipe.image_tokenizer.requantize(plain[-1].features)[:2]
+    assert token_hashes(tokens[:2]) == token_hashes(kept)
+    fresh = sampler_of(pipe)
+    state = fresh.start()
+    for scale, ids in enumerate(kept):
+        fresh.predict(scale, state)
+        state = fresh.add(scale, state, fresh.lookup(ids))
+    last = fresh.draw(2, fresh.predict(2, state), round_index=1)
+    assert torch.equal(last.token_ids, tokens[2])
+    assert_close(fresh.add(2, state, last.codes), features)
+
+
+@torch.no_grad()
+def test_hiding_nothing_and_hiding_all_are_the_known_inputs():
+    pipe = tiny_pipeline()
+    tokenizer = pipe.image_tokenizer
+    generator = torch.Generator().manual_seed(0)
+    features, ids = torch.randn(2, 4, 4, 4, generator=generator), torch.randint(16, (2, 16), generator=generator)
+    codes, schedule = tokenizer.lookup(ids), tokenizer.schedule
+    every, none = torch.ones(2, 16, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.bool)
+    assert torch.equal(
+        tokenizer.partial_scale_input(features, codes, every, 2), next_scale_input(features, schedule, 2)
+    )
+    start = tokenizer.add_codes(torch.zeros_like(features), torch.zeros_like(codes), 2)
+    whole = next_scale_input(tokenizer.add_codes(features, codes, 2) - start, schedule, 2)
+    assert_close(tokenizer.partial_scale_input(features, codes, none, 2), whole)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@torch.no_grad()
+def test_a_hidden_token_reaches_no_input(scale):
+    tokenizer = tiny_pipeline().image_tokenizer
+    generator = torch.Generator().manual_seed(1)
+    length = tokenizer.schedule.lengths[scale]
+    features, ids = torch.randn(3, 4, 4, 4, generator=generator), torch.randint(16, (3, length), generator=generator)
+    hidden = torch.rand(3, length, generator=generator) < 0.5
+    other = torch.where(hidden, (ids + 1) % 16, ids)
+    one, two = (tokenizer.partial_scale_input(features, tokenizer.lookup(t), hidden, scale) for t in (ids, other))
+    assert torch.equal(one, two)
+    visible = torch.where(hidden, ids, (ids + 1) % 16)
+    assert not torch.equal(one, tokenizer.partial_scale_input(features, tokenizer.lookup(visible), hidden, scale))
+
+
+def test_a_round_changes_hidden_tokens_only():
+    sampler = sampler_of(tiny_pipeline())
+    features = sampler.add(0, sampler.start(), sampler.draw(0, sampler.predict(0, sampler.start())).codes)
+    first = sampler.draw(1, sampler.predict(1, features))
+    hidden = torch.tensor([[True, False, False, True]]).expand(4, 4)
+    second = merged(first, redraw(sampler, 1, features, first.codes, hidden, 1), hidden)
+    assert torch.equal(second.token_ids[~hidden], first.token_ids[~hidden])
+    chosen = tokens_to_map(hidden.unsqueeze(-1).float()).bool()
+    assert torch.equal(second.codes.masked_fill(chosen, 0), first.codes.masked_fill(chosen, 0))
+
+
+def test_a_causal_scale_needs_those_before_it():
+    sampler = sampler_of(tiny_pipeline(scale_attention="causal"))
+    with pytest.raises(UserError, match="after all earlier ones"):
+        sampler.predict(1, sampler.start())
+
+
+def test_mode_critic_needs_a_critic_and_rounds_need_scales():
+    sampler = sampler_of(tiny_pipeline())
+    with pytest.raises(UserError, match="needs a critic"):
+        refined_scales(sampler, ScaleRefinementScheduler(mode="critic"))
+    with pytest.raises(UserError, match="does not exist"):
+        refined_scales(sampler, ScaleRefinementScheduler(mode="masked", rounds=(0, 0, 0, 1)))

@@ -1,0 +1,213 @@
+"""Edits as a pipeline makes them: images and masks of every kind in, pictures out."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from isthmus.errors import UserError
+from isthmus.pictures import to_uint8
+from isthmus.pipelines.next_scale_editing import NextScaleEditing
+from tests.pipelines.tiny import tiny_pipeline
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+MASK = torch.zeros(8, 8)
+MASK[2:7, 3:6] = 1
+
+
+def picture(width: int = 8, height: int = 8) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def mask_picture(width: int = 8, height: int = 8, mode: str = "L") -> Image.Image:
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height // 2, width // 4 : width // 2] = 255
+    return Image.fromarray(mask).convert(mode)
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.token_ids, b.token_ids, strict=True))
+
+
+@pytest.mark.parametrize("keeping", ["coverage", "published"])
+def test_known_pixels_stay_and_the_others_are_made(pipe, keeping):
+    result = pipe.inpaint(IMAGES, MASK, "face", seed=1, seam_px=0, keeping=keeping, output_type="pt")
+    source = IMAGES.add(1).div(2)
+    known = (MASK == 0).expand_as(source)
+    torch.testing.assert_close(result.images[known], source[known], atol=1e-6, rtol=0)
+    assert not torch.allclose(result.images[~known], source[~known], atol=1e-2)
+    assert result.class_labels == [0, 0] and result.seeds == [(1, 0), (1, 1)]
+    assert not torch.allclose(
+        pipe.inpaint(IMAGES, MASK, "face", seed=1, paste=False, keeping=keeping, output_type="pt").images[known],
+        source[known],
+    )
+
+
+def test_pixels_of_a_picture_come_back_to_the_bit(pipe):
+    image = picture()
+    [result] = pipe.inpaint(image, mask_picture(), seed=0, seam_px=0).images
+    known = np.asarray(mask_picture()) == 0
+    assert np.array_equal(np.asarray(result)[known], np.asarray(image)[known])
+
+
+def test_what_lies_under_the_mask_is_never_read(pipe):
+    other = torch.where(MASK > 0, -IMAGES, IMAGES)
+    a, b = (pipe.inpaint(images, MASK, seed=1, jumps=1, output_type="pt") for images in (IMAGES, other))
+    assert same(a, b) and torch.equal(a.images, b.images)
+    larger, hidden = (F.interpolate(x, size=(24, 20), mode="nearest") for x in (IMAGES, other))
+    mask = F.interpolate(MASK[None, None], size=(24, 20), mode="nearest")
+    a, b = (pipe.inpaint(images, mask, seed=1, output_type="pt") for images in (larger, hidden))
+    assert torch.equal(a.images, b.images)
+    # VAR's own procedure does read it
+    assert not same(*(pipe.inpaint(images, MASK, seed=1, keeping="published") for images in (IMAGES, other)))
+
+
+def test_an_edit_is_the_same_in_any_batch(pipe):
+    together = pipe.inpaint(IMAGES, MASK, ["face", "hand"], seed=7, jumps=1, output_type="pt")
+    alone = pipe.inpaint(IMAGES[1:], MASK, "hand", seed=7, image_index=1, jumps=1, output_type="pt")
+    assert all(torch.equal(a[1:], b) for a, b in zip(together.token_ids, alone.token_ids, strict=True))
+    torch.testing.assert_close(together.images[1:], alone.images, atol=1e-4, rtol=0)
+
+
+def test_single_inputs_serve_all(pipe):
+    four = pipe.inpaint(IMAGES[:1], MASK, ["face", "flag", None, 2], seed=3)
+    assert len(four.images) == 4 and four.class_labels == [0, 1, 3, 2]
+    assert len(pipe.inpaint(IMAGES[:1], torch.stack([MASK, MASK.T]), num_images=2, seed=3).images) == 2
+    assert len(pipe.outpaint(IMAGES[:1], right=4, num_images=3, seed=3).images) == 3
+    assert len(pipe.variations(picture(), 1, num_images=3, seed=3).images) == 3
+    assert len(pipe.super_resolve(picture(4, 4), [0, 1], seed=3).images) == 2
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        mask_picture(),
+        mask_picture(mode="1"),
+        mask_picture(mode="RGB"),
+        [mask_picture()],
+        np.asarray(mask_picture()),
+        np.asarray(mask_picture()) > 0,
+        np.asarray(mask_picture())[None] / 255,
+        torch.from_numpy(np.array(mask_picture())).long() // 255,
+        torch.from_numpy(np.array(mask_picture()))[None, None] > 0,
+    ],
+)
+def test_masks_of_every_kind(mask):
+    pipe = tiny_pipeline()
+    expected = torch.zeros(8, 8)
+    expected[2:4, 2:4] = 1
+    assert same(pipe.inpaint(IMAGES[:1], mask, seed=0), pipe.inpaint(IMAGES[:1], expected, seed=0))
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 8), (16, 8), (5, 20), (3, 3)])
+def test_pictures_of_any_size_keep_their_shape(pipe, width, height):
+    [result] = pipe.inpaint(
+        picture(width, height), mask_picture(width, height) if width > 3 else MASK[:3, 1:4] * 0 + torch.eye(3), seed=0
+    ).images
+    scale = 8 / max(width, height)
+    assert result.size == (round(width * scale), round(height * scale))
+
+
+def test_pictures_of_several_shapes_come_as_a_list(pipe):
+    images, masks = [picture(16, 8), picture(8, 16)], [mask_picture(16, 8), mask_picture(8, 16)]
+    assert [one.size for one in pipe.inpaint(images, masks, seed=0).images] == [(8, 4), (4, 8)]
+    with pytest.raises(UserError, match="several shapes"):
+        pipe.inpaint(images, masks, seed=0, output_type="pt")
+
+
+def test_outpainting_keeps_the_picture_where_it_was_put(pipe):
+    result = pipe.outpaint(IMAGES[..., :4], right=4, seed=0, seam_px=0, output_type="pt")
+    torch.testing.assert_close(result.images[..., :4], IMAGES[..., :4].add(1).div(2), atol=1e-6, rtol=0)
+    assert pipe.outpaint(picture(), left=8, seed=0).images[0].size == (8, 4)
+    assert pipe.outpaint(picture(), left=2, top=2, right=2, bottom=2, seed=0).images[0].size == (8, 8)
+
+
+def test_super_resolution_averages_to_the_small_image(pipe):
+    small = F.interpolate(IMAGES, size=(4, 4), mode="area") * 0.5
+    result = pipe.super_resolve(small, seed=0, output_type="pt")
+    assert result.images.shape == (2, 3, 8, 8)
+    back = F.interpolate(result.images, size=(4, 4), mode="area")
+    torch.testing.assert_close(back, small.add(1).div(2), atol=5e-3, rtol=0)
+    plain = pipe.super_resolve(small, seed=0, paste=False, output_type="pt")
+    assert same(result, plain) and not torch.equal(result.images, plain.images)
+    large = F.interpolate(small, size=(8, 8), mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+    kept = pipe.image_tokenizer.encode(large).token_ids
+    # 4 pixels at a stride of 2 fix the scales of side 1 and 2
+    assert [torch.equal(a, b) for a, b in zip(result.token_ids, kept, strict=True)] == [True, True, False]
+    assert pipe.super_resolve(picture(4, 2), seed=0).images[0].size == (8, 4)
+
+
+def test_variations_share_the_first_scales(pipe):
+    source = pipe.encode(IMAGES)
+    for first in (0, 1, 3):
+        result = pipe.variations(IMAGES, first, seed=5)
+        same_scales = [torch.equal(a, b) for a, b in zip(result.token_ids, source, strict=True)]
+        assert all(same_scales[:first]) and not any(same_scales[first:])
+    whole = pipe.variations(IMAGES, 3, seed=5, output_type="pt").images
+    torch.testing.assert_close(whole, pipe.reconstruct(IMAGES, output_type="pt"), atol=1e-4, rtol=0)
+
+
+def test_latents_and_seeds(pipe):
+    result = pipe.inpaint(IMAGES, MASK, seed=1, output_type="latent")
+    assert result.images.shape == (2, 4, 4, 4)
+    fresh = pipe.inpaint(IMAGES[:1], MASK)
+    [(seed, index)] = fresh.seeds
+    assert same(fresh, pipe.inpaint(IMAGES[:1], MASK, seed=seed, image_index=index))
+
+
+def test_edit_class_is_inpainting_with_a_class(pipe):
+    assert same(pipe.edit_class(IMAGES, MASK, "flag", seed=1), pipe.inpaint(IMAGES, MASK, "flag", seed=1))
+    with pytest.raises(UserError, match="needs a class"):
+        pipe.edit_class(IMAGES, MASK, ["flag", None])
+
+
+BAD = [
+    ("size", lambda pipe: pipe.inpaint(IMAGES, torch.eye(4))),
+    ("empty", lambda pipe: pipe.inpaint(IMAGES, torch.zeros(8, 8))),
+    ("full", lambda pipe: pipe.inpaint(IMAGES, torch.ones(8, 8))),
+    ("black and white", lambda pipe: pipe.inpaint(IMAGES, MASK * 0.5)),
+    ("black and white", lambda pipe: pipe.inpaint(picture(), picture())),
+    ("black and white", lambda pipe: pipe.inpaint(IMAGES, MASK * float("nan"))),
+    ("a mask is", lambda pipe: pipe.inpaint(IMAGES, torch.zeros(2, 3, 8, 8))),
+    ("empty list", lambda pipe: pipe.inpaint(IMAGES, [])),
+    ("empty list", lambda pipe: pipe.inpaint([], MASK)),
+    ("stride", lambda pipe: pipe.inpaint(picture(1, 4), torch.eye(4)[:, :1])),
+    ("stride", lambda pipe: pipe.outpaint(picture(1, 8), right=7)),
+    ("no known pixel", lambda pipe: pipe.inpaint(picture(32, 32), torch.eye(2).repeat(16, 16))),
+    ("takes one mask", lambda pipe: pipe.inpaint(IMAGES[:1].repeat(3, 1, 1, 1), torch.stack([MASK, MASK]))),
+    ("takes one image or 3", lambda pipe: pipe.inpaint(IMAGES, MASK, [0, 1, 2])),
+    ("at least one image", lambda pipe: pipe.inpaint(IMAGES[:1], MASK, num_images=0)),
+    ("no class 'ship'", lambda pipe: pipe.inpaint(IMAGES, MASK, "ship")),
+    ("seam_px", lambda pipe: pipe.inpaint(IMAGES, MASK, seam_px=-1)),
+    ("jumps", lambda pipe: pipe.inpaint(IMAGES, MASK, jumps=-1)),
+    ("max_unknown", lambda pipe: pipe.inpaint(IMAGES, MASK, max_unknown=1.0)),
+    ("margins", lambda pipe: pipe.outpaint(IMAGES)),
+    ("margins", lambda pipe: pipe.outpaint(IMAGES, left=4, right=-2)),
+    ("smaller ones", lambda pipe: pipe.super_resolve(IMAGES)),
+    ("stride", lambda pipe: pipe.super_resolve(IMAGES[..., :1, :1])),
+    ("several sizes", lambda pipe: pipe.super_resolve([picture(4, 4), picture(2, 2)])),
+    ("from_scale", lambda pipe: pipe.variations(IMAGES, 4)),
+    ("8 x 8", lambda pipe: pipe.variations(IMAGES[..., :4], 1)),
+]
+
+
+@pytest.mark.parametrize(("said", "call"), BAD, ids=[f"{i}-{said}" for i, (said, _) in enumerate(BAD)])
+def test_what_cannot_be_edited_is_refused(said, call):
+    with pytest.raises(UserError, match=said):
+        call(tiny_pipeline())
+
+
+def test_options_of_a_call_are_taken():
+    pipe = tiny_pipeline()
+    known = inspect.signature(NextScaleEditing._edit_request).parameters
+    call = inspect.signature(type(pipe).__call__).parameters
+    assert set(call) - set(known) <= {"num_images_per_class", "callback_on_step_end", "scheduler"}
+    greedy = [pipe.inpaint(IMAGES, MASK, top_k=1, seed=s, output_type="pt").images for s in (1, 2)]
+    assert torch.equal(*greedy)
+    assert to_uint8(IMAGES).shape == (2, 8, 8, 3)
+    with pytest.raises(TypeError):
+        pipe.inpaint(IMAGES, MASK, guidance=2.0)

@@ -1,0 +1,87 @@
+import math
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.testing import assert_close
+
+from isthmus.errors import UserError
+from tests.pipelines.tiny import tiny_pipeline
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_tokens_there_and_back(pipe, images):
+    tokens = pipe.encode(images)
+    assert [tuple(ids.shape) for ids in tokens] == [(3, 1), (3, 4), (3, 16)]
+    assert_close(pipe.decode(tokens, output_type="pt"), pipe.reconstruct(images, output_type="pt"))
+    expected = pipe.image_tokenizer.decode(tokens).detach().add(1).div(2)
+    assert_close(pipe.decode(tokens, output_type="pt"), expected)
+    coarse = pipe.reconstruct(images, 2, output_type="pt")
+    assert_close(coarse, pipe.decode(tokens[:2], output_type="pt"))
+    assert not torch.equal(coarse, expected)
+    assert_close(pipe.decode(tokens, output_type="latent"), pipe.image_tokenizer.features_up_to(tokens, 2).detach())
+
+
+def test_what_is_drawn_decodes_to_what_was_shown(pipe):
+    drawn = pipe([0, 1], seed=3, output_type="pt")
+    assert_close(pipe.decode(drawn.token_ids, output_type="pt"), drawn.images, atol=1e-4, rtol=0)
+
+
+def test_pictures_and_tensors_are_the_same_images(pipe):
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float().div(127.5).sub(1)
+    for one, other in zip(pipe.encode(picture), pipe.encode(tensor), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_likelihoods_of_images_and_of_their_tokens(pipe, images):
+    labels = ["face", 2, None]
+    log_p, tokens = pipe.log_prob(images, labels), pipe.encode(images)
+    assert log_p.shape == (3,)
+    assert_close(pipe.log_prob(token_ids=tokens, class_labels=labels), log_p)
+    assert_close(pipe.elbo(images, labels), log_p)
+    bits = pipe.bits_per_token(images, labels)
+    assert bits.shape == (3, 21)
+    assert_close(bits.sum(dim=1), -log_p / math.log(2))
+    assert_close(pipe.bits_per_pixel(images, labels), bits.sum(dim=1) / 64)
+    for i, label in enumerate(labels):
+        assert_close(pipe.log_prob(images[i], label)[0], log_p[i])
+    assert_close(pipe.log_prob(images), pipe.log_prob(images, [None] * 3))
+
+
+def test_more_images_than_go_through_at_once(pipe):
+    images = torch.rand(35, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert_close(pipe.log_prob(images, 0)[[0, 33]], pipe.log_prob(images[[0, 33]], 0))
+    assert pipe.signal_to_noise(images).shape == (3,)
+
+
+def test_an_unlabelled_model_needs_no_labels(images):
+    assert tiny_pipeline(num_classes=0).log_prob(images).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda pipe, x: pipe.log_prob(), "both or neither"),
+        (lambda pipe, x: pipe.log_prob(x, token_ids=pipe.encode(x)), "both or neither"),
+        (lambda pipe, x: pipe.log_prob(x, [0, 1]), r"one per image \(3\)"),
+        (lambda pipe, x: pipe.log_prob(x, "fcae"), "Did you mean face"),
+        (lambda pipe, x: pipe.elbo(token_ids=[]), "one tensor"),
+        (lambda pipe, x: pipe.decode([]), "one tensor"),
+        (lambda pipe, x: pipe.decode([torch.full((1, 1), 16)]), r"0\.\.15"),
+        (lambda pipe, x: pipe.decode(pipe.encode(x) * 2), "one tensor"),
+        (lambda pipe, x: pipe.reconstruct(x, 0), r"1\.\.3"),
+        (lambda pipe, x: pipe.reconstruct(x, 4), r"1\.\.3"),
+        (lambda pipe, x: pipe.encode(torch.zeros(1, 3, 16, 16)), "8 x 8"),
+        (lambda pipe, x: pipe.encode([]), "at least one image"),
+        (lambda pipe, x: pipe.signal_to_noise(x * 3), r"\[-1, 1\]"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_words(images, call, said):
+    with pytest.raises(UserError, match=said):
+        call(tiny_pipeline(), images)
