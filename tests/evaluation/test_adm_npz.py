@@ -36,7 +36,10 @@ def test_round_trip(tmp_path_factory, count, labelled, at_once):
     assert kind_of_npz(path) == "images"
     with np.load(path) as arrays:  # numpy reads the same
         assert np.array_equal(arrays["arr_0"], images) and ("arr_1" in arrays) == labelled
-    assert (found.labels is None) if labels is None else np.array_equal(found.labels, labels)
+    if labels is None or found.labels is None:
+        assert labels is None and found.labels is None
+    else:
+        assert np.array_equal(found.labels, labels)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
