@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 from isthmus.errors import UserError
 
@@ -42,22 +43,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises UserError where the disk is full or the folder cannot be written; nothing is left behind.
     """
-    temporary = None
+    # not a name of tempfile's: those files are for their owner alone, and so would the result be
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         raise UserError(
             f"Could not write {path}: {error.strerror or error}. Free some space or choose another folder."
         ) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def sha256_of_file(path: Path) -> str:

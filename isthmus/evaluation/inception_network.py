@@ -13,9 +13,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from isthmus.data.cache import sha256_of_file
 from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FID_SIZE_PX, FeatureNetwork
-from isthmus.evaluation.weight_files import sha256_of
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of the only file that is opened."""
@@ -31,7 +31,7 @@ def checked_weights(path: Path) -> str:
     """
     if not path.is_file():
         raise UserError(f"Inception weights must be a file, but {path} is none. Check the path after inception:.")
-    found = sha256_of(path)
+    found = sha256_of_file(path)
     if found != PUBLISHED_SHA256:
         raise UserError(
             f"Inception weights must be weights-inception-2015-12-05-6726825d.pth with SHA-256 {PUBLISHED_SHA256}, "
