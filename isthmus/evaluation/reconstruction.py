@@ -144,7 +144,7 @@ def reconstruction_report(
     Raises:
         UserError: fewer than two images, images that do not fit, or solver steps for a model without a solver.
     """
-    if solver_steps and not hasattr(pipeline, "reconstruct"):
+    if solver_steps and not hasattr(pipeline, "decoder"):
         raise UserError(f"solver_steps are for D-AR models, this is a {pipeline.kind}. Leave them out.")
     perceptual = Lite0Distance()
     meters: dict[tuple[str, str | int], ReconstructionMeter] = {}
