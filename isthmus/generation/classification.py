@@ -186,7 +186,9 @@ def _rows_of(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditio
     )
 
 
-def check_classification(*, top_k: int, num_candidates: int, num_views: int, noise: float, prune_nats: float | None):
+def check_classification(
+    *, top_k: int, num_candidates: int, num_views: int, noise: float, prune_nats: float | None
+) -> None:
     """Raise UserError for numbers out of range, or where there is nothing to choose from."""
     if num_candidates < 1:
         raise UserError("classification needs at least one class, got none. Pass class_labels of a model with classes.")

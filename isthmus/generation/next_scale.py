@@ -150,6 +150,8 @@ class ScaleSampler:
         self._with_null = null_row_scales(self.guidance, markov=transformer.is_markov)
         self._batch, doubled = len(class_labels), any(self._with_null)
         with torch.inference_mode():
+            # ahead of the loop, in which a GPU need not wait for the CPU; rounds after the first make their own
+            self._uniforms = [self._new_uniforms(scale, 0) for scale in range(self.schedule.num_scales)]
             class_labels = class_labels.to(transformer.device)
             self._conditioning = _condition_once(transformer, class_labels, with_null_rows=doubled)
             self._cache = transformer.new_cache(2 * self._batch if doubled else self._batch)
@@ -220,8 +222,8 @@ class ScaleSampler:
         if options.temperature != 1:
             logits = logits / options.temperature
         logits = filter_logits(logits, top_k=options.top_k, top_p=options.top_p)
-        uniforms = token_uniforms(self.image_seeds, scale, length, round_index=round_index)
-        token_ids = draw_tokens(logits, uniforms.to(logits.device))
+        uniforms = self._new_uniforms(scale, round_index) if round_index else self._uniforms[scale]
+        token_ids = draw_tokens(logits, uniforms)
         if not options.smooth:
             return ScaleDraw(token_ids, self._tokenizer.lookup(token_ids), logits)
         ratio = _position(self.schedule.sizes[scale], self._tokenizer.schedule.sizes)
@@ -248,6 +250,11 @@ class ScaleSampler:
     def has_cache(self) -> bool:
         """Whether a scale reads keys and values of earlier ones (causal models)."""
         return self._cache is not None
+
+    def _new_uniforms(self, scale: int, round_index: int) -> Float[Tensor, "b l"]:
+        length = self.schedule.lengths[scale]
+        uniforms = token_uniforms(self.image_seeds, scale, length, round_index=round_index)
+        return uniforms.to(self._transformer.device)
 
     def cut(self, scale: int) -> None:
         """Forget the keys and values of `scale` and of all after it; nothing to do without a cache."""

@@ -103,8 +103,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         init_gate: factor on the initial weights that make the gates ("alng"): small values start near identity.
         init_modulation: factor on the initial weights that make scales and shifts.
-        mask_embedding: learn a vector, zero at the start, that marks hidden tokens: for models trained for refinement
-            (spec of SRDD, 3.2). Without it hidden tokens are not marked.
+        has_mask_embedding: learn a vector, zero at the start, that marks hidden tokens: for models trained for
+            refinement (spec of SRDD, 3.2). Without it hidden tokens are not marked.
 
     Raises:
         UserError: `width` is not a multiple of `num_heads`, or the scales do not increase.
@@ -132,7 +132,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         drop_path: float = 0.0,
         init_gate: float = 1e-3,
         init_modulation: float = 0.5,
-        mask_embedding: bool = False,
+        has_mask_embedding: bool = False,
     ):
         super().__init__()
         if width % num_heads:
@@ -157,7 +157,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         )
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, codebook_size)
-        self.mask_embedding = nn.Parameter(torch.zeros(width)) if mask_embedding else None
+        self.mask_embedding = nn.Parameter(torch.zeros(width)) if has_mask_embedding else None
         self.gradient_checkpointing = False
         self._init_weights(init_gate, init_modulation)
 

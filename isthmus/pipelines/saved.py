@@ -243,6 +243,8 @@ class SavedPipeline(DiffusionPipeline):
         return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
     def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
+        # diffusers does not take note of an optional component that is set later
+        self.register_modules(**{name: getattr(self, name) for name in self.optional_parts})
         super().save_pretrained(folder, max_shard_size=max_shard_size)
         (folder / "README.md").write_text(self.card(), encoding="utf-8")
         for weights in folder.rglob("*.safetensors"):

@@ -178,7 +178,7 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
         codebook_size=tokenizer.config["codebook_size"],
         codebook_dim=tokenizer.config["codebook_dim"],
         num_classes=num_classes,
-        mask_embedding=refined,
+        has_mask_embedding=refined,
         **wanted,
     )
     if run.scales_per_step is not None and not model.is_markov:
@@ -207,7 +207,7 @@ def with_new_classes(
     refuse_contradictions(source, wanted, name)
     arguments: dict[str, Any] = {k: v for k, v in source.config.items() if not k.startswith("_")}
     arguments["num_classes"] = num_classes
-    arguments["mask_embedding"] = mask_embedding or source.mask_embedding is not None
+    arguments["has_mask_embedding"] = mask_embedding or source.mask_embedding is not None
     model = NextScaleTransformer(**arguments)
     state = source.state_dict()
     if model.mask_embedding is not None:

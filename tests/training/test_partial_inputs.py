@@ -83,7 +83,7 @@ def test_the_loss_is_on_hidden_tokens():
 def test_marks_move_the_mask_embedding_alone_where_tokens_are_hidden():
     pipe = tiny_pipeline()
     arguments = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
-    model = type(pipe.transformer)(**(arguments | {"mask_embedding": True})).eval()
+    model = type(pipe.transformer)(**(arguments | {"has_mask_embedding": True})).eval()
     missing = model.load_state_dict(pipe.transformer.state_dict(), strict=False)
     assert missing.missing_keys == ["mask_embedding"] and not missing.unexpected_keys
     tokens, labels = tokens_of(2), torch.tensor([0, 1])
@@ -105,8 +105,8 @@ def test_a_prior_trained_for_refinement_loads_and_goes_on(tmp_path):
     tokenizer = train_tokenizer(tokenizer_run(data, tmp_path / "tokenizer"))
     run = prior_run(data, tmp_path / "prior", tokenizer, refinement_probability=0.5)
     model = load_pipeline(train_prior(run), device="cpu")
-    assert model.transformer.config["mask_embedding"] and bool(model.transformer.mask_embedding.abs().sum() > 0)
+    assert model.transformer.config["has_mask_embedding"] and bool(model.transformer.mask_embedding.abs().sum() > 0)
     plain = train_prior(replace(run, out=tmp_path / "plain", refinement_probability=0.0))
-    assert not load_pipeline(plain, device="cpu").transformer.config["mask_embedding"]
+    assert not load_pipeline(plain, device="cpu").transformer.config["has_mask_embedding"]
     tuned = replace(run, out=tmp_path / "tuned", tokenizer="", from_model=str(plain), model=replace(run.model))
-    assert load_pipeline(train_prior(tuned), device="cpu").transformer.config["mask_embedding"]
+    assert load_pipeline(train_prior(tuned), device="cpu").transformer.config["has_mask_embedding"]
