@@ -1,7 +1,7 @@
 """Generative classification: accuracy against the cost of pruning:  python benchmarks/classification.py MODEL
 
 Held-out images; beside it stand chance, and two probes of EfficientNet-Lite0 features fitted on the training split: the
-nearest class mean, and logistic regression. Needs the demo extra (openmoji, scikit-learn).
+nearest class mean, and logistic regression. Needs the demo extra (openmoji).
 """
 
 import argparse
@@ -10,10 +10,12 @@ import time
 import numpy as np
 import torch
 from measure import interleaved
-from sklearn.linear_model import LogisticRegression
 
 from isthmus.data.opening import open_source
-from isthmus.evaluation.features import NearestClassMean, lite0_features
+from isthmus.evaluation.class_scores import LinearProbe, NearestClassMean
+from isthmus.evaluation.feature_networks import feature_network
+from isthmus.evaluation.features import extract_features
+from isthmus.pictures import to_uint8
 from isthmus.pipelines.loading import load_pipeline
 
 MARGINS = (None, 20.0, 12.0, 8.0, 5.0, 3.0, 2.0, 1.0)
@@ -46,12 +48,12 @@ def main() -> None:
     largest = np.bincount(labels).max() / len(labels)
     print(f"chance {100 / pipe.num_classes:.1f} %, always the commonest class {100 * largest:.1f} %")
     known, names = some(given.data, pipe, "train", 2000)
-    train, held = lite0_features(known), lite0_features(images)
-    near = NearestClassMean.fit(train.pooled_192, names).predict(held.pooled_192) == labels
-    scale = train.pooled_1280.std(axis=0) + 1e-6
-    linear = LogisticRegression(C=0.01, max_iter=300).fit(train.pooled_1280 / scale, names)
+    network = feature_network("lite0")
+    train, held = (extract_features(network, to_uint8(part)) for part in (known, images))
+    near = NearestClassMean.fit(train["lite0-192"], names).predict(held["lite0-192"]) == labels
+    linear = LinearProbe.fit(train["lite0-1280"], names)
     print(f"lite0, nearest class mean {share(near)} %")
-    print(f"lite0, linear probe {share(linear.predict(held.pooled_1280 / scale) == labels)} % (2,000 training images)")
+    print(f"lite0, linear probe {share(linear.predict(held['lite0-1280']) == labels)} % (2,000 training images)")
 
     print(f"\n{'prune_nats':>10} {'top-1 %':>14} {'same as exact %':>16} {'tokens/image':>13} {'of exact':>9}")
     exact = None

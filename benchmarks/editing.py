@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from measure import interleaved
 
 from isthmus.data.opening import open_source
-from isthmus.evaluation.features import lite0_features
+from isthmus.evaluation.feature_networks import feature_network
+from isthmus.evaluation.features import extract_features
 from isthmus.functional.masks import fill_unknown
-from isthmus.pictures import save_picture, table, to_pil
+from isthmus.pictures import save_picture, table, to_pil, to_uint8
 from isthmus.pipelines.loading import load_pipeline
 
 BATCH = 32
@@ -64,8 +65,12 @@ def psnr_inside(images: torch.Tensor, originals: torch.Tensor, mask: torch.Tenso
     return 10 * torch.log10(4 / error.clamp(min=1e-8))
 
 
+def pooled(images: torch.Tensor) -> np.ndarray:
+    return extract_features(feature_network("lite0"), to_uint8(images.clamp(-1, 1)))["lite0-1280"]
+
+
 def distances(images: torch.Tensor, reference: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(((lite0_features(images).pooled_1280 - reference) ** 2).mean(axis=1)) * 100
+    return torch.from_numpy(((pooled(images) - reference) ** 2).mean(axis=1)) * 100
 
 
 def in_batches(edit, images: torch.Tensor, labels: list[int], *more: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -159,7 +164,7 @@ def main() -> None:
     pipe, start = load_pipeline(given.model, device="cpu"), time.perf_counter()
     images, labels = held_out(pipe, given.data, given.num)
     if given.only != "cost":
-        reference = lite0_features(images).pooled_1280
+        reference = pooled(images)
         inpainting(pipe, images, labels, reference, given.out)
         super_resolution(pipe, images, labels, reference)
     if given.only != "tables":

@@ -16,10 +16,12 @@ import time
 import numpy as np
 import torch
 
-from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
-from isthmus.evaluation.features import NearestClassMean, lite0_features
-from isthmus.models.efficientnet_lite import EfficientNetLite0
+from isthmus.evaluation.class_scores import NearestClassMean
+from isthmus.evaluation.feature_networks import feature_network
+from isthmus.evaluation.features import extract_features, source_images
+from isthmus.evaluation.statistics import Gaussian, frechet_distance
+from isthmus.pictures import to_uint8
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
@@ -38,14 +40,6 @@ def schedulers(num_scales: int) -> dict[str, ScaleRefinementScheduler]:
         "masked": ScaleRefinementScheduler(mode="masked", rounds=rounds),
         "critic": ScaleRefinementScheduler(mode="critic", rounds=rounds),
     }
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean difference|^2 + trace(Ca + Cb - 2 (Ca Cb)^1/2) of two sets of rows."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = np.sqrt(np.clip(np.linalg.eigvals(ca @ cb).real, 0, None)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca) + np.trace(cb) - 2 * roots)
 
 
 def drawn(pipe: NextScalePipeline, num: int, seed: int, batch: int) -> tuple[torch.Tensor, np.ndarray, int, float]:
@@ -85,12 +79,12 @@ def main() -> None:
     assert isinstance(first, NextScalePipeline)
     names = tuple(asked.classes.split(",")) if asked.classes else None
     source = open_source(asked.data, image_size=first.image_size, split="train", classes=names)
-    network = EfficientNetLite0()
-    views = EvaluationImages(source, first.image_size)
-    real = lite0_features((torch.as_tensor(views[i]["image"]) for i in range(len(views))), network=network)
-    means = NearestClassMean.fit(real.pooled_1280, source.labels)
+    network = feature_network("lite0")
+    real = extract_features(network, source_images(source, first.image_size))
+    reference = Gaussian.of(real["lite0-192"])
+    means = NearestClassMean.fit(real["lite0-1280"], source.labels)
 
-    print(f"{asked.num} draws, {asked.seeds} seeds, {len(views)} training images\n")
+    print(f"{asked.num} draws, {asked.seeds} seeds, {len(source)} training images\n")
     print("| draws | forwards | FD (lite0) | class consistency | seconds |\n|---|---|---|---|---|")
     for suffix, pipe in models.items():
         assert isinstance(pipe, NextScalePipeline)
@@ -101,9 +95,9 @@ def main() -> None:
             distances, consistencies, seconds, forwards = [], [], [], 0
             for seed in range(asked.seeds):
                 images, labels, forwards, took = drawn(pipe, asked.num, seed, asked.batch)
-                features = lite0_features(images, network=network)
-                distances.append(frechet(features.pooled_192, real.pooled_192))
-                consistencies.append(means.accuracy(features.pooled_1280, labels))
+                features = extract_features(network, to_uint8(images))
+                distances.append(frechet_distance(Gaussian.of(features["lite0-192"]), reference))
+                consistencies.append(means.accuracy(features["lite0-1280"], labels))
                 seconds.append(took)
             cells = (name + suffix, forwards, interval(distances), interval(consistencies), f"{min(seconds):.1f}")
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
