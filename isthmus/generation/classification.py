@@ -128,7 +128,8 @@ def perturbed_views(
 ) -> Float[Tensor, "rows d grid grid"]:
     """Every latent map, then `num_views` - 1 copies with Gaussian noise: (b * num_views, d, grid, grid).
 
-    The views of an image lie next to each other. `noise` is a share of the standard deviation of the map itself. The numbers follow from (seed, image index, view).
+    The views of an image lie next to each other. `noise` is a share of the standard deviation of the map itself. The
+    numbers follow from (seed, image index, view).
     """
     views = []
     for one, (seed, index) in zip(latents.float(), image_seeds, strict=True):
