@@ -125,10 +125,11 @@ def score_classes(
 
 def perturbed_views(
     latents: LatentMap, image_seeds: Sequence[tuple[int, int]], *, num_views: int, noise: float
-) -> LatentMap:
+) -> Float[Tensor, "rows d grid grid"]:
     """Every latent map, then `num_views` - 1 copies with Gaussian noise: (b * num_views, d, grid, grid).
 
-    `noise` is a share of the standard deviation of the map itself. The numbers follow from (seed, image index, view).
+    The views of an image lie next to each other. `noise` is a share of the standard deviation of the map itself. The
+    numbers follow from (seed, image index, view).
     """
     views = []
     for one, (seed, index) in zip(latents.float(), image_seeds, strict=True):

@@ -174,7 +174,7 @@ class _EditLoop:
         # a causal model reads the keys of every scale before one that is drawn
         self.predicts = [draws[k] or (sampler.has_cache and any(draws[k:])) for k in range(num_scales)]
         self.states, self.rounds = [sampler.start()] * (num_scales + 1), [0] * num_scales
-        self.token_ids: list[ScaleTokens | None] = [None] * num_scales
+        self.token_ids: list[ScaleTokens] = [torch.empty(0, 0, dtype=torch.long)] * num_scales
 
     @torch.inference_mode()
     def visit(self, scale: int) -> Scale:

@@ -13,6 +13,7 @@ from isthmus.errors import UserError
 from isthmus.functional.masks import Mask, fill_unknown
 from isthmus.functional.shapes import Images
 from isthmus.generation.step import Pictures
+from isthmus.pictures import to_pil
 from isthmus.pipelines.images import ImageInput, checked_images, from_pictures, upright_rgb
 from isthmus.pipelines.request import OutputType, as_output
 
@@ -44,7 +45,7 @@ class Canvas:
             return as_output(images[..., top:bottom, left:right], output_type)
         assert output_type == "pil", "checked before anything is drawn"
         cuts = zip(images.split(1), self.boxes, strict=True)
-        return [as_output(one[..., t:b, left:r], "pil")[0] for one, (left, t, r, b) in cuts]
+        return [to_pil(one[..., top:bottom, left:right])[0] for one, (left, top, right, bottom) in cuts]
 
     def check_output_type(self, output_type: OutputType) -> None:
         """Raise UserError where pictures of several shapes are asked for as one array."""
