@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from isthmus.errors import UserError
 from isthmus.training.config import TokensRun, check_not_negative
 
 
@@ -28,3 +29,5 @@ class DistillRun(TokensRun):
     def __post_init__(self):
         super().__post_init__()
         check_not_negative(self, "distillation_weight", "report_images")
+        if self.report_images == 1:
+            raise UserError("report_images must be 0 or at least 2, got 1: a distance needs a spread. Draw 256.")

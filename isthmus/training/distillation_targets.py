@@ -28,13 +28,6 @@ def scale_divergence(
     return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1).mean()
 
 
-def features_by_scale(
-    tokenizer: MultiScaleVQVAE, token_ids: TokenPyramid, schedule: ScaleSchedule
-) -> list[LatentMap]:
-    """Features after every scale."""
-    return [scale.features for scale in tokenizer.token_scales(token_ids, schedule)]
-
-
 def rollout_uniforms(
     positions: Int[Tensor, " b"], schedule: ScaleSchedule, scale: int, *, seed: int
 ) -> Float[Tensor, "b l"]:
@@ -87,8 +80,8 @@ class TeacherRollouts:
             seed: of the run.
         """
         tokenizer, theirs = self.tokenizer, self.teacher_schedule
-        ours = features_by_scale(tokenizer, token_ids, self.schedule)
-        known = features_by_scale(tokenizer, teacher_ids, theirs)
+        ours = [scale.features for scale in tokenizer.token_scales(token_ids, self.schedule)]
+        known = [scale.features for scale in tokenizer.token_scales(teacher_ids, theirs)]
         context = _TeacherContext(self.teacher, theirs, labels, known)
         found = []
         for scale in self.scales:
@@ -127,11 +120,10 @@ class _TeacherContext:
             return
         self.cache.truncate(self.schedule.offsets[self.read])
         for k in range(self.read, scales):
-            self.predict(k, self.known[k - 1] if k else self.known[0])
+            self.predict(k, self.known[max(k - 1, 0)])
         self.read = scales
 
     def predict(self, scale: int, features: LatentMap) -> Float[Tensor, "b l v"]:
-        """Logits of `scale`, from the features of the scales before it (which scale 0 does not read)."""
-        inputs = next_scale_input(features, self.schedule, scale)
-        inputs = inputs[:, :0] if scale == 0 else inputs
+        """Logits of `scale`, from the features of the scales before it; scale 0 reads none, whatever is passed."""
+        inputs = next_scale_input(features, self.schedule, scale)[:, : None if scale else 0]
         return self.teacher.forward_scale(scale, inputs, self.conditioning, self.cache)

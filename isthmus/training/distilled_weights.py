@@ -11,9 +11,7 @@ from isthmus.functional.scale_distillation import check_student_sizes
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 
 
-def student_of(
-    teacher: NextScaleTransformer, scale_sizes: Sequence[int], scale_attention: str
-) -> NextScaleTransformer:
+def student_of(teacher: NextScaleTransformer, scale_sizes: Sequence[int], scale_attention: str) -> NextScaleTransformer:
     """A transformer on `scale_sizes` with the teacher's weights.
 
     Raises:
@@ -26,9 +24,7 @@ def student_of(
     return student
 
 
-def rows_by_side(
-    weights: Mapping[str, Tensor], schedule: ScaleSchedule, shorter: ScaleSchedule
-) -> dict[str, Tensor]:
+def rows_by_side(weights: Mapping[str, Tensor], schedule: ScaleSchedule, shorter: ScaleSchedule) -> dict[str, Tensor]:
     """Weights for `shorter`: of the tables of scales and positions the rows of its sides, all else as it is."""
     kept = [schedule.sizes.index(side) for side in shorter.sizes]
     positions = weights["position"].split(list(schedule.lengths), dim=1)
