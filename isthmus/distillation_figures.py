@@ -123,7 +123,7 @@ def model_figures(
     bits = _bits(model, held_out)
     frechet, consistency = None, None
     if judge is not None:
-        labels = classclass_labels(model, num_images)
+        labels = class_labels(model, num_images)
         rows = judge.features(_drawn(model, labels, seed))
         frechet = judge.frechet(rows)
         if model.num_classes > 1:

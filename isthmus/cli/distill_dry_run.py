@@ -8,8 +8,10 @@ from isthmus.distilling import stage_runs
 from isthmus.functional.next_scale_cost import sampling_flops
 from isthmus.functional.scale_distillation import shared_steps
 from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.pipelines.folder import read_index
+from isthmus.pipelines.hub import model_folder
 from isthmus.training.distill_config import DistillRun
-from isthmus.training.scale_distillation import student_shape
+from isthmus.training.scale_distillation import check_classes, student_shape
 
 _SIZES = ("width", "num_layers", "mlp_ratio", "codebook_size", "codebook_dim", "shared_adaln")
 
@@ -21,6 +23,8 @@ def describe_distill_run(run: DistillRun) -> str:
     sizes, mask = student_shape(run, tuple(teacher["scale_sizes"]), teacher["scale_attention"])
     image_size = tokenizer["scale_sizes"][-1] * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
     source = open_source(run.data, image_size=image_size, split="train", classes=run.classes, strict=run.strict)
+    names = read_index(model_folder(run.from_model))["class_names"]
+    check_classes(source.class_names, [names[str(i)] for i in range(len(names))], teacher["num_classes"])
     with torch.device("meta"):
         model = NextScaleTransformer(**(teacher | {"scale_sizes": sizes, "scale_attention": mask}))
         labels = torch.zeros(1, dtype=torch.long)

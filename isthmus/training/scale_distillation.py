@@ -3,6 +3,7 @@
 Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion", scale distillation; spec of SRDD, 3.3.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -163,14 +164,7 @@ def prepare(
     if run.progressive and len(stages) > 1:
         teacher = load_teacher(str(stage_folder(run, stages[-2])))
     train, held_out = open_splits(run, source.tokenizer.image_size)
-    if len(train.class_names) != source.transformer.null_class_id or (
-        source.class_names and tuple(train.class_names) != source.class_names
-    ):
-        known = ", ".join(source.class_names) or f"{source.transformer.null_class_id} without names"
-        raise UserError(
-            f"a student is trained on the classes of its teacher ({known}), got "
-            f"{', '.join(train.class_names) or 'none'}. Pass the teacher's --data and --classes, or fine-tune it first: isthmus train prior --from MODEL."
-        )
+    check_classes(train.class_names, source.class_names, source.transformer.null_class_id)
     student = student_of(teacher.transformer, sizes, mask)
     return source.tokenizer, train, held_out, teacher.transformer.eval().requires_grad_(False), student
 
@@ -191,6 +185,20 @@ def student_shape(
             "the same. Pass --scale-sizes with some of them, or --scale-attention."
         )
     return sizes, mask
+
+
+def check_classes(found: Sequence[str], teacher_names: Sequence[str], num_classes: int) -> None:
+    """Refuse images of other classes than the teacher's; a teacher may have `num_classes` without names.
+
+    Raises:
+        UserError: names, order or number differ.
+    """
+    if len(found) != num_classes or (teacher_names and tuple(found) != tuple(teacher_names)):
+        known = ", ".join(teacher_names) or f"{num_classes} without names"
+        raise UserError(
+            f"a student is trained on the classes of its teacher ({known}), got {', '.join(found) or 'none'}. Pass the "
+            "teacher's --data and --classes, or fine-tune the teacher first: isthmus train prior --from MODEL."
+        )
 
 
 def stage_folder(run: DistillRun, sizes: tuple[int, ...]) -> Path:
