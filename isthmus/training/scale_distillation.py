@@ -35,7 +35,7 @@ from isthmus.training.run import STAGES
 from isthmus.training.schedule_encoder import encoder_for
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DistillationLosses(PriorLosses):
     """What one batch gave; `by_scale` is the cross-entropy on data tokens.
 
@@ -108,7 +108,7 @@ class ScaleDistillation(NextScaleFamily):
                 said[k] = F.cross_entropy(parts[k].float().transpose(1, 2), targets)
         by_scale = torch.stack(said)
         total = data.total + run.distillation_weight * (by_scale.new_tensor(self._weights) * by_scale).sum()
-        return DistillationLosses(total, data.by_scale, data.scales, data.logits, by_scale.detach())
+        return DistillationLosses(total, data.by_scale, data.scales, data.logits, teacher_by_scale=by_scale.detach())
 
     def part_values(self, losses: DistillationLosses, batch: Batch) -> dict[str, Tensor]:
         """What is logged of one part: loss, token accuracy, and nats per token of every scale, data and teacher."""
@@ -166,6 +166,9 @@ def prepare(
     train, held_out = open_splits(run, source.tokenizer.image_size)
     check_classes(train.class_names, source.class_names, source.transformer.null_class_id)
     student = student_of(teacher.transformer, sizes, mask)
+    if student.mask_embedding is not None:
+        # the mark of hidden tokens stays the teacher's: nothing here is trained on partly hidden scales
+        student.mask_embedding.requires_grad_(False)
     return source.tokenizer, train, held_out, teacher.transformer.eval().requires_grad_(False), student
 
 
