@@ -14,16 +14,18 @@ SIZES = (1, 2, 3, 4)
 CODES, WIDTH = 16, 8
 
 
-def tiny_teacher(scale_attention: str = "markov", *, phi_ratio: float = 0.5) -> NextScalePipeline:
+def tiny_teacher(
+    scale_attention: str = "markov", *, phi_ratio: float = 0.5, sizes: tuple[int, ...] = SIZES
+) -> NextScalePipeline:
     """A pipeline of two classes, "0" and "1"."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         tokenizer = MultiScaleVQVAE(
-            codebook_size=CODES, codebook_dim=CODES, scale_sizes=SIZES, base_channels=32, channel_multipliers=(1, 1),
+            codebook_size=CODES, codebook_dim=CODES, scale_sizes=sizes, base_channels=32, channel_multipliers=(1, 1),
             num_res_blocks=1, num_phi=2, phi_ratio=phi_ratio,
         )  # fmt: skip
         transformer = NextScaleTransformer(
-            scale_sizes=SIZES, codebook_size=CODES, codebook_dim=CODES, width=WIDTH, num_layers=2, num_heads=2,
+            scale_sizes=sizes, codebook_size=CODES, codebook_dim=CODES, width=WIDTH, num_layers=2, num_heads=2,
             num_classes=2, scale_attention=scale_attention, init_gate=1.0, init_modulation=1.0,
         )  # fmt: skip
         with torch.no_grad():
