@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from isthmus.cli.train import base_run, option_value, own_options, run_training
 from isthmus.errors import UserError
@@ -26,6 +27,7 @@ def run(arguments: Sequence[str]) -> None:
         arguments = ["--from-model", *arguments]
     words, config, dry = own_options(arguments, {"--from": "--from-model"})
     base = base_run(words, config, (DistillRun,), DISTILL_PRESETS, "distillation", "distill-small")
+    assert isinstance(base, DistillRun), "the only kind that is asked for"
     teacher = option_value(words, "--from-model")
     if teacher and not config:
         base = taught_by(base, teacher, own_data=bool(option_value(words, "--data")))
@@ -60,7 +62,7 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
     return run
 
 
-def _record(path: Path) -> dict[str, object] | None:
+def _record(path: Path) -> dict[str, Any] | None:
     """Settings in the record of a run; None where there is none."""
     try:
         return dict(json.loads(path.read_text())["run"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -33,7 +34,7 @@ def rollout_uniforms(
 ) -> Float[Tensor, "b l"]:
     """One number in [0, 1) per token of a scale that a teacher draws; decided per training position."""
     rows = [stream(seed, ROLLOUT, int(position), scale).random(schedule.lengths[scale]) for position in positions]
-    return torch.tensor(rows, dtype=torch.float64).float().clamp_(max=1 - 2**-24)
+    return torch.from_numpy(np.stack(rows)).float().clamp_(max=1 - 2**-24)
 
 
 class TeacherRollouts:

@@ -97,7 +97,7 @@ class ScaleDistillation(NextScaleFamily):
         data = next_scale_loss(logits, torch.cat(token_ids, dim=1), schedule, self._weights, scales=scales)
         said = [logits.new_zeros(()).float()] * schedule.num_scales
         if run.distillation_weight:
-            self.teacher.to(device)
+            self.teacher.to(device)  # pyright: ignore[reportArgumentType]  diffusers wraps the method in a function
             parts = logits.split(list(schedule.lengths), dim=1)
             for k, theirs in zip(self.asked, self._teacher_logits(labels, inputs), strict=True):
                 said[k] = scale_divergence(theirs, parts[k])
@@ -166,9 +166,9 @@ def prepare(
     train, held_out = open_splits(run, source.tokenizer.image_size)
     check_classes(train.class_names, source.class_names, source.transformer.null_class_id)
     student = student_of(teacher.transformer, sizes, mask)
-    if student.mask_embedding is not None:
+    for name, parameter in student.named_parameters():
         # the mark of hidden tokens stays the teacher's: nothing here is trained on partly hidden scales
-        student.mask_embedding.requires_grad_(False)
+        parameter.requires_grad_(name != "mask_embedding")
     return source.tokenizer, train, held_out, teacher.transformer.eval().requires_grad_(False), student
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from isthmus.cli.distill import taught_by
 from isthmus.presets import DISTILL_PRESETS
+from isthmus.training.config import run_from_json, run_to_json
 from tests.cli.test_train import resolved
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_runs import write_images
@@ -48,12 +49,22 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(refused, taught, model, t
     assert "tokenizer" in refused("distill", taught, "--scale-sizes", "1,4", "--tokenizer", model, "--out", out)
     assert "did you mean" in refused("distill", taught, "--scale-size", "1,4", "--out", out).lower()
     assert "does not exist" in refused("distill", tmp_path / "no", "--scale-sizes", "1,4", "--out", out)
+    other = tmp_path / "dar"
+    other.mkdir()
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "DARPipeline", "isthmus_format": 1}))
+    assert "only next-scale models" in refused("distill", other, "--scale-sizes", "1,4", "--out", out)
     assert not out.exists()
 
 
 def test_help_needs_no_model(isthmus):
     result = isthmus("distill", "--help")
     assert result.code == 0 and "--scale-sizes" in result.out and "--distillation-weight" in result.out
+
+
+@pytest.mark.parametrize("name", DISTILL_PRESETS)
+def test_presets_survive_json(name):
+    run = DISTILL_PRESETS[name].run
+    assert run_from_json(type(run), run_to_json(run)) == run
 
 
 @pytest.mark.parametrize("guidance, text", [(2.0, "2"), ({"kind": "linear", "start": 1.0, "end": 3.0}, "linear:1:3")])

@@ -12,6 +12,7 @@ from isthmus import load_pipeline
 from isthmus.distilling import BASELINE, distill, stage_runs
 from isthmus.errors import UserError
 from isthmus.training.config import PriorModel, PriorSampling, run_from_json, run_to_json
+from isthmus.training.next_scale_prior import with_new_classes
 from isthmus.training.scale_distillation import ScaleDistillation
 from isthmus.training.train_prior import train_prior
 from tests.training.test_runs import assert_same, forget_after, weights
@@ -150,6 +151,18 @@ def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
     assert not any("teacher" in name for name in line)
     mean = (line["train/bits_scale0"] + 9 * line["train/bits_scale1"] + 16 * line["train/bits_scale2"]) / 26
     assert line["train/bits_per_token"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_mark_of_hidden_tokens_stays_the_teachers(tmp_path, images, teacher):
+    """A teacher that was trained for refinement, so it has one weight that no step of a distillation reaches."""
+    pipeline = load_pipeline(teacher, device="cpu")
+    marked = with_new_classes(pipeline.transformer, 2, {}, "teacher", mask_embedding=True)
+    with torch.no_grad():
+        dict(marked.named_parameters())["mask_embedding"].fill_(0.5)
+    type(pipeline)(pipeline.image_tokenizer, marked, class_names=["0", "1"]).save_pretrained(tmp_path / "teacher")
+    run = distill_run(images, tmp_path / "run", tmp_path / "teacher", num_steps=2)
+    distill(run)
+    assert bool((weights(run.out / "transformer")["mask_embedding"] == 0.5).all())
 
 
 def test_a_student_can_be_fine_tuned_like_any_model(tmp_path, images, straight):
