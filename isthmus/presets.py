@@ -17,6 +17,7 @@ from isthmus.training.config import (
     TokenizerModel,
     TokenizerRun,
 )
+from isthmus.training.distill_config import DistillRun
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 
@@ -262,6 +263,35 @@ PRIOR_PRESETS: dict[str, Preset[PriorRun]] = {
             batch_size=16,
             ema_decay=0.995,
             optim=OptimConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=20, final_ratio=0.05),
+        ),
+    ),
+}
+
+DISTILL_PRESETS: dict[str, Preset[DistillRun]] = {
+    "distill-small": Preset(
+        "a student of a small model on a laptop: a few minutes on two cores",
+        DistillRun(
+            num_steps=300,
+            batch_size=16,
+            ema_decay=0.99,
+            num_views=6,
+            validate_every=100,
+            preview_every=150,
+            optim=OptimConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=20, final_ratio=0.02),
+        ),
+    ),
+    "distill-256": Preset(
+        "a student of a published-size model at 256 px; the paper gives no recipe, this one has not been run",
+        DistillRun(
+            num_steps=20 * IMAGENET_IMAGES // 768,
+            batch_size=768,
+            ema_decay=0.9999,
+            num_views=1,
+            validate_every=1000,
+            preview_every=5000,
+            save_every=1000,
+            augment=AugmentConfig(resize_ratio=1.125, flip=False),
+            optim=OptimConfig(learning_rate=1e-4, schedule="cosine", warmup_steps=500, final_ratio=0.1),
         ),
     ),
 }

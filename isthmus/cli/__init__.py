@@ -21,6 +21,7 @@ COMMANDS = {
     "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
     "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
     "train critic": ("isthmus.cli.train_critic:run", "train a judge of drawn tokens, for refined draws"),
+    "distill": ("isthmus.cli.distill:run", "train a student on fewer scales, or under another mask, from a model"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
     "evaluate": (
         "isthmus.cli.evaluate:run",

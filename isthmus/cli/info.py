@@ -134,12 +134,13 @@ def describe_data() -> str:
 def describe_presets() -> str:
     """Every preset with its size, and what its authors report."""
     from isthmus.dar_presets import DIFFUSION_TOKENIZER_PRESETS, NEXT_TOKEN_PRIOR_PRESETS
-    from isthmus.presets import PRIOR_PRESETS, TOKENIZER_PRESETS, Preset
+    from isthmus.presets import DISTILL_PRESETS, PRIOR_PRESETS, TOKENIZER_PRESETS, Preset
 
     parts = []
     listed: dict[str, Mapping[str, Preset[Any]]] = {
         "train tokenizer": {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS},
         "train prior": {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS},
+        "distill": {**DISTILL_PRESETS},
     }
     for title, presets in listed.items():
         rows = {}

@@ -1,4 +1,7 @@
-"""`isthmus train tokenizer` and `isthmus train prior`: a preset, then what the command line says."""
+"""`isthmus train tokenizer` and `isthmus train prior`: a preset, then what the command line says.
+
+`isthmus distill` is a training too and shares the steps below.
+"""
 
 import json
 import logging
@@ -23,6 +26,7 @@ from isthmus.presets import (
 )
 from isthmus.training.config import PriorRun, Run, TokenizerRun, run_from_json, run_to_json
 from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
+from isthmus.training.distill_config import DistillRun
 
 logger = logging.getLogger("isthmus")
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -54,6 +58,13 @@ _TRAININGS: dict[type[Run], tuple[str, str, str]] = {
         "isthmus.cli.dry_run:describe_prior_run",
         "isthmus.training.train_prior:train_prior",
     ),
+    DistillRun: (
+        "Train a student on fewer scales (--scale-sizes), or under another mask (--scale-attention), from a saved "
+        "next-scale model: isthmus distill MODEL --scale-sizes 1,3,5,8,13,16 --out DIR. Images, classes and sampling "
+        "defaults are the teacher's where they are not given.",
+        "isthmus.cli.distill_dry_run:describe_distill_run",
+        "isthmus.distilling:distill",
+    ),
     NextTokenPriorRun: (
         "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
         "isthmus.cli.dar_dry_run:describe_next_token_prior_run",
@@ -64,23 +75,23 @@ _TRAININGS: dict[type[Run], tuple[str, str, str]] = {
 
 def run_tokenizer(arguments: Sequence[str]) -> None:
     """Train a tokenizer, or print what would be trained."""
-    words, config, dry = _own_options(arguments)
+    words, config, dry = own_options(arguments)
     presets = {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}
     default = _tokenizer_preset_for(words) if not config else ""
-    base = _base(words, config, (TokenizerRun, DiffusionTokenizerRun), presets, "tokenizer", default)
-    _run(base, words, "isthmus train tokenizer", dry)
+    base = base_run(words, config, (TokenizerRun, DiffusionTokenizerRun), presets, "tokenizer", default)
+    run_training(base, words, "isthmus train tokenizer", dry)
 
 
 def run_prior(arguments: Sequence[str]) -> None:
     """Train a prior, or print what would be trained."""
-    words, config, dry = _own_options(arguments)
+    words, config, dry = own_options(arguments)
     presets = {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}
     default = _prior_preset_for(words) if not config else ""
-    base = _base(words, config, (PriorRun, NextTokenPriorRun), presets, "prior", default)
-    _run(base, words, "isthmus train prior", dry)
+    base = base_run(words, config, (PriorRun, NextTokenPriorRun), presets, "prior", default)
+    run_training(base, words, "isthmus train prior", dry)
 
 
-def _base(
+def base_run(
     words: Sequence[str],
     config: str,
     kinds: Sequence[type[Run]],
@@ -91,11 +102,12 @@ def _base(
     """The run that the options change: of a record, of the preset that is named, or of the default one."""
     if config:
         return _from_config(kinds, config, words)
-    name = _value(words, "--preset") or default
+    name = option_value(words, "--preset") or default
     return replace(find_preset(presets, name, what).run, preset=name)
 
 
-def _run(base: Run, words: list[str], prog: str, dry: bool) -> None:
+def run_training(base: Run, words: list[str], prog: str, dry: bool) -> None:
+    """Train what the base run and the options on top of it say, or print it where `dry`."""
     about, describe, train = _TRAININGS[type(base)]
     run = parse(type(base), words, prog=prog, default=base, description=_DESCRIPTION.format(about=about))
     logger.debug("%s", json.dumps(run_to_json(run), indent=2))
@@ -126,7 +138,7 @@ def _train(run: AnyRun, train: Callable[[AnyRun], Path]) -> None:
         raise UserError(f"memory ran out at batch size {run.batch_size}. {advice}") from error
 
 
-def _own_options(arguments: Sequence[str]) -> tuple[list[str], str, bool]:
+def own_options(arguments: Sequence[str], short: Mapping[str, str] = _SHORT) -> tuple[list[str], str, bool]:
     """The arguments without --config and --dry-run, and with short forms spelt out; the config file; dry or not."""
     words, config, dry = [], "", False
     rest = iter(arguments)
@@ -139,11 +151,11 @@ def _own_options(arguments: Sequence[str]) -> tuple[list[str], str, bool]:
             if not config:
                 raise UserError("--config needs the run.json of a run. Pass its path.")
         else:
-            words.append(_SHORT.get(name, name) + equals + value)
+            words.append(short.get(name, name) + equals + value)
     return words, config, dry
 
 
-def _value(words: Sequence[str], option: str) -> str:
+def option_value(words: Sequence[str], option: str) -> str:
     """What follows an option, read before the defaults are known; "" where it is not given."""
     for word, after in zip(words, [*words, ""][1:], strict=True):
         name, equals, value = word.partition("=")
@@ -153,25 +165,25 @@ def _value(words: Sequence[str], option: str) -> str:
 
 
 def _tokenizer_preset_for(words: Sequence[str]) -> str:
-    if _value(words, "--preset"):
+    if option_value(words, "--preset"):
         return ""
-    model = _value(words, "--from-model")
+    model = option_value(words, "--from-model")
     if model and _is_dar(model):
         return "finetune-dar-tokenizer"
-    size = _value(words, "--image-size")
+    size = option_value(words, "--image-size")
     # a size that is no number is refused, in words, when the options are parsed
-    image_size = int(size) if size.isdigit() and not _value(words, "--model.scale-sizes") else None
+    image_size = int(size) if size.isdigit() and not option_value(words, "--model.scale-sizes") else None
     return default_tokenizer_preset(image_size=image_size, from_model=bool(model))
 
 
 def _prior_preset_for(words: Sequence[str]) -> str:
-    if _value(words, "--preset"):
+    if option_value(words, "--preset"):
         return ""
-    model = _value(words, "--from-model")
-    if any(_is_dar(path) for path in (model, _value(words, "--tokenizer")) if path):
+    model = option_value(words, "--from-model")
+    if any(_is_dar(path) for path in (model, option_value(words, "--tokenizer")) if path):
         return "finetune-dar-prior" if model else "dar-prior-small"
     return default_prior_preset(
-        from_model=bool(model), scale_attention=_value(words, "--model.scale-attention") or None
+        from_model=bool(model), scale_attention=option_value(words, "--model.scale-attention") or None
     )
 
 
@@ -188,7 +200,7 @@ def _is_dar(model: str) -> bool:
 
 
 def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) -> Run:
-    if _value(words, "--preset"):
+    if option_value(words, "--preset"):
         raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
     file = Path(path)
     if not file.is_file():
@@ -200,7 +212,5 @@ def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) ->
     by_name = {kind.__name__: kind for kind in kinds}
     name = record.get("kind", kinds[0].__name__) if isinstance(record, dict) else None
     if name not in by_name:
-        raise UserError(
-            f"{path} is not the record of a {' or a '.join(by_name)}. Use the other `isthmus train` command."
-        )
+        raise UserError(f"{path} is not the record of a {' or a '.join(by_name)}. Use the command that wrote it.")
     return run_from_json(by_name[name], record.get("run", record))

@@ -34,6 +34,7 @@ RESIDUAL_DROPOUT = 14
 HIDDEN_TOKENS = 15
 CRITIC = 16
 CLASSIFY = 20
+ROLLOUT = 30
 
 
 def stream(seed: int, *path: int) -> np.random.Generator:

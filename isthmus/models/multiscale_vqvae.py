@@ -258,7 +258,7 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
 
     def features_up_to(self, token_ids: TokenPyramid, scale: int, schedule: ScaleSchedule | None = None) -> LatentMap:
         """Features after `scale` (from 0): the sum of the codes of scales 0..scale, each upsampled and through phi."""
-        for state in self._scales_of(token_ids, schedule):
+        for state in self.token_scales(token_ids, schedule):
             if state.index == scale:
                 return state.features
         raise UserError(f"scale must lie in 0..{len(token_ids) - 1} (the scales of token_ids), got {scale}.")
@@ -268,7 +268,7 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
         schedule = schedule or self.schedule
         parts = [
             next_scale_input(state.features, schedule, state.index + 1)
-            for state in self._scales_of(token_ids[:-1], schedule)
+            for state in self.token_scales(token_ids[:-1], schedule)
         ]
         empty = torch.zeros(token_ids[0].shape[0], 0, self.codebook.embedding_dim, device=token_ids[0].device)
         return torch.cat([empty, *parts], dim=1)
@@ -327,6 +327,26 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
         )
         return residual_scales(start, schedule, choose, lambda k, h: self._phi(schedule.phi_indices[k], h))
 
+    def token_scales(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None = None) -> Iterator[Scale]:
+        """The residual loop over tokens that are there: one `Scale` with the features so far for each of them.
+
+        Raises:
+            UserError: the numbers of tokens are not those of the first scales of the schedule.
+        """
+        expected, found = (schedule or self.schedule).lengths, tuple(ids.shape[1] for ids in token_ids)
+        if found != expected[: len(found)]:
+            raise UserError(
+                f"token_ids must hold {expected} tokens per scale (fewer scales are the coarser ones), got {found}. "
+                "Pass the token ids of this tokenizer's schedule, or the schedule they were made with."
+            )
+
+        def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
+            return token_ids[scale], self.lookup(token_ids[scale])
+
+        if not token_ids:
+            return iter(())
+        return islice(self.residual_scales(choose, token_ids[0], schedule), len(token_ids))
+
     def forward(self, images: Images, *, quantize: bool = True) -> MultiScaleVQVAEOutput:
         """Reconstruct for training, with the straight-through gradient of the quantiser.
 
@@ -371,18 +391,3 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
             return token_ids, self.lookup(token_ids)
 
         return choose
-
-    def _scales_of(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None) -> Iterator[Scale]:
-        expected, found = (schedule or self.schedule).lengths, tuple(ids.shape[1] for ids in token_ids)
-        if found != expected[: len(found)]:
-            raise UserError(
-                f"token_ids must hold {expected} tokens per scale (fewer scales are the coarser ones), got {found}. "
-                "Pass the token ids of this tokenizer's schedule, or the schedule they were made with."
-            )
-
-        def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
-            return token_ids[scale], self.lookup(token_ids[scale])
-
-        if not token_ids:
-            return iter(())
-        return islice(self.residual_scales(choose, token_ids[0], schedule), len(token_ids))

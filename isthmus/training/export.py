@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,18 +12,18 @@ from accelerate import Accelerator
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
+from isthmus.generation.options import SamplingOptions
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.pipelines.components import load_component
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.training.checkpoints import written_or_explained
-from isthmus.training.config import PriorRun, TokenizerRun
+from isthmus.training.config import TokenizerRun, TokensRun
 from isthmus.training.saved_networks import (
     TOKENIZER_FOLDER,
     data_record,
     protocol,
-    sampling_options,
     tokenizer_record,
 )
 
@@ -77,6 +78,28 @@ def load_pair(path: str) -> tuple[MultiScaleVQVAE, NextScaleTransformer]:
     return pipeline.image_tokenizer, pipeline.transformer
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A saved model that another one learns from.
+
+    Attributes:
+        tokenizer: its image tokenizer.
+        transformer: its prior.
+        class_names: in the order of the labels; empty where classes have no names.
+    """
+
+    tokenizer: MultiScaleVQVAE
+    transformer: NextScaleTransformer
+    class_names: tuple[str, ...]
+
+
+def load_teacher(path: str) -> Teacher:
+    """Tokenizer, prior and class names of a saved pipeline."""
+    pipeline = _next_scale(path)
+    names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+    return Teacher(pipeline.image_tokenizer, pipeline.transformer, names)
+
+
 def _next_scale(path: str) -> NextScalePipeline:
     pipeline = load_pipeline(path, device="cpu")
     if not isinstance(pipeline, NextScalePipeline):
@@ -91,10 +114,13 @@ def export_pipeline(
     accelerator: Accelerator,
     tokenizer: MultiScaleVQVAE,
     transformer: NextScaleTransformer,
-    run: PriorRun,
+    run: TokensRun,
     source: ImageSource | ImageStream,
+    options: SamplingOptions,
 ) -> Path:
     """Write the pipeline into the run's folder: a trained run loads like a downloaded model.
+
+    `options` become the defaults of a call.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -104,11 +130,7 @@ def export_pipeline(
             image_tokenizer=tokenizer,
             transformer=transformer,
             class_names=source.class_names,
-            sampling_defaults=sampling_options(
-                run.sampling,
-                codebook_size=transformer.config["codebook_size"],
-                num_classes=transformer.null_class_id,
-            ),
+            sampling_defaults=options,
             data=data_record(source),
             protocol=protocol(run),
         )

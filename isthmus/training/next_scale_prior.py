@@ -1,13 +1,10 @@
 """What is particular about training a next-scale prior: VAR and SRDD."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -20,9 +17,9 @@ from isthmus.functional.shapes import TokenPyramid
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.training.config import PriorRun
-from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.export import export_pipeline, load_pair, load_tokenizer
+from isthmus.training.export import load_pair, load_tokenizer
 from isthmus.training.images import open_splits
+from isthmus.training.next_scale_family import NextScaleFamily
 from isthmus.training.objectives import (
     PriorLosses,
     dropped_labels,
@@ -33,26 +30,16 @@ from isthmus.training.objectives import (
     select_scales,
 )
 from isthmus.training.partial_inputs import partial_inputs, partly_shown
-from isthmus.training.previews import save_samples
-from isthmus.training.saved_networks import averaged_model, refuse_contradictions, sampling_options
+from isthmus.training.saved_networks import refuse_contradictions
 
 
-class NextScalePrior:
-    """The next-scale family, as the training loop asks for it.
-
-    Attributes:
-        sharded: what FSDP2 gathers one by one: not whole blocks, since all modulations are computed ahead of them.
-        tokenizer, train, held_out, network: what `prepare` found.
-    """
-
-    sharded = ("BlockModulation", "MultiHeadAttention", "FeedForward")
+class NextScalePrior(NextScaleFamily):
+    """VAR and SRDD, as the training loop asks for them; the loss is the cross-entropy of every token."""
 
     def __init__(self, run: PriorRun):
-        self.run = run
-        self.tokenizer, self.train, self.held_out, self.network = prepare(run)
-        self.image_size = self.tokenizer.image_size
-        self._schedule = self.tokenizer.schedule
-        self._weights = scale_weights(run.scale_loss, self._schedule.sizes)
+        super().__init__(run, *prepare(run))
+        self.run: PriorRun = run
+        self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
 
     @staticmethod
     def has_unused_parameters(run: PriorRun) -> bool:
@@ -65,13 +52,9 @@ class NextScalePrior:
         """Whether the network is compiled."""
         return run.compile
 
-    def regularisation(self) -> AbstractContextManager[object]:
-        """Nothing is attached to the network: stochastic depth goes in with the batch."""
-        return nullcontext()
-
     def losses(self, model: nn.Module, batch: Batch, step: int) -> PriorLosses:
         """Losses of one part of a batch, on the device of the model."""
-        run, schedule, config = self.run, self._schedule, self.network.config
+        run, schedule, config = self.run, self.schedule, self.network.config
         device = self.tokenizer.device
         scales = scale_subset(schedule.num_scales, run.scales_per_step, seed=run.seed, step=step)
         token_ids, positions = batch["token_ids"].to(device), batch["position"]
@@ -106,7 +89,7 @@ class NextScalePrior:
         self, token_ids: TokenPyramid, positions: Tensor
     ) -> tuple[Float[Tensor, "b l d"], Bool[Tensor, "b inputs"] | None, Bool[Tensor, "b tokens"] | None]:
         """Inputs of scales 1..K-1, which of these hide their own token, and which of all tokens are predicted."""
-        schedule, probability = self._schedule, self.run.refinement_probability
+        schedule, probability = self.schedule, self.run.refinement_probability
         if self.network.mask_embedding is None:
             with torch.no_grad():
                 return self.tokenizer.scale_inputs(token_ids, schedule), None, None
@@ -118,7 +101,7 @@ class NextScalePrior:
 
     def part_values(self, losses: PriorLosses, batch: Batch) -> dict[str, Tensor]:
         """What is logged of one part of a batch: loss, token accuracy, and nats per token of every scale run."""
-        targets = select_scales(batch["token_ids"].to(losses.logits.device), self._schedule, losses.scales)
+        targets = select_scales(batch["token_ids"].to(losses.logits.device), self.schedule, losses.scales)
         hits = losses.logits.argmax(dim=-1) == targets
         if losses.counted is not None:
             hits = hits[losses.counted]
@@ -126,31 +109,8 @@ class NextScalePrior:
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
         """One log line of training."""
-        scales = scale_subset(self._schedule.num_scales, self.run.scales_per_step, seed=self.run.seed, step=step)
-        return step_values(means, self._schedule, scales)
-
-    def averaged(self, ema: ExponentialMovingAverage) -> NextScaleTransformer:
-        """A copy that holds the averages; every process must call it where weights are sharded."""
-        return averaged_model(self.network, ema)
-
-    def token_ids(self, images: Tensor) -> Tensor:
-        """All tokens (b, L) of images."""
-        return torch.cat(self.tokenizer.encode(images).token_ids, dim=1)
-
-    def held_out_bits(self, model: NextScaleTransformer, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
-        """Bits per token of held-out images, in all and per scale."""
-        return held_out_bits(model, self.tokenizer, (token_ids, labels))
-
-    def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
-        """A picture of samples at fixed seeds."""
-        options = sampling_options(
-            self.run.sampling, codebook_size=model.config["codebook_size"], num_classes=model.null_class_id
-        )
-        save_samples(self.tokenizer, model, self.train.class_names, options, folder, step)
-
-    def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
-        """Write the pipeline."""
-        return export_pipeline(accelerator, self.tokenizer, model, self.run, self.train)
+        scales = scale_subset(self.schedule.num_scales, self.run.scales_per_step, seed=self.run.seed, step=step)
+        return step_values(means, self.schedule, scales)
 
 
 def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer]:
@@ -216,24 +176,6 @@ def with_new_classes(
     state["class_embedding.weight"] = null_row.expand(num_classes + 1, -1).clone()
     model.load_state_dict(state)
     return model
-
-
-@torch.no_grad()
-def held_out_bits(
-    model: NextScaleTransformer, tokenizer: MultiScaleVQVAE, validation: tuple[Tensor, Tensor]
-) -> dict[str, float]:
-    """Bits per token of held-out images, in all and per scale."""
-    token_ids, labels = validation
-    schedule = tokenizer.schedule
-    scales = range(schedule.num_scales)
-    sums = torch.zeros(schedule.num_scales, device=token_ids.device)
-    for ids, label in zip(token_ids.split(32), labels.split(32), strict=True):
-        logits = model(label, tokenizer.scale_inputs(list(ids.split(list(schedule.lengths), dim=1)))).logits
-        uniform = scale_weights("token-uniform", schedule.sizes)
-        sums += next_scale_loss(logits, ids, schedule, uniform, scales=scales).by_scale * len(ids)
-    by_scale = [nats_to_bits(value) for value in (sums / len(token_ids)).tolist()]
-    mean = sum(bits * length for bits, length in zip(by_scale, schedule.lengths, strict=True)) / schedule.num_tokens
-    return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}
 
 
 def step_values(means: dict[str, Tensor], schedule: ScaleSchedule, scales: Sequence[int]) -> dict[str, float]:

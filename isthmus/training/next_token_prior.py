@@ -51,7 +51,8 @@ class NextTokenPrior:
     def __init__(self, run: NextTokenPriorRun):
         self.run = run
         self.parts, self.train, self.held_out, llama = prepare(run)
-        self.tokenizer = self.parts.image_tokenizer
+        self.tokenizer = self.encoder = self.parts.image_tokenizer
+        self.facts: dict[str, object] = {}
         self.image_size: int = self.tokenizer.config["image_size"]
         self._groups: int = self.tokenizer.config["num_groups"]
         self.layout = layout_of(self.tokenizer.config, len(self.train.class_names))

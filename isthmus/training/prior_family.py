@@ -20,17 +20,21 @@ class PriorFamily(Protocol):
     Attributes:
         sharded: names of the modules that FSDP2 gathers one by one.
         tokenizer: frozen.
+        encoder: what fills the token cache: the tokenizer, or the tokenizer under other schedules.
         network: the prior in training.
         train, held_out: images.
         image_size: side of the images in pixels.
+        facts: what run.json keeps beside the run, and a continued run must share.
     """
 
     sharded: tuple[str, ...]
     tokenizer: Any
+    encoder: Any
     network: Any
     train: ImageSource | ImageStream
     held_out: ImageSource
     image_size: int
+    facts: dict[str, object]
 
     def __init__(self, run: Any) -> None: ...
 

@@ -38,6 +38,9 @@ from isthmus.training.config import Run, run_to_json
 
 logger = logging.getLogger("isthmus")
 
+# folder, inside that of a run, of the runs that have to be finished before it
+STAGES = "stages"
+
 # fields that may change between a run and its continuation: they decide nothing about the weights
 _FREE_FIELDS = {
     "log_every",
@@ -137,8 +140,8 @@ def check_folder(run: Run) -> None:
         raise UserError(f"--out must be a folder, got the file {run.out}. Choose another name.")
     record = run.out / "run.json"
     if not record.is_file():
-        # a run killed while it wrote its first record leaves a partial one
-        if any(path.suffix != ".partial" for path in run.out.iterdir()):
+        # a run killed while it wrote its first record leaves a partial one; earlier stages have records of their own
+        if any(path.suffix != ".partial" and path.name != STAGES for path in run.out.iterdir()):
             raise UserError(
                 f"--out must be new, empty or the folder of this run, got {run.out}. Choose another folder."
             )
@@ -200,7 +203,7 @@ def _refuse_changed_facts(run: Run, facts: dict[str, Any]) -> None:
     if changed:
         raise UserError(
             f"{run.out} was started with another {' and '.join(changed)}, so it cannot go on as the same run. "
-            "Restore the images and the tokenizer it began with, or choose another --out."
+            "Restore the images and the models it began with, or choose another --out."
         )
 
 

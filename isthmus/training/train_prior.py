@@ -1,6 +1,7 @@
 """Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR.
 
-The families differ in what a loss is; `NextScalePrior` and `NextTokenPrior` say so. The loop is one.
+The families differ in what a loss is; `NextScalePrior`, `ScaleDistillation` and `NextTokenPrior` say so. The loop is
+one.
 """
 
 import logging
@@ -18,6 +19,7 @@ from isthmus.models.fingerprint import fingerprint
 from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.config import PriorRun, TokensRun
 from isthmus.training.dar_config import NextTokenPriorRun
+from isthmus.training.distill_config import DistillRun
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.images import cache_workers
 from isthmus.training.optim import adamw, set_rates
@@ -43,11 +45,12 @@ _VALIDATION_IMAGES = 1024
 # the only place where the family is asked for; imported when asked, since each costs seconds
 _FAMILIES = {
     PriorRun: "isthmus.training.next_scale_prior:NextScalePrior",
+    DistillRun: "isthmus.training.scale_distillation:ScaleDistillation",
     NextTokenPriorRun: "isthmus.training.next_token_prior:NextTokenPrior",
 }
 
 
-def train_prior(run: PriorRun | NextTokenPriorRun) -> Path:
+def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
     """Train until `num_steps`, continuing where an earlier call stopped; returns the pipeline folder.
 
     Raises:
@@ -73,6 +76,7 @@ def train_prior(run: PriorRun | NextTokenPriorRun) -> Path:
         data_fingerprint=train.fingerprint,
         tokenizer_fingerprint=fingerprint(family.tokenizer),
         class_names=list(train.class_names),
+        **family.facts,
     )
     with accelerator.main_process_first():
         cache = open_cache(run, family)
@@ -146,7 +150,7 @@ def open_cache(run: TokensRun, family: PriorFamily) -> TokenCache:
     """The token cache of this run: made at the first start, opened again afterwards."""
     return TokenCache.build(
         run.out / "tokens",
-        cast(ImageTokenizer, family.tokenizer),
+        cast(ImageTokenizer, family.encoder),
         family.train,
         num_views=run.num_views,
         max_images=run.max_images,

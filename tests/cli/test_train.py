@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from isthmus.cli.train import _own_options
+from isthmus.cli.train import own_options
 from isthmus.presets import prior_preset, tokenizer_preset
 from isthmus.training.config import run_from_json, run_to_json
 
@@ -46,7 +46,7 @@ def test_a_record_repeats_a_run_and_options_override_it(isthmus, refused, tmp_pa
 
 
 def test_short_forms_are_spelt_out():
-    words, config, dry = _own_options(["--from", "m", "--scale-attention=causal", "--config=run.json", "--dry-run"])
+    words, config, dry = own_options(["--from", "m", "--scale-attention=causal", "--config=run.json", "--dry-run"])
     assert (words, config, dry) == (["--from-model", "m", "--model.scale-attention=causal"], "run.json", True)
 
 

@@ -1,0 +1,84 @@
+"""`isthmus distill`: a student on fewer scales, trained whole or scale by scale, and the report on what it costs."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from isthmus.distillation_report import write_report
+from isthmus.errors import UserError
+from isthmus.functional.scale_distillation import removal_stages
+from isthmus.pipelines.folder import read_config
+from isthmus.pipelines.hub import model_folder
+from isthmus.training.distill_config import DistillRun
+from isthmus.training.run import check_folder
+from isthmus.training.scale_distillation import stage_folder, student_shape
+from isthmus.training.train_prior import train_prior
+
+logger = logging.getLogger("isthmus")
+
+BASELINE = "without_teacher"
+
+
+def distill(run: DistillRun) -> Path:
+    """Train the student, continuing where an earlier call stopped; returns its pipeline folder.
+
+    With `progressive` the students on the way lie in `out`/stages, with `baseline` the one without a teacher in
+    `out`/without_teacher. distillation.md and distillation.json in `out` compare the student with its teacher.
+
+    Raises:
+        UserError: teacher, schedule, images and folder do not fit each other (before anything is trained).
+        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
+    """
+    stages = stage_runs(run)
+    check_folder(run)
+    for number, stage in enumerate(stages, 1):
+        if len(stages) > 1:
+            logger.info("stage %d/%d: scales %s", number, len(stages), ", ".join(map(str, stage.scale_sizes or ())))
+        train_prior(stage)
+    compared = None
+    if run.baseline:
+        logger.info("the same student without the teacher")
+        compared = train_prior(baseline_run(run, len(stages)))
+    if PartialState().is_main_process:
+        write_report(run, without_teacher=compared)
+    return run.out
+
+
+def stage_runs(run: DistillRun) -> list[DistillRun]:
+    """The runs of a distillation in order; the last is `run` itself.
+
+    Raises:
+        UserError: there is no teacher, or its scales do not allow this student.
+    """
+    if not run.from_model:
+        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
+    saved = read_config(model_folder(run.from_model) / "transformer")
+    if "scale_sizes" not in saved:
+        raise UserError(
+            f"only next-scale models (VAR, SRDD) have scales to leave out, {run.from_model} is of another family."
+        )
+    teacher_sizes = tuple(saved["scale_sizes"])
+    sizes, _ = student_shape(run, teacher_sizes, saved["scale_attention"])
+    stages = removal_stages(teacher_sizes, sizes)
+    if not run.progressive:
+        return [run]
+    folders = [str(stage_folder(run, stage)) for stage in stages[:-1]]
+    teachers = [run.from_model, *folders]
+    return [
+        replace(run, out=Path(folder), scale_sizes=stage, from_model=teacher, progressive=False, baseline=False)
+        for folder, stage, teacher in zip(folders, stages, teachers, strict=False)
+    ] + [run]
+
+
+def baseline_run(run: DistillRun, num_stages: int) -> DistillRun:
+    """The same student from the same weights, as many steps, on data tokens alone."""
+    return replace(
+        run,
+        out=run.out / BASELINE,
+        num_steps=run.num_steps * num_stages,
+        distillation_weight=0.0,
+        progressive=False,
+        baseline=False,
+    )

@@ -1,0 +1,33 @@
+"""The run of a scale distillation. This file imports nothing heavy: the command line is derived from it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from isthmus.errors import UserError
+from isthmus.training.config import TokensRun, check_not_negative
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRun(TokensRun):
+    """`isthmus distill`; `from_model` is the teacher."""
+
+    scale_sizes: tuple[int, ...] | None = None
+    """Sides of the student's scales: some of the teacher's, with its first and its last; None keeps them all."""
+    scale_attention: Literal["causal", "markov"] | None = None
+    """The student's mask; None keeps the teacher's."""
+    progressive: bool = False
+    """Remove one scale at a time, the finest first; each student teaches the next, num_steps each."""
+    distillation_weight: float = 1.0
+    """Weight of what the teacher says beside the cross-entropy on data tokens; 0 trains without a teacher."""
+    scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
+    """Weights over scales of both losses: the same for every token, or a log-normal bump."""
+    baseline: bool = False
+    """Also train the same student without the teacher, as long, for the report."""
+    report_images: int = 256
+    """Images drawn from every model for the report; 0 leaves out what is measured on images."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_not_negative(self, "distillation_weight", "report_images")
+        if self.report_images == 1:
+            raise UserError("report_images must be 0 or at least 2, got 1: a distance needs a spread. Draw 256.")

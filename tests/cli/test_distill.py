@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from isthmus.cli.distill import taught_by
+from isthmus.presets import DISTILL_PRESETS
+from isthmus.training.config import run_from_json, run_to_json
+from tests.cli.test_train import resolved
+from tests.pipelines.tiny import tiny_pipeline
+from tests.training.tiny_runs import write_images
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """A saved model of the classes 0, 1 and 2 and a run.json that says so."""
+    folder = tmp_path / "teacher"
+    pipeline = tiny_pipeline(names=False, sampling_defaults={"guidance_scale": [1.0, 2.0, 3.0], "top_k": 8})
+    pipeline.save_pretrained(folder)
+    data = write_images(tmp_path / "squares.npz", count=9, num_classes=3)
+    record = {"data": data, "classes": ["0", "1", "2"], "augment": {"flip": False}}
+    (folder / "run.json").write_text(json.dumps({"kind": "PriorRun", "run": record}))
+    return folder
+
+
+def test_a_dry_run_takes_the_teachers_images_and_defaults(isthmus, taught, tmp_path):
+    words = ("distill", taught, "--scale-sizes", "1,4", "--out", tmp_path / "run", "--dry-run")
+    result = isthmus(*words)
+    run = resolved(result)
+    assert run["preset"] == "distill-small" and run["from_model"] == str(taught)
+    assert run["classes"] == ["0", "1", "2"] and run["data"].startswith("npz:") and run["augment"]["flip"] is False
+    assert run["sampling"]["guidance"] == "1,2,3" and run["sampling"]["top_k"] == 8
+    assert "scales 1, 4, 17 tokens, 2 forwards" in result.out and "scales 1, 2, 4, 21 tokens, 3 forwards" in result.out
+    assert not (tmp_path / "run").exists()
+    assert resolved(isthmus(*words, "--sampling.guidance", 2, "--seed", 4))["sampling"]["guidance"] == "2"
+    record = tmp_path / "again.json"
+    record.write_text(json.dumps({"kind": "DistillRun", "run": run}))
+    assert resolved(isthmus("distill", "--config", record, "--dry-run")) == run
+
+
+def test_what_cannot_be_is_one_line_and_leaves_nothing(refused, taught, model, tmp_path):
+    out = tmp_path / "run"
+    assert "needs a teacher" in refused("distill", "--out", out)
+    assert "Nearest: 1,2,4" in refused("distill", taught, "--scale-sizes", "1,3,4", "--out", out)
+    assert "got the same" in refused("distill", taught, "--out", out)
+    assert "no run.json" in refused("distill", model, "--scale-sizes", "1,4", "--out", out)
+    words = ("distill", model, "--scale-sizes", "1,4", "--data", "photos", "--out", out)
+    assert "classes of its teacher (face, flag, hand)" in refused(*words, "--dry-run")
+    assert "classes of its teacher" in refused(*words)
+    assert "tokenizer" in refused("distill", taught, "--scale-sizes", "1,4", "--tokenizer", model, "--out", out)
+    assert "did you mean" in refused("distill", taught, "--scale-size", "1,4", "--out", out).lower()
+    assert "does not exist" in refused("distill", tmp_path / "no", "--scale-sizes", "1,4", "--out", out)
+    other = tmp_path / "dar"
+    other.mkdir()
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "DARPipeline", "isthmus_format": 1}))
+    assert "only next-scale models" in refused("distill", other, "--scale-sizes", "1,4", "--out", out)
+    assert not out.exists()
+
+
+def test_help_needs_no_model(isthmus):
+    result = isthmus("distill", "--help")
+    assert result.code == 0 and "--scale-sizes" in result.out and "--distillation-weight" in result.out
+
+
+@pytest.mark.parametrize("name", DISTILL_PRESETS)
+def test_presets_survive_json(name):
+    run = DISTILL_PRESETS[name].run
+    assert run_from_json(type(run), run_to_json(run)) == run
+
+
+@pytest.mark.parametrize("guidance, text", [(2.0, "2"), ({"kind": "linear", "start": 1.0, "end": 3.0}, "linear:1:3")])
+def test_guidance_is_written_as_on_the_command_line(tmp_path, guidance, text):
+    folder = tmp_path / "model"
+    tiny_pipeline(sampling_defaults={"guidance_scale": guidance}).save_pretrained(folder)
+    run = taught_by(DISTILL_PRESETS["distill-small"].run, str(folder), own_data=True)
+    assert run.sampling.guidance == text

@@ -1,0 +1,222 @@
+"""Whole distillations: an interrupted one equals a straight one, and what cannot be taught is refused before."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus import load_pipeline
+from isthmus.distilling import BASELINE, distill, stage_runs
+from isthmus.errors import UserError
+from isthmus.training.config import PriorModel, PriorSampling, run_from_json, run_to_json
+from isthmus.training.next_scale_prior import with_new_classes
+from isthmus.training.scale_distillation import ScaleDistillation
+from isthmus.training.train_prior import train_prior
+from tests.training.test_runs import assert_same, forget_after, weights
+from tests.training.tiny_runs import prior_run, write_images
+from tests.training.tiny_teacher import distill_run, tiny_teacher
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "markov"
+    tiny_teacher().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def causal_teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "causal"
+    tiny_teacher("causal").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, images, teacher) -> Path:
+    """A finished distillation to scales 1, 3, 4."""
+    return distill(distill_run(images, tmp_path_factory.mktemp("straight") / "run", teacher))
+
+
+def log_lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_student_is_a_pipeline_on_the_shorter_schedule(straight, teacher):
+    pipe = load_pipeline(straight, device="cpu")
+    assert pipe.schedule.sizes == (1, 3, 4)
+    parent = load_pipeline(teacher, device="cpu")
+    # phi by the parent's side, not by the rule for three scales
+    by_side = dict(zip(parent.schedule.sizes, parent.schedule.phi_indices, strict=True))
+    assert pipe.schedule.phi_indices == tuple(by_side[side] for side in (1, 3, 4))
+    assert [ids.shape for ids in pipe(["0", "1"], seed=0).token_ids] == [(2, 1), (2, 9), (2, 16)]
+    lines = log_lines(straight)
+    # 3 follows 1: rollouts; 1 and 4 have the teacher's own predecessor
+    taught = {name for name in lines[0] if name.startswith("train/teacher")}
+    assert taught == {
+        "train/teacher_divergence_scale0",
+        "train/teacher_rollout_scale1",
+        "train/teacher_divergence_scale2",
+    }
+    assert lines[0]["train/teacher_divergence_scale0"] < 1e-6 and lines[0]["train/teacher_divergence_scale2"] < 1e-6
+    record = json.loads((straight / "run.json").read_text())
+    assert record["kind"] == "DistillRun" and len(record["teacher_fingerprint"]) == 64
+
+
+def test_a_distillation_goes_on_bit_for_bit(tmp_path, images, teacher, straight):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    forget_after(out, 2)
+    distill(distill_run(images, out, teacher))
+    assert_same(weights(out / "transformer"), weights(straight / "transformer"))
+    assert log_lines(out) == log_lines(straight)
+
+
+def test_a_finished_distillation_only_exports(tmp_path, images, teacher, straight):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    reports = [(out / name).read_bytes() for name in ("distillation.json", "distillation.md")]
+    distill(distill_run(images, out, teacher))
+    assert [(out / name).read_bytes() for name in ("distillation.json", "distillation.md")] == reports
+    assert_same(weights(out / "transformer"), weights(straight / "transformer"))
+
+
+def test_it_does_not_go_on_with_another_teacher(tmp_path, images, teacher):
+    own = tmp_path / "teacher"
+    shutil.copytree(teacher, own)
+    run = distill_run(images, tmp_path / "run", own, num_steps=2)
+    train_prior(run)
+    pipe = load_pipeline(own, device="cpu")
+    with torch.no_grad():
+        pipe.transformer.head.bias.add_(1)
+    pipe.save_pretrained(own)
+    with pytest.raises(UserError, match="teacher_fingerprint"):
+        train_prior(run)
+
+
+def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teacher):
+    run = distill_run(
+        images, tmp_path / "run", teacher, scale_sizes=(1, 4), num_steps=2, progressive=True, baseline=True,
+        report_images=4,
+    )  # fmt: skip
+    first, last = stage_runs(run)
+    assert first.scale_sizes == (1, 2, 4) and last is run
+    folder = distill(run)
+    assert load_pipeline(first.out, device="cpu").schedule.sizes == (1, 2, 4)
+    # the second student starts as the first one ends
+    family = ScaleDistillation(run)
+    assert family.teacher.schedule.sizes == (1, 2, 4)
+    assert_same(family.teacher.state_dict(), weights(first.out / "transformer"))
+    record = json.loads((folder / BASELINE / "run.json").read_text())["run"]
+    assert (record["distillation_weight"], record["num_steps"]) == (0.0, 4)
+    values = json.loads((folder / "distillation.json").read_text())["models"]
+    assert [values[name]["tokens"] for name in ("teacher", "student", "student without teacher")] == [30, 17, 17]
+    assert [values[name]["forwards"] for name in values] == [4, 2, 2]
+    assert all(one["frechet"] >= 0 and 0 <= one["class_consistency"] <= 1 for one in values.values())
+    page = (folder / "distillation.md").read_text()
+    assert "43.3% of the tokens, 50.0% of the forwards" in page and "student without teacher" in page
+    # the same command again
+    before = page
+    distill(run)
+    assert (folder / "distillation.md").read_text() == before
+
+
+def test_a_markov_student_of_a_causal_teacher(tmp_path, images, causal_teacher):
+    run = distill_run(images, tmp_path / "run", causal_teacher, scale_sizes=None, scale_attention="markov")
+    family = ScaleDistillation(run)
+    assert family.asked == (0, 1, 2, 3) and family.rolled == () and family.network.is_markov
+    # the images' tokens under one schedule are all that is cached
+    assert family.encoder is family.tokenizer
+    distill(run)
+    assert load_pipeline(run.out, device="cpu").transformer.is_markov
+    assert log_lines(run.out)[0]["train/teacher_divergence_scale0"] < 1e-6
+
+
+def test_a_causal_teacher_draws_behind_its_own_scales(tmp_path, images, causal_teacher):
+    run = distill_run(images, tmp_path / "run", causal_teacher)
+    family = ScaleDistillation(run)
+    assert family.asked == (0,) and family.rolled == (1, 2)
+    distill(run)
+    assert load_pipeline(run.out, device="cpu").schedule.sizes == (1, 3, 4)
+
+
+def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
+    run = distill_run(images, tmp_path / "run", teacher, distillation_weight=0.0)
+    family = ScaleDistillation(run)
+    assert family.asked == family.rolled == ()
+    distill(run)
+    line = log_lines(run.out)[0]
+    assert not any("teacher" in name for name in line)
+    mean = (line["train/bits_scale0"] + 9 * line["train/bits_scale1"] + 16 * line["train/bits_scale2"]) / 26
+    assert line["train/bits_per_token"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_mark_of_hidden_tokens_stays_the_teachers(tmp_path, images, teacher):
+    """A teacher that was trained for refinement, so it has one weight that no step of a distillation reaches."""
+    pipeline = load_pipeline(teacher, device="cpu")
+    marked = with_new_classes(pipeline.transformer, 2, {}, "teacher", mask_embedding=True)
+    with torch.no_grad():
+        dict(marked.named_parameters())["mask_embedding"].fill_(0.5)
+    type(pipeline)(pipeline.image_tokenizer, marked, class_names=["0", "1"]).save_pretrained(tmp_path / "teacher")
+    run = distill_run(images, tmp_path / "run", tmp_path / "teacher", num_steps=2)
+    distill(run)
+    assert bool((weights(run.out / "transformer")["mask_embedding"] == 0.5).all())
+
+
+def test_a_student_can_be_fine_tuned_like_any_model(tmp_path, images, straight):
+    run = prior_run(images, tmp_path / "f", "", from_model=str(straight), model=PriorModel(), num_steps=2)
+    train_prior(run)
+    assert load_pipeline(run.out, device="cpu").schedule.sizes == (1, 3, 4)
+
+
+def test_guidance_by_scale_is_read_at_the_students_sides(tmp_path, images, teacher):
+    run = distill_run(images, tmp_path / "run", teacher, sampling=PriorSampling(guidance="1,2,3,4"))
+    assert ScaleDistillation(run).options.guidance_scale == (1, 3, 4)
+
+
+def test_run_json_repeats_a_distillation(straight):
+    record = json.loads((straight / "run.json").read_text())
+    run = run_from_json(distill_run("", Path(), Path()).__class__, record["run"])
+    assert run_to_json(run) == record["run"] and run.scale_sizes == (1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"from_model": ""}, "needs a teacher"),
+        ({"from_model": "nowhere/at-all"}, "nowhere/at-all"),
+        ({"scale_sizes": (1, 5, 4)}, "Nearest: 1,4"),
+        ({"scale_sizes": (2, 4)}, "Nearest: 1,2,4"),
+        ({"scale_sizes": (1, 3)}, "Nearest: 1,3,4"),
+        ({"scale_sizes": None}, "got the same"),
+        ({"classes": ("0",)}, r"classes of its teacher \(0, 1\), got 0"),
+        ({"classes": ("1", "0")}, "got 1, 0"),
+        ({"data": "folder:nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused_before_training(tmp_path, images, teacher, changes, message):
+    run = replace(distill_run(images, tmp_path / "out", teacher), **changes)
+    with pytest.raises(UserError, match=message):
+        distill(run)
+    assert not run.out.exists()
+
+
+def test_values_out_of_range(tmp_path, images, teacher):
+    for changes in ({"distillation_weight": -1.0}, {"report_images": 1}, {"tokenizer": "other"}):
+        with pytest.raises(UserError):
+            distill_run(images, tmp_path, teacher, **changes)
+
+
+def test_images_without_classes(tmp_path):
+    pipeline = tiny_teacher()
+    transformer = type(pipeline.transformer)(**{
+        k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_") and k != "num_classes"
+    }, num_classes=0)  # fmt: skip
+    unlabelled = type(pipeline)(pipeline.image_tokenizer, transformer)
+    unlabelled.save_pretrained(tmp_path / "teacher")
+    data = write_images(tmp_path / "d.npz", num_classes=0)
+    run = distill_run(data, tmp_path / "run", tmp_path / "teacher", num_steps=2, report_images=4)
+    distill(run)
+    assert "| class consistency | - | - |" in (run.out / "distillation.md").read_text()

@@ -1,0 +1,55 @@
+"""Tiny teachers on four scales, 8 px: every weight random, logits far from uniform, nothing trained."""
+
+from pathlib import Path
+
+import torch
+
+from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.training.distill_config import DistillRun
+from tests.training.tiny_runs import OPTIM
+
+SIZES = (1, 2, 3, 4)
+CODES, WIDTH = 16, 8
+
+
+def tiny_teacher(
+    scale_attention: str = "markov", *, phi_ratio: float = 0.5, sizes: tuple[int, ...] = SIZES
+) -> NextScalePipeline:
+    """A pipeline of two classes, "0" and "1"."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tokenizer = MultiScaleVQVAE(
+            codebook_size=CODES, codebook_dim=CODES, scale_sizes=sizes, base_channels=32, channel_multipliers=(1, 1),
+            num_res_blocks=1, num_phi=2, phi_ratio=phi_ratio,
+        )  # fmt: skip
+        transformer = NextScaleTransformer(
+            scale_sizes=sizes, codebook_size=CODES, codebook_dim=CODES, width=WIDTH, num_layers=2, num_heads=2,
+            num_classes=2, scale_attention=scale_attention, init_gate=1.0, init_modulation=1.0,
+        )  # fmt: skip
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return NextScalePipeline(tokenizer.eval(), transformer.eval(), class_names=["0", "1"])
+
+
+def distill_run(data: str, out: Path, teacher: Path, **changes) -> DistillRun:
+    """Four steps, without pictures of the report."""
+    settings = {
+        "data": data,
+        "out": out,
+        "from_model": str(teacher),
+        "scale_sizes": (1, 3, 4),
+        "num_steps": 4,
+        "batch_size": 4,
+        "num_views": 2,
+        "save_every": 2,
+        "keep_checkpoints": 9,
+        "log_every": 1,
+        "validate_every": 4,
+        "preview_every": 4,
+        "optim": OPTIM,
+        "report_images": 0,
+    }
+    return DistillRun(**(settings | changes))
