@@ -16,7 +16,7 @@ from isthmus.dar_presets import diffusion_tokenizer_preset, next_token_prior_pre
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.demo.dar_report import draw_dar_curves, write_dar_report
-from isthmus.demo.logs import read_log
+from isthmus.training.logs import read_log
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.stages import LONGER, SAMPLES_PER_CLASS, SHOWN_PER_CLASS, ClassJudge, ClassScores, Clock, draw_samples
 from isthmus.functional.psnr import psnr

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from PIL import Image
 
 from isthmus.data.source import ImageSource
-from isthmus.demo.logs import read_log
+from isthmus.training.logs import read_log
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.report import draw_curves, write_report
 from isthmus.demo.stages import LONGER, SAMPLES_PER_CLASS, SHOWN_PER_CLASS, ClassJudge, ClassScores, Clock, draw_samples

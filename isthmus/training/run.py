@@ -49,6 +49,7 @@ _FREE_FIELDS = {
     "track",
     "num_workers",
     "out",
+    "token_cache",
     "strict",
 }
 
