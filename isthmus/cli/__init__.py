@@ -26,6 +26,8 @@ COMMANDS = {
         "score a model's samples, or anyone's images, with everything that made it",
     ),
     "compare": ("isthmus.cli.compare:run", "one table of evaluations that were measured in the same way"),
+    "study srdd": ("isthmus.cli.study:run_srdd", "experiments on VAR and SRDD: the papers' claims beside measurements"),
+    "study dar": ("isthmus.cli.study:run_dar", "experiments on D-AR: the paper's claims beside measurements"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
     "export llama": ("isthmus.cli.export:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),

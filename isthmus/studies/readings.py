@@ -18,7 +18,7 @@ RULE = (
     "difference has the 95 % interval that the two measurements have by themselves (bootstrap over images, standard "
     "error of a kernel distance, spread over disjoint chunks or repetitions), which says nothing of other trainings. A "
     "claim agrees where the whole interval lies on its side of 0, does not agree where it lies on the other, and "
-    "cannot be told otherwise, or where there is no interval."
+    "cannot be told otherwise, or where there is no interval. Times are subtracted round by round as seeds are."
 )
 
 

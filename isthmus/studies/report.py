@@ -45,15 +45,15 @@ def write_study_report(
     return folder / "report.md"
 
 
-def difference_text(found: Difference | None) -> str:
-    """First minus second, as a cell.
+def difference_text(found: Difference | None, repetitions: str = "seeds") -> str:
+    """First minus second, as a cell; `repetitions` are what it is a mean over.
 
     >>> difference_text(Difference(-0.5, 0.25, 3)), difference_text(None)
     ('-0.5 [-0.75, -0.25] (3 seeds)', 'not measured')
     """
     if found is None:
         return "not measured"
-    seeds = "one seed" if found.num_seeds == 1 else f"{found.num_seeds} seeds"
+    seeds = f"one {repetitions.removesuffix('s')}" if found.num_seeds == 1 else f"{found.num_seeds} {repetitions}"
     if found.half_width is None:
         return f"{number(found.value)}, no interval ({seeds})"
     low, high = found.value - found.half_width, found.value + found.half_width
@@ -77,8 +77,12 @@ def _blocks(
 ) -> Iterator[Block]:
     yield Heading(title, level=1)
     yield from map(Paragraph, summary)
-    findings = {spec.title: list(tables[spec.name].findings()) for spec in specs if spec.name in tables}
-    rows = [(name, *_finding_cells(finding)) for name, found in findings.items() for finding in found]
+    claims = {
+        spec.name: [_finding_cells(finding, tables[spec.name]) for finding in tables[spec.name].findings()]
+        for spec in specs
+        if spec.name in tables
+    }
+    rows = [(spec.title, *cells) for spec in specs for cells in claims.get(spec.name, ())]
     if rows:
         yield Heading("Claims")
         yield Table(("table", *_CLAIM_HEAD), rows)
@@ -86,26 +90,27 @@ def _blocks(
     for spec in specs:
         yield Heading(spec.title)
         if spec.name in tables:
-            yield from _table_blocks(tables[spec.name], findings[spec.title], folder / f"{spec.name}.png")
+            yield from _table_blocks(tables[spec.name], claims[spec.name], folder / f"{spec.name}.png")
         else:
             yield Paragraph(f"Not run. `--tables {spec.name}` or `--budget full` fills this table.")
     yield Heading("What made these numbers")
     yield Table(("what", "value"), [(name, _text(value)) for name, value in facts.items()])
 
 
-def _table_blocks(table: StudyTable, findings: Sequence[Finding], picture: Path) -> Iterator[Block]:
+def _table_blocks(table: StudyTable, claims: Sequence[Sequence[str]], picture: Path) -> Iterator[Block]:
     yield Paragraph(table.about)
     yield Table(*table.text())
-    if findings:
-        yield Table(_CLAIM_HEAD, [_finding_cells(finding) for finding in findings])
+    if claims:
+        yield Table(_CLAIM_HEAD, claims)
     if table.panels and picture.is_file():
         yield Picture(picture, "; ".join(panel.title for panel in table.panels))
     yield from map(Paragraph, table.notes)
 
 
-def _finding_cells(finding: Finding) -> tuple[str, str, str, str]:
+def _finding_cells(finding: Finding, table: StudyTable) -> tuple[str, str, str, str]:
     claim = finding.claim
-    measured = f"{claim.column}, {claim.first} minus {claim.second}: {difference_text(finding.difference)}"
+    gap = difference_text(finding.difference, table.repetitions(claim.column))
+    measured = f"{claim.column}, {claim.first} minus {claim.second}: {gap}"
     return claim.says, claim.source, measured, finding.verdict
 
 

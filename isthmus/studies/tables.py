@@ -91,6 +91,7 @@ class StudyTable:
         rows: in order.
         claims: of the papers, about these rows.
         panels: curves.
+        timed: columns whose readings are rounds of timing, not seeds.
         notes: what else to know, a paragraph each; also what no paper has a figure for.
     """
 
@@ -99,6 +100,7 @@ class StudyTable:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = ()
     panels: tuple[Panel, ...] = ()
+    timed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def columns(self) -> tuple[list[str], list[str]]:
@@ -117,11 +119,15 @@ class StudyTable:
             [
                 row.name,
                 *(row.facts.get(name, "") for name in facts),
-                *(cell_text(row.cells.get(name)) for name in cells),
+                *(cell_text(row.cells.get(name), self.repetitions(name)) for name in cells),
             ]
             for row in self.rows
         ]
         return head, rows
+
+    def repetitions(self, column: str) -> str:
+        """What the readings of a column repeat."""
+        return "rounds" if column in self.timed else "seeds"
 
     def findings(self) -> Iterator[Finding]:
         """Every claim beside the measured difference."""
@@ -154,7 +160,7 @@ def claim_rows(claim: Claim) -> tuple[str, str]:
     return claim.first, claim.second
 
 
-def cell_text(readings: Readings | None) -> str:
+def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     """Mean and standard deviation over seeds; with one seed, the value and its own 95 % interval.
 
     >>> from isthmus.studies.readings import Reading
@@ -165,7 +171,7 @@ def cell_text(readings: Readings | None) -> str:
         return ""
     mean, deviation = mean_and_deviation([reading.value for reading in readings.values()])
     if deviation is not None:
-        return f"{number(mean)} ± {number(deviation)} ({len(readings)} seeds)"
+        return f"{number(mean)} ± {number(deviation)} ({len(readings)} {repetitions})"
     (reading,) = readings.values()
     if reading.half_width is None:
         return number(mean)
