@@ -11,7 +11,7 @@ from isthmus.studies.evaluations import (
     sample_readings,
 )
 from isthmus.studies.experiments import Experiment, Values
-from isthmus.studies.readings import Reading, Readings, half_width_of_mean, mean_and_deviation
+from isthmus.studies.readings import Reading, Readings
 from isthmus.studies.srdd_experiments import (
     CAUSAL,
     LOGNORMAL,
@@ -27,7 +27,7 @@ from isthmus.studies.srdd_experiments import (
     sweeps,
 )
 from isthmus.studies.srdd_options import SrddSetting
-from isthmus.studies.tables import Claim, Line, Panel, Row, StudyTable, TableSpec
+from isthmus.studies.tables import Claim, Line, Panel, Row, StudyTable, TableSpec, line_of
 
 Results = Mapping[str, Values]
 
@@ -327,19 +327,6 @@ def by_scale(setting: SrddSetting, results: Results, names: Mapping[Variant, str
 def reading_column(found: Mapping[int, Values], name: str, index: int) -> list[Reading]:
     """Entry `index` of a list in the results of all seeds."""
     return [Reading(values[name][index]) for values in found.values()]
-
-
-def line_of(name: str, points: Mapping[float, Readings]) -> Line:
-    """Means over seeds with their 95 % intervals, where there are several seeds."""
-    values = {x: [reading.value for reading in readings.values()] for x, readings in points.items()}
-    widths = [half_width_of_mean(column) for column in values.values()]
-    known = [width for width in widths if width is not None]
-    return Line(
-        name=name,
-        x=list(values),
-        y=[mean_and_deviation(column)[0] for column in values.values()],
-        half_widths=known if len(known) == len(widths) else (),
-    )
 
 
 def _masks_experiments(setting: SrddSetting) -> Sequence[Experiment]:

@@ -63,7 +63,8 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
         return cost_values(runs, choose_device(setting.device), rounds=facts["rounds"])
 
     def snr(experiment: Experiment) -> Values:
-        tokenizer = load_tokenizer(str(model_folder(folder, TOKENIZER))).to(choose_device(setting.device))
+        tokenizer = load_tokenizer(str(model_folder(folder, TOKENIZER)))
+        tokenizer.to(choose_device(setting.device))  # pyright: ignore[reportArgumentType]  diffusers wraps it
         held_out = open_source(
             setting.prior.data, image_size=tokenizer.image_size, split="val", classes=setting.prior.classes
         )

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from isthmus.studies.experiments import Experiment, Values
-from isthmus.studies.readings import Difference, Direction, Readings, Verdict, difference, mean_and_deviation
+from isthmus.studies.readings import (
+    Difference,
+    Direction,
+    Readings,
+    Verdict,
+    difference,
+    half_width_of_mean,
+    mean_and_deviation,
+)
 
 Setting = TypeVar("Setting", contravariant=True)
 
@@ -158,6 +166,19 @@ class TableSpec(Generic[Setting]):
 def claim_rows(claim: Claim) -> tuple[str, str]:
     """The two rows a claim is about."""
     return claim.first, claim.second
+
+
+def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]) -> Line:
+    """Means over seeds with their 95 % intervals, where there are several seeds."""
+    values = {x: [reading.value for reading in readings.values()] for x, readings in points.items()}
+    widths = [half_width_of_mean(column) for column in values.values()]
+    known = [width for width in widths if width is not None]
+    return Line(
+        name=name,
+        x=list(values),
+        y=[mean_and_deviation(column)[0] for column in values.values()],
+        half_widths=known if len(known) == len(widths) else (),
+    )
 
 
 def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
