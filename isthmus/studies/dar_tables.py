@@ -205,7 +205,7 @@ def order(setting: DarSetting, results: Results) -> StudyTable:
         panels=(Panel(title=BITS, along="position of the token", lines=(line_of("held-out images", positions),)),),
         notes=(
             "The paper has no bits by position. Its figure for the order is FID 2.44 coarse to fine against 4.17 fine "
-            "to coarse (spec/dar.md 7), which would take a prior trained on the reverse order and is not measured here.",
+            "to coarse (spec/dar.md 7): that takes a prior trained on the reverse order and is not measured here.",
         ),
     )
 
