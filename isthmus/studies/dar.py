@@ -9,7 +9,7 @@ from isthmus.studies.dar_options import DAR_BUDGETS, DarSetting, DarStudyOptions
 from isthmus.studies.dar_tables import DAR_TABLES, seeds
 from isthmus.studies.dar_work import dar_work
 from isthmus.studies.options import chosen_tables, study_folder
-from isthmus.studies.running import prepared_device, study_facts
+from isthmus.studies.running import check_data, prepared_device, study_facts
 from isthmus.studies.study import Study
 
 
@@ -35,6 +35,7 @@ def run_dar_study(options: DarStudyOptions) -> Path:
     tables = chosen_tables(options.tables, DAR_BUDGETS[options.budget].tables, DAR_STUDY.table_names)
     device = prepared_device(options)
     setting = dar_setting(options, device.type)
+    check_data(options)
     return DAR_STUDY.run(
         setting, study_folder(options, DAR_STUDY.name), tables=tables, facts=study_facts(options, device)
     )

@@ -7,7 +7,7 @@ spec/srdd.md names.
 from pathlib import Path
 
 from isthmus.studies.options import chosen_tables, study_folder
-from isthmus.studies.running import prepared_device, study_facts
+from isthmus.studies.running import check_data, prepared_device, study_facts
 from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddSetting, SrddStudyOptions, srdd_setting
 from isthmus.studies.srdd_tables import SRDD_TABLES
 from isthmus.studies.srdd_work import srdd_work
@@ -39,6 +39,7 @@ def run_srdd_study(options: SrddStudyOptions) -> Path:
     tables = chosen_tables(options.tables, SRDD_BUDGETS[options.budget].tables, SRDD_STUDY.table_names)
     device = prepared_device(options)
     setting = srdd_setting(options, device.type)
+    check_data(options)
     return SRDD_STUDY.run(
         setting, study_folder(options, SRDD_STUDY.name), tables=tables, facts=study_facts(options, device)
     )

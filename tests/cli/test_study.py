@@ -15,7 +15,7 @@ from isthmus.cli import main
         (["--tables", "maks"], "--tables takes names of"),
         (["--preset-prior", "nothing-like-it"], "presets have no 'nothing-like-it'"),
         (["--device", "cuda"], "device must be auto or one of those present"),
-        (["--sedes", "2"], "Did you mean --seeds?"),
+        (["--sedes", "2"], "Did you mean --seeds"),
     ],
 )
 def test_bad_arguments(study, arguments, message, tmp_path, capsys, no_gpu):
@@ -35,6 +35,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
 def test_data_that_are_not_there_stop_before_any_training(tmp_path, capsys):
     assert main(["study", "dar", "--data", "folder:/nowhere", "--out", str(tmp_path / "out")]) == 2
     assert "/nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert main(["study"]) == 2
     assert "study needs one of srdd, dar" in capsys.readouterr().err
 

@@ -50,8 +50,7 @@ def test_all_tables_are_filled(finished_srdd):
     assert "Not run" not in text
     for word in ("causal", "markov", "linear:1:2.5", "every second scale", "log-normal", "4 x 4", "FD-lite0-192"):
         assert word in text
-    for verdict in ("agrees", "does not agree", "cannot tell"):
-        assert f"| {verdict} |" in text or verdict != "cannot tell"
+    assert "| cannot tell |" in text
     assert {path.stem for path in finished_srdd.glob("*.png")} == {"masks", "guidance", "weighting", "snr"}
 
 
