@@ -26,9 +26,9 @@ from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import choose_device
 from isthmus.schedulers.flow_matching import Solver
-from isthmus.studies.evaluations import EvaluationSetting
+from isthmus.studies.evaluations import EvaluationSetting, mean_and_interval
 from isthmus.studies.experiments import Values
-from isthmus.studies.real_images import mean_and_half_width, splits_of
+from isthmus.studies.real_images import splits_of
 
 _BATCH = 32
 
@@ -83,19 +83,19 @@ class HeldOut:
             yield start, as_floats(self.images[start : start + _BATCH])
 
     def compared(self, rebuilt: Pictures) -> Values:
-        """What reconstructions of all images keep: means over images with half of their 95 % interval, and r-FD."""
+        """What reconstructions of all images keep: means over images with the ends of their 95 % interval, and r-FD."""
         meter = ReconstructionMeter(self.network, Lite0Distance(), None)
         for start in range(0, len(self), _BATCH):
             meter.update(self.images[start : start + _BATCH], rebuilt[start : start + _BATCH])
         scores = meter.scores(Gaussian.of(self.headline))
         space = next(iter(self.network.spaces))
         values = {
-            "PSNR, dB": mean_and_half_width(scores.psnr),
-            "lite0 distance": mean_and_half_width(scores.perceptual),
-            f"r-FD-{space}": (scores.frechet, None),
+            "PSNR, dB": mean_and_interval(scores.psnr),
+            "lite0 distance": mean_and_interval(scores.perceptual),
+            f"r-FD-{space}": [scores.frechet],
         }
         right = self.right(extract_features(self.network, rebuilt)[space])
-        return values if right is None else values | {"class accuracy (nearest mean)": mean_and_half_width(right)}
+        return values if right is None else values | {"class accuracy (nearest mean)": mean_and_interval(right)}
 
     def right(self, rows: np.ndarray) -> Bool[np.ndarray, " n"] | None:
         """Which images the judge puts into their class; None where there are no classes."""
@@ -110,7 +110,7 @@ def reconstruction_values(pipeline: DARPipeline, held_out: HeldOut) -> Values:
             parts.setdefault(name, []).append(rebuilt)
     values = {name: held_out.compared(np.concatenate(rebuilt)) for name, rebuilt in parts.items()}
     right = held_out.right(held_out.headline)
-    floor = {} if right is None else {"class accuracy (nearest mean)": mean_and_half_width(right)}
+    floor = {} if right is None else {"class accuracy (nearest mean)": mean_and_interval(right)}
     return {
         "images": len(held_out),
         "by_tokens": values,
@@ -139,12 +139,12 @@ def solver_values(pipeline: DARPipeline, held_out: HeldOut, *, solvers: Sequence
             seconds = time.perf_counter() - begin
             name = f"{solver}, {number} steps"
             values[name] = held_out.compared(np.concatenate(parts))
-            values[name]["ms per image"] = (1000 * seconds / len(held_out), None)
+            values[name]["ms per image"] = [1000 * seconds / len(held_out)]
     return {"images": len(held_out), "by_solver": values, "trained_steps": _own_steps(pipeline)}
 
 
 def order_values(pipeline: DARPipeline, held_out: HeldOut) -> Values:
-    """Bits of every token of held-out images: means by position, and by group with half of their 95 % interval."""
+    """Bits of every token of held-out images: means by position, and by group with the ends of their 95 % interval."""
     parts = [
         pipeline.bits_per_token(images, list(held_out.model_ids[start : start + _BATCH]))
         for start, images in held_out.batches()
@@ -156,8 +156,8 @@ def order_values(pipeline: DARPipeline, held_out: HeldOut) -> Values:
         "images": len(bits),
         "tokens_per_group": size,
         "by_position": bits.mean(axis=0).tolist(),
-        "by_group": [mean_and_half_width(group) for group in groups],
-        "all": mean_and_half_width(bits.mean(axis=1)),
+        "by_group": [mean_and_interval(group) for group in groups],
+        "all": mean_and_interval(bits.mean(axis=1)),
     }
 
 

@@ -1,7 +1,6 @@
 """The tables of the study of D-AR, each a function of results, with the paper's figures (spec/dar.md 7) beside them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from isthmus.studies.dar_experiments import all_guidances, evaluations, on_held_out, previews
 from isthmus.studies.dar_options import DarSetting
@@ -127,8 +126,8 @@ def solvers(setting: DarSetting, results: Results) -> StudyTable:
         by_steps = {steps: _row(rows, f"{solver}, {steps} steps").cells[REBUILT] for steps in setting.solver_steps}
         lines.append(line_of(solver, by_steps))
     return StudyTable(
-        about=f"Held-out images, rebuilt from their tokens by several rules of a solver step. {trained(setting)} They "
-        f"were measured while training with {first['trained_steps']}. With fewer steps than groups only some groups "
+        about=f"Held-out images, rebuilt from their tokens by several rules of a solver step. {trained(setting)} The "
+        f"model's own is {first['trained_steps']}. With fewer steps than groups only some groups "
         "are read.",
         first_column="solver",
         rows=tuple(rows),
@@ -166,7 +165,7 @@ def guidance(setting: DarSetting, results: Results) -> StudyTable:
     return StudyTable(
         about="Guidance over the tokens: off (1), constant, or rising linearly; guided = unguided + s (with class - "
         f"without). {trained(setting)} {own} is the preset's own. {protocol_words(first)}",
-        first_column="guidance",
+        first_column="schedule",
         rows=(*rows, *real),
         claims=by_both_distances(
             Claim(
@@ -235,10 +234,9 @@ def facts_of(values: Values, guidance: str, setting: DarSetting) -> dict[str, st
     return sample_facts(values, guidance, setting.seeds)
 
 
-def reading(pair: Sequence[Any]) -> Reading:
-    """A value and half of its interval, as experiments write them."""
-    value, half_width = pair
-    return Reading(value, half_width)
+def reading(written: Sequence[float]) -> Reading:
+    """A value, with the ends of its interval where it has one, as experiments write them."""
+    return Reading(*written)
 
 
 def cells_of(found: Mapping[int, Values], *path: str) -> dict[str, Readings]:
@@ -247,8 +245,8 @@ def cells_of(found: Mapping[int, Values], *path: str) -> dict[str, Readings]:
     for seed, values in found.items():
         for name in path:
             values = values[name]
-        for column, pair in values.items():
-            cells.setdefault(column, {})[seed] = reading(pair)
+        for column, written in values.items():
+            cells.setdefault(column, {})[seed] = reading(written)
     return cells
 
 

@@ -6,7 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float
+
 from isthmus.evaluation.evaluate import evaluate_model
+from isthmus.evaluation.intervals import bootstrap_interval
 from isthmus.evaluation.protocol import EvaluationRecord, read_record
 from isthmus.generation.options import parse_guidance
 from isthmus.studies.experiments import Values
@@ -85,23 +89,29 @@ def record_values(record: EvaluationRecord, guidances: Sequence[str]) -> Values:
 
 
 def score_reading(score: Mapping[str, Any]) -> Reading:
-    """A score with half the width of its own 95 % interval.
+    """A score with its own 95 % interval.
 
     Bootstrap ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
 
     >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
-    Reading(value=3.0, half_width=0.98)
+    Reading(value=3.0, low=2.02, high=3.98)
     """
     value = math.nan if score["value"] is None else float(score["value"])
     low, high, error, deviation = (score[name] for name in ("low", "high", "error", "deviation"))
-    half_width = None
     if low is not None and high is not None:
-        half_width = (high - low) / 2
-    elif error is not None:
-        half_width = _NORMAL_95 * error
-    elif deviation is not None and score["measurements"] > 1:
-        half_width = student_95(score["measurements"] - 1) * deviation / math.sqrt(score["measurements"])
-    return Reading(value, half_width)
+        return Reading(value, low, high)
+    if error is not None:
+        return Reading.around(value, _NORMAL_95 * error)
+    if deviation is not None and score["measurements"] > 1:
+        count = score["measurements"]
+        return Reading.around(value, student_95(count - 1) * deviation / math.sqrt(count))
+    return Reading(value)
+
+
+def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> list[float]:
+    """Mean over images and both ends of its 95 % bootstrap interval."""
+    interval = bootstrap_interval(np.asarray(values, np.float64))
+    return [interval.mean, interval.low, interval.high]
 
 
 def sample_readings(values_by_seed: Mapping[int, Values], guidance: str) -> dict[str, dict[int, Reading]]:

@@ -28,11 +28,26 @@ class Reading:
 
     Attributes:
         value: what was measured.
-        half_width: of its own 95 % interval; None where it has none.
+        low: lower end of its own 95 % interval; None where it has none.
+        high: upper end.
+
+    >>> Reading.around(2.0, 0.5), Reading(2.0).half_width
+    (Reading(value=2.0, low=1.5, high=2.5), None)
     """
 
     value: float
-    half_width: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def around(cls, value: float, half_width: float) -> "Reading":
+        """A value in the middle of its interval."""
+        return cls(value, value - half_width, value + half_width)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the interval's width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 Readings = dict[int, Reading]
@@ -101,7 +116,7 @@ def difference(first: Readings, second: Readings) -> Difference | None:
 
     >>> difference({0: Reading(1.0), 1: Reading(2.0)}, {0: Reading(3.0), 1: Reading(4.0)})
     Difference(value=-2.0, half_width=0.0, num_seeds=2)
-    >>> difference({0: Reading(1.0, 3.0)}, {0: Reading(2.0, 4.0)})
+    >>> difference({0: Reading.around(1.0, 3.0)}, {0: Reading.around(2.0, 4.0)})
     Difference(value=-1.0, half_width=5.0, num_seeds=1)
     """
     seeds = sorted(set(first) & set(second))

@@ -3,12 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from jaxtyping import Bool, Float
-
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
 from isthmus.evaluation.generation_scores import Features
-from isthmus.evaluation.intervals import bootstrap_interval
 from isthmus.evaluation.model_samples import SampleClasses, choose_classes
 from isthmus.evaluation.protocol import Protocol
 from isthmus.evaluation.real_side import (
@@ -93,9 +89,3 @@ class RealImages:
                 reference_sha256=self.reference.fingerprint,
             )
         )
-
-
-def mean_and_half_width(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> tuple[float, float]:
-    """Mean over images and half of its 95 % bootstrap interval."""
-    interval = bootstrap_interval(np.asarray(values, np.float64))
-    return interval.mean, (interval.high - interval.low) / 2

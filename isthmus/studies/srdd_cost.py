@@ -28,7 +28,8 @@ def cost_values(runs: Mapping[str, PriorRun], device: torch.device, *, rounds: i
     del steps
     draws = {name: drawing(run, device) for name, run in runs.items()}
     draw_seconds = interleaved_seconds(draws, device, rounds=rounds)
-    draw_bytes = {name: peak_bytes(draw, device) for name, draw in draws.items()}
+    # without the pixel decoder, which is the same for all and would hide what the priors hold
+    draw_bytes = {name: peak_bytes(drawing(run, device, pixels=False), device) for name, run in runs.items()}
     return {
         name: {
             "batch_size": run.batch_size,
@@ -65,13 +66,14 @@ def training_step(run: PriorRun, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def drawing(run: PriorRun, device: torch.device) -> Callable[[], None]:
-    """Drawing `DRAWN_IMAGES` images at once, pixels included, at the guidance of the run."""
+def drawing(run: PriorRun, device: torch.device, *, pixels: bool = True) -> Callable[[], None]:
+    """Drawing `DRAWN_IMAGES` images at once at the guidance of the run; without `pixels`, their tokens and features."""
     pipeline = load_pipeline(str(run.out), device=device)
     assert isinstance(pipeline, NextScalePipeline), "the prior's run writes one"
     labels = [i % max(pipeline.num_classes, 1) if pipeline.num_classes else None for i in range(DRAWN_IMAGES)]
 
     def draw() -> None:
-        pipeline(labels, seed=0, output_type="pt")
+        pipeline(labels, seed=0, output_type="pt" if pixels else "latent")
 
+    draw()  # warms up
     return draw

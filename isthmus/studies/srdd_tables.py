@@ -196,8 +196,8 @@ def noise(setting: SrddSetting, results: Results) -> StudyTable:
     names = [f"{side} x {side}" for side in found["scale_sizes"]]
     column = "SNR, dB"
     rows = tuple(
-        Row(name=name, facts={"images": str(found["images"])}, cells={column: {0: Reading(value, half_width)}})
-        for name, value, half_width in zip(names, found["decibels"], found["half_widths"], strict=True)
+        Row(name=name, facts={"images": str(found["images"])}, cells={column: {0: Reading(*interval)}})
+        for name, interval in zip(names, found["decibels"], strict=True)
     )
     claims = tuple(
         Claim(
@@ -210,7 +210,9 @@ def noise(setting: SrddSetting, results: Results) -> StudyTable:
         )
         for before, after in zip(names, names[1:], strict=False)
     )
-    line = Line(name="held-out images", x=range(len(names)), y=found["decibels"], half_widths=found["half_widths"])
+    means = [mean for mean, _, _ in found["decibels"]]
+    bars = [(high - low) / 2 for _, low, high in found["decibels"]]
+    line = Line(name="held-out images", x=range(len(names)), y=means, half_widths=bars)
     return StudyTable(
         about="|f|^2 / |f - F_k|^2 of the encoder's latents f and the sum of the codes up to scale k, mean of the "
         "decibels over held-out images with a 95 % bootstrap interval; one tokenizer.",
@@ -239,7 +241,7 @@ def samples_words(setting: SrddSetting, results: Results, variant: Variant, cost
     return words + (
         f" Times: {len(one['step_seconds'])} interleaved rounds at seed {setting.seeds[0]}, a step of "
         f"{one['batch_size']} images, {one['drawn_at_once']} images drawn at once with their own guidance, pixels "
-        f"included, {setting.device}."
+        f"included in the time but not in the memory, {setting.device}."
     )
 
 
@@ -279,7 +281,7 @@ def rebuilt(setting: SrddSetting, results: Results, variant: Variant) -> dict[st
     found = by_seed(setting, results, "samples", variant)
     nats = held_out_readings(found, "nats per image")
     in_bits = {
-        seed: Reading(one.value / math.log(2), None if one.half_width is None else one.half_width / math.log(2))
+        seed: Reading(*(None if end is None else end / math.log(2) for end in (one.value, one.low, one.high)))
         for seed, one in nats.items()
     }
     # one tokenizer, whatever the seed of the prior
@@ -297,9 +299,9 @@ def cost_cells(costs: Values, variant: Variant) -> dict[str, Readings]:
     return {
         STEP_TIME: rounds("step_seconds"),
         # memory is counted, not sampled: it has no spread
-        STEP_MEMORY: {0: Reading(one["step_bytes"] / 1e6, 0.0)},
+        STEP_MEMORY: {0: Reading.around(one["step_bytes"] / 1e6, 0.0)},
         IMAGE_TIME: rounds("image_seconds"),
-        IMAGE_MEMORY: {0: Reading(one["image_bytes"] / 1e6, 0.0)},
+        IMAGE_MEMORY: {0: Reading.around(one["image_bytes"] / 1e6, 0.0)},
     }
 
 

@@ -10,10 +10,9 @@ import torch
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
-from isthmus.evaluation.intervals import bootstrap_interval
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.pipelines.loading import choose_device
-from isthmus.studies.evaluations import EvaluationSetting, evaluation_values
+from isthmus.studies.evaluations import EvaluationSetting, evaluation_values, mean_and_interval
 from isthmus.studies.experiments import Experiment, Values, Work
 from isthmus.studies.srdd_cost import cost_values
 from isthmus.studies.srdd_experiments import TOKENIZER, VARIANTS, every_second, model_folder, prior_run
@@ -69,12 +68,10 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
             setting.prior.data, image_size=tokenizer.image_size, split="val", classes=setting.prior.classes
         )
         ratios = signal_to_noise(tokenizer, EvaluationImages(held_out, tokenizer.image_size))
-        intervals = [bootstrap_interval(column) for column in ratios.T]
         return {
             "images": len(ratios),
             "scale_sizes": list(tokenizer.schedule.sizes),
-            "decibels": [interval.mean for interval in intervals],
-            "half_widths": [(interval.high - interval.low) / 2 for interval in intervals],
+            "decibels": [mean_and_interval(of_scale) for of_scale in ratios.T],
         }
 
     return {

@@ -185,8 +185,10 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     """Mean and standard deviation over seeds; with one seed, the value and its own 95 % interval.
 
     >>> from isthmus.studies.readings import Reading
-    >>> cell_text({0: Reading(1.0), 1: Reading(3.0)}), cell_text({0: Reading(2.0, 0.25)}), cell_text({0: Reading(2.0)})
-    ('2 ± 1.414 (2 seeds)', '2 [1.75, 2.25]', '2')
+    >>> cell_text({0: Reading(1.0), 1: Reading(3.0)})
+    '2 ± 1.414 (2 seeds)'
+    >>> cell_text({0: Reading.around(2.0, 0.25)}), cell_text({0: Reading(2.0)})
+    ('2 [1.75, 2.25]', '2')
     """
     if not readings:
         return ""
@@ -194,9 +196,9 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     if deviation is not None:
         return f"{number(mean)} ± {number(deviation)} ({len(readings)} {repetitions})"
     (reading,) = readings.values()
-    if reading.half_width is None:
+    if reading.low is None or reading.high is None:
         return number(mean)
-    return f"{number(mean)} [{number(mean - reading.half_width)}, {number(mean + reading.half_width)}]"
+    return f"{number(mean)} [{number(reading.low)}, {number(reading.high)}]"
 
 
 def number(value: float) -> str:

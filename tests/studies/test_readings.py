@@ -32,8 +32,9 @@ def test_with_several_seeds_only_the_gaps_of_equal_seeds_count():
 
 
 def test_seeds_that_one_side_lacks_do_not_count():
-    found = difference({0: Reading(1.0, 0.1), 5: Reading(9.0)}, {0: Reading(2.0, 0.1)})
-    assert found == Difference(-1.0, math.hypot(0.1, 0.1), 1)
+    found = difference({0: Reading.around(1.0, 0.1), 5: Reading(9.0)}, {0: Reading.around(2.0, 0.1)})
+    assert found is not None and (found.value, found.num_seeds) == (-1.0, 1)
+    assert found.half_width == pytest.approx(math.hypot(0.1, 0.1))
     assert difference({0: Reading(1.0)}, {1: Reading(1.0)}) is None
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from isthmus.data.batches import EvaluationImages
+from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.studies.experiments import RESULT
 from isthmus.studies.srdd import SRDD_STUDY
@@ -71,10 +73,16 @@ def test_the_shortened_tokenizer_has_the_same_weights_and_fewer_scales(finished_
 
 
 @pytest.mark.slow
-def test_noise_falls_from_scale_to_scale(finished_srdd):
+def test_the_last_ratio_is_that_of_all_codes(finished_srdd, data):
+    tokenizer = load_tokenizer(str(finished_srdd / "tokenizer" / "run"))
+    held_out = EvaluationImages(open_source(data, image_size=8, split="val"), 8)
+    images = torch.stack([torch.as_tensor(held_out[i]["image"]) for i in range(len(held_out))])
+    output = tokenizer.encode(images)
+    lost = output.latents - tokenizer.features_up_to(output.token_ids, 2)
+    ratios = output.latents.flatten(1).norm(dim=1) / lost.flatten(1).norm(dim=1)
     found = values(finished_srdd, "snr")
-    assert found["scale_sizes"] == [1, 2, 4] and found["images"] == 8
-    assert len(found["decibels"]) == 3
+    assert found["scale_sizes"] == [1, 2, 4] and found["images"] == len(images)
+    assert found["decibels"][2][0] == pytest.approx(20 * ratios.log10().mean().item(), abs=1e-3)
 
 
 @pytest.mark.slow
