@@ -56,6 +56,8 @@ def difference_text(found: Difference | None, repetitions: str = "seeds") -> str
     seeds = f"one {repetitions.removesuffix('s')}" if found.num_seeds == 1 else f"{found.num_seeds} {repetitions}"
     if found.half_width is None:
         return f"{number(found.value)}, no interval ({seeds})"
+    if found.half_width == 0:
+        return f"{number(found.value)} ({seeds})"
     low, high = found.value - found.half_width, found.value + found.half_width
     return f"{number(found.value)} [{number(low)}, {number(high)}] ({seeds})"
 

@@ -152,7 +152,7 @@ def schedules(setting: SrddSetting, results: Results) -> StudyTable:
                 first="every second scale", second="all scales", column=FRECHET, direction="lower",
             ),
             Claim(
-                says="20 % less computation, which is what six scales in place of ten save",
+                says="20 % less computation with six scales in place of ten (here any saving counts)",
                 source="SRDD, spec/srdd.md 2",
                 first="every second scale", second="all scales", column=IMAGE_TIME, direction="lower",
             ),
@@ -281,7 +281,9 @@ def rebuilt(setting: SrddSetting, results: Results, variant: Variant) -> dict[st
     found = by_seed(setting, results, "samples", variant)
     nats = held_out_readings(found, "nats per image")
     in_bits = {
-        seed: Reading(*(None if end is None else end / math.log(2) for end in (one.value, one.low, one.high)))
+        seed: Reading(
+            one.value / math.log(2), *(None if end is None else end / math.log(2) for end in (one.low, one.high))
+        )
         for seed, one in nats.items()
     }
     # one tokenizer, whatever the seed of the prior

@@ -196,7 +196,7 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     if deviation is not None:
         return f"{number(mean)} ± {number(deviation)} ({len(readings)} {repetitions})"
     (reading,) = readings.values()
-    if reading.low is None or reading.high is None:
+    if reading.low is None or reading.high is None or reading.low == reading.high:
         return number(mean)
     return f"{number(mean)} [{number(reading.low)}, {number(reading.high)}]"
 

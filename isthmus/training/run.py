@@ -50,6 +50,8 @@ _FREE_FIELDS = {
     "num_workers",
     "out",
     "token_cache",
+    # a place: what lies there is told apart by its fingerprint, among the facts
+    "tokenizer",
     "strict",
 }
 
