@@ -44,6 +44,11 @@ class Reading:
         """A value in the middle of its interval."""
         return cls(value, value - half_width, value + half_width)
 
+    def times(self, factor: float) -> "Reading":
+        """The same in another unit."""
+        ends = (None if end is None else factor * end for end in (self.low, self.high))
+        return Reading(factor * self.value, *ends)
+
     @property
     def half_width(self) -> float | None:
         """Half of the interval's width."""

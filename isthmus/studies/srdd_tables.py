@@ -280,12 +280,7 @@ def rebuilt(setting: SrddSetting, results: Results, variant: Variant) -> dict[st
     """What the tokens keep of held-out images, and what they cost."""
     found = by_seed(setting, results, "samples", variant)
     nats = held_out_readings(found, "nats per image")
-    in_bits = {
-        seed: Reading(
-            one.value / math.log(2), *(None if end is None else end / math.log(2) for end in (one.low, one.high))
-        )
-        for seed, one in nats.items()
-    }
+    in_bits = {seed: one.times(1 / math.log(2)) for seed, one in nats.items()}
     # one tokenizer, whatever the seed of the prior
     psnr = held_out_readings({0: next(iter(found.values()))}, "PSNR, dB")
     return {"bits per image": in_bits, "PSNR of reconstructions, dB": psnr}
