@@ -10,7 +10,7 @@ _COLUMNS = 3
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """One panel beside the other; a line's bars are 95 % intervals, or the spread that its table names."""
+    """One panel beside the other; a line's bars are 95 % intervals."""
     # imported here: matplotlib takes a moment, and tables do without
     from matplotlib.figure import Figure
 

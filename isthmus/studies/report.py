@@ -105,7 +105,7 @@ def _table_blocks(table: StudyTable, claims: Sequence[Sequence[str]], picture: P
     if claims:
         yield Table(_CLAIM_HEAD, claims)
     if table.panels and picture.is_file():
-        yield Picture(picture, "; ".join(panel.title for panel in table.panels))
+        yield Picture(picture, "; ".join(panel.title for panel in table.panels) + " (bars: 95 % intervals)")
     yield from map(Paragraph, table.notes)
 
 

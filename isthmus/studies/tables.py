@@ -169,14 +169,17 @@ def claim_rows(claim: Claim) -> tuple[str, str]:
 
 
 def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]) -> Line:
-    """Means over seeds with their 95 % intervals, where there are several seeds."""
-    values = {x: [reading.value for reading in readings.values()] for x, readings in points.items()}
-    widths = [half_width_of_mean(column) for column in values.values()]
+    """Means over seeds with their 95 % intervals; with one seed, the value with its own."""
+    columns = {x: list(readings.values()) for x, readings in points.items()}
+    widths = [
+        half_width_of_mean([one.value for one in column]) if len(column) > 1 else column[0].half_width
+        for column in columns.values()
+    ]
     known = [width for width in widths if width is not None]
     return Line(
         name=name,
-        x=list(values),
-        y=[mean_and_deviation(column)[0] for column in values.values()],
+        x=list(columns),
+        y=[mean_and_deviation([one.value for one in column])[0] for column in columns.values()],
         half_widths=known if len(known) == len(widths) else (),
     )
 

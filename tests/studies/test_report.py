@@ -88,8 +88,9 @@ def test_unknown_tables_are_refused():
         chosen_tables(("hnad",), ("hand",), STUDY.table_names)
 
 
-def test_bars_need_several_seeds():
+def test_bars_need_an_interval_or_several_seeds():
     assert line_of("a", {0: {0: Reading(1.0)}}).half_widths == ()
+    assert line_of("a", {0: {0: Reading(1.0, 0.5, 1.5)}}).half_widths == [0.5]
     line = line_of("a", {0: {0: Reading(1.0), 1: Reading(3.0)}})
     # mean 2, deviation sqrt 2, one degree of freedom
     assert (line.y, line.half_widths) == ([2.0], [pytest.approx(12.706)])
