@@ -33,6 +33,8 @@ COMMANDS = {
     "edit class": ("isthmus.cli.edit:run_class", "make what lies under a mask anew, as another class"),
     "edit super-resolve": ("isthmus.cli.edit:run_super_resolve", "a small image at the model's size"),
     "edit variations": ("isthmus.cli.edit:run_variations", "images that share the coarse scales with one"),
+    "study srdd": ("isthmus.cli.study:run_srdd", "experiments on VAR and SRDD: the papers' claims beside measurements"),
+    "study dar": ("isthmus.cli.study:run_dar", "experiments on D-AR: the paper's claims beside measurements"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
     "export llama": ("isthmus.cli.export:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),

@@ -16,7 +16,6 @@ from isthmus.dar_presets import diffusion_tokenizer_preset, next_token_prior_pre
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.demo.dar_report import draw_dar_curves, write_dar_report
-from isthmus.demo.logs import read_log
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.stages import (
     LONGER,
@@ -32,6 +31,7 @@ from isthmus.functional.psnr import psnr
 from isthmus.pictures import save_picture, table, to_pil
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.training.logs import read_log
 from isthmus.training.run import write_atomically
 from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior

@@ -7,9 +7,9 @@ import torch
 
 import isthmus
 from isthmus.data.source import ImageSource
-from isthmus.demo.logs import LogLines, column, last
 from isthmus.demo.options import DemoOptions
 from isthmus.pipelines.dar import DARPipeline
+from isthmus.training.logs import LogLines, column, last
 from isthmus.training.run import write_atomically
 
 if TYPE_CHECKING:

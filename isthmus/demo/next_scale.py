@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from PIL import Image
 
 from isthmus.data.source import ImageSource
-from isthmus.demo.logs import read_log
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.report import draw_curves, write_report
 from isthmus.demo.stages import (
@@ -27,6 +26,7 @@ from isthmus.pictures import save_picture, table, to_pil
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.presets import prior_preset, tokenizer_preset
+from isthmus.training.logs import read_log
 from isthmus.training.previews import save_reconstructions
 from isthmus.training.run import write_atomically
 from isthmus.training.train_prior import train_prior

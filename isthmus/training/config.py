@@ -265,6 +265,8 @@ class TokensRun(Run):
     """Augmented views per image in the token cache."""
     max_images: int | None = None
     """Images that are encoded into the token cache; None takes all, a stream needs a number."""
+    token_cache: Path | None = None
+    """Folder of the token cache; runs of one tokenizer, data set and seed may share it. None is `tokens` in --out."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label, for guidance."""
     checkpoint_activations: bool = False
@@ -345,7 +347,7 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
             value = _from_plain(hint, value, f"{prefix}{name}.")
         elif isinstance(value, list):  # JSON has no tuples
             value = tuple(Path(v) if "Path" in str(hint) else v for v in value)
-        elif hint is Path:
+        elif hint is Path or (hint == Path | None and value is not None):
             value = Path(value)
         made[name] = value
     return kind(**made)

@@ -52,6 +52,9 @@ _FREE_FIELDS = {
     "track",
     "num_workers",
     "out",
+    "token_cache",
+    # a place: what lies there is told apart by its fingerprint, among the facts
+    "tokenizer",
     "strict",
 }
 

@@ -149,7 +149,7 @@ def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
 def open_cache(run: TokensRun, family: PriorFamily) -> TokenCache:
     """The token cache of this run: made at the first start, opened again afterwards."""
     return TokenCache.build(
-        run.out / "tokens",
+        run.token_cache or run.out / "tokens",
         cast(ImageTokenizer, family.encoder),
         family.train,
         num_views=run.num_views,

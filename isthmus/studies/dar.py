@@ -1,0 +1,41 @@
+"""`isthmus study dar`: reconstruction, previews, solvers, guidance and token order of D-AR models.
+
+Source of the claims: Gao and Shou, "D-AR: Diffusion via Autoregressive Models".
+"""
+
+from pathlib import Path
+
+from isthmus.studies.dar_options import DAR_BUDGETS, DarSetting, DarStudyOptions, dar_setting
+from isthmus.studies.dar_tables import DAR_TABLES, seeds
+from isthmus.studies.dar_work import dar_work
+from isthmus.studies.options import chosen_tables, study_folder
+from isthmus.studies.running import check_data, prepared_device, study_facts
+from isthmus.studies.study import Study
+
+
+def summary(setting: DarSetting) -> list[str]:
+    """First paragraphs of the report."""
+    return [
+        f"D-AR models on {setting.prior.data}: tokenizers {setting.tokenizer.preset or 'of their own'} "
+        f"({setting.tokenizer.num_steps} steps) and priors {setting.prior.preset or 'of their own'} "
+        f"({setting.prior.num_steps} steps), seeds {seeds(setting)}. A seed is a tokenizer with a prior of its own, so "
+        "the spread over seeds is that of whole models.",
+    ]
+
+
+DAR_STUDY: Study[DarSetting] = Study(name="dar", title="Study: D-AR", tables=DAR_TABLES, work=dar_work, summary=summary)
+
+
+def run_dar_study(options: DarStudyOptions) -> Path:
+    """Run the study that the options describe, from where it stopped; returns report.md.
+
+    Raises:
+        UserError: an option is not usable, or the folder holds something else.
+    """
+    tables = chosen_tables(options.tables, DAR_BUDGETS[options.budget].tables, DAR_STUDY.table_names)
+    device = prepared_device(options)
+    setting = dar_setting(options, device.type)
+    check_data(options)
+    return DAR_STUDY.run(
+        setting, study_folder(options, DAR_STUDY.name), tables=tables, facts=study_facts(options, device)
+    )

@@ -1,0 +1,176 @@
+"""Evaluations of a study: one protocol for all models of a table, and their scores as readings."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from isthmus.evaluation.evaluate import evaluate_model
+from isthmus.evaluation.intervals import bootstrap_interval
+from isthmus.evaluation.protocol import EvaluationRecord, read_record
+from isthmus.generation.options import parse_guidance
+from isthmus.studies.experiments import Values
+from isthmus.studies.readings import Reading, student_95
+from isthmus.studies.tables import Claim
+
+KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
+"""The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
+
+SAMPLE_SCORES = (KERNEL, FRECHET, "class accuracy (nearest mean)", "memorised share")
+"""Scores of samples that the tables show; the evaluations' own reports have the others."""
+
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSetting:
+    """What all evaluations of a study share.
+
+    Attributes:
+        data: as for `open_source`.
+        classes: of the data; None is all.
+        num: samples per model and setting.
+        batch_size: images drawn at once; None estimates what fits.
+        device: where networks run.
+    """
+
+    data: str
+    classes: tuple[str, ...] | None
+    num: int
+    batch_size: int | None = None
+    device: str = "cpu"
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the scores."""
+        return {"data": self.data, "classes": None if self.classes is None else list(self.classes), "num": self.num}
+
+
+def evaluation_values(
+    model: Path, folder: Path, setting: EvaluationSetting, *, seed: int, guidances: Sequence[str]
+) -> Values:
+    """Evaluate a model as `isthmus evaluate` does, with each of `guidances`; what was drawn earlier is used again.
+
+    Returns:
+        protocol, held-out scores and curves of the model, and its sample scores by guidance.
+    """
+    first, *others = guidances
+    evaluate_model(
+        str(model),
+        folder,
+        data=setting.data,
+        classes=setting.classes or (),
+        num=setting.num,
+        seed=seed,
+        options={"guidance_scale": parse_guidance(first)},
+        steering={},
+        sweep=[parse_guidance(guidance) for guidance in others],
+        batch_size=setting.batch_size,
+        device=setting.device,
+    )
+    return record_values(read_record(folder), guidances)
+
+
+def record_values(record: EvaluationRecord, guidances: Sequence[str]) -> Values:
+    """The parts of a record that tables read, in JSON values."""
+    swept = [record.scores, *record.sweep.values()]
+    return {
+        "protocol": asdict(record.protocol),
+        "by_guidance": {
+            guidance: {score.name: asdict(score) for score in scores}
+            for guidance, scores in zip(guidances, swept, strict=True)
+        },
+        "held_out": {score.name: asdict(score) for score in record.held_out},
+        "curves": {curve.name: {"positions": curve.positions, "values": curve.values} for curve in record.curves},
+    }
+
+
+def score_reading(score: Mapping[str, Any]) -> Reading:
+    """A score with its own 95 % interval.
+
+    Bootstrap ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
+
+    >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
+    Reading(value=3.0, low=2.02, high=3.98)
+    """
+    value = math.nan if score["value"] is None else float(score["value"])
+    low, high, error, deviation = (score[name] for name in ("low", "high", "error", "deviation"))
+    if low is not None and high is not None:
+        return Reading(value, low, high)
+    if error is not None:
+        return Reading.around(value, _NORMAL_95 * error)
+    if deviation is not None and score["measurements"] > 1:
+        count = score["measurements"]
+        return Reading.around(value, student_95(count - 1) * deviation / math.sqrt(count))
+    return Reading(value)
+
+
+def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> list[float]:
+    """Mean over images and both ends of its 95 % bootstrap interval."""
+    interval = bootstrap_interval(np.asarray(values, np.float64))
+    return [interval.mean, interval.low, interval.high]
+
+
+def sample_readings(values_by_seed: Mapping[int, Values], guidance: str) -> dict[str, dict[int, Reading]]:
+    """Readings of the sample scores by column, from the evaluations of several training seeds."""
+    columns: dict[str, dict[int, Reading]] = {}
+    for seed, values in values_by_seed.items():
+        found = values["by_guidance"][guidance]
+        for name in SAMPLE_SCORES:
+            if name in found:
+                columns.setdefault(name, {})[seed] = score_reading(found[name])
+    return columns
+
+
+def held_out_readings(values_by_seed: Mapping[int, Values], name: str) -> dict[int, Reading]:
+    """Readings of a held-out score by training seed."""
+    return {
+        seed: score_reading(values["held_out"][name])
+        for seed, values in values_by_seed.items()
+        if name in values["held_out"]
+    }
+
+
+def real_image_cells(values: Values, guidance: str, side: str) -> dict[str, dict[int, Reading]]:
+    """The `floor` or `ceiling` beside the sample scores: what real, or ruined, images score."""
+    found = values["by_guidance"][guidance]
+    return {
+        name: {0: Reading(float(found[name][side]))}
+        for name in SAMPLE_SCORES
+        if name in found and found[name][side] is not None
+    }
+
+
+def sample_facts(values: Values, guidance: str, seeds: Sequence[int]) -> dict[str, str]:
+    """What stands beside every number of samples."""
+    protocol = values["protocol"]
+    return {
+        "guidance": guidance,
+        "N": str(protocol["num_samples"]),
+        "n": str(protocol["chunk_images"]),
+        "seeds": ", ".join(map(str, seeds)),
+    }
+
+
+def by_both_distances(*claims: Claim) -> tuple[Claim, ...]:
+    """Claims about a FID are judged by the kernel distance, then by the Frechet distance; others as they are."""
+    judged = []
+    for claim in claims:
+        columns = (KERNEL, FRECHET) if claim.column == FRECHET else (claim.column,)
+        judged += [replace(claim, column=column) for column in columns]
+    return tuple(judged)
+
+
+def protocol_words(values: Values) -> str:
+    """How the samples of a table were measured."""
+    protocol = values["protocol"]
+    return (
+        f"N samples per row and seed ({protocol['balance']}), n images per distance against n of "
+        f"{protocol['reference']}; features {protocol['features']} ({protocol['features_sha256'][:12]}), "
+        f"{protocol['image_size']} px. Floor: real images disjoint from the reference (of class accuracy: held-out "
+        "images); ceiling: real images blurred to almost their mean colour (of class accuracy: chance; of memorised "
+        "shares: copies)."
+    )

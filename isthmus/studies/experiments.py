@@ -1,0 +1,141 @@
+"""Experiments as data, run one after the other; what is finished is never run twice.
+
+Every experiment has a folder of its own and is finished when its `result.json` is there, which appears whole or not at
+all. A study that was killed goes on with the same command: finished experiments are skipped, and the one that was
+running goes on where its own files allow (trainings from their last checkpoint, samples from their last chunk).
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isthmus.errors import UserError
+from isthmus.training.run import write_atomically
+
+logger = logging.getLogger("isthmus")
+
+RESULT = "result.json"
+Values = dict[str, Any]
+"""What an experiment found, in JSON values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One piece of work.
+
+    Attributes:
+        name: of its folder, such as "prior-markov-seed0".
+        kind: which work it is; a study knows a function for every kind.
+        settings: everything that decides its result, in JSON values. A result made with others is refused.
+        after: experiments that it reads.
+        seconds: rough cost on two cores with the small presets; the ratios tell how much is left.
+    """
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    seconds: float = 1.0
+
+
+Work = Callable[[Experiment], Values]
+
+
+def ordered(experiments: Iterable[Experiment]) -> list[Experiment]:
+    """Each experiment once, in the order given, which must put every one behind those it reads.
+
+    Raises:
+        ValueError: one name stands for two experiments, or one comes before what it reads.
+    """
+    found: dict[str, Experiment] = {}
+    for experiment in experiments:
+        if found.setdefault(experiment.name, experiment) != experiment:
+            raise ValueError(f"two experiments are called {experiment.name}.")
+        missing = [name for name in experiment.after if name not in found]
+        if missing:
+            raise ValueError(f"{experiment.name} reads {missing[0]}, which does not come before it.")
+    return list(found.values())
+
+
+def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Values]:
+    """Results that are there, by name.
+
+    Raises:
+        UserError: a result was made with other settings.
+    """
+    results = {}
+    for experiment in experiments:
+        record = _read(folder / experiment.name / RESULT)
+        if record is None:
+            continue
+        before, now = record["settings"], json.loads(json.dumps(experiment.settings))
+        changed = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+        if changed:
+            raise UserError(
+                f"{folder / experiment.name} was made with another {changed[0]} ({_short(before.get(changed[0]))}, now "
+                f"{_short(now.get(changed[0]))}). Choose another --out, or ask for what it was made with."
+            )
+        results[experiment.name] = record["values"]
+    return results
+
+
+def run_experiments(experiments: Sequence[Experiment], folder: Path, work: Mapping[str, Work]) -> dict[str, Values]:
+    """Run what is not finished; a line per experiment says how long it took and what is left. Returns all results.
+
+    Raises:
+        UserError: a result was made with other settings, or an experiment cannot be run.
+    """
+    results = finished(experiments, folder)
+    left = [experiment for experiment in experiments if experiment.name not in results]
+    if results:
+        logger.info("%d of %d experiments are finished already", len(results), len(experiments))
+    spent = planned = 0.0
+    for index, experiment in enumerate(left):
+        logger.info("%d/%d %s ...", len(experiments) - len(left) + index + 1, len(experiments), experiment.name)
+        start = time.perf_counter()
+        values = work[experiment.kind](experiment)
+        seconds = time.perf_counter() - start
+        _write(folder / experiment.name / RESULT, experiment, values, seconds)
+        results[experiment.name] = values
+        spent, planned = spent + seconds, planned + experiment.seconds
+        rest = left[index + 1 :]
+        ahead = sum(other.seconds for other in rest) * spent / planned
+        logger.info("    %s: %.0f s; %d left, about %s", experiment.name, seconds, len(rest), _minutes(ahead))
+    return {experiment.name: results[experiment.name] for experiment in experiments}
+
+
+def seconds_of(experiments: Sequence[Experiment], folder: Path) -> float:
+    """Seconds that the finished experiments took, each by the call that finished it."""
+    records = (_read(folder / experiment.name / RESULT) for experiment in experiments)
+    return sum(record["seconds"] for record in records if record is not None)
+
+
+def _write(path: Path, experiment: Experiment, values: Values, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"kind": experiment.kind, "settings": experiment.settings, "seconds": round(seconds, 3), "values": values}
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none that can be read, so that the experiment runs again."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return {name: record[name] for name in ("settings", "values", "seconds")}
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s cannot be read; its experiment runs again", path)
+        return None
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,135 @@
+"""What was measured, how sure it is, and when two numbers differ: the written rule behind every verdict of a study."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["agrees", "does not agree", "cannot tell"]
+Direction = Literal["lower", "higher"]
+
+# 97.5 % points of Student's t for 1..10 degrees of freedom
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_NORMAL = 1.960
+
+RULE = (
+    "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see the "
+    "same data in the same order) and the mean difference has a 95 % interval by Student's t. With one seed, the "
+    "difference has the 95 % interval that the two measurements have by themselves (bootstrap over images, standard "
+    "error of a kernel distance, spread over disjoint chunks or repetitions), which says nothing of other trainings. A "
+    "claim agrees where the whole interval lies on its side of 0, does not agree where it lies on the other, and "
+    "cannot be told otherwise, or where there is no interval. Times are subtracted round by round as seeds are."
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One measurement of one seed.
+
+    Attributes:
+        value: what was measured.
+        low: lower end of its own 95 % interval; None where it has none.
+        high: upper end.
+
+    >>> Reading.around(2.0, 0.5), Reading(2.0).half_width
+    (Reading(value=2.0, low=1.5, high=2.5), None)
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def around(cls, value: float, half_width: float) -> "Reading":
+        """A value in the middle of its interval."""
+        return cls(value, value - half_width, value + half_width)
+
+    def times(self, factor: float) -> "Reading":
+        """The same in another unit."""
+        ends = (None if end is None else factor * end for end in (self.low, self.high))
+        return Reading(factor * self.value, *ends)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the interval's width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+Readings = dict[int, Reading]
+"""Measurements of one thing by training seed."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First minus second.
+
+    Attributes:
+        value: mean over seeds.
+        half_width: of the 95 % interval; None where it cannot be said.
+        num_seeds: seeds that both sides have.
+    """
+
+    value: float
+    half_width: float | None
+    num_seeds: int
+
+    def verdict(self, claimed: Direction) -> Verdict:
+        """Whether the first is `claimed` ("lower", "higher") than the second.
+
+        >>> [Difference(value, 1.0, 3).verdict("lower") for value in (-2.0, 0.5, 2.0)]
+        ['agrees', 'cannot tell', 'does not agree']
+        """
+        if self.half_width is None or not math.isfinite(self.value) or abs(self.value) <= self.half_width:
+            return "cannot tell"
+        return "agrees" if (self.value < 0) == (claimed == "lower") else "does not agree"
+
+
+def student_95(degrees: int) -> float:
+    """97.5 % point of Student's t (Abramowitz and Stegun 26.7.5 beyond ten degrees of freedom).
+
+    >>> student_95(2), round(student_95(20), 3)
+    (4.303, 2.086)
+    """
+    if degrees <= len(_STUDENT):
+        return _STUDENT[degrees - 1]
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard deviation with n - 1 in the denominator; None for a single value.
+
+    >>> mean_and_deviation([1.0, 3.0]), mean_and_deviation([4.0])
+    ((2.0, 1.4142135623730951), (4.0, None))
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def half_width_of_mean(values: Sequence[float]) -> float | None:
+    """Half of the 95 % interval of a mean; None for a single value."""
+    _, deviation = mean_and_deviation(values)
+    if deviation is None:
+        return None
+    return student_95(len(values) - 1) * deviation / math.sqrt(len(values))
+
+
+def difference(first: Readings, second: Readings) -> Difference | None:
+    """First minus second over the seeds that both have; None where they share none.
+
+    >>> difference({0: Reading(1.0), 1: Reading(2.0)}, {0: Reading(3.0), 1: Reading(4.0)})
+    Difference(value=-2.0, half_width=0.0, num_seeds=2)
+    >>> difference({0: Reading.around(1.0, 3.0)}, {0: Reading.around(2.0, 4.0)})
+    Difference(value=-1.0, half_width=5.0, num_seeds=1)
+    """
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return None
+    gaps = [first[seed].value - second[seed].value for seed in seeds]
+    mean, _ = mean_and_deviation(gaps)
+    if len(seeds) > 1:
+        return Difference(mean, half_width_of_mean(gaps), len(seeds))
+    ours, theirs = first[seeds[0]].half_width, second[seeds[0]].half_width
+    return Difference(mean, None if ours is None or theirs is None else math.hypot(ours, theirs), 1)

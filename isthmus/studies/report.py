@@ -1,0 +1,124 @@
+"""report.md and report.html of a study: every table, the papers' claims beside it, and what was not run."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isthmus.data.cache import write_whole
+from isthmus.evaluation.report_blocks import Block, Heading, Paragraph, Picture, Table, markdown, one_html_file
+from isthmus.studies.plots import draw_panels
+from isthmus.studies.readings import RULE, Difference
+from isthmus.studies.tables import Finding, StudyTable, TableSpec, number
+
+logger = logging.getLogger("isthmus")
+
+_CLAIM_HEAD = ("claim of a paper", "source", "measured here", "verdict")
+
+
+def write_study_report(
+    folder: Path,
+    *,
+    title: str,
+    summary: Sequence[str],
+    specs: Sequence[TableSpec[Any]],
+    tables: Mapping[str, StudyTable],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write both reports, and a picture per table with curves where matplotlib is installed; returns report.md.
+
+    Args:
+        folder: of the study.
+        title: of the report.
+        summary: its first paragraphs.
+        specs: all tables of the study; those that are not in `tables` are marked "not run".
+        tables: finished tables by name.
+        facts: what made the numbers.
+    """
+    for name, table in tables.items():
+        if table.panels:
+            _draw(table, folder / f"{name}.png")
+    blocks = list(_blocks(folder, title, summary, specs, tables, facts))
+    text, page = markdown(blocks), one_html_file(blocks, title=title)
+    write_whole(folder / "report.md", lambda file: file.write(text.encode()))
+    write_whole(folder / "report.html", lambda file: file.write(page.encode()))
+    return folder / "report.md"
+
+
+def difference_text(found: Difference | None, repetitions: str = "seeds") -> str:
+    """First minus second, as a cell; `repetitions` are what it is a mean over.
+
+    >>> difference_text(Difference(-0.5, 0.25, 3)), difference_text(None)
+    ('-0.5 [-0.75, -0.25] (3 seeds)', 'not measured')
+    """
+    if found is None:
+        return "not measured"
+    seeds = f"one {repetitions.removesuffix('s')}" if found.num_seeds == 1 else f"{found.num_seeds} {repetitions}"
+    if found.half_width is None:
+        return f"{number(found.value)}, no interval ({seeds})"
+    if found.half_width == 0:
+        return f"{number(found.value)} ({seeds})"
+    low, high = found.value - found.half_width, found.value + found.half_width
+    return f"{number(found.value)} [{number(low)}, {number(high)}] ({seeds})"
+
+
+def _draw(table: StudyTable, path: Path) -> None:
+    try:
+        draw_panels(table.panels, path)
+    except ImportError:
+        logger.warning('The report has no plots: they need matplotlib. Run: pip install "isthmus[eval]"')
+
+
+def _blocks(
+    folder: Path,
+    title: str,
+    summary: Sequence[str],
+    specs: Sequence[TableSpec[Any]],
+    tables: Mapping[str, StudyTable],
+    facts: Mapping[str, Any],
+) -> Iterator[Block]:
+    yield Heading(title, level=1)
+    yield from map(Paragraph, summary)
+    claims = {
+        spec.name: [_finding_cells(finding, tables[spec.name]) for finding in tables[spec.name].findings()]
+        for spec in specs
+        if spec.name in tables
+    }
+    rows = [(spec.title, *cells) for spec in specs for cells in claims.get(spec.name, ())]
+    if rows:
+        yield Heading("Claims")
+        yield Table(("table", *_CLAIM_HEAD), rows)
+        yield Paragraph(RULE)
+    for spec in specs:
+        yield Heading(spec.title)
+        if spec.name in tables:
+            yield from _table_blocks(tables[spec.name], claims[spec.name], folder / f"{spec.name}.png")
+        else:
+            yield Paragraph(f"Not run. `--tables {spec.name}` or `--budget full` fills this table.")
+    yield Heading("What made these numbers")
+    yield Table(("what", "value"), [(name, _text(value)) for name, value in facts.items()])
+
+
+def _table_blocks(table: StudyTable, claims: Sequence[Sequence[str]], picture: Path) -> Iterator[Block]:
+    yield Paragraph(table.about)
+    yield Table(*table.text())
+    if claims:
+        yield Table(_CLAIM_HEAD, claims)
+    if table.panels and picture.is_file():
+        yield Picture(picture, "; ".join(panel.title for panel in table.panels) + " (bars: 95 % intervals)")
+    yield from map(Paragraph, table.notes)
+
+
+def _finding_cells(finding: Finding, table: StudyTable) -> tuple[str, str, str, str]:
+    claim = finding.claim
+    gap = difference_text(finding.difference, table.repetitions(claim.column))
+    measured = f"{claim.column}, {claim.first} minus {claim.second}: {gap}"
+    return claim.says, claim.source, measured, finding.verdict
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return number(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,96 @@
+"""A study from beginning to end: plan, experiments, tables, report."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from isthmus.errors import UserError
+from isthmus.studies.experiments import Experiment, Work, ordered, run_experiments, seconds_of
+from isthmus.studies.report import write_study_report
+from isthmus.studies.tables import TableSpec
+from isthmus.training.run import write_atomically
+
+logger = logging.getLogger("isthmus")
+
+Setting = TypeVar("Setting")
+
+_RECORD = "study.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Generic[Setting]):
+    """What a study is made of.
+
+    Attributes:
+        name: "srdd" or "dar".
+        title: of the report.
+        tables: all tables there are.
+        work: how experiments of every kind are done, in a folder with a setting.
+        summary: first paragraphs of the report.
+    """
+
+    name: str
+    title: str
+    tables: tuple[TableSpec[Setting], ...]
+    work: Callable[[Setting, Path], Mapping[str, Work]]
+    summary: Callable[[Setting], Sequence[str]]
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Names of all tables, in the order of the report."""
+        return tuple(spec.name for spec in self.tables)
+
+    def plan(self, setting: Setting, tables: Sequence[str]) -> list[Experiment]:
+        """The experiments that these tables need, each once."""
+        return ordered(
+            experiment for spec in self.tables if spec.name in tables for experiment in spec.experiments(setting)
+        )
+
+    def run(self, setting: Setting, folder: Path, *, tables: Sequence[str], facts: Mapping[str, Any]) -> Path:
+        """Run what is not finished, fill the tables and write the report; returns report.md.
+
+        Raises:
+            UserError: the folder holds something else or experiments with other settings, or one cannot be run.
+        """
+        experiments = self.plan(setting, tables)
+        claim_folder(folder, self.name)
+        logger.info("study %s: %d experiments for the tables %s", self.name, len(experiments), ", ".join(tables))
+        results = run_experiments(experiments, folder, self.work(setting, folder))
+        made = {spec.name: spec.make(setting, results) for spec in self.tables if spec.name in tables}
+        seconds = seconds_of(experiments, folder)
+        report = write_study_report(
+            folder,
+            title=self.title,
+            summary=self.summary(setting),
+            specs=self.tables,
+            tables=made,
+            facts={**facts, "experiments": len(experiments), "minutes of all experiments": seconds / 60},
+        )
+        logger.info("done: %s", report)
+        return report
+
+
+def claim_folder(folder: Path, name: str) -> None:
+    """Make the folder of a study, or find it again.
+
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out must be a folder, got the file {folder}. Choose another name.")
+    record = folder / _RECORD
+    if record.is_file():
+        try:
+            before = json.loads(record.read_text())["study"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{record} is not the record of a study. Choose another --out.") from error
+        if before != name:
+            raise UserError(f"{folder} holds the study {before}, this is {name}. Choose another --out.")
+        return
+    if folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
+        raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps({"study": name}) + "\n")

@@ -1,0 +1,76 @@
+"""The study of D-AR on tiny runs: a plan per budget, all tables, going on after a kill."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from isthmus.studies.dar import DAR_STUDY
+from isthmus.studies.dar_options import DAR_BUDGETS, DarStudyOptions, dar_setting
+from isthmus.studies.experiments import RESULT
+from tests.studies import tiny_studies
+
+
+def values(folder: Path, name: str):
+    return json.loads((folder / name / RESULT).read_text())["values"]
+
+
+def test_budgets_name_their_tables():
+    assert DAR_BUDGETS["full"].tables == DAR_STUDY.table_names
+    assert set(DAR_BUDGETS["quick"].tables) < set(DAR_STUDY.table_names)
+    quick, full = (dar_setting(DarStudyOptions(budget=budget), "cpu") for budget in ("quick", "full"))
+    assert quick.tokenizer.num_steps < full.tokenizer.num_steps
+    plan = {experiment.name for experiment in DAR_STUDY.plan(quick, DAR_BUDGETS["quick"].tables)}
+    assert {"tokenizer-seed0", "prior-seed0", "reconstruction-seed0", "solvers-seed0", "order-seed0"} == plan
+
+
+@pytest.mark.slow
+def test_all_tables_are_filled(finished_dar):
+    text = (finished_dar / "report.md").read_text()
+    assert "Not run" not in text
+    for word in ("2 tokens", "4 tokens", "adams-bashforth, 4 steps", "linear:1.1:8", "tokens 3 to 4", "r-FD-lite0-192"):
+        assert word in text
+    assert {path.stem for path in finished_dar.glob("*.png")} == {"reconstruction", "previews", "solvers", "order"}
+
+
+@pytest.mark.slow
+def test_the_last_preview_is_the_sample_that_the_evaluation_scores(finished_dar):
+    """Previews and `isthmus evaluate` draw the same images of (seed, i), and measure them alike."""
+    last = list(values(finished_dar, "previews-seed0")["by_step"].values())[-1]
+    scored = values(finished_dar, "guidance-seed0")["by_guidance"]["2"]
+    assert last.keys() == scored.keys()
+    for name, score in last.items():
+        assert score["value"] == pytest.approx(scored[name]["value"], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_all_tokens_rebuild_what_the_models_own_solver_rebuilds(finished_dar):
+    """The last row by tokens is the row of the model's own solver and number of steps."""
+    by_tokens = values(finished_dar, "reconstruction-seed0")["by_tokens"]
+    solved = values(finished_dar, "solvers-seed0")
+    own = tiny_studies.dar_setting("").tokenizer.flow
+    assert own.num_inference_steps is None and own.solver is None
+    name = solved["trained_steps"]
+    if name in solved["by_solver"]:
+        last = list(by_tokens.values())[-1]
+        assert last["PSNR, dB"] == pytest.approx(solved["by_solver"][name]["PSNR, dB"])
+
+
+@pytest.mark.slow
+def test_bits_of_groups_average_to_bits_of_all(finished_dar):
+    found = values(finished_dar, "order-seed0")
+    groups = [mean for mean, _, _ in found["by_group"]]
+    assert sum(groups) / len(groups) == pytest.approx(found["all"][0])
+    assert sum(found["by_position"]) / len(found["by_position"]) == pytest.approx(found["all"][0])
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_to_the_same_numbers(dar_copy, data):
+    before = {name: values(dar_copy, name) for name in ("tokenizer-seed0", "order-seed0", "previews-seed0")}
+    for name in before:
+        (dar_copy / name / RESULT).unlink()
+    run = dar_copy / "tokenizer-seed0" / "run"
+    shutil.rmtree(run / "checkpoints" / "checkpoint-00000006")
+    DAR_STUDY.run(tiny_studies.dar_setting(data), dar_copy, tables=DAR_STUDY.table_names, facts={})
+    assert {name: values(dar_copy, name) for name in before} == before

@@ -1,0 +1,119 @@
+"""The study of SRDD on tiny runs: a plan per budget, shared work once, going on after a kill."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.data.batches import EvaluationImages
+from isthmus.data.opening import open_source
+from isthmus.errors import UserError
+from isthmus.studies.experiments import RESULT
+from isthmus.studies.srdd import SRDD_STUDY
+from isthmus.studies.srdd_experiments import every_second
+from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting
+from isthmus.training.export import load_tokenizer
+from tests.studies import tiny_studies
+
+
+def values(folder: Path, name: str):
+    return json.loads((folder / name / RESULT).read_text())["values"]
+
+
+def test_budgets_name_their_tables():
+    assert SRDD_BUDGETS["full"].tables == SRDD_STUDY.table_names
+    assert set(SRDD_BUDGETS["quick"].tables) < set(SRDD_STUDY.table_names)
+    quick = srdd_setting(SrddStudyOptions(), "cpu")
+    plan = {experiment.name for experiment in SRDD_STUDY.plan(quick, SRDD_BUDGETS["quick"].tables)}
+    assert {"tokenizer", "prior-causal-seed0", "prior-markov-seed0", "sweep-markov-seed0", "snr"} <= plan
+    assert not any("short" in name or "lognormal" in name or "seed1" in name for name in plan)
+
+
+def test_compared_priors_differ_in_what_is_compared_alone(data):
+    plan = SRDD_STUDY.plan(tiny_studies.srdd_setting(data), SRDD_STUDY.table_names)
+    runs = {one.settings["variant"]: one.settings["run"] for one in plan if one.kind == "prior"}
+
+    def differences(name: str) -> set[str]:
+        ours, theirs = runs["markov"], runs[name]
+        flat = [{**run, **{f"model.{k}": v for k, v in run["model"].items()}} for run in (ours, theirs)]
+        return {key for key in flat[0] if flat[0][key] != flat[1][key]} - {"model"}
+
+    assert differences("causal") == {"model.scale_attention"}
+    assert differences("lognormal") == {"scale_loss"}
+    assert differences("short") == set()
+
+
+@pytest.mark.slow
+def test_all_tables_are_filled(finished_srdd):
+    text = (finished_srdd / "report.md").read_text()
+    assert "Not run" not in text
+    for word in ("causal", "markov", "linear:1:2.5", "every second scale", "log-normal", "4 x 4", "FD-lite0-192"):
+        assert word in text
+    assert "| cannot tell |" in text
+    assert {path.stem for path in finished_srdd.glob("*.png")} == {"masks", "guidance", "weighting", "snr"}
+
+
+@pytest.mark.slow
+def test_the_token_cache_is_made_once_per_tokenizer_and_seed(finished_srdd):
+    caches = sorted(path.name for path in (finished_srdd / "token-caches").iterdir())
+    assert caches == ["tokenizer-seed0", "tokenizer-short-seed0"]
+    assert not list(finished_srdd.glob("prior-*/run/tokens"))
+
+
+@pytest.mark.slow
+def test_the_shortened_tokenizer_has_the_same_weights_and_fewer_scales(finished_srdd):
+    parent, short = (load_tokenizer(str(finished_srdd / name / "run")) for name in ("tokenizer", "tokenizer-short"))
+    assert short.schedule == parent.schedule.derive(every_second(parent.schedule.sizes))
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    expected = parent.requantize(parent.latents(images), short.schedule)
+    assert all(torch.equal(a, b) for a, b in zip(short.encode(images).token_ids, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_the_last_ratio_is_that_of_all_codes(finished_srdd, data):
+    tokenizer = load_tokenizer(str(finished_srdd / "tokenizer" / "run"))
+    held_out = EvaluationImages(open_source(data, image_size=8, split="val"), 8)
+    images = torch.stack([torch.as_tensor(held_out[i]["image"]) for i in range(len(held_out))])
+    output = tokenizer.encode(images)
+    lost = output.latents - tokenizer.features_up_to(output.token_ids, 2)
+    ratios = output.latents.flatten(1).norm(dim=1) / lost.flatten(1).norm(dim=1)
+    found = values(finished_srdd, "snr")
+    assert found["scale_sizes"] == [1, 2, 4] and found["images"] == len(images)
+    assert found["decibels"][2][0] == pytest.approx(20 * ratios.log10().mean().item(), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_markov_model_draws_with_less_memory_than_a_causal_one(finished_srdd):
+    found = values(finished_srdd, "cost-causal-markov")
+    assert found["markov"]["image_bytes"] < found["causal"]["image_bytes"]
+    assert all(len(found[name][kind]) == 2 for name in found for kind in ("step_seconds", "image_seconds"))
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_to_the_same_numbers(srdd_copy, data):
+    """The last result, half a training and what follows from it are missing."""
+    before = {name: values(srdd_copy, name) for name in ("prior-markov-seed0", "samples-markov-seed0", "snr")}
+    run = srdd_copy / "prior-markov-seed0" / "run"
+    (srdd_copy / "prior-markov-seed0" / RESULT).unlink()
+    (srdd_copy / "snr" / RESULT).unlink()
+    shutil.rmtree(srdd_copy / "samples-markov-seed0")
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"checkpoint-{step:08d}")
+    (run / "model_index.json").unlink()
+    kept = srdd_copy / "prior-causal-seed0" / RESULT
+    untouched = os.stat(kept).st_mtime_ns
+    SRDD_STUDY.run(tiny_studies.srdd_setting(data), srdd_copy, tables=SRDD_STUDY.table_names, facts={})
+    assert {name: values(srdd_copy, name) for name in before} == before
+    assert os.stat(kept).st_mtime_ns == untouched
+
+
+@pytest.mark.slow
+def test_another_number_of_samples_is_refused_and_nothing_is_run(srdd_copy, data):
+    (srdd_copy / "snr" / RESULT).unlink()
+    setting = tiny_studies.srdd_setting(data, num=9)
+    with pytest.raises(UserError, match="made with another num"):
+        SRDD_STUDY.run(setting, srdd_copy, tables=SRDD_STUDY.table_names, facts={})
+    assert not (srdd_copy / "snr" / RESULT).exists()
