@@ -153,7 +153,9 @@ def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
             num_blocks=run.num_blocks,
             model_fingerprint=pair_fingerprint(pipeline.image_tokenizer, pipeline.transformer),
         )
-    return critic.train().to(device=pipeline.device)
+    # through the base class: diffusers' own `to` has a signature that type checkers cannot bind
+    torch.nn.Module.to(critic, pipeline.device)
+    return critic.train()
 
 
 def _check_classes(pipeline: NextScalePipeline, source: ImageSource) -> None:
