@@ -153,7 +153,8 @@ def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
             num_blocks=run.num_blocks,
             model_fingerprint=pair_fingerprint(pipeline.image_tokenizer, pipeline.transformer),
         )
-    return critic.train().to(device=pipeline.device)
+    critic.to(pipeline.device)  # pyright: ignore[reportArgumentType] # diffusers wraps `to`, and loses its self
+    return critic.train()
 
 
 def _check_classes(pipeline: NextScalePipeline, source: ImageSource) -> None:
