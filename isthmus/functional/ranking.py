@@ -9,6 +9,7 @@ def area_under_roc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) ->
 
     0.5 is what a coin reaches. (Mann-Whitney U over the number of pairs.)
 
+    >>> import torch
     >>> area_under_roc(torch.tensor([0.1, 0.4, 0.4, 0.9]), torch.tensor([False, True, False, True]))
     0.875
     """

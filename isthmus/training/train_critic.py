@@ -153,8 +153,7 @@ def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
             num_blocks=run.num_blocks,
             model_fingerprint=pair_fingerprint(pipeline.image_tokenizer, pipeline.transformer),
         )
-    # through the base class: diffusers' own `to` has a signature that type checkers cannot bind
-    torch.nn.Module.to(critic, pipeline.device)
+    critic.to(pipeline.device)  # pyright: ignore[reportArgumentType] # diffusers wraps `to`, and loses its self
     return critic.train()
 
 
