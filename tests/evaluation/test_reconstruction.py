@@ -62,7 +62,7 @@ def test_the_last_stage_is_the_whole_reconstruction(pipe):
     images = as_floats(crops(pipe, 3))
     stages = reconstructions_by_stage(pipe, images, first_index=5)
     last = list(stages.values())[-1]
-    if hasattr(pipe, "reconstruct"):
+    if hasattr(pipe, "decoder"):
         whole = pipe.reconstruct(images, seed=0, image_index=5, output_type="latent")
     else:
         whole = pipe.image_tokenizer.decode(pipe.image_tokenizer.encode(images).token_ids)
@@ -72,7 +72,7 @@ def test_the_last_stage_is_the_whole_reconstruction(pipe):
 
 def test_a_report_does_not_depend_on_the_batch(pipe, network):
     images = crops(pipe, 5)
-    steps = (2,) if hasattr(pipe, "reconstruct") else ()
+    steps = (2,) if hasattr(pipe, "decoder") else ()
     one, other = (reconstruction_report(pipe, images, network, batch_size=size, solver_steps=steps) for size in (2, 5))
     assert list(one.by_stage) == list(other.by_stage) and list(one.by_solver_steps) == list(steps)
     for a, b in zip([*one.by_stage.values(), one.ruined], [*other.by_stage.values(), other.ruined], strict=True):
