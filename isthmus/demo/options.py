@@ -12,7 +12,7 @@ class DemoOptions:
     family: Literal["next-scale", "dar"] = "next-scale"
     """next-scale: a multi-scale tokenizer and an SRDD prior; dar: a diffusion tokenizer and a Llama."""
     budget: Literal["short", "long"] = "short"
-    """short: minutes on two cores; long: six times the training."""
+    """short: minutes on two cores; long: four times the training."""
     out: Path | None = None
     """Folder of everything the demo makes; finished stages in it are used again. None: demo or demo-dar, with -long."""
     classes: tuple[str, ...] = ("face", "flag", "hand", "person")

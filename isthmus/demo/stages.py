@@ -28,7 +28,7 @@ IMAGE_SIZE_PX = 32
 SAMPLES_PER_CLASS = 50
 SHOWN_PER_CLASS = 10
 # `--budget long` trains so many times longer
-LONGER = 6
+LONGER = 4
 
 
 StageRun = TypeVar("StageRun", bound=Run)
