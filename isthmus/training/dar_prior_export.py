@@ -24,8 +24,8 @@ from isthmus.training.saved_networks import data_record, protocol, sampling_opti
 logger = logging.getLogger("isthmus")
 
 
-def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM]:
-    """Everything of a saved pipeline, to go on training.
+def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM, tuple[str, ...]]:
+    """Everything of a saved pipeline, to go on training: tokenizer parts, prior, class names (none without names).
 
     Raises:
         UserError: there is none, or it is of another family.
@@ -33,7 +33,9 @@ def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM]:
     pipeline = load_pipeline(path, device="cpu")
     if not isinstance(pipeline, DARPipeline):
         raise UserError(f"{path} holds a {type(pipeline).__name__}, no model of the D-AR family. Pass another model.")
-    return TokenizerParts(pipeline.image_tokenizer, pipeline.decoder, pipeline.scheduler), pipeline.transformer
+    names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+    parts = TokenizerParts(pipeline.image_tokenizer, pipeline.decoder, pipeline.scheduler)
+    return parts, pipeline.transformer, names
 
 
 def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> LlamaForCausalLM:

@@ -72,15 +72,9 @@ def export_tokenizer(
     return target
 
 
-def load_pair(path: str) -> tuple[MultiScaleVQVAE, NextScaleTransformer]:
-    """Tokenizer and prior of a saved pipeline, to go on training."""
-    pipeline = _next_scale(path)
-    return pipeline.image_tokenizer, pipeline.transformer
-
-
 @dataclass(frozen=True)
 class Teacher:
-    """A saved model that another one learns from.
+    """A saved model that another one starts or learns from.
 
     Attributes:
         tokenizer: its image tokenizer.

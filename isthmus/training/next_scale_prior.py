@@ -1,6 +1,6 @@
 """What is particular about training a next-scale prior: VAR and SRDD."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from isthmus.functional.shapes import TokenPyramid
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.training.config import PriorRun
-from isthmus.training.export import load_pair, load_tokenizer
+from isthmus.training.export import load_teacher, load_tokenizer
 from isthmus.training.images import open_splits
 from isthmus.training.next_scale_family import NextScaleFamily
 from isthmus.training.objectives import (
@@ -30,7 +30,7 @@ from isthmus.training.objectives import (
     select_scales,
 )
 from isthmus.training.partial_inputs import partial_inputs, partly_shown
-from isthmus.training.saved_networks import refuse_contradictions
+from isthmus.training.saved_networks import kept_classes, refuse_contradictions
 
 
 class NextScalePrior(NextScaleFamily):
@@ -121,9 +121,10 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
     """
     wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
     if run.from_model:
-        tokenizer, source_model = load_pair(run.from_model)
+        saved = load_teacher(run.from_model)
+        tokenizer, source_model, saved_names = saved.tokenizer, saved.transformer, saved.class_names
     elif run.tokenizer:
-        tokenizer, source_model = load_tokenizer(run.tokenizer), None
+        tokenizer, source_model, saved_names = load_tokenizer(run.tokenizer), None, ()
     else:
         raise UserError(
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
@@ -131,7 +132,8 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
     train, held_out = open_splits(run, tokenizer.image_size)
     num_classes, refined = len(train.class_names), run.refinement_probability > 0
     if source_model is not None:
-        model = with_new_classes(source_model, num_classes, wanted, run.from_model, mask_embedding=refined)
+        kept = kept_classes(train.class_names, saved_names)
+        model = with_new_classes(source_model, num_classes, wanted, run.from_model, kept=kept, mask_embedding=refined)
         return tokenizer, train, held_out, model
     model = NextScaleTransformer(
         scale_sizes=tokenizer.schedule.sizes,
@@ -155,10 +157,12 @@ def with_new_classes(
     wanted: dict[str, object],
     name: str,
     *,
+    kept: Mapping[int, int] | None = None,
     mask_embedding: bool = False,
 ) -> NextScaleTransformer:
-    """The saved prior with a new class table: every row starts at the null row, which is kept; all else is as it was.
+    """The saved prior with a new class table: rows start at the null row, which is kept; all else is as it was.
 
+    `kept` maps labels to labels of the saved prior whose rows they take over (see `kept_classes`).
     `mask_embedding` adds the mark of hidden tokens where there is none; it starts at zero and changes nothing.
 
     Raises:
@@ -172,8 +176,8 @@ def with_new_classes(
     state = source.state_dict()
     if model.mask_embedding is not None:
         state.setdefault("mask_embedding", torch.zeros_like(model.mask_embedding))
-    null_row = state["class_embedding.weight"][source.null_class_id]
-    state["class_embedding.weight"] = null_row.expand(num_classes + 1, -1).clone()
+    rows = [(kept or {}).get(label, source.null_class_id) for label in range(num_classes + 1)]
+    state["class_embedding.weight"] = state["class_embedding.weight"][rows].clone()
     model.load_state_dict(state)
     return model
 

@@ -26,7 +26,7 @@ from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.images import open_splits
 from isthmus.training.next_token_objective import NextTokenLosses, NextTokenObjective, nats_by_group
 from isthmus.training.objectives import dropped_labels
-from isthmus.training.saved_networks import sampling_options
+from isthmus.training.saved_networks import kept_classes, sampling_options
 
 _SIZES = {
     "width": "hidden_size",
@@ -138,9 +138,9 @@ def prepare(
         UserError: something is missing or contradicts the saved model.
     """
     if run.from_model:
-        parts, saved = load_dar_model(run.from_model)
+        parts, saved, saved_names = load_dar_model(run.from_model)
     elif run.tokenizer:
-        parts, saved = load_parts(run.tokenizer), None
+        parts, saved, saved_names = load_parts(run.tokenizer), None, ()
     else:
         raise UserError(
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
@@ -152,7 +152,8 @@ def prepare(
     layout = layout_of(config, len(train.class_names))
     if saved is None:
         return parts, train, held_out, build_llama(run, layout)
-    return parts, train, held_out, with_new_classes(saved, layout, run.model, run.from_model)
+    kept = kept_classes(train.class_names, saved_names)
+    return parts, train, held_out, with_new_classes(saved, layout, run.model, run.from_model, kept=kept)
 
 
 def layout_of(tokenizer: Mapping[str, Any], num_classes: int) -> TokenLayout:
@@ -177,8 +178,17 @@ def build_llama(
     return new_prior(layout, **wanted)
 
 
-def with_new_classes(source: LlamaForCausalLM, layout: TokenLayout, wanted: LlamaModel, name: str) -> LlamaForCausalLM:
+def with_new_classes(
+    source: LlamaForCausalLM,
+    layout: TokenLayout,
+    wanted: LlamaModel,
+    name: str,
+    *,
+    kept: Mapping[int, int] | None = None,
+) -> LlamaForCausalLM:
     """The saved Llama with new classes: each starts at the null class, which is kept; all else is as it was.
+
+    `kept` maps labels to labels of the saved prior that they take over (see `kept_classes`).
 
     Raises:
         UserError: an argument contradicts the saved model.
@@ -194,9 +204,9 @@ def with_new_classes(source: LlamaForCausalLM, layout: TokenLayout, wanted: Llam
     model = build_llama(NextTokenPriorRun(), layout, source.config.to_dict())
     state, codes = source.state_dict(), layout.codebook_size
     embedding = state["model.embed_tokens.weight"]
-    state["model.embed_tokens.weight"] = torch.cat(
-        [embedding[:codes], embedding[-1:].expand(layout.num_classes + 1, -1)]
-    )
+    null = len(embedding) - codes - 1
+    rows = [codes + (kept or {}).get(label, null) for label in range(layout.num_classes + 1)]
+    state["model.embed_tokens.weight"] = torch.cat([embedding[:codes], embedding[rows]])
     head = state["lm_head.weight"]
     state["lm_head.weight"] = torch.cat([head[:codes], head.new_zeros(layout.num_classes + 1, head.shape[1])])
     model.load_state_dict(state)

@@ -1,6 +1,6 @@
 """What both families do with networks that a run leaves behind, or starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,16 @@ def averaged_model(model: AnyModel, ema: ExponentialMovingAverage, *, prefix: st
         copy = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     copy.load_state_dict({name: value.to(model.device, copy=True) for name, value in state.items()}, assign=True)
     return copy.eval().requires_grad_(False)
+
+
+def kept_classes(class_names: Sequence[str], saved_names: Sequence[str]) -> dict[int, int]:
+    """Label -> label in a saved model, for classes that both know by name. Numbers are no names: they mean anything.
+
+    >>> kept_classes(("flag", "tree", "0"), ("face", "flag", "0"))
+    {0: 1}
+    """
+    known = {name: label for label, name in enumerate(saved_names)}
+    return {i: known[name] for i, name in enumerate(class_names) if name in known and not name.isdigit()}
 
 
 def refuse_contradictions(

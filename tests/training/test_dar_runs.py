@@ -168,6 +168,9 @@ def test_fine_tuning_starts_where_the_source_stands(trained_prior):
         before = next_token_logits(source, old, torch.tensor([old.null_class_id] * 2), ids)
         for label in (0, 4, new.null_class_id):
             assert torch.equal(next_token_logits(model, new, torch.tensor([label] * 2), ids), before)
+        known = with_new_classes(source, new, LlamaModel(), "source", kept={3: 1}).eval()
+        expected = next_token_logits(source, old, torch.tensor([1, old.null_class_id]), ids)
+        assert torch.equal(next_token_logits(known, new, torch.tensor([3, 0]), ids), expected)
     with pytest.raises(UserError, match=r"model\.width is 16"):
         with_new_classes(source, new, LlamaModel(width=32), "source")
 

@@ -145,6 +145,9 @@ def test_fine_tuning_starts_where_the_source_stands(tmp_path, trained_prior):
         before = source(torch.tensor([source.null_class_id] * 2), inputs).logits
         for label in (0, 4, model.null_class_id):
             assert torch.equal(model(torch.tensor([label] * 2), inputs).logits, before)
+        known = with_new_classes(source, 3, {}, "source", kept={2: 0}).eval()
+        old = source(torch.tensor([0, source.null_class_id]), inputs).logits
+        assert torch.equal(known(torch.tensor([2, 0]), inputs).logits, old)
 
 
 def test_fine_tuning_learns_new_classes(tmp_path, trained_prior):
