@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--data", default="openmoji")
     parser.add_argument("--num", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--views", type=int, nargs="*", default=[1, 2, 4], help="numbers of perturbed views to average")
+    parser.add_argument("--timed", type=int, default=64, help="images that are timed together")
     given = parser.parse_args()
     torch.set_num_threads(1)
     pipe, start = load_pipeline(given.model, device="cpu"), time.perf_counter()
@@ -63,11 +65,11 @@ def main() -> None:
         exact = (best, tokens) if exact is None else exact
         same = 100 * (best == exact[0]).mean()
         print(f"{margin!s:>10} {share(best == labels):>14} {same:>16.1f} {tokens:>13.0f} {tokens / exact[1]:>9.3f}")
-    for views in (1, 2, 4):
+    for views in given.views:
         found = pipe.classify(images, prune_nats=None, num_views=views, view_noise=0.1)
         print(f"mean over {views} view(s), noise 0.1: {share(found.class_labels[:, 0].numpy() == labels)} %")
 
-    part = images[:64]
+    part = images[: given.timed]
     runs = {f"{margin}": (lambda margin=margin: pipe.classify(part, prune_nats=margin)) for margin in MARGINS}
     times = interleaved(runs | {"encode": lambda: pipe.encode(part)}, given.rounds)
     print(f"\nms for {len(part)} images, wall / CPU (medians of {given.rounds} interleaved rounds)")
