@@ -370,5 +370,5 @@ class DARPipeline(PixelPipeline):
             token_ids = self.encode(images)
         given = label_list(class_labels)
         labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
-        each = torch.tensor(labels * len(token_ids) if len(labels) == 1 else labels)
+        each = torch.tensor(labels * len(token_ids) if len(labels) == 1 else labels, dtype=torch.long)
         return log_likelihood(self.transformer, self.token_layout, token_ids, each)
