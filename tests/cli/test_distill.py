@@ -9,6 +9,8 @@ from tests.cli.test_train import resolved
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_runs import write_images
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def taught(tmp_path):

@@ -6,6 +6,8 @@ from PIL import Image
 
 from isthmus.pipelines.loading import load_pipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def image(tmp_path):

@@ -15,6 +15,8 @@ from isthmus.evaluation.samples import read_chunk
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM = 12
 

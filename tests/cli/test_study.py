@@ -4,6 +4,8 @@ import pytest
 
 from isthmus.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("study", ["srdd", "dar"])
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from isthmus.cli.train import own_options
 from isthmus.presets import prior_preset, tokenizer_preset
 from isthmus.training.config import run_from_json, run_to_json
 
+pytestmark = pytest.mark.slow
+
 
 def resolved(result):
     assert result.code == 0, result.err

@@ -12,6 +12,8 @@ from isthmus.training.train_prior import train_prior
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import write_images
 
+pytestmark = pytest.mark.slow
+
 
 def resolved(result):
     assert result.code == 0, result.err

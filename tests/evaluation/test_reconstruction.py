@@ -16,6 +16,8 @@ from tests.evaluation.photo_crops import photo_crops
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
+pytestmark = pytest.mark.slow
+
 TINY = {"next-scale": tiny_pipeline, "dar": tiny_dar}
 
 

@@ -11,6 +11,8 @@ from isthmus.studies.dar_options import DAR_BUDGETS, DarStudyOptions, dar_settin
 from isthmus.studies.experiments import RESULT
 from tests.studies import tiny_studies
 
+pytestmark = pytest.mark.slow
+
 
 def values(folder: Path, name: str):
     return json.loads((folder / name / RESULT).read_text())["values"]

@@ -18,6 +18,8 @@ from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddStudyOptions, srdd_se
 from isthmus.training.export import load_tokenizer
 from tests.studies import tiny_studies
 
+pytestmark = pytest.mark.slow
+
 
 def values(folder: Path, name: str):
     return json.loads((folder / name / RESULT).read_text())["values"]

@@ -23,6 +23,8 @@ from tests.training.test_runs import assert_same, weights
 from tests.training.tiny_dar_runs import FROZEN, LOSS, diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import OPTIM, prior_run, write_images
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("image_tokenizer", "decoder")
 MODELS = (*PARTS, "scheduler", "transformer", "model_index.json")
 

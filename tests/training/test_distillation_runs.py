@@ -19,6 +19,8 @@ from tests.training.test_runs import assert_same, forget_after, weights
 from tests.training.tiny_runs import prior_run, write_images
 from tests.training.tiny_teacher import distill_run, tiny_teacher
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Path:

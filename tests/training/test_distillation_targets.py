@@ -9,6 +9,8 @@ from isthmus.training.distillation_targets import TeacherRollouts, rollout_unifo
 from isthmus.training.distilled_weights import student_of
 from tests.training.tiny_teacher import CODES, SIZES, tiny_teacher
 
+pytestmark = pytest.mark.slow
+
 LABELS = torch.tensor([0, 1, 2])
 POSITIONS = torch.tensor([5, 6, 70])
 

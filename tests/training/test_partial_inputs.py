@@ -14,6 +14,8 @@ from isthmus.training.train_tokenizer import train_tokenizer
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_runs import prior_run, tokenizer_run, write_images
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (1, 4, 16)
 
 

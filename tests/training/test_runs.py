@@ -19,6 +19,8 @@ from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run, write_images
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

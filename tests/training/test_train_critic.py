@@ -12,6 +12,8 @@ from isthmus.training.critic_examples import critic_examples
 from isthmus.training.train_critic import train_critic
 from tests.pipelines.tiny import tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (1, 4, 16)
 
 
