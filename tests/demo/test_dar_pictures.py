@@ -11,6 +11,8 @@ from isthmus.pictures import to_pil
 from isthmus.pipelines.dar import DARPipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
+pytestmark = pytest.mark.slow
+
 CELL_PX = 66  # images of 8 px enlarged to 64, and the gap beside them
 SEED = 5
 

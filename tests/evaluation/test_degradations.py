@@ -10,6 +10,8 @@ from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 from tests.evaluation.photo_crops import photo_crops
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "changes",

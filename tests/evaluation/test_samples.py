@@ -22,6 +22,8 @@ from tests.evaluation.tiny_evaluation import NUM, REPOSITORY, SEED, mean_colour,
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
