@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
+    # not a mock: the constant alone is smaller, so that a few images fill several chunks
     monkeypatch.setattr(samples, "CHUNK", 4)
     monkeypatch.setattr("isthmus.evaluation.drawing.CHUNK", 4)
 
