@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -331,7 +332,7 @@ def start(rounds: int) -> None:
     marks = [[0.0, 0.0], *zip(*[iter(statistics.median(c) for c in zip(*runs, strict=True))] * 2, strict=True)]
     rows = [
         [name, both((1e3 * (now[0] - last[0]), 1e3 * (now[1] - last[1])), ",.0f"), both((now[0], now[1]), ".2f")]
-        for name, last, now in zip(names, marks, marks[1:], strict=False)
+        for name, (last, now) in zip(names, pairwise(marks), strict=True)
     ]
     table("From `isthmus sample` to the first token", ("until", "ms", "seconds in all"), rows)
 

@@ -68,7 +68,7 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
     teachers = [run.from_model, *folders]
     return [
         replace(run, out=Path(folder), scale_sizes=stage, from_model=teacher, progressive=False, baseline=False)
-        for folder, stage, teacher in zip(folders, stages, teachers, strict=False)
+        for folder, stage, teacher in zip(folders, stages[:-1], teachers[:-1], strict=True)
     ] + [run]
 
 

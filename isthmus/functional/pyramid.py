@@ -6,6 +6,7 @@ Source: Tian et al., "Visual Autoregressive Modeling", section 3.2 and algorithm
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -51,7 +52,7 @@ class ScaleSchedule:
         sizes, phi = tuple(map(int, self.sizes)), tuple(map(int, self.phi_indices))
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "phi_indices", phi)
-        if not sizes or sizes[0] < 1 or any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)):
+        if not sizes or sizes[0] < 1 or any(b <= a for a, b in pairwise(sizes)):
             raise UserError(
                 f"scale_sizes must be positive and increase from scale to scale, got {sizes}. "
                 "Pass for example 1,2,3,4,6,8, ending at the side of the latent grid."

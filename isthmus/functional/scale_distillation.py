@@ -5,6 +5,7 @@ spec of SRDD, 3.3. This file does not import torch: the command line reads it.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from isthmus.errors import UserError
 
@@ -66,8 +67,8 @@ def shared_steps(teacher_sizes: Sequence[int], sizes: Sequence[int], *, markov: 
     >>> shared_steps((1, 2, 3, 4, 6), (1, 3, 4, 6), markov=True), shared_steps((1, 2, 3, 4), (1, 2, 4), markov=False)
     ((0, 2, 3), (0, 1))
     """
-    before = dict(zip(teacher_sizes, (None, *teacher_sizes), strict=False))
-    same = [before[side] == previous for previous, side in zip((None, *sizes), sizes, strict=False)]
+    before = {side: previous for previous, side in pairwise((None, *teacher_sizes))}
+    same = [before[side] == previous for previous, side in pairwise((None, *sizes))]
     if markov:
         return tuple(k for k, shared in enumerate(same) if shared)
     return tuple(k for k in range(len(same)) if all(same[: k + 1]))

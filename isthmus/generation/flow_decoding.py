@@ -6,6 +6,7 @@ come from is the caller's: from a prior that draws them while the pixels form, o
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -268,6 +269,6 @@ def decode_tokens(
             "Pass all tokens of the images."
         )
     cuts = (0, *plan.stops)
-    parts = (token_ids[:, a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    parts = (token_ids[:, a:b] for a, b in pairwise(cuts))
     *_, last = flow_steps(image_tokenizer, decoder, scheduler, plan, parts, x)
     return last.preview

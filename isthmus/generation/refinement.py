@@ -147,7 +147,7 @@ def _jump_back(sampler: ScaleSampler, state: _State, kept: int) -> Iterator[Scal
     A causal model reads them again: the keys of a scale follow from the tokens before it.
     """
     token_ids = sampler.requantize(state.features)[:kept]
-    changed = [not torch.equal(ids, before) for ids, before in zip(token_ids, state.token_ids, strict=False)]
+    changed = [not torch.equal(ids, before) for ids, before in zip(token_ids, state.token_ids[:kept], strict=True)]
     features = sampler.start()
     for scale, ids in enumerate(token_ids):
         if sampler.has_cache and any(changed[:scale]):

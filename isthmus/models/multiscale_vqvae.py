@@ -5,7 +5,7 @@ Source: Tian et al., "Visual Autoregressive Modeling", section 3.2 (published ne
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: Sequence[int], dropout: float, attends: bool, resample: type[nn.Module] | None):
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.blocks = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairs)
         self.attentions = nn.ModuleList(SpatialAttention(b) if attends else nn.Identity() for _, b in pairs)
         self.resample = resample(widths[-1]) if resample else nn.Identity()

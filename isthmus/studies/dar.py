@@ -8,8 +8,7 @@ from pathlib import Path
 from isthmus.studies.dar_options import DAR_BUDGETS, DarSetting, DarStudyOptions, dar_setting
 from isthmus.studies.dar_tables import DAR_TABLES, seeds
 from isthmus.studies.dar_work import dar_work
-from isthmus.studies.options import chosen_tables, study_folder
-from isthmus.studies.running import check_data, prepared_device, study_facts
+from isthmus.studies.running import run_study
 from isthmus.studies.study import Study
 
 
@@ -27,15 +26,5 @@ DAR_STUDY: Study[DarSetting] = Study(name="dar", title="Study: D-AR", tables=DAR
 
 
 def run_dar_study(options: DarStudyOptions) -> Path:
-    """Run the study that the options describe, from where it stopped; returns report.md.
-
-    Raises:
-        UserError: an option is not usable, or the folder holds something else.
-    """
-    tables = chosen_tables(options.tables, DAR_BUDGETS[options.budget].tables, DAR_STUDY.table_names)
-    device = prepared_device(options)
-    setting = dar_setting(options, device.type)
-    check_data(options)
-    return DAR_STUDY.run(
-        setting, study_folder(options, DAR_STUDY.name), tables=tables, facts=study_facts(options, device)
-    )
+    """`run_study` with this study's budgets."""
+    return run_study(DAR_STUDY, options, DAR_BUDGETS, dar_setting)

@@ -1,6 +1,7 @@
 """The tables of the study of D-AR, each a function of results, with the paper's figures (spec/dar.md 7) beside them."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from isthmus.studies.dar_experiments import all_guidances, evaluations, on_held_out, previews
 from isthmus.studies.dar_options import DarSetting
@@ -14,11 +15,9 @@ from isthmus.studies.evaluations import (
     sample_readings,
     score_reading,
 )
-from isthmus.studies.experiments import Experiment, Values
+from isthmus.studies.experiments import Experiment, Results, Values, results_by_seed
 from isthmus.studies.readings import Reading, Readings
 from isthmus.studies.tables import Claim, Direction, Panel, Row, StudyTable, TableSpec, line_of
-
-Results = Mapping[str, Values]
 
 REBUILT, CLASS, BITS = "r-FD-lite0-192", "class accuracy (nearest mean)", "bits per token"
 _PAPER = "D-AR, spec/dar.md 7"
@@ -88,7 +87,7 @@ def preview_scores(setting: DarSetting, results: Results) -> StudyTable:
             column=FRECHET,
             direction="lower",
         )
-        for earlier, later in zip(_PREVIEW_FID, list(_PREVIEW_FID)[1:], strict=False)
+        for earlier, later in pairwise(_PREVIEW_FID)
         if quarters[later] in names and quarters[earlier] in names
     )
     side = {"protocol": first["protocol"], "by_guidance": {"": first["by_step"][names[-1]]}}
@@ -226,7 +225,7 @@ def seeds(setting: DarSetting) -> str:
 
 def by_seed(setting: DarSetting, results: Results, kind: str) -> dict[int, Values]:
     """Results of one experiment for every seed."""
-    return {seed: results[f"{kind}-seed{seed}"] for seed in setting.seeds}
+    return results_by_seed(results, kind, setting.seeds)
 
 
 def facts_of(values: Values, guidance: str, setting: DarSetting) -> dict[str, str]:

@@ -42,6 +42,9 @@ class Experiment:
     seconds: float = 1.0
 
 
+Results = Mapping[str, Values]
+"""What experiments found, by the name of the experiment."""
+
 Work = Callable[[Experiment], Values]
 
 
@@ -106,6 +109,15 @@ def run_experiments(experiments: Sequence[Experiment], folder: Path, work: Mappi
         ahead = sum(other.seconds for other in rest) * spent / planned
         logger.info("    %s: %.0f s; %d left, about %s", experiment.name, seconds, len(rest), _minutes(ahead))
     return {experiment.name: results[experiment.name] for experiment in experiments}
+
+
+def results_by_seed(results: Results, name: str, seeds: Iterable[int]) -> dict[int, Values]:
+    """What the experiment `name` found for each of `seeds`.
+
+    >>> results_by_seed({"prior-seed0": {"bits": 5.0}, "prior-seed1": {"bits": 5.2}}, "prior", (0, 1))
+    {0: {'bits': 5.0}, 1: {'bits': 5.2}}
+    """
+    return {seed: results[f"{name}-seed{seed}"] for seed in seeds}
 
 
 def seconds_of(experiments: Sequence[Experiment], folder: Path) -> float:

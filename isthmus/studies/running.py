@@ -1,16 +1,46 @@
-"""What both studies do before they start: choose device and threads, and note what they run on."""
+"""What both studies do around their experiments: choose device and threads, and note what they run on."""
 
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from isthmus.data.opening import open_source
 from isthmus.evaluation.circumstances import circumstances
 from isthmus.pipelines.loading import choose_device
-from isthmus.studies.options import StudyOptions
+from isthmus.studies.options import Budget, StudyOptions, chosen_tables, study_folder
+from isthmus.studies.study import Study
+
+Setting = TypeVar("Setting")
+Options = TypeVar("Options", bound=StudyOptions)
 
 _LOOK_PX = 32
+
+
+def run_study(
+    study: Study[Setting],
+    options: Options,
+    budgets: Mapping[str, Budget],
+    make_setting: Callable[[Options, str], Setting],
+) -> Path:
+    """Run the study that the options describe, from where it stopped; returns report.md.
+
+    Args:
+        study: which one.
+        options: as from the command line.
+        budgets: what each budget of this study buys.
+        make_setting: what the options resolve to on a device ("cpu", "cuda").
+
+    Raises:
+        UserError: an option is not usable, or the folder holds something else.
+    """
+    tables = chosen_tables(options.tables, budgets[options.budget].tables, study.table_names)
+    device = prepared_device(options)
+    setting = make_setting(options, device.type)
+    check_data(options)
+    return study.run(setting, study_folder(options, study.name), tables=tables, facts=study_facts(options, device))
 
 
 def prepared_device(options: StudyOptions) -> torch.device:

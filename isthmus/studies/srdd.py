@@ -6,8 +6,7 @@ spec/srdd.md names.
 
 from pathlib import Path
 
-from isthmus.studies.options import chosen_tables, study_folder
-from isthmus.studies.running import check_data, prepared_device, study_facts
+from isthmus.studies.running import run_study
 from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddSetting, SrddStudyOptions, srdd_setting
 from isthmus.studies.srdd_tables import SRDD_TABLES
 from isthmus.studies.srdd_work import srdd_work
@@ -31,15 +30,5 @@ SRDD_STUDY: Study[SrddSetting] = Study(
 
 
 def run_srdd_study(options: SrddStudyOptions) -> Path:
-    """Run the study that the options describe, from where it stopped; returns report.md.
-
-    Raises:
-        UserError: an option is not usable, or the folder holds something else.
-    """
-    tables = chosen_tables(options.tables, SRDD_BUDGETS[options.budget].tables, SRDD_STUDY.table_names)
-    device = prepared_device(options)
-    setting = srdd_setting(options, device.type)
-    check_data(options)
-    return SRDD_STUDY.run(
-        setting, study_folder(options, SRDD_STUDY.name), tables=tables, facts=study_facts(options, device)
-    )
+    """`run_study` with this study's budgets."""
+    return run_study(SRDD_STUDY, options, SRDD_BUDGETS, srdd_setting)

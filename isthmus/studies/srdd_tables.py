@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from isthmus.studies.evaluations import (
     FRECHET,
@@ -12,7 +13,7 @@ from isthmus.studies.evaluations import (
     sample_facts,
     sample_readings,
 )
-from isthmus.studies.experiments import Experiment, Values
+from isthmus.studies.experiments import Experiment, Results, Values, results_by_seed
 from isthmus.studies.readings import Reading, Readings
 from isthmus.studies.srdd_experiments import (
     CAUSAL,
@@ -30,8 +31,6 @@ from isthmus.studies.srdd_experiments import (
 )
 from isthmus.studies.srdd_options import SrddSetting
 from isthmus.studies.tables import Claim, Line, Panel, Row, StudyTable, TableSpec, line_of
-
-Results = Mapping[str, Values]
 
 BITS, CLASS = "bits per token", "class accuracy (nearest mean)"
 STEP_TIME, STEP_MEMORY = "ms per training step", "MB per training step"
@@ -208,7 +207,7 @@ def noise(setting: SrddSetting, results: Results) -> StudyTable:
             column=column,
             direction="higher",
         )
-        for before, after in zip(names, names[1:], strict=False)
+        for before, after in pairwise(names)
     )
     means = [mean for mean, _, _ in found["decibels"]]
     bars = [(high - low) / 2 for _, low, high in found["decibels"]]
@@ -268,7 +267,7 @@ def real_rows(setting: SrddSetting, results: Results, variant: Variant) -> list[
 
 def by_seed(setting: SrddSetting, results: Results, kind: str, variant: Variant) -> dict[int, Values]:
     """Results of one experiment for every seed."""
-    return {seed: results[f"{kind}-{variant.name}-seed{seed}"] for seed in setting.seeds}
+    return results_by_seed(results, f"{kind}-{variant.name}", setting.seeds)
 
 
 def bits(setting: SrddSetting, results: Results, variant: Variant) -> dict[str, Readings]:

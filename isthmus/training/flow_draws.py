@@ -1,6 +1,7 @@
 """Noise and noise levels of a training batch: pure functions of (seed, position), whatever the batch or the process."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -79,7 +80,7 @@ def group_spans(num_groups: int, latest: float = 1.0) -> list[tuple[float, float
             f"loss.latest_time must be more than {edges[-2]:.4g}, where the last of {num_groups} groups begins, got "
             f"{latest}. Raise it, or draw the times uniformly."
         )
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def training_noise(
