@@ -41,6 +41,10 @@ class Evaluate(SteeredDrawOptions):
     """Draw every class equally often, or as often as it is in the data."""
     sweep_guidance: tuple[str, ...] = ()
     """Guidances to draw and score beside, such as 1,1.5,2,3."""
+    lpips_weights: tuple[Path, ...] = ()
+    """Measure LPIPS of reconstructions too, with VGG16 and LPIPS weights from these files."""
+    solver_steps: tuple[int, ...] = ()
+    """Also rebuild held-out images of a D-AR model with these numbers of solver steps, such as 4,8,16."""
     npz: bool = False
     """Also write samples.npz, which ADM's evaluator reads."""
 
@@ -54,7 +58,7 @@ class Evaluate(SteeredDrawOptions):
             raise UserError("a model needs the data it is judged on, got no --data. For example --data openmoji.")
         if self.samples is not None:
             defaults = Evaluate.__dataclass_fields__
-            meant = (*_DRAWING, "num", "balance", "sweep_guidance", "npz")
+            meant = (*_DRAWING, "num", "balance", "sweep_guidance", "lpips_weights", "solver_steps", "npz")
             given = [name for name in meant if getattr(self, name) != defaults[name].default]
             if given:
                 option = "--" + given[0].replace("_", "-")
@@ -94,6 +98,7 @@ def run(arguments: Sequence[str]) -> None:
         )
         return
     from isthmus.evaluation.evaluate import evaluate_model
+    from isthmus.evaluation.held_out import Measures
 
     assert command.model is not None and command.data is not None, "checked with the options"
     evaluate_model(
@@ -110,6 +115,7 @@ def run(arguments: Sequence[str]) -> None:
         balance=command.balance,
         sweep=sweep,
         npz=command.npz,
+        measures=Measures(lpips_weights=command.lpips_weights, solver_steps=command.solver_steps),
         batch_size=command.batch_size,
         device=command.device,
         dtype=command.dtype,

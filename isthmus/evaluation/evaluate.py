@@ -6,6 +6,7 @@ there only writes the report again.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.circumstances import circumstances
 from isthmus.evaluation.evaluation_folder import finish, finished_record
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
-from isthmus.evaluation.held_out import held_out_scores
+from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
 from isthmus.evaluation.image_sets import ImageSet, Picture
 from isthmus.evaluation.likelihood_scores import stage_lengths
 from isthmus.evaluation.model_samples import (
@@ -59,6 +60,7 @@ def evaluate_model(
     balance: Balance = "uniform",
     sweep: Sequence[Guidance] = (),
     npz: bool = False,
+    measures: Measures = THE_USUAL,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -81,6 +83,7 @@ def evaluate_model(
         balance: every class equally often, or as often as in the data.
         sweep: guidances that are drawn and scored beside.
         npz: also write samples.npz for ADM's evaluator.
+        measures: what is measured on held-out images beyond the usual.
         batch_size: images drawn at once; None estimates what fits. It changes no score.
         device: see `load_pipeline`.
         dtype: see `load_pipeline`.
@@ -98,6 +101,7 @@ def evaluate_model(
         size = (pipeline.image_size, pipeline.image_size)
         against = choose_reference(splits, reference, image_size=pipeline.image_size)
         check_fit(against, network, size)
+        lpips, extra = measures.lpips(pipeline), measures.facts()
 
         def prepared(folder: Path, guided: Mapping[str, Any]) -> ModelSamples:
             return model_samples(
@@ -117,7 +121,7 @@ def evaluate_model(
             classes=splits.class_names,
         )
         subject = model_subject(model, main, steering, dtype)
-        done = finished_record(out, protocol, subject, sweep=list(others))
+        done = finished_record(out, protocol, subject, sweep=list(others), measures=extra)
 
         # before anything is drawn: the guards of the reference may refuse
         real = None
@@ -136,14 +140,25 @@ def evaluate_model(
         if done is None:
             assert real is not None, "the first process has measured them"
             facts = circumstances(pipeline.device, processes=processes.count)
-            done = _score_model(
+            done = _score_samples(
                 main, others, splits, against, real, network, protocol, subject, facts | {"seconds": seconds}, out
             )
+            start = time.perf_counter()
+            scores, curves = held_out_scores(
+                pipeline,
+                splits.held_out,
+                network,
+                chosen.ids,
+                lpips=lpips,
+                solver_steps=measures.solver_steps,
+            )
+            done.circumstances["seconds"]["held-out images"] = time.perf_counter() - start
+            done = replace(done, measures=extra, held_out=tuple(scores), curves=(*curves, *done.curves))
             write_record(done, out)
         finish(done, out)
 
 
-def _score_model(
+def _score_samples(
     main: ModelSamples,
     others: Mapping[str, ModelSamples],
     splits: DataSplits,
@@ -155,7 +170,7 @@ def _score_model(
     facts: dict[str, Any],
     out: Path,
 ) -> EvaluationRecord:
-    """Every set of samples against the real images, then the model on held-out images."""
+    """Every set of samples against the real images."""
     num, start = len(main), time.perf_counter()
     labels, names = (main.classes.labels if main.classes.names else None), main.classes.names
     found = main.store.features(num)
@@ -167,9 +182,6 @@ def _score_model(
     images = ImageSet(str(main.store.folder), "", labels, names, num, lambda: _images(main))
     warning = look_at_samples(images, labels, names, out, near, splits)
     facts["seconds"]["scoring"] = time.perf_counter() - start
-    start = time.perf_counter()
-    held_out, curves = held_out_scores(main.pipeline, splits.held_out, network, main.classes.ids)
-    facts["seconds"]["held-out images"] = time.perf_counter() - start
     return EvaluationRecord(
         protocol=protocol,
         subject=subject,
@@ -178,8 +190,8 @@ def _score_model(
         warnings=(*scored.warnings, *([warning] if warning else [])),
         scores=scored.scores,
         class_scores=scored.by_class,
-        held_out=tuple(held_out),
-        curves=(*curves, *_usage(main)),
+        measures={},
+        curves=tuple(_usage(main)),
         sweep=sweep,
     )
 

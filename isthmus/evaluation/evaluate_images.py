@@ -67,7 +67,7 @@ def evaluate_images(
     subject = Subject(
         name=str(samples), kind="images from elsewhere", fingerprint=images.fingerprint, sampling={}, steering={}
     )
-    done = finished_record(out, protocol, subject, sweep=[])
+    done = finished_record(out, protocol, subject, sweep=[], measures={})
     if done is None:
         start = time.perf_counter()
         check_value_range(images)
@@ -84,6 +84,7 @@ def evaluate_images(
             warnings=(*scored.warnings, *([warning] if warning else [])),
             scores=scored.scores,
             class_scores=scored.by_class,
+            measures={},
             sweep={},
         )
         write_record(done, out)

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from isthmus.errors import UserError
 from isthmus.evaluation.protocol import RECORD, EvaluationRecord, Protocol, Score, Subject, read_record
@@ -11,7 +12,9 @@ from isthmus.evaluation.report import write_report
 logger = logging.getLogger("isthmus")
 
 
-def finished_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
+def finished_record(
+    out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str], measures: dict[str, Any]
+) -> EvaluationRecord | None:
     """The record of an earlier run that asked for the same; None where there is something to do.
 
     Raises:
@@ -37,7 +40,7 @@ def finished_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: l
             f"{out} holds the evaluation of {before.subject.name} with other weights or options. "
             "Choose another --out; nothing is overwritten."
         )
-    if before.protocol != protocol or list(before.sweep) != sweep:
+    if before.protocol != protocol or list(before.sweep) != sweep or before.measures != measures:
         logger.info("%s is scored again: it was measured in another way before", out)
         return None
     return before

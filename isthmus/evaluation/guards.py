@@ -21,8 +21,11 @@ BUILT_IN_SENTENCE = (
 MOST_DUPLICATES = 0.5
 """Above this share of exact duplicates a set of samples is refused."""
 
+MOST_MOVED = 0.05
+"""Samples of which a larger share would have to change class to have the reference's frequencies are warned of."""
+
 FEWEST_FOR_FRECHET = 1000
-"""Below this many images the kernel distance and the class scores lead (issue 4)."""
+"""Below this many images the kernel distance and the class scores lead."""
 
 
 def check_enough_images(count: int, width: int, *, space: str) -> str | None:
@@ -140,6 +143,32 @@ def check_classes(labels: Int[np.ndarray, " n"]) -> str | None:
     if len(np.unique(labels)) > 1:
         return None
     return "All images are of one class: class consistency and per-class scores are left out."
+
+
+def check_balance(
+    sample_labels: Int[np.ndarray, " n"], reference_labels: Int[np.ndarray, " m"], names: Sequence[str]
+) -> str | None:
+    """Samples whose classes are not as frequent as the reference's are off by that alone.
+
+    Args:
+        sample_labels: classes of the samples, in the order of `names`.
+        reference_labels: classes of the reference, in the same order.
+        names: of the classes.
+
+    >>> print(check_balance(np.array([0, 1]), np.array([0, 0, 0, 1]), ["face", "flag"]))
+    Classes are not as frequent as in the reference (face: 50 % of the samples, 75 % of the reference): ...
+    """
+    ours, theirs = (
+        np.bincount(labels, minlength=len(names)) / len(labels) for labels in (sample_labels, reference_labels)
+    )
+    if np.abs(ours - theirs).sum() / 2 <= MOST_MOVED:
+        return None
+    most = int(np.abs(ours - theirs).argmax())
+    return (
+        f"Classes are not as frequent as in the reference ({names[most]}: {100 * ours[most]:.0f} % of the samples, "
+        f"{100 * theirs[most]:.0f} % of the reference): a part of every distance is that, and no model can mend it. "
+        "Compare at equal balance only, or draw as often as in the data (--balance data)."
+    )
 
 
 def check_small_set(count: int) -> str | None:

@@ -1,25 +1,87 @@
 """What a model does with held-out images: how well its tokens give them back, and how likely it finds them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jaxtyping import Float
 
+from isthmus.data.cache import sha256_of_file
+from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.image_sets import ImageSet, some
 from isthmus.evaluation.intervals import bootstrap_interval
 from isthmus.evaluation.likelihood_scores import LikelihoodScores, likelihood_scores
 from isthmus.evaluation.protocol import Curve, Score
 from isthmus.evaluation.reconstruction import ReconstructionReport, reconstruction_report
+from isthmus.models.perceptual import LPIPSDistance
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import AnyPipeline
+
+if TYPE_CHECKING:
+    from isthmus.pipelines.dar import DARPipeline
 
 HELD_OUT_LIMIT = 1_000
 """Held-out images that are reconstructed and read; of larger sets evenly spread ones are taken."""
 
 
+_FEWEST_LPIPS_PX = 16
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured on held-out images beyond the usual.
+
+    Attributes:
+        lpips_weights: files with the weights of LPIPS, which is measured too; none leave it out.
+        solver_steps: numbers of solver steps with which images are rebuilt too (D-AR).
+    """
+
+    lpips_weights: tuple[Path, ...] = ()
+    solver_steps: tuple[int, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of them."""
+        return {
+            "lpips_sha256": [sha256_of_file(path) for path in self.lpips_weights],
+            "solver_steps": list(self.solver_steps),
+        }
+
+    def lpips(self, pipeline: AnyPipeline) -> LPIPSDistance | None:
+        """LPIPS, where it is asked for.
+
+        Raises:
+            UserError: a file cannot be used, the images are too small for it, or the model has no solver whose steps
+                could be chosen.
+        """
+        if self.solver_steps and not hasattr(pipeline, "decoder"):
+            raise UserError(f"solver steps are for D-AR models, this is a {pipeline.kind}. Leave out --solver-steps.")
+        for steps in self.solver_steps:
+            # checks its arguments at once and draws only when it is read
+            cast("DARPipeline", pipeline).stream(num_inference_steps=steps, seed=0)
+        if not self.lpips_weights:
+            return None
+        if pipeline.image_size < _FEWEST_LPIPS_PX:
+            raise UserError(
+                f"LPIPS needs images of {_FEWEST_LPIPS_PX} pixels or more, the model's have {pipeline.image_size}. "
+                "Leave out --lpips-weights."
+            )
+        return LPIPSDistance.from_files(*self.lpips_weights)
+
+
+THE_USUAL = Measures()
+
+
 def held_out_scores(
-    pipeline: AnyPipeline, images: ImageSet, network: FeatureNetwork, model_ids: Sequence[int]
+    pipeline: AnyPipeline,
+    images: ImageSet,
+    network: FeatureNetwork,
+    model_ids: Sequence[int],
+    *,
+    lpips: LPIPSDistance | None = None,
+    solver_steps: Sequence[int] = (),
 ) -> tuple[list[Score], list[Curve]]:
     """Reconstruction and likelihood; nothing where there are fewer than two images.
 
@@ -28,11 +90,13 @@ def held_out_scores(
         images: held out, of the model's size.
         network: for the distance of the reconstructions.
         model_ids: the model's id of every class of the data; empty where either side has no classes.
+        lpips: measured too where it is given.
+        solver_steps: numbers of solver steps with which images are rebuilt too (D-AR).
     """
     images = some(images, HELD_OUT_LIMIT)
     if len(images) < 2:
         return [], []
-    report = reconstruction_report(pipeline, images, network)
+    report = reconstruction_report(pipeline, images, network, lpips=lpips, solver_steps=solver_steps)
     labels: list[Label] = [None] * len(images)
     if images.labels is not None and model_ids:
         labels = [model_ids[label] for label in images.labels]
@@ -92,8 +156,18 @@ def _curves(report: ReconstructionReport, likelihood: LikelihoodScores) -> list[
     psnr = tuple(float(one.psnr.mean()) for one in stages.values())
     frechet = tuple(one.frechet for one in stages.values())
     bits = likelihood.by_stage
+    solved, steps = report.by_solver_steps, tuple(map(str, report.by_solver_steps))
+    by_solver = [
+        Curve(name=name, along="solver steps", positions=steps, values=values, note="All tokens are used.")
+        for name, values in (
+            ("PSNR, dB", tuple(float(one.psnr.mean()) for one in solved.values())),
+            ("r-FD", tuple(one.frechet for one in solved.values())),
+        )
+        if solved
+    ]
     return [
         Curve(name="PSNR, dB", along="tokens used", positions=names, values=psnr, note=note),
         Curve(name="r-FD", along="tokens used", positions=names, values=frechet, note=note),
         Curve(name="bits per token", along="tokens", positions=tuple(bits), values=tuple(bits.values())),
+        *by_solver,
     ]

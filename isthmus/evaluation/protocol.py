@@ -138,6 +138,7 @@ class EvaluationRecord:
         warnings: what makes a score mislead.
         scores: of the samples; those to read first come first.
         class_scores: class -> name of a score -> value.
+        measures: what was measured on held-out images beyond the usual: hashes of LPIPS' weights, solver steps.
         held_out: reconstruction and likelihood of held-out images.
         curves: scores by scale, position or number of tokens.
         sweep: guidance -> scores, where a sweep was asked for.
@@ -151,6 +152,7 @@ class EvaluationRecord:
     warnings: tuple[str, ...] = ()
     scores: tuple[Score, ...] = ()
     class_scores: dict[str, dict[str, float]]
+    measures: dict[str, Any]
     held_out: tuple[Score, ...] = ()
     curves: tuple[Curve, ...] = ()
     sweep: dict[str, tuple[Score, ...]]
@@ -193,6 +195,7 @@ def read_record(folder: Path) -> EvaluationRecord:
             warnings=tuple(values["warnings"]),
             scores=_scores(values["scores"]),
             class_scores={name: dict(found) for name, found in values["class_scores"].items()},
+            measures=dict(values["measures"]),
             held_out=_scores(values["held_out"]),
             curves=tuple(_from(Curve, curve) for curve in values["curves"]),
             sweep={guidance: _scores(found) for guidance, found in values["sweep"].items()},
@@ -225,6 +228,9 @@ def same_protocol(a: EvaluationRecord, b: EvaluationRecord) -> list[str]:
         ours, theirs = getattr(a.protocol, name), getattr(b.protocol, name)
         if ours != theirs:
             differences.append(f"{words}: {_shown(a, name, ours)} and {_shown(b, name, theirs)}")
+    ours, theirs = (record.measures.get("lpips_sha256") for record in (a, b))
+    if ours and theirs and ours != theirs:
+        differences.append("weights of LPIPS")
     return differences
 
 

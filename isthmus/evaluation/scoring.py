@@ -17,7 +17,13 @@ from isthmus.evaluation.generation_scores import (
     memorisation,
     statistics_score,
 )
-from isthmus.evaluation.guards import FEWEST_FOR_FRECHET, check_classes, check_enough_images, check_small_set
+from isthmus.evaluation.guards import (
+    FEWEST_FOR_FRECHET,
+    check_balance,
+    check_classes,
+    check_enough_images,
+    check_small_set,
+)
 from isthmus.evaluation.neighbours import nearest_neighbours
 from isthmus.evaluation.protocol import Score
 from isthmus.evaluation.real_side import RealSide, Reference
@@ -85,6 +91,10 @@ def score_samples(
         distances = distance_scores(samples, real.reference, network)
         halves = (real.reference.reference[headline], real.reference.other[headline], real.reference.ruined[headline])
         neighbourhoods = manifold_score_list(rows, *halves)
+    known = reference.images
+    if labels is not None and names and known is not None and known.labels is not None:
+        if known.class_names == tuple(names):
+            warnings.append(check_balance(labels, known.labels, names))
     classes, by_class = [], {}
     if real.training is not None and real.held_out is not None and labels is not None and names:
         warning = check_classes(labels)

@@ -121,7 +121,15 @@ def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, image
 def test_d_ar_and_unlabelled_models(evaluate, tmp_path):
     tiny_dar().save_pretrained(tmp_path / "dar")
     evaluate(tmp_path / "a", "--steps", 2, "--guidance", 1.5, "--balance", "data", model=tmp_path / "dar")
+    before = read_record(tmp_path / "a")
+    assert not any(curve.along == "solver steps" for curve in before.curves)
+    # asked for more, the same samples are measured again
+    again = ("--steps", 2, "--guidance", 1.5, "--balance", "data", "--solver-steps", "1,2")
+    evaluate(tmp_path / "a", *again, model=tmp_path / "dar")
     record = read_record(tmp_path / "a")
+    assert record.scores == before.scores and record.held_out == before.held_out
+    solved = [curve for curve in record.curves if curve.along == "solver steps"]
+    assert [(curve.name, curve.positions) for curve in solved] == [("PSNR, dB", ("1", "2")), ("r-FD", ("1", "2"))]
     assert record.subject.steering == {"num_inference_steps": 2} and "as often as" in record.protocol.balance
     assert {"bits per token", "PSNR, dB", "r-FD-lite0-192"} <= set(scores(tmp_path / "a"))
     tiny_pipeline(num_classes=0).save_pretrained(tmp_path / "unlabelled")
@@ -143,6 +151,8 @@ def test_d_ar_and_unlabelled_models(evaluate, tmp_path):
         ("MODEL --data DATA --features vgg --out OUT", "lite0"),
         ("MODEL --data DATA --features inception:none.pth --out OUT", "none.pth"),
         ("MODEL --data DATA --solver euler --out OUT", "no solver"),
+        ("MODEL --data DATA --solver-steps 4 --out OUT", "D-AR"),
+        ("MODEL --data DATA --lpips-weights none.pth --out OUT", "16 pixels"),
         ("MODEL --data DATA --sweep-guidance 1,1.0 --out OUT", "twice"),
         ("MODEL --data DATA --reference nowhere --out OUT", "nowhere"),
         ("MODEL --data DATA --reference TRAIN --out OUT", "copying them would score best"),

@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from isthmus.errors import UserError
 from isthmus.evaluation.guards import (
     BUILT_IN_SENTENCE,
+    check_balance,
     check_classes,
     check_duplicates,
     check_enough_images,
@@ -66,6 +69,17 @@ def test_a_reference_made_of_training_images_is_refused():
     with pytest.raises(UserError, match="not trained on"):
         check_reference(training[:3], training, built_in=False)
     assert check_reference(training + held_out, training, built_in=True) == BUILT_IN_SENTENCE
+
+
+@given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=5), times=st.integers(1, 3))
+def test_only_moved_classes_are_said(counts, times):
+    """Equal frequencies pass, whatever the numbers; a class that the reference lacks is named."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    names = [f"class {i}" for i in range(len(counts) + 1)]
+    assert check_balance(labels, np.repeat(labels, times), names) is None
+    moved = np.full_like(labels, len(counts))
+    warning = check_balance(moved, labels, names)
+    assert warning is not None and names[-1] in warning and "100 % of the samples, 0 % of the reference" in warning
 
 
 def test_single_classes_and_small_sets_are_said():

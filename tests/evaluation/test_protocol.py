@@ -55,6 +55,7 @@ def record(**changes) -> EvaluationRecord:
         warnings=("few images",),
         scores=SCORES,
         class_scores={"face": {"accuracy": 0.5}, "flag": {}},
+        measures={"lpips_sha256": ["d" * 64], "solver_steps": [4, 8]},
         held_out=(Score(name="bits per token", value=math.inf),),
         curves=(Curve(name="PSNR, dB", along="scale", positions=("1 x 1", "2 x 2"), values=(9.5, 12.0)),),
         sweep={"1": SCORES, "2": SCORES},
