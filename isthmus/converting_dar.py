@@ -64,6 +64,11 @@ def convert_dar(
     prior_parts = convert_next_token_prior_state(
         read_weights(prior), num_tokens=published.num_tokens, num_heads=num_heads
     )
+    if not published.quantized:
+        raise UserError(
+            f"a prior predicts codes, and the tokenizer in {tokenizer} keeps its tokens continuous. Pass one with a "
+            "codebook."
+        )
     ours, theirs = parts.tokenizer.arguments.get("codebook_size"), prior_parts.arguments["codebook_size"]
     if ours != theirs:
         raise UserError(

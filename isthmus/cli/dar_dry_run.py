@@ -8,6 +8,7 @@ from torch import nn
 
 # the meta device knows no autocast, which both networks turn off around what must stay fp32; fake CPU tensors do
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from isthmus.cli.cost import Cost, report, saved_settings, training_cost
 from isthmus.data.opening import open_source
@@ -16,8 +17,15 @@ from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.models.next_token_prior import TokenLayout, next_token_inputs
 from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
-from isthmus.training.dar_networks import TokenizerParts, check_fit, new_parts, scheduler_for
-from isthmus.training.next_token_prior import build_llama
+from isthmus.training.dar_networks import (
+    TokenizerParts,
+    check_fit,
+    check_saved_networks,
+    named,
+    new_parts,
+    scheduler_for,
+)
+from isthmus.training.next_token_prior import build_llama, config_with_classes
 from isthmus.training.tokenizer_with_decoder import TokenizerWithDecoder
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,7 +64,11 @@ def describe_next_token_prior_run(run: NextTokenPriorRun) -> str:
     )
     layout = TokenLayout(tokenizer["codebook_size"], len(source.class_names), tokenizer["num_tokens"])
     with torch.device("meta"):
-        llama = build_llama(run, layout, saved_settings(run.from_model, "transformer") if run.from_model else None)
+        if run.from_model:
+            config = LlamaConfig(**saved_settings(run.from_model, "transformer"))
+            llama = LlamaForCausalLM(config_with_classes(config, layout, run.model, run.from_model))
+        else:
+            llama = build_llama(run, layout)
 
     def forward(network: nn.Module) -> Any:
         known = torch.zeros(1, layout.num_tokens - 1, dtype=torch.long)
@@ -72,7 +84,8 @@ def describe_next_token_prior_run(run: NextTokenPriorRun) -> str:
 def _saved_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
     tokenizer = DiffusionTokenizer(**saved_settings(run.from_model, "image_tokenizer"))
     decoder = FlowDecoder(**saved_settings(run.from_model, "decoder"))
-    return TokenizerParts(tokenizer, decoder, scheduler_for(tokenizer, {}))
+    check_saved_networks(run, tokenizer, decoder)
+    return TokenizerParts(tokenizer, decoder, scheduler_for(tokenizer, named(run.flow)))
 
 
 def _cost(network: Network, forward: Callable[[Network], Any]) -> Cost:

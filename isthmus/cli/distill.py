@@ -76,6 +76,7 @@ def _sampling(options: SamplingOptions, num_scales: int) -> PriorSampling:
         top_k=options.top_k,
         top_p=options.top_p,
         temperature=options.temperature,
+        smooth=options.smooth,
     )
 
 

@@ -119,7 +119,7 @@ def finish(options: DemoOptions, pipeline: DARPipeline, train: ImageSource, held
     unseen = images_of(held_out, pipeline.image_size)
     rebuilt, shuffled = reconstructions(pipeline, unseen)
     draw_reconstructions(unseen, rebuilt, held_out.labels, options)
-    # an image of the first class, whose layout the others take on
+    # whatever comes first, its layout is what the others take on
     draw_layouts(pipeline, unseen[:1], names, options)
     judge = ClassJudge(train, held_out)
     scores = DARScores(

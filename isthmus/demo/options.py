@@ -12,7 +12,8 @@ class DemoOptions:
     family: Literal["next-scale", "dar"] = "next-scale"
     """next-scale: a multi-scale tokenizer and an SRDD prior; dar: a diffusion tokenizer and a Llama."""
     budget: Literal["short", "long"] = "short"
-    """short: minutes on two cores; long: four times the training."""
+    """short: minutes on two cores; long: four times the training of the tokenizer, and four (next-scale) or three (dar)
+    times that of the prior."""
     out: Path | None = None
     """Folder of everything the demo makes; finished stages in it are used again. None: demo or demo-dar, with -long."""
     classes: tuple[str, ...] = ("face", "flag", "hand", "person")

@@ -15,16 +15,12 @@ Times = Float[Tensor, " n"]
 
 def shift_time(raw_t: Float[Tensor, "*n"], shift: float) -> Float[Tensor, "*n"]:
     """Shifted time raw / (raw + shift (1 - raw)): a shift above 1 spends more steps near the noise, 1 changes nothing.
+    It is undone by the reciprocal shift.
 
     >>> shift_time(torch.tensor([0.0, 0.5, 1.0]), 2.0)
     tensor([0.0000, 0.3333, 1.0000])
     """
     return raw_t / (raw_t + shift * (1 - raw_t))
-
-
-def unshift_time(t: Float[Tensor, "*n"], shift: float) -> Float[Tensor, "*n"]:
-    """The raw time of a shifted one: a shift is undone by its reciprocal."""
-    return shift_time(t, 1 / shift)
 
 
 def interpolate(noise: Images, image: Images, t: Float[Tensor, " b"]) -> Images:

@@ -7,6 +7,7 @@ read up to where they are filled, so nothing is concatenated, masked or asked of
 
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +86,7 @@ class LlamaDecoder:
             raise UserError(f"8-bit weights are for CPUs, the prior is on {self.device}. Use bfloat16 there.")
         if compiled and self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("compiling for a CPU needs g++, or the compiler that CXX names, found none. Leave it out.")
-        self.layout = layout
+        self.layout, self._source = layout, weakref.ref(transformer)
         self.num_positions = layout.num_tokens + 1
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width, self.norm_eps = config.head_dim, config.rms_norm_eps
@@ -105,6 +106,23 @@ class LlamaDecoder:
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._fixed_step = torch.compile(self._at_position, dynamic=False, fullgraph=True, mode=mode)
+
+    def check_belongs(self, transformer: LlamaForCausalLM, layout: TokenLayout) -> None:
+        """Nothing where these are the weights of this prior, where it is now.
+
+        Raises:
+            UserError: they are another prior's, or were laid out before it was moved or cast.
+        """
+        if self.layout != layout or self._source() is not transformer:
+            raise UserError(
+                f"the laid-out weights are those of another prior (for {self.layout}), this one is for {layout}. Lay "
+                "out its own: pipe.llama_decoder()."
+            )
+        if (self.device, self.dtype) != (transformer.device, transformer.dtype):
+            raise UserError(
+                f"the weights were laid out on {self.device} in {self.dtype}, and the prior is on {transformer.device} "
+                f"in {transformer.dtype} now. Lay them out again: pipe.llama_decoder()."
+            )
 
     def new_cache(self, num_sequences: int) -> LlamaCache:
         """An empty cache for this many sequences."""

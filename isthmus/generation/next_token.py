@@ -5,6 +5,7 @@ Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -64,14 +65,16 @@ def generate_tokens(
         raise UserError(f"class labels must be 0..{layout.num_classes} (the null label), got {labels}.")
     lengths = _checked_prefix(prefix_token_ids, prefix_lengths, layout, len(labels))
     plan = _Plan.of(layout, labels, image_seeds, each, transformer.device)
+    if decoder is not None:
+        decoder.check_belongs(transformer, layout)
+    tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=transformer.device)
+    if prefix_token_ids is not None:
+        tokens[:, : prefix_token_ids.shape[1]] = prefix_token_ids.to(transformer.device)
+    if all(stop <= min(lengths) for stop in stops):
+        return (tokens[:, start:stop].clone() for start, stop in pairwise((0, *stops)))
     if decoder is None:
         rows = len(labels) * (2 if min(lengths) < plan.num_with_null_rows else 1)
         decoder = LlamaDecoder(transformer, layout, num_rows=rows)
-    elif decoder.layout != layout:
-        raise UserError(f"the laid-out weights are those of a prior for {decoder.layout}, this one is for {layout}.")
-    tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=decoder.device)
-    if prefix_token_ids is not None:
-        tokens[:, : prefix_token_ids.shape[1]] = prefix_token_ids.to(decoder.device)
     return _outside_inference_mode(_turns(decoder, layout, plan, tokens, lengths, stops))
 
 

@@ -3,8 +3,6 @@
 The chain rule over the sequence is exact: log p(tokens | class) is the sum of log p(token p | class, tokens before p).
 """
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,15 +34,6 @@ def log_likelihood(
     token_ids, class_labels = token_ids.to(transformer.device), class_labels.to(transformer.device)
     logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1])
     return -next_token_loss(logits, token_ids)
-
-
-def bits_per_token(log_likelihoods: Float[Tensor, "b l"]) -> Float[Tensor, " l"]:
-    """Bits that a token costs at every position, on average over the images.
-
-    >>> bits_per_token(torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.25]])))
-    tensor([1., 2.])
-    """
-    return -log_likelihoods.mean(dim=0) / math.log(2)
 
 
 def _check(layout: TokenLayout, token_ids: Int[Tensor, "b l"], class_labels: Int[Tensor, " labels"]) -> None:

@@ -247,8 +247,11 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
         """What the decoder attends to, for a prefix of whole groups; see `condition_vectors`.
 
         Raises:
-            UserError: the tokens are no whole groups, or more than `num_tokens`.
+            UserError: the tokens are no whole groups, or more than `num_tokens`, or an id names no code. The last is
+                looked at on a CPU alone; on a GPU, where it would wait for the device, `check_token_ids` does.
         """
+        if token_ids.device.type == "cpu":
+            self.check_token_ids(token_ids)
         return self.condition_vectors(self.lookup(token_ids), cache)
 
     def condition_vectors(self, quantized: Codes, cache: KeyValueCache | None = None) -> Condition:

@@ -41,7 +41,7 @@ from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.memory import flow_bytes, next_token_bytes
 from isthmus.pipelines.pixels import PixelPipeline, checked_sides
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
-from isthmus.pipelines.steering import Prefix, PrefixLengths, PrefixTokens, resolve_prefix
+from isthmus.pipelines.steering import Prefix, PrefixLengths, TokenInput, resolve_prefix, to_token_ids
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler, Solver
 
 
@@ -122,7 +122,7 @@ class DARPipeline(PixelPipeline):
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
         prefix_image: ImageInput | None = None,
-        prefix_token_ids: PrefixTokens | None = None,
+        prefix_token_ids: TokenInput | None = None,
         prefix_tokens: PrefixLengths = None,
         llama_decoder: LlamaDecoder | None = None,
         height: int | None = None,
@@ -150,7 +150,7 @@ class DARPipeline(PixelPipeline):
             solver: "euler", "adams-bashforth" or "adams-bashforth-variable"; None is the one saved with the model.
             prefix_image: the images begin with the first tokens of this one (one for all, or one for each), which
                 hold their layout.
-            prefix_token_ids: the same, as tokens: (p,) for all images or (b, p).
+            prefix_token_ids: the same, as tokens: (p,) for all images or (b, p), a tensor or lists.
             prefix_tokens: how many tokens of the prefix are kept, for all images or for each.
             llama_decoder: what the method of this name returned, to be used again; None lays the weights out anew.
             height: of the images in pixels, a multiple of the decoder's patch; None is the size trained on.
@@ -199,7 +199,7 @@ class DARPipeline(PixelPipeline):
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
         prefix_image: ImageInput | None = None,
-        prefix_token_ids: PrefixTokens | None = None,
+        prefix_token_ids: TokenInput | None = None,
         prefix_tokens: PrefixLengths = None,
         llama_decoder: LlamaDecoder | None = None,
         height: int | None = None,
@@ -214,8 +214,15 @@ class DARPipeline(PixelPipeline):
 
         A step runs, and is yielded, as soon as its tokens are drawn, before later tokens exist. The arguments, the
         tokens and the last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
-        `preview="solver"` the published rule, the solver's own step to the end. Bad arguments raise at once, before
-        the first step is asked for.
+        `preview="solver"` the published rule, the solver's own step to the end.
+
+        Yields:
+            steps in order; `token_ids` are those that the step waited for, on the CPU, and `preview` is as
+            `output_type` says.
+
+        Raises:
+            UserError: a label, an option, a prefix or a seed is not usable: at once, before the first step is asked
+                for.
         """
         given = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
         request = self._request(
@@ -272,7 +279,7 @@ class DARPipeline(PixelPipeline):
         images: ImageInput | None = None,
         class_labels: Labels = None,
         *,
-        token_ids: Int[Tensor, "b n"] | None = None,
+        token_ids: TokenInput | None = None,
     ) -> Float[Tensor, " b"]:
         """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
 
@@ -286,7 +293,7 @@ class DARPipeline(PixelPipeline):
         images: ImageInput | None = None,
         class_labels: Labels = None,
         *,
-        token_ids: Int[Tensor, "b n"] | None = None,
+        token_ids: TokenInput | None = None,
     ) -> Float[Tensor, "b n"]:
         """Bits that every token costs, by position; arguments as for `log_prob`."""
         return -self._log_likelihood(images, class_labels, token_ids) / math.log(2)
@@ -361,13 +368,14 @@ class DARPipeline(PixelPipeline):
         return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
 
     def _log_likelihood(
-        self, images: ImageInput | None, class_labels: Labels, token_ids: Int[Tensor, "b n"] | None
+        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenInput | None
     ) -> Float[Tensor, "_ n"]:
         if (images is None) == (token_ids is None):
             raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
         if token_ids is None:
             assert images is not None
             token_ids = self.encode(images)
+        token_ids = to_token_ids(self.image_tokenizer, token_ids)
         given = label_list(class_labels)
         labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
         each = torch.tensor(labels * len(token_ids) if len(labels) == 1 else labels, dtype=torch.long)

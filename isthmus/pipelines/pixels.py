@@ -16,7 +16,7 @@ from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.request import OutputType, as_output, check_output_type
 from isthmus.pipelines.saved import SavedPipeline
 from isthmus.pipelines.seeds import image_seeds
-from isthmus.pipelines.steering import encode_images
+from isthmus.pipelines.steering import TokenInput, encode_images, to_token_ids
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler, Solver
 
 
@@ -42,7 +42,7 @@ class PixelPipeline(SavedPipeline):
 
     def decode(
         self,
-        token_ids: Int[Tensor, "b n"],
+        token_ids: TokenInput,
         *,
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
@@ -55,10 +55,10 @@ class PixelPipeline(SavedPipeline):
         """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
 
         Raises:
-            UserError: the tokens are too few or name no codes, or an argument is not usable.
+            UserError: the tokens are too few, too many or name no codes, or an argument is not usable.
         """
         check_output_type(output_type)
-        self.image_tokenizer.check_token_ids(token_ids)
+        token_ids = to_token_ids(self.image_tokenizer, token_ids)
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
         seeds = image_seeds(len(token_ids), seed=seed, image_index=image_index)
         noise = image_noise(seeds, *checked_sides(self.decoder, self.image_size, height, width))
@@ -75,7 +75,7 @@ class PixelPipeline(SavedPipeline):
         image: ImageInput,
         strength: float | int,
         *,
-        token_ids: Int[Tensor, "b n"] | None = None,
+        token_ids: TokenInput | None = None,
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
         seed: int | Sequence[int] | None = 0,
@@ -100,8 +100,7 @@ class PixelPipeline(SavedPipeline):
         """
         check_output_type(output_type)
         pixels = to_images(image, self.image_size)
-        token_ids = self.encode(pixels) if token_ids is None else token_ids
-        self.image_tokenizer.check_token_ids(token_ids)
+        token_ids = self.encode(pixels) if token_ids is None else to_token_ids(self.image_tokenizer, token_ids)
         rows = len(token_ids)
         if len(pixels) not in (1, rows):
             raise UserError(f"a restart needs one image, or one per row of tokens ({rows}), got {len(pixels)}.")

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.pipelines.images import ImageInput, to_images
 
-PrefixTokens = Int[Tensor, "_ p"] | Int[Tensor, " p"]
-"""Tokens of one prefix for all images, or of one for each."""
+TokenInput = Shaped[Tensor, "*dims"] | Sequence[Any]
+"""Tokens (b, n) of several images or (n,) of one: a tensor of integers, or lists as LLM servers return them."""
 PrefixLengths = int | Sequence[int] | None
 
 
@@ -42,11 +43,39 @@ def encode_images(image_tokenizer: DiffusionTokenizer, images: ImageInput) -> In
     return token_ids.cpu().clone()
 
 
+def to_token_ids(image_tokenizer: DiffusionTokenizer, token_ids: TokenInput) -> Int[Tensor, "b n"]:
+    """Tokens as people and servers give them, one row per image.
+
+    Raises:
+        UserError: they are no integers, rows have different lengths, there are more than an image has, or an id names
+            no code.
+    """
+    if not isinstance(token_ids, Tensor):
+        try:
+            token_ids = torch.tensor(token_ids)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"token_ids must be integers, equally many per image, got {type(token_ids).__name__} ({error}). Pass a "
+                "tensor (b, n) or lists of equal lengths."
+            ) from error
+    rows = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
+    if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise UserError(
+            f"token_ids must be integers of shape (n,) or (b, n), got {token_ids.dtype} of shape "
+            f"{tuple(token_ids.shape)}. Pass what encode returned."
+        )
+    most = image_tokenizer.config["num_tokens"]
+    if rows.shape[1] > most:
+        raise UserError(f"an image has {most} tokens, got {rows.shape[1]}. Leave out the class, and what follows.")
+    image_tokenizer.check_token_ids(rows)
+    return rows
+
+
 def resolve_prefix(
     image_tokenizer: DiffusionTokenizer,
     num_images: int,
     image: ImageInput | None,
-    token_ids: PrefixTokens | None,
+    token_ids: TokenInput | None,
     lengths: PrefixLengths,
 ) -> Prefix | None:
     """The prefix of every image of a request; None where none was asked for.
@@ -72,22 +101,15 @@ def resolve_prefix(
             raise UserError("prefix_image needs prefix_tokens: how many tokens of the image are kept.")
         token_ids = encode_images(image_tokenizer, image)
     assert token_ids is not None
-    rows = _rows(token_ids, num_images)
-    image_tokenizer.check_token_ids(rows)
-    return Prefix(rows, _lengths(lengths, rows, image_tokenizer.config["num_tokens"]))
-
-
-def _rows(token_ids: PrefixTokens, num_images: int) -> Int[Tensor, "b p"]:
-    rows = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
+    rows = to_token_ids(image_tokenizer, token_ids)
     if len(rows) not in (1, num_images):
         raise UserError(f"a prefix is one for all images or one for each ({num_images}), got {len(rows)}.")
-    return rows.expand(num_images, -1)
+    rows = rows.expand(num_images, -1)
+    return Prefix(rows, _lengths(lengths, rows))
 
 
-def _lengths(lengths: PrefixLengths, rows: Int[Tensor, "b p"], num_tokens: int) -> list[int]:
+def _lengths(lengths: PrefixLengths, rows: Int[Tensor, "b p"]) -> list[int]:
     num_images, given = rows.shape
-    if given > num_tokens:
-        raise UserError(f"a prefix has at most {num_tokens} tokens (those of an image), got {given}. Shorten it.")
     kept = given if lengths is None else lengths
     each = [kept] * num_images if isinstance(kept, int) else list(kept)
     if len(each) != num_images:

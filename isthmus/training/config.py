@@ -197,7 +197,8 @@ class TokenizerRun(Run):
     freeze_encoder: bool = False
     """Train the decoder alone (with --from): token ids stay what they were."""
     continuous_steps: int = 100
-    """First steps without quantisation; the codebook then starts from encoder outputs."""
+    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs. One that goes
+    on from a model (--from) has its codebook."""
     revive_every: int = 100
     """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
     usage_warning: float = 0.2
@@ -253,6 +254,8 @@ class PriorSampling:
     """Keep the likeliest codes that hold this probability together."""
     temperature: float = 1.0
     """Divides the logits."""
+    smooth: bool = False
+    """Mix codes instead of drawing one: softer images (next-scale models)."""
 
 
 @dataclass(frozen=True, kw_only=True)

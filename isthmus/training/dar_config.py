@@ -179,7 +179,8 @@ class DiffusionTokenizerRun(Run):
     freeze_encoder: bool = False
     """Train the causal stack and the decoder alone (with --from): token ids stay what they were."""
     continuous_steps: int = 100
-    """First steps without quantisation; the codebook then starts from encoder outputs. 0 starts it at random."""
+    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs. 0 starts it
+    at random. One that goes on from a model (--from) has its codebook."""
     revive_every: int = 100
     """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
     usage_warning: float = 0.2

@@ -12,6 +12,7 @@ from isthmus.data.views import Sample
 from isthmus.functional.psnr import psnr
 from isthmus.functional.shapes import Images
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
+from isthmus.pictures import spread
 from isthmus.training.usage import CodebookUsage, code_counts
 
 _BATCH = 32
@@ -40,7 +41,10 @@ class DiffusionTokenizerScores:
 
     @property
     def gap(self) -> float:
-        """What the right codes are worth, dB: near 0 where the decoder ignores them, however low the flow loss is."""
+        """What the right codes are worth, dB: near 0 where the decoder ignores them, however low the flow loss is.
+
+        0 for a single image, which has no other's codes to be compared with.
+        """
         return self.psnr - self.psnr_shuffled
 
     def as_floats(self) -> dict[str, float]:
@@ -54,23 +58,29 @@ class DiffusionTokenizerScores:
 def diffusion_tokenizer_scores(
     tokenizer: DiffusionTokenizer, decode: Decode, images: "Dataset[Sample]", *, limit: int, quantize: bool = True
 ) -> DiffusionTokenizerScores:
-    """Measure a tokenizer and its decoder on the first `limit` images of a data set (already in a mixed order).
+    """Measure a tokenizer and its decoder on `limit` images of a data set, evenly spread over it.
 
-    Every image is decoded twice: from its own codes, and from those of the image before it. Without `quantize` the
-    latents take the place of codes, as in training before there is a codebook.
+    Every image is decoded twice: from its own codes, and from those of the image half the set away, which is of another
+    class where the set is sorted. Without `quantize` the latents take the place of codes, as in training before there
+    is a codebook.
     """
-    count = min(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
-    own, shuffled, ids = [], [], []
-    for start in range(0, count, _BATCH):
-        numbers = range(start, min(start + _BATCH, count))
-        batch = torch.stack([torch.as_tensor(images[i]["image"]) for i in numbers]).to(tokenizer.device)
-        quantized, token_ids = latents_or_codes(tokenizer, batch, quantize=quantize)
-        ids += [] if token_ids is None else [token_ids.cpu()]
-        own.append(psnr(decode(quantized, numbers), batch).cpu())
-        shuffled.append(psnr(decode(quantized.roll(1, dims=0), numbers), batch).cpu())
+    chosen = spread(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
+    batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
+
+    def pixels(numbers: Sequence[int]) -> Images:
+        return torch.stack([torch.as_tensor(images[i]["image"]) for i in numbers]).to(tokenizer.device)
+
+    read = [latents_or_codes(tokenizer, pixels(numbers), quantize=quantize) for numbers in batches]
+    codes, ids = torch.cat([codes for codes, _ in read]), [ids.cpu() for _, ids in read if ids is not None]
+    others = codes.roll(len(chosen) // 2, dims=0)
+    own, shuffled = [], []
+    for numbers, right, wrong in zip(batches, codes.split(_BATCH), others.split(_BATCH), strict=True):
+        targets = pixels(numbers)
+        own.append(psnr(decode(right, numbers), targets).cpu())
+        shuffled.append(psnr(decode(wrong, numbers), targets).cpu())
     usage, perplexity = _usage(tokenizer, ids) if ids else (1.0, [])
     return DiffusionTokenizerScores(
-        num_images=count,
+        num_images=len(chosen),
         psnr=float(torch.cat(own).mean()),
         psnr_shuffled=float(torch.cat(shuffled).mean()),
         usage=usage,

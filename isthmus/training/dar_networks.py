@@ -59,13 +59,18 @@ def new_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
 def saved_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
     """The networks of `from_model`; what the run says of the diffusion takes the place of what is saved."""
     parts = load_parts(run.from_model)
-    refuse_contradictions(parts.image_tokenizer, named(run.model), run.from_model)
-    wanted = decoder_arguments(run.decoder, parts.image_tokenizer, parts.decoder)
-    refuse_contradictions(parts.decoder, wanted, run.from_model, options="decoder")
+    check_saved_networks(run, parts.image_tokenizer, parts.decoder)
     saved = {name: parts.scheduler.config[name] for name in ("num_inference_steps", "time_shift", "data_std", "solver")}
     return TokenizerParts(
         parts.image_tokenizer, parts.decoder, scheduler_for(parts.image_tokenizer, saved | named(run.flow))
     )
+
+
+def check_saved_networks(run: DiffusionTokenizerRun, tokenizer: DiffusionTokenizer, decoder: FlowDecoder) -> None:
+    """Raise UserError where the run asks for other networks than those it starts from."""
+    refuse_contradictions(tokenizer, named(run.model), run.from_model)
+    wanted = decoder_arguments(run.decoder, tokenizer, decoder)
+    refuse_contradictions(decoder, wanted, run.from_model, options="decoder")
 
 
 def scheduler_for(tokenizer: DiffusionTokenizer, settings: Mapping[str, Any]) -> FlowMatchingScheduler:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
-from isthmus.models.next_token_prior import TokenLayout
+from isthmus.generation.options import SamplingOptions
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.checkpoints import gathered, written_or_explained
@@ -19,7 +19,7 @@ from isthmus.training.dar_config import NextTokenPriorRun
 from isthmus.training.dar_export import TokenizerParts
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.next_token_objective import NextTokenObjective
-from isthmus.training.saved_networks import data_record, protocol, sampling_options
+from isthmus.training.saved_networks import data_record, protocol
 
 logger = logging.getLogger("isthmus")
 
@@ -57,7 +57,7 @@ def export_dar_pipeline(
     accelerator: Accelerator,
     parts: TokenizerParts,
     transformer: LlamaForCausalLM,
-    layout: TokenLayout,
+    options: SamplingOptions,
     run: NextTokenPriorRun,
     source: ImageSource | ImageStream,
 ) -> Path:
@@ -73,9 +73,7 @@ def export_dar_pipeline(
             transformer=transformer,
             scheduler=parts.scheduler,
             class_names=source.class_names,
-            sampling_defaults=sampling_options(
-                run.sampling, codebook_size=layout.codebook_size, num_classes=layout.num_classes
-            ),
+            sampling_defaults=options,
             data=data_record(source),
             protocol=protocol(run),
         )

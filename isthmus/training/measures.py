@@ -10,6 +10,7 @@ from isthmus.data.views import Sample
 from isthmus.functional.psnr import psnr
 from isthmus.functional.shapes import Images
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.pictures import spread
 from isthmus.training.usage import CodebookUsage, code_counts
 
 
@@ -20,7 +21,7 @@ class TokenizerScores:
     Attributes:
         num_images: images measured.
         psnr: mean over images, dB.
-        psnr_by_scale: of the reconstruction from scales 0..k, mean over at most 64 images.
+        psnr_by_scale: of the reconstruction from scales 0..k, mean over at most 64 of them.
         usage: share of the codebook that any scale uses.
         usage_by_scale, perplexity_by_scale: the same for every scale.
     """
@@ -42,18 +43,20 @@ class TokenizerScores:
 
 @torch.no_grad()
 def tokenizer_scores(tokenizer: MultiScaleVQVAE, images: "Dataset[Sample]", *, limit: int = 1024) -> TokenizerScores:
-    """Measure a tokenizer on the first `limit` images of a data set (already in a mixed order)."""
+    """Measure a tokenizer on `limit` images of a data set, evenly spread over it."""
     device = tokenizer.codebook.weight.device
-    count = min(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
+    chosen = spread(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
     values, partial = [], []
+    starts = range(0, len(chosen), 32)
+    shown = {starts[i] for i in spread(len(starts), 2)}
     usage = CodebookUsage(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings, decay=0.0)
     counts = torch.zeros(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings)
-    for start in range(0, count, 32):
-        batch = _stack(images, range(start, min(start + 32, count))).to(device)
+    for start in starts:
+        batch = _stack(images, chosen[start : start + 32]).to(device)
         token_ids = tokenizer.encode(batch).token_ids
         counts += code_counts(token_ids, tokenizer.codebook.num_embeddings).cpu()
         values.append(psnr(tokenizer.decode(token_ids), batch).cpu())
-        if start < 64:
+        if start in shown:
             by_scale = [
                 psnr(tokenizer.decode_features(tokenizer.features_up_to(token_ids, k)), batch).cpu()
                 for k in range(tokenizer.schedule.num_scales)
@@ -61,7 +64,7 @@ def tokenizer_scores(tokenizer: MultiScaleVQVAE, images: "Dataset[Sample]", *, l
             partial.append(torch.stack(by_scale, dim=1))
     usage.update(counts)
     return TokenizerScores(
-        num_images=count,
+        num_images=len(chosen),
         psnr=float(torch.cat(values).mean()),
         psnr_by_scale=torch.cat(partial).mean(dim=0).tolist(),
         usage=float((counts.sum(dim=0) > 0).float().mean()),

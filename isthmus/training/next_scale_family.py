@@ -56,8 +56,15 @@ class NextScaleFamily:
         self.encoder = encoder_for(tokenizer, self.schedule)
         self.facts: dict[str, object] = {}
         self.options = sampling_options(
-            run.sampling, codebook_size=network.config["codebook_size"], num_classes=network.null_class_id
+            run.sampling,
+            codebook_size=network.config["codebook_size"],
+            num_classes=network.null_class_id,
+            num_guided_steps=self.schedule.num_scales,
         )
+
+    def place(self, device: torch.device) -> None:
+        """Move the tokenizer to the device of the training."""
+        self.tokenizer.to(device)  # pyright: ignore[reportArgumentType]  diffusers wraps it
 
     def regularisation(self) -> AbstractContextManager[object]:
         """Nothing is attached to the network: stochastic depth goes in with the batch."""

@@ -1,5 +1,6 @@
 """What is particular about training a next-token prior: the Llama of D-AR."""
 
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
@@ -44,6 +45,7 @@ class NextTokenPrior:
         parts: tokenizer, decoder and scheduler, all frozen.
         train, held_out: images.
         network: the Llama with its objective.
+        options: how previews are drawn, and the defaults of the saved pipeline.
     """
 
     sharded = ("LlamaDecoderLayer",)
@@ -58,6 +60,14 @@ class NextTokenPrior:
         self.layout = layout_of(self.tokenizer.config, len(self.train.class_names))
         self.network = NextTokenObjective(llama, self.layout, embedding_dropout=run.embedding_dropout)
         self._dropout = ResidualDropout(llama, run.residual_dropout)
+        if run.sampling.smooth:
+            raise UserError("sampling.smooth mixes the codes of a whole scale, and this model has none. Leave it out.")
+        self.options = sampling_options(
+            run.sampling,
+            codebook_size=self.layout.codebook_size,
+            num_classes=self.layout.num_classes,
+            num_guided_steps=self.layout.num_tokens,
+        )
 
     @staticmethod
     def has_unused_parameters(run: NextTokenPriorRun) -> bool:
@@ -68,6 +78,11 @@ class NextTokenPrior:
     def is_compiled(run: NextTokenPriorRun) -> bool:
         """The hooks that drop residuals would break a graph at every layer."""
         return False
+
+    def place(self, device: torch.device) -> None:
+        """Move tokenizer and decoder, which previews need too, to the device of the training."""
+        for part in (self.parts.image_tokenizer, self.parts.decoder):
+            part.to(device)  # pyright: ignore[reportArgumentType]  diffusers wraps it
 
     def regularisation(self) -> AbstractContextManager[object]:
         """The residual dropouts, attached for as long as the loop runs."""
@@ -119,14 +134,11 @@ class NextTokenPrior:
 
     def save_samples(self, model: LlamaForCausalLM, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
-        options = sampling_options(
-            self.run.sampling, codebook_size=self.layout.codebook_size, num_classes=self.layout.num_classes
-        )
-        save_token_samples(self.parts, model, self.layout, self.train.class_names, options, folder, step)
+        save_token_samples(self.parts, model, self.layout, self.train.class_names, self.options, folder, step)
 
     def export(self, accelerator: Accelerator, model: LlamaForCausalLM) -> Path:
         """Write the pipeline."""
-        return export_dar_pipeline(accelerator, self.parts, model, self.layout, self.run, self.train)
+        return export_dar_pipeline(accelerator, self.parts, model, self.options, self.run, self.train)
 
 
 def prepare(
@@ -161,17 +173,13 @@ def layout_of(tokenizer: Mapping[str, Any], num_classes: int) -> TokenLayout:
     return TokenLayout(tokenizer["codebook_size"], num_classes, tokenizer["num_tokens"])
 
 
-def build_llama(
-    run: NextTokenPriorRun, layout: TokenLayout, saved: Mapping[str, Any] | None = None
-) -> LlamaForCausalLM:
-    """An untrained Llama of the run's sizes, or of those in the settings of a saved one.
+def build_llama(run: NextTokenPriorRun, layout: TokenLayout) -> LlamaForCausalLM:
+    """An untrained Llama of the run's sizes.
 
     Raises:
         UserError: a size is missing or does not fit.
     """
     wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
-    if saved is not None:
-        wanted = {name: saved[theirs] for name, theirs in _SIZES.items()}
     missing = [name for name in ("width", "num_layers", "num_heads") if name not in wanted]
     if missing:
         raise UserError(f"a new prior needs model.{missing[0]}, got none. Name it, or start from a --preset.")
@@ -193,15 +201,7 @@ def with_new_classes(
     Raises:
         UserError: an argument contradicts the saved model.
     """
-    for option, value in asdict(wanted).items():
-        present = getattr(source.config, _SIZES[option])
-        if value is not None and value != present:
-            raise UserError(
-                f"model.{option} is {present} in {name}, got {value}. Leave it out: a model that is fine-tuned keeps "
-                "its network."
-            )
-    TokenLayout.of(source.config, layout.codebook_size, layout.num_tokens)
-    model = build_llama(NextTokenPriorRun(), layout, source.config.to_dict())
+    model = LlamaForCausalLM(config_with_classes(source.config, layout, wanted, name))
     state, codes = source.state_dict(), layout.codebook_size
     embedding = state["model.embed_tokens.weight"]
     null = len(embedding) - codes - 1
@@ -211,6 +211,25 @@ def with_new_classes(
     state["lm_head.weight"] = torch.cat([head[:codes], head.new_zeros(layout.num_classes + 1, head.shape[1])])
     model.load_state_dict(state)
     return model
+
+
+def config_with_classes(source: LlamaConfig, layout: TokenLayout, wanted: LlamaModel, name: str) -> LlamaConfig:
+    """The settings of a saved Llama with the vocabulary of other classes; all else is kept.
+
+    Raises:
+        UserError: an argument contradicts them, or they are no prior's of these tokens.
+    """
+    for option, value in asdict(wanted).items():
+        present = getattr(source, _SIZES[option])
+        if value is not None and value != present:
+            raise UserError(
+                f"model.{option} is {present} in {name}, got {value}. Leave it out: a model that is fine-tuned keeps "
+                "its network."
+            )
+    TokenLayout.of(source, layout.codebook_size, layout.num_tokens)
+    config = copy.deepcopy(source)
+    config.vocab_size = layout.vocab_size
+    return config
 
 
 def bits_by_group(prefix: str, nats: Tensor) -> dict[str, float]:

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -46,6 +47,10 @@ class PriorFamily(Protocol):
     @staticmethod
     def is_compiled(run: Any) -> bool:
         """Whether the network goes through `torch.compile`."""
+        ...
+
+    def place(self, device: torch.device) -> None:
+        """Move what is frozen, previews included, to the device of the training."""
         ...
 
     def regularisation(self) -> AbstractContextManager[object]:

@@ -56,6 +56,11 @@ _FREE_FIELDS = {
     # a place: what lies there is told apart by its fingerprint, among the facts
     "tokenizer",
     "strict",
+    # how previews are drawn, and what the saved model draws with where nothing is asked for
+    "sampling",
+    # what a report says of a finished distillation
+    "baseline",
+    "report_images",
 }
 
 

@@ -9,6 +9,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
+from isthmus.functional.guidance import guidance_values
+from isthmus.functional.sampling import check_filters
 from isthmus.generation.options import SamplingOptions, parse_guidance
 from isthmus.training.checkpoints import gathered
 from isthmus.training.config import PriorSampling, Run
@@ -59,14 +61,20 @@ def refuse_contradictions(
             )
 
 
-def sampling_options(settings: PriorSampling, *, codebook_size: int, num_classes: int) -> SamplingOptions:
-    """A run's settings of draws for its model; without classes there is nothing to guide."""
-    return SamplingOptions(
-        guidance_scale=parse_guidance(settings.guidance) if num_classes else 1.0,
-        top_k=None if settings.top_k is None else min(settings.top_k, codebook_size),
-        top_p=settings.top_p,
-        temperature=settings.temperature,
-    )
+def sampling_options(
+    settings: PriorSampling, *, codebook_size: int, num_classes: int, num_guided_steps: int
+) -> SamplingOptions:
+    """A run's settings of draws for its model; without classes there is nothing to guide.
+
+    Raises:
+        UserError: the model cannot draw with them. Asked at the start, that costs nothing; the first preview may come
+            after days.
+    """
+    guidance = parse_guidance(settings.guidance) if num_classes else 1.0
+    guidance_values(guidance, num_guided_steps)
+    filters = {"top_k": settings.top_k, "top_p": settings.top_p, "temperature": settings.temperature}
+    check_filters(**filters, codebook_size=codebook_size)
+    return SamplingOptions(guidance_scale=guidance, **filters, smooth=settings.smooth)
 
 
 def data_record(source: ImageSource | ImageStream) -> dict[str, Any]:

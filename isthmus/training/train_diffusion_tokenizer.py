@@ -90,6 +90,9 @@ def train_diffusion_tokenizer(run: DiffusionTokenizerRun) -> Path:
     )
     guard, bar = FiniteGuard(accelerator.device), progress_bar(accelerator, progress, "tokenizer")
     model.train()
+    if run.freeze_encoder and tokenizer.latent_batch_norm is not None:
+        # its running statistics are no parameters, and they decide about token ids as weights do
+        tokenizer.latent_batch_norm.eval()
 
     with StopRequest() as stop, bar:
         while progress.step < run.num_steps and not stop.agreed(accelerator):

@@ -16,6 +16,7 @@ from torch import Tensor
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
 from isthmus.models.fingerprint import fingerprint
+from isthmus.pictures import spread
 from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.config import PriorRun, TokensRun
 from isthmus.training.dar_config import NextTokenPriorRun
@@ -66,7 +67,7 @@ def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
         sharded=kind.sharded if run.parallel == "fsdp2" else (),
     )
     family = kind(run)
-    family.tokenizer.to(accelerator.device)
+    family.place(accelerator.device)
     bare, train = family.network, family.train
     if run.checkpoint_activations:
         bare.enable_gradient_checkpointing()
@@ -169,8 +170,9 @@ def held_out_tokens(family: PriorFamily) -> tuple[Tensor, Tensor]:
     views = EvaluationImages(family.held_out, family.image_size)
     device = family.tokenizer.device
     ids, labels = [], []
-    for start in range(0, min(len(views), _VALIDATION_IMAGES), 64):
-        rows = [views[i] for i in range(start, min(start + 64, len(views)))]
+    chosen = spread(len(views), _VALIDATION_IMAGES)
+    for start in range(0, len(chosen), 64):
+        rows = [views[i] for i in chosen[start : start + 64]]
         images = torch.stack([torch.as_tensor(row["image"]) for row in rows]).to(device)
         ids.append(family.token_ids(images))
         labels += [int(row["class_label"]) for row in rows]

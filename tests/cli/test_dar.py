@@ -129,7 +129,7 @@ def test_published_weights_become_a_pipeline(isthmus, golden, tmp_path):
     assert result.code == 0, result.err
     assert "repa_out" in result.err and "alignment head" in result.err
     assert isthmus("sample", tmp_path / "m", "--classes", 3, "--num", 2, "--out", tmp_path / "o").code == 0
-    assert "10" in isthmus("info", tmp_path / "m").out
+    assert "10 classes" in isthmus("info", tmp_path / "m").out
 
 
 def test_bare_weights_need_the_settings_that_shapes_do_not_tell(isthmus, refused, golden, tmp_path):

@@ -61,10 +61,14 @@ def test_a_dry_run_of_a_prior_on_a_saved_tokenizer(isthmus, refused, tmp_path, d
     assert "tokenizer" in refused("train", "prior", "--preset", "dar-l", "--out", tmp_path / "run", "--dry-run")
 
 
-def test_fine_tuning_takes_the_family_of_the_model(isthmus, tmp_path, data, tokenizer, prior):
+def test_fine_tuning_takes_the_family_of_the_model(isthmus, refused, tmp_path, data, tokenizer, prior):
     words = ("--data", data, "--out", tmp_path / "run", "--dry-run")
     assert resolved(isthmus("train", "tokenizer", "--from", tokenizer, *words))["preset"] == "finetune-dar-tokenizer"
     assert resolved(isthmus("train", "tokenizer", "--from", prior, *words))["preset"] == "finetune-dar-tokenizer"
+    # what the run would refuse, its description refuses
+    assert "model.width is" in refused("train", "tokenizer", "--from", tokenizer, "--model.width", 999, *words)
+    assert "decoder.num_layers is" in refused("train", "tokenizer", "--from", prior, "--decoder.num-layers", 9, *words)
+    assert "model.width is 16" in refused("train", "prior", "--from", prior, "--model.width", 999, *words)
     result = isthmus("train", "prior", "--from", prior, *words)
     assert resolved(result)["preset"] == "finetune-dar-prior" and "2 layers of width 16" in result.out
 

@@ -10,7 +10,6 @@ from isthmus.functional.flow import (
     jump_to_image,
     shift_time,
     time_waves,
-    unshift_time,
     velocity_towards,
 )
 
@@ -23,7 +22,7 @@ def images(seed):
 def test_shift_has_an_inverse_and_keeps_the_ends(raw_t, shift):
     t = torch.tensor([0.0, raw_t, 1.0], dtype=torch.float64)
     shifted = shift_time(t, shift)
-    torch.testing.assert_close(unshift_time(shifted, shift), t)
+    torch.testing.assert_close(shift_time(shifted, 1 / shift), t)
     assert shifted[0] == 0 and shifted[2] == 1
     assert 0 <= shifted[1] <= 1
 

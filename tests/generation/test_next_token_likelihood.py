@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.generation.next_token_likelihood import bits_per_token, log_likelihood
+from isthmus.generation.next_token_likelihood import log_likelihood
 from isthmus.models.next_token_prior import TokenLayout, next_token_logits
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
 
@@ -26,7 +26,6 @@ def test_a_token_costs_what_the_logits_before_it_say():
         logits = next_token_logits(prior, LAYOUT, labels, token_ids[:, :p])[:, -1].log_softmax(dim=-1)
         assert_close(log_p[:, p], logits.gather(1, token_ids[:, p : p + 1])[:, 0].detach())
     assert_close(log_likelihood(prior, LAYOUT, token_ids[:, :5], labels), log_p[:, :5])
-    assert_close(bits_per_token(log_p).sum(), -log_p.sum() / 2 / torch.log(torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize(

@@ -81,15 +81,55 @@ def test_weights_laid_out_once_draw_the_same_images(pipe):
     steps = list(pipe.stream([0, 1], seed=2, llama_decoder=decoder))
     assert torch.equal(torch.cat([s.token_ids for s in steps], dim=1), again.token_ids)
     other = tiny_dar(num_classes=1).llama_decoder()
-    with pytest.raises(UserError, match="those of a prior for"):
+    with pytest.raises(UserError, match="those of another prior"):
         pipe([0], llama_decoder=other)
+    # a prior of the same sizes is another one, and one that was moved or cast is not what was laid out
+    moved = tiny_dar()
+    with pytest.raises(UserError, match="those of another prior"):
+        moved([0], llama_decoder=decoder)
+    before = moved.llama_decoder()
+    moved.to(torch.bfloat16)
+    with pytest.raises(UserError, match="Lay them out again"):
+        moved([0], llama_decoder=before)
 
 
 def test_8_bit_weights_keep_the_seed_law(pipe):
+    """Also beyond the rows that the kernel takes at once, and where prefixes make many rows of few images."""
     decoder = pipe.llama_decoder(int8=True)
-    together = pipe([0, 1], seed=1, llama_decoder=decoder)
-    alone = pipe(1, seed=1, image_index=1, llama_decoder=decoder)
-    assert torch.equal(together.token_ids[1:], alone.token_ids)
+    labels, prefix = [0, 1, 2] * 6, torch.arange(18 * 13).view(18, 13) % 16
+    for kept in (0, 13):
+        steered = {"prefix_token_ids": prefix[:, :kept]} if kept else {}
+        together = pipe(labels, seed=1, llama_decoder=decoder, **steered)
+        for i in (1, 17):
+            steered = {"prefix_token_ids": prefix[i, :kept]} if kept else {}
+            alone = pipe(labels[i], seed=1, image_index=i, llama_decoder=decoder, **steered)
+            assert torch.equal(together.token_ids[i : i + 1], alone.token_ids)
+
+
+def test_tokens_may_be_lists_as_servers_return_them(pipe):
+    drawn = pipe([0, 1], seed=1).token_ids
+    images = pipe.decode(drawn, output_type="pt")
+    assert torch.equal(pipe.decode(drawn.tolist(), output_type="pt"), images)
+    assert torch.equal(pipe.decode(drawn[0].tolist(), output_type="pt"), images[:1])
+    assert_close(
+        pipe.log_prob(token_ids=drawn.tolist(), class_labels=[0, 1]),
+        pipe.log_prob(token_ids=drawn, class_labels=[0, 1]),
+    )
+    prefixed = pipe([0, 1], seed=2, prefix_token_ids=drawn[:, :5].tolist()).token_ids
+    assert torch.equal(prefixed[:, :5], drawn[:, :5])
+    for given, said in (
+        ([[1, 2], [3]], "equally many"),
+        (torch.rand(1, 16), "must be integers"),
+        ([[[1, 2], [3, 4]]], "shape"),
+        (torch.zeros(1, 17, dtype=torch.long), "an image has 16 tokens"),
+        ([16] * 16, "0..15"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipe.decode(given)
+        with pytest.raises(UserError, match=said):
+            pipe.restart(images[:1] * 2 - 1, 0.5, token_ids=given)
+    with pytest.raises(UserError, match=r"0\.\.15"):
+        pipe.image_tokenizer.condition(torch.full((1, 16), 16))
 
 
 def test_the_callback_sees_every_step(pipe):
@@ -263,7 +303,7 @@ def test_unlabelled_models_need_no_labels():
         ({"prefix_image": torch.full((3, 8, 8), float("nan")), "prefix_tokens": 1}, "finite"),
         ({"prefix_image": torch.zeros(3, 8, 7), "prefix_tokens": 1}, "multiples of 4"),
         ({"prefix_image": torch.zeros(3, 8, 8), "prefix_token_ids": torch.tensor([1])}, "got both"),
-        ({"prefix_token_ids": torch.zeros(17, dtype=torch.long)}, "at most 16 tokens"),
+        ({"prefix_token_ids": torch.zeros(17, dtype=torch.long)}, "an image has 16 tokens"),
         ({"prefix_token_ids": torch.tensor([16])}, r"0\.\.15"),
         ({"prefix_token_ids": torch.tensor([-1])}, r"0\.\.15"),
     ],

@@ -1,5 +1,6 @@
 """Whole D-AR runs: an interrupted one equals a straight one, every option trains, what does not fit is refused."""
 
+import copy
 import json
 import logging
 import shutil
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from isthmus import load_pipeline
 from isthmus.errors import UserError
 from isthmus.models.next_token_prior import TokenLayout, next_token_logits
-from isthmus.training.config import run_from_json
-from isthmus.training.dar_config import FlowSettings, LlamaModel
+from isthmus.training.config import PriorSampling, run_from_json
+from isthmus.training.dar_config import DiffusionTokenizerModel, FlowSettings, LlamaModel
 from isthmus.training.dar_export import load_parts
-from isthmus.training.next_token_prior import with_new_classes
+from isthmus.training.next_scale_prior import NextScalePrior
+from isthmus.training.next_token_prior import NextTokenPrior, with_new_classes
 from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
 from tests.training.test_runs import assert_same, weights
@@ -175,6 +178,11 @@ def test_fine_tuning_starts_where_the_source_stands(trained_prior):
         assert torch.equal(next_token_logits(known, new, torch.tensor([3, 0]), ids), expected)
     with pytest.raises(UserError, match=r"model\.width is 16"):
         with_new_classes(source, new, LlamaModel(width=32), "source")
+    # settings that a run cannot name stay as well
+    config = copy.deepcopy(source.config)
+    config.num_key_value_heads, config.rms_norm_eps = 1, 1e-3
+    grouped = with_new_classes(LlamaForCausalLM(config), new, LlamaModel(), "source")
+    assert (grouped.config.num_key_value_heads, grouped.config.rms_norm_eps) == (1, 1e-3)
 
 
 def test_fine_tuning_learns_new_classes(tmp_path, trained_prior):
@@ -196,6 +204,38 @@ def test_tokenizer_fine_tuning_with_a_frozen_encoder_keeps_the_tokens(tmp_path, 
         trains = name.startswith(("from_code.", "token_position", "condition_layers."))
         assert torch.equal(before[name], after[name]) != trains, name
     assert len(load_parts(str(run.out)).scheduler.windows()) == 3
+
+
+def test_a_frozen_encoder_with_latent_norm_keeps_the_tokens_of_other_images(tmp_path, images):
+    """Running statistics decide about ids as weights do: fine-tuning on other images must not move them."""
+    source = diffusion_tokenizer_run(images, tmp_path / "source")
+    train_diffusion_tokenizer(replace(source, model=replace(source.model, latent_norm=True)))
+    other = write_images(tmp_path / "other.npz", count=24, num_classes=2, seed=7)
+    run = diffusion_tokenizer_run(other, tmp_path / "f", from_model=str(source.out), freeze_encoder=True)
+    train_diffusion_tokenizer(replace(run, model=DiffusionTokenizerModel()))
+    before, after = (load_parts(str(folder)).image_tokenizer for folder in (source.out, run.out))
+    pixels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(before.encode(pixels).token_ids, after.encode(pixels).token_ids)
+    moved = [
+        name for name, value in before.named_buffers() if not torch.equal(value, dict(after.named_buffers())[name])
+    ]
+    assert not moved
+
+
+def test_everything_frozen_goes_to_the_device_of_the_training(tmp_path, images, trained, trained_tokenizer):
+    """Previews decode: a decoder that stayed behind would end a run on a GPU at its first one."""
+    dar = NextTokenPrior(next_token_prior_run(images, tmp_path / "dar", trained))
+    dar.place(torch.device("meta"))
+    assert dar.parts.decoder.device.type == dar.parts.image_tokenizer.device.type == "meta"
+    next_scale = NextScalePrior(prior_run(images, tmp_path / "next-scale", trained_tokenizer))
+    next_scale.place(torch.device("meta"))
+    assert next_scale.tokenizer.device.type == next_scale.encoder.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_prior_run_with_previews_ends_on_a_gpu(tmp_path, images, trained):
+    train_prior(next_token_prior_run(images, tmp_path / "gpu", trained, preview_every=2))
+    assert len(list((tmp_path / "gpu" / "previews").iterdir())) == 3
 
 
 def test_run_json_repeats_a_run(tmp_path, images, trained, trained_prior):
@@ -227,6 +267,12 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, images, trained,
         (replace(prior, tokenizer=str(trained_tokenizer)), "holds no decoder"),
         (replace(prior, model=LlamaModel(width=16)), r"model\.num_layers"),
         (replace(prior, model=LlamaModel(width=18, num_layers=1, num_heads=2)), "even|twice the heads"),
+        (replace(prior, sampling=PriorSampling(guidance="strong")), "strong"),
+        (replace(prior, sampling=PriorSampling(guidance="1,2")), "one per|values"),
+        (replace(prior, sampling=PriorSampling(top_p=1.5)), "top_p"),
+        (replace(prior, sampling=PriorSampling(top_k=17)), r"1\.\.16"),
+        (replace(prior, sampling=PriorSampling(temperature=-1.0)), "temperature"),
+        (replace(prior, sampling=PriorSampling(smooth=True)), r"sampling\.smooth"),
     ]:
         with pytest.raises(UserError, match=message):
             train_prior(run)

@@ -1,0 +1,51 @@
+"""Held-out measures of a diffusion tokenizer: which images, and whose codes are the wrong ones."""
+
+import pytest
+import torch
+
+from isthmus.functional.psnr import psnr
+from isthmus.training.dar_measures import diffusion_tokenizer_scores
+from tests.pipelines.tiny_dar import tiny_dar
+
+
+class Sorted(torch.utils.data.Dataset):
+    """Images of two classes, black then white, as a folder of classes gives them."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        grey = -1.0 if index < self.count // 2 else 1.0
+        return {"image": torch.full((3, 8, 8), grey), "class_label": int(grey > 0)}
+
+
+def test_the_wrong_codes_are_those_of_another_class_also_in_a_sorted_set():
+    """A decoder that knows classes alone, and all of them: every right image is exact, every wrong one is not."""
+    tokenizer = tiny_dar().image_tokenizer
+    black, white = (tokenizer.encode(Sorted(2)[i]["image"].unsqueeze(0)).quantized for i in range(2))
+    assert not torch.equal(black, white)
+
+    def decode(codes, numbers):
+        is_white = (codes - white).square().sum(dim=(1, 2)) < (codes - black).square().sum(dim=(1, 2))
+        return torch.where(is_white.view(-1, 1, 1, 1), 1.0, -1.0).expand(-1, 3, 8, 8)
+
+    for limit in (6, 33, 40):  # a part, a rest of one in the last batch, all
+        scores = diffusion_tokenizer_scores(tokenizer, decode, Sorted(40), limit=limit)
+        assert scores.num_images == limit
+        inverse = psnr(torch.ones(1, 3, 8, 8), -torch.ones(1, 3, 8, 8)).item()
+        exact = psnr(torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item()
+        assert scores.psnr == pytest.approx(exact)
+        # an odd number leaves one image whose partner is of its own class
+        wrong = (limit - limit % 2) / limit * inverse + (limit % 2) / limit * exact
+        assert scores.psnr_shuffled == pytest.approx(wrong, abs=1e-3)
+
+
+def test_a_single_image_has_no_gap():
+    pipe = tiny_dar()
+    scores = diffusion_tokenizer_scores(
+        pipe.image_tokenizer, lambda codes, numbers: torch.zeros(len(codes), 3, 8, 8), Sorted(1), limit=8
+    )
+    assert scores.num_images == 1 and scores.gap == 0
