@@ -66,7 +66,7 @@ def main() -> None:
         same = 100 * (best == exact[0]).mean()
         print(f"{margin!s:>10} {share(best == labels):>14} {same:>16.1f} {tokens:>13.0f} {tokens / exact[1]:>9.3f}")
     for views in given.views:
-        found = pipe.classify(images, prune_nats=None, num_views=views, view_noise=0.1)
+        found = pipe.classify(images, prune_nats=None, num_views=views)
         print(f"mean over {views} view(s), noise 0.1: {share(found.class_labels[:, 0].numpy() == labels)} %")
 
     part = images[: given.timed]

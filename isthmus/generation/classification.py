@@ -7,6 +7,7 @@ Diffusion Model is Secretly a Zero-Shot Classifier"); here every likelihood is e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.shapes import LatentMap, TokenPyramid
 from isthmus.generation.next_scale import shared_schedule
 from isthmus.generation.next_scale_likelihood import token_log_likelihood
+from isthmus.layers.attention import KeyValueCache
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
 
@@ -41,9 +43,26 @@ class ClassScores:
     tokens: Int[Tensor, " b"]
 
     @property
+    def order(self) -> Int[Tensor, "b candidates"]:
+        """Columns of the candidates, the most probable first.
+
+        Those that were looked at longer come first: how far a dropped class lay below the best says nothing beside
+        one whose distance went on growing. Among equals the nearest to the best is first.
+        """
+        near = self.below_best.sort(dim=1, stable=True).indices
+        longest = self.scales.gather(1, near).sort(dim=1, descending=True, stable=True).indices
+        return near.gather(1, longest)
+
+    @property
     def probabilities(self) -> Float[Tensor, "b candidates"]:
-        """Posterior under equal priors; exact without pruning, and otherwise up to what dropped classes could gain."""
-        return (-self.below_best.double()).softmax(dim=1).float()
+        """Posterior under equal priors; exact without pruning.
+
+        A dropped class counts as no nearer to the best than those before it in `order`, so it never exceeds a class
+        that was looked at longer; what it gets is an upper bound as far as the scales seen can tell.
+        """
+        order = self.order
+        below = self.below_best.double().gather(1, order).cummax(dim=1).values
+        return torch.zeros_like(below).scatter(1, order, (-below).softmax(dim=1)).float()
 
 
 def surviving(
@@ -72,11 +91,12 @@ def score_classes(
     keep: int = 1,
     margin_nats: float | None = None,
     num_views: int = 1,
+    tokens_at_once: int | None = None,
 ) -> ClassScores:
     """Log-likelihoods of images under every candidate class, scale by scale, dropping classes on the way.
 
     Inputs of the transformer are made once per image, modulations once per class; a causal model keeps the keys of the
-    classes that go on.
+    classes that go on, once these are few enough.
 
     Args:
         image_tokenizer: makes the inputs.
@@ -87,40 +107,109 @@ def score_classes(
             class is left, and costs nothing more.
         margin_nats: a class further below the best than this is dropped; None drops none.
         num_views: token pyramids per image, whose log-likelihoods are averaged.
+        tokens_at_once: bounds the memory: tokens that one pass reads and whose keys are held; None is no bound. The
+            answers do not depend on it; a causal model under a bound reads the first scales several times.
     """
-    schedule, device = shared_schedule(image_tokenizer, transformer), transformer.device
-    token_ids = [ids.long().to(device) for ids in token_ids]
-    images = len(token_ids[0]) // num_views
-    inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
-    by_scale = [inputs[:, :0], *inputs.split(list(schedule.lengths[1:]), dim=1)]
-    conditioning = transformer.condition(torch.tensor(list(candidates), device=device))
-    nats = torch.zeros(images, len(candidates), device=device)
+    schedule = shared_schedule(image_tokenizer, transformer)
+    pairs = _Pairs(image_tokenizer, transformer, token_ids, candidates, num_views, tokens_at_once)
+    nats = torch.zeros(len(token_ids[0]) // num_views, len(candidates), device=transformer.device)
     below, scales = torch.zeros_like(nats), torch.zeros_like(nats, dtype=torch.long)
     alive = torch.ones_like(nats, dtype=torch.bool)
-    cache = transformer.new_cache(nats.numel() * num_views)
-    tokens = torch.zeros(images, dtype=torch.long, device=device)
-    for scale, ids in enumerate(token_ids):
+    tokens = torch.zeros_like(scales[:, 0])
+    # where nothing is dropped nothing is decided between scales
+    ends = range(1, schedule.num_scales + 1) if margin_nats is not None else (schedule.num_scales,)
+    for first, end in pairwise((0, *ends)):
         image, candidate = alive.nonzero(as_tuple=True)
         if not len(image):
             break
-        rows = (image.unsqueeze(1) * num_views + torch.arange(num_views, device=device)).flatten()
-        modulation = _rows_of(conditioning, candidate.repeat_interleave(num_views))
-        logits = transformer.forward_scale(scale, by_scale[scale][rows], modulation, cache)
-        gained = -F.cross_entropy(logits.float().transpose(1, 2), ids[rows], reduction="none").sum(dim=1)
-        nats[image, candidate] += gained.view(-1, num_views).mean(dim=1)
-        scales[image, candidate] += 1
-        tokens += alive.sum(dim=1) * num_views * schedule.lengths[scale]
+        gained, spent = pairs.read(image, candidate, first, end)
+        nats[image, candidate] += gained
+        scales[image, candidate] = end
+        tokens += alive.sum(dim=1) * spent
         best = nats.masked_fill(~alive, float("-inf")).amax(dim=1, keepdim=True)
         below = torch.where(alive, best - nats, below)
-        if margin_nats is None or scale + 1 == schedule.num_scales:
-            continue
+        if margin_nats is None or end == schedule.num_scales:
+            break
         going_on = surviving(nats, alive, keep=keep, margin_nats=margin_nats)
         if keep == 1:
             going_on = going_on & (going_on.sum(dim=1, keepdim=True) > 1)  # the last one has won
-        if cache is not None:
-            cache.keep_rows(going_on[image, candidate].repeat_interleave(num_views).nonzero().squeeze(1))
+        pairs.keep(going_on[image, candidate])
         alive = going_on
     return ClassScores(nats, scales, below, tokens)
+
+
+# a row's modulations, 6 vectors per block, weigh as much as the keys and values of so many tokens
+_MODULATION_TOKENS = 3
+
+
+class _Pairs:
+    """Reads images under candidate classes, in passes of bounded size.
+
+    A causal model reads a scale after all earlier ones. Where the whole pyramids of all pairs fit into one pass, their
+    keys are kept from scale to scale; until then every pass reads the earlier scales, few tokens, once more.
+    """
+
+    def __init__(
+        self,
+        image_tokenizer: MultiScaleVQVAE,
+        transformer: NextScaleTransformer,
+        token_ids: TokenPyramid,
+        candidates: Sequence[int],
+        num_views: int,
+        tokens_at_once: int | None,
+    ):
+        schedule, device = shared_schedule(image_tokenizer, transformer), transformer.device
+        self.transformer, self.num_views, self.tokens_at_once = transformer, num_views, tokens_at_once
+        self.lengths, self.offsets = schedule.lengths, schedule.offsets
+        self.token_ids = [ids.long().to(device) for ids in token_ids]
+        inputs = image_tokenizer.scale_inputs(self.token_ids, schedule).to(transformer.dtype)
+        self.inputs = [inputs[:, :0], *inputs.split(list(schedule.lengths[1:]), dim=1)]
+        self.conditioning = transformer.condition(torch.tensor(list(candidates), device=device))
+        self.cache: KeyValueCache | None = None  # of the pairs of the last call, where they fitted
+        self.cached_scales = 0
+
+    def read(
+        self, image: Int[Tensor, " pairs"], candidate: Int[Tensor, " pairs"], first: int, end: int
+    ) -> tuple[Float[Tensor, " pairs"], int]:
+        """Nats of the scales first..end - 1, a mean over the views, and the tokens that were read per pair."""
+        markov = self.transformer.is_markov
+        at_once = len(image)
+        if not markov and self._fitting(self.offsets[-1]) >= len(image):
+            if self.cache is None:
+                self.cache = self.transformer.new_cache(len(image) * self.num_views)
+        else:
+            at_once = self._fitting(self.lengths[end - 1] if markov else self.offsets[end])
+        start = first if markov else self.cached_scales
+        parts = zip(image.split(at_once), candidate.split(at_once), strict=True)
+        gained = [self._pass(images, candidates, start, first, end) for images, candidates in parts]
+        self.cached_scales = end if self.cache is not None else 0
+        return torch.cat(gained), self.num_views * (self.offsets[end] - self.offsets[start])
+
+    def keep(self, going_on: Bool[Tensor, " pairs"]) -> None:
+        """Forget the keys of the pairs that are dropped."""
+        if self.cache is not None and not bool(going_on.all()):
+            self.cache.keep_rows(going_on.repeat_interleave(self.num_views).nonzero().squeeze(1))
+
+    def _fitting(self, tokens: int) -> int:
+        """How many pairs of so many tokens each are read at once, at least one."""
+        if self.tokens_at_once is None:
+            return len(self.conditioning.start) * len(self.token_ids[0])
+        return max(1, self.tokens_at_once // (self.num_views * (tokens + _MODULATION_TOKENS)))
+
+    def _pass(
+        self, image: Int[Tensor, " some"], candidate: Int[Tensor, " some"], start: int, first: int, end: int
+    ) -> Float[Tensor, " some"]:
+        views = torch.arange(self.num_views, device=image.device)
+        rows = (image.unsqueeze(1) * self.num_views + views).flatten()
+        modulation = _rows_of(self.conditioning, candidate.repeat_interleave(self.num_views))
+        cache = self.transformer.new_cache(len(rows), num_scales=end) if self.cache is None else self.cache
+        gained = torch.zeros(len(rows), device=image.device)
+        for scale in range(start, end):
+            logits = self.transformer.forward_scale(scale, self.inputs[scale][rows], modulation, cache)
+            if scale >= first:
+                losses = F.cross_entropy(logits.float().transpose(1, 2), self.token_ids[scale][rows], reduction="none")
+                gained -= losses.sum(dim=1)
+        return gained.view(-1, self.num_views).mean(dim=1)
 
 
 def perturbed_views(
@@ -188,14 +277,19 @@ def _rows_of(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditio
 
 
 def check_classification(
-    *, top_k: int, num_candidates: int, num_views: int, noise: float, prune_nats: float | None
+    *, top_k: int, num_candidates: int, num_views: int, noise: float | None, prune_nats: float | None
 ) -> None:
-    """Raise UserError for numbers out of range, or where there is nothing to choose from."""
+    """Raise UserError for numbers out of range, or where there is nothing to choose from or to perturb."""
     if num_candidates < 1:
         raise UserError("classification needs at least one class, got none. Pass class_labels of a model with classes.")
     if not 1 <= top_k <= num_candidates:
         raise UserError(f"top_k must lie in 1..{num_candidates} (the classes to choose from), got {top_k}.")
-    if num_views < 1 or not 0 <= noise <= 1:
+    if noise is not None and num_views == 1:
+        raise UserError(
+            f"view_noise perturbs the views after the first, got {noise} with num_views=1. Ask for more views, or "
+            "leave it out."
+        )
+    if num_views < 1 or not (noise is None or 0 <= noise <= 1):
         raise UserError(
             f"num_views must be at least 1 and view_noise lie in [0, 1] (a share of the latents' standard deviation), "
             f"got {num_views} and {noise}."

@@ -278,11 +278,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
             cache.advance(x.shape[1])
         return self._logits(x, conditioning.head)
 
-    def new_cache(self, batch: int) -> KeyValueCache | None:
-        """An empty cache for `batch` rows; None for a Markov model."""
+    def new_cache(self, batch: int, *, num_scales: int | None = None) -> KeyValueCache | None:
+        """An empty cache for `batch` rows and the first `num_scales` scales (None: all); None for a Markov model."""
         if self.is_markov:
             return None
-        heads, tokens = self.config["num_heads"], self.schedule.num_tokens
+        heads = self.config["num_heads"]
+        tokens = self.schedule.offsets[self.schedule.num_scales if num_scales is None else num_scales]
         return KeyValueCache(
             len(self.blocks),
             batch,

@@ -18,11 +18,14 @@ from isthmus.generation.classification import (
 )
 from isthmus.pipelines.images import ImageInput
 from isthmus.pipelines.labels import resolve_labels
+from isthmus.pipelines.memory import free_bytes
 from isthmus.pipelines.next_scale_likelihood import NextScaleLikelihood
 from isthmus.pipelines.request import Labels, label_list
 from isthmus.pipelines.seeds import image_seeds
 
+DEFAULT_VIEW_NOISE = 0.1
 _IMAGES_AT_ONCE = 8
+_MOST_TOKENS = 2**16  # larger passes are no faster
 
 
 @dataclass
@@ -55,7 +58,7 @@ class NextScaleClassification(NextScaleLikelihood):
         *,
         prune_nats: float | int | None = 8.0,
         num_views: int = 1,
-        view_noise: float | int = 0.1,
+        view_noise: float | int | None = None,
         seed: int = 0,
         image_index: int = 0,
     ) -> ClassificationOutput:
@@ -68,7 +71,8 @@ class NextScaleClassification(NextScaleLikelihood):
             prune_nats: after every scale, a class further below the best than this is dropped; None drops none, and is
                 exact.
             num_views: log-likelihoods are averaged over the image and `num_views` - 1 perturbed copies of its latents.
-            view_noise: standard deviation of the perturbation, as a share of that of the latents, in [0, 1].
+            view_noise: standard deviation of the perturbation, as a share of that of the latents, in [0, 1]; None is
+                0.1. It needs more than one view.
             seed: of the perturbations; image i draws from (seed, image_index + i), whatever the batch.
             image_index: number of the first image.
 
@@ -79,23 +83,24 @@ class NextScaleClassification(NextScaleLikelihood):
         check_classification(
             top_k=top_k, num_candidates=len(candidates), num_views=num_views, noise=view_noise, prune_nats=prune_nats
         )
+        noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
         parts, first = [], image_index
         for latents in self._latents(images):
             seeds = image_seeds(len(latents), seed=seed, image_index=first)
             first += len(latents)
             for some, own in zip(latents.split(_IMAGES_AT_ONCE), _chunks(seeds), strict=True):
-                views = perturbed_views(some, own, num_views=num_views, noise=view_noise)
+                views = perturbed_views(some, own, num_views=num_views, noise=noise)
                 parts.append(
                     score_classes(
                         self.image_tokenizer, self.transformer, self._quantized(views), candidates, keep=top_k,
-                        margin_nats=prune_nats, num_views=num_views,
+                        margin_nats=prune_nats, num_views=num_views, tokens_at_once=self._tokens_that_fit(),
                     )
                 )  # fmt: skip
         scores = _joined(parts)
-        found = scores.probabilities.topk(top_k, dim=1)
-        ids = torch.tensor(candidates)[found.indices]
+        best = scores.order[:, :top_k]
+        ids = torch.tensor(candidates)[best]
         names = [[self.label_name(one) for one in row] for row in ids.tolist()]
-        return ClassificationOutput(ids, names, found.values, candidates, scores)
+        return ClassificationOutput(ids, names, scores.probabilities.gather(1, best), candidates, scores)
 
     def evidence(
         self,
@@ -136,6 +141,14 @@ class NextScaleClassification(NextScaleLikelihood):
         if len(set(ids)) < len(ids):
             raise UserError(f"every class to choose from is named once, got {given}.")
         return ids
+
+    def _tokens_that_fit(self) -> int:
+        """Tokens whose keys, activations and logits fit into the memory that is free."""
+        config, size = self.transformer.config, self.transformer.dtype.itemsize
+        # keys and values twice: dropping rows copies those that stay
+        block = config["width"] * (4 * config["num_layers"] + 10 + 2 * config["mlp_ratio"]) * size
+        token = int(block + 4 * config["codebook_size"] * 4)
+        return max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token))
 
     def _quantized(self, latents: Tensor) -> TokenPyramid:
         with torch.inference_mode():

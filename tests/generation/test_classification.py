@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.generation.classification import (
+    ClassScores,
     evidence_map,
     perturbed_views,
     score_classes,
@@ -71,6 +72,58 @@ def test_what_goes_on_is_scored_as_if_alone(pipe, keep, margin):
         assert bool(((scores.scales == 3).sum(dim=1) >= 2).all())
     spent = (scores.scales.unsqueeze(-1) > torch.arange(3)).float() @ torch.tensor(lengths).float()
     assert_close(scores.tokens.float(), spent.sum(dim=1))
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 30, 200, 10**6])
+@pytest.mark.parametrize("rule", [{}, {"keep": 1, "margin_nats": 0.5}, {"keep": 2, "margin_nats": 0.0}])
+def test_the_size_of_a_pass_bounds_memory_and_changes_no_answer(pipe, tokens_at_once, rule):
+    both = [torch.cat([ids, ids.flip(0)]) for ids in tokens_of(pipe)]
+    whole = score(pipe, both, num_views=2, **rule)
+    read = []
+    hook = pipe.transformer.blocks[0].register_forward_pre_hook(lambda block, inputs: read.append(inputs[0].shape[:2]))
+    parts = score(pipe, both, num_views=2, tokens_at_once=tokens_at_once, **rule)
+    hook.remove()
+    assert_close(parts.nats, whole.nats, atol=1e-4, rtol=0)
+    assert torch.equal(parts.scales, whole.scales) and torch.equal(parts.order, whole.order)
+    # one pair of views at least
+    assert all(rows * tokens <= max(tokens_at_once, 2 * 16) and (rows <= 2 or rows * tokens <= tokens_at_once)
+               for rows, tokens in read)  # fmt: skip
+    if pipe.transformer.is_markov or tokens_at_once == 10**6:
+        assert torch.equal(parts.tokens, whole.tokens)
+    else:
+        assert bool((parts.tokens >= whole.tokens).all())
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6))
+def test_classes_looked_at_to_the_end_come_first_and_keep_their_order(seed, keep):
+    """The order among survivors is the exact one, and no dropped class is more probable than a survivor."""
+    generator = torch.Generator().manual_seed(seed)
+    gains, alive = torch.randn(4, 4, 6, generator=generator) * 3, torch.ones(4, 6, dtype=torch.bool)
+    nats, below, scales = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, 6, dtype=torch.long)
+    for gain in gains:
+        nats, scales = nats + gain * alive, scales + alive
+        below = torch.where(alive, nats.masked_fill(~alive, -torch.inf).amax(1, keepdim=True) - nats, below)
+        if len(gains) > int(scales.max()):
+            alive = surviving(nats, alive, keep=keep, margin_nats=2.0)
+    scores = ClassScores(nats, scales, below, torch.zeros(4, dtype=torch.long))
+    for row in range(4):
+        survived = alive[row].nonzero().flatten()
+        exact_order = survived[nats[row, survived].argsort(descending=True)]
+        assert torch.equal(scores.order[row, : len(survived)], exact_order)
+        ranked = scores.probabilities[row, scores.order[row]]
+        assert bool((ranked.diff() <= 0).all()) and abs(float(ranked.sum()) - 1) < 1e-5
+
+
+def test_a_class_that_was_dropped_near_the_best_does_not_overtake():
+    """Dropped at the first scale 1 nat below; the second survivor ends 5 nats below, and is still the second."""
+    scores = ClassScores(
+        torch.tensor([[-1.0, -6.0, -2.0]]),
+        torch.tensor([[3, 3, 1]]),
+        torch.tensor([[0.0, 5.0, 1.0]]),
+        torch.tensor([7]),
+    )
+    assert scores.order.tolist() == [[0, 1, 2]]
+    assert_close(scores.probabilities, torch.tensor([[0.0, -5.0, -5.0]]).softmax(dim=1))
 
 
 def test_a_wide_margin_drops_nothing(pipe):

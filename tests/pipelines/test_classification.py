@@ -22,6 +22,19 @@ def test_it_is_the_argmax_of_log_prob(pipe):
     assert_close(result.probabilities.sum(dim=1), torch.ones(9))
 
 
+def test_pruning_keeps_the_order_of_those_that_go_on_to_the_end():
+    """With top_k >= 2 the answer is the exact one among the classes that were looked at to the end."""
+    pipe = tiny_pipeline(num_classes=12, names=False)
+    exact = pipe.classify(IMAGES, top_k=12, prune_nats=None).class_labels
+    for margin in (0.0, 1.0, 4.0):
+        found = pipe.classify(IMAGES, top_k=3, prune_nats=margin)
+        for image in range(len(IMAGES)):
+            survived = (found.scores.scales[image] == 3).nonzero().flatten()
+            kept = [one for one in exact[image].tolist() if one in survived.tolist()]
+            assert found.class_labels[image].tolist() == kept[:3]
+        assert bool((found.probabilities.diff(dim=1) <= 0).all())
+
+
 def test_an_image_is_classified_alone_as_in_a_batch(pipe):
     options = {"num_views": 3, "view_noise": 0.3, "seed": 4}
     together = pipe.classify(IMAGES, **options)
@@ -66,7 +79,8 @@ def test_heat_maps_are_red_above_zero_and_blue_below():
         ("prune_nats", {"prune_nats": -1.0}),
         ("prune_nats", {"prune_nats": float("nan")}),
         ("num_views", {"num_views": 0}),
-        ("view_noise", {"view_noise": 2.0}),
+        ("view_noise", {"view_noise": 2.0, "num_views": 2}),
+        ("more views", {"view_noise": 0.1}),
     ],
 )
 def test_what_cannot_be_classified_is_refused(said, arguments):
