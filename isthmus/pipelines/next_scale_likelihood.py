@@ -44,7 +44,8 @@ class NextScaleLikelihood(SavedPipeline):
         Raises:
             UserError: the images are not usable.
         """
-        token_ids = [self.image_tokenizer.requantize(part, self.schedule) for part in self._latents(images)]
+        with torch.no_grad():
+            token_ids = [self.image_tokenizer.requantize(part, self.schedule) for part in self._latents(images)]
         return [torch.cat(parts).cpu() for parts in zip(*token_ids, strict=True)]
 
     def decode(self, token_ids: TokenPyramid, *, output_type: OutputType = "pil") -> Pictures:
