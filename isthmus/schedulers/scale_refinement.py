@@ -87,10 +87,19 @@ class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
         """Rounds (or jumps) after every scale of a model.
 
         Raises:
-            UserError: there are rounds for a scale that the model does not have.
+            UserError: there are rounds for a scale that the model does not have, or no round at all.
         """
         if self.mode == "none":
             return (0,) * num_scales
+        rounds = self._rounds_on(num_scales)
+        if not any(rounds):
+            raise UserError(
+                f"mode {self.mode!r} must draw some scale again, got no round on {num_scales} scale(s). Give rounds "
+                "at scales that it has, or use mode 'none'."
+            )
+        return rounds
+
+    def _rounds_on(self, num_scales: int) -> tuple[int, ...]:
         given = self.config["rounds"]
         if given is None:
             first = self.jump_scales if self.mode == "simple" else 1

@@ -72,6 +72,21 @@ def test_what_makes_no_sense_is_refused(arguments, said):
         ScaleRefinementScheduler(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "num_scales"),
+    [
+        ({"mode": "masked"}, 1),
+        ({"mode": "masked", "rounds": (0, 0)}, 4),
+        ({"mode": "simple"}, 2),
+        ({"mode": "simple", "jump_scales": 4}, 6),
+        ({"mode": "critic", "rounds": ()}, 3),
+    ],
+)
+def test_a_mode_without_a_round_is_refused(arguments, num_scales):
+    with pytest.raises(UserError, match="no round"):
+        ScaleRefinementScheduler(**arguments).rounds_of(num_scales)
+
+
 def test_rounds_of_a_scale_that_does_not_exist():
     with pytest.raises(UserError, match="does not exist"):
         ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 1, 1)).rounds_of(3)
