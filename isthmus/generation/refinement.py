@@ -144,10 +144,12 @@ def merged(old: ScaleDraw, new: ScaleDraw, hidden: Bool[Tensor, "b l"]) -> Scale
 def _jump_back(sampler: ScaleSampler, state: _State, kept: int) -> Iterator[Scale]:
     """The first `kept` scales of the features, quantised anew; yields those from the first changed one on.
 
-    A causal model reads them again: the keys of a scale follow from the tokens before it.
+    A causal model reads them again: the keys of a scale follow from the tokens before it. With `smooth` every scale has
+    changed: a mixture of codes is replaced by a code, even where the token comes back.
     """
-    token_ids = sampler.requantize(state.features)[:kept]
-    changed = [not torch.equal(ids, before) for ids, before in zip(token_ids, state.token_ids[:kept], strict=True)]
+    token_ids, mixed = sampler.requantize(state.features)[:kept], sampler.options.smooth
+    pairs = zip(token_ids, state.token_ids[:kept], strict=True)
+    changed = [mixed or not torch.equal(ids, before) for ids, before in pairs]
     features = sampler.start()
     for scale, ids in enumerate(token_ids):
         if sampler.has_cache and any(changed[:scale]):
