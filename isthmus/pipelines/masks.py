@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from isthmus.errors import UserError
+from isthmus.pipelines.images import upright_rgb
 
 MaskInput = PIL.Image.Image | Sequence[PIL.Image.Image] | Shaped[np.ndarray, "*dims"] | Shaped[Tensor, "*dims"]
 """A picture, several of them, or an array or tensor (h, w), (b, h, w) or (b, 1, h, w). White is to be made."""
@@ -19,7 +20,8 @@ _Plane = Float[Tensor, "1 1 h w"]
 def to_masks(masks: MaskInput) -> list[_Plane]:
     """One (1, 1, h, w) mask of zeros and ones per image, on the CPU; 1 = unknown.
 
-    Values are false and true, 0 and 1, or 0 and 255. Pictures of any mode are read as grey.
+    Values are false and true, 0 and 1, or 0 and 255, of any type. Pictures of any mode are read as grey, as images are:
+    upright by their EXIF tag, transparency on white, which is made.
 
     Raises:
         UserError: there is no mask, it has another shape, other values, or it is empty or full.
@@ -28,7 +30,7 @@ def to_masks(masks: MaskInput) -> list[_Plane]:
         planes = _planes(masks if isinstance(masks, Tensor) else torch.tensor(masks))
     else:
         pictures = [masks] if isinstance(masks, PIL.Image.Image) else list(masks)
-        planes = [torch.from_numpy(np.array(picture.convert("L"))) for picture in pictures]
+        planes = [torch.from_numpy(np.array(upright_rgb(picture).convert("L"))) for picture in pictures]
     if not planes:
         raise UserError("at least one mask is needed, got an empty list. Pass a picture, white where pixels are made.")
     return [_binary(plane) for plane in planes]
@@ -47,7 +49,7 @@ def _planes(values: Shaped[Tensor, "*dims"]) -> list[Shaped[Tensor, "h w"]]:
 def _binary(plane: Shaped[Tensor, "h w"]) -> _Plane:
     found = plane.unique()
     levels = found.tolist()
-    if not (set(levels) <= {0, 1} or (plane.dtype == torch.uint8 and set(levels) <= {0, 255})):
+    if not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
         shown = ", ".join(f"{level:g}" for level in levels[:6]) + (", ..." if len(levels) > 6 else "")
         raise UserError(
             f"a mask must be black and white (0 and 1, or 0 and 255), got the values {shown}. Threshold it first, for "
