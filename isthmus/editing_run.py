@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 import isthmus
 from isthmus.errors import UserError
@@ -87,7 +87,9 @@ def edit_image(
         "Software": f"isthmus {isthmus.__version__}",
         "model": pipeline.fingerprint,
         "edit": method,
-        "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
+        "dtype": dtype,
+        "image_sha256": _sha256(image),
+        **({} if mask is None else {"mask_sha256": _sha256(mask)}),
         "settings": json.dumps({**settings, "sampling": pipeline.defaults.override(**options).to_dict()}),
     }
     for picture, row in rows:
@@ -97,10 +99,14 @@ def edit_image(
     logger.info("%d edits in %s; %s shows them beside the image", len(rows), out, OVERVIEW)
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _overview(inputs: Sequence[Image.Image], rows: Sequence[tuple[Image.Image, Mapping[str, Any]]]) -> Image.Image:
     """The image, the mask where there is one, and the first results, named by their labels."""
     shown = rows[:_COLUMNS]
-    width, height = shown[0][0].size
-    given = [one.resize((width, height), Image.Resampling.LANCZOS) for one in inputs]
+    # on white where the result has another shape (outpaint, variations): nothing is stretched
+    given = [ImageOps.pad(one, shown[0][0].size, Image.Resampling.LANCZOS, color="white") for one in inputs]
     names = ["image", "mask"][: len(given)] + [row["label"] for _, row in shown]
     return table([[*given, *(picture for picture, _ in shown)]], column_names=names)

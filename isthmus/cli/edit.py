@@ -17,7 +17,7 @@ class _Edit(DrawOptions):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A pipeline folder of a next-scale model (VAR, SRDD), or a hub id."""
     image: Path
-    """The image to edit. It is scaled so that its longer side is the model's size."""
+    """The image to edit."""
     out: Path
     """New folder for the results and overview.png."""
     classes: tuple[str, ...] = ()
@@ -37,16 +37,17 @@ class _Edit(DrawOptions):
 class _Keeping(_Edit):
     published: bool = False
     """Keep tokens as VAR's published procedure does, which also reads what lies under the mask."""
-    max_unknown: float = 0.5
-    """A token is kept with at most this share of unknown pixels, in [0, 1)."""
+    max_unknown: float | None = None
+    """A token is kept with at most this share of unknown pixels, in [0, 1); None is 0.5. Not with --published."""
     jumps: int = 0
-    """Simple resampling: after every scale, go back and draw the last ones again, so many times."""
-    jump_scales: int = 2
-    """How many scales a jump draws again."""
+    """Simple resampling: after every scale from the third on (see --jump-scales), go back and draw the last ones again,
+    so many times."""
+    jump_scales: int | None = None
+    """How many scales a jump draws again; None is 2. Jumps start behind so many scales. Only with --jumps."""
     paste: bool = True
     """Put the known pixels back over the result."""
     seam_px: int | None = None
-    """Width of the blend beside the mask, in pixels; None is 1/16 of the model's size."""
+    """Width of the blend beside the mask, in pixels; None is 1/16 of the model's size. Not with --no-paste."""
 
     def keeping(self) -> dict[str, Any]:
         """Arguments of `inpaint` about what is kept."""
@@ -57,7 +58,7 @@ class _Keeping(_Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint(_Keeping):
-    """Make the pixels under a mask anew."""
+    """Make the pixels under a mask anew. The image is scaled so that its longer side is the model's size."""
 
     mask: Path
     """Black and white picture of the image's size; white is made."""
@@ -70,7 +71,9 @@ class Inpaint(_Keeping):
 
 @dataclass(frozen=True, kw_only=True)
 class EditClass(Inpaint):
-    """Make the pixels under a mask anew, as part of an image of another class (--classes)."""
+    """Make the pixels under a mask anew, as part of an image of another class (--classes). The image is scaled so that
+    its longer side is the model's size.
+    """
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,7 +107,7 @@ class SuperResolve(_Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Variations(_Edit):
-    """Images that share the coarse scales with an image."""
+    """Images that share the coarse scales with an image, whose central square is taken, at the model's size."""
 
     from_scale: int = field()
     """First scale (from 0) that is drawn: the smaller, the freer."""

@@ -20,6 +20,8 @@ from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 
 Keeping = Literal["coverage", "published"]
 """Which tokens an edit keeps; see `known_part`."""
+DEFAULT_MAX_UNKNOWN = 0.5
+DEFAULT_JUMP_SCALES = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Jumps:
     of their own. What the coarse scales say thus learns from the finer ones that were drawn under them.
 
     Attributes:
-        per_scale: number of jumps after each scale, >= 0; a scale may have none.
+        per_scale: number of jumps after each scale, >= 0; a scale may have none. The first `num_scales` scales have
+            none: a jump from there would keep nothing.
         num_scales: scales drawn anew, >= 1.
 
     Raises:
@@ -60,19 +63,44 @@ class Jumps:
             raise UserError(f"jumps must not be negative, got {self.per_scale}. 0 is none.")
         if self.num_scales < 1:
             raise UserError(f"jump_scales must be at least 1 (scales drawn anew), got {self.num_scales}.")
+        if any(self.per_scale[: self.num_scales]):
+            raise UserError(
+                f"a jump over {self.num_scales} scales must keep at least the first one, got jumps {self.per_scale}. "
+                f"Start at scale {self.num_scales} (from 0), or lower jump_scales."
+            )
 
     @classmethod
-    def of(cls, jumps: int | Sequence[int], jump_scales: int, num_scales: int) -> "Jumps":
-        """One number for all scales but the first (which has nothing to go back to), or one number per scale.
+    def of(cls, jumps: int | Sequence[int], jump_scales: int | None, num_scales: int) -> "Jumps":
+        """One number for every scale from which a jump leaves a scale before it as it is, or one number per scale.
+
+        `jump_scales` None is 2.
 
         >>> Jumps.of(2, 1, 3)
         Jumps(per_scale=(0, 2, 2), num_scales=1)
+
+        Raises:
+            UserError: a number is out of range, `jump_scales` is given without jumps, or there are no scales to jump
+                from.
         """
+        back = DEFAULT_JUMP_SCALES if jump_scales is None else jump_scales
         if isinstance(jumps, int):
-            return cls((0, *(jumps,) * (num_scales - 1)), jump_scales)
-        if len(jumps) != num_scales:
-            raise UserError(f"jumps is one number, or one per scale ({num_scales}), got {len(jumps)}.")
-        return cls(tuple(jumps), jump_scales)
+            per_scale = tuple(jumps if scale >= back else 0 for scale in range(num_scales)) if jumps >= 0 else (jumps,)
+        else:
+            per_scale = tuple(jumps)
+            if len(per_scale) != num_scales:
+                raise UserError(f"jumps is one number, or one per scale ({num_scales}), got {len(per_scale)}.")
+        asked = jumps != 0 if isinstance(jumps, int) else any(per_scale)
+        if jump_scales is not None and not asked:
+            raise UserError(
+                f"jump_scales says how far a jump goes back, got {jump_scales} without jumps. Leave it out."
+            )
+        made = cls(per_scale, back)
+        if asked and not any(per_scale):
+            raise UserError(
+                f"a jump over {back} scales must keep at least the first of {num_scales}, so there is none to make. "
+                "Lower jump_scales."
+            )
+        return made
 
 
 def known_part(
@@ -82,7 +110,7 @@ def known_part(
     mask: Mask,
     *,
     keeping: Keeping = "coverage",
-    max_unknown: float | Sequence[float] = 0.5,
+    max_unknown: float | Sequence[float] | None = None,
     from_scale: int | None = None,
 ) -> KnownPart:
     """What an edit keeps of images.
@@ -97,15 +125,20 @@ def known_part(
             from what the features so far leave of the image, so that what a drawn coarse token spills over known pixels
             is mended by finer ones. "published" is VAR's procedure: tokens of the image as they are, kept where the
             mask, resized bilinearly, says so; the 1 x 1 scale always.
-        max_unknown: in [0, 1), one share for all scales or one per scale; belongs to "coverage".
+        max_unknown: in [0, 1), one share for all scales or one per scale; None is one half. It belongs to "coverage".
         from_scale: nothing is kept from this scale on; None keeps on every scale.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or `max_unknown` is given to "published".
     """
     if keeping not in get_args(Keeping):
         raise UserError(f"keeping must be one of {', '.join(get_args(Keeping))}, got {keeping!r}.")
-    shares = _shares(max_unknown, schedule.num_scales)
+    if keeping == "published" and max_unknown is not None:
+        raise UserError(
+            f'keeping="published" has its own rule of which tokens are kept, got max_unknown={max_unknown}. Leave it '
+            'out, or use keeping="coverage".'
+        )
+    shares = _shares(DEFAULT_MAX_UNKNOWN if max_unknown is None else max_unknown, schedule.num_scales)
     sizes, last = schedule.sizes, schedule.num_scales if from_scale is None else from_scale
     if not 0 <= last <= schedule.num_scales:
         raise UserError(f"from_scale must lie in 0..{schedule.num_scales} (the scales of the model), got {from_scale}.")
@@ -150,7 +183,7 @@ def _visits(loop: "_EditLoop", jumps: Jumps) -> Iterator[Scale]:
     for scale, count in enumerate(jumps.per_scale):
         yield loop.visit(scale)
         for _ in range(count):
-            first = max(scale + 1 - jumps.num_scales, 0)
+            first = scale + 1 - jumps.num_scales
             yield from loop.quantized_again(loop.states[scale + 1], first)
             for again in range(first, scale + 1):
                 yield loop.visit(again)
@@ -195,15 +228,16 @@ class _EditLoop:
     @torch.inference_mode()
     def quantized_again(self, features: LatentMap, num_scales: int) -> list[Scale]:
         """The first scales as the tokens found in `features`, kept tokens being the source's."""
-        scales, changed = [], False
+        # a mixture of codes is replaced by a code, so the features change even where the token comes back
+        scales, changed, mixed = [], False, self.sampler.options.smooth
         for scale in range(num_scales):
             before = self.states[scale]
-            if changed and self.sampler.has_cache:
+            if changed and self.sampler.has_cache and self.predicts[scale]:
                 self.sampler.predict(scale, before)  # for its keys, which follow from the tokens before it
             token_ids = self.tokenizer.nearest_tokens(features - before, self.sampler.schedule.sizes[scale])
             if self.keeps[scale]:
                 token_ids = torch.where(self.kept[scale], self.known.token_ids(scale, before), token_ids)
-            changed = changed or not torch.equal(token_ids, self.token_ids[scale])
+            changed = changed or mixed or not torch.equal(token_ids, self.token_ids[scale])
             scales.append(self._add(scale, token_ids, self.tokenizer.lookup(token_ids)))
         return scales
 

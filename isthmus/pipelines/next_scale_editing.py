@@ -22,7 +22,7 @@ from isthmus.generation.next_scale import ScaleSampler
 from isthmus.generation.options import FOLDER_DEFAULT, Default
 from isthmus.generation.step import Pictures
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.pipelines.canvas import Canvas, extended, open_images, place
+from isthmus.pipelines.canvas import Canvas, check_size, extended, open_images, place
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.masks import MaskInput, to_masks
 from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
@@ -37,7 +37,8 @@ class NextScaleEditing(SavedPipeline):
 
     `options` are those of a call (`guidance_scale`, `top_k`, `top_p`, `temperature`, `smooth`, `seed`, `generator`,
     `image_index`, `output_type`), and so are the seeds: an edit depends on its own seed and not on its batch. Without a
-    class label an edit is not guided.
+    class label an edit is not guided. The model's scheduler and critic refine draws, not edits: an edit draws every
+    token once, and `jumps` is its own way to draw some again.
 
     A picture of any size is scaled so that its longer side is the model's `image_size`; what the model makes beside the
     shorter side is cut off again.
@@ -62,9 +63,9 @@ class NextScaleEditing(SavedPipeline):
         *,
         num_images: int | None = None,
         keeping: Keeping = "coverage",
-        max_unknown: float | Sequence[float] = 0.5,
+        max_unknown: float | Sequence[float] | None = None,
         jumps: int | Sequence[int] = 0,
-        jump_scales: int = 2,
+        jump_scales: int | None = None,
         paste: bool = True,
         seam_px: int | None = None,
         **options: Any,
@@ -78,16 +79,17 @@ class NextScaleEditing(SavedPipeline):
             num_images: results, where images, masks and labels are single ones.
             keeping: "coverage", or "published": VAR's procedure, which also reads what lies under the mask.
             max_unknown: "coverage" keeps a token with at most this share of unknown pixels, in [0, 1); one number, or
-                one per scale. More keeps more of the coarse scales.
-            jumps: simple resampling, times per scale (one number for all, or one each); 0 is off. A jump costs
-                `jump_scales` more forwards.
-            jump_scales: scales that a jump draws anew.
+                one per scale; None is one half. More keeps more of the coarse scales.
+            jumps: simple resampling, times per scale (one number for every scale from `jump_scales` on, counted from
+                0, or one each); 0 is off. A jump costs `jump_scales` more forwards.
+            jump_scales: scales that a jump draws anew; None is 2. It needs jumps.
             paste: put the known pixels back over the result, blended beside the mask.
-            seam_px: width of the blend in pixels; None is 1/16 of the image's side.
+            seam_px: width of the blend in pixels; None is 1/16 of the image's side. It needs `paste`.
             options: those of a call.
 
         Raises:
-            UserError: an image, a mask or an option is not usable; the message says why.
+            UserError: an image, a mask or an option is not usable, or an option means nothing beside the others; the
+                message says why.
         """
         images, masks = open_images(image), to_masks(mask)
         rows = _rows(num_images, image=images, mask=masks, class_label=label_list(class_labels))
@@ -148,7 +150,7 @@ class NextScaleEditing(SavedPipeline):
         *,
         num_images: int | None = None,
         from_scale: int | None = None,
-        max_unknown: float | Sequence[float] = 0.5,
+        max_unknown: float | Sequence[float] | None = None,
         paste: bool = True,
         **options: Any,
     ) -> NextScalePipelineOutput:
@@ -187,7 +189,8 @@ class NextScaleEditing(SavedPipeline):
         edited = self._edited(known, request)
         if request.output_type == "latent":
             return edited.output(edited.features)
-        made = self._decode(edited.features).cpu()
+        # the arithmetic of pixels is fp32, whatever the type of the weights
+        made = self._decode(edited.features).float().cpu()
         if paste:
             for one, small, (left, top, right, bottom) in zip(made, images, canvas.boxes, strict=True):
                 picture = one[None, :, top:bottom, left:right]
@@ -213,8 +216,10 @@ class NextScaleEditing(SavedPipeline):
             options: those of a call.
 
         Raises:
-            UserError: there are fewer scales, or another argument is not usable.
+            UserError: there are fewer scales, an image is smaller than the stride, or another argument is not usable.
         """
+        for given in open_images(image):
+            check_size(given, self.image_tokenizer.stride)
         images = to_images(image, self.image_size)
         rows = _rows(num_images, image=list(images), class_label=label_list(class_labels))
         request = self._edit_request(rows, class_labels, **options)
@@ -232,15 +237,17 @@ class NextScaleEditing(SavedPipeline):
         class_labels: Labels,
         *,
         keeping: Keeping = "coverage",
-        max_unknown: float | Sequence[float] = 0.5,
+        max_unknown: float | Sequence[float] | None = None,
         jumps: int | Sequence[int] = 0,
-        jump_scales: int = 2,
+        jump_scales: int | None = None,
         paste: bool = True,
         seam_px: int | None = None,
         **options: Any,
     ) -> NextScalePipelineOutput:
         request = self._edit_request(len(images), class_labels, **options)
         back = Jumps.of(jumps, jump_scales, self.schedule.num_scales)
+        if seam_px is not None and not paste:
+            raise UserError(f"seam_px blends the pasted pixels, got {seam_px} with paste=False. Leave it out.")
         seam_px = max(1, self.image_size // _SEAM_PARTS) if seam_px is None else seam_px
         if not 0 <= seam_px <= self.image_size:
             raise UserError(f"seam_px must lie in 0..{self.image_size} (pixels), got {seam_px}. 0 is a sharp seam.")
@@ -252,7 +259,8 @@ class NextScaleEditing(SavedPipeline):
         edited = self._edited(known, request, back)
         if request.output_type == "latent":
             return edited.output(edited.features)
-        made = self._decode(edited.features).cpu()
+        # the arithmetic of pixels is fp32, whatever the type of the weights
+        made = self._decode(edited.features).float().cpu()
         if paste:
             made = paste_known(made, canvas.pixels, canvas.mask, seam_px=seam_px)
         return edited.output(canvas.cut(made, request.output_type))

@@ -1,5 +1,7 @@
 """`isthmus edit`: every command writes its pictures, and bad input writes nothing."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,6 +55,8 @@ def test_inpainting_does_not_depend_on_the_batch_size(isthmus, model, image, mas
     assert (
         texts[0] == texts[1] and texts[0]["label"] == "flag" and texts[0]["model"] == load_pipeline(model).fingerprint
     )
+    assert texts[0]["mask_sha256"] == hashlib.sha256(mask.read_bytes()).hexdigest()
+    assert texts[0]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,16 @@ def test_every_edit_writes_its_pictures(words, isthmus, model, image, mask, tmp_
     )
     assert result.code == 0, result
     assert names(tmp_path / "o") == ["000000.png", "000001.png", "overview.png"]
+
+
+def test_the_overview_stretches_nothing(isthmus, model, tmp_path):
+    """A wide black picture beside square variations: black in its middle, white above and below."""
+    Image.new("RGB", (16, 4)).save(tmp_path / "wide.png")
+    words = ("--image", tmp_path / "wide.png", "--from-scale", 1, "--num", 1, "--out", tmp_path / "o")
+    assert isthmus("edit", "variations", model, *words).code == 0
+    with Image.open(tmp_path / "o" / "overview.png") as overview:
+        cell = np.asarray(overview.convert("L"))[-66:-2, :64]  # the 8 pixels of the model, eight times as large
+    assert cell[30:34].max() < 50 and cell[:12].min() > 200 and cell[-12:].min() > 200
 
 
 def test_super_resolution_of_a_small_file(isthmus, model, image, tmp_path):
@@ -93,6 +107,9 @@ def test_bad_input_is_one_line_and_writes_nothing(refused, model, image, mask, t
     assert "--mask" in refused(*base, "--mask", tmp_path / "none.png")
     assert "max_unknown" in refused(*base, "--mask", mask, "--max-unknown", 1.5)
     assert "jumps" in refused(*base, "--mask", mask, "--jumps", -1)
+    assert "without jumps" in refused(*base, "--mask", mask, "--jump-scales", 1)
+    assert "paste=False" in refused(*base, "--mask", mask, "--no-paste", "--seam-px", 1)
+    assert "own rule" in refused(*base, "--mask", mask, "--published", "--max-unknown", 0.2)
     assert "no class" in refused(*base, "--mask", mask, "--classes", "ship")
     assert "--classes" in refused("edit", "class", model, "--image", image, "--mask", mask, "--out", out)
     assert "margins" in refused("edit", "outpaint", model, "--image", image, "--out", out)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from isthmus.errors import UserError
-from isthmus.pictures import to_uint8
+from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from tests.pipelines.tiny import tiny_pipeline
 
@@ -27,6 +27,12 @@ def mask_picture(width: int = 8, height: int = 8, mode: str = "L") -> Image.Imag
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2, width // 4 : width // 2] = 255
     return Image.fromarray(mask).convert(mode)
+
+
+def see_through(mask: Image.Image) -> Image.Image:
+    """Black where a mask is black, transparent where it is white."""
+    kept = np.asarray(mask) == 0
+    return Image.fromarray(np.stack([np.zeros_like(kept)] * 3 + [kept], axis=-1).astype(np.uint8) * 255)
 
 
 def same(a, b) -> bool:
@@ -94,6 +100,9 @@ def test_single_inputs_serve_all(pipe):
         np.asarray(mask_picture())[None] / 255,
         torch.from_numpy(np.array(mask_picture())).long() // 255,
         torch.from_numpy(np.array(mask_picture()))[None, None] > 0,
+        np.asarray(mask_picture()).astype(np.float64),
+        torch.from_numpy(np.array(mask_picture())).long(),
+        see_through(mask_picture()),
     ],
 )
 def test_masks_of_every_kind(mask):
@@ -151,6 +160,22 @@ def test_variations_share_the_first_scales(pipe):
     torch.testing.assert_close(whole, pipe.reconstruct(IMAGES, output_type="pt"), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda pipe: pipe.inpaint(IMAGES, MASK, "face", seed=1, jumps=1),
+        lambda pipe: pipe.edit_class(IMAGES, MASK, "flag", seed=1),
+        lambda pipe: pipe.outpaint(IMAGES, right=4, seed=1),
+        lambda pipe: pipe.super_resolve(IMAGES[..., :4, :4], seed=1),
+        lambda pipe: pipe.variations(IMAGES, 1, seed=1),
+    ],
+    ids=["inpaint", "edit_class", "outpaint", "super_resolve", "variations"],
+)
+def test_edits_of_a_bfloat16_model(saved, edit):
+    result = edit(load_pipeline(saved, device="cpu", dtype="bfloat16"))
+    assert len(result.images) == 2 and all(one.width == 8 for one in result.images)
+
+
 def test_latents_and_seeds(pipe):
     result = pipe.inpaint(IMAGES, MASK, seed=1, output_type="latent")
     assert result.images.shape == (2, 4, 4, 4)
@@ -183,6 +208,10 @@ BAD = [
     ("at least one image", lambda pipe: pipe.inpaint(IMAGES[:1], MASK, num_images=0)),
     ("no class 'ship'", lambda pipe: pipe.inpaint(IMAGES, MASK, "ship")),
     ("seam_px", lambda pipe: pipe.inpaint(IMAGES, MASK, seam_px=-1)),
+    ("paste=False", lambda pipe: pipe.inpaint(IMAGES, MASK, paste=False, seam_px=1)),
+    ("own rule", lambda pipe: pipe.inpaint(IMAGES, MASK, keeping="published", max_unknown=0.5)),
+    ("without jumps", lambda pipe: pipe.inpaint(IMAGES, MASK, jump_scales=1)),
+    ("keep at least the first", lambda pipe: pipe.inpaint(IMAGES, MASK, jumps=(0, 1, 0))),
     ("jumps", lambda pipe: pipe.inpaint(IMAGES, MASK, jumps=-1)),
     ("max_unknown", lambda pipe: pipe.inpaint(IMAGES, MASK, max_unknown=1.0)),
     ("margins", lambda pipe: pipe.outpaint(IMAGES)),
@@ -191,6 +220,7 @@ BAD = [
     ("stride", lambda pipe: pipe.super_resolve(IMAGES[..., :1, :1])),
     ("several sizes", lambda pipe: pipe.super_resolve([picture(4, 4), picture(2, 2)])),
     ("from_scale", lambda pipe: pipe.variations(IMAGES, 4)),
+    ("stride", lambda pipe: pipe.variations(picture(1, 8), 1)),
     ("8 x 8", lambda pipe: pipe.variations(IMAGES[..., :4], 1)),
 ]
 
@@ -208,6 +238,5 @@ def test_options_of_a_call_are_taken():
     assert set(call) - set(known) <= {"num_images_per_class", "callback_on_step_end", "scheduler"}
     greedy = [pipe.inpaint(IMAGES, MASK, top_k=1, seed=s, output_type="pt").images for s in (1, 2)]
     assert torch.equal(*greedy)
-    assert to_uint8(IMAGES).shape == (2, 8, 8, 3)
     with pytest.raises(TypeError):
         pipe.inpaint(IMAGES, MASK, guidance=2.0)
