@@ -20,8 +20,9 @@ demo:
 test: $(DEV_READY)
 	$(PYTEST)
 
+# without checking shapes at run time, which takes as long as the tests themselves; `make test` does
 test-quick: $(DEV_READY)
-	$(PYTEST) -m "not slow"
+	JAXTYPING_DISABLE=1 $(PYTEST) -m "not slow"
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .
@@ -39,8 +40,7 @@ docs: $(DEV_READY)
 
 bench: $(DEV_READY)
 	$(BIN)/python benchmarks/next_scale.py
-	$(BIN)/python benchmarks/dar_prior.py --only products,small,middle,L,memory
-	$(BIN)/python benchmarks/dar_pixels.py
+	$(BIN)/python benchmarks/dar.py
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -38,6 +38,7 @@ def hashes(folder):
     return [row["token_ids_sha256"] for row in manifest(folder)["images"]]
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch_size(isthmus, dar_model, tmp_path):
     for size in (1, 3, 64):
         out = tmp_path / f"by{size}"
@@ -123,6 +124,7 @@ def test_the_card_lists_what_would_be_sent(isthmus, dar_model):
     assert all(name in said for name in files)
 
 
+@pytest.mark.slow
 def test_published_weights_become_a_pipeline(isthmus, golden, tmp_path):
     tokenizer, prior = write_published_files(golden, tmp_path)
     words = ("convert", "dar", "--tokenizer", tokenizer, "--prior", prior, "--num-heads", 4, "--out", tmp_path / "m")

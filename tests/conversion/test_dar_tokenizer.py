@@ -99,6 +99,7 @@ def test_half_precision_files_become_fp32(published):
         assert fingerprint(one) == fingerprint(other)  # the fixtures are exact in half precision
 
 
+@pytest.mark.slow
 def test_every_missing_key_is_an_error(published):
     raw, settings = published
     dropped = convert_diffusion_tokenizer_state(raw, settings).dropped

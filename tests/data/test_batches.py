@@ -76,6 +76,7 @@ def test_neither_batch_size_nor_single_access_changes_a_sample(source):
     assert torch.equal(views(source)[11]["image"], by_two["image"][11])
 
 
+@pytest.mark.slow
 def test_workers_change_nothing_and_no_global_state_is_touched(source):
     before = torch.get_rng_state(), pickle.dumps(np.random.get_state())
     alone = joined(islice(training_batches(views(source), batch_size=4), 5))

@@ -73,6 +73,7 @@ def test_drawn_once_then_read(drawings_cache):
     assert not list(drawings_cache.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cut", "changed"])
 def test_a_damaged_cache_is_drawn_again(drawings_cache, tmp_path, caplog, kind):
     rendered_openmoji(SIZE, drawings_cache)
@@ -85,6 +86,7 @@ def test_a_damaged_cache_is_drawn_again(drawings_cache, tmp_path, caplog, kind):
     assert "damaged" in caplog.text and path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_two_processes_may_draw_at_once(tmp_path):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(rendered_openmoji, [SIZE, SIZE], [tmp_path, tmp_path]))

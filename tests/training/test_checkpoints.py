@@ -29,6 +29,7 @@ def test_the_newest_complete_folder_counts(tmp_path):
     assert newest_checkpoint(tmp_path) == folder / "checkpoint-00000010"
 
 
+@pytest.mark.slow
 def test_the_newest_few_are_kept(tmp_path, images, trained_tokenizer):
     run = prior_run(images, tmp_path / "run", trained_tokenizer, keep_checkpoints=2, save_every=1)
     # all that a run killed in its first second leaves
@@ -41,6 +42,7 @@ def test_the_newest_few_are_kept(tmp_path, images, trained_tokenizer):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0.0, 0.5])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
@@ -64,6 +66,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
         assert_same(weights(run.out / "transformer"), weights(trained_prior / "transformer"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, images, trained_tokenizer, trained_prior):
     run = prior_run(images, tmp_path / "run", trained_tokenizer)
     shutil.copytree(trained_prior, run.out)
@@ -82,6 +85,7 @@ def test_a_foreign_record_is_refused(tmp_path, images, trained_tokenizer, text):
         train_prior(prior_run(images, tmp_path, trained_tokenizer))
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, trained_tokenizer):
     """The second step's rate is beyond float32: its losses are finite, the weights it leaves are not."""
     optim = replace(OPTIM, learning_rate=1e42, warmup_start=1e-45, warmup_steps=2)
@@ -93,6 +97,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, trained_tok
     assert all(value.isfinite().all() for value in load_file(good / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_every_part_of_a_batch_counts_and_makes_one_step(tmp_path, images):
     """Two networks take turns; each takes one step per batch, not one per part or none."""
     run = tokenizer_run(images, tmp_path / "run", accumulate=2)
@@ -106,6 +111,7 @@ def test_every_part_of_a_batch_counts_and_makes_one_step(tmp_path, images):
         assert max(int(entry["step"]) for entry in state.values()) == steps, name
 
 
+@pytest.mark.slow
 def test_a_log_line_is_about_the_whole_batch(tmp_path, images, trained_tokenizer):
     whole = prior_run(images, tmp_path / "whole", trained_tokenizer, num_steps=2)
     parts = replace(whole, out=tmp_path / "parts", accumulate=4)
