@@ -32,7 +32,6 @@ class FeatureNetwork:
         preprocessing: what happens to 0..255 values before the network, in words.
         input_size: side in pixels that every image is resized to; None where images keep theirs.
         weights_sha256: hash of the weight file.
-        smallest_side: images below this many pixels are refused.
     """
 
     def __init__(
@@ -46,23 +45,14 @@ class FeatureNetwork:
         device: torch.device,
         input_size: int | None = None,
         logits: str | None = None,
-        smallest_side: int = 1,
     ):
         self.name, self.spaces, self.preprocessing = name, spaces, preprocessing
         self.weights_sha256, self.input_size, self.logits = weights_sha256, input_size, logits
-        self.device, self.smallest_side = device, smallest_side
+        self.device = device
         self._run = run
 
     def __call__(self, images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """Features in fp32 on the CPU: one entry per space, and one named `logits` where there are any.
-
-        Raises:
-            UserError: the images are too small for the network.
-        """
-        if min(images_uint8.shape[2:]) < self.smallest_side:
-            raise UserError(
-                f"{self.name} needs images of at least {self.smallest_side} px, got {tuple(images_uint8.shape[2:])}."
-            )
+        """Features in fp32 on the CPU: one entry per space, and one named `logits` where there are any."""
         with torch.inference_mode():
             found = self._run(images_uint8.to(self.device))
         # copied out of inference mode: tensors the caller may use anywhere

@@ -83,6 +83,8 @@ class ReconstructionReport:
 class ReconstructionMeter:
     """Compares reconstructions with originals, batch by batch; only numbers and features are kept.
 
+    Both distances are measured on the device of the network, to which their own are moved.
+
     Args:
         network: whose headline space the Frechet distance is measured in.
         perceptual: distance on Lite0's taps.
@@ -91,13 +93,14 @@ class ReconstructionMeter:
 
     def __init__(self, network: FeatureNetwork, perceptual: Lite0Distance, lpips: LPIPSDistance | None):
         self._network, self._space = network, next(iter(network.spaces))
-        self._perceptual, self._lpips = perceptual, lpips
+        self._perceptual = perceptual.to(network.device)
+        self._lpips = None if lpips is None else lpips.to(network.device)
         self._values: dict[str, list[Tensor]] = {}
         self._features: list[Float[np.ndarray, "_ _"]] = []
 
     def update(self, originals: Pictures, reconstructions: Pictures) -> None:
         """Measure a batch of (b, h, w, 3) images, 0..255."""
-        targets, images = as_floats(originals), as_floats(reconstructions)
+        targets, images = (as_floats(one).to(self._network.device) for one in (originals, reconstructions))
         self._keep("psnr", psnr(images, targets))
         if min(images.shape[2:]) >= _SSIM_WINDOW_PX:
             self._keep("ssim", ssim(images, targets))
@@ -119,7 +122,7 @@ class ReconstructionMeter:
         )
 
     def _keep(self, name: str, values: Tensor) -> None:
-        self._values.setdefault(name, []).append(values)
+        self._values.setdefault(name, []).append(values.cpu())
 
 
 def reconstruction_report(

@@ -42,3 +42,21 @@ def test_no_image_gives_no_rows(network):
 def test_images_of_two_sizes_are_refused(network):
     with pytest.raises(UserError, match="one size"):
         extract_features(network, [np.zeros((32, 32, 3), np.uint8), np.zeros((33, 32, 3), np.uint8)])
+
+
+def test_large_images_come_in_small_batches():
+    """Memory is bounded by pixels: 4 Mi of them at once, or one image."""
+    seen = []
+
+    def run(images_uint8):
+        seen.append(tuple(images_uint8.shape))
+        return {"net-1": images_uint8.float().mean(dim=(1, 2, 3))[:, None]}
+
+    own = FeatureNetwork(
+        run, name="net", spaces={"net-1": 1}, preprocessing="", weights_sha256="", device=torch.device("cpu")
+    )
+    for side, batches in ((1024, [4, 1]), (2048, [1, 1, 1, 1, 1])):
+        seen.clear()
+        image = np.zeros((side, side, 3), np.uint8)
+        assert extract_features(own, (image for _ in range(5)))["net-1"].shape == (5, 1)
+        assert [shape[0] for shape in seen] == batches

@@ -60,6 +60,16 @@ def test_one_level_of_255_everywhere_by_hand(network):
     np.testing.assert_allclose(scores.psnr, 20 * math.log10(255), rtol=1e-4)
 
 
+def test_distances_are_measured_where_the_features_are(network):
+    perceptual = Lite0Distance()
+    elsewhere = FeatureNetwork(
+        lambda images: {}, name="net", spaces=network.spaces, preprocessing="", weights_sha256="",
+        device=torch.device("meta"),
+    )  # fmt: skip
+    ReconstructionMeter(elsewhere, perceptual, None)
+    assert {tensor.device.type for tensor in perceptual.state_dict().values()} == {"meta"}
+
+
 def test_the_last_stage_is_the_whole_reconstruction(pipe):
     images = as_floats(crops(pipe, 3))
     stages = reconstructions_by_stage(pipe, images, first_index=5)
