@@ -33,6 +33,11 @@ def circumstances(device: torch.device, *, processes: int) -> dict[str, Any]:
     }
 
 
+def timing_words(device: torch.device) -> str:
+    """What a time was taken on: device, its name, threads."""
+    return f"{device.type} ({_hardware(device)}), {torch.get_num_threads()} threads"
+
+
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -7,7 +7,10 @@ from isthmus.studies.options import Budget, StudyOptions
 from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
 
 DAR_BUDGETS = {
-    "quick": Budget(tables=("reconstruction", "solvers", "order"), num=200, tokenizer_steps=0.75, prior_steps=0.5),
+    # few samples for guidance: the table costs a minute and a half beside the trainings
+    "quick": Budget(
+        tables=("reconstruction", "solvers", "guidance", "order"), num=100, tokenizer_steps=0.75, prior_steps=0.5
+    ),
     "full": Budget(tables=("reconstruction", "previews", "solvers", "guidance", "order"), num=1058),
 }
 
@@ -42,6 +45,7 @@ class DarSetting:
         solver_steps: how many of them.
         batch_size: images drawn at once; None estimates what fits.
         device: where networks run.
+        threads: of torch on the CPU, for what is timed.
     """
 
     tokenizer: DiffusionTokenizerRun
@@ -53,9 +57,10 @@ class DarSetting:
     solver_steps: tuple[int, ...] = (4, 8, 16)
     batch_size: int | None = None
     device: str = "cpu"
+    threads: int = 1
 
 
-def dar_setting(options: DarStudyOptions, device: str) -> DarSetting:
+def dar_setting(options: DarStudyOptions, device: str, threads: int) -> DarSetting:
     """What the options resolve to. Raises `UserError` for unknown presets."""
     budget, chosen = DAR_BUDGETS[options.budget], {"data": options.data, "classes": options.chosen_classes}
     tokenizer = diffusion_tokenizer_preset(options.preset_tokenizer)
@@ -72,4 +77,5 @@ def dar_setting(options: DarStudyOptions, device: str) -> DarSetting:
         num=options.num or budget.num,
         batch_size=options.batch_size,
         device=device,
+        threads=threads,
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 
+from isthmus.evaluation.circumstances import timing_words
 from isthmus.evaluation.class_scores import NearestClassMean
 from isthmus.evaluation.degradations import ruined
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
@@ -140,7 +141,12 @@ def solver_values(pipeline: DARPipeline, held_out: HeldOut, *, solvers: Sequence
             name = f"{solver}, {number} steps"
             values[name] = held_out.compared(np.concatenate(parts))
             values[name]["ms per image"] = [1000 * seconds / len(held_out)]
-    return {"images": len(held_out), "by_solver": values, "trained_steps": _own_steps(pipeline)}
+    return {
+        "images": len(held_out),
+        "by_solver": values,
+        "trained_steps": _own_steps(pipeline),
+        "timed_on": timing_words(pipeline.device),
+    }
 
 
 def order_values(pipeline: DARPipeline, held_out: HeldOut) -> Values:

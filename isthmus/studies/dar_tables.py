@@ -147,7 +147,8 @@ def solvers(setting: DarSetting, results: Results) -> StudyTable:
         panels=(Panel(title=REBUILT, along="solver steps", lines=tuple(lines)),),
         notes=(
             "adams-bashforth has the published coefficients, which are those of an even grid; adams-bashforth-variable "
-            "those of the uneven grid that is walked, which the paper does not have. ms per image is of one pass.",
+            "those of the uneven grid that is walked, which the paper does not have. ms per image is of one pass, "
+            f"on {first['timed_on']}.",
         ),
     )
 
@@ -260,7 +261,13 @@ def _row(rows: Sequence[Row], name: str) -> Row:
 
 
 def _solver_experiments(setting: DarSetting) -> Sequence[Experiment]:
-    wanted = {"solvers": list(setting.solvers), "steps": list(setting.solver_steps)}
+    wanted = {
+        "solvers": list(setting.solvers),
+        "steps": list(setting.solver_steps),
+        # its times are those of one device and number of threads
+        "device": setting.device,
+        "threads": setting.threads,
+    }
     return list(on_held_out(setting, "solvers", seconds=110, **wanted))
 
 

@@ -44,10 +44,6 @@ class EvaluationSetting:
     batch_size: int | None = None
     device: str = "cpu"
 
-    def facts(self) -> dict[str, Any]:
-        """What decides the scores."""
-        return {"data": self.data, "classes": None if self.classes is None else list(self.classes), "num": self.num}
-
 
 def evaluation_values(
     model: Path, folder: Path, setting: EvaluationSetting, *, seed: int, guidances: Sequence[str]

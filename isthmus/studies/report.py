@@ -35,6 +35,9 @@ def write_study_report(
         tables: finished tables by name.
         facts: what made the numbers.
     """
+    for spec in specs:
+        # of an earlier run, maybe of other results
+        (folder / f"{spec.name}.png").unlink(missing_ok=True)
     for name, table in tables.items():
         if table.panels:
             _draw(table, folder / f"{name}.png")

@@ -23,7 +23,7 @@ def run_study(
     study: Study[Setting],
     options: Options,
     budgets: Mapping[str, Budget],
-    make_setting: Callable[[Options, str], Setting],
+    make_setting: Callable[[Options, str, int], Setting],
 ) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
@@ -31,14 +31,14 @@ def run_study(
         study: which one.
         options: as from the command line.
         budgets: what each budget of this study buys.
-        make_setting: what the options resolve to on a device ("cpu", "cuda").
+        make_setting: what the options resolve to on a device ("cpu", "cuda") with so many `threads`.
 
     Raises:
         UserError: an option is not usable, or the folder holds something else.
     """
     tables = chosen_tables(options.tables, budgets[options.budget].tables, study.table_names)
     device = prepared_device(options)
-    setting = make_setting(options, device.type)
+    setting = make_setting(options, device.type, torch.get_num_threads())
     check_data(options)
     return study.run(setting, study_folder(options, study.name), tables=tables, facts=study_facts(options, device))
 

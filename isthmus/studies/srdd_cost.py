@@ -6,6 +6,7 @@ import torch
 
 from isthmus.data.batches import CachedTokens, training_batches
 from isthmus.data.token_cache import TokenCache
+from isthmus.evaluation.circumstances import timing_words
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.studies.experiments import Values
@@ -38,6 +39,7 @@ def cost_values(runs: Mapping[str, PriorRun], device: torch.device, *, rounds: i
             "drawn_at_once": DRAWN_IMAGES,
             "image_seconds": [seconds / DRAWN_IMAGES for seconds in draw_seconds[name]],
             "image_bytes": draw_bytes[name] / DRAWN_IMAGES,
+            "timed_on": timing_words(device),
         }
         for name, run in runs.items()
     }

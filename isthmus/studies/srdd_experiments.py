@@ -95,13 +95,19 @@ def sweeps(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[Experi
 
 
 def cost(setting: SrddSetting, variants: Iterable[Variant]) -> Experiment:
-    """Time and memory of variants against each other, at the first seed."""
+    """Time and memory of variants against each other, at the first seed; times are those of one device and threads."""
     names = [variant.name for variant in variants]
     seed = setting.seeds[0]
     return Experiment(
         name=f"cost-{'-'.join(names)}",
         kind="cost",
-        settings={"variants": names, "seed": seed, "rounds": setting.rounds},
+        settings={
+            "variants": names,
+            "seed": seed,
+            "rounds": setting.rounds,
+            "device": setting.device,
+            "threads": setting.threads,
+        },
         after=tuple(f"prior-{name}-seed{seed}" for name in names),
         seconds=40,
     )

@@ -40,6 +40,7 @@ class SrddSetting:
         rounds: of timing.
         batch_size: images drawn at once; None estimates what fits.
         device: where networks run.
+        threads: of torch on the CPU, for what is timed.
     """
 
     tokenizer: TokenizerRun
@@ -50,9 +51,10 @@ class SrddSetting:
     rounds: int = 9
     batch_size: int | None = None
     device: str = "cpu"
+    threads: int = 1
 
 
-def srdd_setting(options: SrddStudyOptions, device: str) -> SrddSetting:
+def srdd_setting(options: SrddStudyOptions, device: str, threads: int) -> SrddSetting:
     """What the options resolve to. Raises `UserError` for unknown presets."""
     budget, chosen = SRDD_BUDGETS[options.budget], {"data": options.data, "classes": options.chosen_classes}
     tokenizer, prior = tokenizer_preset(options.preset_tokenizer), prior_preset(options.preset_prior)
@@ -69,4 +71,5 @@ def srdd_setting(options: SrddStudyOptions, device: str) -> SrddSetting:
         num=options.num or budget.num,
         batch_size=options.batch_size,
         device=device,
+        threads=threads,
     )

@@ -240,7 +240,7 @@ def samples_words(setting: SrddSetting, results: Results, variant: Variant, cost
     return words + (
         f" Times: {len(one['step_seconds'])} interleaved rounds at seed {setting.seeds[0]}, a step of "
         f"{one['batch_size']} images, {one['drawn_at_once']} images drawn at once with their own guidance, pixels "
-        f"included in the time but not in the memory, {setting.device}."
+        f"included in the time but not in the memory, on {one['timed_on']}."
     )
 
 

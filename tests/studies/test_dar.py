@@ -9,9 +9,8 @@ import pytest
 from isthmus.studies.dar import DAR_STUDY
 from isthmus.studies.dar_options import DAR_BUDGETS, DarStudyOptions, dar_setting
 from isthmus.studies.experiments import RESULT
+from isthmus.studies.srdd import SRDD_STUDY
 from tests.studies import tiny_studies
-
-pytestmark = pytest.mark.slow
 
 
 def values(folder: Path, name: str):
@@ -21,10 +20,11 @@ def values(folder: Path, name: str):
 def test_budgets_name_their_tables():
     assert DAR_BUDGETS["full"].tables == DAR_STUDY.table_names
     assert set(DAR_BUDGETS["quick"].tables) < set(DAR_STUDY.table_names)
-    quick, full = (dar_setting(DarStudyOptions(budget=budget), "cpu") for budget in ("quick", "full"))
+    quick, full = (dar_setting(DarStudyOptions(budget=budget), "cpu", 2) for budget in ("quick", "full"))
     assert quick.tokenizer.num_steps < full.tokenizer.num_steps
     plan = {experiment.name for experiment in DAR_STUDY.plan(quick, DAR_BUDGETS["quick"].tables)}
-    assert {"tokenizer-seed0", "prior-seed0", "reconstruction-seed0", "solvers-seed0", "order-seed0"} == plan
+    measured = {f"{name}-seed0" for name in ("reconstruction", "solvers", "guidance", "order")}
+    assert {"tokenizer-seed0", "prior-seed0"} | measured == plan
 
 
 @pytest.mark.slow
@@ -54,9 +54,20 @@ def test_all_tokens_rebuild_what_the_models_own_solver_rebuilds(finished_dar):
     own = tiny_studies.dar_setting("").tokenizer.flow
     assert own.num_inference_steps is None and own.solver is None
     name = solved["trained_steps"]
-    if name in solved["by_solver"]:
-        last = list(by_tokens.values())[-1]
-        assert last["PSNR, dB"] == pytest.approx(solved["by_solver"][name]["PSNR, dB"])
+    assert name in solved["by_solver"], "the tiny study measures the model's own solver among others"
+    last = list(by_tokens.values())[-1]
+    assert last["PSNR, dB"] == pytest.approx(solved["by_solver"][name]["PSNR, dB"])
+
+
+@pytest.mark.parametrize(("study", "kind"), [(DAR_STUDY, "solvers"), (SRDD_STUDY, "cost")])
+def test_times_of_another_device_or_number_of_threads_are_not_taken_over(study, kind):
+    make = tiny_studies.dar_setting if study is DAR_STUDY else tiny_studies.srdd_setting
+    for change in ({"device": "cuda"}, {"threads": 2}):
+        ours, theirs = (
+            [one.settings for one in study.plan(make("", **some), study.table_names) if one.kind == kind]
+            for some in ({}, change)
+        )
+        assert ours and all(a != b for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.slow

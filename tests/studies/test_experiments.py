@@ -7,8 +7,6 @@ import pytest
 from isthmus.errors import UserError
 from isthmus.studies.experiments import RESULT, Experiment, finished, ordered, run_experiments
 
-pytestmark = pytest.mark.slow
-
 PLAN = [
     Experiment(name="one", kind="square", settings={"of": 3}),
     Experiment(name="two", kind="square", settings={"of": 4}, after=("one",)),

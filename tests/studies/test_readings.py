@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from isthmus.studies.readings import Difference, Reading, difference, half_width_of_mean, student_95
 
-pytestmark = pytest.mark.slow
-
 VALUES = st.floats(-1e3, 1e3)
 
 

@@ -9,8 +9,6 @@ from isthmus.studies.readings import Reading
 from isthmus.studies.study import Study
 from isthmus.studies.tables import Claim, Line, Panel, Row, StudyTable, TableSpec, line_of
 
-pytestmark = pytest.mark.slow
-
 THREE = {"low": (1.0, 1.1, 1.2), "high": (2.0, 2.1, 2.3), "near": (1.05, 1.0, 1.3)}
 
 

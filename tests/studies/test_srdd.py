@@ -18,8 +18,6 @@ from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddStudyOptions, srdd_se
 from isthmus.training.export import load_tokenizer
 from tests.studies import tiny_studies
 
-pytestmark = pytest.mark.slow
-
 
 def values(folder: Path, name: str):
     return json.loads((folder / name / RESULT).read_text())["values"]
@@ -28,7 +26,7 @@ def values(folder: Path, name: str):
 def test_budgets_name_their_tables():
     assert SRDD_BUDGETS["full"].tables == SRDD_STUDY.table_names
     assert set(SRDD_BUDGETS["quick"].tables) < set(SRDD_STUDY.table_names)
-    quick = srdd_setting(SrddStudyOptions(), "cpu")
+    quick = srdd_setting(SrddStudyOptions(), "cpu", 2)
     plan = {experiment.name for experiment in SRDD_STUDY.plan(quick, SRDD_BUDGETS["quick"].tables)}
     assert {"tokenizer", "prior-causal-seed0", "prior-markov-seed0", "sweep-markov-seed0", "snr"} <= plan
     assert not any("short" in name or "lognormal" in name or "seed1" in name for name in plan)
