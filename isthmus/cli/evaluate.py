@@ -47,6 +47,8 @@ class Evaluate(SteeredDrawOptions):
     """Also rebuild held-out images of a D-AR model with these numbers of solver steps, such as 4,8,16."""
     npz: bool = False
     """Also write samples.npz, which ADM's evaluator reads."""
+    statistics: bool = False
+    """Also write statistics.npz: mu and sigma of the samples in the first feature space, for --reference."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,6 +67,8 @@ class Evaluate(SteeredDrawOptions):
                 raise UserError(f"{option} says how a model draws, but --samples are drawn already. Leave it out.")
             if self.data is None and self.reference is None:
                 raise UserError("--samples are measured against something, got no --reference and no --data. Pass one.")
+            if self.data is None and self.classes:
+                raise UserError("--classes names classes of the data, got no --data. Pass --data, or leave it out.")
 
     def sweep(self) -> list[Guidance]:
         """The guidances of the sweep.
@@ -94,6 +98,7 @@ def run(arguments: Sequence[str]) -> None:
             data=command.data,
             classes=command.classes,
             features=command.features,
+            statistics=command.statistics,
             device=command.device,
         )
         return
@@ -115,6 +120,7 @@ def run(arguments: Sequence[str]) -> None:
         balance=command.balance,
         sweep=sweep,
         npz=command.npz,
+        statistics=command.statistics,
         measures=Measures(lpips_weights=command.lpips_weights, solver_steps=command.solver_steps),
         batch_size=command.batch_size,
         device=command.device,

@@ -1,14 +1,16 @@
 """The `.npz` files of ADM's evaluator (Dhariwal and Nichol, 2021): images (arr_0, arr_1), or statistics of a reference.
 
 An image file holds arr_0 uint8 (N, H, W, 3) and, where there are labels, arr_1 (N,). A statistics file holds mu and
-sigma of pooled Inception features, and mu_s and sigma_s of spatial ones. Images are read and written one after the
-other: a file may be larger than memory.
+sigma of pooled Inception features, and mu_s and sigma_s of spatial ones, which are left alone: sFID is not computed
+here. ADM's reference batches hold both: some of the images, and statistics of the whole data set. Our own files name
+their classes in `class_names`, which ADM's evaluator does not read. Images are read and written one after the other: a
+file may be larger than memory.
 """
 
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Literal, cast
@@ -25,12 +27,10 @@ _VALUES_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class AdmStatistics:
-    """Mean and covariance of a reference; the spatial ones where the file has them. They do not say how many images."""
+    """Mean and covariance of pooled features of a reference. They do not say of how many images."""
 
     mean: Float[np.ndarray, " d"]
     covariance: Float[np.ndarray, "d d"]
-    spatial_mean: Float[np.ndarray, " e"] | None = None
-    spatial_covariance: Float[np.ndarray, "e e"] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class AdmImages:
         path: the file.
         shape: (N, H, W, 3).
         labels: one per image, or None.
+        class_names: by label; empty where the file does not name its classes.
     """
 
     path: Path
     shape: tuple[int, int, int, int]
     labels: Int[np.ndarray, " n"] | None
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -69,16 +71,17 @@ class AdmImages:
                 yield from np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
 
 
-def kind_of_npz(path: Path) -> Literal["images", "statistics"]:
+def kind_of_npz(path: Path) -> Literal["images", "statistics", "both"]:
     """What an ADM file holds.
 
     Raises:
         UserError: neither, or the file cannot be read.
     """
     names = _names(path)
-    if "arr_0" in names:
-        return "images"
-    if {"mu", "sigma"} <= names:
+    images, statistics = "arr_0" in names, {"mu", "sigma"} <= names
+    if images:
+        return "both" if statistics else "images"
+    if statistics:
         return "statistics"
     held = ", ".join(sorted(names)[:6]) or "nothing"
     raise UserError(
@@ -88,20 +91,19 @@ def kind_of_npz(path: Path) -> Literal["images", "statistics"]:
 
 
 def read_adm_images(path: Path) -> AdmImages:
-    """Shape and labels of an image file.
+    """Shape, labels and names of classes of a file with images.
 
     Raises:
-        UserError: arr_0 is not uint8 (N, H, W, 3) in C order, or arr_1 does not fit it.
+        UserError: arr_0 is not uint8 (N, H, W, 3) in C order, or arr_1 or class_names do not fit it.
     """
-    if kind_of_npz(path) != "images":
+    if kind_of_npz(path) == "statistics":
         raise UserError(f"{path} holds statistics, not images. Pass a file with arr_0.")
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             shape, fortran, dtype = _header(member)
-        labels = None
-        if "arr_1" in _names(path):
-            with np.load(path, allow_pickle=False) as arrays:
-                labels = arrays["arr_1"]
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = arrays["arr_1"] if "arr_1" in arrays.files else None
+            names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays.files else ()
     except _FAILURES as error:
         raise _unreadable(path, error) from error
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
@@ -113,8 +115,13 @@ def read_adm_images(path: Path) -> AdmImages:
         raise UserError(
             f"{path}: arr_1 must hold {shape[0]} integers, got {labels.dtype} {labels.shape}. One label per image."
         )
+    if labels is not None and names and not (0 <= int(labels.min()) and int(labels.max()) < len(names)):
+        raise UserError(
+            f"{path}: arr_1 must hold numbers of the {len(names)} class_names, got {labels.min()} to {labels.max()}. "
+            "Leave class_names out, or name every class."
+        )
     sides = cast(tuple[int, int, int, int], shape)
-    return AdmImages(path, sides, None if labels is None else labels.astype(np.int64))
+    return AdmImages(path, sides, None if labels is None else labels.astype(np.int64), names)
 
 
 def write_adm_images(
@@ -122,8 +129,16 @@ def write_adm_images(
     images: Iterable[UInt8[np.ndarray, "h w 3"]],
     count: int,
     labels: Int[np.ndarray, " n"] | None = None,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Write `count` images as they come, whole or not at all.
+
+    Args:
+        path: the file.
+        images: 0..255, of one size.
+        count: how many there are.
+        labels: one per image; None leaves arr_1 out.
+        class_names: by label; empty leaves them out.
 
     Raises:
         UserError: there are more or fewer images, their sizes differ, or there is no image.
@@ -147,8 +162,9 @@ def write_adm_images(
             if written != count or first is None:
                 raise UserError(f"{path} was to hold {count} images, got {written}.")
             if labels is not None:
-                with archive.open("arr_1.npy", "w") as member:
-                    np.lib.format.write_array(cast(BinaryIO, member), labels.astype(np.int64), allow_pickle=False)
+                _add(archive, "arr_1", labels.astype(np.int64))
+            if class_names:
+                _add(archive, "class_names", np.array(class_names))
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write)
@@ -164,33 +180,24 @@ def read_statistics(path: Path) -> AdmStatistics:
         raise UserError(f"{path} holds no mu and sigma. Pass a statistics file.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {
-                name: arrays[name].astype(np.float64)
-                for name in ("mu", "sigma", "mu_s", "sigma_s")
-                if name in arrays.files
-            }
+            found = {name: arrays[name].astype(np.float64) for name in ("mu", "sigma")}
     except _FAILURES as error:
         raise _unreadable(path, error) from error
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mean in found and (
-            found[mean].ndim != 1 or covariance not in found or found[covariance].shape != 2 * found[mean].shape
-        ):
-            shapes = {name: array.shape for name, array in found.items()}
-            raise UserError(f"{path}: {covariance} must be (d, d) where {mean} is (d,), got {shapes}. Make it again.")
-    return AdmStatistics(found["mu"], found["sigma"], found.get("mu_s"), found.get("sigma_s"))
+    if found["mu"].ndim != 1 or found["sigma"].shape != 2 * found["mu"].shape:
+        shapes = {name: array.shape for name, array in found.items()}
+        raise UserError(f"{path}: sigma must be (d, d) where mu is (d,), got {shapes}. Make it again.")
+    return AdmStatistics(found["mu"], found["sigma"])
 
 
 def write_statistics(path: Path, statistics: AdmStatistics) -> None:
-    """Write mu, sigma and, where there are any, mu_s and sigma_s, whole or not at all."""
-    arrays = {
-        "mu": statistics.mean,
-        "sigma": statistics.covariance,
-        "mu_s": statistics.spatial_mean,
-        "sigma_s": statistics.spatial_covariance,
-    }
-    held = {name: array for name, array in arrays.items() if array is not None}
+    """Write mu and sigma, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: np.savez(file, **held))
+    write_whole(path, lambda file: np.savez(file, mu=statistics.mean, sigma=statistics.covariance))
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with archive.open(f"{name}.npy", "w") as member:
+        np.lib.format.write_array(cast(BinaryIO, member), array, allow_pickle=False)
 
 
 def _header(member: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:

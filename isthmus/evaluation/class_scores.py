@@ -115,23 +115,21 @@ def intra_class_diversity(features: Float[np.ndarray, "n d"], labels: Int[np.nda
     return found
 
 
-def inception_score(logits: Float[np.ndarray, "n v"], *, num_splits: int = 10) -> list[float]:
-    """The exponential of the mean KL divergence of p(class | image) from its mean, for each of `num_splits` parts.
+def inception_score(logits: Float[np.ndarray, "n v"]) -> float:
+    """The exponential of the mean KL divergence of p(class | image) from its mean over the images.
 
     Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 4. Meant for the logits of
-    Inception-v3, 1 (useless) to the number of classes; the published practice gives mean and deviation over 10 parts.
+    Inception-v3, 1 (useless) to the number of classes. It grows with the number of images and needs all classes among
+    them: measure shuffled sets of one size.
 
     Raises:
-        UserError: fewer images than parts.
+        UserError: there is no image.
     """
-    if not 1 <= num_splits <= len(logits):
-        raise UserError(f"num_splits must lie in 1..{len(logits)} (the images), got {num_splits}.")
-    scores = []
-    for part in np.array_split(np.arange(len(logits)), num_splits):
-        log_given = torch.log_softmax(_double(logits[part]), dim=1)
-        log_mean = torch.logsumexp(log_given, dim=0) - np.log(len(part))
-        scores.append(float((log_given.exp() * (log_given - log_mean)).sum(dim=1).mean().exp()))
-    return scores
+    if not len(logits):
+        raise UserError("an Inception score needs at least one image, got none. Pass logits of samples.")
+    log_given = torch.log_softmax(_double(logits), dim=1)
+    log_mean = torch.logsumexp(log_given, dim=0) - np.log(len(logits))
+    return float((log_given.exp() * (log_given - log_mean)).sum(dim=1).mean().exp())
 
 
 def _mean_pair_distance(rows: Float[Tensor, "n d"]) -> float:

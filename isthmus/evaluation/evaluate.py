@@ -14,7 +14,15 @@ import numpy as np
 
 from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.circumstances import circumstances
-from isthmus.evaluation.evaluation_folder import finish, finished_record
+from isthmus.evaluation.evaluation_folder import (
+    NPZ,
+    SAMPLES_FOLDER,
+    STATISTICS,
+    SWEEP_FOLDER,
+    finish,
+    finished_record,
+    write_sample_statistics,
+)
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
 from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
 from isthmus.evaluation.image_sets import ImageSet, Picture
@@ -37,9 +45,9 @@ from isthmus.evaluation.real_side import (
     measure_real_side,
     open_splits,
 )
-from isthmus.evaluation.reference_facts import check_fit, data_facts, measured_with
+from isthmus.evaluation.reference_facts import data_facts, fitting, protocol_of
 from isthmus.evaluation.report_pictures import look_at_samples
-from isthmus.evaluation.scoring import nearest_training_images, score_samples
+from isthmus.evaluation.scoring import score_samples
 from isthmus.evaluation.usage import code_counts, usage_curves
 from isthmus.functional.guidance import Guidance
 from isthmus.pipelines.loading import choose_device, load_pipeline
@@ -60,6 +68,7 @@ def evaluate_model(
     balance: Balance = "uniform",
     sweep: Sequence[Guidance] = (),
     npz: bool = False,
+    statistics: bool = False,
     measures: Measures = THE_USUAL,
     batch_size: int | None = None,
     device: str = "auto",
@@ -83,6 +92,7 @@ def evaluate_model(
         balance: every class equally often, or as often as in the data.
         sweep: guidances that are drawn and scored beside.
         npz: also write samples.npz for ADM's evaluator.
+        statistics: also write statistics.npz, mean and covariance of the samples' features.
         measures: what is measured on held-out images beyond the usual.
         batch_size: images drawn at once; None estimates what fits. It changes no score.
         device: see `load_pipeline`.
@@ -99,27 +109,23 @@ def evaluate_model(
         splits = open_splits(data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names)
         chosen = choose_classes(pipeline, splits, num, balance)
         size = (pipeline.image_size, pipeline.image_size)
-        against = choose_reference(splits, reference, image_size=pipeline.image_size)
-        check_fit(against, network, size)
-        lpips, extra = measures.lpips(pipeline), measures.facts()
+        against = fitting(choose_reference(splits, reference, size=size), network, size)
+        measures.check(pipeline)
+        lpips, extra = measures.lpips(), measures.facts()
 
         def prepared(folder: Path, guided: Mapping[str, Any]) -> ModelSamples:
             return model_samples(
                 pipeline, chosen, folder, network, seed=seed, options=guided, steering=steering, dtype=dtype
             )
 
-        main = prepared(out / "samples", options)
+        main = prepared(out / SAMPLES_FOLDER, options)
         others = {
             guidance_words(one): prepared(
-                out / "sweep" / guidance_words(one).replace(":", "-"), {**options, "guidance_scale": one}
+                out / SWEEP_FOLDER / guidance_words(one).replace(":", "-"), {**options, "guidance_scale": one}
             )
             for one in sweep
         }
-        protocol = Protocol(
-            **measured_with(network, against, num, size),
-            balance=chosen.words,
-            classes=splits.class_names,
-        )
+        protocol = protocol_of(network, against, splits, num, size, chosen.words)
         subject = model_subject(model, main, steering, dtype)
         done = finished_record(out, protocol, subject, sweep=list(others), measures=extra)
 
@@ -136,7 +142,10 @@ def evaluate_model(
             return
         seconds = {"drawing": time.perf_counter() - start} if drawn else {}
         if npz:
-            write_adm_images(out / "samples.npz", _images(main), num, main.classes.model_ids)
+            labels = main.classes.model_ids if pipeline.num_classes else None
+            write_adm_images(out / NPZ, _images(main), num, labels, chosen.model_names)
+        if statistics:
+            write_sample_statistics(out / STATISTICS, main.store.features(num), network)
         if done is None:
             assert real is not None, "the first process has measured them"
             facts = circumstances(pipeline.device, processes=processes.count)
@@ -178,9 +187,8 @@ def _score_samples(
     sweep = {}
     for words, samples in others.items():
         sweep[words] = score_samples(samples.store.features(num), labels, against, real, network, names).scores
-    near = nearest_training_images(found, real, network)
     images = ImageSet(str(main.store.folder), "", labels, names, num, lambda: _images(main))
-    warning = look_at_samples(images, labels, names, out, near, splits)
+    warning = look_at_samples(images, labels, names, out, scored.neighbours, splits)
     facts["seconds"]["scoring"] = time.perf_counter() - start
     return EvaluationRecord(
         protocol=protocol,

@@ -1,28 +1,28 @@
 """`isthmus evaluate --samples`: images from anywhere, measured as a model's samples are."""
 
-import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from isthmus.errors import UserError
+from isthmus.evaluation.balance import UNKNOWN, balance_words
 from isthmus.evaluation.circumstances import circumstances
-from isthmus.evaluation.evaluation_folder import finish, finished_record
+from isthmus.evaluation.evaluation_folder import STATISTICS, finish, finished_record, write_sample_statistics
 from isthmus.evaluation.feature_networks import feature_network
 from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.guards import check_value_range
 from isthmus.evaluation.image_sets import ImageSet, open_images
-from isthmus.evaluation.protocol import EvaluationRecord, Protocol, Subject, write_record
+from isthmus.evaluation.processes import is_first_process
+from isthmus.evaluation.protocol import EvaluationRecord, Subject, write_record
 from isthmus.evaluation.real_side import DataSplits, choose_reference, measure_real_side, open_splits
-from isthmus.evaluation.reference_facts import check_fit, data_facts, measured_with
+from isthmus.evaluation.reference_facts import data_facts, fitting, protocol_of
 from isthmus.evaluation.report_pictures import look_at_samples
-from isthmus.evaluation.scoring import nearest_training_images, score_samples
+from isthmus.evaluation.scoring import score_samples
 from isthmus.pipelines.loading import choose_device
-
-logger = logging.getLogger("isthmus")
 
 
 def evaluate_images(
@@ -33,9 +33,12 @@ def evaluate_images(
     data: str | None = None,
     classes: Sequence[str] = (),
     features: str = "lite0",
+    statistics: bool = False,
     device: str = "auto",
 ) -> None:
     """Score anyone's images: an .npz file or a folder, against another or against a data set.
+
+    Of several processes under torchrun the first one works; there is nothing to share.
 
     Args:
         samples: as for `open_images`.
@@ -44,11 +47,14 @@ def evaluate_images(
         data: data set whose training images judge classes and copies; None leaves both out.
         classes: of the data; none are all.
         features: as for `feature_network`.
+        statistics: also write statistics.npz, mean and covariance of the images' features.
         device: where features are computed.
 
     Raises:
         UserError: an argument is not usable, a guard refuses, or `out` holds something else.
     """
+    if not is_first_process():
+        return  # there is nothing to draw, so nothing to share
     where = choose_device(device)
     network = feature_network(features, device=where)
     images = open_images(samples)
@@ -56,32 +62,30 @@ def evaluate_images(
     if data is not None and size[0] != size[1]:
         raise UserError(f"a data set is brought to square images, the samples are {size}. Pass --reference instead.")
     splits = None if data is None else open_splits(data, image_size=size[0], classes=tuple(classes), wanted=())
-    against = choose_reference(splits, reference, image_size=min(size))
-    check_fit(against, network, size)
-    labels, names = _matched_labels(images, splits)
-    protocol = Protocol(
-        **measured_with(network, against, len(images), size),
-        balance="as in the samples",
-        classes=() if splits is None else splits.class_names,
-    )
+    against = fitting(choose_reference(splits, reference, size=size), network, size)
+    known = matched_classes(images, splits)
+    protocol = protocol_of(network, against, splits, len(images), size, known.balance)
     subject = Subject(
         name=str(samples), kind="images from elsewhere", fingerprint=images.fingerprint, sampling={}, steering={}
     )
     done = finished_record(out, protocol, subject, sweep=[], measures={})
-    if done is None:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    found = {}
+    if done is None or statistics:
         check_value_range(images)
         found = extract_features(network, images.shown("samples"))
+    if statistics:
+        write_sample_statistics(out / STATISTICS, found, network)
+    if done is None:
         real = measure_real_side(against, splits, network, protocol.chunk_images)
-        scored = score_samples(found, labels, against, real, network, names)
-        near = nearest_training_images(found, real, network)
-        warning = look_at_samples(images, labels, names, out, near, splits)
+        scored = score_samples(found, known.labels, against, real, network, known.names)
+        warning = look_at_samples(images, known.labels, known.names, out, scored.neighbours, splits)
         done = EvaluationRecord(
             protocol=protocol,
             subject=subject,
             data={} if splits is None else data_facts(splits),
             circumstances=circumstances(where, processes=1) | {"seconds": {"all": time.perf_counter() - start}},
-            warnings=(*scored.warnings, *([warning] if warning else [])),
+            warnings=tuple(one for one in (*scored.warnings, warning, known.warning) if one),
             scores=scored.scores,
             class_scores=scored.by_class,
             measures={},
@@ -91,17 +95,44 @@ def evaluate_images(
     finish(done, out)
 
 
-def _matched_labels(images: ImageSet, data: DataSplits | None) -> tuple[Int[np.ndarray, " n"] | None, tuple[str, ...]]:
-    """Classes of images from elsewhere in the order of the data set; None where they cannot be told."""
-    if data is None or images.labels is None or not data.class_names:
-        return None, ()
+@dataclass(frozen=True, eq=False)
+class MatchedClasses:
+    """Classes of images from elsewhere, as far as they are known.
+
+    Attributes:
+        labels: in the order of the data set; None where they cannot be told.
+        names: classes of the data set; empty where labels cannot be told.
+        balance: how often each class occurs, in words.
+        warning: why class scores are left out, or None.
+    """
+
+    labels: Int[np.ndarray, " n"] | None
+    names: tuple[str, ...]
+    balance: str
+    warning: str | None
+
+
+def matched_classes(images: ImageSet, data: DataSplits | None) -> MatchedClasses:
+    """Classes by their names alone: a number says nothing about the order of the classes in another place."""
+    if images.labels is None:
+        return MatchedClasses(None, (), UNKNOWN, None)
+    if data is None or not data.class_names:
+        named = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
+        return MatchedClasses(None, (), balance_words(images.labels, named), None)
     names = data.class_names
-    if images.class_names:
-        if not set(images.class_names) <= set(names):
-            logger.warning("%s has classes that %s has not; class scores are left out", images.name, data.spec)
-            return None, ()
-        return np.array([names.index(name) for name in images.class_names])[images.labels], names
-    if images.labels.min() < 0 or images.labels.max() >= len(names):
-        logger.warning("%s has labels beyond the classes of %s; class scores are left out", images.name, data.spec)
-        return None, ()
-    return images.labels, names
+    if not images.class_names:
+        return _unmatched(images, f"labels without names, which cannot be matched with the classes of {data.spec}")
+    used = np.unique(images.labels)
+    absent = [images.class_names[label] for label in used if images.class_names[label] not in names]
+    if absent:
+        return _unmatched(images, f"the class {absent[0]}, which {data.spec} has not")
+    places = np.array([names.index(name) if name in names else -1 for name in images.class_names])
+    labels = places[images.labels]
+    return MatchedClasses(labels, names, balance_words(labels, names, data.class_counts()), None)
+
+
+def _unmatched(images: ImageSet, what: str) -> MatchedClasses:
+    assert images.labels is not None, "only labelled images can fail to match"
+    named = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
+    warning = f"The samples have {what}: class scores are left out."
+    return MatchedClasses(None, (), balance_words(images.labels, named), warning)

@@ -6,10 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import UserError
-from isthmus.evaluation.protocol import RECORD, EvaluationRecord, Protocol, Score, Subject, read_record
-from isthmus.evaluation.report import write_report
+from isthmus.evaluation.adm_npz import AdmStatistics, write_statistics
+from isthmus.evaluation.feature_networks import FeatureNetwork
+from isthmus.evaluation.generation_scores import Features
+from isthmus.evaluation.protocol import (
+    RECORD,
+    EvaluationRecord,
+    Protocol,
+    Score,
+    Subject,
+    outdated_subject,
+    read_record,
+)
+from isthmus.evaluation.report import REPORT_FILES, write_report
+from isthmus.evaluation.statistics import GaussianStatistics
 
 logger = logging.getLogger("isthmus")
+
+SAMPLES_FOLDER, SWEEP_FOLDER = "samples", "sweep"
+NPZ, STATISTICS = "samples.npz", "statistics.npz"
+
+# what an evaluation writes: a folder that holds nothing else may be scored (again)
+_OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, NPZ, STATISTICS, *REPORT_FILES))
 
 
 def finished_record(
@@ -23,27 +41,40 @@ def finished_record(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     if not (out / RECORD).is_file():
-        foreign = [
-            path.name
-            for path in (out.iterdir() if out.exists() else ())
-            if path.name not in ("samples", "sweep", "samples.npz")
-        ]
-        if any(not name.startswith(".") and not name.endswith((".png", ".svg")) for name in foreign):
+        names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        # a killed process may have left a .partial
+        foreign = [name for name in names if name not in _OURS and not name.endswith(".partial")]
+        if foreign:
             raise UserError(
-                f"--out must be new, empty or the folder of an evaluation, got {out}. Choose another folder."
+                f"--out must be new, empty or the folder of an evaluation, got {out} with {foreign[0]} in it. "
+                "Choose another folder."
             )
         return None
-    before = read_record(out)
+    outdated = outdated_subject(out)
+    before = None if outdated is not None else read_record(out)
+    measured = outdated if before is None else before.subject
+    assert measured is not None, "a record is outdated or it is not"
     # a model that was moved is the same model
-    if replace(before.subject, name=subject.name) != subject:
+    if replace(measured, name=subject.name) != subject:
         raise UserError(
-            f"{out} holds the evaluation of {before.subject.name} with other weights or options. "
+            f"{out} holds the evaluation of {measured.name} with other weights or options. "
             "Choose another --out; nothing is overwritten."
         )
+    if before is None:
+        logger.info("%s is scored again: an earlier version of Isthmus measured it", out)
+        return None
     if before.protocol != protocol or list(before.sweep) != sweep or before.measures != measures:
         logger.info("%s is scored again: it was measured in another way before", out)
         return None
     return before
+
+
+def write_sample_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
+    """Write mean and covariance of the features in the headline space, as --reference reads them."""
+    space, width = next(iter(network.spaces.items()))
+    statistics = GaussianStatistics(width)
+    statistics.update(features[space])
+    write_statistics(path, AdmStatistics(statistics.mean.numpy(), statistics.covariance.numpy()))
 
 
 def finish(record: EvaluationRecord, out: Path) -> None:

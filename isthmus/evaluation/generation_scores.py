@@ -17,7 +17,7 @@ from isthmus.evaluation.distances import frechet_over_chunks, kernel_distance
 from isthmus.evaluation.feature_networks import FeatureNetwork, score_name
 from isthmus.evaluation.guards import FEWEST_FOR_FRECHET
 from isthmus.evaluation.intervals import bootstrap_interval, spread
-from isthmus.evaluation.neighbours import manifold_scores, memorised
+from isthmus.evaluation.neighbours import COPY_QUANTILE, copies, manifold_scores
 from isthmus.evaluation.protocol import Score
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 from isthmus.functional.draws import SPLIT, stream
@@ -25,7 +25,6 @@ from isthmus.functional.draws import SPLIT, stream
 Rows = Float[np.ndarray, "_ d"]
 Features = dict[str, Float[np.ndarray, "_ _"]]
 
-MEMORISED_QUANTILE = 0.01
 _FEWEST_FOR_MANIFOLD = 6  # the fifth neighbour of an image
 
 
@@ -105,15 +104,18 @@ def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Row
     return scores
 
 
-def statistics_score(samples: Rows, reference: Gaussian, space: str, network: FeatureNetwork) -> Score:
+def statistics_score(
+    samples: Rows, reference: Gaussian, space: str, network: FeatureNetwork, *, beside_images: bool = False
+) -> Score:
     """The Frechet distance of all samples to the mean and covariance of a file: no floor and no ceiling is known."""
+    without = "images of the file are other and fewer than its statistics" if beside_images else "file holds no images"
     statistics = Gaussian.of(samples)
     return Score(
         name=score_name("frechet", space, len(samples), network.input_size),
         value=frechet_distance(statistics, reference),
         better="lower",
         images=len(samples),
-        note="reference statistics from a file, which holds no images: floor and ceiling are unknown",
+        note=f"all samples against mu and sigma of the reference; floor and ceiling are unknown: the {without}",
     )
 
 
@@ -165,9 +167,14 @@ def class_consistency(
     return scores, by_class
 
 
-def memorisation(samples: Rows, training: Rows, held_out: Rows) -> Score:
-    """Share of samples nearer to a training image than 99 % of the held-out images are."""
-    near = memorised(samples, training, held_out, quantile=MEMORISED_QUANTILE)
+def memorisation(distances: Float[np.ndarray, " n"], threshold: float) -> Score:
+    """Share of samples nearer to a training image than 99 % of the held-out images are.
+
+    Args:
+        distances: of every sample to its nearest training image.
+        threshold: `copy_distance` of the held-out images.
+    """
+    near = copies(distances, threshold)
     interval = bootstrap_interval(near.astype(float))
     return Score(
         name="memorised share",
@@ -176,7 +183,7 @@ def memorisation(samples: Rows, training: Rows, held_out: Rows) -> Score:
         images=len(near),
         low=interval.low,
         high=interval.high,
-        floor=MEMORISED_QUANTILE,
+        floor=COPY_QUANTILE,
         ceiling=1.0,
         note="samples nearer to a training image than 99 % of the held-out images are; ceiling: copies",
     )
@@ -214,20 +221,18 @@ def _kernel(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork)
 
 
 def _inception(samples: Features, real: RealFeatures, logits: str) -> Score:
-    parts = min(10, len(samples[logits]))
-    over = spread(inception_score(samples[logits], num_splits=parts))
-    floor, ceiling = (
-        spread(inception_score(one[logits], num_splits=min(parts, len(real)))).mean for one in (real.other, real.ruined)
-    )
+    n, rows = len(real), samples[logits]
+    # it grows with the number of images, so all sides have n, as for the distances
+    over = spread([inception_score(rows[chunk]) for chunk in _chunks(len(rows), n)])
     return Score(
         name="Inception score",
         value=over.mean,
         better="higher",
-        images=len(samples[logits]) // parts,
+        images=n,
         measurements=over.count,
         deviation=over.standard_deviation,
-        floor=floor,
-        ceiling=ceiling,
+        floor=inception_score(real.other[logits]),
+        ceiling=inception_score(real.ruined[logits]),
     )
 
 

@@ -24,6 +24,9 @@ MOST_DUPLICATES = 0.5
 MOST_MOVED = 0.05
 """Samples of which a larger share would have to change class to have the reference's frequencies are warned of."""
 
+# where only a share of the training images was looked at: how many may be found before all are taken to be there
+_MOST_EXPECTED, _FEWEST_SHARED = 0.8, 10
+
 FEWEST_FOR_FRECHET = 1000
 """Below this many images the kernel distance and the class scores lead."""
 
@@ -105,7 +108,9 @@ def pixel_digest(image: UInt8[np.ndarray, "h w 3"]) -> str:
     return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
-def check_reference(reference_digests: Iterable[str], training_digests: Iterable[str], *, built_in: bool) -> str | None:
+def check_reference(
+    reference_digests: Iterable[str], training_digests: Iterable[str], *, built_in: bool, looked_at: float = 1.0
+) -> str | None:
     """A reference that is the training set rewards copying.
 
     Built-in sets are so small that their reference holds the training images; they get `BUILT_IN_SENTENCE`. Otherwise
@@ -115,23 +120,42 @@ def check_reference(reference_digests: Iterable[str], training_digests: Iterable
         reference_digests: `pixel_digest` of the reference images.
         training_digests: `pixel_digest` of the training images at the same size.
         built_in: whether the images came with the package.
+        looked_at: share of all training images that `training_digests` are of, in (0, 1].
 
     Raises:
-        UserError: every reference image is a training image.
+        UserError: every reference image is a training image, or seems to be where only a share was looked at.
     """
     reference = list(reference_digests)
     known = set(training_digests)
     shared = sum(digest in known for digest in reference)
     if built_in:
         return BUILT_IN_SENTENCE
-    if reference and shared == len(reference):
+    # of a reference that is made of training images, about this many are among those that were looked at
+    expected = looked_at * len(reference)
+    some = "" if looked_at == 1 else f" among the {100 * looked_at:.3g} % of the training images that were looked at"
+    if reference and shared >= (expected if looked_at == 1 else max(_MOST_EXPECTED * expected, _FEWEST_SHARED)):
         raise UserError(
-            f"the reference must hold images that the model was not trained on, but all {shared} are training images: "
-            "copying them would score best. Pass held-out images as --reference."
+            "the reference must hold images that the model was not trained on, but "
+            + (f"all {shared} are training images" if not some else f"{shared} of its {len(reference)} are{some}")
+            + ": copying them would score best. Pass held-out images as --reference."
         )
     if shared:
-        return f"{shared} of {len(reference)} reference images are training images, which favours copies of them."
+        return f"{shared} of {len(reference)} reference images are training images{some}, which favours copies of them."
     return None
+
+
+def check_copy_distance(distance: float) -> str | None:
+    """Held-out images that equal training images leave nothing between a copy and a new image.
+
+    >>> check_copy_distance(0.5) is None
+    True
+    """
+    if distance > 0:
+        return None
+    return (
+        "1 % or more of the held-out images equal a training image in feature space: only samples that do so too count "
+        "as memorised. Remove duplicates from the data."
+    )
 
 
 def check_classes(labels: Int[np.ndarray, " n"]) -> str | None:

@@ -49,26 +49,22 @@ class Measures:
             "solver_steps": list(self.solver_steps),
         }
 
-    def lpips(self, pipeline: AnyPipeline) -> LPIPSDistance | None:
-        """LPIPS, where it is asked for.
-
-        Raises:
-            UserError: a file cannot be used, the images are too small for it, or the model has no solver whose steps
-                could be chosen.
-        """
+    def check(self, pipeline: AnyPipeline) -> None:
+        """Raise UserError for what this model cannot be asked: solver steps without a solver, LPIPS of tiny images."""
         if self.solver_steps and not hasattr(pipeline, "decoder"):
             raise UserError(f"solver steps are for D-AR models, this is a {pipeline.kind}. Leave out --solver-steps.")
         for steps in self.solver_steps:
             # checks its arguments at once and draws only when it is read
             cast("DARPipeline", pipeline).stream(num_inference_steps=steps, seed=0)
-        if not self.lpips_weights:
-            return None
-        if pipeline.image_size < _FEWEST_LPIPS_PX:
+        if self.lpips_weights and pipeline.image_size < _FEWEST_LPIPS_PX:
             raise UserError(
                 f"LPIPS needs images of {_FEWEST_LPIPS_PX} pixels or more, the model's have {pipeline.image_size}. "
                 "Leave out --lpips-weights."
             )
-        return LPIPSDistance.from_files(*self.lpips_weights)
+
+    def lpips(self) -> LPIPSDistance | None:
+        """LPIPS, where it is asked for. Raises UserError where a file of weights cannot be used."""
+        return LPIPSDistance.from_files(*self.lpips_weights) if self.lpips_weights else None
 
 
 THE_USUAL = Measures()
@@ -101,8 +97,9 @@ def held_out_scores(
     if images.labels is not None and model_ids:
         labels = [model_ids[label] for label in images.labels]
     likelihood = likelihood_scores(pipeline, images, labels)
-    scores = _reconstruction(report, next(iter(network.spaces))) + _likelihood(likelihood, labels)
-    return scores, _curves(report, likelihood)
+    space = next(iter(network.spaces))
+    scores = _reconstruction(report, space) + _likelihood(likelihood, labels)
+    return scores, _curves(report, likelihood, space)
 
 
 def _reconstruction(report: ReconstructionReport, space: str) -> list[Score]:
@@ -150,7 +147,7 @@ def _mean(
     )
 
 
-def _curves(report: ReconstructionReport, likelihood: LikelihoodScores) -> list[Curve]:
+def _curves(report: ReconstructionReport, likelihood: LikelihoodScores, space: str) -> list[Curve]:
     stages, names = report.by_stage, tuple(report.by_stage)
     note = "Held-out images, rebuilt from their first tokens."
     psnr = tuple(float(one.psnr.mean()) for one in stages.values())
@@ -161,13 +158,13 @@ def _curves(report: ReconstructionReport, likelihood: LikelihoodScores) -> list[
         Curve(name=name, along="solver steps", positions=steps, values=values, note="All tokens are used.")
         for name, values in (
             ("PSNR, dB", tuple(float(one.psnr.mean()) for one in solved.values())),
-            ("r-FD", tuple(one.frechet for one in solved.values())),
+            (f"r-FD-{space}", tuple(one.frechet for one in solved.values())),
         )
         if solved
     ]
     return [
         Curve(name="PSNR, dB", along="tokens used", positions=names, values=psnr, note=note),
-        Curve(name="r-FD", along="tokens used", positions=names, values=frechet, note=note),
+        Curve(name=f"r-FD-{space}", along="tokens used", positions=names, values=frechet, note=note),
         Curve(name="bits per token", along="tokens", positions=tuple(bits), values=tuple(bits.values())),
         *by_solver,
     ]

@@ -5,8 +5,10 @@ A folder of samples (`isthmus sample`, `isthmus evaluate`), a folder of image fi
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from tqdm import tqdm
 from isthmus.data.augment import centre_view
 from isthmus.data.cache import sha256_of_file, sha256_of_parts
 from isthmus.data.folder import FolderSource
+from isthmus.data.folder_layout import folder_layout
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import read_adm_images
-from isthmus.evaluation.samples import read_chunk
+from isthmus.evaluation.protocol import number_of_samples
+from isthmus.evaluation.samples import chunk_number, labels_and_names, read_chunk
 from isthmus.pictures import spread
 
 Picture = UInt8[np.ndarray, "h w 3"]
@@ -40,6 +44,7 @@ class ImageSet:
         count: how many.
         read: starts a reading.
         at: image by number; None where only a whole reading is possible.
+        resized: how the images were brought to their size, in words; "" where they are as they lie.
     """
 
     name: str
@@ -49,6 +54,7 @@ class ImageSet:
     count: int
     read: Callable[[], Iterator[Picture]]
     at: Callable[[int], Picture] | None = None
+    resized: str = ""
 
     def __len__(self) -> int:
         return self.count
@@ -128,21 +134,21 @@ def joined(sets: Sequence[ImageSet], name: str) -> ImageSet:
     )
 
 
-def open_images(path: Path, *, image_size: int | None = None) -> ImageSet:
-    """Images of an `.npz` file or of a folder.
+def open_images(path: Path, *, size: tuple[int, int] | None = None) -> ImageSet:
+    """Images of an `.npz` file or of a folder; of a folder with train/ and val/ (or test/), those of both.
 
     Args:
         path: an ADM file, the --out of `isthmus sample` or `isthmus evaluate`, or any folder of images (one folder per
             class, or none).
-        image_size: side in pixels to which images of a folder are brought (shorter side, centre crop); None keeps
-            theirs.
+        size: height and width in pixels that images of a folder are wanted at. Where it is square, images of another
+            size are brought to it (shorter side, centre crop); None, or a size that is not square, keeps theirs.
 
     Raises:
         UserError: there are no images, or they cannot be read.
     """
     if path.is_file():
         file = read_adm_images(path)
-        return ImageSet(path.name, sha256_of_file(path), file.labels, (), len(file), lambda: iter(file))
+        return ImageSet(path.name, sha256_of_file(path), file.labels, file.class_names, len(file), lambda: iter(file))
     if not path.is_dir():
         raise UserError(f"images lie in an .npz file or a folder, got {path}, which is neither. Check the path.")
     inner = path / "samples"
@@ -152,9 +158,21 @@ def open_images(path: Path, *, image_size: int | None = None) -> ImageSet:
         return _chunks(path)
     if (path / _SAMPLES).is_file():
         return _sampled(path)
-    source = FolderSource(path, val_fraction=0.0)
-    if image_size is not None:
-        return real_images(source, image_size)
+    layout = folder_layout(path)
+    if layout.val is None:
+        return _files(FolderSource(path, val_fraction=0.0), size)
+    # each is named after the folder; what one split lacks is in the other
+    parts = [_files(FolderSource(path, split=split), size) for split in ("train", "val")]
+    return replace(joined(parts, parts[0].name), resized=parts[0].resized or parts[1].resized)
+
+
+def _files(source: FolderSource, size: tuple[int, int] | None) -> ImageSet:
+    """The images of a split, as they lie or at a square size."""
+    if size is not None and size[0] == size[1]:
+        others = (file for file in source.files if _size_of(source.root / file) != size)
+        if next(others, None) is not None:
+            words = f"shorter side to {size[0]} px, central square"
+            return replace(real_images(source, size[0]), resized=words)
     labels = source.labels if source.class_names else None
     return ImageSet(
         source.name,
@@ -167,28 +185,52 @@ def open_images(path: Path, *, image_size: int | None = None) -> ImageSet:
     )
 
 
-def _chunks(folder: Path) -> ImageSet:
-    files = sorted(folder.glob("chunk_*.npz"))
+def _size_of(file: Path) -> tuple[int, int] | None:
+    """Height and width, from the head of a file; None where it does not say."""
     try:
-        labels = np.concatenate([_member(file, "labels") for file in files])
-    except (OSError, ValueError, KeyError) as error:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except OSError:
+        return None
+
+
+def _chunks(folder: Path) -> ImageSet:
+    """The samples of an evaluation: the N that its record names, or all where there is no record yet."""
+    numbered = {chunk_number(file): file for file in folder.glob("chunk_*.npz")}
+    wanted = number_of_samples(folder.parent.parent if folder.parent.name == "sweep" else folder.parent)
+    files, labels, names, count = [], [], (), 0
+    # an evaluation with a larger N may have drawn more before
+    while (file := numbered.get(len(files))) is not None and (wanted is None or count < wanted):
+        try:
+            found, names = labels_and_names(file)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{file} cannot be read ({error}). Finish the evaluation first.") from error
+        files.append(file)
+        labels.append(found)
+        count += len(found)
+    whole = all(len(one) == len(labels[0]) for one in labels[:-1])
+    if not whole or (count < wanted if wanted is not None else len(files) < len(numbered)):
+        of = "" if wanted is None else f" of {wanted}"
         raise UserError(
-            f"{folder} holds a chunk that cannot be read ({error}). Finish the evaluation first."
-        ) from error
-    read: Callable[[], Iterator[Picture]] = lambda: (image for file in files for image in read_chunk(file).images)  # noqa: E731
-    return ImageSet(str(folder), sha256_of_parts(*map(sha256_of_file, files)), labels, (), len(labels), read)
+            f"{folder} is not whole: {count}{of} samples lie in consecutive full chunks. Finish the evaluation that "
+            "draws them first."
+        )
+    count = wanted or count
+    known = np.concatenate(labels)[:count]
+    fingerprint = sha256_of_parts(count, *map(sha256_of_file, files))
 
+    def read() -> Iterator[Picture]:
+        return islice((image for file in files for image in read_chunk(file).images), count)
 
-def _member(file: Path, name: str) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as archive:
-        return archive[name]
+    return ImageSet(str(folder), fingerprint, known if names else None, names, count, read)
 
 
 def _sampled(folder: Path) -> ImageSet:
     """The images that samples.json lists: not the grid beside them."""
     try:
         rows: list[dict[str, Any]] = json.loads((folder / _SAMPLES).read_text(encoding="utf-8"))["images"]
-        files, labels = [folder / row["file"] for row in rows], np.array([int(row["class_id"]) for row in rows])
+        files, ids = [folder / row["file"] for row in rows], np.array([int(row["class_id"]) for row in rows])
+        words = {int(row["class_id"]): str(row["label"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / _SAMPLES} cannot be read ({error}). Draw the samples again.") from error
     if not files:
@@ -201,8 +243,11 @@ def _sampled(folder: Path) -> ImageSet:
         except OSError as error:
             raise UserError(f"{files[index]} cannot be read ({error}). Draw the samples again.") from error
 
-    names = {int(row["class_id"]): str(row["label"]) for row in rows}
-    named = tuple(names[i] for i in range(len(names))) if set(names) == set(range(len(names))) else ()
+    labels, named = None, ()
+    # a model without names of classes writes their numbers, which say nothing to a data set; "null" is no class
+    if all(word not in (str(number), "null") for number, word in words.items()):
+        known, labels = np.unique(ids, return_inverse=True)
+        named = tuple(words[int(number)] for number in known)
     fingerprint = _digest_of(at(i) for i in range(len(files)))
     return ImageSet(str(folder), fingerprint, labels, named, len(files), lambda: (at(i) for i in range(len(files))), at)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from isthmus.errors import UserError
-from isthmus.evaluation.balance import class_balanced_labels, own_frequency_labels
+from isthmus.evaluation.balance import balance_words, class_balanced_labels, own_frequency_labels
 from isthmus.evaluation.drawing import draw_chunks
 from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.likelihood_scores import stage_lengths
@@ -43,6 +43,8 @@ class SampleClasses:
         names: by class of the data set; empty where either side has no classes.
         ids: of the model, by class of the data set; empty likewise.
         words: the balance, in words.
+        rule: what decides the class of sample i, however many there are, in JSON values.
+        model_names: names of the model's classes by its ids; empty where they have none.
     """
 
     labels: Int[np.ndarray, " n"]
@@ -50,6 +52,8 @@ class SampleClasses:
     names: tuple[str, ...]
     ids: tuple[int, ...]
     words: str
+    rule: dict[str, Any]
+    model_names: tuple[str, ...]
 
 
 def choose_classes(pipeline: "AnyPipeline", data: DataSplits, num: int, balance: Balance) -> SampleClasses:
@@ -58,16 +62,20 @@ def choose_classes(pipeline: "AnyPipeline", data: DataSplits, num: int, balance:
     Raises:
         UserError: the classes of the data are not those of the model, or frequencies are asked for and there are none.
     """
-    names = data.class_names
+    names, nothing = data.class_names, np.zeros(num, np.int64)
+    model_names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
     if balance == "data" and not names:
         raise UserError(f"{data.spec} is unlabelled, so it has no class frequencies. Leave out --balance data.")
     if pipeline.num_classes == 0:
-        nothing = np.zeros(num, np.int64)
-        return SampleClasses(nothing, nothing, (), (), "no classes (the model is unlabelled)")
+        if balance == "data":
+            raise UserError(
+                "the model is unlabelled, so it cannot draw classes as often as in the data. Leave out --balance data."
+            )
+        return SampleClasses(nothing, nothing, (), (), balance_words(None, ()), {"class_ids": []}, ())
     if not names:
-        labels = class_balanced_labels(num, pipeline.num_classes)
-        nothing = np.zeros(num, np.int64)
-        return SampleClasses(nothing, labels, (), (), f"{pipeline.num_classes} classes in turn")
+        labels, ids = class_balanced_labels(num, pipeline.num_classes), list(range(pipeline.num_classes))
+        words = balance_words(labels, model_names or list(map(str, ids)))
+        return SampleClasses(nothing, labels, (), (), words, {"class_ids": ids}, model_names)
     if pipeline.class_names:
         ids = resolve_labels(names, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
     elif len(names) == pipeline.num_classes:
@@ -77,13 +85,16 @@ def choose_classes(pipeline: "AnyPipeline", data: DataSplits, num: int, balance:
             f"the model's {pipeline.num_classes} classes have no names, so the data must have as many, got "
             f"{len(names)}. Pass the data it was trained on."
         )
+    counts, rule = data.class_counts(), {"class_ids": list(ids)}
     if balance == "uniform":
-        labels, words = class_balanced_labels(num, len(names)), "every class equally often"
+        labels = class_balanced_labels(num, len(names))
     else:
-        known = [one.labels for one in (data.train, data.held_out) if one.labels is not None]
-        counts = np.bincount(np.concatenate(known), minlength=len(names))
-        labels, words = own_frequency_labels(num, counts), "classes as often as in the data"
-    return SampleClasses(labels, np.array(ids, np.int64)[labels], names, tuple(ids), words)
+        labels = own_frequency_labels(num, counts)
+        rule["class_counts"] = counts.tolist()
+    words = balance_words(labels, names, counts)
+    model_ids = np.array(ids, np.int64)[labels]
+    # a model without names is given data with as many classes, in its own order
+    return SampleClasses(labels, model_ids, names, tuple(ids), words, rule, model_names or names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +175,8 @@ def model_samples(
     settings = {
         "model": pipeline.fingerprint,
         "seed": seed,
-        "class_ids": sorted(set(classes.model_ids.tolist())),
-        "balance": classes.words,
+        **classes.rule,
+        "class_names": list(classes.model_names),
         "sampling": sampling.to_dict(),
         "steering": dict(steering),
         "dtype": dtype,

@@ -2,7 +2,7 @@
 
 Precision and recall: Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric", section 2 (k = 3). Density and
 coverage: Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics", equations 1 and 2 (k = 5). Everything is exact
-and runs in blocks, so that no matrix of all pairs is kept.
+and runs in blocks of both sets, so that neither all pairs nor a copy of the features in float64 is kept.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,11 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 
-_BLOCK_ROWS = 1024
+COPY_QUANTILE = 0.01
+"""Share of the held-out images that may be as near to a training image as what counts as a copy."""
+
+# a tile of distances is 32 MiB, whatever the number of images
+_BLOCK_ROWS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +69,17 @@ def manifold_scores(
             f"the {largest}-th nearest neighbour needs more than {largest} images, got {len(samples)} samples and "
             f"{len(real)} real images. Measure more images."
         )
-    samples, real = _around(real, samples, real)
     radii = neighbour_distances(real, k=largest, block_size=block_size)
     narrow, wide = radii[:, precision_k - 1], radii[:, density_k - 1]
     sample_radius = neighbour_distances(samples, k=precision_k, block_size=block_size)[:, -1]
     realistic, density = np.zeros(len(samples), bool), np.zeros(len(samples))
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for start, distances in _blocks(samples, real, block_size):
-        rows = slice(start, start + len(distances))
-        realistic[rows] = (distances <= narrow).any(axis=1)
-        recalled |= (distances <= sample_radius[rows, None]).any(axis=0)
-        inside = distances <= wide
-        density[rows] = inside.sum(axis=1) / density_k
-        covered |= inside.any(axis=0)
+    for rows, columns, distances in _tiles(samples, real, block_size):
+        realistic[rows] |= (distances <= narrow[columns]).any(axis=1)
+        recalled[columns] |= (distances <= sample_radius[rows, None]).any(axis=0)
+        inside = distances <= wide[columns]
+        density[rows] += inside.sum(axis=1) / density_k
+        covered[columns] |= inside.any(axis=0)
     return ManifoldScores(realistic, recalled, density, covered)
 
 
@@ -91,13 +93,12 @@ def neighbour_distances(
     """
     if not 1 <= k < len(rows):
         raise UserError(f"{k} neighbours need more than {k} images, got {len(rows)}. Measure more images.")
-    (centred,) = _around(rows, rows)
-    found = np.empty((len(rows), k))
-    for start, distances in _blocks(centred, centred, block_size):
-        own = np.arange(len(distances))
-        distances[own, start + own] = np.inf
-        nearest = torch.from_numpy(distances).topk(k, dim=1, largest=False).values
-        found[start : start + len(distances)] = nearest.numpy()
+    found = np.full((len(rows), k), np.inf)
+    for here, there, distances in _tiles(rows, rows, block_size):
+        if here == there:
+            np.fill_diagonal(distances, np.inf)
+        candidates = torch.from_numpy(np.concatenate([found[here], distances], axis=1))
+        found[here] = candidates.topk(k, dim=1, largest=False).values.numpy()
     return found
 
 
@@ -111,13 +112,19 @@ def nearest_neighbours(
     """
     if not len(references):
         raise UserError("nearest neighbours need at least one reference, got none. Pass the training features.")
-    index = np.zeros(len(queries), dtype=np.int64)
-    left, right = _around(references, queries, references)
-    for start, distances in _blocks(left, right, block_size):
-        index[start : start + len(distances)] = distances.argmin(axis=1)
-    # by differences: the products that found the neighbour put it a rounding error away
-    difference = np.asarray(queries, np.float64) - np.asarray(references, np.float64)[index]
-    return index, np.linalg.norm(difference, axis=1)
+    index, distance = np.zeros(len(queries), dtype=np.int64), np.full(len(queries), np.inf)
+    for rows, columns, distances in _tiles(queries, references, block_size):
+        best = distances.argmin(axis=1)
+        found = distances[np.arange(len(best)), best]
+        nearer = found < distance[rows]
+        index[rows] = np.where(nearer, columns.start + best, index[rows])
+        distance[rows] = np.where(nearer, found, distance[rows])
+    for start in range(0, len(queries), block_size):
+        rows = slice(start, start + block_size)
+        # by differences: the products that found the neighbour put it a rounding error away
+        difference = np.asarray(queries[rows], np.float64) - np.asarray(references[index[rows]], np.float64)
+        distance[rows] = np.linalg.norm(difference, axis=1)
+    return index, distance
 
 
 def memorised(
@@ -125,12 +132,12 @@ def memorised(
     training: Float[np.ndarray, "m d"],
     held_out: Float[np.ndarray, "k d"],
     *,
-    quantile: float = 0.01,
+    quantile: float = COPY_QUANTILE,
 ) -> Bool[np.ndarray, " n"]:
     """Which samples are nearer to a training image than (nearly) every held-out image is; the mean is the share.
 
-    The threshold is the `quantile` of the held-out images' distances to their nearest training image. Held-out images
-    were not copied, so about `quantile` is what a model without memory scores; 1 means that every sample is a copy.
+    Held-out images were not copied, so about `quantile` is what a model without memory scores; 1 means that every
+    sample is a copy.
 
     Raises:
         UserError: there are no samples, no training or no held-out images.
@@ -139,28 +146,53 @@ def memorised(
         raise UserError(
             f"the share of copies needs samples and held-out images, got {len(samples)} and {len(held_out)}. Pass both."
         )
-    threshold = np.quantile(nearest_neighbours(held_out, training)[1], quantile)
-    return nearest_neighbours(samples, training)[1] < threshold
+    return copies(nearest_neighbours(samples, training)[1], copy_distance(held_out, training, quantile=quantile))
 
 
-def _around(centre: np.ndarray, *sets: np.ndarray) -> tuple[Float[np.ndarray, "_ d"], ...]:
-    """Sets in float64, moved so that `centre` has mean 0: distances stay, products lose fewer digits."""
-    widths = {rows.shape[1] for rows in (centre, *sets)}
-    if len(widths) > 1:
-        raise UserError(f"both sets need features of one width, got {sorted(widths)}. Use one network for all images.")
-    mean = np.asarray(centre, np.float64).mean(axis=0)
-    return tuple(np.asarray(rows, np.float64) - mean for rows in sets)
+def copy_distance(
+    held_out: Float[np.ndarray, "k d"], training: Float[np.ndarray, "m d"], *, quantile: float = COPY_QUANTILE
+) -> float:
+    """The `quantile` of the held-out images' distances to their nearest training image; 0 where so many equal one.
+
+    Raises:
+        UserError: there are no training or no held-out images.
+    """
+    if not len(held_out):
+        raise UserError("the share of copies needs held-out images, got none. Pass the held-out features.")
+    return float(np.quantile(nearest_neighbours(held_out, training)[1], quantile))
 
 
-def _blocks(
+def copies(distances: Float[np.ndarray, " n"], threshold: float) -> Bool[np.ndarray, " n"]:
+    """Which of these distances to the nearest training image are those of copies: below the threshold, or 0.
+
+    >>> copies(np.array([0.0, 1.0, 2.0]), 2.0).tolist(), copies(np.array([0.0, 1.0]), 0.0).tolist()
+    ([True, True, False], [True, False])
+    """
+    return (distances < threshold) | (distances == 0)
+
+
+def _tiles(
     queries: Float[np.ndarray, "n d"], references: Float[np.ndarray, "m d"], block_size: int
-) -> Iterator[tuple[int, Float[np.ndarray, "_ m"]]]:
-    """Distances of `block_size` queries at a time to all references, with the number of the first query."""
-    right = torch.from_numpy(references)
-    right_norms = right.square().sum(dim=1)
-    for start in range(0, len(queries), block_size):
-        left = torch.from_numpy(queries[start : start + block_size])
-        yield start, _distances(left, left.square().sum(dim=1), right, right_norms).numpy()
+) -> Iterator[tuple[slice, slice, Float[np.ndarray, "_ _"]]]:
+    """Distances of `block_size` queries to as many references at a time, with the rows of both.
+
+    Only the blocks in hand are in float64, moved so that the references have mean 0: distances stay, and products lose
+    fewer digits.
+    """
+    if queries.shape[1] != references.shape[1]:
+        widths = sorted({queries.shape[1], references.shape[1]})
+        raise UserError(f"both sets need features of one width, got {widths}. Use one network for all images.")
+    mean = references.mean(axis=0, dtype=np.float64)
+
+    def block(rows: np.ndarray, start: int) -> tuple[slice, Tensor, Tensor]:
+        values = torch.from_numpy(rows[start : start + block_size].astype(np.float64) - mean)
+        return slice(start, start + len(values)), values, values.square().sum(dim=1)
+
+    for here in range(0, len(queries), block_size):
+        rows, left, left_norms = block(queries, here)
+        for there in range(0, len(references), block_size):
+            columns, right, right_norms = block(references, there)
+            yield rows, columns, _distances(left, left_norms, right, right_norms).numpy()
 
 
 def _distances(

@@ -34,6 +34,11 @@ class Processes:
         return asked
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process of a launcher, or the only one there is; needs no connection to the others."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def launched_processes() -> Iterator[Processes]:
     """The processes that torchrun (or another launcher that sets WORLD_SIZE) started; one where there is none."""

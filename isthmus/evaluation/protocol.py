@@ -15,7 +15,7 @@ from isthmus.data.cache import write_whole
 from isthmus.errors import UserError
 
 RECORD = "evaluation.json"
-FORMAT = 1
+FORMAT = 2
 
 T = TypeVar("T")
 
@@ -88,6 +88,8 @@ class Protocol:
         reference: what the reference is, in words.
         reference_images: how many real images there were; 0 where a file of statistics does not say.
         reference_sha256: of their contents.
+        train_sha256: of the training images that judge classes and copies; "" without a data set.
+        held_out_sha256: of the held-out images; "" likewise.
     """
 
     features: str
@@ -101,6 +103,8 @@ class Protocol:
     reference: str
     reference_images: int
     reference_sha256: str
+    train_sha256: str
+    held_out_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,18 +178,16 @@ def read_record(folder: Path) -> EvaluationRecord:
     """The record of an evaluation folder.
 
     Raises:
-        UserError: there is none, it cannot be read, or a newer version wrote it.
+        UserError: there is none, it cannot be read, or a newer or older version wrote it.
     """
-    path = folder / RECORD if folder.is_dir() else folder
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {RECORD}. Pass the --out of a finished `isthmus evaluate`.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        written = int(values["format"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
+    path, values, written = _written(folder)
     if written > FORMAT:
         raise UserError(f"{path} is of format {written}, this version reads {FORMAT}. Update Isthmus.")
+    if written < FORMAT:
+        raise UserError(
+            f"{path} is of format {written}, which does not say on which training and held-out images it was made; "
+            f"this version reads {FORMAT}. Evaluate again: samples that are there are used."
+        )
     try:
         return EvaluationRecord(
             protocol=_from(Protocol, values["protocol"]),
@@ -204,6 +206,29 @@ def read_record(folder: Path) -> EvaluationRecord:
         raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
 
 
+def outdated_subject(folder: Path) -> Subject | None:
+    """What a record of an earlier format measured; None where the record is of this format or a newer one.
+
+    Raises:
+        UserError: there is no record, or it cannot be read.
+    """
+    path, values, written = _written(folder)
+    if written >= FORMAT:
+        return None
+    try:
+        return _from(Subject, values["subject"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
+
+
+def number_of_samples(folder: Path) -> int | None:
+    """N of an evaluation folder, whatever its format; None where it holds no record that can be read."""
+    try:
+        return int(_written(folder)[1]["protocol"]["num_samples"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+
+
 _WORDS = {
     "features": "feature network",
     "features_sha256": "weights of the feature network",
@@ -215,6 +240,8 @@ _WORDS = {
     "classes": "classes",
     "reference_images": "number of reference images",
     "reference_sha256": "reference images",
+    "train_sha256": "training images",
+    "held_out_sha256": "held-out images",
 }
 
 
@@ -234,12 +261,24 @@ def same_protocol(a: EvaluationRecord, b: EvaluationRecord) -> list[str]:
     return differences
 
 
+def _written(folder: Path) -> tuple[Path, dict[str, Any], int]:
+    """The file of a record, its values and its format. Raises UserError where there is none that can be read."""
+    path = folder / RECORD if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {RECORD}. Pass the --out of a finished `isthmus evaluate`.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return path, values, int(values["format"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
+
+
 def _shown(record: EvaluationRecord, name: str, value: Any) -> str:
     if name == "reference_sha256":
         return f"{record.protocol.reference} ({value[:12]})"
     if isinstance(value, tuple):
         return ", ".join(value) or "none"
-    return value[:12] if name.endswith("sha256") else str(value)
+    return (value[:12] or "none") if name.endswith("sha256") else str(value)
 
 
 def _scores(values: list[Mapping[str, Any]]) -> tuple[Score, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.generation_scores import Features, LabelledFeatures, RealFeatures
 from isthmus.evaluation.guards import check_reference, check_value_range, pixel_digest
 from isthmus.evaluation.image_sets import ImageSet, Picture, joined, open_images, real_images, some
+from isthmus.evaluation.neighbours import copy_distance
 from isthmus.evaluation.reference_halves import disjoint_halves, images_per_measurement
 from isthmus.evaluation.statistics import Gaussian
 
@@ -49,17 +51,23 @@ class DataSplits:
         """Empty where the data are unlabelled."""
         return self.train.class_names
 
+    def class_counts(self) -> Int[np.ndarray, " c"]:
+        """Images of each class, training and held-out ones together."""
+        known = [one.labels for one in (self.train, self.held_out) if one.labels is not None]
+        return np.bincount(np.concatenate(known), minlength=len(self.class_names))
+
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are measured against: images, or a file of statistics.
+    """What samples are measured against: images, a file of statistics, or a file that holds both.
 
     Attributes:
         words: what it is.
         fingerprint: SHA-256 (hex) of its contents.
-        images: None for a file of statistics.
-        statistics: mean and covariance of such a file.
+        images: None for a file of statistics alone.
+        statistics: mean and covariance of such a file; beside images they are of the whole set the images are from.
         holds_training: whether it is training and held-out images of a built-in set together.
+        warnings: what a report should say of it.
     """
 
     words: str
@@ -67,6 +75,7 @@ class Reference:
     images: ImageSet | None
     statistics: Gaussian | None = None
     holds_training: bool = False
+    warnings: tuple[str, ...] = ()
 
     def images_per_measurement(self, num_samples: int) -> int:
         """n; all samples where the reference is a file of statistics."""
@@ -88,6 +97,12 @@ class RealSide:
     training: LabelledFeatures | None
     held_out: LabelledFeatures | None
     warnings: tuple[str, ...]
+
+    @cached_property
+    def copy_distance(self) -> float:
+        """Samples nearer to a training image than this count as memorised; for sets with both splits alone."""
+        assert self.training is not None and self.held_out is not None, "only where there is a data set"
+        return copy_distance(self.held_out.rows, self.training.rows)
 
 
 def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted: tuple[str, ...]) -> DataSplits:
@@ -126,21 +141,32 @@ def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted:
     )
 
 
-def choose_reference(data: DataSplits | None, path: Path | None, *, image_size: int) -> Reference:
+def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[int, int]) -> Reference:
     """The reference of an evaluation: the one given, else images of the data set.
 
     Built-in sets are small, so theirs is training and held-out images together; of other data it is the held-out part.
+
+    Args:
+        data: the data set.
+        path: images or statistics; None takes images of the data set.
+        size: of the samples, height and width in pixels.
 
     Raises:
         UserError: there is neither, or it cannot be read.
     """
     if path is not None:
-        if path.is_file() and kind_of_npz(path) == "statistics":
+        kind = kind_of_npz(path) if path.is_file() else "images"
+        statistics = None
+        if kind != "images":
             found = read_statistics(path)
             statistics = Gaussian.from_covariance(found.mean, found.covariance)
+        if kind == "statistics":
             return Reference(f"the statistics in {path.name}", sha256_of_file(path), None, statistics)
-        images = open_images(path, image_size=image_size)
-        return Reference(f"{len(images)} images of {images.name}", images.fingerprint, images)
+        images = open_images(path, size=size)
+        words = f"{len(images)} images of {images.name}"
+        if statistics is not None:
+            words += ", and its mu and sigma for the Frechet distance"
+        return Reference(words, images.fingerprint, images, statistics)
     if data is None:
         raise UserError("samples need something to be measured against, got no --reference and no --data. Pass one.")
     if data.built_in:
@@ -173,9 +199,13 @@ def measure_real_side(reference: Reference, data: DataSplits | None, network: Fe
         real = _halves(reference.images, features, network, n)
     warning = None
     if data is not None and digests:
-        warning = check_reference(digests, sets["train"].digests, built_in=reference.holds_training)
+        looked_at = len(data.train) / data.num_train
+        warning = check_reference(
+            digests, sets["train"].digests, built_in=reference.holds_training, looked_at=looked_at
+        )
+    warnings = (*reference.warnings, *([] if warning is None else [warning]))
     labelled = {name: LabelledFeatures(part.features[headline], _labels(part.images)) for name, part in sets.items()}
-    return RealSide(real, labelled.get("train"), labelled.get("held_out"), (warning,) if warning is not None else ())
+    return RealSide(real, labelled.get("train"), labelled.get("held_out"), warnings)
 
 
 @dataclass(frozen=True, eq=False)

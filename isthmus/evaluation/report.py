@@ -14,11 +14,17 @@ from isthmus.evaluation.report_plots import CURVES, SWEEP, draw_curves, draw_swe
 
 logger = logging.getLogger("isthmus")
 
+REPORT_FILES = ("evaluation.json", "report.md", "report.html", SAMPLES, NEIGHBOURS, CURVES, SWEEP)
+"""What a report consists of; nothing else is written beside it."""
+
 HEAD = ("score", "value", "uncertainty", "floor", "ceiling", "images", "better", "note")
 
 
 def write_report(record: EvaluationRecord, out: Path) -> None:
     """Write report.md and report.html from the record and the pictures in `out`; plots where there is matplotlib."""
+    for plot in (CURVES, SWEEP):
+        # of an earlier scoring, maybe with other curves
+        (out / plot).unlink(missing_ok=True)
     try:
         if record.curves:
             draw_curves(record.curves, out / CURVES)

@@ -30,6 +30,8 @@ def look_at_samples(
     Raises:
         UserError: most samples are duplicates.
     """
+    for earlier in (SAMPLES, NEIGHBOURS):
+        (out / earlier).unlink(missing_ok=True)
     grid = _grid_places(images, labels)
     pairs = [] if neighbours is None else _pair_places(neighbours)
     wanted = {index for _, row in grid for index in row} | set(pairs)

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int, UInt8
 
 from isthmus.data.cache import write_whole
 from isthmus.errors import UserError
-from isthmus.generation.step import token_hashes
 
 logger = logging.getLogger("isthmus")
 
@@ -48,13 +47,6 @@ class SampleChunk:
         """The first `count` of them."""
         features = {space: rows[:count] for space, rows in self.features.items()}
         return SampleChunk(self.images[:count], self.labels[:count], self.token_ids[:count], features)
-
-    def hashes(self) -> list[str]:
-        """SHA-256 (hex) of every image's token ids, as in the PNGs of `isthmus sample`."""
-        # imported here: torch is not needed to read numbers
-        import torch
-
-        return token_hashes([torch.from_numpy(self.token_ids)])
 
 
 class ChunkStore:
@@ -158,6 +150,27 @@ def num_chunks(num: int) -> int:
 def chunk_size(chunk: int, num: int) -> int:
     """How many of `num` images lie in a chunk."""
     return min(CHUNK, num - chunk * CHUNK)
+
+
+def chunk_number(path: Path) -> int | None:
+    """Number of the chunk in a file of this name; None for other files.
+
+    >>> chunk_number(Path("samples/chunk_00012.npz")), chunk_number(Path("grid.png"))
+    (12, None)
+    """
+    digits = path.stem.removeprefix("chunk_")
+    return int(digits) if path.suffix == ".npz" and path.stem.startswith("chunk_") and digits.isdecimal() else None
+
+
+def labels_and_names(path: Path) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
+    """Class ids of the images in a chunk, and the model's names of its classes by id; empty where it has none.
+
+    Raises:
+        OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: the file is no whole chunk.
+    """
+    with _opened(path) as archive:
+        settings = json.loads(str(archive["settings"]))
+        return archive["labels"], tuple(settings.get("class_names", ()))
 
 
 def read_chunk(path: Path) -> SampleChunk:

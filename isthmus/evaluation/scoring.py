@@ -1,13 +1,13 @@
 """All that is said of a set of samples, from their features: scores in the order to read them, warnings, neighbours."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from isthmus.errors import UserError
-from isthmus.evaluation.feature_networks import FeatureNetwork
+from isthmus.evaluation.feature_networks import FeatureNetwork, score_name
 from isthmus.evaluation.generation_scores import (
     Features,
     LabelledFeatures,
@@ -21,27 +21,13 @@ from isthmus.evaluation.guards import (
     FEWEST_FOR_FRECHET,
     check_balance,
     check_classes,
+    check_copy_distance,
     check_enough_images,
     check_small_set,
 )
 from isthmus.evaluation.neighbours import nearest_neighbours
 from isthmus.evaluation.protocol import Score
 from isthmus.evaluation.real_side import RealSide, Reference
-
-
-@dataclass(frozen=True, eq=False)
-class SampleScores:
-    """What was found.
-
-    Attributes:
-        scores: those to read first come first.
-        by_class: class -> name -> value.
-        warnings: of the guards.
-    """
-
-    scores: tuple[Score, ...]
-    by_class: dict[str, dict[str, float]]
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +41,23 @@ class Neighbours:
 
     index: Int[np.ndarray, " n"]
     distance: Float[np.ndarray, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleScores:
+    """What was found.
+
+    Attributes:
+        scores: those to read first come first.
+        by_class: class -> name -> value.
+        warnings: of the guards.
+        neighbours: the nearest training image of every sample; None where there are no training images.
+    """
+
+    scores: tuple[Score, ...]
+    by_class: dict[str, dict[str, float]]
+    warnings: tuple[str, ...]
+    neighbours: Neighbours | None
 
 
 def score_samples(
@@ -81,16 +84,18 @@ def score_samples(
     headline = next(iter(network.spaces))
     rows = samples[headline]
     warnings: list[str | None] = list(real.warnings)
-    if real.reference is None:
-        distances, neighbourhoods, n = [_against_statistics(samples, reference, network)], [], len(rows)
-        warnings += [check_enough_images(n, width, space=space) for space, width in network.spaces.items()][:1]
-    else:
+    distances, neighbourhoods, n = [], [], len(rows)
+    if real.reference is not None:
         n = len(real.reference)
         warnings.append(check_small_set(n))
         warnings += [check_enough_images(n, width, space=space) for space, width in network.spaces.items()]
         distances = distance_scores(samples, real.reference, network)
         halves = (real.reference.reference[headline], real.reference.other[headline], real.reference.ruined[headline])
         neighbourhoods = manifold_score_list(rows, *halves)
+    if reference.statistics is not None:
+        space = statistics_space(reference, network)
+        warnings.append(check_enough_images(len(rows), network.spaces[space], space=space))
+        distances = _with_statistics(distances, samples[space], reference, space, network, n)
     known = reference.images
     if labels is not None and names and known is not None and known.labels is not None:
         if known.class_names == tuple(names):
@@ -101,22 +106,19 @@ def score_samples(
         warnings.append(warning)
         if warning is None:
             classes, by_class = class_consistency(LabelledFeatures(rows, labels), real.training, real.held_out, names)
-    copies = []
-    if real.training is not None and real.held_out is not None:
-        copies = [memorisation(rows, real.training.rows, real.held_out.rows)]
+    neighbours, copies = None, []
+    if real.training is not None:
+        neighbours = Neighbours(*nearest_neighbours(rows, real.training.rows))
+        if real.held_out is not None:
+            warnings.append(check_copy_distance(real.copy_distance))
+            copies = [memorisation(neighbours.distance, real.copy_distance)]
     if n < FEWEST_FOR_FRECHET:
         # the kernel distance, then class consistency, lead
         scores = [*distances[:1], *classes[:1], *copies, *distances[1:], *classes[1:], *neighbourhoods]
     else:
         scores = [*distances, *classes, *copies, *neighbourhoods]
-    return SampleScores(tuple(scores), by_class, tuple(one for one in warnings if one is not None))
-
-
-def nearest_training_images(samples: Features, real: RealSide, network: FeatureNetwork) -> Neighbours | None:
-    """Of every sample in the headline space; None where there are no training images."""
-    if real.training is None:
-        return None
-    return Neighbours(*nearest_neighbours(samples[next(iter(network.spaces))], real.training.rows))
+    said = dict.fromkeys(one for one in warnings if one is not None)
+    return SampleScores(tuple(scores), by_class, tuple(said), neighbours)
 
 
 def statistics_space(reference: Reference, network: FeatureNetwork) -> str:
@@ -138,7 +140,24 @@ def statistics_space(reference: Reference, network: FeatureNetwork) -> str:
     return fitting
 
 
-def _against_statistics(samples: Features, reference: Reference, network: FeatureNetwork) -> Score:
+def _with_statistics(
+    distances: Sequence[Score],
+    rows: Float[np.ndarray, "_ d"],
+    reference: Reference,
+    space: str,
+    network: FeatureNetwork,
+    n: int,
+) -> list[Score]:
+    """`distances` with that of all samples to the reference's mu and sigma; the one to images of its name says so."""
     assert reference.statistics is not None, "a reference is images or statistics"
-    space = statistics_space(reference, network)
-    return statistics_score(samples[space], reference.statistics, space, network)
+    found = statistics_score(rows, reference.statistics, space, network, beside_images=reference.images is not None)
+    of_images = score_name("frechet", space, n, network.input_size)
+    others = [
+        replace(one, name=f"{one.name} to the images", note="to the images of the reference, not its mu and sigma")
+        if one.name == of_images
+        else one
+        for one in distances
+    ]
+    # few images: the kernel distance keeps the lead
+    place = min(len(others), int(n < FEWEST_FOR_FRECHET))
+    return [*others[:place], found, *others[place:]]

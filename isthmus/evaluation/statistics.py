@@ -119,17 +119,6 @@ class GaussianStatistics:
             centred = block - mean
             self._add(len(block), mean, centred.T @ centred)
 
-    def merge(self, other: "GaussianStatistics") -> None:
-        """Take in everything that `other` has seen.
-
-        Raises:
-            UserError: `other` is of another width.
-        """
-        if other.width != self.width:
-            raise UserError(f"statistics must be {self.width} wide, got {other.width}. Use one network for all images.")
-        if other.count:
-            self._add(other.count, other.mean, other._scatter)
-
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
         """Unbiased covariance. Raises `UserError` for fewer than two rows."""

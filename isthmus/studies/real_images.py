@@ -6,7 +6,6 @@ from typing import Any
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
 from isthmus.evaluation.generation_scores import Features
 from isthmus.evaluation.model_samples import SampleClasses, choose_classes
-from isthmus.evaluation.protocol import Protocol
 from isthmus.evaluation.real_side import (
     DataSplits,
     RealSide,
@@ -15,6 +14,7 @@ from isthmus.evaluation.real_side import (
     measure_real_side,
     open_splits,
 )
+from isthmus.evaluation.reference_facts import protocol_of
 from isthmus.evaluation.scoring import score_samples
 from isthmus.pipelines.loading import AnyPipeline, choose_device
 from isthmus.studies.evaluations import EvaluationSetting
@@ -54,7 +54,7 @@ class RealImages:
         """
         network = feature_network("lite0", device=choose_device(setting.device))
         splits = splits_of(pipeline, setting)
-        reference = choose_reference(splits, None, image_size=pipeline.image_size)
+        reference = choose_reference(splits, None, size=(pipeline.image_size, pipeline.image_size))
         n = reference.images_per_measurement(setting.num)
         return cls(
             network,
@@ -72,20 +72,5 @@ class RealImages:
 
     def protocol(self, image_size: int) -> dict[str, Any]:
         """How samples are measured, in JSON values."""
-        num = len(self.classes.labels)
-        images = self.reference.images
-        return asdict(
-            Protocol(
-                features=self.network.name,
-                features_sha256=self.network.weights_sha256,
-                preprocessing=self.network.preprocessing,
-                num_samples=num,
-                chunk_images=self.reference.images_per_measurement(num),
-                balance=self.classes.words,
-                image_size=f"{image_size} x {image_size}",
-                classes=self.splits.class_names,
-                reference=self.reference.words,
-                reference_images=0 if images is None else len(images),
-                reference_sha256=self.reference.fingerprint,
-            )
-        )
+        num, size = len(self.classes.labels), (image_size, image_size)
+        return asdict(protocol_of(self.network, self.reference, self.splits, num, size, self.classes.words))

@@ -1,17 +1,20 @@
 """`isthmus evaluate` and `isthmus compare`: a tiny model on a folder of images, end to end."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from isthmus.evaluation.adm_npz import read_adm_images
 from isthmus.evaluation.protocol import read_record
 from isthmus.evaluation.samples import read_chunk
+from isthmus.generation.step import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -53,7 +56,8 @@ def scores(folder):
 
 
 def hashes(folder):
-    return [digest for file in sorted((folder / "samples").iterdir()) for digest in read_chunk(file).hashes()]
+    files = sorted((folder / "samples").iterdir())
+    return token_hashes([torch.from_numpy(np.concatenate([read_chunk(file).token_ids for file in files]))])
 
 
 def same_scores(first, second):
@@ -83,7 +87,7 @@ def test_batch_size_and_processes_change_nothing(evaluate, isthmus, model, image
 
 
 def test_samples_npz_scored_as_anyones_images_gives_the_same_numbers(evaluate, isthmus, refused, images, tmp_path):
-    evaluate(tmp_path / "a", "--npz", "--sweep-guidance", "1,3")
+    evaluate(tmp_path / "a", "--npz", "--statistics", "--sweep-guidance", "1,3")
     written = read_adm_images(tmp_path / "a" / "samples.npz")
     assert len(written) == NUM and written.labels is not None and set(written.labels) == {0, 1, 2}
     words = ("--data", f"folder:{images}", "--out", tmp_path / "b")
@@ -96,11 +100,16 @@ def test_samples_npz_scored_as_anyones_images_gives_the_same_numbers(evaluate, i
     assert record.subject.seed == 0 and record.subject.sampling["guidance_scale"] == 2.0
     for name in ("report.md", "report.html", "samples.png", "neighbours.png", "curves.png", "sweep.png"):
         assert (tmp_path / "a" / name).is_file(), name
-    assert "balance" in refused("compare", tmp_path / "a", tmp_path / "b")
+    assert isthmus("compare", tmp_path / "a", tmp_path / "b").code == 0, "one protocol: the classes are as frequent"
     # a file of the samples themselves, and images of a folder, as the reference
     words = ("--samples", tmp_path / "a", "--reference", images / "val", "--out", tmp_path / "c")
     assert isthmus("evaluate", *words).code == 0
     assert "class" not in " ".join(scores(tmp_path / "c")), "no data set, no classes"
+    assert "training images" in refused("compare", tmp_path / "a", tmp_path / "c")
+    # against their own mean and covariance the samples are at no distance
+    words = ("--samples", tmp_path / "a", "--reference", tmp_path / "a" / "statistics.npz", "--out", tmp_path / "d")
+    assert isthmus("evaluate", *words).code == 0
+    assert scores(tmp_path / "d")["FD-lite0-192"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, images, tmp_path):
@@ -118,7 +127,39 @@ def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, image
     assert "sampling" in refused(*words, "--guidance", 1)
 
 
-def test_d_ar_and_unlabelled_models(evaluate, tmp_path):
+def test_more_training_images_are_another_protocol(isthmus, model, images, tmp_path):
+    """The same command after an image was added: scored again, with the samples that are there."""
+    data = Path(shutil.copytree(images, tmp_path / "data"))
+    command = ("evaluate", model, "--data", f"folder:{data}", "--num", NUM, "--out", tmp_path / "a")
+    assert isthmus(*command).code == 0
+    samples = tmp_path / "a" / "samples" / "chunk_00000.npz"
+    before, drawn = read_record(tmp_path / "a"), samples.stat().st_mtime_ns
+    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(data / "train" / "face" / "new.png")
+    assert isthmus(*command).code == 0
+    after = read_record(tmp_path / "a")
+    assert after.data["training images"] == before.data["training images"] + 1
+    assert after.protocol.train_sha256 != before.protocol.train_sha256 and samples.stat().st_mtime_ns == drawn
+
+
+def test_samples_without_names_of_classes_have_no_class_scores(isthmus, images, tmp_path):
+    """Numbers of classes are those of whoever drew them: the report says why class scores are missing."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), np.arange(12) % 3)
+    words = ("--samples", tmp_path / "a.npz", "--data", f"folder:{images}", "--out", tmp_path / "b")
+    assert isthmus("evaluate", *words).code == 0
+    record = read_record(tmp_path / "b")
+    assert any("without names" in warning for warning in record.warnings)
+    assert not any("class" in score.name for score in record.scores)
+
+
+def test_of_several_processes_one_scores_images(isthmus, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ("--samples", images / "val", "--reference", images / "train", "--out", tmp_path / "a")
+    assert isthmus("evaluate", *words).code == 0 and not (tmp_path / "a").exists()
+
+
+def test_d_ar_and_unlabelled_models(evaluate, refused, images, tmp_path):
     tiny_dar().save_pretrained(tmp_path / "dar")
     evaluate(tmp_path / "a", "--steps", 2, "--guidance", 1.5, "--balance", "data", model=tmp_path / "dar")
     before = read_record(tmp_path / "a")
@@ -129,13 +170,18 @@ def test_d_ar_and_unlabelled_models(evaluate, tmp_path):
     record = read_record(tmp_path / "a")
     assert record.scores == before.scores and record.held_out == before.held_out
     solved = [curve for curve in record.curves if curve.along == "solver steps"]
-    assert [(curve.name, curve.positions) for curve in solved] == [("PSNR, dB", ("1", "2")), ("r-FD", ("1", "2"))]
-    assert record.subject.steering == {"num_inference_steps": 2} and "as often as" in record.protocol.balance
+    names = [(curve.name, curve.positions) for curve in solved]
+    assert names == [("PSNR, dB", ("1", "2")), ("r-FD-lite0-192", ("1", "2"))]
+    # the data have as many images of each class
+    assert record.subject.steering == {"num_inference_steps": 2}
+    assert record.protocol.balance == "every class equally often"
     assert {"bits per token", "PSNR, dB", "r-FD-lite0-192"} <= set(scores(tmp_path / "a"))
     tiny_pipeline(num_classes=0).save_pretrained(tmp_path / "unlabelled")
     evaluate(tmp_path / "b", model=tmp_path / "unlabelled")
     assert not any("class" in name for name in scores(tmp_path / "b"))
     assert "memorised share" in scores(tmp_path / "b")
+    words = ("--data", f"folder:{images}", "--num", NUM, "--balance", "data", "--out", tmp_path / "c")
+    assert "the model is unlabelled" in refused("-q", "evaluate", tmp_path / "unlabelled", *words)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +192,7 @@ def test_d_ar_and_unlabelled_models(evaluate, tmp_path):
         ("MODEL --samples NPZ --out OUT", "a model or --samples"),
         ("--samples NPZ --out OUT", "no --reference"),
         ("--samples NPZ --reference NPZ --seed 1 --out OUT", "--seed"),
+        ("--samples NPZ --reference NPZ --classes face --out OUT", "--classes"),
         ("MODEL --data DATA --num 1 --out OUT", "--num"),
         ("MODEL --data DATA --classes fcae --out OUT", "face"),
         ("MODEL --data DATA --features vgg --out OUT", "lite0"),

@@ -71,6 +71,17 @@ def test_a_reference_made_of_training_images_is_refused():
     assert check_reference(training + held_out, training, built_in=True) == BUILT_IN_SENTENCE
 
 
+def test_training_images_are_found_where_only_a_share_of_them_was_looked_at():
+    """A reference of training images, of which every fourth was looked at; then one with few of them."""
+    training = [str(i) for i in range(400)]
+    looked_at = training[::4]
+    with pytest.raises(UserError, match="100 of its 400 are among the 25 % of the training images"):
+        check_reference(training, looked_at, built_in=False, looked_at=0.25)
+    held_out = [f"new {i}" for i in range(380)]
+    warning = check_reference(training[:20] + held_out, looked_at, built_in=False, looked_at=0.25)
+    assert warning is not None and warning.startswith("5 of 400") and "25 %" in warning
+
+
 @given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=5), times=st.integers(1, 3))
 def test_only_moved_classes_are_said(counts, times):
     """Equal frequencies pass, whatever the numbers; a class that the reference lacks is named."""

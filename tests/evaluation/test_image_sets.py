@@ -9,6 +9,7 @@ from PIL import Image
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.image_sets import joined, open_images, some
+from isthmus.evaluation.protocol import RECORD
 from isthmus.evaluation.samples import ChunkStore, SampleChunk
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -16,7 +17,7 @@ LABELS = np.array([0, 1, 0, 1, 0, 1])
 
 
 def write_npz(folder):
-    write_adm_images(folder / "a.npz", PICTURES, 6, LABELS)
+    write_adm_images(folder / "a.npz", PICTURES, 6, LABELS, ("face", "flag"))
     return folder / "a.npz"
 
 
@@ -24,7 +25,8 @@ def write_chunks(folder):
     for chunk, start in enumerate((0, 4)):
         rows = slice(start, start + 4)
         nothing = np.empty((len(PICTURES[rows]), 0), np.int64)
-        ChunkStore(folder / "samples", {}).write(chunk, SampleChunk(PICTURES[rows], LABELS[rows], nothing, {}))
+        settings = {"class_names": ["face", "flag"]}
+        ChunkStore(folder / "samples", settings).write(chunk, SampleChunk(PICTURES[rows], LABELS[rows], nothing, {}))
     return folder
 
 
@@ -50,6 +52,7 @@ def test_the_same_images_come_out(tmp_path, write):
     images = open_images(write(tmp_path))
     found, labels = np.stack(list(images)), images.labels
     assert labels is not None and len(images) == 6 and images.size() == (8, 8)
+    assert images.class_names == ("face", "flag")
     order = [next(i for i in range(6) if np.array_equal(PICTURES[i], one)) for one in found]
     assert sorted(order) == list(range(6)) and np.array_equal(LABELS[order], labels)
     assert np.array_equal(np.stack(list(images)), found), "a second reading starts again"
@@ -71,6 +74,58 @@ def test_images_of_two_sizes_are_refused_or_brought_to_one(tmp_path):
     Image.fromarray(np.repeat(PICTURES[1], 2, axis=1)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="one size"):
         list(open_images(tmp_path).shown("images"))
-    assert {image.shape for image in open_images(tmp_path, image_size=4)} == {(4, 4, 3)}
+    assert {image.shape for image in open_images(tmp_path, size=(4, 4))} == {(4, 4, 3)}
     with pytest.raises(UserError, match="neither"):
         open_images(tmp_path / "nowhere")
+
+
+def test_a_missing_or_left_over_chunk_is_no_sample(tmp_path):
+    folder = write_chunks(tmp_path)
+    chunks = folder / "samples"
+    # the record says five: the sixth was drawn for a larger evaluation
+    (folder / RECORD).write_text(json.dumps({"format": 1, "protocol": {"num_samples": 5}}))
+    assert len(open_images(folder)) == len(list(open_images(folder))) == 5
+    (chunks / "chunk_00001.npz").rename(chunks / "chunk_00002.npz")
+    with pytest.raises(UserError, match="4 of 5 samples"):
+        open_images(folder)
+    (folder / RECORD).unlink()
+    with pytest.raises(UserError, match="is not whole"):
+        open_images(folder)
+
+
+def test_names_not_numbers_say_the_class_of_samples(tmp_path):
+    """Only classes 3 and 7 of a model were drawn: their names stay with their images."""
+    write_samples(tmp_path)
+    rows = json.loads((tmp_path / "samples.json").read_text())["images"]
+    for row in rows:
+        row["class_id"] = {"face": 7, "flag": 3}[row["label"]]
+    (tmp_path / "samples.json").write_text(json.dumps({"images": rows}))
+    images = open_images(tmp_path)
+    assert images.labels is not None
+    assert [images.class_names[label] for label in images.labels] == [row["label"] for row in rows]
+    # a model without names writes numbers, which are no names
+    for row in rows:
+        row["label"] = str(row["class_id"])
+    (tmp_path / "samples.json").write_text(json.dumps({"images": rows}))
+    assert open_images(tmp_path).labels is None
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_both_splits_of_a_folder_are_read(tmp_path, held_out):
+    for part, picture in (("train", 0), (held_out, 1)):
+        (tmp_path / part / "face").mkdir(parents=True)
+        Image.fromarray(PICTURES[picture]).save(tmp_path / part / "face" / "a.png")
+    images = open_images(tmp_path)
+    assert np.array_equal(np.stack(list(images)), PICTURES[:2]) and images.class_names == ("face",)
+
+
+def test_a_folder_is_resized_to_square_samples_alone_and_says_so(tmp_path):
+    wide = np.concatenate([PICTURES[0], PICTURES[1]], axis=1)
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    assert open_images(tmp_path, size=(8, 16)).size() == (8, 16), "samples of the same size need no crop"
+    assert open_images(tmp_path, size=(8, 16)).resized == ""
+    square = open_images(tmp_path, size=(8, 8))
+    assert square.size() == (8, 8) and "shorter side to 8 px" in square.resized
+    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
+    as_it_lies = open_images(tmp_path, size=(8, 8))
+    assert as_it_lies.resized == "" and np.array_equal(next(iter(as_it_lies)), PICTURES[0])

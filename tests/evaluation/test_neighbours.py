@@ -1,8 +1,17 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from isthmus.errors import UserError
-from isthmus.evaluation.neighbours import manifold_scores, memorised, nearest_neighbours, neighbour_distances
+from isthmus.evaluation.guards import check_copy_distance
+from isthmus.evaluation.neighbours import (
+    copy_distance,
+    manifold_scores,
+    memorised,
+    nearest_neighbours,
+    neighbour_distances,
+)
 
 
 def normal(count: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -75,6 +84,28 @@ def test_copies_count_as_memorised_and_new_images_do_not():
     assert memorised(fresh, training, held_out).mean() < 0.05
     half_copied = np.concatenate([training[:100] + 1e-3, fresh[:100]])
     assert memorised(half_copied, training, held_out).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_copies_count_where_held_out_images_repeat_training_images():
+    """The threshold is 0 then: exact copies are copies, new images are not."""
+    training, fresh = normal(100, seed=0), normal(20, seed=1)
+    held_out = np.concatenate([training[:5], normal(95, seed=2)])
+    assert copy_distance(held_out, training) == 0
+    assert check_copy_distance(0.0) is not None
+    assert memorised(np.concatenate([training[:20], fresh]), training, held_out).tolist() == [True] * 20 + [False] * 20
+
+
+def test_features_are_not_copied_in_double_precision():
+    """Of n x 2,048 single-precision features only blocks are in float64."""
+    rows = np.zeros((4096, 512), np.float32)
+    rows[:, 0] = np.arange(4096)
+    tracemalloc.start()
+    index, distance = nearest_neighbours(rows + np.float32(0.25), rows, block_size=128)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(index, np.arange(4096)) and np.allclose(distance, 0.25 * 512**0.5)
+    # the queries' own sum is made inside the call; a float64 copy of either side would be 16 MiB more
+    assert peak < 1.6 * rows.nbytes
 
 
 @pytest.mark.parametrize("empty", ["samples", "training", "held_out"])

@@ -4,10 +4,13 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from isthmus.errors import UserError
 from isthmus.evaluation.compare import compare
+from isthmus.evaluation.evaluation_folder import finished_record
+from isthmus.evaluation.image_sets import ImageSet
 from isthmus.evaluation.protocol import (
     RECORD,
     Curve,
@@ -21,6 +24,7 @@ from isthmus.evaluation.protocol import (
 )
 from isthmus.evaluation.report import report_blocks, write_report
 from isthmus.evaluation.report_blocks import markdown
+from isthmus.evaluation.report_pictures import look_at_samples
 
 SCORES = (
     Score(
@@ -43,6 +47,8 @@ def record(**changes) -> EvaluationRecord:
         reference="20 images",
         reference_images=20,
         reference_sha256="b" * 64,
+        train_sha256="f" * 64,
+        held_out_sha256="0" * 64,
     )
     subject = Subject(
         name="model", kind="SRDD", fingerprint="c" * 64, seed=3, sampling={"guidance_scale": [1.0, 2.0]}, steering={}
@@ -83,6 +89,8 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
         ({"image_size": "16 x 16"}, "image size"),
         ({"classes": ("face",)}, "classes: face, flag and face"),
         ({"reference_sha256": "d" * 64}, "reference images"),
+        ({"train_sha256": "d" * 64}, "training images: ffffffffffff and dddddddddddd"),
+        ({"held_out_sha256": ""}, "held-out images: 000000000000 and none"),
     ],
 )
 def test_other_ways_of_measuring_are_refused_in_words(tmp_path, change, said):
@@ -109,17 +117,74 @@ def test_model_seed_and_guidance_are_free(tmp_path):
 def test_what_is_no_record_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no"):
         read_record(tmp_path)
-    for text in ("{", "[]", '{"format": 1}'):
+    for text in ("{", "[]", '{"format": 2}'):
         (tmp_path / RECORD).write_text(text)
         with pytest.raises(UserError, match="not the record"):
             read_record(tmp_path)
     write_record(record(), tmp_path)
     values = json.loads((tmp_path / RECORD).read_text())
-    (tmp_path / RECORD).write_text(json.dumps(values | {"format": 2}))
+    (tmp_path / RECORD).write_text(json.dumps(values | {"format": 3}))
     with pytest.raises(UserError, match="Update"):
         read_record(tmp_path)
     with pytest.raises(UserError, match="at least two"):
         compare([tmp_path])
+
+
+def old_record(folder):
+    """A record as format 1 wrote it: without fingerprints of the data set."""
+    write_record(record(), folder)
+    values = json.loads((folder / RECORD).read_text())
+    del values["protocol"]["train_sha256"], values["protocol"]["held_out_sha256"]
+    (folder / RECORD).write_text(json.dumps(values | {"format": 1}))
+
+
+def test_records_of_the_first_format_are_refused_and_scored_again(tmp_path):
+    old_record(tmp_path)
+    with pytest.raises(UserError, match=r"format 1.*Evaluate again"):
+        read_record(tmp_path)
+    now = record()
+    asked = {"sweep": list(now.sweep), "measures": now.measures}
+    assert finished_record(tmp_path, now.protocol, now.subject, **asked) is None
+    other = replace(now.subject, fingerprint="e" * 64)
+    with pytest.raises(UserError, match="other weights"):
+        finished_record(tmp_path, now.protocol, other, **asked)
+
+
+def test_only_what_was_asked_for_in_the_same_way_is_finished(tmp_path):
+    now = record(held_out=SCORES)
+    write_record(now, tmp_path)
+    asked = {"sweep": list(now.sweep), "measures": now.measures}
+    assert finished_record(tmp_path, now.protocol, now.subject, **asked) == now
+    for name in ("train_sha256", "held_out_sha256"):
+        more_images = replace(now.protocol, **{name: "9" * 64})
+        assert finished_record(tmp_path, more_images, now.subject, **asked) is None
+
+
+@pytest.mark.parametrize(("name", "ours"), [("report.md", True), ("samples.png", True), ("holiday.png", False)])
+def test_only_files_of_an_evaluation_may_lie_in_its_folder(tmp_path, name, ours):
+    (tmp_path / name).write_text("x")
+    now = record()
+    if ours:
+        assert finished_record(tmp_path, now.protocol, now.subject, sweep=[], measures={}) is None
+        return
+    with pytest.raises(UserError, match=name):
+        finished_record(tmp_path, now.protocol, now.subject, sweep=[], measures={})
+
+
+def test_plots_of_an_earlier_scoring_are_not_shown(tmp_path):
+    write_report(record(), tmp_path)
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "sweep.png").is_file()
+    write_report(record(curves=(), sweep={}), tmp_path)
+    assert not (tmp_path / "curves.png").exists() and not (tmp_path / "sweep.png").exists()
+    assert "<img" not in (tmp_path / "report.html").read_text()
+
+
+def test_neighbours_of_an_earlier_scoring_are_not_shown(tmp_path):
+    (tmp_path / "neighbours.png").write_bytes(b"of other images")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    images = ImageSet("two", "0", None, (), 2, lambda: iter([picture, picture + 1]))
+    look_at_samples(images, None, (), tmp_path, None, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.png"}
 
 
 def test_every_score_is_reported_with_what_made_it(tmp_path):

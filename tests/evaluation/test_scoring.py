@@ -7,12 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
+from isthmus.evaluation.balance import balance_words, own_frequency_labels
 from isthmus.evaluation.feature_networks import FeatureNetwork
-from isthmus.evaluation.generation_scores import LabelledFeatures, RealFeatures
+from isthmus.evaluation.generation_scores import LabelledFeatures, RealFeatures, distance_scores
+from isthmus.evaluation.image_sets import ImageSet
 from isthmus.evaluation.real_side import RealSide, Reference
+from isthmus.evaluation.reference_facts import fitting
 from isthmus.evaluation.reference_halves import disjoint_halves, images_per_measurement
 from isthmus.evaluation.scoring import score_samples
-from isthmus.evaluation.statistics import Gaussian
+from isthmus.evaluation.statistics import Gaussian, frechet_distance
 from isthmus.evaluation.usage import code_counts, usage_curves
 
 N, WIDTH = 40, 4
@@ -37,10 +40,10 @@ def test_n_is_half_of_the_real_images_at_most():
         images_per_measurement(10, 3)
 
 
-def network(spaces=None) -> FeatureNetwork:
+def network(spaces=None, logits=None) -> FeatureNetwork:
     return FeatureNetwork(
         lambda images: {}, name="net", spaces=spaces or {"net-4": WIDTH}, preprocessing="", weights_sha256="",
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), logits=logits,
     )  # fmt: skip
 
 
@@ -54,7 +57,7 @@ def two_classes(seed, count, shift=0.0) -> LabelledFeatures:
 
 
 def real_side() -> RealSide:
-    features = RealFeatures({"net-4": rows(1)}, {"net-4": rows(2)}, {"net-4": rows(3, shift=4.0)})
+    features = RealFeatures(*({"net-4": some, "logits": some} for some in (rows(1), rows(2), rows(3, shift=4.0))))
     return RealSide(features, two_classes(4, 30), two_classes(5, 12), ("built in",))
 
 
@@ -79,12 +82,35 @@ def test_samples_like_the_real_ones_score_near_the_floor_and_far_from_the_ceilin
 def test_the_order_of_the_samples_hardly_matters():
     samples = rows(6, N)
     one, two = (
-        score_samples({"net-4": some}, None, REFERENCE, real_side(), network(), ()) for some in (samples, samples[::-1])
+        score_samples({"net-4": some, "logits": some}, None, REFERENCE, real_side(), network(logits="logits"), ())
+        for some in (samples, samples[::-1])
     )
     first, second = ({score.name: score.value for score in found.scores} for found in (one, two))
-    assert first["FD-net-4"] == pytest.approx(second["FD-net-4"], rel=1e-6)
+    for name in ("FD-net-4", "Inception score"):
+        assert first[name] == pytest.approx(second[name], rel=1e-6), name
+    # the kernel distance draws its subsets by place: another order is another draw of the same estimate
+    error = max(score.error or 0 for found in (one, two) for score in found.scores if score.name == "KD-net-4")
+    assert abs(first["KD-net-4"] - second["KD-net-4"]) < 2 * error
     assert first["precision"] == second["precision"]
     assert not any("class" in name for name in first), "without labels there are no class scores"
+
+
+def test_the_inception_score_of_samples_sorted_by_class_is_that_of_mixed_ones():
+    """Sure of one of four classes: 4, whatever the order of the file; all three sides have n images."""
+    sure = 50 * np.eye(WIDTH, dtype=np.float32)[np.arange(5 * N) % WIDTH]
+    unsure, measured = np.zeros((N, WIDTH), np.float32), real_side()
+    assert measured.reference is not None
+    features = RealFeatures(
+        measured.reference.reference | {"logits": unsure},
+        measured.reference.other | {"logits": sure[:N]},
+        measured.reference.ruined | {"logits": unsure},
+    )
+    by_class = sure[np.argsort(sure.argmax(axis=1), kind="stable")]
+    for logits in (sure, by_class):
+        found = distance_scores({"net-4": rows(6, 5 * N), "logits": logits}, features, network(logits="logits"))
+        score = next(one for one in found if one.name == "Inception score")
+        assert score.value == pytest.approx(4, rel=0.05) and (score.images, score.measurements) == (N, 5)
+        assert score.floor == pytest.approx(4, rel=1e-3) and score.ceiling == pytest.approx(1)
 
 
 def test_a_single_class_leaves_class_scores_out():
@@ -100,6 +126,56 @@ def test_a_file_of_statistics_is_measured_in_the_space_that_fits():
     assert [score.name for score in found.scores] == ["FD-net-4"] and found.scores[0].floor is None
     with pytest.raises(UserError, match="4 wide"):
         score_samples({"wide": np.zeros((N, 7), np.float32)}, None, reference, real, network({"wide": 7}), ())
+
+
+def test_statistics_beside_images_are_measured_with_all_samples():
+    """As ADM's reference batches: the community's number against mu and sigma, everything else against the images."""
+    whole, samples = rows(1, 500), rows(6, 3 * N)
+    images = ImageSet("batch.npz", "0", None, (), 2 * N, lambda: iter(()))
+    reference = Reference("both", "0", images, Gaussian.of(whole))
+    found = score_samples({"net-4": samples}, None, reference, real_side(), network(), ())
+    scores = {score.name: score for score in found.scores}
+    own, to_images = scores["FD-net-4"], scores["FD-net-4 to the images"]
+    assert own.value == pytest.approx(frechet_distance(Gaussian.of(samples), Gaussian.of(whole))) and own.floor is None
+    assert own.images == 3 * N and "mu and sigma" in own.note
+    assert to_images.images == N and to_images.floor is not None and to_images.ceiling is not None
+    assert {"KD-net-4", "precision", "recall", "density", "coverage"} <= set(scores)
+
+
+def test_statistics_of_other_features_leave_the_images_with_a_warning():
+    images = ImageSet("batch.npz", "0", None, (), 2 * N, lambda: iter([np.zeros((8, 8, 3), np.uint8)]))
+    reference = fitting(Reference("both", "0", images, Gaussian.of(rows(1))), network({"net-7": 7}), (8, 8))
+    assert reference.statistics is None and reference.images is images and "mu" not in reference.words
+    assert len(reference.warnings) == 1 and "4 wide" in reference.warnings[0]
+    fits = Reference("both", "0", images, Gaussian.of(rows(1)))
+    assert fitting(fits, network(), (8, 8)) is fits
+
+
+def test_few_samples_for_statistics_are_warned_of_in_the_space_that_is_measured():
+    both, reference = network({"wide": 100, "net-4": WIDTH}), Reference("stats", "0", None, Gaussian.of(rows(1, 500)))
+    real = RealSide(None, None, None, ())
+    found = score_samples({"wide": np.zeros((N, 100), np.float32), "net-4": rows(2)}, None, reference, real, both, ())
+    assert not any("rank" in warning for warning in found.warnings), "40 images are enough for 4 columns"
+
+
+def test_held_out_images_that_repeat_training_images_are_said():
+    training = two_classes(4, 30)
+    real = RealSide(real_side().reference, training, LabelledFeatures(training.rows[:12], training.labels[:12]), ())
+    samples = np.concatenate([training.rows[:10], rows(6, N - 10, shift=9.0)])
+    found = score_samples({"net-4": samples, "logits": samples}, None, REFERENCE, real, network(), ())
+    assert any("equal a training image" in warning for warning in found.warnings)
+    assert next(one for one in found.scores if one.name == "memorised share").value == pytest.approx(10 / N)
+    assert found.neighbours is not None and found.neighbours.index[:10].tolist() == list(range(10))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 3))
+def test_balance_in_words_depends_on_the_frequencies_alone(labels, times):
+    names, data = ("a", "b", "c", "d"), np.array([3, 1, 1, 1])
+    labels = np.array(labels)
+    assert balance_words(labels, names, data) == balance_words(labels[::-1], names, data)
+    drawn = own_frequency_labels(6 * times, data)
+    assert balance_words(np.sort(drawn), names, data) == "classes as often as in the data"
+    assert balance_words(np.repeat(np.arange(4), times), names, data) == "every class equally often"
 
 
 def test_usage_of_codes_by_hand():

@@ -27,18 +27,6 @@ def test_streaming_equals_numpy_however_the_rows_arrive(values, cuts):
     np.testing.assert_allclose(statistics.covariance.numpy(), np.cov(values.T), atol=1e-6)
 
 
-def test_merged_parts_equal_the_whole():
-    values = rows(50, 4)
-    whole, left, right = (GaussianStatistics(4) for _ in range(3))
-    whole.update(values)
-    left.update(values[:20])
-    right.update(values[20:])
-    left.merge(right)
-    left.merge(GaussianStatistics(4))
-    assert_close(left.mean, whole.mean)
-    assert_close(left.covariance, whole.covariance)
-
-
 @pytest.mark.parametrize("order", [slice(None, None, -1), np.random.default_rng(1).permutation(60)])
 def test_order_does_not_matter(order):
     values, reference = rows(60, 5), Gaussian.of(rows(70, 5, seed=1))
@@ -105,8 +93,6 @@ def test_statistics_that_do_not_fit_are_refused():
         statistics.update(np.zeros((1, 2)))
     with pytest.raises(UserError, match="finite"):
         statistics.update(np.full((1, 3), np.inf))
-    with pytest.raises(UserError, match="3 wide"):
-        statistics.merge(GaussianStatistics(2))
     with pytest.raises(UserError, match="at least 2"):
         statistics.gaussian()
     with pytest.raises(UserError, match="one width"):
