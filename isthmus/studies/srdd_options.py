@@ -6,10 +6,10 @@ from isthmus.presets import prior_preset, tokenizer_preset
 from isthmus.studies.options import Budget, StudyOptions
 from isthmus.training.config import PriorRun, TokenizerRun
 
-# the prior of the comparisons is trained twice as long where there is time: short trainings favour no side for sure
+# the prior of the comparisons is trained longer where there is time: short trainings favour no side for sure
 SRDD_BUDGETS = {
     "quick": Budget(tables=("masks", "guidance", "snr"), num=500),
-    "full": Budget(tables=("masks", "guidance", "schedules", "weighting", "snr"), num=1058, prior_steps=2.0),
+    "full": Budget(tables=("masks", "guidance", "schedules", "weighting", "snr"), num=1058, prior_steps=1.5),
 }
 
 
