@@ -306,7 +306,7 @@ class PriorRun(TokensRun):
     """Train a random subset of this many scales per step (markov only), for memory; None trains all."""
     refinement_probability: float = 0.0
     """Share of the scales of training images whose input shows a random part of the scale's own tokens, the loss being
-    on the others: for draws that are refined in masked rounds."""
+    on the others: for draws that are refined in masked rounds. Causal: share of the images, at one scale each."""
     compile: bool = False
     """torch.compile the network."""
     model: PriorModel = field(default_factory=PriorModel)

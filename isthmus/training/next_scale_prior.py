@@ -94,7 +94,10 @@ class NextScalePrior(NextScaleFamily):
             with torch.no_grad():
                 return self.tokenizer.scale_inputs(token_ids, schedule), None, None
         # also where the probability is 0: every weight of the network takes part in every step
-        shown = partly_shown(positions, schedule.lengths, probability=probability, seed=self.run.seed)
+        one_scale = not self.network.is_markov
+        shown = partly_shown(
+            positions, schedule.lengths, probability=probability, seed=self.run.seed, one_scale=one_scale
+        )
         device, first = token_ids[0].device, schedule.lengths[0]
         inputs = partial_inputs(self.tokenizer, token_ids, shown, schedule)
         return inputs, shown.marked[:, first:].to(device), shown.counted.to(device)

@@ -33,18 +33,28 @@ class PartlyShown:
     shows: Bool[Tensor, "b scales"]
 
 
-def partly_shown(positions: Int[Tensor, " b"], lengths: Sequence[int], *, probability: float, seed: int) -> PartlyShown:
+def partly_shown(
+    positions: Int[Tensor, " b"], lengths: Sequence[int], *, probability: float, seed: int, one_scale: bool = False
+) -> PartlyShown:
     """Which scales show tokens of their own, each with `probability`, and which of these stay hidden.
 
     The share that is hidden is uniform in (0, 1], at least one token. The first scale shows nothing. Decided per
     training position and scale, by (seed, position, scale).
+
+    `one_scale` is for causal models: with `probability` an image shows tokens at one of its scales, each as likely.
+    Where several did, a scale would be trained on the keys of many partial inputs, of which a draw holds none: it
+    restores the ordinary keys after the rounds of a scale. Those of the one scale are still read by the later scales
+    of that image, so these learn on them at times; they hold nothing that the features do not.
     """
     marked, shows = [], []
     for position in positions.tolist():
         rows, flags = [np.zeros(lengths[0], dtype=bool)], [False]
+        chosen = _one_of(len(lengths), stream(seed, HIDDEN_TOKENS, position), probability) if one_scale else None
         for scale, length in enumerate(lengths[1:], start=1):
             random = stream(seed, HIDDEN_TOKENS, position, scale)
             shown = bool(random.random() < probability)
+            if one_scale:
+                shown = scale == chosen
             count = math.ceil((1 - random.random()) * length)
             hidden = np.zeros(length, dtype=bool)
             hidden[random.permutation(length)[:count]] = True
@@ -54,6 +64,13 @@ def partly_shown(positions: Int[Tensor, " b"], lengths: Sequence[int], *, probab
         shows.append(flags)
     marks, flags = torch.from_numpy(np.stack(marked)), torch.tensor(shows)
     return PartlyShown(marks | ~flags.repeat_interleave(torch.tensor(lengths), dim=1), marks, flags)
+
+
+def _one_of(num_scales: int, random: np.random.Generator, probability: float) -> int | None:
+    """A scale from 1 on, with this probability; none otherwise, or where there is only the first."""
+    if num_scales < 2 or random.random() >= probability:
+        return None
+    return int(random.integers(1, num_scales))
 
 
 @torch.no_grad()
