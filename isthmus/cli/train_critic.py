@@ -21,7 +21,7 @@ class TrainCritic(CriticRun):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # pyright: ignore[reportGeneralTypeIssues] # required here
     """The model it is to judge: a pipeline folder or hub id."""
     out: Path  # pyright: ignore[reportGeneralTypeIssues] # required here
-    """Folder of the model with its critic."""
+    """New folder for the model with its critic."""
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from isthmus.functional.shapes import FeatureMap, LatentMap, TokenPyramid
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.models.token_critic import critic_measures
+from isthmus.training.partial_inputs import PartlyShown, partial_inputs
 
 
 @dataclass
@@ -54,20 +55,58 @@ def critic_examples(
 
     Filtered or guided draws are likelier than true tokens, and a critic would learn that instead of what fits. The
     share is uniform in (0, 1); which tokens, and what is drawn, follows from (seed, position, scale).
+
+    A model with a mark for hidden tokens (trained for refinement) draws them beside the tokens that stay, as a masked
+    round does. Any other model has never seen an input that shows a part of its own scale: its redraws come from the
+    ordinary prediction, as its first draw of a scale does, so the critic learns what independent draws get wrong and
+    not what a foreign input does. The measures are those of the ordinary prediction in both cases, as they are in a
+    round of `ScaleRefinementScheduler`.
     """
-    logits = transformer(class_labels, image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)).logits
-    dim, device = image_tokenizer.codebook.embedding_dim, token_ids[0].device
-    features = torch.zeros(len(class_labels), dim, schedule.grid, schedule.grid, device=device)
-    examples = []
-    for scale, (ids, own) in enumerate(zip(token_ids, logits.split(list(schedule.lengths), dim=1), strict=True)):
+    device, dim, grid = token_ids[0].device, image_tokenizer.codebook.embedding_dim, schedule.grid
+    inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
+    ordinary = list(transformer(class_labels, inputs).logits.split(list(schedule.lengths), dim=1))
+    chosen = [_redrawn(positions, scale, length, seed) for scale, length in enumerate(schedule.lengths)]
+    again = [torch.zeros_like(chosen[0][0], device=device), *(hidden.to(device) for hidden, _ in chosen[1:])]
+    drawn_from = ordinary
+    if transformer.mask_embedding is not None:
+        drawn_from = _beside_the_others(image_tokenizer, transformer, token_ids, class_labels, again, schedule)
+    features, examples = torch.zeros(len(class_labels), dim, grid, grid, device=device), []
+    for scale, ids in enumerate(token_ids):
         if scale:
-            again, uniforms = _redrawn(positions, scale, ids.shape[1], seed)
-            again = again.to(device)
-            mixed = torch.where(again, draw_tokens(own, uniforms), ids)
-            codes, measures = image_tokenizer.lookup(mixed), critic_measures(own, mixed)
-            examples.append(CriticExample(scale, codes, features, measures, ~again))
+            mixed = torch.where(again[scale], draw_tokens(drawn_from[scale], chosen[scale][1]), ids)
+            codes, measures = image_tokenizer.lookup(mixed), critic_measures(ordinary[scale], mixed)
+            examples.append(CriticExample(scale, codes, features, measures, ~again[scale]))
         features = image_tokenizer.add_codes(features, image_tokenizer.lookup(ids), scale, schedule)
     return examples
+
+
+def _beside_the_others(
+    image_tokenizer: MultiScaleVQVAE,
+    transformer: NextScaleTransformer,
+    token_ids: TokenPyramid,
+    class_labels: Int[Tensor, " b"],
+    hidden: Sequence[Bool[Tensor, "b _"]],
+    schedule: ScaleSchedule,
+) -> list[Float[Tensor, "b _ v"]]:
+    """Logits of every scale from inputs that show its own tokens but for the hidden ones; the first is the ordinary.
+
+    Earlier scales are read as they are. A Markov model never reads them, so one pass does for all scales.
+    """
+    num_scales, first = schedule.num_scales, schedule.lengths[0]
+    lengths = torch.tensor(schedule.lengths, device=token_ids[0].device)
+    found: list[Tensor] = []
+    for end in (num_scales,) if transformer.is_markov else range(1, num_scales + 1):
+        start = 0 if transformer.is_markov else end - 1
+        shows = torch.zeros(len(class_labels), num_scales, dtype=torch.bool, device=lengths.device)
+        shows[:, max(start, 1) : end] = True
+        marked = torch.cat(list(hidden), dim=1) & shows.repeat_interleave(lengths, dim=1)
+        inputs = partial_inputs(image_tokenizer, token_ids, PartlyShown(marked, marked, shows), schedule)
+        read = schedule.offsets[end] - first
+        logits = transformer(
+            class_labels, inputs[:, :read].to(transformer.dtype), scales=range(end), hidden=marked[:, first:][:, :read]
+        ).logits
+        found += logits.split(list(schedule.lengths[:end]), dim=1)[start:]
+    return found
 
 
 def _redrawn(

@@ -20,17 +20,21 @@ from isthmus.errors import UserError
 from isthmus.functional.ranking import area_under_roc
 from isthmus.models.fingerprint import pair_fingerprint
 from isthmus.models.token_critic import TokenCritic
+from isthmus.pictures import spread
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.training.critic_config import CriticRun
 from isthmus.training.critic_examples import critic_examples
+from isthmus.training.run import write_atomically
+from isthmus.training.schedule_encoder import encoder_for
 
 logger = logging.getLogger("isthmus")
 
 REPORT = "critic.json"
-# beyond any training position: the redraws of held-out images are others
+# added to the run's seed: held-out images are numbered from 0 as training positions are, and get redraws of their own
 _HELD_OUT_SEED = 1
+_TOKENS = "tokens"
 
 
 def train_critic(run: CriticRun) -> Path:
@@ -40,15 +44,18 @@ def train_critic(run: CriticRun) -> Path:
     the area under the ROC curve on held-out images beside that of the model's probability alone.
 
     Raises:
-        UserError: the model is no next-scale model on all scales of its tokenizer, or the data are not its own.
+        UserError: the model is no next-scale model of several scales, the data are not its own, or the folder holds
+            something else; nothing is written then.
     """
+    check_folder(run.out)
     pipeline = load_pipeline(run.model, device=run.device)
     if not isinstance(pipeline, NextScalePipeline):
         raise UserError(f"a critic judges next-scale models, got {run.model}, which is a {type(pipeline).__name__}.")
     tokenizer, transformer, schedule = pipeline.image_tokenizer, pipeline.transformer, pipeline.schedule
-    if schedule != tokenizer.schedule:
+    if schedule.num_scales < 2:
         raise UserError(
-            f"a critic needs a model on all scales of its tokenizer {tokenizer.schedule.sizes}, got {schedule.sizes}."
+            f"a critic judges tokens that have coarser scales before them, got a model of one scale, {schedule.sizes}. "
+            "There is nothing to refine in its draws."
         )
     train, held_out = (
         open_source(run.data, image_size=pipeline.image_size, split=split, classes=run.classes)
@@ -57,8 +64,8 @@ def train_critic(run: CriticRun) -> Path:
     _check_classes(pipeline, train)
     run.out.mkdir(parents=True, exist_ok=True)
     cache = TokenCache.build(
-        run.out / "tokens",
-        cast(ImageTokenizer, tokenizer),
+        run.out / _TOKENS,
+        cast(ImageTokenizer, encoder_for(tokenizer, schedule)),
         train,
         num_views=run.num_views,
         image_size=pipeline.image_size,
@@ -95,34 +102,56 @@ def train_critic(run: CriticRun) -> Path:
         report["num_images"], report["critic"]["all"], report["probability"]["all"],
     )  # fmt: skip
     pipeline.register_modules(critic=critic, scheduler=ScaleRefinementScheduler(mode="critic"))
+    # the model last: where it is, the folder is complete
+    write_atomically(run.out / REPORT, json.dumps(report, indent=1) + "\n")
     pipeline.save_pretrained(run.out)
-    (run.out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return run.out
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds more than an unfinished training of a critic leaves behind.
+
+    Raises:
+        UserError: it is a file, or holds something else, such as a model.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
+    own = (_TOKENS, REPORT, f"{REPORT}.partial")
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    others = [name for name in found if name not in own and not name.startswith(".partial-")]
+    if others:
+        raise UserError(
+            f"--out must be a new or empty folder, or that of an unfinished critic, got {out}, which holds "
+            f"{others[0]}. Choose another; nothing is overwritten."
+        )
 
 
 @torch.no_grad()
 def measured(
     pipeline: NextScalePipeline, critic: TokenCritic, held_out: ImageSource, *, seed: int, max_images: int
 ) -> dict:
-    """Areas under the ROC curve of telling true from redrawn tokens of held-out images, per scale and over all."""
+    """Areas under the ROC curve of telling true from redrawn tokens of held-out images, per scale and over all.
+
+    The images are spread evenly over the set, which may be sorted by class.
+    """
     views, schedule = EvaluationImages(held_out, pipeline.image_size), pipeline.schedule
-    count = min(len(views), max_images)
+    chosen = spread(len(views), max_images)
     scores: dict[str, dict[int, list[Tensor]]] = {name: defaultdict(list) for name in ("critic", "probability")}
     truth: dict[int, list[Tensor]] = defaultdict(list)
-    for start in range(0, count, 32):
-        rows = [views[i] for i in range(start, min(start + 32, count))]
+    for start in range(0, len(chosen), 32):
+        rows = [views[i] for i in chosen[start : start + 32]]
         token_ids = pipeline.encode(torch.stack([torch.as_tensor(row["image"]) for row in rows]))
         labels = _labels(pipeline, torch.tensor([int(row["class_label"]) for row in rows]))
         examples = critic_examples(
             pipeline.image_tokenizer, pipeline.transformer, [ids.to(pipeline.device) for ids in token_ids], labels,
-            range(start, start + len(rows)), seed=seed + _HELD_OUT_SEED, schedule=schedule,
+            chosen[start : start + 32], seed=seed + _HELD_OUT_SEED, schedule=schedule,
         )  # fmt: skip
         for one in examples:
             found = critic(one.codes, one.features, one.measures, schedule.sizes[one.scale]).plausibility
             scores["critic"][one.scale].append(found.flatten().cpu())
             scores["probability"][one.scale].append(one.measures[..., 0].flatten().cpu())
             truth[one.scale].append(one.true.flatten().cpu())
-    report: dict = {"num_images": count, "scale_sizes": list(schedule.sizes)}
+    report: dict = {"num_images": len(chosen), "scale_sizes": list(schedule.sizes)}
     for name, by_scale in scores.items():
         areas = {str(k): area_under_roc(torch.cat(by_scale[k]), torch.cat(truth[k])) for k in sorted(by_scale)}
         every = [torch.cat([torch.cat(part[k]) for k in sorted(part)]) for part in (by_scale, truth)]

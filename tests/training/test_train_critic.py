@@ -6,11 +6,15 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
+from isthmus.functional.quantization import next_scale_input
+from isthmus.functional.sampling import draw_tokens
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.critic_config import CriticRun
-from isthmus.training.critic_examples import critic_examples
-from isthmus.training.train_critic import train_critic
+from isthmus.training.critic_examples import _redrawn, critic_examples
+from isthmus.training.distilled_weights import student_of
+from isthmus.training.train_critic import check_folder, train_critic
 from tests.pipelines.tiny import tiny_pipeline
+from tests.training.tiny_teacher import tiny_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +73,63 @@ def test_a_critic_is_trained_saved_and_used(trained_prior, images, tmp_path):
     assert halved([0], seed=1).num_forwards == 5  # the same model, loaded as bfloat16
     again = train_critic(run_for(trained_prior, images, tmp_path / "again"))
     assert json.loads((again / "critic.json").read_text()) == report
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+def test_a_model_trained_for_refinement_redraws_beside_the_tokens_that_stay(attention):
+    """By hand: earlier scales as they are, this one's input shows what stays, as in a masked round."""
+    plain = tiny_pipeline(scale_attention=attention)
+    arguments = {k: v for k, v in plain.transformer.config.items() if not k.startswith("_")}
+    model = type(plain.transformer)(**(arguments | {"has_mask_embedding": True})).eval()
+    model.load_state_dict(plain.transformer.state_dict() | {"mask_embedding": torch.linspace(-2, 2, 16)})
+    pipe = type(plain)(plain.image_tokenizer, model)
+    tokens, found = examples_of(pipe, [0, 1, 2])
+    tokenizer, schedule = pipe.image_tokenizer, pipe.schedule
+    conditioning, differs = model.condition(torch.tensor([0, 1, 3])), False
+    for one in found:
+        cache, features = model.new_cache(3), torch.zeros(3, 4, 4, 4)
+        for scale in range(one.scale):
+            inputs = next_scale_input(features, schedule, scale) if scale else features.new_zeros(3, 0, 4)
+            model.forward_scale(scale, inputs, conditioning, cache)
+            features = tokenizer.add_codes(features, tokenizer.lookup(tokens[scale]), scale)
+        again, uniforms = _redrawn([10, 11, 12], one.scale, LENGTHS[one.scale], 0)
+        partial = tokenizer.partial_scale_input(features, tokenizer.lookup(tokens[one.scale]), again, one.scale)
+        drawn = draw_tokens(model.forward_scale(one.scale, partial, conditioning, cache, hidden=again), uniforms)
+        mixed = torch.where(again, drawn, tokens[one.scale])
+        assert torch.equal(one.true, ~again) and torch.equal(one.codes, tokenizer.lookup(mixed))
+        differs |= not torch.equal(one.codes, examples_of(plain, [0, 1, 2])[1][one.scale - 1].codes)
+    assert differs  # from a model that is never shown a part of its own scale
+
+
+def test_a_student_on_fewer_scales_gets_a_critic(images, tmp_path):
+    teacher = tiny_teacher("causal")
+    student = student_of(teacher.transformer, (1, 3, 4), "causal")
+    type(teacher)(teacher.image_tokenizer, student, class_names=["0", "1"]).save_pretrained(tmp_path / "student")
+    run = run_for(tmp_path / "student", images, tmp_path / "critic")
+    pipe = load_pipeline(train_critic(run), device="cpu")
+    assert pipe.critic.config["scale_sizes"] == [1, 3, 4] and pipe(["0", "1"], seed=1).num_forwards == 3 + 2
+
+
+def test_a_model_of_one_scale_has_nothing_to_judge(images, tmp_path):
+    tiny_teacher(sizes=(4,)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="model of one scale"):
+        train_critic(run_for(tmp_path / "model", images, tmp_path / "critic"))
+    assert not (tmp_path / "critic").exists()
+
+
+def test_no_other_model_is_overwritten(trained_prior, images, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (trained_prior, tmp_path / "file"):
+        with pytest.raises(UserError, match="--out must be a"):
+            train_critic(run_for(trained_prior, images, out))
+    check_folder(tmp_path / "new")
+    # what an unfinished one leaves behind is taken up again
+    (tmp_path / "unfinished" / "tokens").mkdir(parents=True)
+    check_folder(tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "model_index.json").touch()
+    with pytest.raises(UserError, match="holds model_index.json"):
+        check_folder(tmp_path / "unfinished")
 
 
 @pytest.mark.parametrize(
