@@ -12,7 +12,6 @@ from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.pictures import to_uint8
-from isthmus.pipelines.memory import is_out_of_memory
 
 _PIXELS_AT_ONCE = 2**22
 
@@ -63,9 +62,7 @@ def images_at_once(network: FeatureNetwork, size: tuple[int, ...]) -> int:
 def _features(network: FeatureNetwork, images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, torch.Tensor]:
     try:
         return network(torch.from_numpy(images).permute(0, 3, 1, 2))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+    except torch.OutOfMemoryError as error:
         count, height, width, _ = images.shape
         raise UserError(
             f"memory ran out in the feature network {network.name} on {count} image(s) of {height} x {width} px. Free "
