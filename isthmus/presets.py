@@ -307,6 +307,11 @@ def prior_preset(name: str) -> PriorRun:
     return replace(find_preset(PRIOR_PRESETS, name, "prior").run, preset=name)
 
 
+def distill_preset(name: str) -> DistillRun:
+    """The run of a distillation preset. Raises `UserError` for an unknown name."""
+    return replace(find_preset(DISTILL_PRESETS, name, "distillation").run, preset=name)
+
+
 def default_tokenizer_preset(*, image_size: int | None, from_model: bool) -> str:
     """The preset that is meant when none is named: by image size, or fine-tuning where a model is given.
 

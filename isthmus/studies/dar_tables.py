@@ -1,4 +1,4 @@
-"""The tables of the study of D-AR, each a function of results, with the paper's figures (spec/dar.md 7) beside them."""
+"""The tables of the study of D-AR, each a function of results, with the paper's figures beside them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -20,7 +20,7 @@ from isthmus.studies.readings import Reading, Readings
 from isthmus.studies.tables import Claim, Direction, Panel, Row, StudyTable, TableSpec, line_of
 
 REBUILT, CLASS, BITS = "r-FD-lite0-192", "class accuracy (nearest mean)", "bits per token"
-_PAPER = "D-AR, spec/dar.md 7"
+_PAPER = "D-AR (arXiv 2505.23660)"
 # tokens of the paper's model -> FID of its previews (D-AR-L)
 _PREVIEW_FID = {64: 7.38, 128: 3.94, 192: 2.93, 256: 2.44}
 
@@ -52,8 +52,8 @@ def reconstruction(setting: DarSetting, results: Results) -> StudyTable:
             if column in rows[0].cells
         ),
         notes=(
-            "The spec has no figure of the paper for reconstructions from fewer tokens; its figures are for previews "
-            "of samples (the next table). r-FD is of the reconstructions against the same images.",
+            "We know no figure of the paper for reconstructions from fewer tokens; its figures are for previews of "
+            "samples (the next table). r-FD is of the reconstructions against the same images.",
         ),
     )
 
@@ -206,7 +206,7 @@ def order(setting: DarSetting, results: Results) -> StudyTable:
         panels=(Panel(title=BITS, along="position of the token", lines=(line_of("held-out images", positions),)),),
         notes=(
             "The paper has no bits by position. Its figure for the order is FID 2.44 coarse to fine against 4.17 fine "
-            "to coarse (spec/dar.md 7): that takes a prior trained on the reverse order and is not measured here.",
+            "to coarse: that takes a prior trained on the reverse order and is not measured here.",
         ),
     )
 

@@ -16,9 +16,10 @@ from isthmus.pipelines.loading import choose_device, load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits
 from isthmus.studies.dar_experiments import model_folder, prior_run, tokenizer_run
 from isthmus.studies.dar_options import DarSetting
-from isthmus.studies.dar_reconstruction import HeldOut, order_values, reconstruction_values, solver_values
+from isthmus.studies.dar_reconstruction import order_values, reconstruction_values, solver_values
 from isthmus.studies.evaluations import EvaluationSetting, evaluation_values
 from isthmus.studies.experiments import Experiment, Values, Work
+from isthmus.studies.held_out import HeldOut
 from isthmus.studies.real_images import RealImages
 from isthmus.training.logs import column, last, read_log
 from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer

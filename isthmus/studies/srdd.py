@@ -1,12 +1,13 @@
-"""`isthmus study srdd`: what the Markov mask, guidance, scale schedules and loss weights do, at equal everything else.
+"""`isthmus study srdd`: what mask, guidance, schedule, weights, refinement and distillation do, all else being equal.
 
-Source of the claims: Kumar, Nair and Patel, "Scale-Wise VAR is Secretly Discrete Diffusion", and the sibling works that
-spec/srdd.md names.
+Source of the claims: Kumar, Nair and Patel, "Scale-Wise VAR is Secretly Discrete Diffusion", and the sibling works
+HMAR, MVAR and Markov-VAR.
 """
 
 from pathlib import Path
 
 from isthmus.studies.running import run_study
+from isthmus.studies.srdd_diffusion_tables import DIFFUSION_TABLES
 from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddSetting, SrddStudyOptions, srdd_setting
 from isthmus.studies.srdd_tables import SRDD_TABLES
 from isthmus.studies.srdd_work import srdd_work
@@ -25,7 +26,7 @@ def summary(setting: SrddSetting) -> list[str]:
 
 
 SRDD_STUDY: Study[SrddSetting] = Study(
-    name="srdd", title="Study: SRDD and VAR", tables=SRDD_TABLES, work=srdd_work, summary=summary
+    name="srdd", title="Study: SRDD and VAR", tables=(*SRDD_TABLES, *DIFFUSION_TABLES), work=srdd_work, summary=summary
 )
 
 

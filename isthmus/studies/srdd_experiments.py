@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from isthmus.studies.experiments import Experiment
 from isthmus.studies.srdd_options import SrddSetting
+from isthmus.studies.srdd_words import DRAWING, MODES, TAUGHT, WEIGHTS
 from isthmus.training.config import PriorRun, Run, run_to_json
 
 TOKENIZER, SHORT_TOKENIZER, SNR = "tokenizer", "tokenizer-short", "snr"
@@ -21,19 +22,22 @@ class Variant:
         mask: of the attention between scales.
         scale_loss: weights of the scales in the loss.
         tokenizer: whose scales it predicts.
+        refines: whether it is trained for refinement too.
     """
 
     name: str
     mask: Literal["causal", "markov"] = "markov"
     scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
     tokenizer: str = TOKENIZER
+    refines: bool = False
 
 
 MARKOV = Variant("markov")
 CAUSAL = Variant("causal", mask="causal")
 SHORT = Variant("short", tokenizer=SHORT_TOKENIZER)
 LOGNORMAL = Variant("lognormal", scale_loss="lognormal")
-VARIANTS = {variant.name: variant for variant in (MARKOV, CAUSAL, SHORT, LOGNORMAL)}
+REFINING = Variant("refining", refines=True)
+VARIANTS = {variant.name: variant for variant in (MARKOV, CAUSAL, SHORT, LOGNORMAL, REFINING)}
 
 
 def every_second(scale_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -52,6 +56,7 @@ def prior_run(setting: SrddSetting, variant: Variant, seed: int) -> PriorRun:
         setting.prior,
         seed=seed,
         scale_loss=variant.scale_loss,
+        refinement_probability=setting.refinement_probability if variant.refines else 0.0,
         model=replace(setting.prior.model, scale_attention=variant.mask),
     )
 
@@ -119,6 +124,81 @@ def snr(setting: SrddSetting) -> Iterator[Experiment]:
     yield Experiment(name=SNR, kind="snr", after=(TOKENIZER,), seconds=5)
 
 
+def refinements(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[Experiment]:
+    """A critic for every model, and draws of every mode of refinement with it."""
+    variants = list(variants)
+    yield from samples(setting, (MARKOV,))
+    yield from priors(setting, variants)
+    for variant in variants:
+        for seed in setting.seeds:
+            critic = f"critic-{variant.name}-seed{seed}"
+            yield Experiment(
+                name=critic,
+                kind="critic",
+                settings={"variant": variant.name, "seed": seed, "steps": setting.critic_steps},
+                after=(f"prior-{variant.name}-seed{seed}",),
+                seconds=15 + 0.2 * setting.critic_steps,
+            )
+            yield Experiment(
+                name=f"refined-{variant.name}-seed{seed}",
+                kind="refined",
+                settings={"variant": variant.name, "seed": seed, "num": setting.num, "modes": list(MODES)},
+                after=(critic,),
+                seconds=15 + 0.03 * setting.num * len(MODES),
+            )
+
+
+def distillations(setting: SrddSetting) -> Iterator[Experiment]:
+    """Students of the Markov model, with and without its word, their samples and the time of a draw."""
+    yield from samples(setting, (MARKOV,))
+    for seed in setting.seeds:
+        teacher, students = f"prior-{MARKOV.name}-seed{seed}", []
+        for kind, weight in WEIGHTS.items():
+            student = f"student-{kind}-seed{seed}"
+            students.append(student)
+            yield Experiment(
+                name=student,
+                kind="student",
+                settings={"seed": seed, "weight": weight, "run": _run(replace(setting.student, seed=seed))},
+                after=(teacher,),
+                seconds=0.5 * setting.student.num_steps,
+            )
+            yield Experiment(
+                name=f"samples-{student}",
+                kind="student-samples",
+                settings={"student": student, "seed": seed, "num": setting.num, "guidances": [own_guidance(setting)]},
+                after=(student,),
+                seconds=15 + 0.02 * setting.num,
+            )
+    yield Experiment(
+        name=DRAWING,
+        kind="drawing",
+        settings={"seed": setting.seeds[0], "device": setting.device, "threads": setting.threads},
+        after=(f"prior-{MARKOV.name}-seed{setting.seeds[0]}", f"student-{TAUGHT}-seed{setting.seeds[0]}"),
+        seconds=10,
+    )
+
+
+def edits(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[Experiment]:
+    """Every variant's edits of held-out images."""
+    variants = list(variants)
+    yield from priors(setting, variants)
+    for variant in variants:
+        for seed in setting.seeds:
+            yield Experiment(
+                name=f"edits-{variant.name}-seed{seed}",
+                kind="edits",
+                settings={"variant": variant.name, "seed": seed, "jumps": list(setting.jumps)},
+                after=(f"prior-{variant.name}-seed{seed}",),
+                seconds=30,
+            )
+
+
+def own_guidance(setting: SrddSetting) -> str:
+    """The guidance that the prior is saved with."""
+    return setting.prior.sampling.guidance
+
+
 def model_folder(folder: Path, experiment: str) -> Path:
     """Where a training writes its model."""
     return folder / experiment / "run"
@@ -140,6 +220,9 @@ def _evaluations(setting: SrddSetting, variant: Variant, kind: str, guidances: S
         )
 
 
+_FILLED_IN = ("out", "tokenizer", "token_cache", "from_model", "scale_sizes", "distillation_weight")
+
+
 def _run(run: Run) -> dict[str, Any]:
     """A run without what the study fills in."""
-    return {name: value for name, value in run_to_json(run).items() if name not in ("out", "tokenizer", "token_cache")}
+    return {name: value for name, value in run_to_json(run).items() if name not in _FILLED_IN}

@@ -1,4 +1,4 @@
-"""The tables of the study of SRDD, each a function of results, with the claims of spec/srdd.md beside them."""
+"""The tables of the study of SRDD, each a function of results, with what papers claim beside them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,8 @@ STEP_TIME, STEP_MEMORY = "ms per training step", "MB per training step"
 IMAGE_TIME, IMAGE_MEMORY = "ms per image", "MB per image"
 TIMED = (STEP_TIME, IMAGE_TIME)
 
-_MVAR = "MVAR, spec/srdd.md 6"
-_ARITHMETIC = "arithmetic, spec/srdd.md 2"
+_MVAR = "MVAR"
+_ARITHMETIC = "arithmetic"
 
 
 def masks(setting: SrddSetting, results: Results) -> StudyTable:
@@ -62,7 +62,7 @@ def masks(setting: SrddSetting, results: Results) -> StudyTable:
             ),
             Claim(
                 says="No history is worse than the full one: FID 3.64 against 3.41 at d16",
-                source="Markov-VAR, spec/srdd.md 6",
+                source="Markov-VAR",
                 first="markov", second="causal", column=FRECHET, direction="higher",
             ),
             Claim(
@@ -79,7 +79,7 @@ def masks(setting: SrddSetting, results: Results) -> StudyTable:
             by_scale(setting, results, names),
         ),
         notes=(
-            "Bits per token are of held-out images, without guidance or filters. The spec has no figure of SRDD's own "
+            "Bits per token are of held-out images, without guidance or filters. We know no figure of SRDD's own "
             "for convergence or bits per token, so those columns have no claim beside them. Memory is what tensors "
             "hold at its peak beyond weights and optimizer state.",
         ),
@@ -120,7 +120,7 @@ def guidance(setting: SrddSetting, results: Results) -> StudyTable:
             if its_lines
         ),
         notes=(
-            "The paper studies classifier-free guidance, but its values are unknown to spec/srdd.md (3.1): there is no "
+            "The paper studies classifier-free guidance, but its values could not be read: there is no "
             "figure to agree with.",
         ),
     )
@@ -147,17 +147,17 @@ def schedules(setting: SrddSetting, results: Results) -> StudyTable:
         claims=by_both_distances(
             Claim(
                 says="1-3-5-8-13-16 is near-optimal: fewer scales do not cost quality",
-                source="SRDD, spec/srdd.md 3.3",
+                source="SRDD (arXiv 2509.22636)",
                 first="every second scale", second="all scales", column=FRECHET, direction="lower",
             ),
             Claim(
                 says="20 % less computation with six scales in place of ten (here any saving counts)",
-                source="SRDD, spec/srdd.md 2",
+                source="SRDD (arXiv 2509.22636)",
                 first="every second scale", second="all scales", column=IMAGE_TIME, direction="lower",
             ),
         ),
         notes=(
-            "Near-optimal has no margin in the spec: the claim is read as a distance that is not higher, so only a "
+            "Near-optimal has no margin: the claim is read as a distance that is not higher, so only a "
             "difference beyond its interval decides. Bits are given per image, since the schedules have different "
             "tokens; they are bits of different codes. The tokenizer was trained with all of its scales.",
         ),
@@ -180,7 +180,7 @@ def weighting(setting: SrddSetting, results: Results) -> StudyTable:
             Claim(
                 says="Weights per scale in place of the uniform token loss: d16 FID 3.01 against VAR's 3.3 to 3.55 "
                 "(with what else that work changes)",
-                source="HMAR, spec/srdd.md 6",
+                source="HMAR",
                 first="log-normal", second="token-uniform", column=FRECHET, direction="lower",
             ),
         ),
@@ -201,7 +201,7 @@ def noise(setting: SrddSetting, results: Results) -> StudyTable:
     claims = tuple(
         Claim(
             says=f"The signal-to-noise ratio of the state rises with every scale: {after} above {before}",
-            source="SRDD, spec/srdd.md 1",
+            source="SRDD (arXiv 2509.22636)",
             first=after,
             second=before,
             column=column,

@@ -11,13 +11,20 @@ import torch
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.pipelines.folder import read_config
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.evaluations import EvaluationSetting, evaluation_values, mean_and_interval
 from isthmus.studies.experiments import Experiment, Values, Work
+from isthmus.studies.held_out import HeldOut
 from isthmus.studies.srdd_cost import cost_values
-from isthmus.studies.srdd_experiments import TOKENIZER, VARIANTS, every_second, model_folder, prior_run
+from isthmus.studies.srdd_editing import editing_values
+from isthmus.studies.srdd_experiments import MARKOV, TOKENIZER, VARIANTS, every_second, model_folder, prior_run
 from isthmus.studies.srdd_options import SrddSetting
+from isthmus.studies.srdd_refinement import critic_run, critic_values, refined_values
+from isthmus.studies.srdd_students import drawing_values, load_next_scale
+from isthmus.studies.srdd_words import TAUGHT
 from isthmus.training.config import PriorRun
+from isthmus.training.distill_config import DistillRun
 from isthmus.training.export import load_tokenizer
 from isthmus.training.logs import column, last, read_log
 from isthmus.training.saved_networks import TOKENIZER_FOLDER
@@ -74,7 +81,49 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
             "decibels": [mean_and_interval(of_scale) for of_scale in ratios.T],
         }
 
+    def critic(experiment: Experiment) -> Values:
+        facts = experiment.settings
+        model = model_folder(folder, f"prior-{facts['variant']}-seed{facts['seed']}")
+        out = model_folder(folder, experiment.name)
+        return critic_values(critic_run(model, out, evaluations, seed=facts["seed"], num_steps=facts["steps"]))
+
+    def refined(experiment: Experiment) -> Values:
+        facts = experiment.settings
+        judged = model_folder(folder, f"critic-{facts['variant']}-seed{facts['seed']}")
+        pipeline = load_next_scale(judged, setting.device)
+        return refined_values(pipeline, evaluations, seed=facts["seed"], modes=facts["modes"])
+
+    def student(experiment: Experiment) -> Values:
+        facts = experiment.settings
+        run = student_run(setting, folder, experiment.name, facts["seed"], facts["weight"])
+        train_prior(run)
+        return training_values(run)
+
+    def student_samples(experiment: Experiment) -> Values:
+        facts = experiment.settings
+        model, place = model_folder(folder, facts["student"]), folder / experiment.name / "evaluation"
+        return evaluation_values(model, place, evaluations, seed=facts["seed"], guidances=facts["guidances"])
+
+    def drawing(experiment: Experiment) -> Values:
+        seed = experiment.settings["seed"]
+        names = {"teacher": f"prior-{MARKOV.name}-seed{seed}", "student": f"student-{TAUGHT}-seed{seed}"}
+        models = {who: load_next_scale(model_folder(folder, name), setting.device) for who, name in names.items()}
+        return drawing_values(models, seed=seed)
+
+    def edits(experiment: Experiment) -> Values:
+        facts = experiment.settings
+        model = model_folder(folder, f"prior-{facts['variant']}-seed{facts['seed']}")
+        pipeline = load_next_scale(model, setting.device)
+        held_out = HeldOut.of(pipeline, evaluations)
+        return editing_values(pipeline, held_out, jumps=facts["jumps"], seed=facts["seed"])
+
     return {
+        "critic": critic,
+        "refined": refined,
+        "student": student,
+        "student-samples": student_samples,
+        "drawing": drawing,
+        "edits": edits,
         "tokenizer": tokenizer,
         "shortened": shortened,
         "prior": prior,
@@ -95,7 +144,24 @@ def placed_run(setting: SrddSetting, folder: Path, variant_name: str, seed: int)
     )
 
 
-def training_values(run: PriorRun) -> Values:
+def student_run(setting: SrddSetting, folder: Path, name: str, seed: int, weight: float) -> DistillRun:
+    """A student's run with its teacher, scales and folder; its token cache is its own.
+
+    That of a taught student also holds the tokens of the teacher's schedule.
+    """
+    teacher = model_folder(folder, f"prior-{MARKOV.name}-seed{seed}")
+    sizes = read_config(teacher / "transformer")["scale_sizes"]
+    return replace(
+        setting.student,
+        seed=seed,
+        from_model=str(teacher),
+        scale_sizes=every_second(sizes),
+        distillation_weight=weight,
+        out=model_folder(folder, name),
+    )
+
+
+def training_values(run: PriorRun | DistillRun) -> Values:
     """Held-out bits per token of a finished training, by step and at the end by scale."""
     log = read_log(run.out / "log.jsonl")
     steps, bits = column(log, "val/bits_per_token")

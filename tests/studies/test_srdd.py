@@ -13,6 +13,7 @@ from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.studies.experiments import RESULT
 from isthmus.studies.srdd import SRDD_STUDY
+from isthmus.studies.srdd_editing import holes, psnr_inside
 from isthmus.studies.srdd_experiments import every_second
 from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting
 from isthmus.training.export import load_tokenizer
@@ -54,6 +55,54 @@ def test_all_tables_are_filled(finished_srdd):
         assert word in text
     assert "| cannot tell |" in text
     assert {path.stem for path in finished_srdd.glob("*.png")} == {"masks", "guidance", "weighting", "snr"}
+
+
+@pytest.mark.slow
+def test_refinement_is_compared_at_equal_numbers_of_forwards(finished_srdd):
+    for variant in ("markov", "refining"):
+        found = values(finished_srdd, f"refined-{variant}-seed0")
+        plain, *refined = (found["forwards"][mode] for mode in ("none", "simple", "masked", "critic"))
+        assert plain == 3 and refined == [5, 5, 5]
+    # unrefined draws are those of the evaluation: the same requests, scored in the same way
+    refined, samples = (values(finished_srdd, f"{name}-markov-seed0") for name in ("refined", "samples"))
+    own = samples["by_guidance"]["linear:1:2.5"]
+    assert {name: score["value"] for name, score in refined["by_mode"]["none"].items()} == pytest.approx(
+        {name: own[name]["value"] for name in refined["by_mode"]["none"]}
+    )
+
+
+@pytest.mark.slow
+def test_students_differ_in_their_teacher_alone(finished_srdd):
+    taught, untaught = (
+        json.loads((finished_srdd / f"student-{kind}-seed0" / "run" / "run.json").read_text())["run"]
+        for kind in ("taught", "untaught")
+    )
+    assert {name for name in taught if taught[name] != untaught[name]} == {"distillation_weight", "out"}
+    assert taught["scale_sizes"] == [1, 4] and taught["from_model"].endswith("prior-markov-seed0/run")
+
+
+@pytest.mark.slow
+def test_edits_are_measured_in_the_hole(finished_srdd):
+    found = values(finished_srdd, "edits-markov-seed0")
+    assert set(found["by_hole"]) == {"centre", "random"} and set(found["by_factor"]) == {"2", "4"}
+    for rows in found["by_hole"].values():
+        assert list(rows) == ["painted over", "drawn", "drawn, 1 jump"]
+
+
+def test_psnr_in_the_hole_by_hand():
+    originals, made, mask = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
+    mask[:, :, 0] = 1
+    made[0, :, 0] = 0.2  # in the hole: 10 log10(2^2 / 0.2^2) = 20 dB
+    made[1, :, 0, 0], made[1, :, 1:] = 0.4, 1.0  # a quarter of it by 0.4, the same mean square; outside does not count
+    found = psnr_inside(made, originals, mask)
+    assert found.tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["centre", "random"])
+def test_holes_are_those_of_an_image_whatever_the_number(kind):
+    masks = holes(kind, 6, 16)
+    assert torch.equal(masks[:2], holes(kind, 2, 16)) and set(masks.unique().tolist()) == {0.0, 1.0}
+    assert all(0 < mask.mean() < 1 for mask in masks)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from isthmus.studies.dar_options import DarSetting
 from isthmus.studies.srdd_options import SrddSetting
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import prior_run, tokenizer_run, write_images
+from tests.training.tiny_teacher import distill_run
 
 
 def tiny_data(folder: Path) -> str:
@@ -18,6 +19,8 @@ def srdd_setting(data: str, **changes) -> SrddSetting:
     setting = {
         "tokenizer": tokenizer_run(data, Path("unset")),
         "prior": prior_run(data, Path("unset"), ""),
+        "student": distill_run(data, Path("unset"), Path("unset"), scale_sizes=None),
+        "critic_steps": 2,
         "seeds": (0,),
         "num": 8,
         "guidances": ("1", "2"),

@@ -1,0 +1,83 @@
+"""Draws refined by rounds or jumps at equal numbers of forwards, and the critic that chooses what is redrawn."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from isthmus.evaluation.features import extract_features
+from isthmus.pictures import to_uint8
+from isthmus.pipelines.labels import Label
+from isthmus.pipelines.memory import batch_size_that_fits
+from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from isthmus.studies.evaluations import EvaluationSetting
+from isthmus.studies.experiments import Values
+from isthmus.studies.real_images import RealImages
+from isthmus.training.critic_config import CriticRun
+from isthmus.training.train_critic import REPORT, train_critic
+
+
+def equal_schedulers(num_scales: int) -> Mapping[str, ScaleRefinementScheduler]:
+    """Every mode at the same cost: one round at each of the second to fourth scales, or one jump back over these.
+
+    >>> schedulers = equal_schedulers(6)
+    >>> schedulers["masked"].rounds_of(6), schedulers["simple"].rounds_of(6), schedulers["simple"].jump_scales
+    ((0, 1, 1, 1, 0, 0), (0, 0, 0, 1, 0, 0), 3)
+    """
+    last = min(3, num_scales - 1)
+    rounds = tuple(int(1 <= scale <= last) for scale in range(num_scales))
+    jump = tuple(int(scale == last) for scale in range(num_scales))
+    return {
+        "none": ScaleRefinementScheduler(),
+        "simple": ScaleRefinementScheduler(mode="simple", rounds=jump, jump_scales=last),
+        "masked": ScaleRefinementScheduler(mode="masked", rounds=rounds),
+        "critic": ScaleRefinementScheduler(mode="critic", rounds=rounds),
+    }
+
+
+def critic_values(run: CriticRun) -> Values:
+    """Train the critic of a model, or find it trained; areas under the ROC curve on held-out images.
+
+    `critic` is that of the critic, `probability` that of the probability which a token was drawn with.
+    """
+    # the model is the last thing that a training writes
+    if not (run.out / "model_index.json").is_file():
+        train_critic(run)
+    report = json.loads((run.out / REPORT).read_text())
+    return {name: report[name]["all"] for name in ("critic", "probability")} | {"images": report["num_images"]}
+
+
+def refined_values(
+    pipeline: NextScalePipeline, setting: EvaluationSetting, *, seed: int, modes: Sequence[str]
+) -> Values:
+    """Scores of samples that were drawn in each of `modes`, and the forwards of a draw; image i is the same request."""
+    real = RealImages.of(pipeline, setting)
+    schedulers = equal_schedulers(pipeline.schedule.num_scales)
+    labels: list[Label] = [None if one == pipeline.num_classes else int(one) for one in real.classes.model_ids]
+    size = setting.batch_size or batch_size_that_fits(pipeline, guided=pipeline.defaults.guidance_scale != 1)
+    by_mode, forwards = {}, {}
+    for mode in modes:
+        pipeline.register_modules(scheduler=schedulers[mode])
+        parts: list[dict[str, np.ndarray]] = []
+        for start in range(0, len(labels), size):
+            drawn = pipeline(labels[start : start + size], seed=seed, image_index=start, output_type="pt")
+            forwards[mode] = drawn.num_forwards
+            parts.append(extract_features(real.network, to_uint8(torch.as_tensor(drawn.images) * 2 - 1)))
+        by_mode[mode] = real.scores({space: np.concatenate([part[space] for part in parts]) for space in parts[0]})
+    return {"protocol": real.protocol(pipeline.image_size), "by_mode": by_mode, "forwards": forwards}
+
+
+def critic_run(model: Path, out: Path, setting: EvaluationSetting, *, seed: int, num_steps: int) -> CriticRun:
+    """Training of the critic of a model of the study."""
+    return CriticRun(
+        model=str(model),
+        data=setting.data,
+        classes=setting.classes,
+        out=out,
+        seed=seed,
+        num_steps=num_steps,
+        device=setting.device,
+    )
