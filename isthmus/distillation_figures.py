@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -14,11 +13,11 @@ from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.evaluation.class_scores import NearestClassMean
 from isthmus.evaluation.feature_networks import feature_network
-from isthmus.evaluation.features import extract_features, source_images
+from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 from isthmus.functional.next_scale_cost import sampling_flops
 from isthmus.functional.shapes import Images
-from isthmus.pictures import to_uint8
+from isthmus.pictures import spread, to_uint8
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.training.next_scale_family import held_out_bits
 
@@ -35,8 +34,9 @@ class ModelFigures:
     Attributes:
         fingerprint: of the pipeline.
         scale_sizes, scale_attention: schedule and mask.
-        tokens, forwards: per image; guidance doubles the rows of a forward, not their number.
-        gflop: per image, without guidance and without pixels.
+        tokens, forwards: per image; guidance doubles the rows of a forward, not their number. A model that refines its
+            draws spends more forwards than it has scales.
+        gflop: per image, every scale predicted once, without guidance and without pixels.
         cache_values: keys and values per row; 0 for a Markov model.
         wall_ms, cpu_ms: measured per image, with the model's own guidance and filters, pixels included.
         bits_per_token, bits_per_image: of held-out images under the model's own schedule.
@@ -78,15 +78,15 @@ class ImageJudge:
     """Judges drawn images by features of EfficientNet-Lite0 (192-d, pooled) against real ones.
 
     Args:
-        real: images whose class means and Gaussian are the reference, its first few thousand.
+        real: images whose class means and Gaussian are the reference: a few thousand, spread evenly over it.
         image_size: side in pixels.
     """
 
     def __init__(self, real: ImageSource, image_size: int):
         self._network, self._image_size = feature_network("lite0"), image_size
-        rows = self._rows(real, _REFERENCE)
+        rows, labels = self._rows(real, _REFERENCE)
         self._reference = Gaussian.of(rows)
-        self._means = NearestClassMean.fit(rows, real.labels[: len(rows)])
+        self._means = NearestClassMean.fit(rows, labels)
 
     def frechet(self, rows: Float[np.ndarray, "n d"]) -> float:
         """Frechet distance of features to the reference."""
@@ -98,15 +98,17 @@ class ImageJudge:
 
     def accuracy_of(self, images: ImageSource) -> float:
         """The same share of real images: the ceiling of drawn ones."""
-        rows = self._rows(images, _HELD_OUT)
-        return self.consistency(rows, images.labels[: len(rows)])
+        return self.consistency(*self._rows(images, _HELD_OUT))
 
     def features(self, images: Images) -> Float[np.ndarray, "n d"]:
         """Features (n, 192) of images in [-1, 1]."""
         return extract_features(self._network, to_uint8(images))[_SPACE]
 
-    def _rows(self, images: ImageSource, limit: int) -> Float[np.ndarray, "n d"]:
-        return extract_features(self._network, islice(source_images(images, self._image_size), limit))[_SPACE]
+    def _rows(self, images: ImageSource, limit: int) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+        """Features and labels of so many images."""
+        views, chosen = EvaluationImages(images, self._image_size), spread(len(images), limit)
+        pixels = (to_uint8(torch.as_tensor(views[i]["image"]).unsqueeze(0))[0] for i in chosen)
+        return extract_features(self._network, pixels)[_SPACE], np.asarray(images.labels)[chosen]
 
 
 def model_figures(
@@ -135,7 +137,7 @@ def model_figures(
         scale_sizes=list(schedule.sizes),
         scale_attention=config["scale_attention"],
         tokens=schedule.num_tokens,
-        forwards=schedule.num_scales,
+        forwards=model(class_labels(model, TIMED_IMAGES), seed=seed, output_type="latent").num_forwards,
         gflop=flops / 1e9,
         cache_values=0 if markov else 2 * config["num_layers"] * schedule.num_tokens * config["width"],
         wall_ms=times[0],
@@ -150,9 +152,9 @@ def model_figures(
 @torch.no_grad()
 def _bits(model: NextScalePipeline, held_out: ImageSource) -> float:
     tokenizer, schedule, views = model.image_tokenizer, model.schedule, EvaluationImages(held_out, model.image_size)
-    ids, labels = [], []
-    for start in range(0, min(len(views), _HELD_OUT), 64):
-        batch = views.__getitems__(range(start, min(start + 64, len(views), _HELD_OUT)))
+    ids, labels, chosen = [], [], spread(len(views), _HELD_OUT)
+    for start in range(0, len(chosen), 64):
+        batch = views.__getitems__(chosen[start : start + 64])
         latents = tokenizer.latents(batch["image"].to(model.device))
         ids.append(torch.cat(tokenizer.requantize(latents, schedule), dim=1))
         labels.append(batch["class_label"].to(model.device))

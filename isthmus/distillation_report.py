@@ -39,8 +39,10 @@ def write_report(run: DistillRun, *, without_teacher: Path | None = None) -> Pat
     times = measured_times(models, seed=run.seed)
     train, held_out = open_splits(run, models["student"].image_size)
     judge, ceiling = None, None
+    # a stream has no end to spread a sample over
+    reference, real = ("training", train) if isinstance(train, ImageSource) else ("held-out", held_out)
     if run.report_images:
-        judge = ImageJudge(train if isinstance(train, ImageSource) else held_out, models["student"].image_size)
+        judge = ImageJudge(real, models["student"].image_size)
         ceiling = judge.accuracy_of(held_out)
     figures = {
         name: model_figures(
@@ -53,16 +55,19 @@ def write_report(run: DistillRun, *, without_teacher: Path | None = None) -> Pat
         "seed": run.seed,
         "gflop_formula": _FORMULA,
         "held_out_class_consistency": ceiling,
+        "reference": reference,
         "models": {name: asdict(one) for name, one in figures.items()},
     }
     write_atomically(record, json.dumps(values, indent=2) + "\n")
-    write_atomically(page, report_page(run, figures, ceiling))
+    write_atomically(page, report_page(run, figures, ceiling, reference))
     logger.info("report: %s", page)
     return page
 
 
-def report_page(run: DistillRun, figures: Mapping[str, ModelFigures], ceiling: float | None) -> str:
-    """The page: what is saved, what it costs, and how both were measured."""
+def report_page(
+    run: DistillRun, figures: Mapping[str, ModelFigures], ceiling: float | None, reference: str = "training"
+) -> str:
+    """The page: what is saved, what it costs, and how both were measured; `reference` images are the real ones."""
     rows = {
         "scales": [",".join(map(str, one.scale_sizes)) for one in figures.values()],
         "mask": [one.scale_attention for one in figures.values()],
@@ -98,24 +103,24 @@ def report_page(run: DistillRun, figures: Mapping[str, ModelFigures], ceiling: f
 Saved by the student: {saved["tokens"]} of the tokens, {saved["forwards"]} of the forwards, {saved["arithmetic"]} of
 the arithmetic, {saved["wall"]} of the wall time, {saved["CPU"]} of the CPU time.
 
-GFLOP per image, without guidance and pixels: {_FORMULA}.
+GFLOP per image, every scale predicted once, without guidance and pixels: {_FORMULA}.
 Times: {TIMED_IMAGES} images at once, guided and filtered as saved with the model, pixels included; medians of {ROUNDS}
 rounds in which the models take turns.
 Bits: exact, unguided. Each model codes the tokens of its own schedule, so bits compare between models of one schedule
 only: the student with the one that had no teacher.
-{_about_images(run, ceiling)}
+{_about_images(run, ceiling, reference)}
 Trained for {run.num_steps} steps{" per stage" if run.progressive else ""} of {run.batch_size} images, distillation
 weight {run.distillation_weight:g}; run.json has all settings, log.jsonl all measurements.
 """
 
 
-def _about_images(run: DistillRun, ceiling: float | None) -> str:
+def _about_images(run: DistillRun, ceiling: float | None, reference: str) -> str:
     if ceiling is None:
         return "No image was drawn (report_images 0).\n"
     # standard error of a share of n independent images at its worst, 0.5
     error = 0.5 / run.report_images**0.5
     return f"""FD-lite0: Frechet distance of {run.report_images} drawn images (seed {run.seed}, the same labels and
-seeds for every model, the model's own guidance and filters) to the training images, 192-d features of
+seeds for every model, the model's own guidance and filters) to the {reference} images, 192-d features of
 EfficientNet-Lite0 at native size. Its bias depends on the number of images: these numbers compare with each other and
 with nothing else. Class consistency: share of them whose nearest class mean is their own class; {ceiling:.1%} of
 held-out images reach it, and its standard error is at most {error:.1%}.

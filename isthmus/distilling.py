@@ -8,7 +8,9 @@ from accelerate import PartialState
 
 from isthmus.distillation_report import write_report
 from isthmus.errors import UserError
-from isthmus.functional.scale_distillation import removal_stages
+from isthmus.functional.guidance import Guidance, GuidanceSchedule
+from isthmus.functional.scale_distillation import guidance_at, removal_stages
+from isthmus.generation.options import parse_guidance
 from isthmus.pipelines.folder import read_config
 from isthmus.pipelines.hub import model_folder
 from isthmus.training.distill_config import DistillRun
@@ -50,7 +52,7 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
     """The runs of a distillation in order; the last is `run` itself.
 
     Raises:
-        UserError: there is no teacher, or its scales do not allow this student.
+        UserError: there is no teacher, or its scales do not allow this student, or this guidance.
     """
     if not run.from_model:
         raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
@@ -62,14 +64,30 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
     teacher_sizes = tuple(saved["scale_sizes"])
     sizes, _ = student_shape(run, teacher_sizes, saved["scale_attention"])
     stages = removal_stages(teacher_sizes, sizes)
+    guidance = parse_guidance(run.sampling.guidance)
+    guidance_at(guidance, teacher_sizes, sizes)  # for what it refuses: this costs nothing yet
     if not run.progressive:
         return [run]
-    folders = [str(stage_folder(run, stage)) for stage in stages[:-1]]
-    teachers = [run.from_model, *folders]
-    return [
-        replace(run, out=Path(folder), scale_sizes=stage, from_model=teacher, progressive=False, baseline=False)
-        for folder, stage, teacher in zip(folders, stages[:-1], teachers[:-1], strict=True)
-    ] + [run]
+    runs, teacher, taught = [], run.from_model, teacher_sizes
+    for stage in stages[:-1]:
+        folder = stage_folder(run, stage)
+        # a list of guidance values counts on the scales of the teacher that a run names
+        text = _text(run.sampling.guidance, guidance_at(guidance, teacher_sizes, taught))
+        runs.append(
+            replace(
+                run, out=folder, scale_sizes=stage, from_model=teacher, progressive=False, baseline=False,
+                sampling=replace(run.sampling, guidance=text),
+            )
+        )  # fmt: skip
+        teacher, taught = str(folder), stage
+    return [*runs, run]
+
+
+def _text(written: str, guidance: Guidance) -> str:
+    """Guidance as it is written; `written` where it is no list of values."""
+    if isinstance(guidance, (int, float, GuidanceSchedule)):
+        return written
+    return ",".join(map(str, guidance))
 
 
 def baseline_run(run: DistillRun, num_stages: int) -> DistillRun:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from isthmus.errors import UserError
+from isthmus.functional.guidance import Guidance, GuidanceSchedule
 
 
 def check_student_sizes(teacher_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -72,6 +73,26 @@ def shared_steps(teacher_sizes: Sequence[int], sizes: Sequence[int], *, markov: 
     if markov:
         return tuple(k for k, shared in enumerate(same) if shared)
     return tuple(k for k in range(len(same)) if all(same[: k + 1]))
+
+
+def guidance_at(guidance: Guidance, teacher_sizes: Sequence[int], sizes: Sequence[int]) -> Guidance:
+    """Guidance of a student: one value per scale of its teacher is read at the student's sides; other kinds stay.
+
+    Raises:
+        UserError: there are several values, and not one per scale of the teacher.
+
+    >>> guidance_at((1, 2, 3), (1, 2, 4), (1, 4)), guidance_at(2.0, (1, 2, 4), (1, 4))
+    ((1, 3), 2.0)
+    """
+    if isinstance(guidance, (int, float, GuidanceSchedule)):
+        return guidance
+    if len(guidance) != len(teacher_sizes):
+        raise UserError(
+            f"guidance by scale needs one value for each of the teacher's scales ({_listed(teacher_sizes)}), got "
+            f"{len(guidance)}. Pass {len(teacher_sizes)} numbers, one number, or a schedule such as linear:1:2.5."
+        )
+    by_side = dict(zip(teacher_sizes, guidance, strict=True))
+    return tuple(by_side[side] for side in sizes)
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -1,6 +1,8 @@
 """What every training of a next-scale transformer shares, whatever its loss is."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
+from isthmus.functional.scale_distillation import guidance_at
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.training.config import TokensRun
@@ -30,6 +33,7 @@ class NextScaleFamily:
         train: images to train on.
         held_out: images to measure on.
         network: the transformer in training; its scales are the tokenizer's, or some of them.
+        guided_sizes: sides that a list of guidance values in the run counts on; None is those of the network.
 
     Attributes:
         sharded: what FSDP2 gathers one by one: not whole blocks, since all modulations are computed ahead of them.
@@ -47,6 +51,8 @@ class NextScaleFamily:
         train: ImageSource | ImageStream,
         held_out: ImageSource,
         network: NextScaleTransformer,
+        *,
+        guided_sizes: Sequence[int] | None = None,
     ):
         self.run = run
         self.tokenizer, self.train, self.held_out, self.network = tokenizer, train, held_out, network
@@ -55,12 +61,14 @@ class NextScaleFamily:
         self.schedule = tokenizer.schedule.derive(network.schedule.sizes)
         self.encoder = encoder_for(tokenizer, self.schedule)
         self.facts: dict[str, object] = {}
-        self.options = sampling_options(
+        guided = self.schedule.sizes if guided_sizes is None else tuple(guided_sizes)
+        options = sampling_options(
             run.sampling,
             codebook_size=network.config["codebook_size"],
             num_classes=network.null_class_id,
-            num_guided_steps=self.schedule.num_scales,
+            num_guided_steps=len(guided),
         )
+        self.options = replace(options, guidance_scale=guidance_at(options.guidance_scale, guided, self.schedule.sizes))
 
     def place(self, device: torch.device) -> None:
         """Move the tokenizer to the device of the training."""

@@ -4,7 +4,7 @@ Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion", scale dis
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,10 +16,8 @@ from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
-from isthmus.functional.guidance import GuidanceSchedule
 from isthmus.functional.scale_distillation import check_student_sizes, removal_stages, shared_steps
 from isthmus.functional.shapes import ScaleTokens, TokenPyramid
-from isthmus.generation.options import SamplingOptions
 from isthmus.models.fingerprint import fingerprint
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
@@ -57,11 +55,10 @@ class ScaleDistillation(NextScaleFamily):
     """
 
     def __init__(self, run: DistillRun):
-        tokenizer, train, held_out, self.teacher, student = prepare(run)
-        super().__init__(run, tokenizer, train, held_out, student)
+        tokenizer, train, held_out, self.teacher, student, named_sizes = prepare(run)
+        super().__init__(run, tokenizer, train, held_out, student, guided_sizes=named_sizes)
         self.run: DistillRun = run
         self.facts = {"teacher_fingerprint": fingerprint(self.teacher)}
-        self.options = at_student_scales(self.options, self.teacher.schedule.sizes, self.schedule.sizes)
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
         sizes, markov = self.teacher.schedule.sizes, self.teacher.is_markov
         self.asked = shared_steps(sizes, self.schedule.sizes, markov=markov) if run.distillation_weight else ()
@@ -149,8 +146,12 @@ class ScaleDistillation(NextScaleFamily):
 
 def prepare(
     run: DistillRun,
-) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer, NextScaleTransformer]:
-    """Tokenizer, training images, held-out images, teacher and student, which starts as the teacher.
+) -> tuple[
+    MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer, NextScaleTransformer, tuple[int, ...]
+]:
+    """Tokenizer, training images, held-out images, teacher, student (which starts as the teacher), and some sides.
+
+    The sides are those of the model that the run names: at the end of a progressive distillation the teacher has fewer.
 
     Raises:
         UserError: there is no teacher, it cannot teach this student, or it was trained on other classes.
@@ -169,7 +170,8 @@ def prepare(
     for name, parameter in student.named_parameters():
         # the mark of hidden tokens stays the teacher's: nothing here is trained on partly hidden scales
         parameter.requires_grad_(name != "mask_embedding")
-    return source.tokenizer, train, held_out, teacher.transformer.eval().requires_grad_(False), student
+    frozen = teacher.transformer.eval().requires_grad_(False)
+    return source.tokenizer, train, held_out, frozen, student, source.transformer.schedule.sizes
 
 
 def student_shape(
@@ -207,18 +209,3 @@ def check_classes(found: Sequence[str], teacher_names: Sequence[str], num_classe
 def stage_folder(run: DistillRun, sizes: tuple[int, ...]) -> Path:
     """Where a progressive distillation keeps the student of a schedule on its way."""
     return run.out / STAGES / "-".join(map(str, sizes))
-
-
-def at_student_scales(
-    options: SamplingOptions, teacher_sizes: tuple[int, ...], sizes: tuple[int, ...]
-) -> SamplingOptions:
-    """Options whose guidance, where it is one value per scale of the teacher, is read at the student's sides.
-
-    >>> at_student_scales(SamplingOptions(guidance_scale=(1, 2, 3)), (1, 2, 4), (1, 4)).guidance_scale
-    (1, 3)
-    """
-    guidance = options.guidance_scale
-    if isinstance(guidance, (int, float, GuidanceSchedule)) or len(guidance) != len(teacher_sizes):
-        return options
-    by_side = dict(zip(teacher_sizes, guidance, strict=True))
-    return replace(options, guidance_scale=tuple(by_side[side] for side in sizes))

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_other_schedules_are_refused_with_advice(sizes):
 def test_scales_go_one_at_a_time_the_finest_first(pair):
     teacher, sizes = pair
     stages = removal_stages(teacher, sizes)
-    removed = [set(a) - set(b) for a, b in zip((teacher, *stages), stages, strict=False)]
+    removed = [set(a) - set(b) for a, b in pairwise((teacher, *stages))]
     assert stages[-1] == sizes
     if sizes != teacher:
         assert all(len(one) == 1 for one in removed)

@@ -5,12 +5,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from isthmus import load_pipeline
+from isthmus.data.opening import open_source
+from isthmus.distillation_figures import ImageJudge, ModelFigures
+from isthmus.distillation_report import report_page
 from isthmus.distilling import BASELINE, distill, stage_runs
 from isthmus.errors import UserError
+from isthmus.generation.options import parse_guidance
+from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.training.config import PriorModel, PriorSampling, run_from_json, run_to_json
 from isthmus.training.next_scale_prior import with_new_classes
 from isthmus.training.scale_distillation import ScaleDistillation
@@ -85,6 +91,57 @@ def test_a_finished_distillation_only_exports(tmp_path, images, teacher, straigh
     assert_same(weights(out / "transformer"), weights(straight / "transformer"))
 
 
+def test_a_finished_distillation_gets_another_report_without_being_trained_again(tmp_path, images, teacher, straight):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    distill(distill_run(images, out, teacher, baseline=True, report_images=4))
+    assert_same(weights(out / "transformer"), weights(straight / "transformer"))
+    assert log_lines(out) == log_lines(straight)
+    values = json.loads((out / "distillation.json").read_text())
+    assert values["report_images"] == 4 and list(values["models"]) == ["teacher", "student", "student without teacher"]
+
+
+def test_forwards_of_a_teacher_that_refines_its_draws_are_counted(tmp_path, images):
+    pipeline = tiny_teacher()
+    pipeline.scheduler = ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 2))
+    pipeline.save_pretrained(tmp_path / "teacher")
+    run = distill_run(images, tmp_path / "run", tmp_path / "teacher", num_steps=2)
+    values = json.loads((distill(run) / "distillation.json").read_text())["models"]
+    assert (values["teacher"]["forwards"], values["student"]["forwards"]) == (4 + 3, 3)
+
+
+def test_the_report_names_the_images_it_compares_with(images, teacher, straight):
+    values = json.loads((straight / "distillation.json").read_text())
+    assert values["reference"] == "training"
+    figures = {name: ModelFigures(**one) for name, one in values["models"].items()}
+    run = distill_run(images, straight, teacher, report_images=4)
+    assert "to the training images" in report_page(run, figures, 0.5)
+    assert "to the held-out images" in report_page(run, figures, 0.5, "held-out")
+
+
+def test_a_sample_of_sorted_images_holds_every_class(tmp_path):
+    write_images(tmp_path / "mixed.npz", count=24)
+    with np.load(tmp_path / "mixed.npz") as mixed:
+        order = np.argsort(mixed["arr_1"], kind="stable")
+        np.savez(tmp_path / "sorted.npz", arr_0=mixed["arr_0"][order], arr_1=mixed["arr_1"][order])
+    source = open_source(f"npz:{tmp_path / 'sorted.npz'}", image_size=8, split="train")
+    assert set(source.labels[:4].tolist()) == {0}
+    rows, labels = ImageJudge(source, 8)._rows(source, 4)
+    assert len(rows) == 4 and set(labels.tolist()) == {0, 1}
+
+
+def test_guidance_by_scale_follows_every_stage(tmp_path, images):
+    tiny_teacher(sizes=(1, 2, 3, 4, 6)).save_pretrained(tmp_path / "teacher")
+    run = distill_run(
+        images, tmp_path / "run", tmp_path / "teacher", scale_sizes=(1, 6), progressive=True,
+        sampling=PriorSampling(guidance="1,2,3,4,5"),
+    )  # fmt: skip
+    stages = stage_runs(run)
+    assert [stage.scale_sizes for stage in stages] == [(1, 2, 3, 6), (1, 2, 6), (1, 6)]
+    values = [parse_guidance(stage.sampling.guidance) for stage in stages]
+    assert values == [(1, 2, 3, 4, 5), (1, 2, 3, 5), (1, 2, 3, 4, 5)]
+
+
 def test_it_does_not_go_on_with_another_teacher(tmp_path, images, teacher):
     own = tmp_path / "teacher"
     shutil.copytree(teacher, own)
@@ -101,7 +158,7 @@ def test_it_does_not_go_on_with_another_teacher(tmp_path, images, teacher):
 def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teacher):
     run = distill_run(
         images, tmp_path / "run", teacher, scale_sizes=(1, 4), num_steps=2, progressive=True, baseline=True,
-        report_images=4,
+        report_images=4, sampling=PriorSampling(guidance="1,2,3,4"),
     )  # fmt: skip
     first, last = stage_runs(run)
     assert first.scale_sizes == (1, 2, 4) and last is run
@@ -110,6 +167,9 @@ def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teache
     # the second student starts as the first one ends
     family = ScaleDistillation(run)
     assert family.teacher.schedule.sizes == (1, 2, 4)
+    # values by scale count on the scales of the model that is distilled, on every stage
+    assert load_pipeline(first.out, device="cpu").defaults.guidance_scale == (1, 2, 4)
+    assert load_pipeline(run.out, device="cpu").defaults.guidance_scale == (1, 4)
     assert_same(family.teacher.state_dict(), weights(first.out / "transformer"))
     record = json.loads((folder / BASELINE / "run.json").read_text())["run"]
     assert (record["distillation_weight"], record["num_steps"]) == (0.0, 4)
@@ -193,6 +253,8 @@ def test_run_json_repeats_a_distillation(straight):
         ({"scale_sizes": (2, 4)}, "Nearest: 1,2,4"),
         ({"scale_sizes": (1, 3)}, "Nearest: 1,3,4"),
         ({"scale_sizes": None}, "got the same"),
+        ({"sampling": PriorSampling(guidance="1,2,3")}, "each of the teacher's scales"),
+        ({"sampling": PriorSampling(guidance="1,2,3"), "progressive": True}, "each of the teacher's scales"),
         ({"classes": ("0",)}, r"classes of its teacher \(0, 1\), got 0"),
         ({"classes": ("1", "0")}, "got 1, 0"),
         ({"data": "folder:nowhere"}, "nowhere"),
