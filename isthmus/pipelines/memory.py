@@ -1,10 +1,10 @@
 """How many images fit into memory at once: an estimate from the sizes of the networks."""
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
 
+from isthmus.pipelines.free_memory import free_bytes
 from isthmus.pipelines.saved import SavedPipeline
 
 if TYPE_CHECKING:
@@ -36,15 +36,6 @@ def flow_bytes(decoder: "FlowDecoder", image_size: int) -> int:
     size = 2 if decoder.dtype == torch.bfloat16 else 4
     rows = (image_size // config["patch_size"]) ** 2
     return rows * config["width"] * (2 + 6 + 2 * 4 + 6) * size + 8 * 3 * image_size**2 * 4
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; for mps and systems that do not say, 4 GiB."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 * 2**30
 
 
 def batch_size_that_fits(pipeline: SavedPipeline, *, guided: bool) -> int:

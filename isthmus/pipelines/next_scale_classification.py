@@ -16,9 +16,9 @@ from isthmus.generation.classification import (
     score_classes,
     token_evidence,
 )
+from isthmus.pipelines.free_memory import free_bytes
 from isthmus.pipelines.images import ImageInput
 from isthmus.pipelines.labels import resolve_labels
-from isthmus.pipelines.memory import free_bytes
 from isthmus.pipelines.next_scale_likelihood import NextScaleLikelihood
 from isthmus.pipelines.request import Labels, label_list
 from isthmus.pipelines.seeds import image_seeds
