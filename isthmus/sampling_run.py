@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from PIL import Image, UnidentifiedImageError
@@ -25,6 +25,8 @@ from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
 
 if TYPE_CHECKING:
     from isthmus.pipelines.loading import AnyPipeline
+    from isthmus.pipelines.next_scale import NextScalePipeline
+    from isthmus.schedulers.scale_refinement import RefinementMode
 
 logger = logging.getLogger("isthmus")
 
@@ -42,6 +44,7 @@ def draw_folder(
     options: Mapping[str, Any],
     steering: Mapping[str, Any],
     decoding: Mapping[str, bool] | None = None,
+    refine: str | None = None,
     prefix_image: Path | None = None,
     grid: bool,
     strip: bool,
@@ -60,6 +63,7 @@ def draw_folder(
         options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
         steering: arguments of a call beyond these, such as the number of solver steps, where the model has them.
         decoding: how tokens are computed (`int8`, `compiled`), where the model has it.
+        refine: mode in which tokens are drawn again, where the model refines; None is the model's own.
         prefix_image: file of the image whose first tokens are kept, where the model has prefixes.
         grid: also write grid.png.
         strip: also write strip.png.
@@ -71,6 +75,10 @@ def draw_folder(
         UserError: an argument is not usable, or `out` holds something else than samples with these settings.
     """
     pipeline = load_pipeline(model, device=device, dtype=dtype)
+    if refine is not None:
+        if not hasattr(pipeline, "refine_with"):
+            raise UserError(f"this model, a {pipeline.kind}, draws no token again. Leave out --refine.")
+        cast("NextScalePipeline", pipeline).refine_with(cast("RefinementMode", refine))
     labels = _labels(classes, pipeline)
     sampling = pipeline.defaults.override(**options)
     # one refusal for options the model cannot take, before anything is written

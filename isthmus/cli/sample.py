@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -27,6 +27,8 @@ class Sample(SteeredDrawOptions):
     """Names or ids, taken in turn; `null` is no class. None given: all classes of the model."""
     num: int = 16
     """Number of images."""
+    refine: Literal["default", "none", "simple", "masked", "critic"] = "default"
+    """Draw some tokens again (next-scale models), with the rounds usual in this mode; default: as the model says."""
     prefix_image: Path | None = None
     """Image whose first tokens every image keeps (layout control of D-AR models)."""
     prefix_tokens: int | None = None
@@ -75,6 +77,7 @@ def run(arguments: Sequence[str]) -> None:
         options=options,
         steering=command.steering(),
         decoding=command.decoding(),
+        refine=None if command.refine == "default" else command.refine,
         prefix_image=command.prefix_image,
         grid=command.grid,
         strip=command.strip,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isthmus.errors import UserError
 from isthmus.functional.guidance import Guidance
 from isthmus.functional.shapes import Images, LatentMap
 from isthmus.generation.next_scale import ScaleSampler, shared_schedule
@@ -27,7 +28,7 @@ from isthmus.pipelines.next_scale_classification import NextScaleClassification
 from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from isthmus.schedulers.scale_refinement import RefinementMode, ScaleRefinementScheduler
 
 
 class NextScalePipeline(NextScaleClassification, NextScaleEditing):
@@ -173,6 +174,20 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
             )
             for scale in scales
         )
+
+    def refine_with(self, mode: RefinementMode) -> None:
+        """Draw tokens again from now on, with the rounds that are usual in `mode`; "none" draws each once.
+
+        Sets `scheduler`, which is saved with the model and part of its fingerprint.
+
+        Raises:
+            UserError: there is no such mode, the model has too few scales for it, or it is "critic" and there is none.
+        """
+        scheduler = ScaleRefinementScheduler(mode=mode)
+        scheduler.rounds_of(self.schedule.num_scales)
+        if mode == "critic" and self.critic is None:
+            raise UserError("this model has no critic. Train one: isthmus train critic MODEL --out FOLDER.")
+        self.register_modules(scheduler=scheduler)
 
     @property
     def codebook_size(self) -> int:

@@ -89,6 +89,7 @@ def test_a_layout_is_kept(isthmus, refused, dar_model, layout_image, tmp_path):
         ("--steps 0", "num_inference_steps"),
         ("--solver heun", "--solver takes one of"),
         ("--smooth", "smooth"),
+        ("--refine masked", "no token again"),
         ("--guidance 1,2", "one value per step (16)"),
         ("--prefix-tokens 3", "--prefix-image"),
         ("--prefix-image LAYOUT", "--prefix-tokens"),

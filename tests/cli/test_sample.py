@@ -64,6 +64,20 @@ def test_grid_and_strip(isthmus, model, tmp_path):
         assert grid.height == 2 * 66
 
 
+def test_refinement_is_an_option_of_a_draw(isthmus, refused, model, tmp_path):
+    for mode in ("default", "none", "masked", "simple"):
+        words = () if mode == "default" else ("--refine", mode)
+        assert isthmus("sample", model, "--num", 4, "--seed", 3, "--out", tmp_path / mode, *words).code == 0
+    assert hashes(tmp_path / "none") == hashes(tmp_path / "default")
+    for mode in ("masked", "simple"):
+        pipe = load_pipeline(model)
+        pipe.refine_with(mode)
+        drawn = pipe([i % 3 for i in range(4)], seed=3).token_ids
+        assert hashes(tmp_path / mode) == token_hashes(drawn) != hashes(tmp_path / "default")
+    assert "no critic" in refused("-q", "sample", model, "--refine", "critic", "--out", tmp_path / "o")
+    assert "model" in refused("-q", "sample", model, "--refine", "simple", "--seed", 3, "--out", tmp_path / "masked")
+
+
 def test_running_again_draws_what_is_missing_and_overwrites_nothing(isthmus, refused, model, tmp_path):
     out = tmp_path / "o"
     assert isthmus("sample", model, "--num", 5, "--out", out).code == 0
