@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_lengths_and_offsets_agree(sizes):
     schedule = ScaleSchedule(tuple(sizes), (0,) * len(sizes))
     assert schedule.grid == sizes[-1] and schedule.num_scales == len(sizes)
     assert schedule.offsets[0] == 0 and schedule.offsets[-1] == schedule.num_tokens == sum(s * s for s in sizes)
-    assert [b - a for a, b in zip(schedule.offsets, schedule.offsets[1:], strict=False)] == list(schedule.lengths)
+    assert [b - a for a, b in pairwise(schedule.offsets)] == list(schedule.lengths)
 
 
 @given(SIZES, st.integers(1, 6))

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -52,7 +54,7 @@ def by_definition(tokenizer, decoder, scheduler, token_ids, x, plan):
 
 
 def parts_of(token_ids, plan):
-    for start, end in zip((0, *plan.stops), plan.stops, strict=False):
+    for start, end in pairwise((0, *plan.stops)):
         yield token_ids[:, start:end]
 
 

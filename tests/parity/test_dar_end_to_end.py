@@ -1,5 +1,7 @@
 """The whole published way at small size, through converter and pipeline: tokens, pixels, previews, restarts."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -37,8 +39,7 @@ def io(golden):
 
 def steps_of(pipe, token_ids, noise, *, preview="jump", **options):
     plan = SolverPlan.of(pipe.scheduler, **options)
-    cuts = (0, *plan.stops)
-    parts = (token_ids[:, a:b].long() for a, b in zip(cuts, plan.stops, strict=False))
+    parts = (token_ids[:, a:b].long() for a, b in pairwise((0, *plan.stops)))
     return list(flow_steps(pipe.image_tokenizer, pipe.decoder, pipe.scheduler, plan, parts, noise, preview=preview))
 
 

@@ -1,5 +1,7 @@
 """Rates are the published functions of the step, and decay spares what the published groups spare."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def test_rate_stays_between_its_ends_and_falls_after_the_warm_up(schedule, num_s
     rates = [learning_rate(step, config, num_steps) for step in range(num_steps)]
     assert all(0 < rate <= 1 for rate in rates)
     falling = rates[config.warmup_steps :]
-    assert all(after <= before + 1e-12 for before, after in zip(falling, falling[1:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in pairwise(falling))
 
 
 @pytest.mark.parametrize("shared_adaln", [False, True])
