@@ -8,9 +8,8 @@ from accelerate import PartialState
 
 from isthmus.distillation_report import write_report
 from isthmus.errors import UserError
-from isthmus.functional.guidance import Guidance, GuidanceSchedule
 from isthmus.functional.scale_distillation import guidance_at, removal_stages
-from isthmus.generation.options import parse_guidance
+from isthmus.generation.options import guidance_text, parse_guidance
 from isthmus.pipelines.folder import read_config
 from isthmus.pipelines.hub import model_folder
 from isthmus.training.distill_config import DistillRun
@@ -72,7 +71,7 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
     for stage in stages[:-1]:
         folder = stage_folder(run, stage)
         # a list of guidance values counts on the scales of the teacher that a run names
-        text = _text(run.sampling.guidance, guidance_at(guidance, teacher_sizes, taught))
+        text = guidance_text(guidance_at(guidance, teacher_sizes, taught))
         runs.append(
             replace(
                 run, out=folder, scale_sizes=stage, from_model=teacher, progressive=False, baseline=False,
@@ -81,13 +80,6 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
         )  # fmt: skip
         teacher, taught = str(folder), stage
     return [*runs, run]
-
-
-def _text(written: str, guidance: Guidance) -> str:
-    """Guidance as it is written; `written` where it is no list of values."""
-    if isinstance(guidance, (int, float, GuidanceSchedule)):
-        return written
-    return ",".join(map(str, guidance))
 
 
 def baseline_run(run: DistillRun, num_stages: int) -> DistillRun:

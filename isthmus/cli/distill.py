@@ -8,9 +8,8 @@ from typing import Any
 
 from isthmus.cli.train import base_run, option_value, own_options, run_training
 from isthmus.errors import UserError
-from isthmus.functional.guidance import Guidance, GuidanceSchedule, guidance_values
-from isthmus.generation.options import SamplingOptions
-from isthmus.pipelines.folder import read_config, read_index
+from isthmus.generation.options import SamplingOptions, guidance_text
+from isthmus.pipelines.folder import read_index
 from isthmus.pipelines.hub import model_folder
 from isthmus.presets import DISTILL_PRESETS
 from isthmus.training.config import AugmentConfig, PriorSampling
@@ -47,8 +46,7 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
         raise UserError(
             f"only next-scale models (VAR, SRDD) have scales to leave out, {model} is a {index.get('_class_name')}."
         )
-    sizes = tuple(read_config(folder / "transformer")["scale_sizes"])
-    run = replace(run, sampling=_sampling(SamplingOptions.from_dict(index["sampling_defaults"]), len(sizes)))
+    run = replace(run, sampling=_sampling(SamplingOptions.from_dict(index["sampling_defaults"])))
     record = _record(folder / "run.json")
     if record:
         given = {name: record[name] for name in _DATA_FIELDS if name in record}
@@ -70,21 +68,11 @@ def _record(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _sampling(options: SamplingOptions, num_scales: int) -> PriorSampling:
+def _sampling(options: SamplingOptions) -> PriorSampling:
     return PriorSampling(
-        guidance=_text(options.guidance_scale, num_scales),
+        guidance=guidance_text(options.guidance_scale),
         top_k=options.top_k,
         top_p=options.top_p,
         temperature=options.temperature,
         smooth=options.smooth,
     )
-
-
-def _text(guidance: Guidance, num_scales: int) -> str:
-    """Guidance as it is written on the command line."""
-    if isinstance(guidance, (int, float)):
-        return f"{guidance:g}"
-    if isinstance(guidance, GuidanceSchedule) and guidance.kind != "constant":
-        last = "" if guidance.last_guided_step is None else f":{guidance.last_guided_step}"
-        return f"{guidance.kind}:{guidance.start:g}:{guidance.end:g}{last}"
-    return ",".join(f"{value:g}" for value in guidance_values(guidance, num_scales))

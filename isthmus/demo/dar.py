@@ -130,7 +130,7 @@ def finish(options: DemoOptions, pipeline: DARPipeline, train: ImageSource, held
         reconstruction_accuracy=judge.accuracy(rebuilt, np.asarray(held_out.labels)),
         num_held_out=len(unseen),
         num_samples=len(images),
-        guidance=json.dumps(pipeline.defaults.to_dict()),
+        guidance=pipeline.defaults.words(),
         seed=options.seed,
         seconds_per_image=seconds,
         first_preview=first_preview,

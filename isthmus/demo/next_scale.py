@@ -98,7 +98,7 @@ def finish(options: DemoOptions, pipeline: NextScalePipeline, train: ImageSource
     scores = DemoScores(
         **asdict(ClassJudge(train, held_out).scores(images, labels)),
         num_samples=len(images),
-        guidance=json.dumps(pipeline.defaults.to_dict()),
+        guidance=pipeline.defaults.words(),
         seed=options.seed,
         seconds_per_image=seconds,
         model=model,

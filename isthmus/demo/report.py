@@ -96,7 +96,7 @@ Held-out images, rebuilt from the first scales and from all of them; the image i
 
 Class accuracy: the nearest class mean among {len(train.class_names)} classes on pooled 192-d features of
 EfficientNet-Lite0 at native size, means of the training images. A sample looks copied if it is nearer to a training
-image than 99 % of the held-out images are. Samples: seed {scores.seed}, options {scores.guidance}.
+image than 99 % of the held-out images are. Samples: seed {scores.seed}, {scores.guidance}.
 
 | scale | {" | ".join(f"{s} x {s}" for s in sizes)} |
 |---|{"---|" * len(sizes)}

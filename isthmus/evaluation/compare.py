@@ -5,7 +5,7 @@ from pathlib import Path
 
 from isthmus.errors import UserError
 from isthmus.evaluation.protocol import EvaluationRecord, read_record, same_protocol
-from isthmus.evaluation.report import number, with_spread
+from isthmus.evaluation.report import number, sampling_words, with_spread
 from isthmus.evaluation.report_blocks import Heading, Paragraph, Table, markdown
 
 
@@ -59,7 +59,7 @@ def _subject_rows(records: Sequence[EvaluationRecord]) -> list[tuple[str, ...]]:
         "model": [record.subject.name for record in records],
         "kind": [record.subject.kind for record in records],
         "seed": [str(record.subject.seed) for record in records],
-        "sampling": [", ".join(f"{k} {v}" for k, v in record.subject.sampling.items()) for record in records],
+        "sampling": [sampling_words(record.subject) for record in records],
         "warnings": [str(len(record.warnings)) for record in records],
     }
     return [(name, *values) for name, values in facts.items()]

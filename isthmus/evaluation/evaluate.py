@@ -31,7 +31,6 @@ from isthmus.evaluation.model_samples import (
     Balance,
     ModelSamples,
     choose_classes,
-    guidance_words,
     model_samples,
     model_subject,
 )
@@ -50,6 +49,7 @@ from isthmus.evaluation.report_pictures import look_at_samples
 from isthmus.evaluation.scoring import score_samples
 from isthmus.evaluation.usage import code_counts, usage_curves
 from isthmus.functional.guidance import Guidance
+from isthmus.generation.options import guidance_text
 from isthmus.pipelines.loading import choose_device, load_pipeline
 
 
@@ -120,8 +120,8 @@ def evaluate_model(
 
         main = prepared(out / SAMPLES_FOLDER, options)
         others = {
-            guidance_words(one): prepared(
-                out / SWEEP_FOLDER / guidance_words(one).replace(":", "-"), {**options, "guidance_scale": one}
+            guidance_text(one): prepared(
+                out / SWEEP_FOLDER / guidance_text(one).replace(":", "-"), {**options, "guidance_scale": one}
             )
             for one in sweep
         }

@@ -3,7 +3,7 @@
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,6 @@ from isthmus.evaluation.processes import Processes
 from isthmus.evaluation.protocol import Subject
 from isthmus.evaluation.real_side import DataSplits
 from isthmus.evaluation.samples import ChunkStore
-from isthmus.functional.guidance import Guidance
 from isthmus.generation.options import FOLDER_DEFAULT, SamplingOptions
 from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.memory import batch_size_that_fits
@@ -199,17 +198,3 @@ def model_subject(name: str, samples: ModelSamples, steering: Mapping[str, Any],
         steering=dict(steering),
         dtype=dtype,
     )
-
-
-def guidance_words(guidance: Guidance) -> str:
-    """A guidance as it is typed, for names of folders and rows.
-
-    >>> guidance_words(1.5), guidance_words((1.0, 2.0))
-    ('1.5', '1,2')
-    """
-    if isinstance(guidance, int | float):
-        return f"{guidance:g}"
-    if isinstance(guidance, Sequence):
-        return ",".join(f"{value:g}" for value in guidance)
-    last = "" if guidance.last_guided_step is None else f":{guidance.last_guided_step}"
-    return f"{guidance.kind}:{guidance.start:g}:{guidance.end:g}{last}"

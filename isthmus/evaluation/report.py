@@ -1,16 +1,16 @@
 """report.md and report.html of an evaluation: every number with what it takes to read it."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from isthmus.data.cache import write_whole
-from isthmus.evaluation.protocol import EvaluationRecord, Score
+from isthmus.evaluation.protocol import EvaluationRecord, Score, Subject
 from isthmus.evaluation.report_blocks import Block, Heading, Paragraph, Picture, Table, markdown, one_html_file
 from isthmus.evaluation.report_pictures import NEIGHBOURS, SAMPLES
 from isthmus.evaluation.report_plots import CURVES, SWEEP, draw_curves, draw_sweep
+from isthmus.generation.options import SamplingOptions
 
 logger = logging.getLogger("isthmus")
 
@@ -118,18 +118,16 @@ def _uncertainty(score: Score) -> str:
 
 def _summary(record: EvaluationRecord) -> str:
     protocol, subject = record.protocol, record.subject
-    drawn = "" if subject.seed is None else f", drawn with seed {subject.seed} and guidance {_plain(subject.sampling)}"
+    drawn = "" if subject.seed is None else f", drawn with seed {subject.seed}, {sampling_words(subject)}"
     return (
         f"{subject.kind}. N = {protocol.num_samples} samples ({protocol.balance}){drawn}; n = {protocol.chunk_images} "
         f"per measurement; features {protocol.features} at {protocol.image_size} px; reference: {protocol.reference}."
     )
 
 
-def _plain(sampling: dict[str, Any]) -> str:
-    guidance = sampling.get("guidance_scale")
-    if isinstance(guidance, dict):
-        return f"{guidance['kind']} {guidance['start']:g} to {guidance['end']:g}"
-    return json.dumps(guidance)
+def sampling_words(subject: Subject) -> str:
+    """How the samples were drawn; nothing for images from elsewhere."""
+    return SamplingOptions.from_dict(subject.sampling).words() if subject.sampling else ""
 
 
 def _pictures(out: Path) -> Iterator[Block]:

@@ -59,6 +59,18 @@ class SamplingOptions:
         """
         return replace(self, **{name: value for name, value in given.items() if value is not FOLDER_DEFAULT})
 
+    def words(self) -> str:
+        """The options in a few words; filters that are off, and a temperature of 1, are left out.
+
+        >>> SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1.0, 2.5), top_p=0.9).words()
+        'guidance linear:1:2.5, top-p 0.9'
+        """
+        parts = [f"guidance {guidance_text(self.guidance_scale)}"]
+        parts += [] if self.top_k is None else [f"top-k {self.top_k}"]
+        parts += [] if self.top_p is None else [f"top-p {self.top_p:g}"]
+        parts += [] if self.temperature == 1 else [f"temperature {self.temperature:g}"]
+        return ", ".join(parts + ["smooth"] * self.smooth)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = asdict(self)
@@ -89,7 +101,7 @@ def parse_guidance(text: str) -> Guidance:
     """Guidance as it is written on the command line.
 
     A number; `linear:START:END` or `cosine:START:END` over the scales, with `:LAST` for the last guided scale
-    (from 0); or one number per step (scale or token), separated by commas.
+    (from 0), `constant:START:END:LAST` likewise; or one number per step (scale or token), separated by commas.
 
     Raises:
         UserError: the text is none of these.
@@ -104,7 +116,7 @@ def parse_guidance(text: str) -> Guidance:
         if not numbers:
             values = tuple(float(value) for value in kind.split(","))
             return values[0] if len(values) == 1 else values
-        if kind in ("linear", "cosine") and len(numbers) in (2, 3):
+        if kind in ("constant", "linear", "cosine") and len(numbers) in (2, 3):
             last = int(numbers[2]) if len(numbers) == 3 else None
             return GuidanceSchedule(kind, float(numbers[0]), float(numbers[1]), last)
     except UserError:
@@ -115,6 +127,26 @@ def parse_guidance(text: str) -> Guidance:
         f"guidance must be a number, linear:START:END, cosine:START:END or one number per step (scale or token), "
         f"got {text!r}. For example 2.0 or linear:1:2.5; 1 is off."
     )
+
+
+def guidance_text(guidance: Guidance) -> str:
+    """Guidance as `parse_guidance` reads it.
+
+    >>> guidance_text(1.5), guidance_text((1.0, 2.0)), guidance_text(GuidanceSchedule("linear", 1.0, 2.5, 3))
+    ('1.5', '1,2', 'linear:1:2.5:3')
+    """
+    if isinstance(guidance, (int, float)):
+        return _shortest(guidance)
+    if not isinstance(guidance, GuidanceSchedule):
+        return ",".join(map(_shortest, guidance))
+    last = [] if guidance.last_guided_step is None else [str(guidance.last_guided_step)]
+    return ":".join([guidance.kind, _shortest(guidance.start), _shortest(guidance.end), *last])
+
+
+def _shortest(value: float) -> str:
+    """The shortest text that is read as this number."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(float(value))
 
 
 def guidance_on(guidance_scale: Guidance, scale_sizes: Sequence[int], parent_sizes: Sequence[int]) -> tuple[float, ...]:

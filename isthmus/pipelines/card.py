@@ -65,7 +65,7 @@ pipe({argument}num_images=4, seed=0).images[0].save("sample.png")
 
 or `isthmus sample path/to/this/folder --num 16 --out samples`. Saved with Isthmus {version}.
 
-Defaults saved with the model: {_settings(sampling)}.
+Defaults saved with the model: {sampling.words()}.
 
 ## Data and licence
 
@@ -76,12 +76,3 @@ Licence: {attribution}
 
 {protocol or "Not recorded."}
 """
-
-
-def _settings(sampling: SamplingOptions) -> str:
-    values = sampling.to_dict()
-    guidance = values.pop("guidance_scale")
-    if isinstance(guidance, Mapping):
-        guidance = f"{guidance['kind']} {guidance['start']:g} to {guidance['end']:g}"
-    shown = {"guidance": guidance, **values}
-    return ", ".join(f"{name} {'off' if value in (None, False) else value}" for name, value in shown.items())

@@ -189,7 +189,7 @@ def test_neighbours_of_an_earlier_scoring_are_not_shown(tmp_path):
 
 def test_every_score_is_reported_with_what_made_it(tmp_path):
     text = markdown(list(report_blocks(record(), tmp_path)))
-    for needed in ("0.25", "+- 0.01", "[0.4, 0.6]", "N = 20", "n = 10", "lite0", "seed 3", "[1.0, 2.0]", "few images"):
+    for needed in ("0.25", "+- 0.01", "[0.4, 0.6]", "N = 20", "n = 10", "lite0", "seed 3, guidance 1,2", "few images"):
         assert needed in text, needed
     assert "5 x 10" in text and "a \\| b" in text and "CC0" in text
 

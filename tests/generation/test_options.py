@@ -1,11 +1,13 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from isthmus.errors import UserError
 from isthmus.functional.guidance import GuidanceSchedule
 from isthmus.generation.next_scale import null_row_scales
-from isthmus.generation.options import FOLDER_DEFAULT, SamplingOptions, guidance_on, parse_guidance
+from isthmus.generation.options import FOLDER_DEFAULT, SamplingOptions, guidance_on, guidance_text, parse_guidance
 
 
 @pytest.mark.parametrize("guidance", [1, 2.5, [1.0, 2.0, 3.0], GuidanceSchedule("cosine", 1.0, 4.0, 1)])
@@ -62,3 +64,20 @@ def test_where_null_rows_run():
     assert null_row_scales(guidance, markov=True) == (False, False, True, False, True, False)
     assert null_row_scales(guidance, markov=False) == (True, True, True, True, True, False)
     assert null_row_scales((1.0, 1.0), markov=False) == (False, False)
+
+
+@given(
+    st.one_of(
+        st.floats(0, 50),
+        st.lists(st.floats(0, 50), min_size=2, max_size=5).map(tuple),
+        st.builds(
+            GuidanceSchedule,
+            st.sampled_from(["constant", "linear", "cosine"]),
+            st.floats(0, 50),
+            st.floats(0, 50),
+            st.none() | st.integers(0, 9),
+        ),
+    )
+)
+def test_written_guidance_is_read_as_it_was(guidance):
+    assert parse_guidance(guidance_text(guidance)) == guidance
