@@ -21,6 +21,7 @@ from isthmus.evaluation.features import extract_features
 from isthmus.functional.masks import fill_unknown
 from isthmus.pictures import save_picture, table, to_pil, to_uint8
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.studies.srdd_editing import holes, psnr_inside
 
 BATCH = 32
 RULES = {
@@ -42,27 +43,8 @@ def held_out(pipe, data: str, number: int) -> tuple[torch.Tensor, list[int]]:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, source.labels[chosen].tolist()
 
 
-def masks(kind: str, number: int, side: int) -> torch.Tensor:
-    mask, generator = torch.zeros(number, 1, side, side), np.random.default_rng(1)
-    for one in mask:
-        if kind == "centre":
-            one[:, side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = 1
-            continue
-        for _ in range(3):  # three boxes of a sixth to a half of the side
-            height, width = generator.integers(side // 6, side // 2, 2)
-            top, left = generator.integers(0, side - height), generator.integers(0, side - width)
-            one[:, top : top + height, left : left + width] = 1
-    return mask
-
-
 def with_interval(values: torch.Tensor) -> str:
     return f"{values.mean():.2f} +- {1.96 * values.std() / len(values) ** 0.5:.2f}"
-
-
-def psnr_inside(images: torch.Tensor, originals: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """DB per image over the pixels under the mask; values are in [-1, 1], so the peak is 2."""
-    error = ((images - originals).square() * mask).sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3)))
-    return 10 * torch.log10(4 / error.clamp(min=1e-8))
 
 
 def pooled(images: torch.Tensor) -> np.ndarray:
@@ -87,7 +69,7 @@ def in_batches(edit, images: torch.Tensor, labels: list[int], *more: torch.Tenso
 def inpainting(pipe, images, labels, reference, out: Path) -> None:
     shown = {}
     for kind in ("centre", "random"):
-        mask = masks(kind, len(images), images.shape[-1])
+        mask = holes(kind, len(images), images.shape[-1])
         print(f"\n{kind} masks ({100 * mask.mean():.0f} % of the pixels), {len(images)} held-out images")
         print(f"{'rule':<34} {'PSNR in the hole':>18} {'lite0 distance':>18} {'forwards':>9}")
         painted = torch.where(mask > 0, fill_unknown(images, mask), images)
@@ -130,7 +112,7 @@ def super_resolution(pipe, images, labels, reference) -> None:
 def cost(pipe, images, labels, rounds: int) -> None:
     """Interleaved rounds: sampling, inpainting without jumps, and its parts."""
     part, own = images[:BATCH], labels[:BATCH]
-    mask = masks("centre", len(part), images.shape[-1])
+    mask = holes("centre", len(part), images.shape[-1])
     times = interleaved(
         {
             "sample": lambda: pipe(own, seed=0, output_type="latent"),
