@@ -39,9 +39,9 @@ from isthmus.evaluation.protocol import Curve, EvaluationRecord, Protocol, Subje
 from isthmus.evaluation.real_side import (
     DataSplits,
     RealSide,
+    RealSides,
     Reference,
     choose_reference,
-    measure_real_side,
     open_splits,
 )
 from isthmus.evaluation.reference_facts import data_facts, fitting, protocol_of
@@ -73,6 +73,7 @@ def evaluate_model(
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    real_sides: RealSides | None = None,
 ) -> None:
     """Draw `num` images of a model, score them and the model's held-out figures, and write `out`.
 
@@ -97,6 +98,7 @@ def evaluate_model(
         batch_size: images drawn at once; None estimates what fits. It changes no score.
         device: see `load_pipeline`.
         dtype: see `load_pipeline`.
+        real_sides: what was measured of real images before, for many evaluations; None measures anew.
 
     Raises:
         UserError: an argument is not usable, a guard refuses, or `out` holds something else.
@@ -132,7 +134,7 @@ def evaluate_model(
         # before anything is drawn: the guards of the reference may refuse
         real = None
         if done is None and processes.is_first:
-            real = measure_real_side(against, splits, network, protocol.chunk_images)
+            real = (real_sides or RealSides()).measure(against, splits, network, protocol.chunk_images)
         start = time.perf_counter()
         drawn = main.draw(network, batch_size=batch_size, processes=processes)
         for words, samples in others.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from isthmus.data.cache import sha256_of_file
+from isthmus.data.cache import sha256_of_file, sha256_of_parts
 from isthmus.data.opening import BUILT_IN, open_source, parse_spec
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import kind_of_npz, read_statistics
@@ -206,6 +206,23 @@ def measure_real_side(reference: Reference, data: DataSplits | None, network: Fe
     warnings = (*reference.warnings, *([] if warning is None else [warning]))
     labelled = {name: LabelledFeatures(part.features[headline], _labels(part.images)) for name, part in sets.items()}
     return RealSide(real, labelled.get("train"), labelled.get("held_out"), warnings)
+
+
+class RealSides:
+    """Real sides that were measured before: of many models against the same images, the first one alone measures."""
+
+    def __init__(self):
+        self._known: dict[str, RealSide] = {}
+
+    def measure(self, reference: Reference, data: DataSplits | None, network: FeatureNetwork, n: int) -> RealSide:
+        """`measure_real_side`, or what it found before for the same images, features and n."""
+        images = reference.images
+        against = (reference.fingerprint, reference.holds_training, images and (images.resized, images.size()))
+        judged = data and (data.train.fingerprint, data.held_out.fingerprint, data.class_names, data.num_train)
+        key = sha256_of_parts(against, judged, network.name, network.weights_sha256, n)
+        if key not in self._known:
+            self._known[key] = measure_real_side(reference, data, network, n)
+        return self._known[key]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from isthmus.evaluation.evaluate import evaluate_model
 from isthmus.evaluation.intervals import bootstrap_interval
 from isthmus.evaluation.protocol import EvaluationRecord, read_record
+from isthmus.evaluation.real_side import RealSides
 from isthmus.generation.options import parse_guidance
 from isthmus.studies.experiments import Values
 from isthmus.studies.readings import Reading, student_95
@@ -36,6 +37,7 @@ class EvaluationSetting:
         num: samples per model and setting.
         batch_size: images drawn at once; None estimates what fits.
         device: where networks run.
+        real_sides: what was measured of the real images, which all evaluations share.
     """
 
     data: str
@@ -43,6 +45,7 @@ class EvaluationSetting:
     num: int
     batch_size: int | None = None
     device: str = "cpu"
+    real_sides: RealSides = field(default_factory=RealSides, compare=False, repr=False)
 
 
 def evaluation_values(
@@ -66,6 +69,7 @@ def evaluation_values(
         sweep=[parse_guidance(guidance) for guidance in others],
         batch_size=setting.batch_size,
         device=setting.device,
+        real_sides=setting.real_sides,
     )
     return record_values(read_record(folder), guidances)
 

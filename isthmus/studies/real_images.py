@@ -11,7 +11,6 @@ from isthmus.evaluation.real_side import (
     RealSide,
     Reference,
     choose_reference,
-    measure_real_side,
     open_splits,
 )
 from isthmus.evaluation.reference_facts import protocol_of
@@ -61,7 +60,7 @@ class RealImages:
             splits,
             choose_classes(pipeline, splits, setting.num, "uniform"),
             reference,
-            measure_real_side(reference, splits, network, n),
+            setting.real_sides.measure(reference, splits, network, n),
         )
 
     def scores(self, features: Features) -> Values:
