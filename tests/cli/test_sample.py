@@ -20,6 +20,7 @@ def hashes(folder):
     return [row["token_ids_sha256"] for row in manifest(folder)["images"]]
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch_size(isthmus, model, tmp_path):
     for size in (1, 3, 64):
         out = tmp_path / f"by{size}"
@@ -64,6 +65,7 @@ def test_grid_and_strip(isthmus, model, tmp_path):
         assert grid.height == 2 * 66
 
 
+@pytest.mark.slow
 def test_refinement_is_an_option_of_a_draw(isthmus, refused, model, tmp_path):
     for mode in ("default", "none", "masked", "simple"):
         words = () if mode == "default" else ("--refine", mode)
@@ -78,6 +80,7 @@ def test_refinement_is_an_option_of_a_draw(isthmus, refused, model, tmp_path):
     assert "model" in refused("-q", "sample", model, "--refine", "simple", "--seed", 3, "--out", tmp_path / "masked")
 
 
+@pytest.mark.slow
 def test_running_again_draws_what_is_missing_and_overwrites_nothing(isthmus, refused, model, tmp_path):
     out = tmp_path / "o"
     assert isthmus("sample", model, "--num", 5, "--out", out).code == 0

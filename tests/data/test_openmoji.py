@@ -29,6 +29,7 @@ def test_the_table_has_the_ten_classes():
     assert [emoji.file for emoji in emoji_table()] == sorted(emoji.file for emoji in emoji_table())
 
 
+@pytest.mark.slow
 def test_the_split_is_a_partition_of_every_class_in_which_tones_never_straddle(drawings_cache):
     train, val = (opened(drawings_cache, split=split) for split in ("train", "val"))
     assert {e.file for e in train.emojis} | {e.file for e in val.emojis} == {e.file for e in emoji_table()}

@@ -45,6 +45,7 @@ def test_constructed_sets():
     assert means(normal(400, seed=3), normal(400, seed=4))["density"] == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [1, 7, 1000])
 def test_blocks_and_order_change_nothing(block_size):
     samples, real = normal(40, seed=0), normal(50, seed=1, shift=0.5)
@@ -95,6 +96,7 @@ def test_copies_count_where_held_out_images_repeat_training_images():
     assert memorised(np.concatenate([training[:20], fresh]), training, held_out).tolist() == [True] * 20 + [False] * 20
 
 
+@pytest.mark.slow
 def test_features_are_not_copied_in_double_precision():
     """Of n x 2,048 single-precision features only blocks are in float64."""
     rows = np.zeros((4096, 512), np.float32)

@@ -74,6 +74,7 @@ def test_what_goes_on_is_scored_as_if_alone(pipe, keep, margin):
     assert_close(scores.tokens.float(), spent.sum(dim=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_at_once", [1, 30, 200, 10**6])
 @pytest.mark.parametrize("rule", [{}, {"keep": 1, "margin_nats": 0.5}, {"keep": 2, "margin_nats": 0.0}])
 def test_the_size_of_a_pass_bounds_memory_and_changes_no_answer(pipe, tokens_at_once, rule):

@@ -117,6 +117,7 @@ def test_a_jump_costs_the_forwards_of_the_scales_it_repeats():
         assert forwards == 3 + cost + again
 
 
+@pytest.mark.slow
 def test_with_smooth_a_causal_jump_reads_what_it_keeps_again():
     """Kept scales were drawn as mixtures and stay as codes: an image is drawn as beside others whose tokens change."""
     pipe = tiny_teacher("causal", phi_ratio=0.0, sizes=(1, 2, 4))

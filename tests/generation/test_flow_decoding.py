@@ -58,7 +58,7 @@ def parts_of(token_ids, plan):
         yield token_ids[:, start:end]
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 4, 5, 16])
+@pytest.mark.parametrize("num_steps", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 16))])
 @pytest.mark.parametrize(
     "options",
     [

@@ -61,6 +61,7 @@ def tokens_by_definition(prior, options, lengths=(0,) * 5):
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guidance",
     [1.0, 2.0, GuidanceSchedule("linear", 1.0, 4.0), GuidanceSchedule("constant", end=3.0, last_guided_step=4), 0.0],

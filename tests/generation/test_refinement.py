@@ -57,6 +57,7 @@ def test_without_rounds_nothing_changes(attention, scheduler):
     assert sampler.num_forwards == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["markov", "causal"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("smooth", [False, True])
@@ -164,6 +165,7 @@ def test_a_jump_goes_on_from_the_features_quantised_anew():
     assert_close(fresh.add(2, state, last.codes), features)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_with_smooth_a_causal_jump_reads_kept_scales_again_also_where_their_tokens_come_back():
     """Drawn as a mixture of codes, kept as the code: the tokens are the same, the features and keys are not."""

@@ -17,6 +17,8 @@ from tests.testers import assert_parity
 
 ATOL = 1e-4
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def converted(golden, tmp_path_factory):

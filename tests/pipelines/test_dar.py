@@ -50,6 +50,7 @@ def test_an_image_is_the_same_in_any_batch(pipe):
     assert torch.equal(shuffled.token_ids, together.token_ids[order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [None, 1, 3, 5, 16])
 @pytest.mark.parametrize("preview", ["jump", "solver"])
 def test_stream_shows_every_step_and_ends_with_the_image(pipe, num_steps, preview):
