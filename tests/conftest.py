@@ -11,8 +11,10 @@ from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401  (the hook below finds it by name)
 
-# Before the first import of a module of ours: it rewrites them as they are loaded.
-install_import_hook("isthmus", "tests.typechecker.check")
+# Before the first import of a module of ours: it rewrites them as they are loaded, which takes a while even where
+# nothing is checked (`make test-quick`).
+if os.environ.get("JAXTYPING_DISABLE") != "1":
+    install_import_hook("isthmus", "tests.typechecker.check")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
