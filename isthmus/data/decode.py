@@ -15,6 +15,7 @@ ImageUint8 = UInt8[np.ndarray, "h w 3"]
 
 MAX_PIXELS = 2**26  # 8192 x 8192; below Pillow's own limit, so that its warning never fires for what we accept
 
+# what Pillow's decoders raise for broken or foreign bytes; all of it becomes UnreadableImage
 _FAILURES = (
     OSError,
     SyntaxError,

@@ -153,6 +153,7 @@ def test_samples_without_names_of_classes_have_no_class_scores(isthmus, images, 
 
 
 def test_of_several_processes_one_scores_images(isthmus, images, tmp_path, monkeypatch):
+    # not a mock: the environment that torchrun gives the second of two processes
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ("--samples", images / "val", "--reference", images / "train", "--out", tmp_path / "a")
