@@ -1,22 +1,23 @@
 """The tables of the study of D-AR, each a function of results, with the paper's figures beside them."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
+from operator import getitem
 
 from isthmus.studies.dar_experiments import all_guidances, evaluations, on_held_out, previews
 from isthmus.studies.dar_options import DarSetting
 from isthmus.studies.evaluations import (
     FRECHET,
-    SAMPLE_SCORES,
     by_both_distances,
     protocol_words,
     real_image_cells,
     sample_facts,
     sample_readings,
-    score_reading,
+    score_readings,
 )
 from isthmus.studies.experiments import Experiment, Results, Values, results_by_seed
-from isthmus.studies.readings import Reading, Readings
+from isthmus.studies.readings import Reading, Readings, written_readings
 from isthmus.studies.tables import Claim, Direction, Panel, Row, StudyTable, TableSpec, line_of
 
 REBUILT, CLASS, BITS = "r-FD-lite0-192", "class accuracy (nearest mean)", "bits per token"
@@ -30,8 +31,8 @@ def reconstruction(setting: DarSetting, results: Results) -> StudyTable:
     found = by_seed(setting, results, "reconstruction")
     first = next(iter(found.values()))
     facts = {"images": str(first["images"]), "seeds": seeds(setting)}
-    rows = [Row(name=name, facts=facts, cells=cells_of(found, "by_tokens", name)) for name in first["by_tokens"]]
-    rows += [Row(name=side, facts=facts, cells=cells_of(found, side)) for side in ("floor", "ceiling")]
+    rows = [Row(name=name, facts=facts, cells=readings_at(found, "by_tokens", name)) for name in first["by_tokens"]]
+    rows += [Row(name=side, facts=facts, cells=readings_at(found, side)) for side in ("floor", "ceiling")]
     kept = {name: int(name.split()[0]) for name in first["by_tokens"]}
     return StudyTable(
         about=f"Held-out images, rebuilt from their first tokens: the preview after the last solver step that these "
@@ -68,11 +69,7 @@ def preview_scores(setting: DarSetting, results: Results) -> StudyTable:
         Row(
             name=name,
             facts=facts,
-            cells={
-                score: {seed: score_reading(values["by_step"][name][score]) for seed, values in found.items()}
-                for score in SAMPLE_SCORES
-                if score in first["by_step"][name]
-            },
+            cells=score_readings({seed: values["by_step"][name] for seed, values in found.items()}),
         )
         for name in names
     ]
@@ -115,7 +112,7 @@ def solvers(setting: DarSetting, results: Results) -> StudyTable:
     found = by_seed(setting, results, "solvers")
     first = next(iter(found.values()))
     facts = {"images": str(first["images"]), "seeds": seeds(setting)}
-    rows = [Row(name=name, facts=facts, cells=cells_of(found, "by_solver", name)) for name in first["by_solver"]]
+    rows = [Row(name=name, facts=facts, cells=readings_at(found, "by_solver", name)) for name in first["by_solver"]]
 
     def claim(says: str, better: str, worse: str, direction: Direction = "lower") -> Claim:
         return Claim(says=says, source=_PAPER, first=better, second=worse, column=REBUILT, direction=direction)
@@ -190,11 +187,11 @@ def order(setting: DarSetting, results: Results) -> StudyTable:
         Row(
             name=f"tokens {group * size + 1} to {(group + 1) * size}",
             facts=facts,
-            cells={BITS: {seed: reading(values["by_group"][group]) for seed, values in found.items()}},
+            cells={BITS: {seed: Reading(*values["by_group"][group]) for seed, values in found.items()}},
         )
         for group in range(groups)
     ]
-    everything = {seed: reading(values["all"]) for seed, values in found.items()}
+    everything = {seed: Reading(*values["all"]) for seed, values in found.items()}
     positions = {
         place + 1: {seed: Reading(values["by_position"][place]) for seed, values in found.items()}
         for place in range(groups * size)
@@ -234,20 +231,9 @@ def facts_of(values: Values, guidance: str, setting: DarSetting) -> dict[str, st
     return sample_facts(values, guidance, setting.seeds)
 
 
-def reading(written: Sequence[float]) -> Reading:
-    """A value, with the ends of its interval where it has one, as experiments write them."""
-    return Reading(*written)
-
-
-def cells_of(found: Mapping[int, Values], *path: str) -> dict[str, Readings]:
+def readings_at(found: Mapping[int, Values], *path: str) -> dict[str, Readings]:
     """Readings by column of what lies at `path` in the results of every seed."""
-    cells: dict[str, Readings] = {}
-    for seed, values in found.items():
-        for name in path:
-            values = values[name]
-        for column, written in values.items():
-            cells.setdefault(column, {})[seed] = reading(written)
-    return cells
+    return written_readings({seed: reduce(getitem, path, values) for seed, values in found.items()})
 
 
 def _level(rows: Sequence[Row], column: str) -> tuple[str, float] | None:

@@ -17,6 +17,7 @@ from isthmus.generation.options import parse_guidance
 from isthmus.studies.experiments import Values
 from isthmus.studies.readings import Reading, student_95
 from isthmus.studies.tables import Claim
+from isthmus.training.config import Run
 
 KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
 """The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
@@ -46,6 +47,11 @@ class EvaluationSetting:
     batch_size: int | None = None
     device: str = "cpu"
     real_sides: RealSides = field(default_factory=RealSides, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, run: Run, *, num: int, batch_size: int | None, device: str) -> "EvaluationSetting":
+        """Models of `run` are judged on its data and classes."""
+        return cls(data=run.data, classes=run.classes, num=num, batch_size=batch_size, device=device)
 
 
 def evaluation_values(
@@ -116,12 +122,16 @@ def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) 
 
 def sample_readings(values_by_seed: Mapping[int, Values], guidance: str) -> dict[str, dict[int, Reading]]:
     """Readings of the sample scores by column, from the evaluations of several training seeds."""
+    return score_readings({seed: values["by_guidance"][guidance] for seed, values in values_by_seed.items()})
+
+
+def score_readings(scores_by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, Reading]]:
+    """Readings of the `SAMPLE_SCORES` that were measured, by column."""
     columns: dict[str, dict[int, Reading]] = {}
-    for seed, values in values_by_seed.items():
-        found = values["by_guidance"][guidance]
+    for seed, scores in scores_by_seed.items():
         for name in SAMPLE_SCORES:
-            if name in found:
-                columns.setdefault(name, {})[seed] = score_reading(found[name])
+            if name in scores:
+                columns.setdefault(name, {})[seed] = score_reading(scores[name])
     return columns
 
 

@@ -1,7 +1,7 @@
 """What was measured, how sure it is, and when two numbers differ: the written rule behind every verdict of a study."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,19 @@ class Reading:
 
 Readings = dict[int, Reading]
 """Measurements of one thing by training seed."""
+
+
+def written_readings(found: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, Readings]:
+    """Readings by column of one row, from what the experiment of every seed wrote: a value, then its ends if any.
+
+    >>> written_readings({0: {"PSNR": [20.0, 19.5, 20.5]}, 1: {"PSNR": [21.0]}})["PSNR"][1]
+    Reading(value=21.0, low=None, high=None)
+    """
+    columns: dict[str, Readings] = {}
+    for seed, values in found.items():
+        for column, written in values.items():
+            columns.setdefault(column, {})[seed] = Reading(*written)
+    return columns
 
 
 @dataclass(frozen=True)

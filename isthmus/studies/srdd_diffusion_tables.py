@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 
 from isthmus.studies.evaluations import (
     FRECHET,
-    SAMPLE_SCORES,
     by_both_distances,
     held_out_readings,
     protocol_words,
     sample_facts,
     sample_readings,
-    score_reading,
+    score_readings,
 )
 from isthmus.studies.experiments import Experiment, Results, Values, results_by_seed
-from isthmus.studies.readings import Reading, Readings
+from isthmus.studies.readings import Reading, Readings, written_readings
 from isthmus.studies.srdd_experiments import (
     CAUSAL,
     MARKOV,
@@ -129,18 +128,18 @@ def editing(setting: SrddSetting, results: Results) -> StudyTable:
     rows = []
     for hole in HOLES:
         at = {0: first["by_hole"][hole]["painted over"]}
-        rows.append(Row(name=f"{hole} hole, painted over", facts=facts, cells=_cells(at)))
+        rows.append(Row(name=f"{hole} hole, painted over", facts=facts, cells=written_readings(at)))
         for variant, name in models.items():
             for number in setting.jumps:
                 what = jump_words(number)
                 at = {seed: values["by_hole"][hole][what] for seed, values in found[variant].items()}
-                rows.append(Row(name=f"{hole} hole, {name} {what}", facts=facts, cells=_cells(at)))
+                rows.append(Row(name=f"{hole} hole, {name} {what}", facts=facts, cells=written_readings(at)))
     for factor in map(str, FACTORS):
         at = {0: first["by_factor"][factor]["bicubic"]}
-        rows.append(Row(name=f"{factor}x, bicubic", facts=facts, cells=_cells(at)))
+        rows.append(Row(name=f"{factor}x, bicubic", facts=facts, cells=written_readings(at)))
         for variant, name in models.items():
             at = {seed: values["by_factor"][factor]["drawn"] for seed, values in found[variant].items()}
-            rows.append(Row(name=f"{factor}x, {name} drawn", facts=facts, cells=_cells(at)))
+            rows.append(Row(name=f"{factor}x, {name} drawn", facts=facts, cells=written_readings(at)))
     better: dict[str, Direction] = {HOLE_PSNR: "higher", DISTANCE: "lower"}
     claims = [
         Claim(
@@ -179,11 +178,7 @@ def editing(setting: SrddSetting, results: Results) -> StudyTable:
 def _refined_row(setting: SrddSetting, results: Results, variant: Variant, mode: str, name: str) -> Row:
     found = by_seed(setting, results, "refined", variant)
     first = next(iter(found.values()))
-    cells: dict[str, Readings] = {
-        score: {seed: score_reading(values["by_mode"][mode][score]) for seed, values in found.items()}
-        for score in SAMPLE_SCORES
-        if score in first["by_mode"][mode]
-    }
+    cells = score_readings({seed: values["by_mode"][mode] for seed, values in found.items()})
     if mode == "critic":
         critics = by_seed(setting, results, "critic", variant)
         for column, whose in ((AREA, "critic"), (BY_CHANCE, "probability")):
@@ -212,12 +207,6 @@ def _bits_per_image(found: Mapping[int, Values]) -> dict[str, Readings]:
     nats = held_out_readings(found, "nats per image")
     bits = held_out_readings(found, BITS)
     return {BITS: bits, PER_IMAGE: {seed: one.times(1 / math.log(2)) for seed, one in nats.items()}}
-
-
-def _cells(found: Mapping[int, Values]) -> dict[str, Readings]:
-    """Readings by column of one row, from the values of every seed."""
-    columns = next(iter(found.values()))
-    return {column: {seed: Reading(*values[column]) for seed, values in found.items()} for column in columns}
 
 
 def _refinement_experiments(setting: SrddSetting) -> Sequence[Experiment]:

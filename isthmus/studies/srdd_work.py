@@ -34,12 +34,8 @@ from isthmus.training.train_tokenizer import train_tokenizer
 
 def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
     """The function behind every kind of experiment."""
-    evaluations = EvaluationSetting(
-        data=setting.prior.data,
-        classes=setting.prior.classes,
-        num=setting.num,
-        batch_size=setting.batch_size,
-        device=setting.device,
+    evaluations = EvaluationSetting.of(
+        setting.prior, num=setting.num, batch_size=setting.batch_size, device=setting.device
     )
 
     def tokenizer(experiment: Experiment) -> Values:
