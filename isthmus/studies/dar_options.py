@@ -11,7 +11,7 @@ DAR_BUDGETS = {
     "quick": Budget(
         tables=("reconstruction", "solvers", "guidance", "order"), num=100, tokenizer_steps=0.75, prior_steps=0.5
     ),
-    "full": Budget(tables=("reconstruction", "previews", "solvers", "guidance", "order"), num=1058),
+    "full": Budget(tables=("reconstruction", "previews", "solvers", "guidance", "order"), num=529),
 }
 
 SOLVERS = ("euler", "adams-bashforth", "adams-bashforth-variable")

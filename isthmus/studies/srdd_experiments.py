@@ -63,7 +63,7 @@ def prior_run(setting: SrddSetting, variant: Variant, seed: int) -> PriorRun:
 
 def tokenizer_experiment(setting: SrddSetting) -> Experiment:
     """The one tokenizer that all priors share."""
-    return Experiment(name=TOKENIZER, kind="tokenizer", settings={"run": _run(setting.tokenizer)}, seconds=240)
+    return Experiment(name=TOKENIZER, kind="tokenizer", settings={"run": _run(setting.tokenizer)}, seconds=300)
 
 
 def priors(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[Experiment]:
@@ -79,7 +79,7 @@ def priors(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[Experi
                 kind="prior",
                 settings={"variant": variant.name, "seed": seed, "run": run},
                 after=(variant.tokenizer,),
-                seconds=0.4 * setting.prior.num_steps,
+                seconds=0.45 * setting.prior.num_steps,
             )
 
 
@@ -168,7 +168,7 @@ def distillations(setting: SrddSetting) -> Iterator[Experiment]:
                 kind="student-samples",
                 settings={"student": student, "seed": seed, "num": setting.num, "guidances": [own_guidance(setting)]},
                 after=(student,),
-                seconds=15 + 0.02 * setting.num,
+                seconds=25 + 0.03 * setting.num,
             )
     yield Experiment(
         name=DRAWING,
@@ -216,7 +216,7 @@ def _evaluations(setting: SrddSetting, variant: Variant, kind: str, guidances: S
                 "num": setting.num,
             },
             after=(f"prior-{variant.name}-seed{seed}",),
-            seconds=15 + 0.022 * setting.num * len(guidances),
+            seconds=25 + 0.03 * setting.num * len(guidances),
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
+from isthmus.generation.next_scale_likelihood import signal_to_noise
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.pipelines.folder import read_config
 from isthmus.pipelines.loading import choose_device
@@ -70,7 +71,7 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
         held_out = open_source(
             setting.prior.data, image_size=tokenizer.image_size, split="val", classes=setting.prior.classes
         )
-        ratios = signal_to_noise(tokenizer, EvaluationImages(held_out, tokenizer.image_size))
+        ratios = ratios_of(tokenizer, EvaluationImages(held_out, tokenizer.image_size))
         return {
             "images": len(ratios),
             "scale_sizes": list(tokenizer.schedule.sizes),
@@ -183,22 +184,13 @@ def shorten(source: Path, target: Path) -> list[int]:
     return list(schedule.sizes)
 
 
-@torch.no_grad()
-def signal_to_noise(tokenizer: MultiScaleVQVAE, images: EvaluationImages, *, batch_size: int = 32) -> np.ndarray:
-    """|f|^2 / |f - F_k|^2 in dB of every image (rows) after every scale k (columns).
-
-    f are the encoder's latents, F_k the sum of the codes of scales 0..k (spec of SRDD, 1).
-    """
+def ratios_of(tokenizer: MultiScaleVQVAE, images: EvaluationImages, *, batch_size: int = 32) -> np.ndarray:
+    """Signal-to-noise ratios, dB, of every image (rows) after every scale (columns)."""
     rows = []
     for start in range(0, len(images), batch_size):
         chosen = range(start, min(start + batch_size, len(images)))
         pixels = torch.stack([torch.as_tensor(images[i]["image"]) for i in chosen]).to(tokenizer.device)
-        latents = tokenizer.latents(pixels).float()
-        token_ids = tokenizer.requantize(latents)
-        signal = latents.square().sum(dim=(1, 2, 3))
-        noise = [
-            (latents - tokenizer.features_up_to(token_ids, scale)).square().sum(dim=(1, 2, 3))
-            for scale in range(tokenizer.schedule.num_scales)
-        ]
-        rows.append(10 * torch.log10(signal[:, None] / torch.stack(noise, dim=1)).cpu().double())
+        with torch.no_grad():
+            latents = tokenizer.latents(pixels)
+        rows.append(signal_to_noise(tokenizer, latents).cpu().double())
     return torch.cat(rows).numpy()

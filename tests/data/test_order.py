@@ -47,6 +47,7 @@ def test_seeds_and_epochs_differ():
     assert (first[:50] != first[50:]).any() and (first != other).any()
 
 
+@pytest.mark.slow
 def test_many_classes_and_rotations_are_shuffled():
     labels = np.arange(1000).repeat(2)
     indices, _ = SampleOrder(labels, seed=0, balanced=True).locate(np.arange(10_000))

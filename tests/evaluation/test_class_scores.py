@@ -26,6 +26,7 @@ def test_class_means_by_hand():
     assert means.accuracy(np.array([[5.4, 0.0], [5.6, 0.0]]), np.array([7, 9])) == 0.5
 
 
+@pytest.mark.slow
 def test_photographs_are_told_apart_on_their_unseen_halves():
     network, names, labels = feature_network("lite0"), ("chelsea", "coffee", "rocket"), np.repeat(np.arange(3), 12)
     seen, unseen = (

@@ -10,12 +10,14 @@ def normal(count: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 4)) + shift
 
 
+@pytest.mark.slow
 def test_the_kernel_distance_is_zero_on_average_where_distributions_are_equal():
     values = [kernel_distance(normal(200, seed=2 * i), normal(200, seed=2 * i + 1)).value for i in range(40)]
     assert abs(np.mean(values)) < 3 * np.std(values) / 40**0.5
     assert min(values) < 0 < max(values)
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_spread_between_experiments():
     found = [kernel_distance(normal(400, seed=2 * i), normal(400, seed=2 * i + 1, shift=0.5)) for i in range(30)]
     claimed = np.mean([one.standard_error or np.nan for one in found])

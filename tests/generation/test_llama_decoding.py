@@ -84,6 +84,7 @@ def test_half_precision_is_near(stock, build):
     assert float((logits - stock[:, 3:]).std()) < 0.05 * float(stock.std())
 
 
+@pytest.mark.slow
 def test_logits_of_a_prior_with_large_matrices():
     layout = TokenLayout(codebook_size=1024, num_classes=3, num_tokens=6)
     torch.manual_seed(0)

@@ -113,6 +113,7 @@ def test_lpips_equals_its_definition(vgg_weights):
     torch.testing.assert_close(LPIPSDistance(vgg_weights)(images, targets), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lpips_reads_the_published_forms(vgg_weights, tmp_path):
     """One safetensors file; torchvision's checkpoint beside the heads; a saved LPIPS module. All the same distance."""
     whole, body, heads, module = (tmp_path / n for n in ("a.safetensors", "vgg16.pth", "heads.pth", "lpips.pth"))

@@ -74,6 +74,7 @@ def test_later_tokens_cannot_change_an_earlier_preview(pipe):
     assert not torch.equal(first[2].preview, second[2].preview)
 
 
+@pytest.mark.slow
 def test_weights_laid_out_once_draw_the_same_images(pipe):
     decoder = pipe.llama_decoder(num_images=2)
     for seed in (1, 2):
@@ -94,6 +95,7 @@ def test_weights_laid_out_once_draw_the_same_images(pipe):
         moved([0], llama_decoder=before)
 
 
+@pytest.mark.slow
 def test_8_bit_weights_keep_the_seed_law(pipe):
     """Also beyond the rows that the kernel takes at once, and where prefixes make many rows of few images."""
     decoder = pipe.llama_decoder(int8=True)

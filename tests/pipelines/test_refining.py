@@ -35,6 +35,7 @@ def test_tokens_are_those_of_the_images(attention, scheduler):
     assert torch.allclose(pipe.decode(drawn.token_ids, output_type="pt"), drawn.images, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["markov", "causal"])
 def test_a_scheduler_is_part_of_the_saved_model(attention, tmp_path):
     pipe = tiny_pipeline(scale_attention=attention)

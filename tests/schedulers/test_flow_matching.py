@@ -111,6 +111,7 @@ def test_times_by_hand():
     torch.testing.assert_close(FlowMatchingScheduler().shift(raw_t), torch.tensor(expected))
 
 
+@pytest.mark.slow
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 20), st.data())
 def test_windows_stay_inside_move_on_and_end_with_the_last_token(groups, per_group, steps, data):
     tokens = groups * per_group

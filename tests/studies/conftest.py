@@ -6,30 +6,35 @@ from pathlib import Path
 import pytest
 
 from isthmus.studies.dar import DAR_STUDY
+from isthmus.studies.dar_options import DarSetting
 from isthmus.studies.srdd import SRDD_STUDY
+from isthmus.studies.srdd_options import SrddSetting
+from isthmus.studies.study import Study
+from tests.made_once import made_once
 from tests.studies.tiny_studies import dar_setting, srdd_setting, tiny_data
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> str:
     """Data spec of 80 tiny images."""
-    return tiny_data(tmp_path_factory.mktemp("data"))
+    return made_once(tmp_path_factory, "study-data", tiny_data)
 
 
 @pytest.fixture(scope="session")
 def finished_srdd(tmp_path_factory, data) -> Path:
     """Folder of a finished study of SRDD with all tables."""
-    folder = tmp_path_factory.mktemp("srdd") / "study"
-    SRDD_STUDY.run(srdd_setting(data), folder, tables=SRDD_STUDY.table_names, facts={})
-    return folder
+    return made_once(tmp_path_factory, "srdd-study", lambda folder: _finished(SRDD_STUDY, srdd_setting(data), folder))
 
 
 @pytest.fixture(scope="session")
 def finished_dar(tmp_path_factory, data) -> Path:
     """Folder of a finished study of D-AR with all tables."""
-    folder = tmp_path_factory.mktemp("dar") / "study"
-    DAR_STUDY.run(dar_setting(data), folder, tables=DAR_STUDY.table_names, facts={})
-    return folder
+    return made_once(tmp_path_factory, "dar-study", lambda folder: _finished(DAR_STUDY, dar_setting(data), folder))
+
+
+def _finished(study: Study, setting: SrddSetting | DarSetting, folder: Path) -> Path:
+    study.run(setting, folder / "study", tables=study.table_names, facts={})
+    return folder / "study"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
 from isthmus.training.dar_prior_export import averaged_llama
 from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
+from tests.made_once import made_once
 from tests.training.test_dar_runs import forget_after
 from tests.training.test_processes import assert_same_log, log_lines
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
@@ -43,7 +44,10 @@ def train(run: AnyRun) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, images) -> Runs:
-    folder = tmp_path_factory.mktemp("dar-processes")
+    return made_once(tmp_path_factory, "dar-processes", lambda folder: trained_runs(folder, images))
+
+
+def trained_runs(folder: Path, images: str) -> Runs:
     long = {"num_steps": 12, "save_every": 6, "preview_every": 12, "validate_every": 6}
     # codebook start, usage, revival, uneven counts of tokens, statistics of the whole batch
     tokenizer = diffusion_tokenizer_run(images, folder / "one-tokenizer", revive_every=2, **long)

@@ -16,6 +16,7 @@ from isthmus.training.config import PriorRun, TokenizerRun, run_to_json
 from isthmus.training.saved_networks import averaged_model
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
+from tests.made_once import made_once
 from tests.training.test_runs import forget_after
 from tests.training.tiny_runs import prior_run, tokenizer_run
 from tests.training.two_processes import same_tensors, three_steps, tiny_prior
@@ -50,7 +51,10 @@ def train(run: TokenizerRun | PriorRun) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, images, trained_tokenizer) -> Runs:
     """Train everything once with one process and once with two (started together, since a start takes seconds)."""
-    folder = tmp_path_factory.mktemp("processes")
+    return made_once(tmp_path_factory, "processes", lambda folder: trained_runs(folder, images, trained_tokenizer))
+
+
+def trained_runs(folder: Path, images: str, trained_tokenizer: Path) -> Runs:
     long = {"num_steps": 20, "save_every": 10, "preview_every": 20, "validate_every": 10}
     one = {
         # usage, revival, the discriminator and its adaptive weight
