@@ -47,7 +47,8 @@ def convert_next_token_prior_state(
     Args:
         raw: weights by their published keys.
         num_tokens: tokens of an image, which the file does not tell.
-        num_heads: neither this; None takes heads that are 64 wide, as in every published size up to XXXL.
+        num_heads: the file does not tell them either; None takes heads that are 64 wide, as in every published size up
+            to XXXL.
 
     Raises:
         UserError: a key is unknown or missing, or a shape is none of this network's.

@@ -71,7 +71,7 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
         held_out = open_source(
             setting.prior.data, image_size=tokenizer.image_size, split="val", classes=setting.prior.classes
         )
-        ratios = ratios_of(tokenizer, EvaluationImages(held_out, tokenizer.image_size))
+        ratios = snr_by_scale(tokenizer, EvaluationImages(held_out, tokenizer.image_size))
         return {
             "images": len(ratios),
             "scale_sizes": list(tokenizer.schedule.sizes),
@@ -184,7 +184,7 @@ def shorten(source: Path, target: Path) -> list[int]:
     return list(schedule.sizes)
 
 
-def ratios_of(tokenizer: MultiScaleVQVAE, images: EvaluationImages, *, batch_size: int = 32) -> np.ndarray:
+def snr_by_scale(tokenizer: MultiScaleVQVAE, images: EvaluationImages, *, batch_size: int = 32) -> np.ndarray:
     """Signal-to-noise ratios, dB, of every image (rows) after every scale (columns)."""
     rows = []
     for start in range(0, len(images), batch_size):
