@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(VENV)/bin
 
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet
+# Python compiles what is imported, once; compiling all that is installed takes as long as installing it
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-compile
 MADE := $(VENV)/.made
 DEMO_READY := $(VENV)/.installed-demo
 DEV_READY := $(VENV)/.installed-dev
