@@ -1,7 +1,7 @@
 """What editing is worth, and what it costs, on held-out images:  python benchmarks/editing.py MODEL --out DIR
 
-Inside the hole: PSNR (dB), and the distance of EfficientNet-Lite0 features of the whole pasted image from those of the
-original (100 times the mean squared difference of the pooled features), lower is nearer. Every row draws the same
+Inside the hole: PSNR (dB), and the lite0 distance of the whole pasted image from the original (`Lite0Distance`, the
+perceptual distance of evaluation and of the studies, on 8-bit pictures), lower is nearer. Every row draws the same
 images with the same seeds. "painted over" is the hole filled from around without any model. Needs the demo extra.
 """
 
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from measure import interleaved
 
 from isthmus.data.opening import open_source
-from isthmus.evaluation.feature_networks import feature_network
-from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.reconstruction import as_floats
 from isthmus.functional.masks import fill_unknown
+from isthmus.models.perceptual import Lite0Distance
 from isthmus.pictures import save_picture, table, to_pil, to_uint8
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.studies.srdd_editing import holes, psnr_inside
@@ -47,12 +47,11 @@ def with_interval(values: torch.Tensor) -> str:
     return f"{values.mean():.2f} +- {1.96 * values.std() / len(values) ** 0.5:.2f}"
 
 
-def pooled(images: torch.Tensor) -> np.ndarray:
-    return extract_features(feature_network("lite0"), to_uint8(images.clamp(-1, 1)))["lite0-1280"]
-
-
-def distances(images: torch.Tensor, reference: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(((pooled(images) - reference) ** 2).mean(axis=1)) * 100
+@torch.no_grad()
+def distances(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    network = Lite0Distance()
+    pairs = zip(images.split(BATCH), originals.split(BATCH), strict=True)
+    return torch.cat([network(as_floats(to_uint8(made)), as_floats(to_uint8(own))) for made, own in pairs])
 
 
 def in_batches(edit, images: torch.Tensor, labels: list[int], *more: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -66,7 +65,7 @@ def in_batches(edit, images: torch.Tensor, labels: list[int], *more: torch.Tenso
     return torch.cat(parts), forwards
 
 
-def inpainting(pipe, images, labels, reference, out: Path) -> None:
+def inpainting(pipe, images, labels, out: Path) -> None:
     shown = {}
     for kind in ("centre", "random"):
         mask = holes(kind, len(images), images.shape[-1])
@@ -83,7 +82,7 @@ def inpainting(pipe, images, labels, reference, out: Path) -> None:
 
             rows[name] = in_batches(edit, images, asked, mask)
         for name, (made, forwards) in rows.items():
-            psnr, far = with_interval(psnr_inside(made, images, mask)), with_interval(distances(made, reference))
+            psnr, far = with_interval(psnr_inside(made, images, mask)), with_interval(distances(made, images))
             print(f"{name:<34} {psnr:>18} {far:>18} {forwards:>9}")
         shown[kind] = [images, torch.where(mask > 0, torch.ones_like(images), images), *(m for m, _ in rows.values())]
         columns = [to_pil(one[:8]) for one in shown[kind]]
@@ -91,7 +90,7 @@ def inpainting(pipe, images, labels, reference, out: Path) -> None:
         save_picture(table(list(zip(*columns, strict=True)), column_names=titles, min_side_px=96), out / f"{kind}.png")
 
 
-def super_resolution(pipe, images, labels, reference) -> None:
+def super_resolution(pipe, images, labels) -> None:
     print(f"\n{'super-resolution':<34} {'PSNR':>18} {'lite0 distance':>18} {'forwards':>9}")
     side = images.shape[-1]
     for factor in (2, 4):
@@ -106,7 +105,7 @@ def super_resolution(pipe, images, labels, reference) -> None:
             rows[f"{factor}x {'mended' if paste else 'as drawn'}"] = in_batches(edit, small, labels)
         for name, (made, forwards) in rows.items():
             psnr = with_interval(psnr_inside(made, images, torch.ones_like(images[:, :1])))
-            print(f"{name:<34} {psnr:>18} {with_interval(distances(made, reference)):>18} {forwards:>9}")
+            print(f"{name:<34} {psnr:>18} {with_interval(distances(made, images)):>18} {forwards:>9}")
 
 
 def cost(pipe, images, labels, rounds: int) -> None:
@@ -146,9 +145,8 @@ def main() -> None:
     pipe, start = load_pipeline(given.model, device="cpu"), time.perf_counter()
     images, labels = held_out(pipe, given.data, given.num)
     if given.only != "cost":
-        reference = pooled(images)
-        inpainting(pipe, images, labels, reference, given.out)
-        super_resolution(pipe, images, labels, reference)
+        inpainting(pipe, images, labels, given.out)
+        super_resolution(pipe, images, labels)
     if given.only != "tables":
         cost(pipe, images, labels, given.rounds)
     print(f"\n{time.perf_counter() - start:.0f} s")

@@ -15,7 +15,7 @@ from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import labels_from_words, resolve_labels
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.memory import batch_size_that_fits
+from isthmus.pipelines.memory import batch_size_that_fits, naming_next_batch_size
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.sampling_run import file_name, read_image
 
@@ -41,7 +41,7 @@ def edit_image(
     device: str,
     dtype: str,
 ) -> None:
-    """Draw edits of an image and write them when all are drawn.
+    """Draw edits of an image and write them when all are drawn; the log says how many forwards they took.
 
     Args:
         model: a pipeline folder or hub id.
@@ -59,7 +59,8 @@ def edit_image(
         dtype: see `load_pipeline`.
 
     Raises:
-        UserError: an argument is not usable; nothing is written then.
+        UserError: an argument is not usable, or memory ran out (names the next batch size to try); nothing is written
+            then.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out must be a new or empty folder, got {out}. Choose another; nothing is overwritten.")
@@ -73,12 +74,15 @@ def edit_image(
     if batch_size is None:
         batch_size = batch_size_that_fits(pipeline, guided=bool(classes))
     rows: list[tuple[Image.Image, dict[str, Any]]] = []
+    forwards: list[int] = []
     for start in range(0, num_images, batch_size):
         indices = list(range(start, min(start + batch_size, num_images)))
         asked = [given[index % len(given)] for index in indices]
-        result = getattr(pipeline, method)(
-            *inputs, class_labels=asked, seed=seed, image_index=indices, **settings, **options
-        )
+        with naming_next_batch_size(batch_size):
+            result = getattr(pipeline, method)(
+                *inputs, class_labels=asked, seed=seed, image_index=indices, **settings, **options
+            )
+        forwards.append(result.num_forwards)
         hashes = token_hashes(result.token_ids)
         for index, picture, digest in zip(indices, result.images, hashes, strict=True):
             label = pipeline.label_name(labels[index % len(labels)])
@@ -96,7 +100,10 @@ def edit_image(
         text = described | {name: str(value) for name, value in row.items()}
         save_picture(picture, out / file_name(row["index"]), text)
     save_picture(_overview(inputs, rows), out / OVERVIEW)
-    logger.info("%d edits in %s; %s shows them beside the image", len(rows), out, OVERVIEW)
+    # in the log and not beside the image: scales that all images of a batch keep are not predicted, so the number is
+    # that of a batch, and images must not depend on it
+    cost = f"{sum(forwards)} forwards in {len(forwards)} batch{'es' if len(forwards) > 1 else ''}"
+    logger.info("%d edits in %s (%s); %s shows them beside the image", len(rows), out, cost, OVERVIEW)
 
 
 def _sha256(path: Path) -> str:

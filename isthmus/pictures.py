@@ -7,7 +7,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from isthmus.functional.shapes import Images
@@ -69,12 +69,21 @@ def heat_map(
 ) -> Image.Image:
     """Signed values over a grey version of a picture: red above 0, blue below, strongest at +-`limit`.
 
-    `limit` None is the largest absolute value. The values are a grid over the whole picture, interpolated bilinearly.
+    `limit` None is the largest absolute value. The grid has square cells and lies where models read a picture that is
+    upright by its EXIF tag: over the largest central part of the grid's shape, the central square for a square grid.
+    What lies beside it was not read and stays grey. Values are interpolated bilinearly.
     """
+    upright = ImageOps.exif_transpose(picture)
     limit = float(np.abs(values).max()) if limit is None else limit
     strength = np.clip(values / limit if limit > 0 else values, -1, 1).astype(np.float32)
-    grown = np.asarray(Image.fromarray(strength).resize(picture.size, Image.Resampling.BILINEAR))[..., None]
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    rows, columns = values.shape
+    cell = min(upright.width / columns, upright.height / rows)
+    size = (round(columns * cell), round(rows * cell))
+    grown = np.zeros((upright.height, upright.width, 1), np.float32)
+    left, top = (upright.width - size[0]) // 2, (upright.height - size[1]) // 2
+    read = Image.fromarray(strength).resize(size, Image.Resampling.BILINEAR)
+    grown[top : top + size[1], left : left + size[0], 0] = np.asarray(read)
+    grey = np.asarray(upright.convert("L"), dtype=np.float32)[..., None]
     colour = np.where(grown > 0, np.array([215.0, 25, 28]), np.array([44.0, 105, 176]))
     weight = 0.75 * np.abs(grown)
     return Image.fromarray(((1 - weight) * grey + weight * colour).round().astype(np.uint8))

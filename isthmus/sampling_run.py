@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
@@ -21,12 +22,12 @@ from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
+from isthmus.pipelines.memory import batch_size_that_fits, naming_next_batch_size
+from isthmus.schedulers.scale_refinement import Forwards, RefinementMode, ScaleRefinementScheduler
 
 if TYPE_CHECKING:
     from isthmus.pipelines.loading import AnyPipeline
     from isthmus.pipelines.next_scale import NextScalePipeline
-    from isthmus.schedulers.scale_refinement import RefinementMode
 
 logger = logging.getLogger("isthmus")
 
@@ -54,6 +55,8 @@ def draw_folder(
 ) -> None:
     """Fill `out` with images 0..num_images - 1 of a request; those that are there already stay.
 
+    samples.json says what made the images and, of next-scale models, how many forwards each took.
+
     Args:
         model: a pipeline folder or hub id.
         out: folder of samples, new or of the same settings.
@@ -78,7 +81,7 @@ def draw_folder(
     if refine is not None:
         if not hasattr(pipeline, "refine_with"):
             raise UserError(f"this model, a {pipeline.kind}, draws no token again. Leave out --refine.")
-        cast("NextScalePipeline", pipeline).refine_with(cast("RefinementMode", refine))
+        cast("NextScalePipeline", pipeline).refine_with(cast(RefinementMode, refine))
     labels = _labels(classes, pipeline)
     sampling = pipeline.defaults.override(**options)
     # one refusal for options the model cannot take, before anything is written
@@ -107,7 +110,8 @@ def draw_folder(
     request |= pipeline.prepared(batch_size, **decoding)
     _check_request(pipeline, request, seed)
     num_images = max(num_images, _number_in(out, settings))
-    _write_manifest(out, settings, num_images, [])
+    forwards = _forwards(pipeline, smooth=sampling.smooth)
+    _write_manifest(out, settings, num_images, [], forwards)
     rows = {index: row for index in range(num_images) if (row := _finished(out, index, settings))}
     missing = [index for index in range(num_images) if index not in rows]
     quiet = True if logger.getEffectiveLevel() > logging.INFO else None  # None: no bar where stderr is no terminal
@@ -116,12 +120,25 @@ def draw_folder(
             indices = missing[start : start + batch_size]
             rows |= _draw_batch(pipeline, out, indices, labels, seed, request, settings, batch_size)
             bar.update(len(indices))
-    _write_manifest(out, settings, num_images, [rows[index] for index in range(num_images)])
+    _write_manifest(out, settings, num_images, [rows[index] for index in range(num_images)], forwards)
     if grid:
         save_picture(_grid(out, rows), out / "grid.png")
     if strip:
         save_picture(_strip(pipeline, rows, labels, seed, request), out / "strip.png")
-    logger.info("%d images in %s (%d drawn now)", num_images, out, len(missing))
+    cost = "" if forwards is None else f"; {forwards} forwards each"
+    logger.info("%d images in %s (%d drawn now)%s", num_images, out, len(missing), cost)
+
+
+def _forwards(pipeline: "AnyPipeline", *, smooth: bool) -> Forwards | None:
+    """What an image takes of a next-scale model, rounds included; None for other families.
+
+    From the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many.
+    """
+    if not hasattr(pipeline, "refine_with"):
+        return None
+    model = cast("NextScalePipeline", pipeline)
+    scheduler: ScaleRefinementScheduler = model.scheduler or ScaleRefinementScheduler()
+    return scheduler.forwards_of(model.schedule.num_scales, has_cache=not model.transformer.is_markov, smooth=smooth)
 
 
 def _check_request(pipeline: "AnyPipeline", request: Mapping[str, Any], seed: int) -> None:
@@ -165,15 +182,8 @@ def _draw_batch(
     settings: Mapping[str, Any],
     batch_size: int,
 ) -> dict[int, dict[str, Any]]:
-    try:
+    with naming_next_batch_size(batch_size):
         result = pipeline(_request_labels(pipeline, indices, labels), seed=seed, image_index=list(indices), **request)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = (
-            f"Try --batch-size {batch_size // 2}." if batch_size > 1 else "Use a smaller model or --dtype bfloat16."
-        )
-        raise UserError(f"memory ran out at batch size {batch_size}. {advice}") from error
     assert isinstance(result.images, list), "pictures are asked for"
     rows = {}
     for index, picture, digest in zip(indices, result.images, _hashes(result.token_ids), strict=True):
@@ -249,9 +259,17 @@ def _finished(out: Path, index: int, settings: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _write_manifest(out: Path, settings: Mapping[str, Any], number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_manifest(
+    out: Path,
+    settings: Mapping[str, Any],
+    number: int,
+    rows: Sequence[Mapping[str, Any]],
+    forwards: Forwards | None,
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    contents = {"isthmus_version": isthmus.__version__, "settings": settings, "num": number, "images": rows}
+    # beside the settings, which decide them: folders of versions that did not write them are continued
+    cost = {} if forwards is None else {"forwards_per_image": asdict(forwards)}
+    contents = {"isthmus_version": isthmus.__version__, "settings": settings, "num": number, **cost, "images": rows}
     temporary = out / f".{MANIFEST}.{uuid4().hex[:8]}.partial"
     try:
         temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")

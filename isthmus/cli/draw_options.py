@@ -29,7 +29,8 @@ class DrawOptions:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights. In bfloat16 images may differ between batch sizes."""
+    """Type of the weights. In bfloat16 images may differ between batch sizes, and images that are read have other
+    tokens."""
 
     def __post_init__(self):
         if self.seed < 0:

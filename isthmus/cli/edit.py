@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from isthmus.cli.draw_options import DrawOptions
 from isthmus.cli.parsing import parse
 from isthmus.errors import UserError
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +39,12 @@ class _Edit(DrawOptions):
 class _Keeping(_Edit):
     published: bool = False
     """Keep tokens as VAR's published procedure does, which also reads what lies under the mask."""
-    max_unknown: float | None = None
-    """A token is kept with at most this share of unknown pixels, in [0, 1); None is 0.5. Not with --published."""
-    jumps: int = 0
+    max_unknown: tuple[float, ...] = ()
+    """A token is kept with at most this share of unknown pixels, in [0, 1): one number, or one per scale; none given:
+    0.5. Not with --published."""
+    jumps: tuple[int, ...] = ()
     """Simple resampling: after every scale from the third on (see --jump-scales), go back and draw the last ones again,
-    so many times."""
+    so many times; or one number per scale. None given: no jumps."""
     jump_scales: int | None = None
     """How many scales a jump draws again; None is 2. Jumps start behind so many scales. Only with --jumps."""
     paste: bool = True
@@ -51,9 +54,9 @@ class _Keeping(_Edit):
 
     def keeping(self) -> dict[str, Any]:
         """Arguments of `inpaint` about what is kept."""
-        names = ("max_unknown", "jumps", "jump_scales", "paste", "seam_px")
-        given = {name: getattr(self, name) for name in names}
-        return given | {"keeping": "published" if self.published else "coverage"}
+        given = {name: getattr(self, name) for name in ("jump_scales", "paste", "seam_px")}
+        per_scale = {"max_unknown": _one_or_each(self.max_unknown, None), "jumps": _one_or_each(self.jumps, 0)}
+        return per_scale | given | {"keeping": "published" if self.published else "coverage"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,9 @@ class SuperResolve(_Edit):
 
     from_scale: int | None = None
     """First scale (from 0) that is drawn; None is the first that is finer than the small image can tell."""
+    max_unknown: tuple[float, ...] = ()
+    """Beside the shorter side of a picture that is no square, a token is kept with at most this share of unknown
+    pixels, in [0, 1): one number, or one per scale; none given: 0.5."""
     paste: bool = True
     """Mend the result so that, averaged to the small size, it is the small image."""
 
@@ -135,13 +141,19 @@ def run_outpaint(arguments: Sequence[str]) -> None:
 def run_super_resolve(arguments: Sequence[str]) -> None:
     """Enlarge and save."""
     command = parse(SuperResolve, arguments, prog="isthmus edit super-resolve")
-    _run(command, "super_resolve", {"from_scale": command.from_scale, "paste": command.paste})
+    settings = {"from_scale": command.from_scale, "max_unknown": _one_or_each(command.max_unknown, None)}
+    _run(command, "super_resolve", settings | {"paste": command.paste})
 
 
 def run_variations(arguments: Sequence[str]) -> None:
     """Vary and save."""
     command = parse(Variations, arguments, prog="isthmus edit variations")
     _run(command, "variations", {"from_scale": command.from_scale})
+
+
+def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[_Number, ...] | _Number | None:
+    """An option as methods take it: nothing given is the default, one number serves all scales."""
+    return values if len(values) > 1 else values[0] if values else default
 
 
 def _run(command: _Edit, method: str, settings: dict[str, Any], *, mask: Path | None = None) -> None:

@@ -10,6 +10,7 @@ False
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ EMBEDDING_DROPOUT = 13
 RESIDUAL_DROPOUT = 14
 HIDDEN_TOKENS = 15
 CRITIC = 16
+EDIT = 17
+SMOOTH_EDIT = 18
 CLASSIFY = 20
 ROLLOUT = 30
 
@@ -42,24 +45,48 @@ def stream(seed: int, *path: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy=seed, spawn_key=path)))
 
 
+class TokenStreams(NamedTuple):
+    """Purposes of the numbers that draw tokens.
+
+    Attributes:
+        uniforms: of the number that draws a token.
+        gumbels: of the noise per code, for `smooth=True`.
+    """
+
+    uniforms: int
+    gumbels: int
+
+
+DRAW_STREAMS = TokenStreams(IMAGE, SMOOTH)
+"""Images drawn from nothing."""
+EDIT_STREAMS = TokenStreams(EDIT, SMOOTH_EDIT)
+"""Edits: the numbers of draws would fill a hole in image i of a seed with what made image i."""
+
+
 def token_uniforms(
-    image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, *, round_index: int = 0
+    image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, *, round_index: int = 0, purpose: int = IMAGE
 ) -> Float[Tensor, "b l"]:
     """One number in [0, 1) per token, from (seed, image index, scale, round): the law "one seed per image".
 
     `image_seeds` holds one (seed, image index) per row. The numbers are made on the CPU; a row depends on its own
-    pair only, so a batch of two equals two singles.
+    pair only, so a batch of two equals two singles. `purpose` is that of a `TokenStreams`.
     """
-    rows = [stream(seed, IMAGE, index, scale, round_index).random(num_tokens) for seed, index in image_seeds]
+    rows = [stream(seed, purpose, index, scale, round_index).random(num_tokens) for seed, index in image_seeds]
     return torch.from_numpy(np.stack(rows)).float().clamp_(max=1 - 2**-24)
 
 
 def token_gumbels(
-    image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, codebook_size: int, *, round_index: int = 0
+    image_seeds: Sequence[tuple[int, int]],
+    scale: int,
+    num_tokens: int,
+    codebook_size: int,
+    *,
+    round_index: int = 0,
+    purpose: int = SMOOTH,
 ) -> Float[Tensor, "b l v"]:
     """Gumbel noise per token and code, for `smooth=True`; rows depend on their own (seed, image index) only."""
     shape = (num_tokens, codebook_size)
     # round 0 is the path without a round, as it was before there were rounds
     place = (scale, round_index) if round_index else (scale,)
-    rows = [stream(seed, SMOOTH, index, *place).gumbel(size=shape) for seed, index in image_seeds]
+    rows = [stream(seed, purpose, index, *place).gumbel(size=shape) for seed, index in image_seeds]
     return torch.from_numpy(np.stack(rows)).float()

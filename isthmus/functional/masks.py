@@ -84,10 +84,13 @@ def feathered(mask: Mask, seam_px: int) -> Mask:
     return total / (seam_px + 1)
 
 
-def paste_known(new: Images, source: Images, mask: Mask, *, seam_px: int) -> Images:
+def paste_known(
+    new: Images, source: Float[Tensor, "#b 3 h w"], mask: Float[Tensor, "#b 1 h w"], *, seam_px: int
+) -> Images:
     """The known pixels of `source` over `new`, blended over `seam_px` of them beside the mask.
 
-    Under the mask this is `new` exactly, and further than `seam_px` from it `source` exactly.
+    Under the mask this is `new` exactly, and further than `seam_px` from it `source` exactly. One source and mask
+    serve any number of new pictures.
     """
     return torch.lerp(source, new, feathered(mask, seam_px))
 

@@ -15,6 +15,7 @@ from isthmus.functional.masks import KeptTokens, Mask, kept_as_published, kept_b
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.quantization import Scale
 from isthmus.functional.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
+from isthmus.generation.autoencoding import latents_of
 from isthmus.generation.next_scale import ScaleSampler
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 
@@ -112,14 +113,15 @@ def known_part(
     keeping: Keeping = "coverage",
     max_unknown: float | Sequence[float] | None = None,
     from_scale: int | None = None,
+    num_results: int | None = None,
 ) -> KnownPart:
     """What an edit keeps of images.
 
     Args:
         image_tokenizer: encodes the images.
         schedule: scales of the model.
-        images: in [-1, 1], of the tokenizer's size, on its device. What lies under the mask is read like the rest:
-            fill it first (`fill_unknown`) where it is not to be seen.
+        images: in [-1, 1], of the tokenizer's size. What lies under the mask is read like the rest: fill it first
+            (`fill_unknown`) where it is not to be seen.
         mask: (b, 1, h, w), 1 = unknown.
         keeping: "coverage" keeps a token with at most the share `max_unknown` of unknown pixels, and finds it anew
             from what the features so far leave of the image, so that what a drawn coarse token spills over known pixels
@@ -127,9 +129,11 @@ def known_part(
             mask, resized bilinearly, says so; the 1 x 1 scale always.
         max_unknown: in [0, 1), one share for all scales or one per scale; None is one half. It belongs to "coverage".
         from_scale: nothing is kept from this scale on; None keeps on every scale.
+        num_results: rows of the edit. A single image serves any number and is encoded once; None is one per image.
 
     Raises:
-        UserError: a value is out of range, or `max_unknown` is given to "published".
+        UserError: a value is out of range, `max_unknown` is given to "published", or there are several images and
+            another number of results.
     """
     if keeping not in get_args(Keeping):
         raise UserError(f"keeping must be one of {', '.join(get_args(Keeping))}, got {keeping!r}.")
@@ -143,11 +147,16 @@ def known_part(
     if not 0 <= last <= schedule.num_scales:
         raise UserError(f"from_scale must lie in 0..{schedule.num_scales} (the scales of the model), got {from_scale}.")
     kept = kept_by_coverage(mask, sizes, shares) if keeping == "coverage" else kept_as_published(mask, sizes)
-    kept = [one if scale < last else torch.zeros_like(one) for scale, one in enumerate(kept)]
-    with torch.inference_mode():
-        latents = image_tokenizer.latents(images.to(image_tokenizer.dtype)).float()
-        if keeping == "published":
-            return KnownPart(kept, tokens_as_they_are(image_tokenizer.requantize(latents, schedule)))
+    rows = len(images) if num_results is None else num_results
+    if len(images) not in (1, rows):
+        raise UserError(f"an edit of {rows} results takes one image or {rows}, got {len(images)}.")
+    kept = [(one if scale < last else torch.zeros_like(one)).expand(rows, -1) for scale, one in enumerate(kept)]
+    latents = latents_of(image_tokenizer, images)
+    if keeping == "published":
+        with torch.no_grad():
+            found = image_tokenizer.requantize(latents, schedule)
+        return KnownPart(kept, tokens_as_they_are([ids.expand(rows, -1) for ids in found]))
+    latents = latents.expand(rows, -1, -1, -1)
     return KnownPart(kept, lambda scale, features: image_tokenizer.nearest_tokens(latents - features, sizes[scale]))
 
 

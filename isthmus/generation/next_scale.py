@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.functional.draws import token_gumbels, token_uniforms
+from isthmus.functional.draws import DRAW_STREAMS, TokenStreams, token_gumbels, token_uniforms
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.quantization import Scale, next_scale_input, tokens_to_map
 from isthmus.functional.sampling import check_filters, draw_tokens, filter_logits, guided_logits, smooth_weights
@@ -64,6 +64,7 @@ def generate_scales(
     class_labels: Int[Tensor, " b"],
     image_seeds: Sequence[tuple[int, int]],
     options: SamplingOptions,
+    streams: TokenStreams = DRAW_STREAMS,
 ) -> Iterator[Scale]:
     """Draw the tokens of every scale, coarse to fine.
 
@@ -73,6 +74,7 @@ def generate_scales(
         class_labels: (b,), 0..num_classes; num_classes is the null label.
         image_seeds: one (seed, image index) per image. Every random number of an image follows from its own pair.
         options: guidance, filters, temperature. All sampling arithmetic is fp32, whatever the type of the weights.
+        streams: which random numbers of an image's pair are read: those of draws, or those of edits.
 
     Yields:
         One `Scale` (index, token ids, features so far) per scale.
@@ -80,7 +82,7 @@ def generate_scales(
     Raises:
         UserError: a filter or guidance value is out of range, or the two models do not belong together.
     """
-    sampler = ScaleSampler(image_tokenizer, transformer, class_labels, image_seeds, options)
+    sampler = ScaleSampler(image_tokenizer, transformer, class_labels, image_seeds, options, streams)
     features = sampler.start()
     for scale in range(sampler.schedule.num_scales):
         drawn = sampler.draw(scale, sampler.predict(scale, features))
@@ -95,8 +97,9 @@ class ScaleDraw:
 
     Attributes:
         token_ids: (b, s * s), row by row.
-        codes: (b, d, s, s), the codes of these tokens, or with `smooth` mixtures of codes.
-        logits: (b, s * s, v), what they were drawn from: guided, divided by the temperature, filtered (-inf).
+        codes: (b, d, s, s) in fp32, the codes of these tokens, or with `smooth` mixtures of codes.
+        logits: (b, s * s, v), guided and divided by the temperature, not filtered: what the model thinks of every
+            code, whatever the filters left to draw from.
     """
 
     token_ids: ScaleTokens
@@ -132,9 +135,11 @@ class ScaleSampler:
         class_labels: Int[Tensor, " b"],
         image_seeds: Sequence[tuple[int, int]],
         options: SamplingOptions,
+        streams: TokenStreams = DRAW_STREAMS,
     ):
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.options, self.image_seeds, self.num_forwards = options, list(image_seeds), 0
+        self._streams = streams
         self.conditional: Float[Tensor, "b l v"] | None = None
         self._tokenizer, self._transformer = image_tokenizer, transformer
         self._codebook = image_tokenizer.codebook.weight
@@ -221,15 +226,18 @@ class ScaleSampler:
         options, length = self.options, self.schedule.lengths[scale]
         if options.temperature != 1:
             logits = logits / options.temperature
-        logits = filter_logits(logits, top_k=options.top_k, top_p=options.top_p)
+        filtered = filter_logits(logits, top_k=options.top_k, top_p=options.top_p)
         uniforms = self._new_uniforms(scale, round_index) if round_index else self._uniforms[scale]
-        token_ids = draw_tokens(logits, uniforms)
+        token_ids = draw_tokens(filtered, uniforms)
         if not options.smooth:
             return ScaleDraw(token_ids, self._tokenizer.lookup(token_ids), logits)
         ratio = _position(self.schedule.sizes[scale], self._tokenizer.schedule.sizes)
-        gumbels = token_gumbels(self.image_seeds, scale, length, self._codebook.shape[0], round_index=round_index)
-        mixed = smooth_weights(logits, gumbels, ratio) @ self._codebook.float()
-        return ScaleDraw(token_ids, tokens_to_map(mixed.to(self._codebook.dtype)), logits)
+        gumbels = token_gumbels(
+            self.image_seeds, scale, length, self._codebook.shape[0], round_index=round_index,
+            purpose=self._streams.gumbels,
+        )  # fmt: skip
+        mixed = smooth_weights(filtered, gumbels, ratio) @ self._codebook.float()
+        return ScaleDraw(token_ids, tokens_to_map(mixed), logits)
 
     @torch.inference_mode()
     def add(self, scale: int, features: LatentMap, codes: FeatureMap) -> LatentMap:
@@ -242,9 +250,12 @@ class ScaleSampler:
         return self._tokenizer.lookup(token_ids)
 
     @torch.inference_mode()
-    def requantize(self, features: LatentMap) -> TokenPyramid:
-        """Token ids of features, as if they were latents of an image, under this sampler's schedule."""
-        return self._tokenizer.requantize(features, self.schedule)
+    def requantize(self, features: LatentMap, num_scales: int | None = None) -> TokenPyramid:
+        """Token ids of features, as if they were latents of an image, under this sampler's schedule.
+
+        `num_scales` searches the first scales only; None all.
+        """
+        return self._tokenizer.requantize(features, self.schedule, num_scales=num_scales)
 
     @property
     def has_cache(self) -> bool:
@@ -253,7 +264,8 @@ class ScaleSampler:
 
     def _new_uniforms(self, scale: int, round_index: int) -> Float[Tensor, "b l"]:
         length = self.schedule.lengths[scale]
-        uniforms = token_uniforms(self.image_seeds, scale, length, round_index=round_index)
+        purpose = self._streams.uniforms
+        uniforms = token_uniforms(self.image_seeds, scale, length, round_index=round_index, purpose=purpose)
         return uniforms.to(self._transformer.device)
 
     def cut(self, scale: int) -> None:

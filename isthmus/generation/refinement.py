@@ -97,7 +97,8 @@ def _draw(
                     measures = critic_measures(conditional, drawn.token_ids)
                     plausible = critic(drawn.codes, before, measures, side).plausibility
                     hidden = lowest_share(plausible, scheduler.share)
-                if not bool(hidden.any()):
+                # a share always hides some; asking would make the CPU wait for the GPU
+                if scheduler.config["p_min"] is not None and not bool(hidden.any()):
                     break  # nothing to draw again, now or later
                 again = redraw(sampler, scale, before, drawn.codes, hidden, state.visits[scale])
                 state.visits[scale] += 1
@@ -147,7 +148,7 @@ def _jump_back(sampler: ScaleSampler, state: _State, kept: int) -> Iterator[Scal
     A causal model reads them again: the keys of a scale follow from the tokens before it. With `smooth` every scale has
     changed: a mixture of codes is replaced by a code, even where the token comes back.
     """
-    token_ids, mixed = sampler.requantize(state.features)[:kept], sampler.options.smooth
+    token_ids, mixed = sampler.requantize(state.features, kept), sampler.options.smooth
     pairs = zip(token_ids, state.token_ids[:kept], strict=True)
     changed = [mixed or not torch.equal(ids, before) for ids, before in pairs]
     features = sampler.start()
@@ -161,5 +162,8 @@ def _jump_back(sampler: ScaleSampler, state: _State, kept: int) -> Iterator[Scal
 
 
 def _probability(drawn: ScaleDraw, token_ids: ScaleTokens) -> Tensor:
-    """(b, l): probability of the tokens under what they were drawn from."""
+    """(b, l): what the guided model, at the temperature of the draw, thinks of the tokens.
+
+    Before the filters: under top_k=1 every token has the whole of what is left, and nothing would tell them apart.
+    """
     return drawn.logits.softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)

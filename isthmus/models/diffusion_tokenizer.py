@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
+from isthmus.functional.precision import whole_fp32
 from isthmus.functional.quantization import nearest_code
 from isthmus.functional.rotary import RotaryTable, grid_rotary_table, with_unrotated
 from isthmus.functional.shapes import Images
@@ -214,6 +215,7 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
                 z = self.latent_batch_norm(z.flatten(0, 1)).view_as(z)
             return F.normalize(z.float(), dim=-1)
 
+    @whole_fp32()
     def encode(self, images: Images) -> DiffusionTokenizerEncoding:
         """Images in [-1, 1] to token ids, unit latents and unit codes.
 

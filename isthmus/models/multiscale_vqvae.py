@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
+from isthmus.functional.precision import whole_fp32
 from isthmus.functional.pyramid import ScaleSchedule, area_downsample, bicubic_upsample, default_phi_indices
 from isthmus.functional.quantization import Scale, nearest_code, next_scale_input, residual_scales, tokens_to_map
 from isthmus.functional.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
@@ -232,6 +233,7 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
             )
         return self.quant_conv(self.encoder(images))
 
+    @whole_fp32()
     def encode(self, images: Images) -> EncoderOutput:
         """Images in [-1, 1] of side `image_size` to token ids of every scale and the latents.
 
@@ -249,12 +251,17 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
         """Features (the sum over scales, or over the first few) to images in [-1, 1]."""
         return self._pixels(features).clamp(-1, 1)
 
-    def requantize(self, latents: LatentMap, schedule: ScaleSchedule | None = None) -> TokenPyramid:
+    @whole_fp32()
+    def requantize(
+        self, latents: LatentMap, schedule: ScaleSchedule | None = None, *, num_scales: int | None = None
+    ) -> TokenPyramid:
         """Token ids of a latent map, or of features, under this tokenizer's schedule or a derived one.
 
-        `schedule` comes from `tokenizer.schedule.derive(scale_sizes)`, which keeps the phi of every side.
+        `schedule` comes from `tokenizer.schedule.derive(scale_sizes)`, which keeps the phi of every side. `num_scales`
+        searches the first scales only, which do not depend on the others; None all.
         """
-        return [scale.token_ids for scale in self.residual_scales(self._search(latents, schedule), latents, schedule)]
+        scales = self.residual_scales(self._search(latents, schedule), latents, schedule)
+        return [scale.token_ids for scale in islice(scales, num_scales)]
 
     def features_up_to(self, token_ids: TokenPyramid, scale: int, schedule: ScaleSchedule | None = None) -> LatentMap:
         """Features after `scale` (from 0): the sum of the codes of scales 0..scale, each upsampled and through phi."""

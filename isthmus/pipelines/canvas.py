@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.functional.masks import Mask, fill_unknown
+from isthmus.functional.masks import Mask, fill_unknown, paste_known
 from isthmus.functional.shapes import Images
 from isthmus.generation.step import Pictures
 from isthmus.pictures import to_pil
-from isthmus.pipelines.images import ImageInput, checked_images, from_pictures, upright_rgb
+from isthmus.pipelines.images import ImageInput, check_size, checked_images, from_pictures, listed_images, upright_rgb
 from isthmus.pipelines.request import OutputType, as_output
 
 Box = tuple[int, int, int, int]
@@ -23,20 +22,30 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Canvas:
-    """Pictures on squares of one size.
+    """Pictures on squares of one size, with masks of what is unknown.
 
     A picture is scaled so that its longer side is the square's, and centred; the border beside a shorter side is
     unknown.
 
     Attributes:
         pixels: (b, 3, side, side) in [-1, 1].
-        mask: (b, 1, side, side), 1 = unknown.
+        mask: (b, 1, side, side), 1 = unknown, the border included.
+        hole: (b, 1, side, side), the same without the border: what is unknown of the pictures themselves.
         boxes: where the picture lies, one per image.
     """
 
     pixels: Images
     mask: Mask
+    hole: Mask
     boxes: list[Box]
+
+    def pasted(self, images: Images, seam_px: int) -> Images:
+        """The known pixels over images that were made; a single canvas serves all of them.
+
+        The seam lies beside the holes alone. It does not start from the border, which is cut off: known pixels far
+        from any hole stay as they are.
+        """
+        return paste_known(images, self.pixels, self.hole, seam_px=seam_px)
 
     def cut(self, images: Images, output_type: OutputType) -> Pictures:
         """The pictures without the border, in the form asked for."""
@@ -60,14 +69,13 @@ def open_images(images: ImageInput) -> list[Float[Tensor, "1 3 h w"]]:
     """Every image at its own size, in [-1, 1], on the CPU.
 
     Raises:
-        UserError: there is no image, or a tensor is none of images in [-1, 1].
+        UserError: there is no image, it is neither picture nor tensor, or a tensor is none of images in [-1, 1].
     """
-    if isinstance(images, Tensor):
-        return list(checked_images(images).split(1))
-    pictures = [images] if isinstance(images, PIL.Image.Image) else list(images)
-    if not pictures:
-        raise UserError("at least one image is needed, got an empty list. Pass a picture or a tensor.")
-    return [from_pictures([upright_rgb(picture)]) for picture in pictures]
+    opened: list[Tensor] = []
+    for one in listed_images(images):
+        batch = checked_images(one) if isinstance(one, Tensor) else from_pictures([upright_rgb(one)])
+        opened += batch.split(1)
+    return opened
 
 
 def place(
@@ -88,34 +96,31 @@ def place(
         hide: what lies under the mask is painted over from around, before scaling, so that nothing of it is read. The
             border always is.
 
+    Images and masks lie on one device, and so does the canvas.
+
     Raises:
         UserError: a mask has another size than its image, a picture is smaller than the stride, or scaling leaves
             nothing known.
     """
     placed = [_place(image, mask, side, stride, hide) for image, mask in zip(images, masks, strict=True)]
-    pixels, unknown, boxes = zip(*placed, strict=True)
-    return Canvas(torch.cat(pixels), torch.cat(unknown), list(boxes))
-
-
-def check_size(image: Float[Tensor, "1 3 h w"], stride: int) -> None:
-    """Raise UserError for an image smaller than a latent cell, which says nothing."""
-    height, width = image.shape[-2:]
-    if min(height, width) < stride:
-        raise UserError(
-            f"an image must be at least {stride} x {stride} pixels (the tokenizer's stride), got {width} x {height}."
-        )
+    return Canvas(
+        torch.cat([one.pixels for one in placed]),
+        torch.cat([one.mask for one in placed]),
+        torch.cat([one.hole for one in placed]),
+        [box for one in placed for box in one.boxes],
+    )
 
 
 def _place(
     image: Float[Tensor, "1 3 _ _"], mask: Float[Tensor, "1 1 _ _"], side: int, stride: int, hide: bool
-) -> tuple[Images, Mask, Box]:
+) -> Canvas:
     height, width = image.shape[-2:]
     if mask.shape[-2:] != image.shape[-2:]:
         raise UserError(
             f"a mask must have the size of its image, {width} x {height} pixels, got {mask.shape[-1]} x "
             f"{mask.shape[-2]}. Resize the mask, or draw it on the image."
         )
-    check_size(image, stride)
+    check_size(width, height, stride)
     scale = side / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     if hide and bool(mask.any()):
@@ -132,21 +137,24 @@ def _place(
     pixels = F.pad(image, around)
     if any(around):
         pixels = fill_unknown(pixels, border)
-    return pixels, unknown, (left, top, left + size[1], top + size[0])
+    return Canvas(pixels, unknown, F.pad(mask, around), [(left, top, left + size[1], top + size[0])])
 
 
 def extended(
     image: Float[Tensor, "1 3 h w"], stride: int, left: int, top: int, right: int, bottom: int
 ) -> tuple[Float[Tensor, "1 3 _ _"], Float[Tensor, "1 1 _ _"]]:
-    """A picture with unknown margins of so many pixels, and the mask of these.
+    """A picture with unknown margins of so many pixels, and the mask of these, on its device.
+
+    The margins are painted from the picture: there is nothing of an original under them that a rule of keeping could
+    read, and what is encoded should not be a grey frame.
 
     Raises:
         UserError: the picture is smaller than the stride, a margin is negative, or all are 0.
     """
-    check_size(image, stride)
+    check_size(image.shape[-1], image.shape[-2], stride)
     margins = {"left": left, "top": top, "right": right, "bottom": bottom}
     if min(margins.values()) < 0 or not any(margins.values()):
         raise UserError(f"outpainting needs margins in pixels, none negative and one above 0, got {margins}.")
     around = (left, right, top, bottom)
-    mask = torch.zeros(1, 1, *image.shape[-2:])
-    return F.pad(image, around), F.pad(mask, around, value=1.0)
+    mask = F.pad(torch.zeros_like(image[:, :1]), around, value=1.0)
+    return fill_unknown(F.pad(image, around), mask), mask

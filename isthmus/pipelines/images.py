@@ -1,6 +1,6 @@
 """Images as people give them to a pipeline: PIL pictures or tensors, one or several."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL.Image
@@ -11,28 +11,70 @@ from torch import Tensor
 from isthmus.errors import UserError
 from isthmus.functional.shapes import Images
 
-ImageInput = PIL.Image.Image | Sequence[PIL.Image.Image] | Tensor
-"""A PIL picture, several of them, or a tensor (b, 3, h, w) or (3, h, w) in [-1, 1]."""
+ImageInput = PIL.Image.Image | Tensor | Sequence[PIL.Image.Image | Tensor]
+"""A PIL picture, a tensor (b, 3, h, w) or (3, h, w) in [-1, 1], or several of these."""
 
 _SLACK = 1e-3  # beyond [-1, 1]: rounding of whoever made the tensor
 
 
-def to_images(images: ImageInput, image_size: int) -> Images:
+def to_images(images: ImageInput, image_size: int, *, stride: int = 1) -> Images:
     """Images in [-1, 1], fp32, on the CPU.
 
     Pictures become RGB (upright by their EXIF tag, transparency on white), their shorter side is resized to
     `image_size` with antialiasing, and the central square is kept, as images for evaluation are. Tensors keep their
     size.
 
+    Args:
+        images: as `ImageInput` says.
+        image_size: side of pictures, in pixels.
+        stride: pixels per latent cell; a smaller picture says nothing.
+
     Raises:
-        UserError: there is no image, or a tensor has another shape, is not finite, or leaves [-1, 1].
+        UserError: there is no image, it is neither picture nor tensor or smaller than the stride, tensors differ in
+            size, or a tensor has another shape, is not finite, or leaves [-1, 1].
     """
-    if isinstance(images, Tensor):
-        return checked_images(images)
-    pictures = [images] if isinstance(images, PIL.Image.Image) else list(images)
-    if not pictures:
+    opened = []
+    for one in listed_images(images):
+        if isinstance(one, Tensor):
+            batch = checked_images(one)
+            check_size(batch.shape[-1], batch.shape[-2], stride)
+        else:
+            check_size(one.width, one.height, stride)
+            batch = from_pictures([_square(one, image_size)])
+        opened.append(batch)
+    sizes = {f"{one.shape[-1]} x {one.shape[-2]}" for one in opened}
+    if len(sizes) > 1:
+        raise UserError(f"images must have one size, got {', '.join(sorted(sizes))}. Resize the tensors first.")
+    return torch.cat(opened)
+
+
+def listed_images(images: object) -> list[PIL.Image.Image | Tensor]:
+    """Pictures and tensors, one or several, as a list.
+
+    Raises:
+        UserError: there is none, or something is neither a picture nor a tensor.
+    """
+    if isinstance(images, (PIL.Image.Image, Tensor)) or not isinstance(images, Iterable):
+        images = [images]
+    given: list[object] = list(images)
+    listed = [one for one in given if isinstance(one, (PIL.Image.Image, Tensor))]
+    if len(listed) < len(given):
+        other = next(one for one in given if not isinstance(one, (PIL.Image.Image, Tensor)))
+        raise UserError(
+            f"images are PIL pictures or tensors in [-1, 1], one or several, got {type(other).__name__}. Open a file "
+            "with PIL.Image.open, make a picture of an array with PIL.Image.fromarray."
+        )
+    if not listed:
         raise UserError("at least one image is needed, got an empty list. Pass a picture or a tensor.")
-    return from_pictures([_square(picture, image_size) for picture in pictures])
+    return listed
+
+
+def check_size(width: int, height: int, stride: int) -> None:
+    """Raise UserError for an image smaller than a latent cell, which says nothing."""
+    if min(width, height) < stride:
+        raise UserError(
+            f"an image must be at least {stride} x {stride} pixels (the tokenizer's stride), got {width} x {height}."
+        )
 
 
 def checked_images(images: Tensor) -> Images:

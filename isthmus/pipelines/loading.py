@@ -38,7 +38,8 @@ def load_pipeline(
     Args:
         path_or_hub_id: a pipeline folder, or a model on the hub; an existing path wins.
         device: "auto" (a CUDA device where there is one, else the CPU; never mps), "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "float32" (the default), "bfloat16" or the torch type. bf16 needs a processor that has it to be fast.
+        dtype: "float32" (the default), "bfloat16" or the torch type. bf16 needs a processor that has it to be fast. It
+            casts the weights of every component, so the image tokenizer finds other tokens in images than in float32.
         revision: branch, tag or commit on the hub.
         cache_dir: where hub files are kept; None takes the hub's own cache.
         local_files_only: never ask the network.

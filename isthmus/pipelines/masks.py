@@ -1,6 +1,6 @@
 """Masks as people give them: pictures, arrays or tensors, white (1) where pixels are to be made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL.Image
@@ -11,32 +11,48 @@ from torch import Tensor
 from isthmus.errors import UserError
 from isthmus.pipelines.images import upright_rgb
 
-MaskInput = PIL.Image.Image | Sequence[PIL.Image.Image] | Shaped[np.ndarray, "*dims"] | Shaped[Tensor, "*dims"]
-"""A picture, several of them, or an array or tensor (h, w), (b, h, w) or (b, 1, h, w). White is to be made."""
+MaskInput = (
+    PIL.Image.Image
+    | Shaped[np.ndarray, "*dims"]
+    | Shaped[Tensor, "*dims"]
+    | Sequence[PIL.Image.Image | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."]]
+)
+"""A picture, an array or tensor (h, w), (b, h, w) or (b, 1, h, w), or several of these. White is to be made."""
 
 _Plane = Float[Tensor, "1 1 h w"]
 
 
-def to_masks(masks: MaskInput) -> list[_Plane]:
+def to_masks(masks: object) -> list[_Plane]:
     """One (1, 1, h, w) mask of zeros and ones per image, on the CPU; 1 = unknown.
 
-    Values are false and true, 0 and 1, or 0 and 255, of any type. Pictures of any mode are read as grey, as images are:
-    upright by their EXIF tag, transparency on white, which is made.
+    Args:
+        masks: as `MaskInput` says; anything else is refused in words. Values are false and true, 0 and 1, or 0 and
+            255, of any type. Pictures of any mode are read as grey, as images are: upright by their EXIF tag,
+            transparency on white, which is made.
 
     Raises:
-        UserError: there is no mask, it has another shape, other values, or it is empty or full.
+        UserError: there is no mask, it is of another kind or shape, has other values, or is empty or full.
     """
-    if isinstance(masks, (np.ndarray, Tensor)):
-        planes = _planes(masks if isinstance(masks, Tensor) else torch.tensor(masks))
-    else:
-        pictures = [masks] if isinstance(masks, PIL.Image.Image) else list(masks)
-        planes = [torch.from_numpy(np.array(upright_rgb(picture).convert("L"))) for picture in pictures]
+    if isinstance(masks, (PIL.Image.Image, np.ndarray, Tensor)) or not isinstance(masks, Iterable):
+        masks = [masks]
+    planes = [plane for one in masks for plane in _planes(one)]
     if not planes:
         raise UserError("at least one mask is needed, got an empty list. Pass a picture, white where pixels are made.")
     return [_binary(plane) for plane in planes]
 
 
-def _planes(values: Shaped[Tensor, "*dims"]) -> list[Shaped[Tensor, "h w"]]:
+def _planes(mask: object) -> list[Shaped[Tensor, "_ _"]]:
+    """The planes of one picture, array or tensor."""
+    if isinstance(mask, PIL.Image.Image):
+        return [torch.from_numpy(np.array(upright_rgb(mask).convert("L")))]
+    if not isinstance(mask, (np.ndarray, Tensor)):
+        raise UserError(
+            f"masks are PIL pictures, arrays or tensors, one or several, got {type(mask).__name__}. Open a file with "
+            "PIL.Image.open, make an array of lists with numpy.array."
+        )
+    if isinstance(mask, np.ndarray) and mask.dtype.kind not in "biuf":
+        raise UserError(f"a mask of an array holds numbers or booleans, got {mask.dtype}. Convert it first.")
+    values = mask if isinstance(mask, Tensor) else torch.tensor(mask)
     if values.ndim == 4 and values.shape[1] == 1:
         values = values.squeeze(1)
     if values.ndim == 2:

@@ -1,19 +1,19 @@
 """How many images fit into memory at once: an estimate from the sizes of the networks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from isthmus.pipelines.free_memory import free_bytes
+from isthmus.errors import UserError
+from isthmus.pipelines.free_memory import images_that_fit
 from isthmus.pipelines.saved import SavedPipeline
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from isthmus.models.flow_decoder import FlowDecoder
-
-_LARGEST = 64  # larger batches are no faster, and progress is seen less often
-_SHARE = 0.5  # of what is free: the allocator and everything else on the machine need the rest
 
 
 def bytes_per_image(pipeline: SavedPipeline, *, guided: bool) -> int:
@@ -40,8 +40,7 @@ def flow_bytes(decoder: "FlowDecoder", image_size: int) -> int:
 
 def batch_size_that_fits(pipeline: SavedPipeline, *, guided: bool) -> int:
     """Images per batch for this pipeline where it is now: 1..64."""
-    fitting = int(_SHARE * free_bytes(pipeline.device)) // bytes_per_image(pipeline, guided=guided)
-    return max(1, min(_LARGEST, fitting))
+    return images_that_fit(pipeline.device, bytes_per_image(pipeline, guided=guided))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -50,3 +49,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+@contextmanager
+def naming_next_batch_size(batch_size: int) -> Iterator[None]:
+    """Where memory runs out in the block: one error that names the --batch-size to try next.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = f"Try --batch-size {batch_size // 2}."
+        advice = smaller if batch_size > 1 else "Use a smaller model or --dtype bfloat16."
+        raise UserError(f"memory ran out at batch size {batch_size}. {advice}") from error

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import UserError
+from isthmus.functional.draws import DRAW_STREAMS, TokenStreams
 from isthmus.functional.guidance import Guidance
 from isthmus.functional.shapes import Images, LatentMap
+from isthmus.generation.autoencoding import pixels_of
 from isthmus.generation.next_scale import ScaleSampler, shared_schedule
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
 from isthmus.generation.refinement import refined_scales
@@ -178,7 +180,7 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
     def refine_with(self, mode: RefinementMode) -> None:
         """Draw tokens again from now on, with the rounds that are usual in `mode`; "none" draws each once.
 
-        Sets `scheduler`, which is saved with the model and part of its fingerprint.
+        Sets `scheduler`, which is saved with the model and part of its fingerprint; "none" leaves it out.
 
         Raises:
             UserError: there is no such mode, the model has too few scales for it, or it is "critic" and there is none.
@@ -187,7 +189,8 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         scheduler.rounds_of(self.schedule.num_scales)
         if mode == "critic" and self.critic is None:
             raise UserError("this model has no critic. Train one: isthmus train critic MODEL --out FOLDER.")
-        self.register_modules(scheduler=scheduler)
+        # left out, not one that does nothing: a model whose images are equal keeps its fingerprint
+        self.register_modules(scheduler=None if mode == "none" else scheduler)
 
     @property
     def codebook_size(self) -> int:
@@ -230,9 +233,9 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def _sampler(self, request: Request) -> ScaleSampler:
+    def _sampler(self, request: Request, streams: TokenStreams = DRAW_STREAMS) -> ScaleSampler:
         labels = torch.tensor(request.class_labels, device=self.device)
-        return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options)
+        return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams)
 
     def _own_critic(self) -> TokenCritic | None:
         """The critic, checked once: it may have been set after the pipeline was made."""
@@ -245,10 +248,4 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         return features if output_type == "latent" else as_output(self._decode(features), output_type)
 
     def _decode(self, features: LatentMap) -> Images:
-        # on CPUs oneDNN convolves channels-last maps about twice as fast; the weights stay as they are
-        layout = torch.channels_last if features.device.type == "cpu" else torch.contiguous_format
-        features = features.to(self.image_tokenizer.dtype, memory_format=layout)
-        with torch.inference_mode():
-            images = self.image_tokenizer.decode_features(features)
-        # copied out of inference mode: a tensor the caller may use anywhere
-        return images.clone(memory_format=torch.contiguous_format)
+        return pixels_of(self.image_tokenizer, features)

@@ -112,7 +112,8 @@ class NextScaleClassification(NextScaleLikelihood):
         """Where an image speaks for its class: nats of pointwise mutual information per cell of the latent grid.
 
         log p(token | class) - log p(token | no class), each token spread over its cell, all scales added. A map's sum
-        is log p(image's tokens | class) - log p(image's tokens). `isthmus.pictures.heat_map` draws it.
+        is log p(image's tokens | class) - log p(image's tokens). `isthmus.pictures.heat_map` draws it
+        over the central square of a picture, which is what is read of one.
 
         Args:
             images: the images, or

@@ -7,14 +7,15 @@ No training is needed, and any model of the family will do, imported ones includ
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from isthmus.errors import UserError
+from isthmus.functional.draws import EDIT_STREAMS, TokenStreams
 from isthmus.functional.guidance import Guidance
-from isthmus.functional.masks import paste_known, project_onto_small
+from isthmus.functional.masks import project_onto_small
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.shapes import Images, LatentMap
 from isthmus.generation.editing import Jumps, Keeping, KnownPart, edit_scales, known_part
@@ -22,13 +23,14 @@ from isthmus.generation.next_scale import ScaleSampler
 from isthmus.generation.options import FOLDER_DEFAULT, Default
 from isthmus.generation.step import Pictures
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.pipelines.canvas import Canvas, check_size, extended, open_images, place
+from isthmus.pipelines.canvas import Canvas, extended, open_images, place
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.masks import MaskInput, to_masks
 from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
 from isthmus.pipelines.saved import SavedPipeline
 
+_Value = TypeVar("_Value")
 _SEAM_PARTS = 16  # the seam is this part of the image's side: half a cell of the published latent grid
 
 
@@ -36,9 +38,10 @@ class NextScaleEditing(SavedPipeline):
     """Edits of images. Every method takes one image or several; single images, masks and labels serve all of them.
 
     `options` are those of a call (`guidance_scale`, `top_k`, `top_p`, `temperature`, `smooth`, `seed`, `generator`,
-    `image_index`, `output_type`), and so are the seeds: an edit depends on its own seed and not on its batch. Without a
-    class label an edit is not guided. The model's scheduler and critic refine draws, not edits: an edit draws every
-    token once, and `jumps` is its own way to draw some again.
+    `image_index`, `output_type`), and so are the seeds: an edit depends on its own seed and not on its batch. Its
+    random numbers are none of those that draw an image from that seed. Without a class label an edit is not guided.
+    The model's scheduler and critic refine draws, not edits: an edit draws every token once, and `jumps` is its own
+    way to draw some again. Pictures as tensors, and features, lie on the model's device.
 
     A picture of any size is scaled so that its longer side is the model's `image_size`; what the model makes beside the
     shorter side is cut off again.
@@ -52,8 +55,8 @@ class NextScaleEditing(SavedPipeline):
         """Features to images in [-1, 1]."""
 
     @abstractmethod
-    def _sampler(self, request: Request) -> ScaleSampler:
-        """What predicts and draws for a request."""
+    def _sampler(self, request: Request, streams: TokenStreams) -> ScaleSampler:
+        """What predicts and draws for a request, from the random numbers of `streams`."""
 
     def inpaint(
         self,
@@ -74,7 +77,7 @@ class NextScaleEditing(SavedPipeline):
 
         Args:
             image: what to edit.
-            mask: of the image's size; white (1) is made, black (0) is kept.
+            mask: of the image's size; white (1) is made, black (0) is kept. As images: one, or one each.
             class_labels: what the whole image is to be; None asks for no class.
             num_images: results, where images, masks and labels are single ones.
             keeping: "coverage", or "published": VAR's procedure, which also reads what lies under the mask.
@@ -84,7 +87,8 @@ class NextScaleEditing(SavedPipeline):
                 0, or one each); 0 is off. A jump costs `jump_scales` more forwards.
             jump_scales: scales that a jump draws anew; None is 2. It needs jumps.
             paste: put the known pixels back over the result, blended beside the mask.
-            seam_px: width of the blend in pixels; None is 1/16 of the image's side. It needs `paste`.
+            seam_px: width of the blend in pixels of the result, on the known side of the mask; None is 1/16 of the
+                model's size. It needs `paste`.
             options: those of a call.
 
         Raises:
@@ -94,7 +98,7 @@ class NextScaleEditing(SavedPipeline):
         images, masks = open_images(image), to_masks(mask)
         rows = _rows(num_images, image=images, mask=masks, class_label=label_list(class_labels))
         return self._inpaint(
-            _spread(images, rows), _spread(masks, rows), class_labels, keeping=keeping, max_unknown=max_unknown,
+            images, masks, rows, class_labels, keeping=keeping, max_unknown=max_unknown,
             jumps=jumps, jump_scales=jump_scales, paste=paste, seam_px=seam_px, **options,
         )  # fmt: skip
 
@@ -112,6 +116,8 @@ class NextScaleEditing(SavedPipeline):
     ) -> NextScalePipelineOutput:
         """Make what lies beyond the edges: the picture with margins of so many of its pixels, at the model's size.
 
+        Whatever the rule of keeping, what is read of a margin is painted from the picture: there is no original.
+
         Args:
             image: what to extend.
             left: pixels to add at the left,
@@ -127,10 +133,11 @@ class NextScaleEditing(SavedPipeline):
         """
         images = open_images(image)
         rows = _rows(num_images, image=images, class_label=label_list(class_labels))
+        stride, device = self.image_tokenizer.stride, self.device
         larger, masks = zip(
-            *(extended(one, self.image_tokenizer.stride, left, top, right, bottom) for one in images), strict=True
+            *(extended(one.to(device), stride, left, top, right, bottom) for one in images), strict=True
         )
-        return self._inpaint(_spread(larger, rows), _spread(masks, rows), class_labels, **options)
+        return self._inpaint(larger, masks, rows, class_labels, **options)
 
     def edit_class(
         self, image: ImageInput, mask: MaskInput, class_labels: Labels, **options: Any
@@ -171,7 +178,7 @@ class NextScaleEditing(SavedPipeline):
         """
         images, side, stride = open_images(image), self.image_size, self.image_tokenizer.stride
         rows = _rows(num_images, image=images, class_label=label_list(class_labels))
-        images = _spread(images, rows)
+        images = [one.to(self.device) for one in images]
         largest = {max(one.shape[-2:]) for one in images}
         if max(largest) >= side:
             raise UserError(f"super-resolution makes images of {side} pixels out of smaller ones, got {max(largest)}.")
@@ -182,17 +189,18 @@ class NextScaleEditing(SavedPipeline):
                     "Pass images of one size, or from_scale."
                 )
             from_scale = sum(size * stride <= max(largest) for size in self.schedule.sizes)
-        canvas = place(images, [torch.zeros(1, 1, *one.shape[-2:]) for one in images], side, stride=stride)
+        canvas = place(images, [torch.zeros_like(one[:, :1]) for one in images], side, stride=stride)
         request = self._edit_request(rows, class_labels, **options)
         canvas.check_output_type(request.output_type)
-        known = self._known(canvas.pixels, canvas.mask, max_unknown=max_unknown, from_scale=from_scale)
+        known = self._known(canvas.pixels, canvas.mask, rows, max_unknown=max_unknown, from_scale=from_scale)
         edited = self._edited(known, request)
         if request.output_type == "latent":
             return edited.output(edited.features)
         # the arithmetic of pixels is fp32, whatever the type of the weights
-        made = self._decode(edited.features).float().cpu()
+        made = self._decode(edited.features).float()
         if paste:
-            for one, small, (left, top, right, bottom) in zip(made, images, canvas.boxes, strict=True):
+            for one, small, box in zip(made, _spread(images, rows), _spread(canvas.boxes, rows), strict=True):
+                left, top, right, bottom = box
                 picture = one[None, :, top:bottom, left:right]
                 one[:, top:bottom, left:right] = project_onto_small(picture, small)[0]
         return edited.output(canvas.cut(made, request.output_type))
@@ -218,13 +226,10 @@ class NextScaleEditing(SavedPipeline):
         Raises:
             UserError: there are fewer scales, an image is smaller than the stride, or another argument is not usable.
         """
-        for given in open_images(image):
-            check_size(given, self.image_tokenizer.stride)
-        images = to_images(image, self.image_size)
+        images = to_images(image, self.image_size, stride=self.image_tokenizer.stride).to(self.device)
         rows = _rows(num_images, image=list(images), class_label=label_list(class_labels))
         request = self._edit_request(rows, class_labels, **options)
-        images = images.expand(rows, -1, -1, -1)
-        known = self._known(images, torch.zeros_like(images[:, :1]), from_scale=from_scale)
+        known = self._known(images, torch.zeros_like(images[:, :1]), rows, from_scale=from_scale)
         edited = self._edited(known, request)
         if request.output_type == "latent":
             return edited.output(edited.features)
@@ -234,6 +239,7 @@ class NextScaleEditing(SavedPipeline):
         self,
         images: Sequence[Tensor],
         masks: Sequence[Tensor],
+        rows: int,
         class_labels: Labels,
         *,
         keeping: Keeping = "coverage",
@@ -244,32 +250,35 @@ class NextScaleEditing(SavedPipeline):
         seam_px: int | None = None,
         **options: Any,
     ) -> NextScalePipelineOutput:
-        request = self._edit_request(len(images), class_labels, **options)
+        request = self._edit_request(rows, class_labels, **options)
         back = Jumps.of(jumps, jump_scales, self.schedule.num_scales)
         if seam_px is not None and not paste:
             raise UserError(f"seam_px blends the pasted pixels, got {seam_px} with paste=False. Leave it out.")
         seam_px = max(1, self.image_size // _SEAM_PARTS) if seam_px is None else seam_px
         if not 0 <= seam_px <= self.image_size:
             raise UserError(f"seam_px must lie in 0..{self.image_size} (pixels), got {seam_px}. 0 is a sharp seam.")
+        # one image and one mask are placed and encoded once, however many results they serve
+        sources = max(len(images), len(masks))
+        images, masks = ([one.to(self.device) for one in _spread(given, sources)] for given in (images, masks))
         canvas: Canvas = place(
             images, masks, self.image_size, stride=self.image_tokenizer.stride, hide=keeping != "published"
         )
         canvas.check_output_type(request.output_type)
-        known = self._known(canvas.pixels, canvas.mask, keeping=keeping, max_unknown=max_unknown)
+        known = self._known(canvas.pixels, canvas.mask, rows, keeping=keeping, max_unknown=max_unknown)
         edited = self._edited(known, request, back)
         if request.output_type == "latent":
             return edited.output(edited.features)
         # the arithmetic of pixels is fp32, whatever the type of the weights
-        made = self._decode(edited.features).float().cpu()
+        made = self._decode(edited.features).float()
         if paste:
-            made = paste_known(made, canvas.pixels, canvas.mask, seam_px=seam_px)
+            made = canvas.pasted(made, seam_px)
         return edited.output(canvas.cut(made, request.output_type))
 
-    def _known(self, pixels: Images, mask: Tensor, **rule: Any) -> KnownPart:
-        return known_part(self.image_tokenizer, self.schedule, pixels.to(self.device), mask, **rule)
+    def _known(self, pixels: Images, mask: Tensor, rows: int, **rule: Any) -> KnownPart:
+        return known_part(self.image_tokenizer, self.schedule, pixels, mask, num_results=rows, **rule)
 
     def _edited(self, known: KnownPart, request: Request, jumps: Jumps | None = None) -> "_Edited":
-        sampler = self._sampler(request)
+        sampler = self._sampler(request, EDIT_STREAMS)
         token_ids, features = [torch.empty(0)] * self.schedule.num_scales, None
         for scale in edit_scales(self.image_tokenizer, sampler, known, jumps):
             # a jump draws a scale once more: the last draw counts
@@ -313,7 +322,7 @@ def _rows(num_images: int | None, **given: Sequence[Any]) -> int:
     return rows
 
 
-def _spread(values: Sequence[Tensor], rows: int) -> list[Tensor]:
+def _spread(values: Sequence[_Value], rows: int) -> list[_Value]:
     return list(values) * rows if len(values) == 1 else list(values)
 
 

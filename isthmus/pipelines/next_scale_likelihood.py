@@ -10,6 +10,7 @@ from torch import Tensor
 from isthmus.errors import UserError
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.shapes import TokenPyramid
+from isthmus.generation.autoencoding import latents_of, pixels_of
 from isthmus.generation.next_scale_likelihood import (
     bits_per_pixel,
     check_token_ids,
@@ -20,18 +21,22 @@ from isthmus.generation.next_scale_likelihood import (
 from isthmus.generation.step import Pictures
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.pipelines.free_memory import images_that_fit
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.request import Labels, OutputType, as_output, check_output_type, label_list
 from isthmus.pipelines.saved import SavedPipeline
 
-_ROWS_AT_ONCE = 32
+_MOST_AT_ONCE = 32  # more images at once are no faster
 
 
 class NextScaleLikelihood(SavedPipeline):
     """Tokens, likelihood and signal-to-noise ratio of images; `NextScalePipeline` adds the draws.
 
-    Images are PIL pictures (resized and cropped to the model's size) or tensors (b, 3, h, w) in [-1, 1] of that size.
+    Images are PIL pictures (at least as large as the stride, resized and cropped to the model's size), tensors
+    (b, 3, h, w) in [-1, 1] of that size, or several of these. So many go through at once as fit into half of the memory
+    that is free; results do not depend on it. Tokens and numbers come back on the CPU, pictures as tensors and features
+    on the model's device.
     """
 
     image_tokenizer: MultiScaleVQVAE
@@ -40,6 +45,9 @@ class NextScaleLikelihood(SavedPipeline):
 
     def encode(self, images: ImageInput) -> TokenPyramid:
         """Token ids of every scale, one int tensor (b, s_k * s_k) each, coarse to fine, on the CPU.
+
+        The tokenizer computes in the type it was loaded in: in bfloat16 the ids of many images differ from those in
+        float32, here and wherever images are read (likelihood, classification, edits).
 
         Raises:
             UserError: the images are not usable.
@@ -59,11 +67,10 @@ class NextScaleLikelihood(SavedPipeline):
         check_token_ids(token_ids, self.schedule.lengths[:count], self.codebook_size)
         images = []
         with torch.no_grad():
-            for part in _parts(token_ids):
+            for part in _parts(token_ids, self._images_at_once()):
                 rows = [ids.long().to(self.device) for ids in part]
                 features = self.image_tokenizer.features_up_to(rows, len(rows) - 1, self.schedule)
-                latent = output_type == "latent"
-                images.append(features if latent else self.image_tokenizer.decode_features(features))
+                images.append(features if output_type == "latent" else pixels_of(self.image_tokenizer, features))
         joined = torch.cat(images)
         return joined if output_type == "latent" else as_output(joined, output_type)
 
@@ -145,10 +152,17 @@ class NextScaleLikelihood(SavedPipeline):
 
     def _latents(self, images: ImageInput) -> list[Tensor]:
         """Maps (b, d, grid, grid) of a few images each."""
-        parts = to_images(images, self.image_size).split(_ROWS_AT_ONCE)
-        with torch.no_grad():
-            tokenizer = self.image_tokenizer
-            return [tokenizer.latents(part.to(self.device, tokenizer.dtype)).float() for part in parts]
+        given = to_images(images, self.image_size, stride=self.image_tokenizer.stride)
+        return [latents_of(self.image_tokenizer, part) for part in given.split(self._images_at_once())]
+
+    def _images_at_once(self) -> int:
+        """How many images fit, whatever is done with them: pixels, a draw, or all tokens in one teacher-forced pass."""
+        config, size = self.transformer.config, self.transformer.dtype.itemsize
+        block = config["width"] * (10 + 2 * config["mlp_ratio"]) * size
+        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
+        read = self.schedule.num_tokens * (block + 4 * config["codebook_size"] * 4)
+        each = max(int(read), self.bytes_per_image(guided=False))
+        return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
 
     def _token_nats(
         self, images: ImageInput | None, class_labels: Labels, token_ids: TokenPyramid | None
@@ -179,10 +193,11 @@ class NextScaleLikelihood(SavedPipeline):
             raise UserError(
                 f"a likelihood needs one class label, or one per image ({len(token_ids[0])}), got {len(labels)}."
             )
-        parts = zip(_parts(token_ids), labels.split(_ROWS_AT_ONCE), strict=True)
-        return torch.cat([measure(part, each) for part, each in parts]).cpu()
+        at_once = self._images_at_once()
+        parts = zip(_parts(token_ids, at_once), labels.split(at_once), strict=True)
+        return torch.cat([measure(part, each).cpu() for part, each in parts])
 
 
-def _parts(token_ids: TokenPyramid) -> list[list[Tensor]]:
+def _parts(token_ids: TokenPyramid, at_once: int) -> list[list[Tensor]]:
     """The same pyramids, a few at a time."""
-    return [list(part) for part in zip(*(ids.split(_ROWS_AT_ONCE) for ids in token_ids), strict=True)]
+    return [list(part) for part in zip(*(ids.split(at_once) for ids in token_ids), strict=True)]

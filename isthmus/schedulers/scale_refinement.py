@@ -6,6 +6,7 @@ thresholds are ours: spec of SRDD, 3.2).
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -23,6 +24,21 @@ DEFAULT_SHARE = 0.3
 DEFAULT_JUMP_SCALES = 2
 
 
+@dataclass(frozen=True)
+class Forwards:
+    """Predictions of a scale in one draw, rounds included; labelled and null rows of a scale are one.
+
+    Attributes:
+        least, most: the same number, unless it depends on what is drawn.
+    """
+
+    least: int
+    most: int
+
+    def __str__(self):
+        return str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+
+
 class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
     """Rounds of redrawing per scale. It holds no state and no random numbers.
 
@@ -33,7 +49,8 @@ class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
             anew, all but the last `jump_scales` scales of that are kept and the others drawn again (RePaint's jump);
             a jump costs the forwards of the scales it repeats.
         rounds: one number per scale, coarse to fine, 0 for what is left out; None is one round at the second to
-            fourth scale (simple: at the third and fourth). The first scale has no context and none.
+            fourth scale (simple: from the first scale that a jump can start from, `jump_scales` counted from 0, to
+            the fourth: with 2 the third and fourth). The first scale has no context and none.
         share: masked and critic: share of a scale's tokens that a round draws again, in (0, 1]; None is 0.3, where
             `p_min` does not say otherwise.
         p_min: masked only, instead of a share: tokens less probable than this are drawn again, in (0, 1).
@@ -99,6 +116,35 @@ class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
             )
         return rounds
 
+    def forwards_of(self, num_scales: int, *, has_cache: bool, smooth: bool) -> Forwards:
+        """What a draw costs, whatever the batch it is part of.
+
+        Two things depend on what is drawn: a round by `p_min` in which no token is less probable is left out, and a
+        jump of a causal model reads the kept scales again where their tokens changed.
+
+        Args:
+            num_scales: of the model.
+            has_cache: whether the model is causal.
+            smooth: codes are mixed, which a jump always changes.
+
+        Raises:
+            UserError: as `rounds_of`.
+
+        >>> scheduler = ScaleRefinementScheduler(mode="simple")
+        >>> str(scheduler.forwards_of(6, has_cache=False, smooth=False))
+        '10'
+        >>> str(scheduler.forwards_of(6, has_cache=True, smooth=False))
+        '10 to 11'
+        """
+        rounds = self.rounds_of(num_scales)
+        if self.mode != "simple":
+            most = num_scales + sum(rounds)
+            return Forwards(num_scales if self.config["p_min"] is not None else most, most)
+        fixed = num_scales + self.jump_scales * sum(rounds)
+        # a jump from `scale` keeps scale + 1 - jump_scales scales; the first of them reads none before it
+        again = sum(count * (scale - self.jump_scales) for scale, count in enumerate(rounds)) if has_cache else 0
+        return Forwards(fixed + again if smooth else fixed, fixed + again)
+
     def _rounds_on(self, num_scales: int) -> tuple[int, ...]:
         given = self.config["rounds"]
         if given is None:
@@ -112,7 +158,9 @@ class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
         return tuple(given[:num_scales]) + (0,) * (num_scales - len(given))
 
     def hidden_by_probability(self, probabilities: Float[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
-        """Which tokens a masked round draws again, from the probabilities they were drawn with."""
+        """Which tokens a masked round draws again, from their probabilities: guided, at the draw's temperature, before
+        filters.
+        """
         p_min = self.config["p_min"]
         return probabilities < p_min if p_min is not None else lowest_share(probabilities, self.share)
 

@@ -1,6 +1,7 @@
 """`isthmus edit`: every command writes its pictures, and bad input writes nothing."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -63,6 +64,7 @@ def test_inpainting_does_not_depend_on_the_batch_size(isthmus, model, image, mas
     "words",
     [
         ("class", "--classes", "hand", "--jumps", 1),
+        ("class", "--classes", "hand", "--jumps", "0,1,2", "--jump-scales", 1, "--max-unknown", "0.5,0.25,0"),
         ("inpaint", "--published", "--no-paste"),
         ("outpaint", "--right", 8, "--top", 2),
         ("variations", "--from-scale", 1, "--classes", "face"),
@@ -75,6 +77,22 @@ def test_every_edit_writes_its_pictures(words, isthmus, model, image, mask, tmp_
     )
     assert result.code == 0, result
     assert names(tmp_path / "o") == ["000000.png", "000001.png", "overview.png"]
+
+
+def test_one_number_serves_all_scales_and_forwards_are_said(isthmus, model, image, mask, tmp_path):
+    settings, said = [], []
+    for name, words in {"one": ("--jumps", 2), "each": ("--jumps", "0,0,2")}.items():
+        # with less than a quarter of a token unknown, every scale has tokens to draw
+        out = ("--num", 2, "--batch-size", 1, "--max-unknown", 0.2, "--out", tmp_path / name)
+        said.append(isthmus("edit", "inpaint", model, "--image", image, "--mask", mask, *out, *words).err)
+        with Image.open(tmp_path / name / "000001.png") as picture:
+            settings.append(json.loads(picture.info["settings"])["jumps"])
+            pixels = np.asarray(picture)
+    assert settings == [2, [0, 0, 2]]
+    with Image.open(tmp_path / "one" / "000001.png") as picture:
+        assert np.array_equal(np.asarray(picture), pixels)
+    # three scales and twice two again, for each of two batches
+    assert all("14 forwards in 2 batches" in line for line in said)
 
 
 def test_the_overview_stretches_nothing(isthmus, model, tmp_path):
@@ -90,7 +108,7 @@ def test_the_overview_stretches_nothing(isthmus, model, tmp_path):
 def test_super_resolution_of_a_small_file(isthmus, model, image, tmp_path):
     with Image.open(image) as picture:
         picture.resize((4, 4)).save(tmp_path / "small.png")
-    words = ("--image", tmp_path / "small.png", "--num", 1, "--out", tmp_path / "o")
+    words = ("--image", tmp_path / "small.png", "--num", 1, "--out", tmp_path / "o", "--max-unknown", "0.2")
     assert isthmus("edit", "super-resolve", model, *words).code == 0
     with Image.open(tmp_path / "o" / "000000.png") as picture:
         assert picture.size == (8, 8)
@@ -106,7 +124,9 @@ def test_bad_input_is_one_line_and_writes_nothing(refused, model, image, mask, t
     assert "black and white" in refused(*base, "--mask", image)
     assert "--mask" in refused(*base, "--mask", tmp_path / "none.png")
     assert "max_unknown" in refused(*base, "--mask", mask, "--max-unknown", 1.5)
+    assert "one per scale" in refused(*base, "--mask", mask, "--max-unknown", "0.5,0.5")
     assert "jumps" in refused(*base, "--mask", mask, "--jumps", -1)
+    assert "one per scale" in refused(*base, "--mask", mask, "--jumps", "0,1")
     assert "without jumps" in refused(*base, "--mask", mask, "--jump-scales", 1)
     assert "paste=False" in refused(*base, "--mask", mask, "--no-paste", "--seam-px", 1)
     assert "own rule" in refused(*base, "--mask", mask, "--published", "--max-unknown", 0.2)

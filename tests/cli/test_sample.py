@@ -9,6 +9,7 @@ from PIL import Image
 from isthmus.generation.step import token_hashes
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image, is_out_of_memory
+from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from tests.pipelines.tiny import tiny_pipeline
 
 
@@ -78,6 +79,43 @@ def test_refinement_is_an_option_of_a_draw(isthmus, refused, model, tmp_path):
         assert hashes(tmp_path / mode) == token_hashes(drawn) != hashes(tmp_path / "default")
     assert "no critic" in refused("-q", "sample", model, "--refine", "critic", "--out", tmp_path / "o")
     assert "model" in refused("-q", "sample", model, "--refine", "simple", "--seed", 3, "--out", tmp_path / "masked")
+
+
+@pytest.mark.slow
+def test_forwards_are_part_of_the_record(isthmus, model, tmp_path):
+    """Of every image, whoever drew it: in batches of another size, now or before."""
+    pipe = load_pipeline(model)
+    for mode, count in (("none", 3), ("masked", 5)):
+        pipe.refine_with(mode)
+        assert pipe([0, 1], seed=0).num_forwards == count
+        words = ("sample", model, "--refine", mode, "--out", tmp_path / mode)
+        assert f"; {count} forwards each" in isthmus(*words, "--num", 3, "--batch-size", 1).err
+        assert f"(2 drawn now); {count} forwards each" in isthmus(*words, "--num", 5, "--batch-size", 4).err
+        assert f"(0 drawn now); {count} forwards each" in isthmus(*words, "--num", 5).err
+        assert manifest(tmp_path / mode)["forwards_per_image"] == {"least": count, "most": count}
+
+
+@pytest.mark.slow
+def test_forwards_that_depend_on_the_draw_are_a_range(isthmus, tmp_path):
+    scheduler = ScaleRefinementScheduler(mode="masked", p_min=0.05)
+    tiny_pipeline(scheduler=scheduler).save_pretrained(tmp_path / "model")
+    for size in (1, 4):
+        out = tmp_path / f"by{size}"
+        result = isthmus("sample", tmp_path / "model", "--num", 4, "--out", out, "--batch-size", size)
+        assert "3 to 5 forwards each" in result.err
+        assert manifest(out)["forwards_per_image"] == {"least": 3, "most": 5}
+
+
+@pytest.mark.slow
+def test_a_folder_goes_on_whichever_way_nothing_is_refined(isthmus, model, tmp_path):
+    out = tmp_path / "o"
+    assert isthmus("sample", model, "--num", 2, "--out", out).code == 0
+    # as a version wrote it that did not count forwards
+    before = manifest(out)
+    del before["forwards_per_image"]
+    (out / "samples.json").write_text(json.dumps(before))
+    assert "(1 drawn now)" in isthmus("sample", model, "--refine", "none", "--num", 3, "--out", out).err
+    assert manifest(out)["images"][:2] == before["images"] and "forwards_per_image" in manifest(out)
 
 
 @pytest.mark.slow

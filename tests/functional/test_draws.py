@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.functional import draws
-from isthmus.functional.draws import stream, token_gumbels, token_uniforms
+from isthmus.functional.draws import DRAW_STREAMS, EDIT_STREAMS, stream, token_gumbels, token_uniforms
 
 SEEDS = st.integers(0, 2**40)
 
@@ -21,6 +21,19 @@ def test_a_stream_is_a_function_of_its_path(seed, path):
 def test_purposes_are_distinct():
     purposes = [value for name, value in vars(draws).items() if name.isupper()]
     assert len(purposes) >= 10 and len(set(purposes)) == len(purposes)
+
+
+def test_edits_share_no_number_with_draws():
+    for round_index in (0, 1):
+        uniforms, gumbels = (
+            [made([(3, 0)], 2, *shape, round_index=round_index, purpose=purpose) for purpose in purposes]
+            for made, shape, purposes in (
+                (token_uniforms, (64,), (DRAW_STREAMS.uniforms, EDIT_STREAMS.uniforms)),
+                (token_gumbels, (8, 8), (DRAW_STREAMS.gumbels, EDIT_STREAMS.gumbels)),
+            )
+        )
+        for ours, theirs in (uniforms, gumbels):
+            assert not set(ours.flatten().tolist()) & set(theirs.flatten().tolist())
 
 
 def test_streams_leave_the_global_generators_alone():

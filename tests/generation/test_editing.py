@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
+from isthmus.functional.draws import EDIT_STREAMS
 from isthmus.generation.editing import Jumps, KnownPart, edit_scales, known_part, tokens_as_they_are
 from isthmus.generation.next_scale import ScaleSampler, generate_scales
 from isthmus.generation.options import SamplingOptions
@@ -29,7 +30,7 @@ def visits(pipe, known, *, jumps=None, options=OPTIONS, rows=(0, 1, 2)):
     """Every visit of a scale, and the number of forwards."""
     rows = list(rows)
     seeds = [SEEDS[i] for i in rows]
-    sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS[rows], seeds, options)
+    sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS[rows], seeds, options, EDIT_STREAMS)
     return list(edit_scales(pipe.image_tokenizer, sampler, known, jumps)), sampler.num_forwards
 
 
@@ -50,10 +51,10 @@ def pipe(request):
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-def test_nothing_known_is_sampling(pipe, smooth):
+def test_nothing_known_is_sampling_from_the_numbers_of_edits(pipe, smooth):
     options = SamplingOptions(guidance_scale=2.0, top_k=9, smooth=smooth)
     token_ids, features, forwards = edit(pipe, known_of(pipe, torch.ones(3, 1, 8, 8)), options=options)
-    drawn = list(generate_scales(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options))
+    drawn = list(generate_scales(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options, EDIT_STREAMS))
     assert all(torch.equal(ours, scale.token_ids) for ours, scale in zip(token_ids, drawn, strict=True))
     assert torch.equal(features, drawn[-1].features) and forwards == 3
 
@@ -153,7 +154,7 @@ def test_a_causal_jump_leaves_the_cache_as_a_fresh_one_would_be():
     """After jumps, the last scale's prediction is that of a sampler that only ever saw the final tokens."""
     pipe = tiny_pipeline(scale_attention="causal")
     token_ids, features, _ = edit(pipe, known_of(pipe, left_half()), jumps=Jumps((0, 2, 0), 1))
-    sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, OPTIONS)
+    sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, OPTIONS, EDIT_STREAMS)
     state = sampler.start()
     for scale in range(3):
         logits = sampler.predict(scale, state)
@@ -179,6 +180,7 @@ def test_scales_from_one_on_are_drawn(pipe):
         ({"max_unknown": (0.5, 0.5)}, "one per scale"),
         ({"from_scale": 4}, "from_scale"),
         ({"from_scale": -1}, "from_scale"),
+        ({"num_results": 4}, "takes one image or 4"),
     ],
 )
 def test_rules_out_of_range_are_refused(rule, said):

@@ -6,7 +6,7 @@ from isthmus.errors import UserError
 from isthmus.functional.draws import token_uniforms
 from isthmus.functional.guidance import GuidanceSchedule, guidance_values
 from isthmus.functional.sampling import draw_tokens, filter_logits
-from isthmus.generation.next_scale import generate_scales, shared_schedule
+from isthmus.generation.next_scale import ScaleSampler, generate_scales, shared_schedule
 from isthmus.generation.options import SamplingOptions
 from isthmus.generation.step import token_hashes
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
@@ -162,3 +162,19 @@ def test_strangers_are_refused(prior_sizes, changed, said):
 def test_filters_out_of_range_are_refused(options):
     with pytest.raises(UserError):
         tokens_of(tiny_pipeline(), SamplingOptions(**options))
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_what_is_added_is_fp32_whatever_the_weights(smooth):
+    pipe = tiny_pipeline()
+    tokenizer, transformer = pipe.image_tokenizer.to(torch.bfloat16), pipe.transformer.to(torch.bfloat16)
+    options = SamplingOptions(guidance_scale=2.0, top_k=9, smooth=smooth)
+    sampler = ScaleSampler(tokenizer, transformer, LABELS, SEEDS, options)
+    features = sampler.start()
+    for scale in range(3):
+        drawn = sampler.draw(scale, sampler.predict(scale, features))
+        features = sampler.add(scale, features, drawn.codes)
+        assert drawn.codes.dtype == drawn.logits.dtype == features.dtype == torch.float32
+    if smooth:
+        # mixtures of bf16 codes that bf16 cannot hold
+        assert not torch.equal(drawn.codes, drawn.codes.to(torch.bfloat16).float())

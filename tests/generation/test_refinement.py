@@ -103,9 +103,9 @@ def test_rows_in_which_nothing_is_hidden_cost_nothing():
 
 
 @torch.no_grad()
-def tokens_by_definition(pipe, rounds, share):
+def tokens_by_definition(pipe, rounds, share, options):
     """Masked resampling, teacher-forced from the start at every forward: slow, plain, without a cache."""
-    tokenizer, transformer, plain = pipe.image_tokenizer, pipe.transformer, sampler_of(pipe)
+    tokenizer, transformer, plain = pipe.image_tokenizer, pipe.transformer, sampler_of(pipe, options=options)
     schedule, null = tokenizer.schedule, torch.full_like(LABELS, transformer.null_class_id)
     done, features = [], plain.start()
 
@@ -121,17 +121,22 @@ def tokens_by_definition(pipe, rounds, share):
         cond, uncond = (transformer(ids, inputs, hidden=marks).logits[:, cut] for ids in (LABELS, null))
         return uncond + plain.guidance[scale] * (cond - uncond)
 
+    def confidence(logits, token_ids):
+        """Guided, at the temperature of the draw, whatever the filters left to draw from."""
+        return (logits / options.temperature).softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+
     for scale in range(3):
-        draw = plain.draw(scale, logits_of(scale, None, None))
-        p = draw.logits.softmax(-1).gather(-1, draw.token_ids[..., None])[..., 0]
+        logits = logits_of(scale, None, None)
+        draw = plain.draw(scale, logits)
+        p = confidence(logits, draw.token_ids)
         for round_index in range(1, rounds[scale] + 1):
             count = -int(-share * schedule.lengths[scale] // 1)
             hidden = torch.zeros_like(p, dtype=torch.bool)
             hidden.scatter_(1, p.argsort(dim=1, stable=True)[:, :count], True)
             own = tokenizer.partial_scale_input(features, draw.codes, hidden, scale)
-            again = plain.draw(scale, logits_of(scale, own, hidden), round_index=round_index)
-            again_p = again.logits.softmax(-1).gather(-1, again.token_ids[..., None])[..., 0]
-            p = torch.where(hidden, again_p, p)
+            logits = logits_of(scale, own, hidden)
+            again = plain.draw(scale, logits, round_index=round_index)
+            p = torch.where(hidden, confidence(logits, again.token_ids), p)
             draw = merged(draw, again, hidden)
         features = plain.add(scale, features, draw.codes)
         done.append(draw.token_ids)
@@ -139,12 +144,53 @@ def tokens_by_definition(pipe, rounds, share):
 
 
 @pytest.mark.parametrize("attention", ["markov", "causal"])
-def test_masked_rounds_are_what_the_definition_says(attention):
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        # greedy: what is left after the filters has probability 1 everywhere, and tells no token from another
+        SamplingOptions(guidance_scale=(1.0, 2.0, 1.5), top_k=1, temperature=0.7),
+    ],
+    ids=["top_k", "greedy"],
+)
+def test_masked_rounds_are_what_the_definition_says(attention, options):
     """For causal models: the cache holds the ordinary keys of a scale after its rounds."""
     pipe = tiny_pipeline(scale_attention=attention)
     scheduler = ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1), share=0.5)
-    tokens, _ = drawn(sampler_of(pipe), scheduler)
-    assert token_hashes(tokens) == token_hashes(tokens_by_definition(pipe, (0, 2, 1), 0.5))
+    tokens, _ = drawn(sampler_of(pipe, options=options), scheduler)
+    assert token_hashes(tokens) == token_hashes(tokens_by_definition(pipe, (0, 2, 1), 0.5, options))
+
+
+def test_greedy_rounds_draw_the_tokens_again_that_the_unfiltered_model_finds_least_likely():
+    sampler = sampler_of(tiny_pipeline(), options=SamplingOptions(guidance_scale=2.0, top_k=1))
+    state = sampler.start()
+    for scale in range(2):
+        state = sampler.add(scale, state, sampler.draw(scale, sampler.predict(scale, state)).codes)
+    logits = sampler.predict(2, state)
+    first = sampler.draw(2, logits)
+    lowest = logits.softmax(-1).amax(-1).argsort(dim=1)[:, :5]  # ceil(0.3 * 16) of the likeliest code's probabilities
+    hidden = torch.zeros_like(first.token_ids, dtype=torch.bool).scatter(1, lowest, True)
+    assert bool((~hidden[:, :5]).any()), "other tokens than the first ones"
+    again = redraw(sampler, 2, state, first.codes, hidden, 1)
+    tokens, _ = drawn(
+        sampler_of(tiny_pipeline(), options=sampler.options),
+        ScaleRefinementScheduler(mode="masked", rounds=(0, 0, 1)),
+    )
+    assert torch.equal(tokens[2], torch.where(hidden, again.token_ids, first.token_ids))
+
+
+def test_greedy_rounds_by_p_min_take_place():
+    sampler = sampler_of(tiny_pipeline(), options=SamplingOptions(top_k=1))
+    drawn(sampler, ScaleRefinementScheduler(mode="masked", p_min=0.9))
+    assert sampler.num_forwards == 5
+
+
+def test_the_first_scales_can_be_searched_alone():
+    sampler = sampler_of(tiny_pipeline())
+    features = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = sampler.requantize(features)
+    for count in range(4):
+        assert token_hashes(sampler.requantize(features, count)) == token_hashes(whole[:count])
 
 
 @torch.no_grad()

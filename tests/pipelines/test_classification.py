@@ -67,6 +67,29 @@ def test_heat_maps_are_red_above_zero_and_blue_below():
     assert np.array_equal(pixels[0, 0], np.asarray(heat_map(picture, np.full((1, 1), 9.0), limit=1.0))[0, 0])
 
 
+def evidence_of(pipe, picture):
+    return pipe.evidence(picture, "flag")[0].numpy()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_heat_map_lies_on_the_part_of_a_picture_that_was_read(pipe, turned):
+    """The central square of a wide picture that is upright by its EXIF tag: what lies beside it is grey."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 20, 3), dtype=np.uint8)
+    other = pixels.copy()
+    other[:, :6], other[:, 14:] = 0, 255
+    wide, beside = Image.fromarray(pixels), Image.fromarray(other)
+    assert_close(pipe.evidence(wide, "flag"), pipe.evidence(beside, "flag"))
+    shown = wide
+    if turned:
+        shown = wide.transpose(Image.Transpose.ROTATE_90)
+        shown.getexif()[0x0112] = 6  # is to be turned back
+    made = np.asarray(heat_map(shown, evidence_of(pipe, shown))).astype(int)
+    assert made.shape == (8, 20, 3)
+    coloured = (made[..., 0] != made[..., 1]) | (made[..., 1] != made[..., 2])
+    assert not coloured[:, :6].any() and not coloured[:, 14:].any() and coloured[:, 6:14].mean() > 0.9
+    assert np.array_equal(made[:, 6:14], np.asarray(heat_map(wide.crop((6, 0, 14, 8)), evidence_of(pipe, wide))))
+
+
 @pytest.mark.parametrize(
     ("said", "arguments"),
     [

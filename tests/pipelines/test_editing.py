@@ -7,9 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.testing import assert_close
 
 from isthmus.errors import UserError
+from isthmus.functional.draws import EDIT_STREAMS
+from isthmus.functional.masks import kept_as_published
+from isthmus.generation.next_scale import generate_scales
+from isthmus.pipelines.canvas import extended, place
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.masks import to_masks
 from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from tests.pipelines.tiny import tiny_pipeline
 
@@ -103,6 +109,9 @@ def test_single_inputs_serve_all(pipe):
         np.asarray(mask_picture()).astype(np.float64),
         torch.from_numpy(np.array(mask_picture())).long(),
         see_through(mask_picture()),
+        [np.asarray(mask_picture())],
+        [torch.from_numpy(np.array(mask_picture()))[None, None] > 0],
+        (np.asarray(mask_picture()) > 0,),
     ],
 )
 def test_masks_of_every_kind(mask):
@@ -110,6 +119,111 @@ def test_masks_of_every_kind(mask):
     expected = torch.zeros(8, 8)
     expected[2:4, 2:4] = 1
     assert same(pipe.inpaint(IMAGES[:1], mask, seed=0), pipe.inpaint(IMAGES[:1], expected, seed=0))
+
+
+def test_lists_may_hold_pictures_arrays_and_tensors(pipe):
+    image, mask = picture(), mask_picture()
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+    plane = torch.from_numpy(np.array(mask))
+    mixed = pipe.inpaint([pixels, image, pixels[None]], [mask, plane.numpy(), plane > 0], seed=0, output_type="pt")
+    alike = pipe.inpaint([image] * 3, [mask] * 3, seed=0, output_type="pt")
+    assert same(mixed, alike) and torch.equal(mixed.images, alike.images)
+
+
+@pytest.mark.parametrize(
+    ("masks", "said"),
+    [
+        (["mask.png"], "got str"),
+        ([mask_picture(), [[0, 1], [1, 0]]], "got list"),
+        (None, "got NoneType"),
+        (np.array([["white", "black"]]), "numbers or booleans"),
+        ([torch.zeros(2, 2, 2, 2)], "a mask is"),
+    ],
+)
+def test_what_is_no_mask_is_refused(masks, said):
+    with pytest.raises(UserError, match=said):
+        to_masks(masks)
+
+
+def far_from(mask: torch.Tensor, distance_px: int) -> torch.Tensor:
+    """Pixels further from the mask than so many steps, diagonal ones counting as one."""
+    reach = F.max_pool2d(mask[None], 2 * distance_px + 1, stride=1, padding=distance_px)[0]
+    return reach == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 4), (4, 8), (8, 8)])
+@pytest.mark.parametrize("keeping", ["coverage", "published"])
+def test_the_seam_lies_beside_the_mask_alone(pipe, width, height, keeping):
+    """Also in a picture that is no square, whose border on the model's canvas is unknown too."""
+    image, mask = IMAGES[:1, :, :height, :width], torch.zeros(1, height, width)
+    mask[:, 1:3, :2] = 1
+    far = far_from(mask, 2).expand(3, -1, -1)
+    assert far.any()
+    for edit in (pipe.inpaint, pipe.edit_class):
+        made = edit(image, mask, "face", seam_px=2, keeping=keeping, seed=0, output_type="pt").images[0]
+        assert_close(made[far], image[0].add(1).div(2)[far], atol=1e-6, rtol=0)
+        assert not torch.allclose(made[~far], image[0].add(1).div(2)[~far], atol=1e-2)
+
+
+def test_outpainting_blends_beside_the_new_margins_alone(pipe):
+    image = IMAGES[:1, :, :2, :6]
+    made = pipe.outpaint(image, right=2, seam_px=2, seed=0, output_type="pt").images
+    assert made.shape == (1, 3, 2, 8)
+    assert_close(made[..., :4], image[..., :4].add(1).div(2), atol=1e-6, rtol=0)
+    assert not torch.allclose(made[..., 4:6], image[..., 4:].add(1).div(2), atol=1e-2)
+
+
+def test_margins_are_painted_from_the_picture_by_any_rule():
+    plain = torch.full((1, 3, 4, 4), 0.75)
+    larger, mask = extended(plain, 2, 1, 2, 3, 0)
+    assert_close(larger, torch.full((1, 3, 6, 8), 0.75))
+    assert torch.equal(mask[..., 2:, 1:5], torch.zeros(1, 1, 4, 4)) and mask.sum() == 6 * 8 - 16
+    for hide in (False, True):
+        assert_close(place([larger], [mask], 8, stride=2, hide=hide).pixels, torch.full((1, 3, 8, 8), 0.75))
+
+
+@pytest.mark.parametrize(
+    ("edit", "encoded"),
+    [
+        (lambda pipe: pipe.inpaint(IMAGES[:1], MASK, num_images=3, seed=1, output_type="pt"), 1),
+        (lambda pipe: pipe.edit_class(IMAGES[:1], MASK, [0, 1, 2], seed=1, output_type="pt"), 1),
+        (lambda pipe: pipe.inpaint(IMAGES[:1], MASK, num_images=3, seed=1, keeping="published", output_type="pt"), 1),
+        (lambda pipe: pipe.inpaint(IMAGES[:1], torch.stack([MASK, MASK.T]), seed=1, output_type="pt"), 2),
+        (lambda pipe: pipe.outpaint(IMAGES[:1], right=4, num_images=3, seed=1, output_type="pt"), 1),
+        (lambda pipe: pipe.super_resolve(IMAGES[:1, :, :4, :2], num_images=3, seed=1, output_type="pt"), 1),
+        (lambda pipe: pipe.variations(IMAGES[:1], 1, num_images=3, seed=1, output_type="pt"), 1),
+    ],
+)
+def test_a_source_of_several_results_is_encoded_once(pipe, edit, encoded):
+    seen = []
+    hook = pipe.image_tokenizer.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    result = edit(pipe)
+    hook.remove()
+    assert seen == [encoded] and len(result.images) == len(result.seeds) > 1
+    assert not torch.equal(result.images[0], result.images[1])
+
+
+def test_a_source_of_several_results_gives_what_copies_of_it_give(pipe):
+    copies = IMAGES[:1].expand(3, -1, -1, -1)
+    for options in ({"jumps": 1}, {"keeping": "published"}):
+        asked = {"seed": 4, "output_type": "pt"} | options
+        once, each = (pipe.inpaint(images, MASK, [0, 1, 2], **asked) for images in (IMAGES[:1], copies))
+        assert same(once, each)
+        assert_close(once.images, each.images, atol=1e-5, rtol=0)
+
+
+def test_an_edit_reads_other_numbers_than_the_draw_of_its_seed(pipe):
+    free, drawn = pipe.variations(IMAGES, 0, ["face", "flag"], seed=5), pipe(["face", "flag"], seed=5)
+    assert not any(torch.equal(a, b) for a, b in zip(free.token_ids, drawn.token_ids, strict=True))
+    labels, seeds = torch.tensor([0, 1]), [(5, 0), (5, 1)]
+    for smooth in (False, True):
+        edited = pipe.variations(IMAGES, 0, ["face", "flag"], seed=5, smooth=smooth, output_type="latent")
+        options = pipe.defaults.override(smooth=smooth)
+        scales = list(
+            generate_scales(pipe.image_tokenizer, pipe.transformer, labels, seeds, options, streams=EDIT_STREAMS)
+        )
+        assert all(torch.equal(a, b.token_ids) for a, b in zip(edited.token_ids, scales, strict=True))
+        assert_close(edited.images, scales[-1].features)
 
 
 @pytest.mark.parametrize(("width", "height"), [(8, 8), (16, 8), (5, 20), (3, 3)])
@@ -174,6 +288,26 @@ def test_variations_share_the_first_scales(pipe):
 def test_edits_of_a_bfloat16_model(saved, edit):
     result = edit(load_pipeline(saved, device="cpu", dtype="bfloat16"))
     assert len(result.images) == 2 and all(one.width == 8 for one in result.images)
+
+
+def test_a_bfloat16_model_keeps_tokens_and_pixels(saved):
+    pipe = load_pipeline(saved, device="cpu", dtype="bfloat16")
+    found = pipe.encode(IMAGES)
+    varied = pipe.variations(IMAGES, 2, seed=1).token_ids
+    assert [torch.equal(a, b) for a, b in zip(varied, found, strict=True)] == [True, True, False]
+    edited = pipe.inpaint(IMAGES, MASK, "face", seed=1, seam_px=0, keeping="published", output_type="pt")
+    for ours, theirs, kept in zip(
+        edited.token_ids, found, kept_as_published(MASK.expand(2, 1, 8, 8), (1, 2, 4)), strict=True
+    ):
+        assert torch.equal(ours[kept], theirs[kept])
+    source, known = IMAGES.add(1).div(2), (MASK == 0).expand_as(IMAGES)
+    # the arithmetic of pixels is fp32: what is pasted is not rounded to 8 bits of mantissa
+    assert_close(edited.images[known], source[known], atol=1e-6, rtol=0)
+    wider = pipe.outpaint(IMAGES[..., :4], right=4, seed=0, seam_px=0, output_type="pt").images
+    assert_close(wider[..., :4], source[..., :4], atol=1e-6, rtol=0)
+    small = F.interpolate(IMAGES, size=(4, 4), mode="area") * 0.5
+    larger = pipe.super_resolve(small, seed=0, output_type="pt").images
+    assert_close(F.interpolate(larger, size=(4, 4), mode="area"), small.add(1).div(2), atol=5e-3, rtol=0)
 
 
 def test_latents_and_seeds(pipe):

@@ -8,7 +8,7 @@ from PIL import Image
 from isthmus.data.augment import centre_view
 from isthmus.data.decode import decode_image
 from isthmus.errors import UserError
-from isthmus.pipelines.images import to_images
+from isthmus.pipelines.images import listed_images, to_images
 
 
 def noise(height, width, mode="RGB"):
@@ -35,6 +35,24 @@ def test_several_pictures_and_tensors():
     assert torch.equal(both[1:], to_images(pictures[1], 8))
     assert torch.equal(to_images(both, 8), both) and torch.equal(to_images(both[0], 8), both[:1])
     assert to_images(torch.zeros(3, 8, 12), 8).shape == (1, 3, 8, 12)
+    mixed = to_images([both[0], pictures[1], both], 8)
+    assert torch.equal(mixed, torch.cat([both, both]))
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (["face.png"], "got str"),
+        ("face.png", "got str"),
+        (3, "got int"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "got ndarray"),
+        ([noise(8, 8), np.zeros((8, 8, 3), np.uint8)], "got ndarray"),
+        ([], "at least one"),
+    ],
+)
+def test_what_is_neither_picture_nor_tensor_is_refused(images, said):
+    with pytest.raises(UserError, match=said):
+        listed_images(images)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +65,7 @@ def test_several_pictures_and_tensors():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "127.5"),
         (torch.full((1, 3, 8, 8), float("nan")), "finite"),
         (torch.full((1, 3, 8, 8), 255.0), r"\[-1, 1\], got 255"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 12)], "one size, got 12 x 8, 8 x 8"),
     ],
 )
 def test_what_is_no_image_is_refused_in_words(images, said):

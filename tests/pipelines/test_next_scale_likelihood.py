@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
+from isthmus.pipelines.next_scale import NextScalePipeline
 from tests.pipelines.tiny import tiny_pipeline
 
 
@@ -60,6 +61,34 @@ def test_more_images_than_go_through_at_once(pipe):
     assert pipe.signal_to_noise(images).shape == (3,)
 
 
+class Hungry(NextScalePipeline):
+    """A pipeline of which no machine holds two images at once."""
+
+    def bytes_per_image(self, *, guided: bool) -> int:
+        return 2**62
+
+
+def test_results_do_not_depend_on_how_many_images_fit(pipe, images):
+    hungry = Hungry(pipe.image_tokenizer, pipe.transformer, class_names=pipe.class_names)
+    rows = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    alone = hungry.log_prob(images, ["face", 2, None])
+    together = pipe.log_prob(images, ["face", 2, None])
+    hook.remove()
+    assert rows == [1, 1, 1, 3]
+    assert_close(alone, together)
+    for one, other in zip(hungry.encode(images), pipe.encode(images), strict=True):
+        assert torch.equal(one, other)
+    assert_close(hungry.decode(pipe.encode(images), output_type="pt"), pipe.reconstruct(images, output_type="pt"))
+    assert_close(hungry.elbo(images, 1), pipe.elbo(images, 1))
+    assert_close(hungry.evidence(images, 1), pipe.evidence(images, 1))
+    assert_close(hungry.signal_to_noise(images), pipe.signal_to_noise(images))
+    options = {"num_views": 2, "seed": 3}
+    one, other = (each.classify(images, **options) for each in (hungry, pipe))
+    assert torch.equal(one.class_labels, other.class_labels)
+    assert_close(one.scores.nats, other.scores.nats, atol=1e-4, rtol=0)
+
+
 def test_an_unlabelled_model_needs_no_labels(images):
     assert tiny_pipeline(num_classes=0).log_prob(images).shape == (3,)
 
@@ -79,6 +108,9 @@ def test_an_unlabelled_model_needs_no_labels(images):
         (lambda pipe, x: pipe.reconstruct(x, 4), r"1\.\.3"),
         (lambda pipe, x: pipe.encode(torch.zeros(1, 3, 16, 16)), "8 x 8"),
         (lambda pipe, x: pipe.encode([]), "at least one image"),
+        (lambda pipe, x: pipe.encode(PIL.Image.new("RGB", (1, 1))), "at least 2 x 2"),
+        (lambda pipe, x: pipe.log_prob([PIL.Image.new("RGB", (8, 1))], 0), "at least 2 x 2"),
+        (lambda pipe, x: pipe.classify(PIL.Image.new("RGB", (1, 8))), "at least 2 x 2"),
         (lambda pipe, x: pipe.signal_to_noise(x * 3), r"\[-1, 1\]"),
     ],
 )

@@ -55,6 +55,46 @@ def test_a_scheduler_is_part_of_the_saved_model(attention, tmp_path):
     assert loaded.fingerprint == before
 
 
+def test_without_refinement_a_model_is_the_one_it_was(tmp_path):
+    """Equal images, equal fingerprint: also behind a mode that was set and taken back, and saved."""
+    pipe = tiny_pipeline()
+    before = pipe.fingerprint
+    pipe.refine_with("masked")
+    assert pipe.scheduler.mode == "masked" and pipe.fingerprint != before
+    pipe.refine_with("none")
+    assert pipe.scheduler is None and pipe.fingerprint == before
+    pipe.save_pretrained(tmp_path / "model")
+    assert load_pipeline(tmp_path / "model", device="cpu").fingerprint == before
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        ScaleRefinementScheduler(),
+        ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1)),
+        ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1), p_min=0.05),
+        ScaleRefinementScheduler(mode="masked", p_min=1e-30),
+        ScaleRefinementScheduler(mode="critic", rounds=(0, 1)),
+        ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1),
+        ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2),
+    ],
+    ids=["none", "masked", "p_min", "p_min-never", "critic", "near", "far"],
+)
+def test_a_draw_costs_what_its_scheduler_says(attention, smooth, scheduler):
+    pipe = tiny_pipeline(scale_attention=attention)
+    pipe.critic, pipe.scheduler = critic_for(pipe), scheduler
+    said = scheduler.forwards_of(3, has_cache=attention == "causal", smooth=smooth)
+    for labels in ([0], [0, 1, 2, None]):
+        count = pipe(labels, seed=5, smooth=smooth, guidance_scale=2.0, output_type="latent").num_forwards
+        assert said.least <= count <= said.most
+    # only these two depend on what is drawn
+    by_draw = scheduler.config["p_min"] is not None
+    by_draw |= attention == "causal" and not smooth and scheduler.config["jump_scales"] == 1
+    assert (said.least < said.most) == by_draw
+
+
 def test_a_critic_is_part_of_the_saved_model(tmp_path):
     pipe = tiny_pipeline()
     pipe.critic = critic_for(pipe)
