@@ -17,6 +17,8 @@ from isthmus.training.run import write_atomically
 logger = logging.getLogger("isthmus")
 
 REPORT = "distillation"
+_BASELINE = "student without teacher"
+_NOT_MEASURED = "-"
 _FORMULA = (
     "2 (L (n (4 + 2 r) w^2 + d w + w V) + 2 n w P + (6 m + 2) w^2): L tokens, n layers, width w, r feed-forward ratio, "
     "d code width, V codes, P visible pairs, m modulations"
@@ -30,7 +32,7 @@ def write_report(run: DistillRun, *, without_teacher: Path | None = None) -> Pat
     """
     folders = {"teacher": run.from_model, "student": str(run.out)}
     if without_teacher is not None:
-        folders["student without teacher"] = str(without_teacher)
+        folders[_BASELINE] = str(without_teacher)
     models = {name: _loaded(folder) for name, folder in folders.items()}
     record, page = run.out / f"{REPORT}.json", run.out / f"{REPORT}.md"
     prints = {name: model.fingerprint for name, model in models.items()}
@@ -43,7 +45,8 @@ def write_report(run: DistillRun, *, without_teacher: Path | None = None) -> Pat
     reference, real = ("training", train) if isinstance(train, ImageSource) else ("held-out", held_out)
     if run.report_images:
         judge = ImageJudge(real, models["student"].image_size)
-        ceiling = judge.accuracy_of(held_out)
+        # one class, or none, is every image's: there is nothing to be consistent with
+        ceiling = judge.accuracy_of(held_out) if models["student"].num_classes > 1 else None
     figures = {
         name: model_figures(
             model, prints[name], times[name], held_out, judge, num_images=run.report_images, seed=run.seed
@@ -67,7 +70,14 @@ def write_report(run: DistillRun, *, without_teacher: Path | None = None) -> Pat
 def report_page(
     run: DistillRun, figures: Mapping[str, ModelFigures], ceiling: float | None, reference: str = "training"
 ) -> str:
-    """The page: what is saved, what it costs, and how both were measured; `reference` images are the real ones."""
+    """The page: what is saved, what it costs, and how both were measured.
+
+    Args:
+        run: the distillation.
+        figures: by the name of the model; rows that no model has are left out.
+        ceiling: class consistency of held-out images; None where it was not measured.
+        reference: which images are the real ones.
+    """
     rows = {
         "scales": [",".join(map(str, one.scale_sizes)) for one in figures.values()],
         "mask": [one.scale_attention for one in figures.values()],
@@ -82,7 +92,8 @@ def report_page(
         "FD-lite0": [_or_dash(one.frechet, ".4f") for one in figures.values()],
         "class consistency": [_or_dash(one.class_consistency, ".1%") for one in figures.values()],
     }
-    table = "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+    measured = {name: cells for name, cells in rows.items() if set(cells) != {_NOT_MEASURED}}
+    table = "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in measured.items())
     teacher, student = figures["teacher"], figures["student"]
     saved = {
         what: f"{1 - getattr(student, name) / getattr(teacher, name):.1%}"
@@ -103,32 +114,53 @@ def report_page(
 Saved by the student: {saved["tokens"]} of the tokens, {saved["forwards"]} of the forwards, {saved["arithmetic"]} of
 the arithmetic, {saved["wall"]} of the wall time, {saved["CPU"]} of the CPU time.
 
+{_about_the_baseline(run, figures)}
+
 GFLOP per image, every scale predicted once, without guidance and pixels: {_FORMULA}.
 Times: {TIMED_IMAGES} images at once, guided and filtered as saved with the model, pixels included; medians of {ROUNDS}
 rounds in which the models take turns.
 Bits: exact, unguided. Each model codes the tokens of its own schedule, so bits compare between models of one schedule
-only: the student with the one that had no teacher.
+only: the student with the one that had no teacher, not with its teacher.
 {_about_images(run, ceiling, reference)}
 Trained for {run.num_steps} steps{" per stage" if run.progressive else ""} of {run.batch_size} images, distillation
 weight {run.distillation_weight:g}; run.json has all settings, log.jsonl all measurements.
 """
 
 
+def _about_the_baseline(run: DistillRun, figures: Mapping[str, ModelFigures]) -> str:
+    """What the student compares with to tell whether the teacher helped."""
+    if _BASELINE in figures:
+        return (
+            f"Whether the teacher helped is the difference between the columns student and {_BASELINE}: the same "
+            "scales,\nweights at the start and number of steps, on the images' tokens alone."
+        )
+    if run.distillation_weight == 0:
+        return f"The student was trained without the teacher (distillation weight 0): it is its own {_BASELINE}."
+    return (
+        f"The column {_BASELINE} is missing (--no-baseline), so nothing here tells whether the teacher helped. To fill "
+        f"it in:\n`isthmus distill --config {run.out / 'run.json'} --baseline`"
+    )
+
+
 def _about_images(run: DistillRun, ceiling: float | None, reference: str) -> str:
-    if ceiling is None:
+    if not run.report_images:
         return "No image was drawn (report_images 0).\n"
-    # standard error of a share of n independent images at its worst, 0.5
-    error = 0.5 / run.report_images**0.5
-    return f"""FD-lite0: Frechet distance of {run.report_images} drawn images (seed {run.seed}, the same labels and
+    distance = f"""FD-lite0: Frechet distance of {run.report_images} drawn images (seed {run.seed}, the same labels and
 seeds for every model, the model's own guidance and filters) to the {reference} images, 192-d features of
 EfficientNet-Lite0 at native size. Its bias depends on the number of images: these numbers compare with each other and
-with nothing else. Class consistency: share of them whose nearest class mean is their own class; {ceiling:.1%} of
+with nothing else.
+"""
+    if ceiling is None:
+        return distance
+    # standard error of a share of n independent images at its worst, 0.5
+    error = 0.5 / run.report_images**0.5
+    return f"""{distance}Class consistency: share of them whose nearest class mean is their own class; {ceiling:.1%} of
 held-out images reach it, and its standard error is at most {error:.1%}.
 """
 
 
 def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return _NOT_MEASURED if value is None else format(value, form)
 
 
 def _loaded(folder: str) -> NextScalePipeline:

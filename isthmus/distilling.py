@@ -26,7 +26,7 @@ def distill(run: DistillRun) -> Path:
     """Train the student, continuing where an earlier call stopped; returns its pipeline folder.
 
     With `progressive` the students on the way lie in `out`/stages, with `baseline` the one without a teacher in
-    `out`/without_teacher. distillation.md and distillation.json in `out` compare the student with its teacher.
+    `out`/without_teacher. distillation.md and distillation.json in `out` compare the student with both.
 
     Raises:
         UserError: teacher, schedule, images and folder do not fit each other (before anything is trained).
@@ -38,10 +38,10 @@ def distill(run: DistillRun) -> Path:
         if len(stages) > 1:
             logger.info("stage %d/%d: scales %s", number, len(stages), ", ".join(map(str, stage.scale_sizes or ())))
         train_prior(stage)
-    compared = None
-    if run.baseline:
+    compared, without_teacher = None, baseline_run(run, len(stages))
+    if without_teacher is not None:
         logger.info("the same student without the teacher")
-        compared = train_prior(baseline_run(run, len(stages)))
+        compared = train_prior(without_teacher)
     if PartialState().is_main_process:
         write_report(run, without_teacher=compared)
     return run.out
@@ -82,8 +82,13 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
     return [*runs, run]
 
 
-def baseline_run(run: DistillRun, num_stages: int) -> DistillRun:
-    """The same student from the same weights, as many steps, on data tokens alone."""
+def baseline_run(run: DistillRun, num_stages: int) -> DistillRun | None:
+    """The same student from the same weights, as many steps, on data tokens alone; None where it is left out.
+
+    Without a teacher, and with all scales removed at once, it would be the student itself.
+    """
+    if not run.baseline or (run.distillation_weight == 0 and num_stages == 1):
+        return None
     return replace(
         run,
         out=run.out / BASELINE,

@@ -1,7 +1,7 @@
 """What a training costs: operations, memory, and how that is reported before anything is trained."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,24 @@ def saved_settings(model: str, component: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def report(run: Run, network: str, cost: Cost) -> str:
-    """The run as JSON, then its network, size, cost and memory."""
+def work(cost: Cost, num_steps: int, batch_size: int) -> str:
+    """What a training of so many steps costs, in words."""
+    images = num_steps * batch_size
+    return f"{num_steps} steps of {batch_size} images, {images:,} images, {cost.flops * images / 1e15:.3f} PFLOP"
+
+
+def report(run: Run, network: str, cost: Cost, *, trainings: Mapping[str, str] | None = None) -> str:
+    """The run as JSON, then its network, size, cost and memory.
+
+    `trainings` are the rows of a run that consists of several; None is a single one.
+    """
     part = run.batch_size // run.accumulate
     memory = cost.num_parameters * _BYTES_PER_PARAMETER + part * cost.activation_bytes
     rows = {
         "network": network,
         "parameters": f"{cost.num_parameters / 1e6:.2f}M",
         "cost": f"{cost.flops / 1e9:.2f} GFLOP per image (forward and backward of the network)",
-        "run": f"{run.num_steps} steps of {run.batch_size} images, {run.num_steps * run.batch_size:,} images, "
-        f"{cost.flops * run.num_steps * run.batch_size / 1e15:.3f} PFLOP",
+        **(trainings or {"run": work(cost, run.num_steps, run.batch_size)}),
         "memory": f"about {memory / 2**30:.2f} GiB in float32 at {part} images at once (weights, gradients, optimizer, "
         "average, activations)",
     }

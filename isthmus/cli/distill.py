@@ -1,10 +1,7 @@
 """`isthmus distill MODEL`: what the teacher was trained on, a preset, then what the command line says."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from isthmus.cli.train import base_run, option_value, own_options, run_training
 from isthmus.errors import UserError
@@ -14,6 +11,7 @@ from isthmus.pipelines.hub import model_folder
 from isthmus.presets import DISTILL_PRESETS
 from isthmus.training.config import AugmentConfig, PriorSampling
 from isthmus.training.distill_config import DistillRun
+from isthmus.training.recorded_settings import recorded_settings
 
 # settings of the images that a student takes over from its teacher's run.json
 _DATA_FIELDS = ("data", "stream", "max_images")
@@ -47,7 +45,7 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
             f"only next-scale models (VAR, SRDD) have scales to leave out, {model} is a {index.get('_class_name')}."
         )
     run = replace(run, sampling=_sampling(SamplingOptions.from_dict(index["sampling_defaults"])))
-    record = _record(folder / "run.json")
+    record = recorded_settings(folder)
     if record:
         given = {name: record[name] for name in _DATA_FIELDS if name in record}
         classes = record.get("classes")
@@ -58,14 +56,6 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
             f"{model} does not say which images it was trained on (no run.json). Pass --data, and --classes for some."
         )
     return run
-
-
-def _record(path: Path) -> dict[str, Any] | None:
-    """Settings in the record of a run; None where there is none."""
-    try:
-        return dict(json.loads(path.read_text())["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _sampling(options: SamplingOptions) -> PriorSampling:

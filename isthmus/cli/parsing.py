@@ -22,6 +22,8 @@ _PLAIN = (
     (r"^Error parsing (\S+): could not convert string to float: ('.*')", r"\1 needs a number, got \2"),
     (r"^Error parsing (\S+): no type matching (\S+) could be instantiated from \[(.*?)\]\..*", r"\1 takes \2, got \3"),
     (r"^invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*)\)\.?$", r"\2 takes one of \3, got \1"),
+    # names were looked at before: this is a switch that stands so already
+    (r"^Unrecognized options: (--\S+?)\.?$", r"\1 is the default here, so there is no such switch. Leave it out"),
     (r"^Missing value for argument '(\S+)'\. Expected 1 values", r"\1 needs a value"),
 )
 

@@ -13,12 +13,14 @@ class CriticRun:
 
     model: str = ""
     """The model it is to judge: a pipeline folder or hub id."""
-    data: str = "openmoji"
-    """openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]: what the model was trained on."""
+    data: str | None = None
+    """openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]: what the model was trained on. None takes that from
+    the model's run.json."""
     out: Path = Path("runs/critic")
     """Folder of the model with its critic; the token cache lies in it, too."""
     classes: tuple[str, ...] | None = None
-    """Classes of the data set to use, by name; None takes all. They must be those of the model."""
+    """Classes of the data set to use, by name; None takes those of the model's run.json, or all where data is given.
+    They must be those of the model."""
     seed: int = 0
     """Decides every random choice."""
     num_steps: int = 1000

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -21,11 +22,13 @@ from isthmus.functional.ranking import area_under_roc
 from isthmus.models.fingerprint import pair_fingerprint
 from isthmus.models.token_critic import TokenCritic
 from isthmus.pictures import spread
+from isthmus.pipelines.hub import model_folder
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.training.critic_config import CriticRun
 from isthmus.training.critic_examples import critic_examples
+from isthmus.training.recorded_settings import recorded_settings
 from isthmus.training.run import write_atomically
 from isthmus.training.schedule_encoder import encoder_for
 
@@ -44,8 +47,8 @@ def train_critic(run: CriticRun) -> Path:
     the area under the ROC curve on held-out images beside that of the model's probability alone.
 
     Raises:
-        UserError: the model is no next-scale model of several scales, the data are not its own, or the folder holds
-            something else; nothing is written then.
+        UserError: the model is no next-scale model of several scales, the data are not its own or unknown, or the
+            folder holds something else; nothing is written then.
     """
     check_folder(run.out)
     pipeline = load_pipeline(run.model, device=run.device)
@@ -57,6 +60,8 @@ def train_critic(run: CriticRun) -> Path:
             f"a critic judges tokens that have coarser scales before them, got a model of one scale, {schedule.sizes}. "
             "There is nothing to refine in its draws."
         )
+    run = with_images(run)
+    assert run.data is not None, "named above"
     train, held_out = (
         open_source(run.data, image_size=pipeline.image_size, split=split, classes=run.classes)
         for split in ("train", "val")
@@ -106,6 +111,30 @@ def train_critic(run: CriticRun) -> Path:
     write_atomically(run.out / REPORT, json.dumps(report, indent=1) + "\n")
     pipeline.save_pretrained(run.out)
     return run.out
+
+
+def with_images(run: CriticRun) -> CriticRun:
+    """The run with the images and classes that its model was trained on, where it names no images.
+
+    Raises:
+        UserError: it names none, and the model's run.json does not tell them or tells a stream.
+    """
+    if run.data is not None:
+        return run
+    record = recorded_settings(model_folder(run.model)) or {}
+    if "data" not in record:
+        raise UserError(
+            f"a critic learns on the images of its model, and {run.model} does not say which (no run.json that "
+            "names them). Pass --data, and --classes for some."
+        )
+    if record.get("stream"):
+        raise UserError(
+            f"a critic reads images by index, and {run.model} was trained on a stream, {record['data']}. Pass --data "
+            "with images of that kind."
+        )
+    classes = record.get("classes") if run.classes is None else run.classes
+    logger.info("images of the model: %s, classes: %s", record["data"], ", ".join(classes or ()) or "all it has")
+    return replace(run, data=record["data"], classes=None if classes is None else tuple(classes))
 
 
 def check_folder(out: Path) -> None:

@@ -3,11 +3,13 @@ import json
 import pytest
 
 from isthmus.cli.distill import taught_by
+from isthmus.cli.distill_dry_run import teaching
 from isthmus.presets import DISTILL_PRESETS
 from isthmus.training.config import run_from_json, run_to_json
 from tests.cli.test_train import resolved
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_runs import write_images
+from tests.training.tiny_teacher import tiny_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +39,67 @@ def test_a_dry_run_takes_the_teachers_images_and_defaults(isthmus, taught, tmp_p
     record = tmp_path / "again.json"
     record.write_text(json.dumps({"kind": "DistillRun", "run": run}))
     assert resolved(isthmus("distill", "--config", record, "--dry-run")) == run
+
+
+def rows_of(result):
+    """Name -> text of the listing below the settings."""
+    listing = result.out[result.out.index("\n}\n") :].splitlines()
+    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in listing if "  " in line}
+
+
+@pytest.fixture(scope="module")
+def four_scales(tmp_path_factory):
+    """A causal teacher on scales 1, 2, 3, 4 with its images."""
+    folder = tmp_path_factory.mktemp("causal") / "teacher"
+    tiny_teacher("causal").save_pretrained(folder)
+    record = {"data": write_images(folder.parent / "squares.npz"), "classes": ["0", "1"]}
+    (folder / "run.json").write_text(json.dumps({"run": record}))
+    return folder
+
+
+def test_a_dry_run_counts_every_training(isthmus, four_scales, tmp_path):
+    words = ("distill", four_scales, "--scale-sizes", "1,4", "--num-steps", 30, "--batch-size", 2, "--dry-run")
+    rows = rows_of(isthmus(*words, "--out", tmp_path / "run"))
+    assert rows["run"].startswith("30 steps of 2 images, 60 images")
+    assert "teacher asked at 1 of 2 scales" in rows["run"]
+    assert rows["baseline"].startswith("30 steps of 2 images, 60 images") and "--no-baseline" in rows["baseline"]
+    assert "baseline" not in rows_of(isthmus(*words, "--no-baseline", "--out", tmp_path / "run"))
+
+    # one scale at a time: each student teaches the next, and the one without a teacher takes as many steps as all
+    rows = rows_of(isthmus(*words, "--progressive", "--scale-attention", "markov", "--out", tmp_path / "run"))
+    assert "scales 1, 2, 4; teacher asked at 2 of 3 scales" in rows["stage 1/2"]  # of the causal 1, 2, 3, 4
+    assert "scales 1, 4; teacher asked at 1 of 2 scales" in rows["stage 2/2"]  # of the Markov 1, 2, 4
+    assert rows["baseline"].startswith("60 steps of 2 images, 120 images") and "run" not in rows
+
+
+def test_a_dry_run_without_weight_says_that_no_teacher_is_asked(isthmus, four_scales, tmp_path):
+    words = ("distill", four_scales, "--scale-sizes", "1,4", "--distillation-weight", 0, "--out", tmp_path, "--dry-run")
+    rows = rows_of(isthmus(*words))
+    assert rows["run"].endswith("no teacher is asked (distillation weight 0)") and "baseline" not in rows
+    staged = rows_of(isthmus(*words, "--progressive"))
+    assert all("no teacher is asked" in staged[f"stage {number}/2"] for number in (1, 2)) and "baseline" in staged
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes", "said"),
+    [
+        ("markov", (1, 2, 3, 4), "at all scales"),
+        ("causal", (1, 3, 4), "at 1 of 3 scales, rollouts at the others"),
+        ("markov", (1, 3, 4), "at 2 of 3 scales, rollouts at the others"),
+    ],
+)
+def test_what_is_asked_of_a_teacher(mask, sizes, said):
+    teacher = {"scale_sizes": (1, 2, 3, 4), "scale_attention": mask}
+    assert said in teaching(teacher, {"scale_sizes": sizes, "scale_attention": mask}, weight=1.0)
+
+
+def test_the_report_can_be_completed_with_one_option(isthmus, refused, taught, tmp_path):
+    words = ("distill", taught, "--scale-sizes", "1,4", "--out", tmp_path / "run")
+    run = resolved(isthmus(*words, "--no-baseline", "--dry-run"))
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"kind": "DistillRun", "run": run}))
+    assert resolved(isthmus("distill", "--config", record, "--baseline", "--dry-run")) == run | {"baseline": True}
+    assert "--baseline is the default here" in refused(*words, "--baseline", "--dry-run")
 
 
 def test_what_cannot_be_is_one_line_and_leaves_nothing(refused, taught, model, tmp_path):

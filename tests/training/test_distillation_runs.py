@@ -13,11 +13,12 @@ from isthmus import load_pipeline
 from isthmus.data.opening import open_source
 from isthmus.distillation_figures import ImageJudge, ModelFigures
 from isthmus.distillation_report import report_page
-from isthmus.distilling import BASELINE, distill, stage_runs
+from isthmus.distilling import BASELINE, baseline_run, distill, stage_runs
 from isthmus.errors import UserError
 from isthmus.generation.options import parse_guidance
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.training.config import PriorModel, PriorSampling, run_from_json, run_to_json
+from isthmus.training.distill_config import DistillRun
 from isthmus.training.next_scale_prior import with_new_classes
 from isthmus.training.scale_distillation import ScaleDistillation
 from isthmus.training.train_prior import train_prior
@@ -97,6 +98,8 @@ def test_a_finished_distillation_gets_another_report_without_being_trained_again
     distill(distill_run(images, out, teacher, baseline=True, report_images=4))
     assert_same(weights(out / "transformer"), weights(straight / "transformer"))
     assert log_lines(out) == log_lines(straight)
+    page = (out / "distillation.md").read_text()
+    assert "is missing" not in page and "the teacher helped is the difference between" in page
     values = json.loads((out / "distillation.json").read_text())
     assert values["report_images"] == 4 and list(values["models"]) == ["teacher", "student", "student without teacher"]
 
@@ -204,6 +207,25 @@ def test_a_causal_teacher_draws_behind_its_own_scales(tmp_path, images, causal_t
     assert load_pipeline(run.out, device="cpu").schedule.sizes == (1, 3, 4)
 
 
+def test_a_report_says_what_was_left_out_and_how_to_get_it(straight):
+    page = (straight / "distillation.md").read_text()
+    assert "student without teacher is missing" in page
+    assert f"`isthmus distill --config {straight / 'run.json'} --baseline`" in page
+    # no image was drawn: no row of dashes
+    assert "FD-lite0" not in page and "class consistency" not in page
+
+
+def test_the_student_without_a_teacher_is_trained_unless_it_is_left_out(tmp_path, images, teacher):
+    run = distill_run(images, tmp_path / "run", teacher, baseline=True)
+    assert DistillRun().baseline and baseline_run(replace(run, baseline=False), 1) is None
+    compared = baseline_run(run, 2)
+    assert compared is not None and (compared.num_steps, compared.distillation_weight) == (8, 0.0)
+    assert not compared.baseline and compared.out == run.out / BASELINE
+    # trained at once without a teacher, the student is that model; stage by stage it is not
+    alone = replace(run, distillation_weight=0.0)
+    assert baseline_run(alone, 1) is None and baseline_run(alone, 2) is not None
+
+
 def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
     run = distill_run(images, tmp_path / "run", teacher, distillation_weight=0.0)
     family = ScaleDistillation(run)
@@ -211,6 +233,7 @@ def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
     distill(run)
     line = log_lines(run.out)[0]
     assert not any("teacher" in name for name in line)
+    assert "it is its own student without teacher" in (run.out / "distillation.md").read_text()
     mean = (line["train/bits_scale0"] + 9 * line["train/bits_scale1"] + 16 * line["train/bits_scale2"]) / 26
     assert line["train/bits_per_token"] == pytest.approx(mean, rel=1e-6)
 
@@ -283,4 +306,6 @@ def test_images_without_classes(tmp_path):
     data = write_images(tmp_path / "d.npz", num_classes=0)
     run = distill_run(data, tmp_path / "run", tmp_path / "teacher", num_steps=2, report_images=4)
     distill(run)
-    assert "| class consistency | - | - |" in (run.out / "distillation.md").read_text()
+    page = (run.out / "distillation.md").read_text()
+    assert "| FD-lite0 |" in page and "class consistency" not in page.lower()
+    assert json.loads((run.out / "distillation.json").read_text())["held_out_class_consistency"] is None

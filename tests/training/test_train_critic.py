@@ -12,8 +12,9 @@ from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.critic_config import CriticRun
 from isthmus.training.critic_examples import _redrawn, critic_examples
 from isthmus.training.distilled_weights import student_of
-from isthmus.training.train_critic import check_folder, train_critic
+from isthmus.training.train_critic import check_folder, train_critic, with_images
 from tests.pipelines.tiny import tiny_pipeline
+from tests.training.tiny_runs import write_images
 from tests.training.tiny_teacher import tiny_teacher
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,43 @@ def test_a_model_trained_for_refinement_redraws_beside_the_tokens_that_stay(atte
     assert differs  # from a model that is never shown a part of its own scale
 
 
+def no_data(model, out):
+    return replace(run_for(model, "", out), data=None)
+
+
+def test_a_critic_learns_on_the_images_of_its_model(trained_prior, images, tmp_path, caplog):
+    named = train_critic(run_for(trained_prior, images, tmp_path / "named"))
+    with caplog.at_level("INFO", logger="isthmus"):
+        found = train_critic(no_data(trained_prior, tmp_path / "found"))
+    assert f"images of the model: {images}" in caplog.text
+    assert (found / "critic.json").read_text() == (named / "critic.json").read_text()
+
+
+def test_an_unlabelled_model_gets_its_own_images_or_none(tmp_path):
+    """Nothing else would tell them from others: there are no classes to compare."""
+    model = tmp_path / "model"
+    tiny_pipeline(num_classes=0).save_pretrained(model)
+    with pytest.raises(UserError, match=r"does not say which.*Pass --data"):
+        train_critic(no_data(model, tmp_path / "critic"))
+    data = write_images(tmp_path / "squares.npz", num_classes=0)
+    for settings, said in (({"data": "hf:some/stream", "stream": True}, "trained on a stream"), ({}, "does not say")):
+        (model / "run.json").write_text(json.dumps({"run": settings}))
+        with pytest.raises(UserError, match=said):
+            train_critic(no_data(model, tmp_path / "critic"))
+    assert not (tmp_path / "critic").exists()
+    (model / "run.json").write_text(json.dumps({"run": {"data": data, "classes": None}}))
+    assert with_images(no_data(model, tmp_path / "critic")).data == data
+    assert json.loads((train_critic(no_data(model, tmp_path / "critic")) / "critic.json").read_text())["num_images"]
+
+
+def test_options_go_before_the_record(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"run": {"data": "openmoji", "classes": ["face", "flag"]}}))
+    assert with_images(no_data(tmp_path, tmp_path / "o")).classes == ("face", "flag")
+    assert with_images(replace(no_data(tmp_path, tmp_path / "o"), classes=("flag",))).classes == ("flag",)
+    named = run_for(tmp_path, "photos", tmp_path / "o")
+    assert with_images(named) == named  # all of its classes: those of the record are of other images
+
+
 def test_a_student_on_fewer_scales_gets_a_critic(images, tmp_path):
     teacher = tiny_teacher("causal")
     student = student_of(teacher.transformer, (1, 3, 4), "causal")
@@ -146,8 +184,6 @@ def test_bad_settings_are_refused(trained_prior, images, tmp_path, changes, said
 
 
 def test_other_classes_are_refused_and_nothing_is_written(trained_prior, tmp_path):
-    from tests.training.tiny_runs import write_images
-
     data = write_images(tmp_path / "three.npz", num_classes=3)
     with pytest.raises(UserError, match="classes of the model"):
         train_critic(run_for(trained_prior, data, tmp_path / "critic"))

@@ -35,7 +35,7 @@ def tiny_teacher(
 
 
 def distill_run(data: str, out: Path, teacher: Path, **changes) -> DistillRun:
-    """Four steps, without pictures of the report."""
+    """Four steps, without the student that has no teacher and without pictures of the report."""
     settings = {
         "data": data,
         "out": out,
@@ -51,5 +51,6 @@ def distill_run(data: str, out: Path, teacher: Path, **changes) -> DistillRun:
         "preview_every": 4,
         "optim": OPTIM,
         "report_images": 0,
+        "baseline": False,
     }
     return DistillRun(**(settings | changes))
