@@ -1,6 +1,6 @@
 """Speed and memory of the measures, as ratios of one run.
 
-    python benchmarks/evaluation.py [--quick] [--threads N] [--only features,statistics,neighbours]
+    python benchmarks/evaluation.py [--quick] [--threads N] [--only features,statistics,scoring,neighbours]
 
 Every section prints a Markdown table; cells with two figures are wall time / CPU time of the process. How to read
 them: docs/benchmarks.md.
@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from measure import both, in_child, interleaved, machine, peak_mib
 
-from isthmus.evaluation.feature_networks import feature_network
+from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
 from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.generation_scores import LabelledFeatures, RealFeatures
 from isthmus.evaluation.neighbours import manifold_scores
+from isthmus.evaluation.real_side import RealSide, Reference
+from isthmus.evaluation.scoring import score_samples
 from isthmus.evaluation.statistics import Gaussian, GaussianStatistics, frechet_distance
 from isthmus.models.efficientnet_lite import EfficientNetLite0
 
@@ -80,6 +83,18 @@ def statistics(rounds: int, quick: bool) -> None:
     table("Frechet distance to a reference that is fitted", ("samples", "fit, ms", "fit and distance, ms"), rows)
 
 
+def scoring(rounds: int, quick: bool) -> None:
+    """Peak memory of scoring samples against as many real images, beyond imports and beyond the features themselves."""
+    del rounds  # memory is the same every time
+    count = NUM_IMAGES // 10 if quick else NUM_IMAGES
+    own, peak, seconds = in_child("evaluation.py", "--threads", str(torch.get_num_threads()), "--score", str(count))
+    table(
+        "Scoring: distances, class scores and copies",
+        ("samples", "width", "MiB of their features", "MiB beyond all features", "share", "CPU seconds"),
+        [[f"{count:,}", f"{WIDTH:,}", f"{own:,.0f}", f"{peak:,.0f}", f"{peak / own:.2f}", f"{seconds:,.0f}"]],
+    )
+
+
 def neighbours(rounds: int, quick: bool) -> None:
     """Precision, recall, density and coverage, against the matrix products alone."""
     count = 1000 if quick else 4000
@@ -106,20 +121,49 @@ def stream_child(count: int) -> tuple[float, float]:
     return peak_mib() - before, time.process_time() - start
 
 
+def score_child(count: int) -> tuple[float, float, float]:
+    """MiB of `count` samples' features, MiB that scoring them adds beyond all features, and CPU seconds.
+
+    n = 2,500 real images, 10,000 for training: what does not grow with the samples is kept small beside them.
+    """
+    import time
+
+    generator, space = np.random.default_rng(0), "wide"
+
+    def rows(number: int) -> np.ndarray:
+        return generator.standard_normal((number, WIDTH), dtype=np.float32)
+
+    network = FeatureNetwork(
+        lambda images: {}, name="net", spaces={space: WIDTH}, preprocessing="", weights_sha256="",
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    sides = RealFeatures(*({space: rows(2_500)} for _ in range(3)))
+    training, held_out = (LabelledFeatures(rows(number), np.arange(number) % 10) for number in (10_000, 1_000))
+    real = RealSide(sides, training, held_out, (), (rows(1_000), rows(1_000)))
+    samples, labels = {space: rows(count)}, np.arange(count) % 10
+    before, start = peak_mib(), time.process_time()
+    score_samples(samples, labels, Reference("noise", "0", None), real, network, list("abcdefghij"))
+    return samples[space].nbytes / 2**20, peak_mib() - before, time.process_time() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds, and a tenth of the images")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
-    parser.add_argument("--only", default="features,statistics,neighbours", help="sections to run")
+    parser.add_argument("--only", default="features,statistics,scoring,neighbours", help="sections to run")
     parser.add_argument("--stream", type=int, help="stream so many rows in this process and stop")
+    parser.add_argument("--score", type=int, help="score so many samples in this process and stop")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.stream:
         print(*stream_child(arguments.stream))
         return
+    if arguments.score:
+        print(*score_child(arguments.score))
+        return
     print(machine())
     rounds = 2 if arguments.quick else 5
-    sections = {"features": features, "statistics": statistics, "neighbours": neighbours}
+    sections = {"features": features, "statistics": statistics, "scoring": scoring, "neighbours": neighbours}
     for name in arguments.only.split(","):
         sections[name](rounds, arguments.quick)
     print(f"\n{machine()}")

@@ -17,6 +17,7 @@ from isthmus.evaluation.class_scores import NearestClassMean
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
 from isthmus.evaluation.features import extract_features, source_images
 from isthmus.evaluation.neighbours import memorised
+from isthmus.evaluation.training_views import training_views
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.loading import AnyPipeline
 from isthmus.training.config import Run
@@ -89,12 +90,15 @@ class ClassScores:
         class_accuracy_held_out: the same for held-out images, the ceiling.
         accuracy_by_class: class name -> share, of the samples.
         memorised: share of samples nearer to a training image than 99 % of held-out images are.
+        memorised_views: the same of as many training images, shifted and mirrored as training sees them: what this
+            search finds of true copies.
     """
 
     class_accuracy: float
     class_accuracy_held_out: float
     accuracy_by_class: dict[str, float]
     memorised: float
+    memorised_views: float
 
 
 class ClassJudge:
@@ -106,7 +110,7 @@ class ClassJudge:
     """
 
     def __init__(self, train: ImageSource, held_out: ImageSource):
-        self.names = list(train.class_names)
+        self.train, self.names = train, list(train.class_names)
         self.network = feature_network("lite0")
         self.real, self.unseen = (features_of(images, self.network) for images in (train, held_out))
         self.means = NearestClassMean.fit(self.real, train.labels)
@@ -115,6 +119,11 @@ class ClassJudge:
     def accuracy(self, images: torch.Tensor, labels: np.ndarray) -> float:
         """Share of images in [-1, 1] whose nearest class mean is their own class."""
         return self.means.accuracy(features_of(images, self.network), labels)
+
+    def _views(self, count: int) -> np.ndarray:
+        """Features of training images as training sees them."""
+        views = training_views(self.train, IMAGE_SIZE_PX, count)
+        return extract_features(self.network, views)[next(iter(self.network.spaces))]
 
     def scores(self, images: torch.Tensor, labels: np.ndarray) -> ClassScores:
         """Everything that is said of drawn images in [-1, 1]."""
@@ -125,4 +134,5 @@ class ClassJudge:
             class_accuracy_held_out=self.ceiling,
             accuracy_by_class={name: float((found[labels == i] == i).mean()) for i, name in enumerate(self.names)},
             memorised=float(memorised(drawn, self.real, self.unseen).mean()),
+            memorised_views=float(memorised(self._views(len(drawn)), self.real, self.unseen).mean()),
         )

@@ -11,7 +11,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, BinaryIO, Literal, cast
 
@@ -25,12 +25,33 @@ _FAILURES = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.e
 _VALUES_AT_ONCE = 2**20
 
 
+_ORIGIN = "isthmus_"
+
+
+@dataclass(frozen=True)
+class StatisticsOrigin:
+    """What our own files say of their mean and covariance, beside what ADM's files hold.
+
+    Attributes:
+        space: name of the feature space.
+        weights_sha256: of the feature network.
+        preprocessing: of its input, in words.
+        count: number of images.
+    """
+
+    space: str
+    weights_sha256: str
+    preprocessing: str
+    count: int
+
+
 @dataclass(frozen=True)
 class AdmStatistics:
-    """Mean and covariance of pooled features of a reference. They do not say of how many images."""
+    """Mean and covariance of pooled features of a reference; `origin` is None in files of others, which do not say."""
 
     mean: Float[np.ndarray, " d"]
     covariance: Float[np.ndarray, "d d"]
+    origin: StatisticsOrigin | None = None
 
 
 @dataclass(frozen=True)
@@ -181,18 +202,37 @@ def read_statistics(path: Path) -> AdmStatistics:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name].astype(np.float64) for name in ("mu", "sigma")}
+            origin = _origin(arrays)
     except _FAILURES as error:
         raise _unreadable(path, error) from error
     if found["mu"].ndim != 1 or found["sigma"].shape != 2 * found["mu"].shape:
         shapes = {name: array.shape for name, array in found.items()}
         raise UserError(f"{path}: sigma must be (d, d) where mu is (d,), got {shapes}. Make it again.")
-    return AdmStatistics(found["mu"], found["sigma"])
+    return AdmStatistics(found["mu"], found["sigma"], origin)
 
 
 def write_statistics(path: Path, statistics: AdmStatistics) -> None:
-    """Write mu and sigma, whole or not at all."""
+    """Write mu and sigma, and their origin where it is known, whole or not at all.
+
+    ADM's evaluator also wants mu_s and sigma_s of spatial features and stops where they are missing, as here.
+    """
+    origin = {} if statistics.origin is None else vars(statistics.origin)
+    said = {_ORIGIN + name: np.array(value) for name, value in origin.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: np.savez(file, mu=statistics.mean, sigma=statistics.covariance))
+    write_whole(
+        path, lambda file: np.savez(file, allow_pickle=False, mu=statistics.mean, sigma=statistics.covariance, **said)
+    )
+
+
+def _origin(arrays: np.lib.npyio.NpzFile) -> StatisticsOrigin | None:
+    """None in files that others wrote. Raises ValueError where some of it is missing."""
+    said = {name.removeprefix(_ORIGIN): arrays[name].item() for name in arrays.files if name.startswith(_ORIGIN)}
+    if not said:
+        return None
+    wanted = {field.name for field in fields(StatisticsOrigin)}
+    if set(said) != wanted:
+        raise ValueError(f"{_ORIGIN}* must be {', '.join(sorted(wanted))}")
+    return StatisticsOrigin(**said)
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

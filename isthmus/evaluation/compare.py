@@ -33,7 +33,7 @@ def compare(folders: Sequence[Path]) -> str:
             Table(("", *_column_names(folders)), _subject_rows(records)),
             Table(("score", "better", *_column_names(folders), "floor", "ceiling"), _score_rows(records)),
             Paragraph(
-                "Uncertainty: [95 % bootstrap interval] of a mean, else +- deviation between chunks of samples. "
+                "Uncertainty: [95 % interval] of a mean over images, else +- deviation between chunks of samples. "
                 "Likelihoods are those of tokens: they compare only between models on one image tokenizer."
             ),
         ]

@@ -5,6 +5,7 @@ negative). Frechet distance: `isthmus.evaluation.statistics`; its bias depends o
 measured on disjoint chunks of one fixed size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +43,11 @@ def kernel_distance(
 ) -> KernelDistance:
     """Squared MMD under the kernel (x.y / d + 1)^3, averaged over subsets.
 
-    Both sets are shuffled and cut into disjoint subsets, again and again until there are `num_subsets` or a few more.
-    The subsets of one cut are independent, so their spread gives a standard error; further cuts lower the noise of the
-    value, which the error, the mean over cuts, does not claim.
+    A cut takes as many images of both sets as the smaller one fills whole subsets with, and divides them into disjoint
+    subsets. The next cut goes on where the last one stopped in the shuffled set, which is shuffled again when it ends:
+    there are cuts until every image of both sets was used and there are `num_subsets` subsets. The subsets of one cut
+    are independent, so their spread gives a standard error; further cuts lower the noise of the value, which the error,
+    the mean over cuts, does not claim.
 
     Args:
         samples: features of one set.
@@ -65,13 +68,14 @@ def kernel_distance(
     size = max(min(1000, smaller // 10), 2) if subset_size is None else subset_size
     if not 2 <= size <= smaller:
         raise UserError(f"subset_size must lie in 2..{smaller} (the smaller set), got {size}. Leave it out.")
-    samples, reference = (np.asarray(rows, dtype=np.float64) for rows in (samples, reference))
-    generator = np.random.default_rng(seed)
-    per_cut = smaller // size
+    generator, per_cut = np.random.default_rng(seed), smaller // size
+    cuts = max(-(-num_subsets // per_cut), -(-max(len(samples), len(reference)) // (per_cut * size)))
+    ours, theirs = (_endless_cuts(generator, len(rows), per_cut * size) for rows in (samples, reference))
     values, errors = [], []
-    for _ in range(-(-num_subsets // per_cut)):
-        ours, theirs = (_subsets(generator, len(rows), per_cut, size) for rows in (samples, reference))
-        cut = [squared_mmd(samples[i], reference[j]) for i, j in zip(ours, theirs, strict=True)]
+    for _ in range(cuts):
+        pairs = zip(next(ours).reshape(per_cut, size), next(theirs).reshape(per_cut, size), strict=True)
+        # of both sets only the subsets in hand are in float64
+        cut = [squared_mmd(np.asarray(samples[i], float), np.asarray(reference[j], float)) for i, j in pairs]
         values += cut
         if per_cut > 1:
             errors.append(np.std(cut, ddof=1) / per_cut**0.5)
@@ -112,6 +116,20 @@ def frechet_over_chunks(
 
 def _subsets(generator: np.random.Generator, total: int, number: int, size: int) -> Int[np.ndarray, "number size"]:
     return generator.permutation(total)[: number * size].reshape(number, size)
+
+
+def _endless_cuts(generator: np.random.Generator, total: int, count: int) -> Iterator[Int[np.ndarray, " count"]]:
+    """Different indices below `total`, `count` at a time; no index comes again before all others came."""
+    left = np.empty(0, np.int64)
+    while True:
+        cut, left = left[:count], left[count:]
+        if len(cut) < count:
+            # the end of one shuffle and the beginning of the next, which must not repeat it within the cut
+            fresh = generator.permutation(total)
+            early, late = fresh[~np.isin(fresh, cut)], fresh[np.isin(fresh, cut)]
+            missing = count - len(cut)
+            cut, left = np.concatenate([cut, early[:missing]]), np.concatenate([early[missing:], late])
+        yield cut
 
 
 def _kernel(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:

@@ -10,13 +10,12 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.processes import Processes
 from isthmus.evaluation.samples import CHUNK, ChunkStore, SampleChunk, chunk_size
 from isthmus.pipelines.labels import Label
-from isthmus.pipelines.memory import is_out_of_memory
+from isthmus.pipelines.memory import naming_next_batch_size
 
 if TYPE_CHECKING:
     from isthmus.pipelines.loading import AnyPipeline
@@ -83,13 +82,8 @@ def _draw(
 ) -> tuple[UInt8[np.ndarray, "b h w 3"], Int[np.ndarray, "b l"]]:
     """Images and token ids; the pictures are those `isthmus sample` writes."""
     ids: list[Label] = [None if labels[i] == pipeline.num_classes else int(labels[i]) for i in indices]
-    try:
+    with naming_next_batch_size(len(ids)):
         result = pipeline(ids, seed=seed, image_index=list(indices), **request)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = f"Try --batch-size {len(ids) // 2}." if len(ids) > 1 else "Use a smaller model or --dtype bfloat16."
-        raise UserError(f"memory ran out at batch size {len(ids)}. {advice}") from error
     drawn = result.token_ids
     token_ids = drawn if isinstance(drawn, Tensor) else torch.cat(list(drawn), dim=1)
     assert isinstance(result.images, list), "pictures are asked for"

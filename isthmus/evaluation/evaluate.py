@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.circumstances import circumstances
 from isthmus.evaluation.evaluation_folder import (
@@ -20,10 +21,12 @@ from isthmus.evaluation.evaluation_folder import (
     STATISTICS,
     SWEEP_FOLDER,
     finish,
-    finished_record,
+    remove_by_products,
+    scored_record,
     write_sample_statistics,
 )
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
+from isthmus.evaluation.guards import check_duplicates, pixel_digest
 from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
 from isthmus.evaluation.image_sets import ImageSet, Picture
 from isthmus.evaluation.likelihood_scores import stage_lengths
@@ -95,7 +98,7 @@ def evaluate_model(
         npz: also write samples.npz for ADM's evaluator.
         statistics: also write statistics.npz, mean and covariance of the samples' features.
         measures: what is measured on held-out images beyond the usual.
-        batch_size: images drawn at once; None estimates what fits. It changes no score.
+        batch_size: images drawn, rebuilt or read at once; None estimates what fits. It changes no score.
         device: see `load_pipeline`.
         dtype: see `load_pipeline`.
         real_sides: what was measured of real images before, for many evaluations; None measures anew.
@@ -129,7 +132,7 @@ def evaluate_model(
         }
         protocol = protocol_of(network, against, splits, num, size, chosen.words)
         subject = model_subject(model, main, steering, dtype)
-        done = finished_record(out, protocol, subject, sweep=list(others), measures=extra)
+        done = scored_record(out, protocol, subject, sweep=list(others))
 
         # before anything is drawn: the guards of the reference may refuse
         real = None
@@ -143,6 +146,8 @@ def evaluate_model(
         if not processes.is_first:
             return
         seconds = {"drawing": time.perf_counter() - start} if drawn else {}
+        if done is None:
+            remove_by_products(out)
         if npz:
             labels = main.classes.model_ids if pipeline.num_classes else None
             write_adm_images(out / NPZ, _images(main), num, labels, chosen.model_names)
@@ -154,6 +159,9 @@ def evaluate_model(
             done = _score_samples(
                 main, others, splits, against, real, network, protocol, subject, facts | {"seconds": seconds}, out
             )
+            # without measures of held-out images yet: what stops them does not cost the scores
+            write_record(done, out)
+        if done.measures != extra:
             start = time.perf_counter()
             scores, curves = held_out_scores(
                 pipeline,
@@ -162,9 +170,10 @@ def evaluate_model(
                 chosen.ids,
                 lpips=lpips,
                 solver_steps=measures.solver_steps,
+                batch_size=batch_size,
             )
             done.circumstances["seconds"]["held-out images"] = time.perf_counter() - start
-            done = replace(done, measures=extra, held_out=tuple(scores), curves=(*curves, *done.curves))
+            done = replace(done, measures=extra, held_out=tuple(scores), curves=(*curves, *_usage(main)))
             write_record(done, out)
         finish(done, out)
 
@@ -184,11 +193,15 @@ def _score_samples(
     """Every set of samples against the real images."""
     num, start = len(main), time.perf_counter()
     labels, names = (main.classes.labels if main.classes.names else None), main.classes.names
-    found = main.store.features(num)
-    scored = score_samples(found, labels, against, real, network, names)
+    # before anything is scored: the guard may refuse
+    said = {words: [_duplicates(words, samples)] for words, samples in others.items()}
+    scored = score_samples(main.store.features(num), labels, against, real, network, names)
     sweep = {}
     for words, samples in others.items():
-        sweep[words] = score_samples(samples.store.features(num), labels, against, real, network, names).scores
+        swept = score_samples(samples.store.features(num), labels, against, real, network, names)
+        sweep[words] = swept.scores
+        said[words] += [warning for warning in swept.warnings if warning not in scored.warnings]
+    of_sweep = [f"Guidance {words}: {one}" for words, found in said.items() for one in found if one]
     images = ImageSet(str(main.store.folder), "", labels, names, num, lambda: _images(main))
     warning = look_at_samples(images, labels, names, out, scored.neighbours, splits)
     facts["seconds"]["scoring"] = time.perf_counter() - start
@@ -197,17 +210,24 @@ def _score_samples(
         subject=subject,
         data=data_facts(splits),
         circumstances=facts,
-        warnings=(*scored.warnings, *([warning] if warning else [])),
+        warnings=(*scored.warnings, *([warning] if warning else []), *of_sweep),
         scores=scored.scores,
         class_scores=scored.by_class,
         measures={},
-        curves=tuple(_usage(main)),
         sweep=sweep,
     )
 
 
 def _images(samples: ModelSamples) -> Iterator[Picture]:
     return (image for chunk in samples.store.read(len(samples)) for image in chunk.images)
+
+
+def _duplicates(guidance: str, samples: ModelSamples) -> str | None:
+    """The warning of samples at one guidance of a sweep. Raises `UserError`, which names it, where most are equal."""
+    try:
+        return check_duplicates([pixel_digest(image) for image in _images(samples)])
+    except UserError as error:
+        raise UserError(f"guidance {guidance}: {error}") from error
 
 
 def _usage(samples: ModelSamples) -> list[Curve]:

@@ -11,7 +11,13 @@ from jaxtyping import Int
 from isthmus.errors import UserError
 from isthmus.evaluation.balance import UNKNOWN, balance_words
 from isthmus.evaluation.circumstances import circumstances
-from isthmus.evaluation.evaluation_folder import STATISTICS, finish, finished_record, write_sample_statistics
+from isthmus.evaluation.evaluation_folder import (
+    STATISTICS,
+    finish,
+    remove_by_products,
+    scored_record,
+    write_sample_statistics,
+)
 from isthmus.evaluation.feature_networks import feature_network
 from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.guards import check_value_range
@@ -68,12 +74,14 @@ def evaluate_images(
     subject = Subject(
         name=str(samples), kind="images from elsewhere", fingerprint=images.fingerprint, sampling={}, steering={}
     )
-    done = finished_record(out, protocol, subject, sweep=[], measures={})
+    done = scored_record(out, protocol, subject, sweep=[])
     start = time.perf_counter()
     found = {}
     if done is None or statistics:
         check_value_range(images)
         found = extract_features(network, images.shown("samples"))
+    if done is None:
+        remove_by_products(out)
     if statistics:
         write_sample_statistics(out / STATISTICS, found, network)
     if done is None:

@@ -3,10 +3,9 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from isthmus.errors import UserError
-from isthmus.evaluation.adm_npz import AdmStatistics, write_statistics
+from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_statistics
 from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.generation_scores import Features
 from isthmus.evaluation.protocol import (
@@ -30,10 +29,10 @@ NPZ, STATISTICS = "samples.npz", "statistics.npz"
 _OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, NPZ, STATISTICS, *REPORT_FILES))
 
 
-def finished_record(
-    out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str], measures: dict[str, Any]
-) -> EvaluationRecord | None:
-    """The record of an earlier run that asked for the same; None where there is something to do.
+def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
+    """The record of an earlier run that scored the same samples in the same way; None where they are to be scored.
+
+    Its `measures` tell what was measured on held-out images; they are empty where that stage did not end.
 
     Raises:
         UserError: `out` is a file, or holds the evaluation of something else, or other things.
@@ -63,18 +62,28 @@ def finished_record(
     if before is None:
         logger.info("%s is scored again: an earlier version of Isthmus measured it", out)
         return None
-    if before.protocol != protocol or list(before.sweep) != sweep or before.measures != measures:
+    if before.protocol != protocol or list(before.sweep) != sweep:
         logger.info("%s is scored again: it was measured in another way before", out)
         return None
     return before
 
 
 def write_sample_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
-    """Write mean and covariance of the features in the headline space, as --reference reads them."""
+    """Write mean and covariance of the features in the headline space, as --reference reads them, and their origin."""
     space, width = next(iter(network.spaces.items()))
     statistics = GaussianStatistics(width)
     statistics.update(features[space])
-    write_statistics(path, AdmStatistics(statistics.mean.numpy(), statistics.covariance.numpy()))
+    origin = StatisticsOrigin(space, network.weights_sha256, network.preprocessing, statistics.count)
+    write_statistics(path, AdmStatistics(statistics.mean.numpy(), statistics.covariance.numpy(), origin))
+
+
+def remove_by_products(out: Path) -> None:
+    """Delete samples.npz and statistics.npz of an earlier scoring: beside a new record they would be of other samples.
+
+    What a command asks for is written again.
+    """
+    for name in (NPZ, STATISTICS):
+        (out / name).unlink(missing_ok=True)
 
 
 def finish(record: EvaluationRecord, out: Path) -> None:

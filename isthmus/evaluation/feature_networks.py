@@ -13,6 +13,7 @@ from torch import Tensor
 
 from isthmus.data.cache import sha256_of_file
 from isthmus.errors import UserError
+from isthmus.functional.precision import whole_fp32
 from isthmus.models.efficientnet_lite import HEAD_WIDTH, TAP_CHANNELS, EfficientNetLite0, packaged_weights
 
 FID_MIN_IMAGES = 10_000
@@ -53,7 +54,7 @@ class FeatureNetwork:
 
     def __call__(self, images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
         """Features in fp32 on the CPU: one entry per space, and one named `logits` where there are any."""
-        with torch.inference_mode():
+        with torch.inference_mode(), whole_fp32():
             found = self._run(images_uint8.to(self.device))
         # copied out of inference mode: tensors the caller may use anywhere
         return {name: rows.float().cpu().clone() for name, rows in found.items()}

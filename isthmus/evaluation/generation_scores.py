@@ -16,8 +16,8 @@ from isthmus.evaluation.class_scores import (
 from isthmus.evaluation.distances import frechet_over_chunks, kernel_distance
 from isthmus.evaluation.feature_networks import FeatureNetwork, score_name
 from isthmus.evaluation.guards import FEWEST_FOR_FRECHET
-from isthmus.evaluation.intervals import bootstrap_interval, spread
-from isthmus.evaluation.neighbours import COPY_QUANTILE, copies, manifold_scores
+from isthmus.evaluation.intervals import bootstrap_interval, mean_interval, spread
+from isthmus.evaluation.neighbours import COPY_QUANTILE, copies, manifold_scores, nearer_than
 from isthmus.evaluation.protocol import Score
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 from isthmus.functional.draws import SPLIT, stream
@@ -26,6 +26,7 @@ Rows = Float[np.ndarray, "_ d"]
 Features = dict[str, Float[np.ndarray, "_ _"]]
 
 _FEWEST_FOR_MANIFOLD = 6  # the fifth neighbour of an image
+_FEWEST_TO_SPLIT = 100  # ten images say nothing of classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class LabelledFeatures:
 
 
 def distance_scores(samples: Features, real: RealFeatures, network: FeatureNetwork) -> list[Score]:
-    """Frechet distances in every space and the kernel distance in the first; Inception score where there are logits.
+    """Frechet distances in every space and the kernel distance in the first.
 
     Below `FEWEST_FOR_FRECHET` images the kernel distance comes first.
     """
@@ -64,15 +65,40 @@ def distance_scores(samples: Features, real: RealFeatures, network: FeatureNetwo
     scores = [*frechet, _kernel(headline, samples[headline], real, network)]
     if n < FEWEST_FOR_FRECHET:
         scores = [scores[-1], *scores[:-1]]
-    if network.logits is not None:
-        scores.append(_inception(samples, real, network.logits))
     return scores
 
 
-def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Rows) -> list[Score]:
+def inception_score_list(samples: Features, real: RealFeatures | None, network: FeatureNetwork) -> list[Score]:
+    """The Inception score of disjoint splits of the samples; nothing for networks without logits.
+
+    It grows with the size of a split. Beside real images that is theirs, n, so that floor and ceiling compare; without
+    them the samples are split into ten, as papers do (of fewer than `_FEWEST_TO_SPLIT` samples there is one split).
+    """
+    if network.logits is None:
+        return []
+    rows = samples[network.logits]
+    tenth = len(rows) // 10 if len(rows) >= _FEWEST_TO_SPLIT else len(rows)
+    size = tenth if real is None else len(real)
+    over = spread([inception_score(rows[chunk]) for chunk in _chunks(len(rows), size)])
+    return [
+        Score(
+            name="Inception score",
+            value=over.mean,
+            better="higher",
+            images=size,
+            measurements=over.count,
+            deviation=over.standard_deviation,
+            floor=None if real is None else inception_score(real.other[network.logits]),
+            ceiling=None if real is None else inception_score(real.ruined[network.logits]),
+            note=f"splits of {size:,} images: it grows with their size; {_used(over.count * size, len(rows))}",
+        )
+    ]
+
+
+def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Rows, *, space: str) -> list[Score]:
     """Precision, recall, density and coverage in the headline space, over disjoint chunks of the samples.
 
-    Empty where there are too few images for the neighbours that define them.
+    Empty where there are too few images for the neighbours that define them; `space` is the name of the features.
     """
     n = len(reference)
     if n < _FEWEST_FOR_MANIFOLD:
@@ -86,7 +112,9 @@ def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Row
         # precision is a mean over samples; recall and coverage are means over the same real images in every chunk
         over_samples = name in ("precision", "density")
         values = np.concatenate([c[name] for c in found]) if over_samples else np.mean([c[name] for c in found], axis=0)
-        interval, over = bootstrap_interval(values), spread(per_chunk)
+        # a density of 0 everywhere is no share of images
+        interval = bootstrap_interval(values) if name == "density" else mean_interval(values)
+        over = spread(per_chunk)
         scores.append(
             Score(
                 name=name,
@@ -99,6 +127,7 @@ def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Row
                 high=interval.high,
                 floor=float(floor[name].mean()),
                 ceiling=float(ceiling[name].mean()),
+                note=f"features {space}; {_used(over.count * n, len(samples))}",
             )
         )
     return scores
@@ -120,9 +149,17 @@ def statistics_score(
 
 
 def class_consistency(
-    samples: LabelledFeatures, training: LabelledFeatures, held_out: LabelledFeatures, names: Sequence[str]
+    samples: LabelledFeatures,
+    training: LabelledFeatures,
+    held_out: LabelledFeatures,
+    names: Sequence[str],
+    *,
+    space: str,
 ) -> tuple[list[Score], dict[str, dict[str, float]]]:
-    """Accuracy of two classifiers fitted on training images, and variety within classes; the same by class."""
+    """Accuracy of two classifiers fitted on training images, and variety within classes; the same by class.
+
+    `space` is the name of the features.
+    """
     scores, by_class = [], {name: {} for name in names}
     for name, kind in (
         ("class accuracy (nearest mean)", NearestClassMean),
@@ -130,7 +167,7 @@ def class_consistency(
     ):
         judge = kind.fit(training.rows, training.labels)
         right, right_held_out = (_right(judge, one) for one in (samples, held_out))
-        interval = bootstrap_interval(right.astype(float))
+        interval = mean_interval(right)
         scores.append(
             Score(
                 name=name,
@@ -141,7 +178,7 @@ def class_consistency(
                 high=interval.high,
                 floor=float(right_held_out.mean()),
                 ceiling=1 / len(names),
-                note=f"floor: {len(right_held_out)} held-out images; ceiling: chance",
+                note=f"floor: {len(right_held_out)} held-out images; ceiling: chance; features {space}",
             )
         )
         for label, share in accuracy_by_class(right, samples.labels).items():
@@ -161,32 +198,74 @@ def class_consistency(
                 images=len(samples.rows),
                 floor=1.0,
                 ceiling=0.0,
-                note="mean distance of two samples of a class over that of two training images; ceiling: all alike",
+                note="mean distance of two samples of a class over that of two training images; ceiling: all alike; "
+                f"features {space}",
             )
         )
     return scores, by_class
 
 
-def memorisation(distances: Float[np.ndarray, " n"], threshold: float) -> Score:
-    """Share of samples nearer to a training image than 99 % of the held-out images are.
+@dataclass(frozen=True, eq=False)
+class CopySearch:
+    """Distances to the nearest training image, in the headline space, of images that tell copies from others.
+
+    Attributes:
+        held_out: of the held-out images, which nobody copied.
+        views: of fresh views of training images, which a perfect memory would draw, and of held-out images changed
+            alike; None where they are not known.
+        threshold: `copy_distance` of the held-out images.
+        note: what was searched, and what the views are.
+    """
+
+    held_out: Float[np.ndarray, " k"]
+    views: tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]] | None
+    threshold: float
+    note: str
+
+
+def memorisation(distances: Float[np.ndarray, " n"], search: CopySearch) -> list[Score]:
+    """Two answers to whether samples lie nearer to training images than held-out images do.
+
+    The memorised share counts samples nearer than 99 % of the held-out images are: single copies, as far as held-out
+    images leave room for them. "Nearer than held-out" compares whole laws (`nearer_than`): it also sees copies that a
+    crop, a shift or a lossy tokenizer moved away, when there are many. The ceiling of both is measured: it is what the
+    images that training saw would score. Held-out images changed alike are the floor.
 
     Args:
         distances: of every sample to its nearest training image.
-        threshold: `copy_distance` of the held-out images.
+        search: the same of real images.
     """
-    near = copies(distances, threshold)
-    interval = bootstrap_interval(near.astype(float))
-    return Score(
-        name="memorised share",
-        value=interval.mean,
-        better="lower",
-        images=len(near),
-        low=interval.low,
-        high=interval.high,
-        floor=COPY_QUANTILE,
-        ceiling=1.0,
-        note="samples nearer to a training image than 99 % of the held-out images are; ceiling: copies",
-    )
+    near = copies(distances, search.threshold)
+    copied, new = (None, None) if search.views is None else search.views
+    share, nearer = mean_interval(near), nearer_than(distances, search.held_out)
+    interval = bootstrap_interval(nearer)
+    return [
+        Score(
+            name="memorised share",
+            value=share.mean,
+            better="lower",
+            images=len(near),
+            low=share.low,
+            high=share.high,
+            floor=COPY_QUANTILE,
+            ceiling=None if copied is None else float(copies(copied, search.threshold).mean()),
+            note="samples nearer to a training image than 99 % of the held-out images are; the ceiling is the share of "
+            f"true copies that this finds, before any loss of a tokenizer; {search.note}",
+        ),
+        Score(
+            name="nearer than held-out",
+            value=interval.mean,
+            better="lower",
+            images=len(near),
+            low=interval.low,
+            high=interval.high,
+            floor=0.5 if new is None else float(nearer_than(new, search.held_out).mean()),
+            ceiling=None if copied is None else float(nearer_than(copied, search.held_out).mean()),
+            note="how often a sample is nearer to its nearest training image than a held-out image is to its own; "
+            "plain or typical samples are nearer too, so above the floor is a hint, not a proof; floor: held-out "
+            "images, ceiling: training images, both as training sees them",
+        ),
+    ]
 
 
 def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork) -> Score:
@@ -201,6 +280,7 @@ def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork
         deviation=over.standard_deviation,
         floor=frechet_distance(Gaussian.of(real.other[space]), reference),
         ceiling=frechet_distance(Gaussian.of(real.ruined[space]), reference),
+        note=_used(over.count * n, len(rows)),
     )
 
 
@@ -216,24 +296,13 @@ def _kernel(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork)
         error=found.standard_error,
         floor=floor.value,
         ceiling=ceiling.value,
-        note="unbiased at any n, so it may be a little below 0; all samples are used",
+        note="unbiased at any n, so it may be a little below 0; " + _used(len(rows), len(rows)),
     )
 
 
-def _inception(samples: Features, real: RealFeatures, logits: str) -> Score:
-    n, rows = len(real), samples[logits]
-    # it grows with the number of images, so all sides have n, as for the distances
-    over = spread([inception_score(rows[chunk]) for chunk in _chunks(len(rows), n)])
-    return Score(
-        name="Inception score",
-        value=over.mean,
-        better="higher",
-        images=n,
-        measurements=over.count,
-        deviation=over.standard_deviation,
-        floor=inception_score(real.other[logits]),
-        ceiling=inception_score(real.ruined[logits]),
-    )
+def _used(used: int, total: int) -> str:
+    """What disjoint chunks of one size leave over is said."""
+    return f"used {used:,} of {total:,} samples"
 
 
 def _right(judge: NearestClassMean | LinearProbe, images: LabelledFeatures) -> Bool[np.ndarray, " n"]:

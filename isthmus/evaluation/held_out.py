@@ -1,7 +1,7 @@
 """What a model does with held-out images: how well its tokens give them back, and how likely it finds them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,10 +15,11 @@ from isthmus.evaluation.image_sets import ImageSet, some
 from isthmus.evaluation.intervals import bootstrap_interval
 from isthmus.evaluation.likelihood_scores import LikelihoodScores, likelihood_scores
 from isthmus.evaluation.protocol import Curve, Score
-from isthmus.evaluation.reconstruction import ReconstructionReport, reconstruction_report
+from isthmus.evaluation.reconstruction import ReconstructionReport, ReconstructionScores, reconstruction_report
 from isthmus.models.perceptual import LPIPSDistance
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import AnyPipeline
+from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
 
 if TYPE_CHECKING:
     from isthmus.pipelines.dar import DARPipeline
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 HELD_OUT_LIMIT = 1_000
 """Held-out images that are reconstructed and read; of larger sets evenly spread ones are taken."""
 
+_LARGEST_BATCH = 32
 
 _FEWEST_LPIPS_PX = 16
 
@@ -78,6 +80,7 @@ def held_out_scores(
     *,
     lpips: LPIPSDistance | None = None,
     solver_steps: Sequence[int] = (),
+    batch_size: int | None = None,
 ) -> tuple[list[Score], list[Curve]]:
     """Reconstruction and likelihood; nothing where there are fewer than two images.
 
@@ -88,17 +91,34 @@ def held_out_scores(
         model_ids: the model's id of every class of the data; empty where either side has no classes.
         lpips: measured too where it is given.
         solver_steps: numbers of solver steps with which images are rebuilt too (D-AR).
+        batch_size: images at once; None estimates what fits, at most `_LARGEST_BATCH`. It changes no score.
+
+    Raises:
+        UserError: memory ran out (names the next batch size to try), or an image does not fit the model.
     """
-    images = some(images, HELD_OUT_LIMIT)
+    images, total = some(images, HELD_OUT_LIMIT), len(images)
     if len(images) < 2:
         return [], []
-    report = reconstruction_report(pipeline, images, network, lpips=lpips, solver_steps=solver_steps)
+    size = batch_size or min(_LARGEST_BATCH, batch_size_that_fits(pipeline, guided=False))
     labels: list[Label] = [None] * len(images)
     if images.labels is not None and model_ids:
         labels = [model_ids[label] for label in images.labels]
-    likelihood = likelihood_scores(pipeline, images, labels)
+    try:
+        report = reconstruction_report(
+            pipeline, images, network, batch_size=size, lpips=lpips, solver_steps=solver_steps
+        )
+        likelihood = likelihood_scores(pipeline, images, labels, batch_size=size)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"Try --batch-size {size // 2}" if size > 1 else "Use a smaller model or --dtype bfloat16"
+        raise UserError(
+            f"memory ran out on held-out images at batch size {size}. {advice}; samples and their scores are kept."
+        ) from error
     space = next(iter(network.spaces))
     scores = _reconstruction(report, space) + _likelihood(likelihood, labels)
+    looked_at = f"{len(images):,} of {total:,} held-out images"
+    scores = [replace(score, note="; ".join(filter(None, (score.note, looked_at)))) for score in scores]
     return scores, _curves(report, likelihood, space)
 
 
@@ -106,9 +126,7 @@ def _reconstruction(report: ReconstructionReport, space: str) -> list[Score]:
     ruined, scores = report.ruined.values(), []
     for name, values in report.whole.values().items():
         better = "higher" if name in ("PSNR", "SSIM") else "lower"
-        scores.append(
-            _mean(f"{name}, dB" if name == "PSNR" else name, values, better, ceiling=float(ruined[name].mean()))
-        )
+        scores.append(_mean(_with_unit(name), values, better, ceiling=float(ruined[name].mean())))
     scores.append(
         Score(
             name=f"r-FD-{space}",
@@ -147,24 +165,39 @@ def _mean(
     )
 
 
+def _with_unit(name: str) -> str:
+    return f"{name}, dB" if name == "PSNR" else name
+
+
 def _curves(report: ReconstructionReport, likelihood: LikelihoodScores, space: str) -> list[Curve]:
-    stages, names = report.by_stage, tuple(report.by_stage)
-    note = "Held-out images, rebuilt from their first tokens."
-    psnr = tuple(float(one.psnr.mean()) for one in stages.values())
-    frechet = tuple(one.frechet for one in stages.values())
+    by_stage = _rebuilt(report.by_stage, space, "tokens used", "Held-out images, rebuilt from their first tokens.")
     bits = likelihood.by_stage
-    solved, steps = report.by_solver_steps, tuple(map(str, report.by_solver_steps))
-    by_solver = [
-        Curve(name=name, along="solver steps", positions=steps, values=values, note="All tokens are used.")
-        for name, values in (
-            ("PSNR, dB", tuple(float(one.psnr.mean()) for one in solved.values())),
-            (f"r-FD-{space}", tuple(one.frechet for one in solved.values())),
-        )
-        if solved
-    ]
+    positions = tuple(str(place + 1) for place in range(len(likelihood.by_position)))
+    by_solver = {str(steps): one for steps, one in report.by_solver_steps.items()}
     return [
-        Curve(name="PSNR, dB", along="tokens used", positions=names, values=psnr, note=note),
-        Curve(name=f"r-FD-{space}", along="tokens used", positions=names, values=frechet, note=note),
+        *by_stage,
         Curve(name="bits per token", along="tokens", positions=tuple(bits), values=tuple(bits.values())),
-        *by_solver,
+        Curve(
+            name="bits per token, by position",
+            along="position of the token",
+            positions=positions,
+            values=tuple(map(float, likelihood.by_position)),
+        ),
+        *_rebuilt(by_solver, space, "solver steps", "All tokens are used."),
+    ]
+
+
+def _rebuilt(found: Mapping[str, ReconstructionScores], space: str, along: str, note: str) -> list[Curve]:
+    """A curve of every score of reconstructions; none where there are none."""
+    if not found:
+        return []
+    names = tuple(found)
+    means: dict[str, list[float]] = {}
+    for one in found.values():
+        for name, values in one.values().items():
+            means.setdefault(_with_unit(name), []).append(float(values.mean()))
+        means.setdefault(f"r-FD-{space}", []).append(one.frechet)
+    return [
+        Curve(name=name, along=along, positions=names, values=tuple(values), note=note)
+        for name, values in means.items()
     ]

@@ -59,6 +59,8 @@ def inception_network(path: Path, device: torch.device) -> FeatureNetwork:
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
     ).to(device)
+    # torch-fidelity's constructor does so too; dropout and batch statistics must be off whatever it does
+    network.eval()
 
     def run(images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         features, logits = network(images_uint8)

@@ -1,14 +1,17 @@
 """How sure a number is: an interval for a mean over images, a spread for anything measured several times.
 
+A share of images (0 or 1 for each) has Wilson's interval: a bootstrap of none or of all says that nothing is unsure.
+
 A distance between sets is never bootstrapped: drawing with replacement repeats images, which narrows the set and pushes
 a Frechet distance up. Distances are measured on disjoint chunks of the samples, or on several seeds, and spread there.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from isthmus.errors import UserError
 
@@ -77,6 +80,48 @@ def bootstrap_interval(
         means.append(values[chosen].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high), level, len(values))
+
+
+def mean_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"], *, level: float = 0.95) -> Interval:
+    """Of a mean over independent images: Wilson's interval where every value is 0 or 1, else a bootstrap.
+
+    Raises:
+        UserError: no value, or `level` is out of range.
+
+    >>> mean_interval(np.zeros(4, bool)) == wilson_interval(0, 4)
+    True
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) and np.isin(values, (0, 1)).all():
+        return wilson_interval(int(values.sum()), len(values), level=level)
+    return bootstrap_interval(values, level=level)
+
+
+def wilson_interval(hits: int, count: int, *, level: float = 0.95) -> Interval:
+    """Interval of a share of `count` independent images, of which `hits` are in it.
+
+    It lies within [0, 1], holds more than one value also for none and for all, and is not symmetric about the share.
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference", the score interval.
+
+    Raises:
+        UserError: no image, `hits` outside 0..count, or `level` outside (0, 1).
+
+    >>> found = wilson_interval(0, 100)
+    >>> found.mean, found.low, round(found.high, 4)
+    (0.0, 0.0, 0.037)
+    """
+    if count < 1 or not 0 <= hits <= count or not 0 < level < 1:
+        raise UserError(
+            f"the interval of a share needs images, hits among them and a level in (0, 1), got {count}, {hits} and "
+            f"{level}."
+        )
+    share, squared = hits / count, NormalDist().inv_cdf((1 + level) / 2) ** 2 / count
+    middle = (share + squared / 2) / (1 + squared)
+    half = (squared * share * (1 - share) + squared**2 / 4) ** 0.5 / (1 + squared)
+    # at the ends the formula gives 0 and 1 up to rounding
+    low = 0.0 if hits == 0 else middle - half
+    high = 1.0 if hits == count else middle + half
+    return Interval(share, low, high, level, count)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -15,7 +15,7 @@ from isthmus.data.cache import write_whole
 from isthmus.errors import UserError
 
 RECORD = "evaluation.json"
-FORMAT = 2
+FORMAT = 3
 
 T = TypeVar("T")
 
@@ -32,8 +32,8 @@ class Score:
         measurements: measurements (disjoint chunks, subsets) that `value` is the mean of.
         deviation: standard deviation between measurements; None for a single one.
         error: standard error of `value`, where the estimator has one.
-        low: lower end of a 95 % bootstrap interval; for means over images alone.
-        high: upper end.
+        low: lower end of a 95 % interval, for means over images alone: Wilson's of a share, a bootstrap of any other.
+        high: upper end; neither interval is symmetric about `value`.
         floor: the same score of real images that are disjoint from the reference.
         ceiling: the same score of real images of which only mean colour and blur are left.
         note: what else to know.
@@ -142,7 +142,8 @@ class EvaluationRecord:
         warnings: what makes a score mislead.
         scores: of the samples; those to read first come first.
         class_scores: class -> name of a score -> value.
-        measures: what was measured on held-out images beyond the usual: hashes of LPIPS' weights, solver steps.
+        measures: what was measured on held-out images beyond the usual: hashes of LPIPS' weights, solver steps; empty
+            where held-out images were not measured, or not yet.
         held_out: reconstruction and likelihood of held-out images.
         curves: scores by scale, position or number of tokens.
         sweep: guidance -> scores, where a sweep was asked for.
@@ -185,8 +186,8 @@ def read_record(folder: Path) -> EvaluationRecord:
         raise UserError(f"{path} is of format {written}, this version reads {FORMAT}. Update Isthmus.")
     if written < FORMAT:
         raise UserError(
-            f"{path} is of format {written}, which does not say on which training and held-out images it was made; "
-            f"this version reads {FORMAT}. Evaluate again: samples that are there are used."
+            f"{path} is of format {written}: an earlier version measured some scores in another way, so that they do "
+            f"not compare; this version reads {FORMAT}. Evaluate again: samples that are there are used."
         )
     try:
         return EvaluationRecord(

@@ -1,26 +1,27 @@
 """The real images of an evaluation, measured once: reference, its disjoint other half, training and held-out images."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from isthmus.data.cache import sha256_of_file, sha256_of_parts
 from isthmus.data.opening import BUILT_IN, open_source, parse_spec
 from isthmus.errors import UserError
-from isthmus.evaluation.adm_npz import kind_of_npz, read_statistics
+from isthmus.evaluation.adm_npz import StatisticsOrigin, kind_of_npz, read_statistics
 from isthmus.evaluation.degradations import ruined
 from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.features import extract_features
-from isthmus.evaluation.generation_scores import Features, LabelledFeatures, RealFeatures
+from isthmus.evaluation.generation_scores import Features, LabelledFeatures, RealFeatures, Rows
 from isthmus.evaluation.guards import check_reference, check_value_range, pixel_digest
 from isthmus.evaluation.image_sets import ImageSet, Picture, joined, open_images, real_images, some
-from isthmus.evaluation.neighbours import copy_distance
+from isthmus.evaluation.neighbours import COPY_QUANTILE, nearest_neighbours
 from isthmus.evaluation.reference_halves import disjoint_halves, images_per_measurement
 from isthmus.evaluation.statistics import Gaussian
+from isthmus.evaluation.training_views import training_views, view_words
 
 TRAINING_LIMIT = 50_000
 """Training images that are measured (class means, nearest neighbours); of larger sets evenly spread ones are taken."""
@@ -37,6 +38,10 @@ class DataSplits:
         held_out: images nothing was trained on.
         num_train: training images in all.
         attribution: licence line.
+        train_labels: of all training images; None where `train` holds them all.
+        views: so many fresh views, as training sees images, of the training and of the held-out ones; None where what
+            training does is not known.
+        view_words: what training does to its images, in words.
     """
 
     spec: str
@@ -45,6 +50,9 @@ class DataSplits:
     held_out: ImageSet
     num_train: int
     attribution: str
+    train_labels: Int[np.ndarray, " n"] | None = None
+    views: Callable[[int], tuple[ImageSet, ImageSet]] | None = None
+    view_words: str = ""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -52,8 +60,9 @@ class DataSplits:
         return self.train.class_names
 
     def class_counts(self) -> Int[np.ndarray, " c"]:
-        """Images of each class, training and held-out ones together."""
-        known = [one.labels for one in (self.train, self.held_out) if one.labels is not None]
+        """Images of each class, all training and held-out ones together."""
+        training = self.train.labels if self.train_labels is None else self.train_labels
+        known = [labels for labels in (training, self.held_out.labels) if labels is not None]
         return np.bincount(np.concatenate(known), minlength=len(self.class_names))
 
 
@@ -68,6 +77,7 @@ class Reference:
         statistics: mean and covariance of such a file; beside images they are of the whole set the images are from.
         holds_training: whether it is training and held-out images of a built-in set together.
         warnings: what a report should say of it.
+        origin: which features the statistics are of; None where the file does not say.
     """
 
     words: str
@@ -76,6 +86,7 @@ class Reference:
     statistics: Gaussian | None = None
     holds_training: bool = False
     warnings: tuple[str, ...] = ()
+    origin: StatisticsOrigin | None = None
 
     def images_per_measurement(self, num_samples: int) -> int:
         """n; all samples where the reference is a file of statistics."""
@@ -91,18 +102,36 @@ class RealSide:
         training: in the headline space; None without a data set.
         held_out: the same.
         warnings: of the guards.
+        views: features in the headline space of fresh views, as training sees images, of training and of held-out ones;
+            None where there are none.
+        searched: which training images copies are looked for among, and what the views are, in words.
     """
 
     reference: RealFeatures | None
     training: LabelledFeatures | None
     held_out: LabelledFeatures | None
     warnings: tuple[str, ...]
+    views: tuple[Rows, Rows] | None = None
+    searched: str = ""
 
     @cached_property
     def copy_distance(self) -> float:
         """Samples nearer to a training image than this count as memorised; for sets with both splits alone."""
+        return float(np.quantile(self.held_out_distances, COPY_QUANTILE))
+
+    @cached_property
+    def held_out_distances(self) -> Float[np.ndarray, " k"]:
+        """Of every held-out image to its nearest training image; for sets with both splits alone."""
         assert self.training is not None and self.held_out is not None, "only where there is a data set"
-        return copy_distance(self.held_out.rows, self.training.rows)
+        return nearest_neighbours(self.held_out.rows, self.training.rows)[1]
+
+    @cached_property
+    def view_distances(self) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]] | None:
+        """The same of both sets of `views`: what copies and what new images would have; None where there are none."""
+        if self.views is None or self.training is None:
+            return None
+        copied, new = (nearest_neighbours(rows, self.training.rows)[1] for rows in self.views)
+        return copied, new
 
 
 def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted: tuple[str, ...]) -> DataSplits:
@@ -138,6 +167,9 @@ def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted:
         real_images(held_out, image_size),
         len(train),
         train.attribution,
+        train_labels=train.labels if train.class_names else None,
+        views=lambda count: (training_views(train, image_size, count), training_views(held_out, image_size, count)),
+        view_words=view_words(train),
     )
 
 
@@ -156,17 +188,17 @@ def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[
     """
     if path is not None:
         kind = kind_of_npz(path) if path.is_file() else "images"
-        statistics = None
+        statistics, origin = None, None
         if kind != "images":
             found = read_statistics(path)
-            statistics = Gaussian.from_covariance(found.mean, found.covariance)
+            statistics, origin = Gaussian.from_covariance(found.mean, found.covariance), found.origin
         if kind == "statistics":
-            return Reference(f"the statistics in {path.name}", sha256_of_file(path), None, statistics)
+            return Reference(f"the statistics in {path.name}", sha256_of_file(path), None, statistics, origin=origin)
         images = open_images(path, size=size)
         words = f"{len(images)} images of {images.name}"
         if statistics is not None:
             words += ", and its mu and sigma for the Frechet distance"
-        return Reference(words, images.fingerprint, images, statistics)
+        return Reference(words, images.fingerprint, images, statistics, origin=origin)
     if data is None:
         raise UserError("samples need something to be measured against, got no --reference and no --data. Pass one.")
     if data.built_in:
@@ -204,8 +236,14 @@ def measure_real_side(reference: Reference, data: DataSplits | None, network: Fe
             digests, sets["train"].digests, built_in=reference.holds_training, looked_at=looked_at
         )
     warnings = (*reference.warnings, *([] if warning is None else [warning]))
+    views, searched = None, ""
+    if data is not None:
+        searched = _searched(data)
+        if data.views is not None:
+            copied, new = (extract_features(network, one.shown(one.name))[headline] for one in data.views(n))
+            views = copied, new
     labelled = {name: LabelledFeatures(part.features[headline], _labels(part.images)) for name, part in sets.items()}
-    return RealSide(real, labelled.get("train"), labelled.get("held_out"), warnings)
+    return RealSide(real, labelled.get("train"), labelled.get("held_out"), warnings, views, searched)
 
 
 class RealSides:
@@ -243,6 +281,13 @@ def _measured(images: ImageSet, network: FeatureNetwork) -> _Measured:
 
     check_value_range(images)
     return _Measured(images, extract_features(network, noted()), digests)
+
+
+def _searched(data: DataSplits) -> str:
+    share = len(data.train) / data.num_train
+    words = f"searched {len(data.train):,} of {data.num_train:,} training images"
+    words += "" if share == 1 else f" ({100 * share:.3g} %; copies of the others are not seen)"
+    return words + " by their central squares" + (f"; ceiling: {data.view_words}" if data.view_words else "")
 
 
 def _labels(images: ImageSet) -> Int[np.ndarray, " n"]:

@@ -20,6 +20,7 @@ from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.reconstruction_stages import reconstruction_with_steps, reconstructions_by_stage
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
+from isthmus.functional.precision import whole_fp32
 from isthmus.functional.psnr import psnr
 from isthmus.functional.shapes import Images
 from isthmus.functional.ssim import ssim
@@ -104,7 +105,7 @@ class ReconstructionMeter:
         self._keep("psnr", psnr(images, targets))
         if min(images.shape[2:]) >= _SSIM_WINDOW_PX:
             self._keep("ssim", ssim(images, targets))
-        with torch.no_grad():
+        with torch.no_grad(), whole_fp32():
             self._keep("perceptual", self._perceptual(images, targets))
             if self._lpips is not None:
                 self._keep("lpips", self._lpips(images, targets))

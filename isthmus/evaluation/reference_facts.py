@@ -13,26 +13,39 @@ from isthmus.evaluation.scoring import statistics_space
 def fitting(against: Reference, network: FeatureNetwork, size: tuple[int, int]) -> Reference:
     """The reference as far as it fits samples of `size` pixels (height, width) and the features.
 
-    Statistics of other features that lie beside images are left out, with a warning.
+    Statistics of other features that lie beside images are left out, with a warning; so is said of statistics that do
+    not tell their features.
 
     Raises:
         UserError: the images have another size than the samples, or there is nothing but statistics of other features.
     """
     if against.images is None:
         statistics_space(against, network)
-        return against
+        return _checked_by_width(against)
     if against.images.size() != size:
         raise UserError(
             f"samples and reference must have one size, got {size} and {against.images.size()}. Resize one of them."
         )
-    if against.statistics is None or len(against.statistics.mean) in network.spaces.values():
+    if against.statistics is None:
         return against
+    if len(against.statistics.mean) in network.spaces.values():
+        return _checked_by_width(against)
     words = f"{len(against.images)} images of {against.images.name}"
     warning = (
         f"The mu and sigma beside the reference images are {len(against.statistics.mean)} wide, the features "
         f"{network.name} are not: every score is measured against the images alone."
     )
     return replace(against, words=words, statistics=None, warnings=(*against.warnings, warning))
+
+
+def _checked_by_width(against: Reference) -> Reference:
+    if against.origin is not None:
+        return against
+    warning = (
+        f"The mu and sigma of the reference ({against.words}) do not say of which features they are, so only their "
+        "width could be checked. They must be of the very network and preprocessing that this report names."
+    )
+    return replace(against, warnings=(*against.warnings, warning))
 
 
 def protocol_of(

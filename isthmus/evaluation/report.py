@@ -17,6 +17,8 @@ logger = logging.getLogger("isthmus")
 REPORT_FILES = ("evaluation.json", "report.md", "report.html", SAMPLES, NEIGHBOURS, CURVES, SWEEP)
 """What a report consists of; nothing else is written beside it."""
 
+_MOST_COLUMNS = 40  # of a curve with more positions there is the plot, and the record
+
 HEAD = ("score", "value", "uncertainty", "floor", "ceiling", "images", "better", "note")
 
 
@@ -51,9 +53,9 @@ def report_blocks(record: EvaluationRecord, out: Path) -> Iterator[Block]:
         f"Floor: real images that are disjoint from the reference. Ceiling: the same images, blurred until little more "
         f"than their mean colour is left. Both are measured as the samples are: n = {protocol.chunk_images} images "
         f"against n = {protocol.chunk_images} of the reference. A distance of the N = {protocol.num_samples} samples "
-        "is the mean over disjoint chunks of n, +- their standard deviation; brackets hold 95 % bootstrap intervals of "
-        "means. Numbers compare only where features, n, image size and reference are the same, which `isthmus compare` "
-        "checks."
+        "is the mean over disjoint chunks of n, +- their standard deviation; brackets hold 95 % intervals of means "
+        "over images: Wilson's of a share, a bootstrap of any other. Numbers compare only where features, n, image "
+        "size and reference are the same, which `isthmus compare` checks."
     )
     yield from _pictures(out)
     if record.class_scores:
@@ -70,7 +72,8 @@ def report_blocks(record: EvaluationRecord, out: Path) -> Iterator[Block]:
         yield Heading("Step by step")
         yield from _picture(out / CURVES, "Held-out images and samples, by step of the generation")
         for curve in record.curves:
-            yield Table((curve.along, *curve.positions), [(curve.name, *map(number, curve.values))])
+            if len(curve.positions) <= _MOST_COLUMNS:
+                yield Table((curve.along, *curve.positions), [(curve.name, *map(number, curve.values))])
             if curve.note:
                 yield Paragraph(curve.note)
     if record.sweep:

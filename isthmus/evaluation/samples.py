@@ -106,14 +106,16 @@ class ChunkStore:
         absent = self.missing(num)
         if absent:
             raise UserError(f"{self.path(absent[0])} is missing. Run the evaluation again: it draws what is not there.")
-        parts: dict[str, list[np.ndarray]] = {}
+        found: dict[str, np.ndarray] = {}
         for chunk in range(num_chunks(num)):
             with _opened(self.path(chunk)) as archive:
                 for name in archive.files:
                     if name.startswith(_FEATURES):
                         rows = archive[name][: chunk_size(chunk, num)]
-                        parts.setdefault(name.removeprefix(_FEATURES), []).append(rows)
-        return {space: np.concatenate(rows) for space, rows in parts.items()}
+                        # filled chunk by chunk: parts that are put together at the end would be there twice
+                        whole = found.setdefault(name, np.empty((num, rows.shape[1]), rows.dtype))
+                        whole[chunk * CHUNK : chunk * CHUNK + len(rows)] = rows
+        return {name.removeprefix(_FEATURES): rows for name, rows in found.items()}
 
     def _count(self, chunk: int) -> int:
         """Images in a chunk; 0 where it is not there or damaged."""

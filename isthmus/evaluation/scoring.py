@@ -9,10 +9,12 @@ from jaxtyping import Float, Int
 from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FeatureNetwork, score_name
 from isthmus.evaluation.generation_scores import (
+    CopySearch,
     Features,
     LabelledFeatures,
     class_consistency,
     distance_scores,
+    inception_score_list,
     manifold_score_list,
     memorisation,
     statistics_score,
@@ -91,11 +93,12 @@ def score_samples(
         warnings += [check_enough_images(n, width, space=space) for space, width in network.spaces.items()]
         distances = distance_scores(samples, real.reference, network)
         halves = (real.reference.reference[headline], real.reference.other[headline], real.reference.ruined[headline])
-        neighbourhoods = manifold_score_list(rows, *halves)
+        neighbourhoods = manifold_score_list(rows, *halves, space=headline)
     if reference.statistics is not None:
         space = statistics_space(reference, network)
         warnings.append(check_enough_images(len(rows), network.spaces[space], space=space))
         distances = _with_statistics(distances, samples[space], reference, space, network, n)
+    distances = [*distances, *inception_score_list(samples, real.reference, network)]
     known = reference.images
     if labels is not None and names and known is not None and known.labels is not None:
         if known.class_names == tuple(names):
@@ -105,13 +108,14 @@ def score_samples(
         warning = check_classes(labels)
         warnings.append(warning)
         if warning is None:
-            classes, by_class = class_consistency(LabelledFeatures(rows, labels), real.training, real.held_out, names)
+            judged = LabelledFeatures(rows, labels)
+            classes, by_class = class_consistency(judged, real.training, real.held_out, names, space=headline)
     neighbours, copies = None, []
     if real.training is not None:
         neighbours = Neighbours(*nearest_neighbours(rows, real.training.rows))
         if real.held_out is not None:
             warnings.append(check_copy_distance(real.copy_distance))
-            copies = [memorisation(neighbours.distance, real.copy_distance)]
+            copies = memorisation(neighbours.distance, _copy_search(real, headline))
     if n < FEWEST_FOR_FRECHET:
         # the kernel distance, then class consistency, lead
         scores = [*distances[:1], *classes[:1], *copies, *distances[1:], *classes[1:], *neighbourhoods]
@@ -121,14 +125,29 @@ def score_samples(
     return SampleScores(tuple(scores), by_class, tuple(said), neighbours)
 
 
+def _copy_search(real: RealSide, space: str) -> CopySearch:
+    note = "; ".join(filter(None, (real.searched, f"features {space}")))
+    return CopySearch(real.held_out_distances, real.view_distances, real.copy_distance, note)
+
+
 def statistics_space(reference: Reference, network: FeatureNetwork) -> str:
-    """The feature space in which a file of statistics was made, as its width tells.
+    """The feature space in which a file of statistics was made, as it says itself, or else as its width tells.
 
     Raises:
-        UserError: it was made with other features.
+        UserError: it was made with other features, weights or preprocessing.
     """
-    statistics = reference.statistics
+    statistics, origin = reference.statistics, reference.origin
     assert statistics is not None, "a reference is images or statistics"
+    if origin is not None:
+        ours = {space: (space, network.weights_sha256, network.preprocessing) for space in network.spaces}
+        theirs = (origin.space, origin.weights_sha256, origin.preprocessing)
+        if ours.get(origin.space) != theirs:
+            raise UserError(
+                f"{reference.words} are of {origin.space} ({origin.weights_sha256[:12]}; {origin.preprocessing}), the "
+                f"features {network.name} are {' or '.join(network.spaces)} ({network.weights_sha256[:12]}; "
+                f"{network.preprocessing}). Make the statistics again with --statistics, or pass a reference of images."
+            )
+        return origin.space
     width = len(statistics.mean)
     fitting = next((space for space, own in network.spaces.items() if own == width), None)
     if fitting is None:
@@ -153,7 +172,11 @@ def _with_statistics(
     found = statistics_score(rows, reference.statistics, space, network, beside_images=reference.images is not None)
     of_images = score_name("frechet", space, n, network.input_size)
     others = [
-        replace(one, name=f"{one.name} to the images", note="to the images of the reference, not its mu and sigma")
+        replace(
+            one,
+            name=f"{one.name} to the images",
+            note=f"to the images of the reference, not its mu and sigma; {one.note}",
+        )
         if one.name == of_images
         else one
         for one in distances

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 
 from isthmus.evaluation.adm_npz import read_adm_images
-from isthmus.evaluation.protocol import read_record
+from isthmus.evaluation.guards import BUILT_IN_SENTENCE
+from isthmus.evaluation.protocol import read_record, write_record
 from isthmus.evaluation.samples import read_chunk
 from isthmus.generation.step import token_hashes
+from isthmus.pipelines.next_scale import NextScalePipeline
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -110,6 +113,15 @@ def test_samples_npz_scored_as_anyones_images_gives_the_same_numbers(evaluate, i
     words = ("--samples", tmp_path / "a", "--reference", tmp_path / "a" / "statistics.npz", "--out", tmp_path / "d")
     assert isthmus("evaluate", *words).code == 0
     assert scores(tmp_path / "d")["FD-lite0-192"] == pytest.approx(0, abs=1e-6)
+    # an image of the sweep that equals another one is said with its guidance
+    (chunk,) = (tmp_path / "a" / "sweep" / "3").iterdir()
+    with np.load(chunk) as archive:
+        arrays = dict(archive)
+    arrays["images"][1] = arrays["images"][0]
+    np.savez(chunk, **arrays)
+    (tmp_path / "a" / "evaluation.json").unlink()
+    evaluate(tmp_path / "a", "--sweep-guidance", "1,3")
+    assert [one for one in read_record(tmp_path / "a").warnings if one.startswith("Guidance 3: 1 of 12 images")]
 
 
 def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, images, tmp_path):
@@ -125,6 +137,49 @@ def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, image
     words = ("-q", "evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", tmp_path / "a")
     assert "seed" in refused(*words, "--seed", 1)
     assert "sampling" in refused(*words, "--guidance", 1)
+
+
+def test_samples_of_an_earlier_number_do_not_stay(evaluate, tmp_path):
+    evaluate(tmp_path / "a", "--npz", "--statistics")
+    evaluate(tmp_path / "a", "--num", NUM - 2)
+    assert read_record(tmp_path / "a").protocol.num_samples == NUM - 2
+    assert not any((tmp_path / "a" / name).exists() for name in ("samples.npz", "statistics.npz"))
+
+
+def test_what_stops_the_held_out_stage_does_not_cost_the_scores(evaluate, tmp_path):
+    """A record without measures of held-out images, as a process leaves it that is killed there, is completed."""
+    evaluate(tmp_path / "a")
+    whole = read_record(tmp_path / "a")
+    kept = replace(whole, held_out=(), curves=(), measures={}, circumstances=whole.circumstances | {"kept": "yes"})
+    write_record(kept, tmp_path / "a")
+    evaluate(tmp_path / "a")
+    after = read_record(tmp_path / "a")
+    assert after.circumstances["kept"] == "yes", "not scored again"
+    assert (after.held_out, after.curves, after.measures) == (whole.held_out, whole.curves, whole.measures)
+
+
+def test_a_built_in_set_is_its_own_reference_with_its_sentence(isthmus, tmp_path):
+    """A model of two photographs: the share of copies stands beside the distances to its own training images."""
+    classes = ["rocket", "coffee"]
+    pipeline = tiny_pipeline(num_classes=2, names=False)
+    named = NextScalePipeline(pipeline.image_tokenizer, pipeline.transformer, class_names=classes)
+    named.save_pretrained(tmp_path / "model")
+    words = ("evaluate", tmp_path / "model", "--data", "photos", "--num", NUM)
+    assert isthmus(*words, "--out", tmp_path / "a").code == 0
+    record = read_record(tmp_path / "a")
+    assert record.protocol.reference == "512 training and 100 held-out images of photos"
+    assert BUILT_IN_SENTENCE in record.warnings
+    share = record.score("memorised share")
+    assert share is not None and share.ceiling is not None and 0 <= share.value <= 1
+
+
+def test_a_model_is_measured_against_images_of_a_file(evaluate, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (2 * NUM, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", pictures)
+    evaluate(tmp_path / "a", "--reference", tmp_path / "images.npz")
+    record = read_record(tmp_path / "a")
+    assert (record.protocol.reference, record.protocol.chunk_images) == ("24 images of images.npz", NUM)
+    assert {"KD-lite0-192", "memorised share"} <= set(scores(tmp_path / "a")) and record.warnings
 
 
 def test_more_training_images_are_another_protocol(isthmus, model, images, tmp_path):
@@ -172,7 +227,11 @@ def test_d_ar_and_unlabelled_models(evaluate, refused, images, tmp_path):
     assert record.scores == before.scores and record.held_out == before.held_out
     solved = [curve for curve in record.curves if curve.along == "solver steps"]
     names = [(curve.name, curve.positions) for curve in solved]
-    assert names == [("PSNR, dB", ("1", "2")), ("r-FD-lite0-192", ("1", "2"))]
+    # 8 px are too small for SSIM and LPIPS
+    assert names == [(name, ("1", "2")) for name in ("PSNR, dB", "lite0 distance", "r-FD-lite0-192")]
+    by_position = next(curve for curve in record.curves if curve.along == "position of the token")
+    bits = next(score.value for score in record.held_out if score.name == "bits per token")
+    assert len(by_position.values) > 1 and np.mean(by_position.values) == pytest.approx(bits, rel=1e-6)
     # the data have as many images of each class
     assert record.subject.steering == {"num_inference_steps": 2}
     assert record.protocol.balance == "every class equally often"

@@ -11,6 +11,7 @@ from isthmus.errors import UserError
 from isthmus.evaluation import adm_npz
 from isthmus.evaluation.adm_npz import (
     AdmStatistics,
+    StatisticsOrigin,
     kind_of_npz,
     read_adm_images,
     read_statistics,
@@ -67,7 +68,13 @@ def test_statistics_round_trip(tmp_path):
     write_statistics(tmp_path / "s.npz", given_)
     found = read_statistics(tmp_path / "s.npz")
     assert np.array_equal(found.mean, given_.mean) and np.array_equal(found.covariance, given_.covariance)
-    assert kind_of_npz(tmp_path / "s.npz") == "statistics"
+    assert kind_of_npz(tmp_path / "s.npz") == "statistics" and found.origin is None
+    known = AdmStatistics(given_.mean, given_.covariance, StatisticsOrigin("lite0-192", "a" * 64, "native size", 12))
+    write_statistics(tmp_path / "s.npz", known)
+    assert read_statistics(tmp_path / "s.npz").origin == known.origin
+    np.savez(tmp_path / "s.npz", mu=given_.mean, sigma=given_.covariance, isthmus_space="lite0-192")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_statistics(tmp_path / "s.npz")
 
 
 def test_a_reference_batch_holds_images_and_statistics(tmp_path):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from isthmus.errors import UserError
+from isthmus.evaluation import class_scores
 from isthmus.evaluation.class_scores import (
     LinearProbe,
     NearestClassMean,
@@ -56,6 +57,24 @@ def test_the_probe_of_few_rows_is_that_of_the_normal_equations():
     penalty = 0.1 * rows.var(axis=0).mean() * 12
     expected = np.linalg.solve(rows.T @ rows + penalty * np.eye(20), rows.T @ targets)
     np.testing.assert_allclose(probe.weights, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [12, 60])
+def test_blocks_of_rows_change_nothing(count, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(count, 20)), np.arange(count) % 3
+
+    def measured():
+        means, probe = NearestClassMean.fit(rows, labels), LinearProbe.fit(rows, labels)
+        right = [means.predict(rows).tolist(), probe.predict(rows).tolist()]
+        return right, probe.weights, intra_class_diversity(rows, labels), inception_score(rows)
+
+    whole = measured()
+    monkeypatch.setattr(class_scores, "_BLOCK_ROWS", 7)
+    parts = measured()
+    assert parts[0] == whole[0]
+    np.testing.assert_allclose(parts[1], whole[1], atol=1e-12)
+    assert parts[2] == pytest.approx(whole[2]) and parts[3] == pytest.approx(whole[3])
 
 
 @BOTH

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from isthmus.errors import UserError
+from isthmus.evaluation import distances
 from isthmus.evaluation.distances import frechet_over_chunks, kernel_distance, squared_mmd
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 
@@ -23,6 +26,28 @@ def test_the_standard_error_is_the_spread_between_experiments():
     claimed = np.mean([one.standard_error or np.nan for one in found])
     # further cuts lower the noise, so the claim is on the safe side
     assert 0.8 < claimed / np.std([one.value for one in found]) < 2.5
+
+
+@given(st.integers(1, 30), st.data())
+def test_cuts_use_every_image_before_any_again_and_none_twice_at_once(total, data):
+    count = data.draw(st.integers(1, total))
+    cuts = distances._endless_cuts(np.random.default_rng(0), total, count)
+    taken = [next(cuts) for _ in range(3 * -(-total // count))]
+    assert all(len(set(cut.tolist())) == count and cut.max() < total for cut in taken)
+    dealt = np.concatenate(taken)
+    for start in range(0, len(dealt) - total + 1, total):
+        assert set(dealt[start : start + total].tolist()) == set(range(total))
+
+
+def test_every_sample_of_a_large_set_moves_the_kernel_distance():
+    """1,000 samples against 50: ten cuts of 50 would leave half of them out."""
+    samples, reference = normal(1000, seed=0), normal(50, seed=1)
+    whole = kernel_distance(samples, reference)
+    assert whole.num_subsets * whole.subset_size >= len(samples)
+    for i in range(0, 1000, 97):
+        moved = samples.copy()
+        moved[i] += 50
+        assert abs(kernel_distance(moved, reference).value - whole.value) > 1
 
 
 def test_one_subset_of_everything_is_the_plain_estimate():

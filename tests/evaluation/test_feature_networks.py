@@ -9,6 +9,7 @@ from PIL import Image
 from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import feature_network, score_name
 from isthmus.evaluation.features import extract_features
+from isthmus.functional.precision import whole_fp32
 from isthmus.models.efficientnet_lite import packaged_weights
 from tests.evaluation.photo_crops import photo_crops
 
@@ -24,6 +25,28 @@ def dinov2(tmp_path_factory) -> Path:
         config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=224)
         Dinov2Model(config).save_pretrained(folder)
     return folder
+
+
+def test_tf32_is_off_inside_and_as_it_was_outside():
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    try:
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+            with pytest.raises(KeyError), whole_fp32():
+                assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+                raise KeyError
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_on_a_gpu_are_those_on_the_cpu():
+    """To fp32's rounding: with TF32 they are a thousandth away."""
+    images = photo_crops("coffee", 8)
+    one, other = (extract_features(feature_network("lite0", device=place), images) for place in ("cpu", "cuda"))
+    for space, rows in one.items():
+        assert np.linalg.norm(other[space] - rows) < 1e-4 * np.linalg.norm(rows)
 
 
 def test_lite0_says_what_it_is():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.evaluation.intervals import bootstrap_interval, spread
+from isthmus.evaluation.intervals import bootstrap_interval, mean_interval, spread, wilson_interval
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20), st.integers(0, 3))
@@ -26,6 +26,30 @@ def test_it_holds_the_truth_about_as_often_as_it_says():
     found = [bootstrap_interval((rng.random(100) < 0.3).astype(float), level=0.9) for _ in range(200)]
     held = np.mean([one.low <= 0.3 <= one.high for one in found])
     assert 0.84 <= held <= 0.96
+
+
+@given(st.integers(1, 300), st.data())
+def test_wilsons_ends_are_the_shares_whose_own_deviation_reaches_the_one_found(count, data):
+    """The definition: |found - p| = z sqrt(p (1 - p) / n) at both ends; mirrored for those that are not in it."""
+    hits = data.draw(st.integers(0, count))
+    found, other = wilson_interval(hits, count), wilson_interval(count - hits, count)
+    assert 0 <= found.low <= found.mean <= found.high <= 1 and found.high > found.low
+    for end in (found.low, found.high):
+        if 0 < end < 1:
+            assert abs(found.mean - end) == pytest.approx(1.959964 * (end * (1 - end) / count) ** 0.5, rel=1e-4)
+    assert (1 - other.high, 1 - other.low) == pytest.approx((found.low, found.high))
+
+
+def test_shares_are_wilsons_and_other_means_are_bootstrapped():
+    shares, others = np.repeat([0.0, 1.0], [99, 1]), np.random.default_rng(0).normal(size=100)
+    assert mean_interval(shares) == mean_interval(shares.astype(bool)) == wilson_interval(1, 100)
+    assert mean_interval(others) == bootstrap_interval(others)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (3, 2), (-1, 2)])
+def test_impossible_shares_are_refused(arguments):
+    with pytest.raises(UserError, match="got"):
+        wilson_interval(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from isthmus.evaluation.neighbours import (
     copy_distance,
     manifold_scores,
     memorised,
+    nearer_than,
     nearest_neighbours,
     neighbour_distances,
 )
@@ -94,6 +95,19 @@ def test_copies_count_where_held_out_images_repeat_training_images():
     assert copy_distance(held_out, training) == 0
     assert check_copy_distance(0.0) is not None
     assert memorised(np.concatenate([training[:20], fresh]), training, held_out).tolist() == [True] * 20 + [False] * 20
+
+
+def test_copies_that_were_moved_are_seen_by_their_whole_law():
+    """None is near enough to count alone, together they are nearer than held-out images are."""
+    training, held_out, fresh = (normal(300, seed=seed) for seed in (1, 2, 3))
+    moved = training + normal(300, seed=4) / 8**0.5
+    limit, theirs = copy_distance(held_out, training), nearest_neighbours(held_out, training)[1]
+    distances = nearest_neighbours(moved, training)[1]
+    assert nearer_than(distances, theirs).mean() > 0.8
+    assert nearer_than(nearest_neighbours(fresh, training)[1], theirs).mean() == pytest.approx(0.5, abs=0.06)
+    assert nearer_than(theirs, theirs).mean() == pytest.approx(0.5) and limit < np.median(distances)
+    with pytest.raises(UserError, match="got none"):
+        nearer_than(distances, theirs[:0])
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import pytest
 
 from isthmus.errors import UserError
 from isthmus.evaluation.compare import compare
-from isthmus.evaluation.evaluation_folder import finished_record
+from isthmus.evaluation.evaluation_folder import remove_by_products, scored_record
 from isthmus.evaluation.image_sets import ImageSet
 from isthmus.evaluation.protocol import (
+    FORMAT,
     RECORD,
     Curve,
     EvaluationRecord,
@@ -117,47 +118,57 @@ def test_model_seed_and_guidance_are_free(tmp_path):
 def test_what_is_no_record_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no"):
         read_record(tmp_path)
-    for text in ("{", "[]", '{"format": 2}'):
+    for text in ("{", "[]", f'{{"format": {FORMAT}}}'):
         (tmp_path / RECORD).write_text(text)
         with pytest.raises(UserError, match="not the record"):
             read_record(tmp_path)
     write_record(record(), tmp_path)
     values = json.loads((tmp_path / RECORD).read_text())
-    (tmp_path / RECORD).write_text(json.dumps(values | {"format": 3}))
+    (tmp_path / RECORD).write_text(json.dumps(values | {"format": FORMAT + 1}))
     with pytest.raises(UserError, match="Update"):
         read_record(tmp_path)
     with pytest.raises(UserError, match="at least two"):
         compare([tmp_path])
 
 
-def old_record(folder):
-    """A record as format 1 wrote it: without fingerprints of the data set."""
+def old_record(folder, version):
+    """A record as an earlier format wrote it: the first without fingerprints of the data set."""
     write_record(record(), folder)
     values = json.loads((folder / RECORD).read_text())
-    del values["protocol"]["train_sha256"], values["protocol"]["held_out_sha256"]
-    (folder / RECORD).write_text(json.dumps(values | {"format": 1}))
+    if version == 1:
+        del values["protocol"]["train_sha256"], values["protocol"]["held_out_sha256"]
+    (folder / RECORD).write_text(json.dumps(values | {"format": version}))
 
 
-def test_records_of_the_first_format_are_refused_and_scored_again(tmp_path):
-    old_record(tmp_path)
-    with pytest.raises(UserError, match=r"format 1.*Evaluate again"):
+@pytest.mark.parametrize("version", [1, 2])
+def test_records_of_earlier_formats_are_refused_and_scored_again(tmp_path, version):
+    old_record(tmp_path, version)
+    with pytest.raises(UserError, match=rf"format {version}.*Evaluate again"):
         read_record(tmp_path)
     now = record()
-    asked = {"sweep": list(now.sweep), "measures": now.measures}
-    assert finished_record(tmp_path, now.protocol, now.subject, **asked) is None
+    sweep = list(now.sweep)
+    assert scored_record(tmp_path, now.protocol, now.subject, sweep=sweep) is None
     other = replace(now.subject, fingerprint="e" * 64)
     with pytest.raises(UserError, match="other weights"):
-        finished_record(tmp_path, now.protocol, other, **asked)
+        scored_record(tmp_path, now.protocol, other, sweep=sweep)
+
+
+def test_what_lies_beside_a_record_goes_with_it(tmp_path):
+    for name in ("samples.npz", "statistics.npz", "report.md"):
+        (tmp_path / name).write_text("of 2,000 samples")
+    remove_by_products(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"], "written again with the record"
 
 
 def test_only_what_was_asked_for_in_the_same_way_is_finished(tmp_path):
     now = record(held_out=SCORES)
     write_record(now, tmp_path)
-    asked = {"sweep": list(now.sweep), "measures": now.measures}
-    assert finished_record(tmp_path, now.protocol, now.subject, **asked) == now
+    sweep = list(now.sweep)
+    assert scored_record(tmp_path, now.protocol, now.subject, sweep=sweep) == now
+    assert scored_record(tmp_path, now.protocol, now.subject, sweep=sweep[:1]) is None
     for name in ("train_sha256", "held_out_sha256"):
         more_images = replace(now.protocol, **{name: "9" * 64})
-        assert finished_record(tmp_path, more_images, now.subject, **asked) is None
+        assert scored_record(tmp_path, more_images, now.subject, sweep=sweep) is None
 
 
 @pytest.mark.parametrize(("name", "ours"), [("report.md", True), ("samples.png", True), ("holiday.png", False)])
@@ -165,10 +176,10 @@ def test_only_files_of_an_evaluation_may_lie_in_its_folder(tmp_path, name, ours)
     (tmp_path / name).write_text("x")
     now = record()
     if ours:
-        assert finished_record(tmp_path, now.protocol, now.subject, sweep=[], measures={}) is None
+        assert scored_record(tmp_path, now.protocol, now.subject, sweep=[]) is None
         return
     with pytest.raises(UserError, match=name):
-        finished_record(tmp_path, now.protocol, now.subject, sweep=[], measures={})
+        scored_record(tmp_path, now.protocol, now.subject, sweep=[])
 
 
 def test_plots_of_an_earlier_scoring_are_not_shown(tmp_path):

@@ -1,10 +1,68 @@
-"""Real images measured once for many models."""
+"""Real images measured once for many models, and what a search for copies among them finds."""
 
 import numpy as np
+import pytest
 
+from isthmus.data.opening import open_source
+from isthmus.evaluation import real_side
+from isthmus.evaluation.feature_networks import feature_network
+from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.protocol import Score
 from isthmus.evaluation.real_side import RealSides, choose_reference, measure_real_side, open_splits
+from isthmus.evaluation.scoring import score_samples
+from isthmus.evaluation.training_views import training_views, view_words
 from tests.evaluation.tiny_evaluation import mean_colour
 from tests.training.tiny_runs import write_images
+
+SIDE, CLASSES, VIEWS = 32, ("rocket", "coffee"), 100
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Two photographs measured on real features, and a function that scores views of a split drawn with other seeds."""
+    network = feature_network("lite0")
+    data = open_splits("photos", image_size=SIDE, classes=CLASSES, wanted=())
+    reference = choose_reference(data, None, size=(SIDE, SIDE))
+    real = measure_real_side(reference, data, network, VIEWS)
+
+    def scored(split: str) -> dict[str, Score]:
+        source = open_source("photos", image_size=SIDE, split=split, classes=CLASSES)
+        rows = extract_features(network, training_views(source, SIDE, VIEWS, seed=1))
+        return {one.name: one for one in score_samples(rows, None, reference, real, network, ()).scores}
+
+    return scored
+
+
+@pytest.mark.slow
+def test_copies_of_training_are_found_as_the_ceiling_says_and_new_images_as_the_floor(photos):
+    """Positive and negative control: fresh crops of training photographs, and of the strips that were held out."""
+    copied, new = photos("train"), photos("val")
+    share, nearer = "memorised share", "nearer than held-out"
+    ceiling = copied[share].ceiling
+    assert ceiling is not None and ceiling > 0.9 and "512 of 512" in copied[share].note
+    assert copied[share].value == pytest.approx(ceiling, abs=0.08) and new[share].value < 0.06
+    for found, end in ((copied, copied[nearer].ceiling), (new, new[nearer].floor)):
+        assert found[nearer].value == pytest.approx(end, abs=0.1)
+
+
+def test_views_are_those_of_training_and_their_own(tmp_path):
+    source = open_source(write_images(tmp_path / "a.npz", count=40, side=16), image_size=8)
+    views = training_views(source, 8, 60)
+    assert len(views) == len(list(views)) == 60 and views.size() == (8, 8) and views.labels is not None
+    again = training_views(source, 8, 60, seed=1)
+    assert any(not np.array_equal(one, other) for one, other in zip(views, again, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(views, views, strict=True))
+    assert view_words(source) == "training images as training sees them, cropped and mirrored"
+
+
+def test_thinned_training_images_are_said_and_do_not_change_the_frequencies(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_side, "TRAINING_LIMIT", 10)
+    spec = write_images(tmp_path / "a.npz", count=200, num_classes=2)
+    data = open_splits(spec, image_size=8, classes=(), wanted=())
+    assert len(data.train) == 10 and data.num_train + len(data.held_out) == 200
+    assert data.class_counts().tolist() == [100, 100]
+    real = measure_real_side(choose_reference(data, None, size=(8, 8)), data, mean_colour(), 4)
+    assert f"searched 10 of {data.num_train} training images" in real.searched and "not seen" in real.searched
 
 
 def test_what_is_used_again_is_what_would_be_measured(tmp_path):

@@ -1,5 +1,7 @@
 """Scores from features: floor below ceiling, halves disjoint, order irrelevant, files of statistics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
+from isthmus.evaluation.adm_npz import StatisticsOrigin
 from isthmus.evaluation.balance import balance_words, own_frequency_labels
 from isthmus.evaluation.feature_networks import FeatureNetwork
-from isthmus.evaluation.generation_scores import LabelledFeatures, RealFeatures, distance_scores
+from isthmus.evaluation.generation_scores import LabelledFeatures, RealFeatures, inception_score_list
 from isthmus.evaluation.image_sets import ImageSet
 from isthmus.evaluation.real_side import RealSide, Reference
 from isthmus.evaluation.reference_facts import fitting
@@ -19,6 +22,7 @@ from isthmus.evaluation.statistics import Gaussian, frechet_distance
 from isthmus.evaluation.usage import code_counts, usage_curves
 
 N, WIDTH = 40, 4
+MEMORY = ("memorised share", "nearer than held-out")
 
 
 @given(st.lists(st.integers(0, 4), min_size=4, max_size=60), st.data())
@@ -107,8 +111,7 @@ def test_the_inception_score_of_samples_sorted_by_class_is_that_of_mixed_ones():
     )
     by_class = sure[np.argsort(sure.argmax(axis=1), kind="stable")]
     for logits in (sure, by_class):
-        found = distance_scores({"net-4": rows(6, 5 * N), "logits": logits}, features, network(logits="logits"))
-        score = next(one for one in found if one.name == "Inception score")
+        (score,) = inception_score_list({"net-4": rows(6, 5 * N), "logits": logits}, features, network(logits="logits"))
         assert score.value == pytest.approx(4, rel=0.05) and (score.images, score.measurements) == (N, 5)
         assert score.floor == pytest.approx(4, rel=1e-3) and score.ceiling == pytest.approx(1)
 
@@ -147,8 +150,54 @@ def test_statistics_of_other_features_leave_the_images_with_a_warning():
     reference = fitting(Reference("both", "0", images, Gaussian.of(rows(1))), network({"net-7": 7}), (8, 8))
     assert reference.statistics is None and reference.images is images and "mu" not in reference.words
     assert len(reference.warnings) == 1 and "4 wide" in reference.warnings[0]
-    fits = Reference("both", "0", images, Gaussian.of(rows(1)))
-    assert fitting(fits, network(), (8, 8)) is fits
+    fits = fitting(Reference("both", "0", images, Gaussian.of(rows(1))), network(), (8, 8))
+    assert fits.statistics is not None and "only their width" in fits.warnings[0], "the file does not say its features"
+
+
+def test_statistics_that_say_their_features_are_matched_by_more_than_width():
+    ours = StatisticsOrigin("net-4", "", "", 500)
+    known = Reference("stats", "0", None, Gaussian.of(rows(1, 500)), origin=ours)
+    assert fitting(known, network(), (8, 8)) is known
+    for other in ({"space": "net-5"}, {"weights_sha256": "a" * 64}, {"preprocessing": "299 px"}):
+        with pytest.raises(UserError, match="stats are of"):
+            fitting(replace(known, origin=replace(ours, **other)), network(), (8, 8))
+
+
+def test_an_inception_score_needs_no_reference_images():
+    """Ten splits, as papers have, where a file of statistics gives no n; every split of sure images has all classes."""
+    sure = 50 * np.eye(WIDTH, dtype=np.float32)[np.arange(40 * N) % WIDTH]
+    reference = Reference("stats", "0", None, Gaussian.of(rows(1, 500)))
+    found = score_samples(
+        {"net-4": rows(2, 40 * N), "logits": sure}, None, reference, RealSide(None, None, None, ()),
+        network(logits="logits"), (),
+    )  # fmt: skip
+    score = next(one for one in found.scores if one.name == "Inception score")
+    assert score.value == pytest.approx(4, rel=0.05) and (score.images, score.measurements) == (4 * N, 10)
+    assert score.floor is None and "splits of 160 images" in score.note
+
+
+def test_notes_name_features_and_samples_that_were_used():
+    samples, labels = {"net-4": rows(6, 2 * N + 5)}, np.arange(2 * N + 5) % 2
+    scores = score_samples(samples, labels, REFERENCE, real_side(), network(), ("a", "b")).scores
+    for one in scores:
+        assert "net-4" in one.name + one.note or one.name == "nearer than held-out", one.name
+    notes = {one.name: one.note for one in scores}
+    assert "used 80 of 85 samples" in notes["FD-net-4"] and "used 80 of 85 samples" in notes["recall"]
+    assert "used 85 of 85 samples" in notes["KD-net-4"]
+
+
+def test_the_ceiling_of_memory_is_what_training_views_score():
+    """Half of the views are copies, half are far away: that is what the search finds of true copies."""
+    training, held_out = two_classes(4, 300), two_classes(5, 100)
+    views = np.concatenate([training.rows[:50], rows(9, 50, shift=30.0)])
+    new = held_out.rows[:50]
+    real = RealSide(None, training, held_out, (), (views, new), "searched 300 of 600 training images")
+    reference = Reference("stats", "0", None, Gaussian.of(rows(1, 500)))
+    found = score_samples({"net-4": training.rows[:40]}, None, reference, real, network(), ())
+    share, nearer = (next(one for one in found.scores if one.name == name) for name in MEMORY)
+    assert (share.value, share.floor, share.ceiling) == (1.0, 0.01, 0.5) and "300 of 600" in share.note
+    assert (nearer.value, nearer.ceiling) == (1.0, 0.5) and nearer.floor == pytest.approx(0.5, abs=0.1)
+    assert share.low is not None and share.low < 0.95, "all of 40 leave room"
 
 
 def test_few_samples_for_statistics_are_warned_of_in_the_space_that_is_measured():
