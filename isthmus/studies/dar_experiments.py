@@ -7,6 +7,7 @@ from typing import Any
 
 from isthmus.studies.dar_options import DarSetting
 from isthmus.studies.experiments import Experiment
+from isthmus.studies.options import BALANCE
 from isthmus.training.config import Run, run_to_json
 from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
 
@@ -61,7 +62,7 @@ def evaluations(setting: DarSetting) -> Iterator[Experiment]:
         yield Experiment(
             name=f"guidance-seed{seed}",
             kind="evaluation",
-            settings={"seed": seed, "guidances": list(guidances), "num": setting.num},
+            settings={"seed": seed, "guidances": list(guidances), "num": setting.num, "balance": BALANCE},
             after=(f"prior-seed{seed}",),
             seconds=30 + 0.15 * setting.num * len(guidances),
         )
@@ -74,7 +75,12 @@ def previews(setting: DarSetting) -> Iterator[Experiment]:
         yield Experiment(
             name=f"previews-seed{seed}",
             kind="previews",
-            settings={"seed": seed, "guidance": setting.prior.sampling.guidance, "num": setting.num},
+            settings={
+                "seed": seed,
+                "guidance": setting.prior.sampling.guidance,
+                "num": setting.num,
+                "balance": BALANCE,
+            },
             after=(f"prior-seed{seed}",),
             seconds=30 + 0.2 * setting.num,
         )

@@ -15,6 +15,7 @@ from isthmus.studies.evaluations import (
     sample_facts,
     sample_readings,
     score_readings,
+    warning_notes,
 )
 from isthmus.studies.experiments import Experiment, Results, Values, results_by_seed
 from isthmus.studies.readings import Reading, Readings, written_readings
@@ -62,7 +63,8 @@ def reconstruction(setting: DarSetting, results: Results) -> StudyTable:
 def preview_scores(setting: DarSetting, results: Results) -> StudyTable:
     """Samples after every group of tokens."""
     found = by_seed(setting, results, "previews")
-    first = next(iter(found.values()))
+    measured = list(found.values())
+    first = measured[0]
     names, total = list(first["by_step"]), max(int(name.split()[0]) for name in first["by_step"])
     facts = facts_of(first, setting.prior.sampling.guidance, setting)
     rows = [
@@ -90,7 +92,7 @@ def preview_scores(setting: DarSetting, results: Results) -> StudyTable:
     side = {"protocol": first["protocol"], "by_guidance": {"": first["by_step"][names[-1]]}}
     real = [Row(name=word, cells=real_image_cells(side, "", word)) for word in ("floor", "ceiling")]
     return StudyTable(
-        about=f"The same samples after every group of tokens. {trained(setting)} {protocol_words(first)}",
+        about=f"The same samples after every group of tokens. {trained(setting)} {protocol_words(measured)}",
         first_column="preview after",
         rows=(*rows, *real),
         claims=by_both_distances(*claims),
@@ -104,6 +106,7 @@ def preview_scores(setting: DarSetting, results: Results) -> StudyTable:
             for column in (FRECHET, CLASS)
             if column in rows[0].cells
         ),
+        notes=warning_notes(measured),
     )
 
 
@@ -153,7 +156,8 @@ def solvers(setting: DarSetting, results: Results) -> StudyTable:
 def guidance(setting: DarSetting, results: Results) -> StudyTable:
     """Guidance schedules over the tokens."""
     found = by_seed(setting, results, "guidance")
-    first, own = next(iter(found.values())), setting.prior.sampling.guidance
+    measured, own = list(found.values()), setting.prior.sampling.guidance
+    first = measured[0]
     rows = [
         Row(name=words, facts=sample_facts(first, words, setting.seeds), cells=sample_readings(found, words))
         for words in all_guidances(setting)
@@ -161,7 +165,7 @@ def guidance(setting: DarSetting, results: Results) -> StudyTable:
     real = [Row(name=side, cells=real_image_cells(first, own, side)) for side in ("floor", "ceiling")]
     return StudyTable(
         about="Guidance over the tokens: off (1), constant, or rising linearly; guided = unguided + s (with class - "
-        f"without). {trained(setting)} {own} is the preset's own. {protocol_words(first)}",
+        f"without). {trained(setting)} {own} is the preset's own. {protocol_words(measured)}",
         first_column="schedule",
         rows=(*rows, *real),
         claims=by_both_distances(
@@ -174,6 +178,7 @@ def guidance(setting: DarSetting, results: Results) -> StudyTable:
                 source=_PAPER, first="linear:1.1:8", second="1.5", column=FRECHET, direction="lower",
             ),
         ),
+        notes=warning_notes(measured),
     )  # fmt: skip
 
 

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from isthmus.evaluation.features import extract_features
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.labels import Label
@@ -20,7 +18,7 @@ from isthmus.studies.dar_reconstruction import order_values, reconstruction_valu
 from isthmus.studies.evaluations import EvaluationSetting, evaluation_values
 from isthmus.studies.experiments import Experiment, Values, Work
 from isthmus.studies.held_out import HeldOut
-from isthmus.studies.real_images import RealImages
+from isthmus.studies.real_images import DrawnSamples, RealImages
 from isthmus.training.logs import column, last, read_log
 from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
@@ -100,18 +98,14 @@ def preview_values(pipeline: DARPipeline, setting: EvaluationSetting, *, seed: i
     labels = real.classes.model_ids
     size = setting.batch_size or batch_size_that_fits(pipeline, guided=pipeline.defaults.guidance_scale != 1)
     names = pipeline.step_names(pipeline.scheduler.config["num_inference_steps"])
-    parts: list[list[dict[str, np.ndarray]]] = [[] for _ in names]
+    samples = [DrawnSamples(real.network) for _ in names]
     with tqdm(total=len(labels), desc="previews", unit="image", disable=None) as bar:
         for start in range(0, len(labels), size):
             chosen = labels[start : start + size]
             ids: list[Label] = [None if label == pipeline.num_classes else int(label) for label in chosen]
             for step in pipeline.stream(ids, seed=seed, image_index=start, output_type="latent"):
-                images = to_uint8(torch.as_tensor(step.preview))
-                parts[step.index].append(extract_features(real.network, images))
+                samples[step.index].add(to_uint8(torch.as_tensor(step.preview)))
             bar.update(len(chosen))
-    scores = {}
-    for name, found in zip(names, parts, strict=True):
-        features = {space: np.concatenate([part[space] for part in found]) for space in found[0]}
-        # where two steps wait for the same tokens, the later one stands for them
-        scores[name] = real.scores(features)
-    return {"protocol": real.protocol(pipeline.image_size), "by_step": scores}
+    # where two steps wait for the same tokens, the later one stands for them
+    by_step = {name: real.scored(found) for name, found in zip(names, samples, strict=True)}
+    return real.values("by_step", by_step, pipeline.image_size)

@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from isthmus.data.opening import open_source
+from isthmus.errors import UserError
 from isthmus.evaluation.evaluate import evaluate_model
-from isthmus.evaluation.intervals import bootstrap_interval
+from isthmus.evaluation.intervals import mean_interval
+from isthmus.evaluation.model_samples import Balance
 from isthmus.evaluation.protocol import EvaluationRecord, read_record
 from isthmus.evaluation.real_side import RealSides
 from isthmus.generation.options import parse_guidance
 from isthmus.studies.experiments import Values
+from isthmus.studies.options import BALANCE
 from isthmus.studies.readings import Reading, student_95
 from isthmus.studies.tables import Claim
 from isthmus.training.config import Run
@@ -22,10 +26,11 @@ from isthmus.training.config import Run
 KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
 """The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
 
-SAMPLE_SCORES = (KERNEL, FRECHET, "class accuracy (nearest mean)", "memorised share")
+SAMPLE_SCORES = (KERNEL, FRECHET, "class accuracy (nearest mean)", "memorised share", "nearer than held-out")
 """Scores of samples that the tables show; the evaluations' own reports have the others."""
 
 _NORMAL_95 = 1.96
+_LOOK_PX = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,7 @@ class EvaluationSetting:
         num: samples per model and setting.
         batch_size: images drawn at once; None estimates what fits.
         device: where networks run.
+        balance: how often samples have each class; "uniform" for images without any.
         real_sides: what was measured of the real images, which all evaluations share.
     """
 
@@ -46,12 +52,22 @@ class EvaluationSetting:
     num: int
     batch_size: int | None = None
     device: str = "cpu"
+    balance: Balance = BALANCE
     real_sides: RealSides = field(default_factory=RealSides, compare=False, repr=False)
 
     @classmethod
     def of(cls, run: Run, *, num: int, batch_size: int | None, device: str) -> "EvaluationSetting":
         """Models of `run` are judged on its data and classes."""
-        return cls(data=run.data, classes=run.classes, num=num, batch_size=batch_size, device=device)
+        # the size is that at which drawings are rendered; any will do to see whether they have classes
+        labelled = open_source(run.data, image_size=_LOOK_PX, split="val", classes=run.classes).class_names
+        return cls(
+            data=run.data,
+            classes=run.classes,
+            num=num,
+            batch_size=batch_size,
+            device=device,
+            balance=BALANCE if labelled else "uniform",
+        )
 
 
 def evaluation_values(
@@ -60,7 +76,7 @@ def evaluation_values(
     """Evaluate a model as `isthmus evaluate` does, with each of `guidances`; what was drawn earlier is used again.
 
     Returns:
-        protocol, held-out scores and curves of the model, and its sample scores by guidance.
+        protocol, warnings, held-out scores and curves of the model, and its sample scores by guidance.
     """
     first, *others = guidances
     evaluate_model(
@@ -72,6 +88,7 @@ def evaluation_values(
         seed=seed,
         options={"guidance_scale": parse_guidance(first)},
         steering={},
+        balance=setting.balance,
         sweep=[parse_guidance(guidance) for guidance in others],
         batch_size=setting.batch_size,
         device=setting.device,
@@ -85,6 +102,7 @@ def record_values(record: EvaluationRecord, guidances: Sequence[str]) -> Values:
     swept = [record.scores, *record.sweep.values()]
     return {
         "protocol": asdict(record.protocol),
+        "warnings": list(record.warnings),
         "by_guidance": {
             guidance: {score.name: asdict(score) for score in scores}
             for guidance, scores in zip(guidances, swept, strict=True)
@@ -97,7 +115,7 @@ def record_values(record: EvaluationRecord, guidances: Sequence[str]) -> Values:
 def score_reading(score: Mapping[str, Any]) -> Reading:
     """A score with its own 95 % interval.
 
-    Bootstrap ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
+    Its own ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
 
     >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
     Reading(value=3.0, low=2.02, high=3.98)
@@ -115,8 +133,8 @@ def score_reading(score: Mapping[str, Any]) -> Reading:
 
 
 def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> list[float]:
-    """Mean over images and both ends of its 95 % bootstrap interval."""
-    interval = bootstrap_interval(np.asarray(values, np.float64))
+    """Mean over images and both ends of its 95 % interval (`mean_interval`)."""
+    interval = mean_interval(values)
     return [interval.mean, interval.low, interval.high]
 
 
@@ -174,13 +192,36 @@ def by_both_distances(*claims: Claim) -> tuple[Claim, ...]:
     return tuple(judged)
 
 
-def protocol_words(values: Values) -> str:
-    """How the samples of a table were measured."""
-    protocol = values["protocol"]
+def one_protocol(found: Sequence[Values]) -> Values:
+    """How all of `found` were measured.
+
+    Raises:
+        UserError: in different ways, so that they do not stand in one table.
+    """
+    first, *others = (values["protocol"] for values in found)
+    for other in others:
+        differences = [name.replace("_", " ") for name in first if first[name] != other[name]]
+        if differences:
+            raise UserError(
+                "two experiments of one table were measured in different ways, so their scores do not compare: they "
+                f"differ in {', '.join(differences)}. Remove the folder of the older one, or choose another --out."
+            )
+    return first
+
+
+def protocol_words(found: Sequence[Values]) -> str:
+    """How the samples of a table were measured. Raises `UserError` where two were measured in different ways."""
+    protocol = one_protocol(found)
     return (
         f"N samples per row and seed ({protocol['balance']}), n images per distance against n of "
         f"{protocol['reference']}; features {protocol['features']} ({protocol['features_sha256'][:12]}), "
         f"{protocol['image_size']} px. Floor: real images disjoint from the reference (of class accuracy: held-out "
         "images); ceiling: real images blurred to almost their mean colour (of class accuracy: chance; of memorised "
-        "shares: copies)."
+        "shares and of what is nearer than held-out images: training images as training sees them, which is how much "
+        "of true copies these two can see)."
     )
+
+
+def warning_notes(found: Sequence[Values]) -> tuple[str, ...]:
+    """What the guards said of these samples, each sentence once."""
+    return tuple(f"Warning: {said}" for said in dict.fromkeys(one for values in found for one in values["warnings"]))

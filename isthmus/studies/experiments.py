@@ -47,6 +47,9 @@ Results = Mapping[str, Values]
 
 Work = Callable[[Experiment], Values]
 
+Facts = dict[str, Any]
+"""When, where and with which versions an experiment ran, in JSON values (`circumstances`)."""
+
 
 def ordered(experiments: Iterable[Experiment]) -> list[Experiment]:
     """Each experiment once, in the order given, which must put every one behind those it reads.
@@ -86,8 +89,16 @@ def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Value
     return results
 
 
-def run_experiments(experiments: Sequence[Experiment], folder: Path, work: Mapping[str, Work]) -> dict[str, Values]:
+def run_experiments(
+    experiments: Sequence[Experiment], folder: Path, work: Mapping[str, Work], *, made: Callable[[], Facts]
+) -> dict[str, Values]:
     """Run what is not finished; a line per experiment says how long it took and what is left. Returns all results.
+
+    Args:
+        experiments: in an order that can be run.
+        folder: each has one of its name in it.
+        work: what does experiments of each kind.
+        made: what is noted beside every result when it is finished.
 
     Raises:
         UserError: a result was made with other settings, or an experiment cannot be run.
@@ -100,9 +111,10 @@ def run_experiments(experiments: Sequence[Experiment], folder: Path, work: Mappi
     for index, experiment in enumerate(left):
         logger.info("%d/%d %s ...", len(experiments) - len(left) + index + 1, len(experiments), experiment.name)
         start = time.perf_counter()
-        values = work[experiment.kind](experiment)
+        # as they will be read: a study that goes on makes the report of one that was never stopped
+        values = json.loads(json.dumps(work[experiment.kind](experiment)))
         seconds = time.perf_counter() - start
-        _write(folder / experiment.name / RESULT, experiment, values, seconds)
+        _write(folder / experiment.name / RESULT, experiment, values, seconds, made())
         results[experiment.name] = values
         spent, planned = spent + seconds, planned + experiment.seconds
         rest = left[index + 1 :]
@@ -120,15 +132,32 @@ def results_by_seed(results: Results, name: str, seeds: Iterable[int]) -> dict[i
     return {seed: results[f"{name}-seed{seed}"] for seed in seeds}
 
 
-def seconds_of(experiments: Sequence[Experiment], folder: Path) -> float:
-    """Seconds that the finished experiments took, each by the call that finished it."""
-    records = (_read(folder / experiment.name / RESULT) for experiment in experiments)
-    return sum(record["seconds"] for record in records if record is not None)
+def facts_of(experiments: Sequence[Experiment], folder: Path) -> Facts:
+    """What made the finished results: every fact of theirs, all values of one that differs between them.
+
+    Dates are those of the first and the last. `minutes of all experiments` adds up the calls that finished them.
+    """
+    records = [record for one in experiments if (record := _read(folder / one.name / RESULT)) is not None]
+    names = dict.fromkeys(name for record in records for name in record["made"])
+    facts: Facts = {"experiments": len(experiments)}
+    for name in names:
+        found = [record["made"][name] for record in records if name in record["made"]]
+        distinct = list({json.dumps(one): one for one in found}.values())
+        if name == "date":
+            distinct = list(dict.fromkeys((min(found), max(found))))
+        facts[name] = distinct[0] if len(distinct) == 1 else distinct
+    return facts | {"minutes of all experiments": sum(record["seconds"] for record in records) / 60}
 
 
-def _write(path: Path, experiment: Experiment, values: Values, seconds: float) -> None:
+def _write(path: Path, experiment: Experiment, values: Values, seconds: float, made: Facts) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"kind": experiment.kind, "settings": experiment.settings, "seconds": round(seconds, 3), "values": values}
+    record = {
+        "kind": experiment.kind,
+        "settings": experiment.settings,
+        "seconds": round(seconds, 3),
+        "made": made,
+        "values": values,
+    }
     write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
@@ -138,7 +167,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        return {name: record[name] for name in ("settings", "values", "seconds")}
+        return {name: record[name] for name in ("settings", "values", "seconds", "made")}
     except (ValueError, KeyError, TypeError):
         logger.warning("%s cannot be read; its experiment runs again", path)
         return None

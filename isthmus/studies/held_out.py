@@ -1,7 +1,7 @@
 """Held-out images that a study rebuilds or edits, and how near to them the results are."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -39,6 +39,7 @@ class HeldOut:
         network: features of the judge and of the distances.
         judge: None where there are no classes.
         headline: features of `images` in the network's first space.
+        perceptual: distance of reconstructions.
     """
 
     images: Pictures
@@ -47,6 +48,7 @@ class HeldOut:
     network: FeatureNetwork
     judge: NearestClassMean | None
     headline: np.ndarray
+    perceptual: Lite0Distance = field(default_factory=Lite0Distance)
 
     @classmethod
     def of(cls, pipeline: AnyPipeline, setting: EvaluationSetting) -> "HeldOut":
@@ -77,7 +79,7 @@ class HeldOut:
 
     def compared(self, rebuilt: Pictures) -> Values:
         """What reconstructions of all images keep: means over images with the ends of their 95 % interval, and r-FD."""
-        meter = ReconstructionMeter(self.network, Lite0Distance(), None)
+        meter = ReconstructionMeter(self.network, self.perceptual, None)
         for start in range(0, len(self), BATCH):
             meter.update(self.images[start : start + BATCH], rebuilt[start : start + BATCH])
         scores = meter.scores(Gaussian.of(self.headline))

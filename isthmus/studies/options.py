@@ -6,6 +6,9 @@ from typing import Literal
 
 from isthmus.errors import UserError
 
+BALANCE: Literal["data"] = "data"
+"""Classes of samples: as often as in the data, whose mix the reference has. Another would be part of every distance."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:

@@ -13,12 +13,14 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 _NORMAL = 1.960
 
 RULE = (
-    "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see the "
-    "same data in the same order) and the mean difference has a 95 % interval by Student's t. With one seed, the "
-    "difference has the 95 % interval that the two measurements have by themselves (bootstrap over images, standard "
-    "error of a kernel distance, spread over disjoint chunks or repetitions), which says nothing of other trainings. A "
-    "claim agrees where the whole interval lies on its side of 0, does not agree where it lies on the other, and "
-    "cannot be told otherwise, or where there is no interval. Times are subtracted round by round as seeds are."
+    "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see "
+    "the same data in the same order) and the mean difference has a 95 % interval by Student's t. With one seed, the "
+    "difference has the 95 % interval that the two measurements have by themselves (bootstrap over images, Wilson's "
+    "for shares, standard error of a kernel distance, spread over disjoint chunks or repetitions), which says nothing "
+    "of other trainings. A claim agrees where the whole interval lies on its side of 0, does not agree where it lies "
+    "on the other, and cannot be told otherwise, or where there is no interval. Times are subtracted round by round "
+    "as seeds are. A claim about a FID is judged by two distances: where n < 1,000 the kernel distance counts, since "
+    "its estimate has no bias; the other is shown beside it."
 )
 
 
@@ -51,8 +53,8 @@ class Reading:
 
     @property
     def half_width(self) -> float | None:
-        """Half of the interval's width."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+        """Of an interval around the value that holds its own: the longer side, where it is not in the middle."""
+        return None if self.low is None or self.high is None else max(self.high - self.value, self.value - self.low)
 
 
 Readings = dict[int, Reading]

@@ -1,10 +1,15 @@
 """The real images that a study measures against: opened and measured once for all settings of a table."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+from jaxtyping import UInt8
 
 from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
+from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.generation_scores import Features
+from isthmus.evaluation.guards import check_duplicates, pixel_digest
 from isthmus.evaluation.model_samples import SampleClasses, choose_classes
 from isthmus.evaluation.real_side import (
     DataSplits,
@@ -14,7 +19,7 @@ from isthmus.evaluation.real_side import (
     open_splits,
 )
 from isthmus.evaluation.reference_facts import protocol_of
-from isthmus.evaluation.scoring import score_samples
+from isthmus.evaluation.scoring import SampleScores, score_samples
 from isthmus.pipelines.loading import AnyPipeline, choose_device
 from isthmus.studies.evaluations import EvaluationSetting
 from isthmus.studies.experiments import Values
@@ -58,18 +63,46 @@ class RealImages:
         return cls(
             network,
             splits,
-            choose_classes(pipeline, splits, setting.num, "uniform"),
+            choose_classes(pipeline, splits, setting.num, setting.balance),
             reference,
             setting.real_sides.measure(reference, splits, network, n),
         )
 
-    def scores(self, features: Features) -> Values:
-        """Scores of samples by name, in JSON values."""
+    def scored(self, drawn: "DrawnSamples") -> SampleScores:
+        """Scores of samples, and what the guards say of them."""
         labels, names = (self.classes.labels if self.classes.names else None), self.classes.names
-        found = score_samples(features, labels, self.reference, self.measured, self.network, names)
-        return {score.name: asdict(score) for score in found.scores}
+        found = score_samples(drawn.features(), labels, self.reference, self.measured, self.network, names)
+        warning = check_duplicates(drawn.digests)
+        return found if warning is None else replace(found, warnings=(*found.warnings, warning))
 
-    def protocol(self, image_size: int) -> dict[str, Any]:
-        """How samples are measured, in JSON values."""
+    def values(self, by: str, found: Mapping[str, SampleScores], image_size: int) -> Values:
+        """What tables read of several sets of samples: protocol, warnings, and under `by` the scores of every set."""
         num, size = len(self.classes.labels), (image_size, image_size)
-        return asdict(protocol_of(self.network, self.reference, self.splits, num, size, self.classes.words))
+        protocol = protocol_of(self.network, self.reference, self.splits, num, size, self.classes.words)
+        said = dict.fromkeys(warning for scored in found.values() for warning in scored.warnings)
+        scores = {name: {score.name: asdict(score) for score in scored.scores} for name, scored in found.items()}
+        return {"protocol": asdict(protocol), "warnings": list(said), by: scores}
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnSamples:
+    """Samples of which features and digests are kept, not the images.
+
+    Attributes:
+        network: whose features.
+        parts: of every batch that was added.
+        digests: of every image.
+    """
+
+    network: FeatureNetwork
+    parts: list[Features] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+
+    def add(self, images: UInt8[np.ndarray, "_ _ _ 3"]) -> None:
+        """Read a batch, 0..255."""
+        self.parts.append(extract_features(self.network, images))
+        self.digests.extend(pixel_digest(image) for image in images)
+
+    def features(self) -> Features:
+        """Of all images by space, in the order in which they came."""
+        return {space: np.concatenate([part[space] for part in self.parts]) for space in self.parts[0]}

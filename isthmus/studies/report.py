@@ -92,6 +92,10 @@ def _blocks(
         yield Heading("Claims")
         yield Table(("table", *_CLAIM_HEAD), rows)
         yield Paragraph(RULE)
+        yield Paragraph(
+            f"{len(rows)} verdicts stand here, each by a 95 % interval of its own: where nothing differs at all, about "
+            'one in twenty would still not be "cannot tell". Read a single verdict with that in mind.'
+        )
     for spec in specs:
         yield Heading(spec.title)
         if spec.name in tables:

@@ -39,8 +39,14 @@ def run_study(
     tables = chosen_tables(options.tables, budgets[options.budget].tables, study.table_names)
     device = prepared_device(options)
     setting = make_setting(options, device.type, torch.get_num_threads())
-    check_data(options)
-    return study.run(setting, study_folder(options, study.name), tables=tables, facts=study_facts(options, device))
+    return study.run(
+        setting,
+        study_folder(options, study.name),
+        tables=tables,
+        facts=study_facts(options),
+        images=images_of(options),
+        made=lambda: circumstances(device, processes=1),
+    )
 
 
 def prepared_device(options: StudyOptions) -> torch.device:
@@ -58,19 +64,17 @@ def prepared_device(options: StudyOptions) -> torch.device:
     return device
 
 
-def check_data(options: StudyOptions) -> None:
-    """Raise `UserError` where the images cannot be used, before anything is written."""
-    for split in ("train", "val"):
-        # the size is that at which drawings are rendered; any will do to see whether they are there
-        open_source(options.data, image_size=_LOOK_PX, split=split, classes=options.chosen_classes)
-
-
-def study_facts(options: StudyOptions, device: torch.device) -> dict[str, Any]:
-    """What made the numbers, beside the settings of the experiments."""
-    classes = options.chosen_classes
-    return {
-        "budget": options.budget,
-        "data": options.data,
-        "classes": "all" if classes is None else classes,
-        **circumstances(device, processes=1),
+def images_of(options: StudyOptions) -> dict[str, str]:
+    """Fingerprints of the images by split. Raises `UserError` where they cannot be used, before anything is written."""
+    # the size is that at which drawings are rendered; any will do to see whether they are there and which they are
+    sources = {
+        split: open_source(options.data, image_size=_LOOK_PX, split=split, classes=options.chosen_classes)
+        for split in ("train", "val")
     }
+    return {split: source.fingerprint for split, source in sources.items()}
+
+
+def study_facts(options: StudyOptions) -> dict[str, Any]:
+    """What was asked for, beside the settings of the experiments."""
+    classes = options.chosen_classes
+    return {"budget": options.budget, "data": options.data, "classes": "all" if classes is None else classes}

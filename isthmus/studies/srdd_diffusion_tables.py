@@ -11,6 +11,7 @@ from isthmus.studies.evaluations import (
     sample_facts,
     sample_readings,
     score_readings,
+    warning_notes,
 )
 from isthmus.studies.experiments import Experiment, Results, Values, results_by_seed
 from isthmus.studies.readings import Reading, Readings, written_readings
@@ -25,7 +26,7 @@ from isthmus.studies.srdd_experiments import (
     refinements,
 )
 from isthmus.studies.srdd_options import SrddSetting
-from isthmus.studies.srdd_tables import BITS, by_seed, equal, real_rows, variant_row
+from isthmus.studies.srdd_tables import BITS, by_seed, equal, evaluations, real_rows, variant_row
 from isthmus.studies.srdd_words import DRAWING, FACTORS, HOLE_PSNR, HOLES, MODES, TAUGHT, UNTAUGHT, jump_words
 from isthmus.studies.tables import Claim, Direction, Row, StudyTable, TableSpec
 
@@ -42,7 +43,10 @@ def refinement(setting: SrddSetting, results: Results) -> StudyTable:
         for variant, suffix in models.items()
         for mode in MODES
     ]
-    first = results[f"refined-{MARKOV.name}-seed{setting.seeds[0]}"]
+    refined = [values for variant in models for values in by_seed(setting, results, "refined", variant).values()]
+    # floor and ceiling are those of the evaluation
+    measured = [*refined, *evaluations(setting, results, (MARKOV,))]
+    forwards = refined[0]["forwards"]
     claims = [
         Claim(
             says=f"{how} resampling refines draws (the paper's figures are unknown)",
@@ -57,17 +61,19 @@ def refinement(setting: SrddSetting, results: Results) -> StudyTable:
         source="an idea of this library", first="critic", second="masked", column=FRECHET, direction="lower",
     )  # fmt: skip
     return StudyTable(
-        about="Draws of the Markov model that are refined at equal numbers of forwards: one round at each of the "
-        "second to fourth scales, where the least likely 30 % of the tokens (masked) or the least plausible ones "
-        "(critic) are drawn again, or one jump back over these scales (simple). "
+        about=f"Draws of the Markov model as they are ({forwards['none']} forwards), and refined in three ways at "
+        f"equal numbers of forwards ({forwards['masked']}): one round at each of the second to fourth scales, where "
+        "the least likely 30 % of the tokens (masked) or the least plausible ones (critic) are drawn again, or one "
+        "jump back over these scales (simple). What refines is judged against the cheaper plain draw. "
         f"{equal(setting)} The second model differs in one thing: half of its training examples show some of their "
-        f"own tokens. {protocol_words(first)}",
+        f"own tokens. {protocol_words(measured)}",
         first_column="refinement",
         rows=(*rows, *real_rows(setting, results, MARKOV)),
         claims=by_both_distances(*claims, ours),
         notes=(
             f"{AREA}: how well it tells true tokens of held-out images from ones that the model drew again among "
             f"them; 0.5 is chance. A critic is trained for {setting.critic_steps} steps on the model's own data.",
+            *warning_notes(measured),
         ),
     )
 
@@ -76,6 +82,12 @@ def distillation(setting: SrddSetting, results: Results) -> StudyTable:
     """A student on every second scale, with and without its teacher."""
     drawn = results[DRAWING]
     teacher = by_seed(setting, results, "samples", MARKOV)
+    students = [
+        values
+        for kind in (TAUGHT, UNTAUGHT)
+        for values in results_by_seed(results, f"samples-student-{kind}", setting.seeds).values()
+    ]
+    measured = [*teacher.values(), *students]
     rows = [
         variant_row(
             setting, results, MARKOV, "teacher, all scales", facts=_schedule_facts(drawn["teacher"]),
@@ -91,7 +103,7 @@ def distillation(setting: SrddSetting, results: Results) -> StudyTable:
         f"weights and are trained for {setting.student.num_steps} steps of {setting.student.batch_size} images, with "
         "what the teacher says (its rollouts, and its distribution where both know the state) or on the tokens of the "
         f"images alone. Seeds {', '.join(map(str, setting.seeds))}, a teacher each. "
-        + protocol_words(next(iter(teacher.values())))
+        + protocol_words(measured)
         + f" Times: {drawn['timed_on']}, eight images drawn at once with their own guidance, pixels included.",
         first_column="model",
         rows=(*rows, *real_rows(setting, results, MARKOV)),
@@ -115,6 +127,7 @@ def distillation(setting: SrddSetting, results: Results) -> StudyTable:
         notes=(
             "Bits per image of teacher and students are bits of different codes: only the students compare. The claim "
             "of near-optimality has no margin; only a difference beyond its interval decides.",
+            *warning_notes(measured),
         ),
     )  # fmt: skip
 
@@ -216,7 +229,7 @@ def _refinement_experiments(setting: SrddSetting) -> Sequence[Experiment]:
 DIFFUSION_TABLES: tuple[TableSpec[SrddSetting], ...] = (
     TableSpec(
         name="refinement",
-        title="Refinement at equal numbers of forwards",
+        title="Refinement",
         experiments=_refinement_experiments,
         make=refinement,
     ),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isthmus.studies.experiments import Experiment
+from isthmus.studies.options import BALANCE
 from isthmus.studies.srdd_options import SrddSetting
 from isthmus.studies.srdd_words import DRAWING, MODES, TAUGHT, WEIGHTS
 from isthmus.training.config import PriorRun, Run, run_to_json
@@ -142,7 +143,13 @@ def refinements(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[E
             yield Experiment(
                 name=f"refined-{variant.name}-seed{seed}",
                 kind="refined",
-                settings={"variant": variant.name, "seed": seed, "num": setting.num, "modes": list(MODES)},
+                settings={
+                    "variant": variant.name,
+                    "seed": seed,
+                    "num": setting.num,
+                    "balance": BALANCE,
+                    "modes": list(MODES),
+                },
                 after=(critic,),
                 seconds=15 + 0.03 * setting.num * len(MODES),
             )
@@ -166,7 +173,13 @@ def distillations(setting: SrddSetting) -> Iterator[Experiment]:
             yield Experiment(
                 name=f"samples-{student}",
                 kind="student-samples",
-                settings={"student": student, "seed": seed, "num": setting.num, "guidances": [own_guidance(setting)]},
+                settings={
+                    "student": student,
+                    "seed": seed,
+                    "num": setting.num,
+                    "balance": BALANCE,
+                    "guidances": [own_guidance(setting)],
+                },
                 after=(student,),
                 seconds=25 + 0.03 * setting.num,
             )
@@ -214,6 +227,7 @@ def _evaluations(setting: SrddSetting, variant: Variant, kind: str, guidances: S
                 "seed": seed,
                 "guidances": list(guidances),
                 "num": setting.num,
+                "balance": BALANCE,
             },
             after=(f"prior-{variant.name}-seed{seed}",),
             seconds=25 + 0.03 * setting.num * len(guidances),

@@ -76,6 +76,8 @@ def srdd_setting(options: SrddStudyOptions, device: str, threads: int) -> SrddSe
     tokenizer, prior = tokenizer_preset(options.preset_tokenizer), prior_preset(options.preset_prior)
     # a student sees the images that its teacher saw, and draws as it does
     same = {"num_views": prior.num_views, "augment": prior.augment, "sampling": prior.sampling}
+    # the student without a teacher is an experiment of its own
+    same["baseline"] = False
     return SrddSetting(
         tokenizer=replace(tokenizer, num_steps=round(tokenizer.num_steps * budget.tokenizer_steps), **chosen),
         prior=replace(

@@ -1,13 +1,11 @@
-"""Draws refined by rounds or jumps at equal numbers of forwards, and the critic that chooses what is redrawn."""
+"""Draws that are refined in three ways at equal numbers of forwards, and the critic that chooses what is redrawn."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from isthmus.evaluation.features import extract_features
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.memory import batch_size_that_fits
@@ -15,13 +13,13 @@ from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.studies.evaluations import EvaluationSetting
 from isthmus.studies.experiments import Values
-from isthmus.studies.real_images import RealImages
+from isthmus.studies.real_images import DrawnSamples, RealImages
 from isthmus.training.critic_config import CriticRun
 from isthmus.training.train_critic import REPORT, train_critic
 
 
 def equal_schedulers(num_scales: int) -> Mapping[str, ScaleRefinementScheduler]:
-    """Every mode at the same cost: one round at each of the second to fourth scales, or one jump back over these.
+    """No refinement, and every mode at one cost: a round at each of the second to fourth scales, or a jump over these.
 
     >>> schedulers = equal_schedulers(6)
     >>> schedulers["masked"].rounds_of(6), schedulers["simple"].rounds_of(6), schedulers["simple"].jump_scales
@@ -41,7 +39,8 @@ def equal_schedulers(num_scales: int) -> Mapping[str, ScaleRefinementScheduler]:
 def critic_values(run: CriticRun) -> Values:
     """Train the critic of a model, or find it trained; areas under the ROC curve on held-out images.
 
-    `critic` is that of the critic, `probability` that of the probability which a token was drawn with.
+    `critic` is that of the critic; `probability` that of the model's own, unguided probability of a token, given the
+    image so far and nothing of the scale itself.
     """
     # the model is the last thing that a training writes
     if not (run.out / "model_index.json").is_file():
@@ -61,13 +60,13 @@ def refined_values(
     by_mode, forwards = {}, {}
     for mode in modes:
         pipeline.register_modules(scheduler=schedulers[mode])
-        parts: list[dict[str, np.ndarray]] = []
+        samples = DrawnSamples(real.network)
         for start in range(0, len(labels), size):
             drawn = pipeline(labels[start : start + size], seed=seed, image_index=start, output_type="pt")
             forwards[mode] = drawn.num_forwards
-            parts.append(extract_features(real.network, to_uint8(torch.as_tensor(drawn.images) * 2 - 1)))
-        by_mode[mode] = real.scores({space: np.concatenate([part[space] for part in parts]) for space in parts[0]})
-    return {"protocol": real.protocol(pipeline.image_size), "by_mode": by_mode, "forwards": forwards}
+            samples.add(to_uint8(torch.as_tensor(drawn.images) * 2 - 1))
+        by_mode[mode] = real.scored(samples)
+    return real.values("by_mode", by_mode, pipeline.image_size) | {"forwards": forwards}
 
 
 def critic_run(model: Path, out: Path, setting: EvaluationSetting, *, seed: int, num_steps: int) -> CriticRun:

@@ -1,7 +1,7 @@
 """The tables of the study of SRDD, each a function of results, with what papers claim beside them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from isthmus.studies.evaluations import (
@@ -12,6 +12,7 @@ from isthmus.studies.evaluations import (
     real_image_cells,
     sample_facts,
     sample_readings,
+    warning_notes,
 )
 from isthmus.studies.experiments import Experiment, Results, Values, results_by_seed
 from isthmus.studies.readings import Reading, Readings
@@ -44,6 +45,7 @@ _ARITHMETIC = "arithmetic"
 def masks(setting: SrddSetting, results: Results) -> StudyTable:
     """Causal (VAR) against Markov (SRDD)."""
     names = {CAUSAL: "causal", MARKOV: "markov"}
+    measured = evaluations(setting, results, names)
     costs = results[cost(setting, names).name]
     rows = [
         variant_row(setting, results, variant, name, cells=bits(setting, results, variant) | cost_cells(costs, variant))
@@ -51,7 +53,7 @@ def masks(setting: SrddSetting, results: Results) -> StudyTable:
     ]
     return StudyTable(
         about=f"The mask between scales: all earlier scales (VAR) or the image so far alone (SRDD). {equal(setting)} "
-        + samples_words(setting, results, MARKOV, costs),
+        + protocol_words(measured) + times_words(setting, costs),
         first_column="mask",
         rows=(*rows, *real_rows(setting, results, MARKOV)),
         timed=TIMED,
@@ -82,6 +84,7 @@ def masks(setting: SrddSetting, results: Results) -> StudyTable:
             "Bits per token are of held-out images, without guidance or filters. We know no figure of SRDD's own "
             "for convergence or bits per token, so those columns have no claim beside them. Memory is what tensors "
             "hold at its peak beyond weights and optimizer state.",
+            *warning_notes(measured),
         ),
     )  # fmt: skip
 
@@ -89,6 +92,7 @@ def masks(setting: SrddSetting, results: Results) -> StudyTable:
 def guidance(setting: SrddSetting, results: Results) -> StudyTable:
     """Both masks at every guidance."""
     rows, lines = [], {FRECHET: [], CLASS: []}
+    measured = evaluations(setting, results, (CAUSAL, MARKOV), kinds=("samples", "sweep"))
     own = setting.prior.sampling.guidance
     for variant in (CAUSAL, MARKOV):
         swept = by_seed(setting, results, "sweep", variant)
@@ -106,7 +110,7 @@ def guidance(setting: SrddSetting, results: Results) -> StudyTable:
     floors = real_image_cells(results[f"sweep-{MARKOV.name}-seed{setting.seeds[0]}"], setting.guidances[0], "floor")
     return StudyTable(
         about="Guidance: guided = unguided + s (with class - without), 1 is off; a schedule rises over the scales. The "
-        "models are those of the mask comparison. " + samples_words(setting, results, MARKOV),
+        "models are those of the mask comparison. " + protocol_words(measured),
         first_column="mask, guidance",
         rows=(*rows, *real_rows(setting, results, MARKOV)),
         panels=tuple(
@@ -122,6 +126,7 @@ def guidance(setting: SrddSetting, results: Results) -> StudyTable:
         notes=(
             "The paper studies classifier-free guidance, but its values could not be read: there is no "
             "figure to agree with.",
+            *warning_notes(measured),
         ),
     )
 
@@ -130,6 +135,7 @@ def schedules(setting: SrddSetting, results: Results) -> StudyTable:
     """All scales against every second one."""
     names = {MARKOV: "all scales", SHORT: "every second scale"}
     sides = {MARKOV: TOKENIZER, SHORT: SHORT_TOKENIZER}
+    measured = evaluations(setting, results, names)
     costs = results[cost(setting, names).name]
     rows = []
     for variant, name in names.items():
@@ -140,7 +146,7 @@ def schedules(setting: SrddSetting, results: Results) -> StudyTable:
     return StudyTable(
         about="Scale schedules of the Markov model on one tokenizer: all of its scales, or every second one and the "
         "last, which turns the paper's ten scales into its 1-3-5-8-13-16. " + equal(setting) + " "
-        + samples_words(setting, results, MARKOV, costs),
+        + protocol_words(measured) + times_words(setting, costs),
         first_column="schedule",
         rows=(*rows, *real_rows(setting, results, MARKOV)),
         timed=TIMED,
@@ -160,6 +166,7 @@ def schedules(setting: SrddSetting, results: Results) -> StudyTable:
             "Near-optimal has no margin: the claim is read as a distance that is not higher, so only a "
             "difference beyond its interval decides. Bits are given per image, since the schedules have different "
             "tokens; they are bits of different codes. The tokenizer was trained with all of its scales.",
+            *warning_notes(measured),
         ),
     )  # fmt: skip
 
@@ -167,13 +174,14 @@ def schedules(setting: SrddSetting, results: Results) -> StudyTable:
 def weighting(setting: SrddSetting, results: Results) -> StudyTable:
     """Loss weights over scales."""
     names = {MARKOV: "token-uniform", LOGNORMAL: "log-normal"}
+    measured = evaluations(setting, results, names)
     rows = [
         variant_row(setting, results, variant, name, cells=bits(setting, results, variant))
         for variant, name in names.items()
     ]
     return StudyTable(
         about="Weights of the scales in the loss of the Markov model: the same for every token (VAR), or a log-normal "
-        f"bump on the middle scales. {equal(setting)} " + samples_words(setting, results, MARKOV),
+        f"bump on the middle scales. {equal(setting)} " + protocol_words(measured),
         first_column="weights",
         rows=(*rows, *real_rows(setting, results, MARKOV)),
         claims=by_both_distances(
@@ -185,7 +193,10 @@ def weighting(setting: SrddSetting, results: Results) -> StudyTable:
             ),
         ),
         panels=(convergence(setting, results, names), by_scale(setting, results, names)),
-        notes=("Bits per token weigh every token alike, which is what the token-uniform loss minimises.",),
+        notes=(
+            "Bits per token weigh every token alike, which is what the token-uniform loss minimises.",
+            *warning_notes(measured),
+        ),
     )  # fmt: skip
 
 
@@ -231,13 +242,19 @@ def equal(setting: SrddSetting) -> str:
     )
 
 
-def samples_words(setting: SrddSetting, results: Results, variant: Variant, costs: Values | None = None) -> str:
-    """How samples were measured, and how times were taken."""
-    words = protocol_words(results[f"samples-{variant.name}-seed{setting.seeds[0]}"])
-    if costs is None:
-        return words
+def evaluations(
+    setting: SrddSetting, results: Results, variants: Iterable[Variant], *, kinds: Sequence[str] = ("samples",)
+) -> list[Values]:
+    """Every evaluation of these models that a table reads."""
+    return [
+        values for variant in variants for kind in kinds for values in by_seed(setting, results, kind, variant).values()
+    ]
+
+
+def times_words(setting: SrddSetting, costs: Values) -> str:
+    """How times were taken."""
     one = next(iter(costs.values()))
-    return words + (
+    return (
         f" Times: {len(one['step_seconds'])} interleaved rounds at seed {setting.seeds[0]}, a step of "
         f"{one['batch_size']} images, {one['drawn_at_once']} images drawn at once with their own guidance, pixels "
         f"included in the time but not in the memory, on {one['timed_on']}."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from isthmus.errors import UserError
-from isthmus.studies.experiments import Experiment, Work, ordered, run_experiments, seconds_of
+from isthmus.studies.experiments import Experiment, Facts, Work, facts_of, ordered, run_experiments
 from isthmus.studies.report import write_study_report
 from isthmus.studies.tables import TableSpec
 from isthmus.training.run import write_atomically
@@ -49,48 +49,67 @@ class Study(Generic[Setting]):
             experiment for spec in self.tables if spec.name in tables for experiment in spec.experiments(setting)
         )
 
-    def run(self, setting: Setting, folder: Path, *, tables: Sequence[str], facts: Mapping[str, Any]) -> Path:
+    def run(
+        self,
+        setting: Setting,
+        folder: Path,
+        *,
+        tables: Sequence[str],
+        facts: Mapping[str, Any],
+        images: Mapping[str, str],
+        made: Callable[[], Facts],
+    ) -> Path:
         """Run what is not finished, fill the tables and write the report; returns report.md.
 
+        Args:
+            setting: everything that decides the results.
+            folder: of the study.
+            tables: names of those to fill.
+            facts: said at the end of the report, before those of the experiments.
+            images: fingerprints of the images by split; a study goes on with the same ones alone.
+            made: when, where and with which versions this process runs; noted beside every result.
+
         Raises:
-            UserError: the folder holds something else or experiments with other settings, or one cannot be run.
+            UserError: the folder holds something else, or experiments with other settings or images, or one cannot be
+                run.
         """
         experiments = self.plan(setting, tables)
-        claim_folder(folder, self.name)
+        claim_folder(folder, self.name, images)
         logger.info("study %s: %d experiments for the tables %s", self.name, len(experiments), ", ".join(tables))
-        results = run_experiments(experiments, folder, self.work(setting, folder))
-        made = {spec.name: spec.make(setting, results) for spec in self.tables if spec.name in tables}
-        seconds = seconds_of(experiments, folder)
+        results = run_experiments(experiments, folder, self.work(setting, folder), made=made)
+        filled = {spec.name: spec.make(setting, results) for spec in self.tables if spec.name in tables}
         report = write_study_report(
             folder,
             title=self.title,
             summary=self.summary(setting),
             specs=self.tables,
-            tables=made,
-            facts={**facts, "experiments": len(experiments), "minutes of all experiments": seconds / 60},
+            tables=filled,
+            facts={**facts, "images (sha256)": images, **facts_of(experiments, folder)},
         )
         logger.info("done: %s", report)
         return report
 
 
-def claim_folder(folder: Path, name: str) -> None:
+def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
     """Make the folder of a study, or find it again.
 
     Raises:
-        UserError: it is a file, or holds something else.
+        UserError: it is a file, holds something else, or a study of other images.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out must be a folder, got the file {folder}. Choose another name.")
-    record = folder / _RECORD
+    record, now = folder / _RECORD, {"study": name, "images": dict(images)}
     if record.is_file():
         try:
-            before = json.loads(record.read_text())["study"]
+            before = {key: json.loads(record.read_text())[key] for key in now}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{record} is not the record of a study. Choose another --out.") from error
-        if before != name:
-            raise UserError(f"{folder} holds the study {before}, this is {name}. Choose another --out.")
+        if before["study"] != name:
+            raise UserError(f"{folder} holds the study {before['study']}, this is {name}. Choose another --out.")
+        if before != now:
+            raise UserError(f"{folder} holds a study of other images than --data has now. Choose another --out.")
         return
     if folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
         raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps({"study": name}) + "\n")
+    write_atomically(record, json.dumps(now) + "\n")

@@ -11,7 +11,7 @@ from isthmus.studies.srdd import SRDD_STUDY
 from isthmus.studies.srdd_options import SrddSetting
 from isthmus.studies.study import Study
 from tests.made_once import made_once
-from tests.studies.tiny_studies import dar_setting, srdd_setting, tiny_data
+from tests.studies.tiny_studies import dar_setting, run, srdd_setting, tiny_data
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def finished_dar(tmp_path_factory, data) -> Path:
 
 
 def _finished(study: Study, setting: SrddSetting | DarSetting, folder: Path) -> Path:
-    study.run(setting, folder / "study", tables=study.table_names, facts={})
+    run(study, setting, folder / "study")
     return folder / "study"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ def test_all_tables_are_filled(finished_dar):
     for word in ("2 tokens", "4 tokens", "adams-bashforth, 4 steps", "linear:1.1:8", "tokens 3 to 4", "r-FD-lite0-192"):
         assert word in text
     assert {path.stem for path in finished_dar.glob("*.png")} == {"reconstruction", "previews", "solvers", "order"}
+
+
+@pytest.mark.slow
+def test_seeds_are_subtracted_from_each_other(finished_dar, data):
+    """Seed 1 is a copy of seed 0: every difference is that of one seed, and certain."""
+    setting = tiny_studies.dar_setting(data)
+    results = tiny_studies.with_second_seed(DAR_STUDY, setting, finished_dar)
+    for spec in DAR_STUDY.tables:
+        one = {finding.claim: finding.difference for finding in spec.make(setting, results).findings()}
+        both = spec.make(replace(setting, seeds=(0, 1)), results)
+        for finding in both.findings():
+            if finding.difference is None:
+                continue  # a row that the tiny setting does not have
+            assert (finding.difference.num_seeds, finding.difference.half_width) == (2, 0.0)
+            assert finding.difference.value == one[finding.claim].value
 
 
 @pytest.mark.slow
@@ -85,5 +101,5 @@ def test_a_killed_study_goes_on_to_the_same_numbers(dar_copy, data):
         (dar_copy / name / RESULT).unlink()
     run = dar_copy / "tokenizer-seed0" / "run"
     shutil.rmtree(run / "checkpoints" / "checkpoint-00000006")
-    DAR_STUDY.run(tiny_studies.dar_setting(data), dar_copy, tables=DAR_STUDY.table_names, facts={})
+    tiny_studies.run(DAR_STUDY, tiny_studies.dar_setting(data), dar_copy)
     assert {name: values(dar_copy, name) for name in before} == before

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from isthmus.errors import UserError
-from isthmus.studies.experiments import RESULT, Experiment, finished, ordered, run_experiments
+from isthmus.studies.experiments import RESULT, Experiment, facts_of, finished, ordered, run_experiments
 
 PLAN = [
     Experiment(name="one", kind="square", settings={"of": 3}),
@@ -26,7 +26,9 @@ class Squares:
         return {"square": experiment.settings["of"] ** 2}
 
     def run(self, folder, plan=PLAN):
-        return run_experiments(plan, folder, {"square": self})
+        return run_experiments(
+            plan, folder, {"square": self}, made=lambda: {"date": f"day {len(self.ran)}", "cores": 2}
+        )
 
 
 def test_finished_experiments_are_not_run_again(tmp_path):
@@ -71,6 +73,19 @@ def test_settings_that_json_writes_otherwise_are_the_same(tmp_path):
     Squares().run(tmp_path, plan)
     assert finished(plan, tmp_path) == {"a": {"square": 4}}
     assert json.loads((tmp_path / "a" / RESULT).read_text())["settings"]["pair"] == [1, 2]
+
+
+def test_what_made_the_results_is_that_of_every_result(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Squares(stop_before="two").run(tmp_path)
+    facts = facts_of(PLAN, tmp_path)
+    assert (facts["date"], facts["cores"], facts["experiments"]) == ("day 1", 2, 2)
+    record = json.loads((tmp_path / "one" / RESULT).read_text())
+    (tmp_path / "one" / RESULT).write_text(json.dumps({**record, "made": {"date": "day 0", "cores": 4}, "seconds": 60}))
+    Squares().run(tmp_path)
+    facts = facts_of(PLAN, tmp_path)
+    assert (facts["date"], facts["cores"]) == (["day 0", "day 1"], [4, 2])
+    assert facts["minutes of all experiments"] == pytest.approx(1.0, abs=0.1)
 
 
 def test_an_experiment_named_twice_is_run_once():

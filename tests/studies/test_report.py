@@ -8,6 +8,7 @@ from isthmus.studies.options import chosen_tables
 from isthmus.studies.readings import Reading
 from isthmus.studies.study import Study
 from isthmus.studies.tables import Claim, Line, Panel, Row, StudyTable, TableSpec, line_of
+from tests.studies.tiny_studies import run
 
 THREE = {"low": (1.0, 1.1, 1.2), "high": (2.0, 2.1, 2.3), "near": (1.05, 1.0, 1.3)}
 
@@ -60,7 +61,7 @@ def test_verdicts_of_known_numbers():
 
 
 def test_the_report_has_numbers_claims_curves_and_what_was_not_run(tmp_path):
-    report = STUDY.run(None, tmp_path, tables=("hand",), facts={"threads": 1})
+    report = run(STUDY, None, tmp_path, tables=("hand",))
     text, page = report.read_text(), (tmp_path / "report.html").read_text()
     for word in ("1.1 ± 0.1 (3 seeds)", "agrees", "cannot tell", "not measured", "Not run. `--tables other`"):
         assert word in text
@@ -72,15 +73,21 @@ def test_the_report_has_numbers_claims_curves_and_what_was_not_run(tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="must be new, empty"):
-        STUDY.run(None, tmp_path, tables=("hand",), facts={})
+        run(STUDY, None, tmp_path, tables=("hand",))
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path):
-    STUDY.run(None, tmp_path / "a", tables=("hand",), facts={})
+    run(STUDY, None, tmp_path / "a", tables=("hand",))
     other = Study(**{**vars(STUDY), "name": "other"})
     with pytest.raises(UserError, match="holds the study tiny, this is other"):
-        other.run(None, tmp_path / "a", tables=("hand",), facts={})
+        run(other, None, tmp_path / "a", tables=("hand",))
+
+
+def test_a_study_does_not_go_on_with_other_images(tmp_path):
+    run(STUDY, None, tmp_path / "a", tables=("hand",))
+    with pytest.raises(UserError, match="a study of other images"):
+        run(STUDY, None, tmp_path / "a", tables=("hand",), images={"train": "others", "val": "others"})
 
 
 def test_unknown_tables_are_refused():

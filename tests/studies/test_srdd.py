@@ -1,8 +1,10 @@
 """The study of SRDD on tiny runs: a plan per budget, shared work once, going on after a kill."""
 
+import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,16 @@ import torch
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
 from isthmus.errors import UserError
-from isthmus.studies.experiments import RESULT
+from isthmus.studies.evaluations import EvaluationSetting
+from isthmus.studies.experiments import RESULT, finished
 from isthmus.studies.srdd import SRDD_STUDY
 from isthmus.studies.srdd_editing import holes, psnr_inside
 from isthmus.studies.srdd_experiments import every_second
 from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting
+from isthmus.studies.srdd_tables import masks
 from isthmus.training.export import load_tokenizer
 from tests.studies import tiny_studies
+from tests.training.tiny_runs import prior_run, write_images
 
 
 def values(folder: Path, name: str):
@@ -55,6 +60,46 @@ def test_all_tables_are_filled(finished_srdd):
         assert word in text
     assert "| cannot tell |" in text
     assert {path.stem for path in finished_srdd.glob("*.png")} == {"masks", "guidance", "weighting", "snr"}
+
+
+@pytest.mark.slow
+def test_seeds_are_subtracted_from_each_other(finished_srdd, data):
+    """Seed 1 is a copy of seed 0: every difference is that of one seed, and certain."""
+    setting = tiny_studies.srdd_setting(data)
+    results = tiny_studies.with_second_seed(SRDD_STUDY, setting, finished_srdd)
+    for spec in SRDD_STUDY.tables:
+        one = {finding.claim: finding.difference for finding in spec.make(setting, results).findings()}
+        both = spec.make(replace(setting, seeds=(0, 1)), results)
+        for finding in both.findings():
+            found, column = finding.difference, finding.claim.column
+            if column in both.timed or column.startswith("MB") or spec.name == "snr":
+                continue  # rounds, counts and the one tokenizer
+            assert found is not None and (found.num_seeds, found.half_width) == (2, 0.0)
+            assert found.value == one[finding.claim].value
+
+
+@pytest.mark.slow
+def test_what_the_guards_say_of_samples_stands_in_the_report(finished_srdd):
+    report = (finished_srdd / "report.md").read_text()
+    for name in ("samples-markov-seed0", "refined-markov-seed0", "samples-student-taught-seed0"):
+        said = values(finished_srdd, name)["warnings"]
+        assert said and all(f"Warning: {one}" in report for one in said)
+
+
+@pytest.mark.parametrize(("num_classes", "balance"), [(2, "data"), (0, "uniform")])
+def test_samples_have_the_classes_of_the_data(num_classes, balance, tmp_path):
+    data = write_images(tmp_path / "images.npz", count=80, num_classes=num_classes)
+    assert EvaluationSetting.of(prior_run(data, tmp_path, ""), num=8, batch_size=None, device="cpu").balance == balance
+
+
+@pytest.mark.slow
+def test_rows_of_two_protocols_are_refused(finished_srdd, data):
+    setting = tiny_studies.srdd_setting(data)
+    results = finished(SRDD_STUDY.plan(setting, SRDD_STUDY.table_names), finished_srdd)
+    changed = copy.deepcopy(results)
+    changed["samples-causal-seed0"]["protocol"]["reference_sha256"] = "of other images"
+    with pytest.raises(UserError, match="differ in reference sha256"):
+        masks(setting, changed)
 
 
 @pytest.mark.slow
@@ -154,7 +199,7 @@ def test_a_killed_study_goes_on_to_the_same_numbers(srdd_copy, data):
     (run / "model_index.json").unlink()
     kept = srdd_copy / "prior-causal-seed0" / RESULT
     untouched = os.stat(kept).st_mtime_ns
-    SRDD_STUDY.run(tiny_studies.srdd_setting(data), srdd_copy, tables=SRDD_STUDY.table_names, facts={})
+    tiny_studies.run(SRDD_STUDY, tiny_studies.srdd_setting(data), srdd_copy)
     assert {name: values(srdd_copy, name) for name in before} == before
     assert os.stat(kept).st_mtime_ns == untouched
 
@@ -164,5 +209,5 @@ def test_another_number_of_samples_is_refused_and_nothing_is_run(srdd_copy, data
     (srdd_copy / "snr" / RESULT).unlink()
     setting = tiny_studies.srdd_setting(data, num=9)
     with pytest.raises(UserError, match="made with another num"):
-        SRDD_STUDY.run(setting, srdd_copy, tables=SRDD_STUDY.table_names, facts={})
+        tiny_studies.run(SRDD_STUDY, setting, srdd_copy)
     assert not (srdd_copy / "snr" / RESULT).exists()

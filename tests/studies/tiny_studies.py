@@ -1,9 +1,17 @@
 """Studies on tiny runs: 8 px, two classes, seconds."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from isthmus.evaluation.circumstances import circumstances
 from isthmus.studies.dar_options import DarSetting
+from isthmus.studies.experiments import Values, finished
 from isthmus.studies.srdd_options import SrddSetting
+from isthmus.studies.study import Study
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import prior_run, tokenizer_run, write_images
 from tests.training.tiny_teacher import distill_run
@@ -12,6 +20,23 @@ from tests.training.tiny_teacher import distill_run
 def tiny_data(folder: Path) -> str:
     """80 images of two classes, so that eight are held out."""
     return write_images(folder / "squares.npz", count=80)
+
+
+def run(study: Study, setting: Any, folder: Path, *, tables: Sequence[str] = (), **changes: Any) -> Path:
+    """The study of this process; all tables unless some are named. Returns report.md."""
+    given: dict[str, Any] = {
+        "facts": {},
+        "images": {"train": "", "val": ""},
+        "made": lambda: circumstances(torch.device("cpu"), processes=1),
+    }
+    return study.run(setting, folder, tables=tables or study.table_names, **(given | changes))
+
+
+def with_second_seed(study: Study, setting: Any, folder: Path) -> dict[str, Values]:
+    """Results of a finished study of seed 0 that stand for seed 1 as well: exactly those that two seeds plan."""
+    plan = study.plan(replace(setting, seeds=(0, 1)), study.table_names)
+    found = finished(study.plan(setting, study.table_names), folder)
+    return {one.name: found[one.name.replace("seed1", "seed0")] for one in plan}
 
 
 def srdd_setting(data: str, **changes) -> SrddSetting:
