@@ -138,7 +138,7 @@ def refinements(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[E
                 kind="critic",
                 settings={"variant": variant.name, "seed": seed, "steps": setting.critic_steps},
                 after=(f"prior-{variant.name}-seed{seed}",),
-                seconds=15 + 0.2 * setting.critic_steps,
+                seconds=15 + 0.6 * setting.critic_steps,
             )
             yield Experiment(
                 name=f"refined-{variant.name}-seed{seed}",
