@@ -1,6 +1,6 @@
 """Studies on tiny runs: 8 px, two classes, seconds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from isthmus.studies.dar_options import DarSetting
 from isthmus.studies.experiments import Values, finished
 from isthmus.studies.srdd_options import SrddSetting
 from isthmus.studies.study import Study
+from isthmus.studies.tables import Finding, StudyTable
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import prior_run, tokenizer_run, write_images
 from tests.training.tiny_teacher import distill_run
@@ -32,11 +33,17 @@ def run(study: Study, setting: Any, folder: Path, *, tables: Sequence[str] = (),
     return study.run(setting, folder, tables=tables or study.table_names, **(given | changes))
 
 
-def with_second_seed(study: Study, setting: Any, folder: Path) -> dict[str, Values]:
-    """Results of a finished study of seed 0 that stand for seed 1 as well: exactly those that two seeds plan."""
-    plan = study.plan(replace(setting, seeds=(0, 1)), study.table_names)
+def of_one_and_two_seeds(study: Study, setting: Any, folder: Path) -> Iterator[tuple[StudyTable, Finding, Finding]]:
+    """Every finding of a finished study of seed 0, in its table, before and after seed 1, a copy of it."""
+    twice = replace(setting, seeds=(0, 1))
     found = finished(study.plan(setting, study.table_names), folder)
-    return {one.name: found[one.name.replace("seed1", "seed0")] for one in plan}
+    plan = study.plan(twice, study.table_names)
+    results: dict[str, Values] = {one.name: found[one.name.replace("seed1", "seed0")] for one in plan}
+    for spec in study.tables:
+        table = spec.make(twice, results)
+        for one, both in zip(spec.make(setting, results).findings(), table.findings(), strict=True):
+            assert one.claim == both.claim
+            yield table, one, both
 
 
 def srdd_setting(data: str, **changes) -> SrddSetting:
