@@ -9,7 +9,8 @@ from isthmus.training.distill_config import DistillRun
 
 # the prior of the comparisons is trained longer where there is time: short trainings favour no side for sure
 SRDD_BUDGETS = {
-    "quick": Budget(tables=("masks", "guidance", "snr"), num=500),
+    # three trainings are four fifths of its quarter of an hour
+    "quick": Budget(tables=("masks", "guidance", "snr"), num=500, tokenizer_steps=0.75, prior_steps=2 / 3),
     "full": Budget(
         tables=("masks", "guidance", "schedules", "weighting", "snr", "refinement", "distillation", "editing"),
         # n of the reference: with three seeds, their spread says more than a second chunk of each
