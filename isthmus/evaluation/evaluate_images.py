@@ -143,4 +143,6 @@ def _unmatched(images: ImageSet, what: str) -> MatchedClasses:
     assert images.labels is not None, "only labelled images can fail to match"
     named = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
     warning = f"The samples have {what}: class scores are left out."
+    if len(np.unique(images.labels)) == 1:
+        warning += " All samples have one label: a reference of several classes is far from them for that alone."
     return MatchedClasses(None, (), balance_words(images.labels, named), warning)

@@ -196,14 +196,16 @@ def test_more_training_images_are_another_protocol(isthmus, model, images, tmp_p
     assert after.protocol.train_sha256 != before.protocol.train_sha256 and samples.stat().st_mtime_ns == drawn
 
 
-def test_samples_without_names_of_classes_have_no_class_scores(isthmus, images, tmp_path):
+@pytest.mark.parametrize("num_labels", [3, 1])
+def test_samples_without_names_of_classes_have_no_class_scores(isthmus, images, tmp_path, num_labels):
     """Numbers of classes are those of whoever drew them: the report says why class scores are missing."""
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "a.npz", rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), np.arange(12) % 3)
+    np.savez(tmp_path / "a.npz", rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), np.arange(12) % num_labels)
     words = ("--samples", tmp_path / "a.npz", "--data", f"folder:{images}", "--out", tmp_path / "b")
     assert isthmus("evaluate", *words).code == 0
     record = read_record(tmp_path / "b")
-    assert any("without names" in warning for warning in record.warnings)
+    (warning,) = (warning for warning in record.warnings if "without names" in warning)
+    assert ("one label" in warning) == (num_labels == 1)
     assert not any("class" in score.name for score in record.scores)
 
 
