@@ -1,5 +1,6 @@
 """The README.md of a saved pipeline: what it is, what it was trained on and on what terms, how to load it."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,9 @@ def model_card(
     names = list(class_names.values())
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     classes = f"{num_classes} ({shown})" if names else str(num_classes) if num_classes else "none (unlabelled)"
-    argument = "" if not num_classes else f"class_labels=[{names[0]!r}], " if names else "class_labels=[0], "
+    # a JSON string is a Python string, in the quotes that the rest of the card has
+    first = json.dumps(names[0], ensure_ascii=False) if names else "0"
+    argument = f"class_labels=[{first}], " if num_classes else ""
     sizes = "; ".join(f"{name} {count / 1e6:.2f}M" for name, count in num_parameters.items())
     attribution = data.get("attribution") or "unknown. Find out before you publish this model or its images."
     return f"""---

@@ -59,7 +59,7 @@ def test_the_folder_holds_what_the_design_says(folder):
     assert index["image_tokenizer"] == ["isthmus.models.diffusion_tokenizer", "DiffusionTokenizer"]
     assert index["decoder"] == ["isthmus.models.flow_decoder", "FlowDecoder"]
     card = (folder / "README.md").read_text()
-    for part in ("drawings", "CC0", "load_pipeline", "16 in 4 groups", "class_labels=['face']", "transformer 0.0"):
+    for part in ("drawings", "CC0", "load_pipeline", "16 in 4 groups", 'class_labels=["face"]', "transformer 0.0"):
         assert part in card
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".md", ".safetensors"}
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}

@@ -45,7 +45,7 @@ def test_the_folder_holds_what_the_design_says(saved):
     assert index["class_names"] == {"0": "face", "1": "flag", "2": "hand"}
     assert index["preprocessing"]["image_size"] == 8
     card = (saved / "README.md").read_text()
-    for part in ("drawings", "CC0", "load_pipeline", "Protocol", "1, 2, 4", "class_labels=['face']"):
+    for part in ("drawings", "CC0", "load_pipeline", "Protocol", "1, 2, 4", 'class_labels=["face"]'):
         assert part in card
     assert {path.suffix for path in saved.rglob("*") if path.is_file()} == {".json", ".md", ".safetensors"}
 
