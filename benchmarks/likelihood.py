@@ -60,7 +60,7 @@ def plot(sides: tuple[int, ...], noise: list[float], bits: list[float], out: Pat
         axis.set_xticks(range(len(sides)), [f"{side}²" for side in sides])
         axis.set(xlabel="scale", ylabel=name)
         axis.grid(alpha=0.3)
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, format="png", dpi=120)  # else a name without a suffix gets one
     print(f"\nplot: {out}")
 
 

@@ -15,7 +15,7 @@ class StudyOptions:
     """Scripted experiments at equal data, parameters, steps and seeds, with a report. The same command goes on."""
 
     budget: Literal["quick", "full"] = "quick"
-    """quick: about 15 minutes on two cores, some of the tables; full: two hours or more, all of them."""
+    """quick: some of the tables, in 15 minutes or less on two cores; full: all, in one hour (dar) to three (srdd)."""
     seeds: int | None = None
     """Trainings of every model, with seeds 0, 1, ...; None is 1 for quick and 3 for full."""
     out: Path | None = None
