@@ -10,7 +10,7 @@ from isthmus.distillation_report import write_report
 from isthmus.errors import UserError
 from isthmus.functional.scale_distillation import guidance_at, removal_stages
 from isthmus.generation.options import guidance_text, parse_guidance
-from isthmus.pipelines.folder import read_config
+from isthmus.models.component_files import read_config
 from isthmus.pipelines.hub import model_folder
 from isthmus.training.distill_config import DistillRun
 from isthmus.training.run import check_folder

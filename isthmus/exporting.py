@@ -8,7 +8,7 @@ import isthmus
 from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.next_token_prior import TokenLayout
-from isthmus.pipelines.components import no_progress_bars
+from isthmus.models.stored_llama import no_progress_bars
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.folder import written_whole
 from isthmus.pipelines.loading import load_pipeline

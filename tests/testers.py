@@ -77,7 +77,7 @@ class ModelLaws:
 
     def test_config_round_trip(self, model, tmp_path):
         model.save_config(tmp_path)
-        again = type(model).from_config(type(model).load_config(tmp_path))
+        again = type(model)(**type(model).load_config(tmp_path))
         plain = [json.dumps({k: v for k, v in m.config.items() if k[0] != "_"}, default=list) for m in (model, again)]
         assert plain[0] == plain[1]
         assert {k: v.shape for k, v in again.state_dict().items()} == {

@@ -5,6 +5,7 @@ Nothing heavy is imported before a subcommand asks for it, so that `isthmus --he
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("isthmus: interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:
+            # whoever read our output has read enough (`isthmus ... | head`); Python would complain once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except Exception as error:
             line = _one_line(error)
             if line is None:

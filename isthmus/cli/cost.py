@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus.pipelines.folder import read_config
+from isthmus.models.component_files import read_config
 from isthmus.pipelines.hub import model_folder
 from isthmus.training.config import Run, run_to_json
 

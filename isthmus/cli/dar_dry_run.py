@@ -16,6 +16,7 @@ from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.models.next_token_prior import TokenLayout, next_token_inputs
+from isthmus.models.saved_model import without_values
 from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
 from isthmus.training.dar_networks import (
     TokenizerParts,
@@ -33,7 +34,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def describe_diffusion_tokenizer_run(run: DiffusionTokenizerRun) -> str:
     """The run as JSON, then size, cost and memory; heads and frozen networks of optional losses are left out."""
-    with torch.device("meta"):
+    with without_values():
         parts = _saved_parts(run) if run.from_model else new_parts(run)
         network = TokenizerWithDecoder(parts.image_tokenizer, parts.decoder, parts.scheduler)
     config = parts.image_tokenizer.config
@@ -63,7 +64,7 @@ def describe_next_token_prior_run(run: NextTokenPriorRun) -> str:
         run.data, image_size=tokenizer["image_size"], split="train", classes=run.classes, strict=run.strict
     )
     layout = TokenLayout(tokenizer["codebook_size"], len(source.class_names), tokenizer["num_tokens"])
-    with torch.device("meta"):
+    with without_values():
         if run.from_model:
             config = LlamaConfig(**saved_settings(run.from_model, "transformer"))
             llama = LlamaForCausalLM(config_with_classes(config, layout, run.model, run.from_model))

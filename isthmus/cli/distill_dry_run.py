@@ -13,6 +13,7 @@ from isthmus.distilling import baseline_run, stage_runs
 from isthmus.functional.next_scale_cost import sampling_flops
 from isthmus.functional.scale_distillation import shared_steps
 from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.models.saved_model import without_values
 from isthmus.pipelines.folder import read_index
 from isthmus.pipelines.hub import model_folder
 from isthmus.training.distill_config import DistillRun
@@ -76,7 +77,7 @@ def teaching(teacher: Mapping[str, Any], student: Mapping[str, Any], *, weight: 
 
 def _cost(settings: Mapping[str, Any]) -> Cost:
     """What an image costs in training a student with these settings."""
-    with torch.device("meta"):
+    with without_values():
         model = NextScaleTransformer(**settings)
         labels = torch.zeros(1, dtype=torch.long)
         inputs = torch.zeros(1, model.schedule.num_tokens - model.schedule.lengths[0], settings["codebook_dim"])

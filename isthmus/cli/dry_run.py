@@ -12,6 +12,7 @@ from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.models.saved_model import without_values
 from isthmus.training.config import PriorRun, TokenizerRun
 
 
@@ -20,7 +21,7 @@ def describe_tokenizer_run(run: TokenizerRun) -> str:
     arguments = {name: value for name, value in asdict(run.model).items() if value is not None}
     if run.from_model:
         arguments = saved_settings(run.from_model, "image_tokenizer")
-    with torch.device("meta"):
+    with without_values():
         model = MultiScaleVQVAE(**arguments)
         image = torch.zeros(1, 3, model.image_size, model.image_size)
         # without the search for codes, a few percent: it runs under autocast, which the meta device has not
@@ -44,7 +45,7 @@ def describe_prior_run(run: PriorRun) -> str:
         shared = {name: tokenizer[name] for name in ("scale_sizes", "codebook_size", "codebook_dim")}
         arguments = shared | {name: value for name, value in asdict(run.model).items() if value is not None}
     arguments["num_classes"] = len(source.class_names)
-    with torch.device("meta"):
+    with without_values():
         model = NextScaleTransformer(**arguments)
         schedule = model.schedule
         labels = torch.zeros(1, dtype=torch.long)

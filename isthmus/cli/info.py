@@ -41,7 +41,8 @@ def run(arguments: Sequence[str]) -> None:
 
 def describe_model(folder: Path) -> str:
     """Sizes, classes, token layout, parameter counts and defaults of a pipeline folder."""
-    from isthmus.pipelines.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_index, stored_shapes
+    from isthmus.models.component_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, stored_shapes
+    from isthmus.pipelines.folder import read_index
 
     index = read_index(folder)
     names = list(index["class_names"].values())
@@ -68,7 +69,7 @@ def describe_model(folder: Path) -> str:
 
 def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
     """What only this family has, and the number of classes."""
-    from isthmus.pipelines.folder import read_config
+    from isthmus.models.component_files import read_config
 
     tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
     stride = 2 ** (len(tokenizer["channel_multipliers"]) - 1)
@@ -85,7 +86,7 @@ def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
 
 def _describe_dar(folder: Path) -> tuple[dict[str, str], int]:
     """What only this family has, and the number of classes."""
-    from isthmus.pipelines.folder import read_config
+    from isthmus.models.component_files import read_config
 
     tokenizer, decoder, llama = (read_config(folder / n) for n in ("image_tokenizer", "decoder", "transformer"))
     scheduler = read_config(folder / "scheduler", "scheduler_config.json")

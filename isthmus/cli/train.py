@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from isthmus.cli.parsing import parse
 from isthmus.dar_presets import DIFFUSION_TOKENIZER_PRESETS, NEXT_TOKEN_PRIOR_PRESETS
 from isthmus.errors import UserError
-from isthmus.pipelines.folder import read_config
+from isthmus.models.component_files import read_config
 from isthmus.pipelines.hub import model_folder
 from isthmus.presets import (
     PRIOR_PRESETS,

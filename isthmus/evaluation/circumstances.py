@@ -11,7 +11,7 @@ import torch
 
 import isthmus
 
-_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "torch-fidelity")
+_PACKAGES = ("torch", "transformers", "numpy", "pillow", "torch-fidelity")
 
 
 def circumstances(device: torch.device, *, processes: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from isthmus.data.cache import sha256_of_file
 from isthmus.errors import UserError
 from isthmus.evaluation.feature_networks import FeatureNetwork
-from isthmus.pipelines.components import no_progress_bars
+from isthmus.models.stored_llama import no_progress_bars
 from isthmus.pipelines.hub import model_folder
 
 # the image processor that DINOv2 was published with: shorter side, central square, and the statistics of ImageNet

@@ -6,7 +6,7 @@ with the column (spec of D-AR, 1.1).
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
@@ -28,6 +28,16 @@ def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_00
     exponents = torch.arange(0, width, 2, device=place, dtype=torch.float64) / width
     angles = positions.to(place).double()[:, None] * base**-exponents
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(positions.device)
+
+
+def llama_angles(positions: Int[Tensor, " l"], width: int, base: float) -> Float[Tensor, "l pairs"]:
+    """The same angles as transformers' Llama has them: frequencies base^(-2j / width) rounded to fp32 first.
+
+    >>> llama_angles(torch.tensor([0, 3]), 2, 10_000.0).tolist()
+    [[0.0], [3.0]]
+    """
+    exponents = torch.arange(0, width, 2, device=positions.device).float() / width
+    return positions.float()[:, None] * (1.0 / base**exponents)
 
 
 def grid_rotary_table(

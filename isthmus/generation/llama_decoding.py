@@ -11,18 +11,21 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from isthmus.errors import UserError
+from isthmus.functional.rotary import llama_angles
 from isthmus.generation.products import Int8Product, Product, fastest_product
 from isthmus.models.next_token_prior import TokenLayout, check_architecture
+from isthmus.models.stored_llama import StoredLlama
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 # new tokens one below the other, whatever sequence they are of, and any width
 Rows = Float[Tensor, "rows _"]
@@ -72,48 +75,52 @@ class LlamaDecoder:
 
     def __init__(
         self,
-        transformer: LlamaForCausalLM,
+        transformer: "LlamaForCausalLM | StoredLlama",
         layout: TokenLayout,
         *,
         num_rows: int = 2,
         int8: bool = False,
         compiled: bool = False,
     ):
-        check_architecture(transformer.config)
-        config: Any = transformer.config
-        self.device, self.dtype = transformer.device, transformer.dtype
+        llama = StoredLlama.of(transformer)
+        config = llama.config
+        check_architecture(config)
+        self.device, self.dtype = llama.device, llama.dtype
         if int8 and self.device.type != "cpu":
             raise UserError(f"8-bit weights are for CPUs, the prior is on {self.device}. Use bfloat16 there.")
         if compiled and self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("compiling for a CPU needs g++, or the compiler that CXX names, found none. Leave it out.")
         self.layout, self._source = layout, weakref.ref(transformer)
+
         self.num_positions = layout.num_tokens + 1
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width, self.norm_eps = config.head_dim, config.rms_norm_eps
         with torch.inference_mode():
-            self._embedding = transformer.model.embed_tokens.weight.detach()
-            layers = [cast(LlamaDecoderLayer, layer) for layer in transformer.model.layers]
+            self._embedding = llama["model.embed_tokens.weight"]
             # the compiler does not look into packed weights: it gets those that are fastest for one row
             whole = partial(fastest_product, num_rows=1 if compiled else num_rows)
-            self._layers = [_packed(layer, self.head_width, Int8Product if int8 else whole) for layer in layers]
-            self._norm = transformer.model.norm.weight.detach()
-            self._head = whole(transformer.lm_head.weight.detach()[: layout.codebook_size])
+            product = Int8Product if int8 else whole
+            self._layers = [
+                _packed(llama, layer, self.head_width, product) for layer in range(config.num_hidden_layers)
+            ]
+            self._norm = llama["model.norm.weight"]
+            self._head = whole(llama["lm_head.weight"][: layout.codebook_size])
             self._positions = torch.arange(self.num_positions, device=self.device)
-            cos, sin = transformer.model.rotary_emb(self._norm.float(), self._positions.unsqueeze(0))
-            half = self.head_width // 2
-            self._rotation = torch.complex(cos[0, :, :half], sin[0, :, :half])
+            angles = llama_angles(self._positions, self.head_width, config.rope_parameters["rope_theta"])
+            self._rotation = torch.complex(angles.cos(), angles.sin())
         self._fixed_step = None
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._fixed_step = torch.compile(self._at_position, dynamic=False, fullgraph=True, mode=mode)
 
-    def check_belongs(self, transformer: LlamaForCausalLM, layout: TokenLayout) -> None:
+    def check_belongs(self, transformer: StoredLlama, layout: TokenLayout) -> None:
         """Nothing where these are the weights of this prior, where it is now.
 
         Raises:
             UserError: they are another prior's, or were laid out before it was moved or cast.
         """
-        if self.layout != layout or self._source() is not transformer:
+        source = self._source()
+        if self.layout != layout or source is None or not StoredLlama.of(source).is_same(transformer):
             raise UserError(
                 f"the laid-out weights are those of another prior (for {self.layout}), this one is for {layout}. Lay "
                 "out its own: pipe.llama_decoder()."
@@ -220,17 +227,19 @@ class LlamaDecoder:
         return F.rms_norm(x, weight.shape, weight, self.norm_eps)
 
 
-def _packed(layer: LlamaDecoderLayer, head_width: int, product: Callable[[Tensor], Product]) -> _Layer:
-    attention, feed_forward = layer.self_attn, layer.mlp
+def _packed(llama: StoredLlama, layer: int, head_width: int, product: Callable[[Tensor], Product]) -> _Layer:
+    def weight(name: str) -> Tensor:
+        return llama[f"model.layers.{layer}.{name}.weight"]
+
     # rotary positions turn channel j with channel j + half: side by side, the pair is one complex number
-    q, k = (_pairs_adjacent(m.weight.detach(), head_width) for m in (attention.q_proj, attention.k_proj))
+    q, k = (_pairs_adjacent(weight(f"self_attn.{name}"), head_width) for name in ("q_proj", "k_proj"))
     return _Layer(
-        attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=product(torch.cat([q, k, attention.v_proj.weight.detach()])),
-        out=product(attention.o_proj.weight.detach()),
-        feed_forward_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=product(torch.cat([feed_forward.gate_proj.weight.detach(), feed_forward.up_proj.weight.detach()])),
-        down=product(feed_forward.down_proj.weight.detach()),
+        attention_norm=weight("input_layernorm"),
+        qkv=product(torch.cat([q, k, weight("self_attn.v_proj")])),
+        out=product(weight("self_attn.o_proj")),
+        feed_forward_norm=weight("post_attention_layernorm"),
+        gate_up=product(torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")])),
+        down=product(weight("mlp.down_proj")),
     )
 
 

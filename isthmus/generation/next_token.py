@@ -6,11 +6,11 @@ Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from isthmus.errors import UserError
 from isthmus.functional.draws import token_uniforms
@@ -19,10 +19,14 @@ from isthmus.functional.sampling import check_filters, draw_tokens, filter_logit
 from isthmus.generation.llama_decoding import LlamaDecoder
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.next_token_prior import TokenLayout, next_token_inputs
+from isthmus.models.stored_llama import StoredLlama
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 
 def generate_tokens(
-    transformer: LlamaForCausalLM,
+    transformer: "LlamaForCausalLM | StoredLlama",
     layout: TokenLayout,
     class_labels: Int[Tensor, " b"],
     image_seeds: Sequence[tuple[int, int]],
@@ -66,7 +70,7 @@ def generate_tokens(
     lengths = _checked_prefix(prefix_token_ids, prefix_lengths, layout, len(labels))
     plan = _Plan.of(layout, labels, image_seeds, each, transformer.device)
     if decoder is not None:
-        decoder.check_belongs(transformer, layout)
+        decoder.check_belongs(StoredLlama.of(transformer), layout)
     tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=transformer.device)
     if prefix_token_ids is not None:
         tokens[:, : prefix_token_ids.shape[1]] = prefix_token_ids.to(transformer.device)

@@ -3,18 +3,22 @@
 The chain rule over the sequence is exact: log p(tokens | class) is the sum of log p(token p | class, tokens before p).
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from isthmus.errors import UserError
 from isthmus.models.next_token_prior import TokenLayout, next_token_logits, next_token_loss
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 
 @torch.no_grad()
 def log_likelihood(
-    transformer: LlamaForCausalLM,
+    transformer: "LlamaForCausalLM",
     layout: TokenLayout,
     token_ids: Int[Tensor, "b l"],
     class_labels: Int[Tensor, " labels"],

@@ -32,7 +32,8 @@ class SharedModulationOffset(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.offset = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
+        self.offset = nn.Parameter(torch.empty(1, 6, width))
+        nn.init.normal_(self.offset, std=1 / math.sqrt(width))
 
     def forward(self, shared: Float[Tensor, "b 6 width"]) -> Float[Tensor, "b 6 width"]:
         """Gates of attention and feed-forward, their scales, their shifts: in this order."""

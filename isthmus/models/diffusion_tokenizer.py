@@ -10,10 +10,6 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-# by name: diffusers' loader looks this class up in the namespace of the component's module
-from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -27,6 +23,7 @@ from isthmus.layers.feed_forward import FeedForward
 from isthmus.layers.linear_queries import LinearQueries
 from isthmus.layers.norm import NORM_EPS, SharedBatchNorm, plain_norm
 from isthmus.layers.rotary_attention import RotarySelfAttention, context_causal_attention, token_causal_attention
+from isthmus.models.saved_model import SavedModel, records_arguments
 
 Rows = Float[Tensor, "b l width"]
 TokenIds = Int[Tensor, "b n"]
@@ -88,7 +85,7 @@ class GatedBlock(nn.Module):
         return torch.addcmul(x, self.gate2, self.feed_forward(self.norm2(x)))
 
 
-class DiffusionTokenizer(ModelMixin, ConfigMixin):
+class DiffusionTokenizer(SavedModel):
     """Patch transformer with causal queries, codebook of unit vectors, causal stack over the codes.
 
     Query i sees all patches and the queries before it, so the first tokens carry what matters most; the condition of
@@ -132,10 +129,7 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
     (torch.Size([3, 4]), torch.Size([3, 2, 8]))
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["GatedBlock"]
-
-    @register_to_config
+    @records_arguments
     def __init__(
         self,
         *,
@@ -186,8 +180,8 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
         self.condition_layers = nn.ModuleList(
             GatedBlock(condition_width, head_width, init_gate) for _ in range(num_condition_layers)
         )
-        self.gradient_checkpointing = False
-        self._init_weights(query_std)
+        if self.device.type != "meta":
+            self._init_weights(query_std)
 
     def latents(self, images: Images) -> Codes:
         """Images in [-1, 1], of any sides that the patch divides, to unit vectors, in fp32.
@@ -350,11 +344,7 @@ class DiffusionTokenizer(ModelMixin, ConfigMixin):
 
     def _run(self, blocks: nn.ModuleList, x: Rows, rotary: RotaryTable | None, attend: Attend) -> Rows:
         for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                assert self._gradient_checkpointing_func is not None  # diffusers sets it with the flag
-                x = self._gradient_checkpointing_func(block, x, rotary, attend)
-            else:
-                x = block(x, rotary, attend)
+            x = self.run_block(block, x, rotary, attend)
         return x
 
     def _init_weights(self, query_std: float) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from isthmus.models.stored_llama import StoredLlama
+
 # what transformers notes about the file, not about the network
 _WRITER = {"architectures", "dtype", "transformers_version"}
 # settings that came after format 1: at these values a network is what it was before they existed
 _LATER = {"has_mask_embedding": False}
 
 
-def fingerprint(model: nn.Module, *, rounded: bool = False) -> str:
+def fingerprint(model: nn.Module | StoredLlama, *, rounded: bool = False) -> str:
     """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
 
     Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it. `rounded`

@@ -10,10 +10,6 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-# by name: diffusers' loader looks this class up in the namespace of the component's module
-from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,6 +21,7 @@ from isthmus.layers.feed_forward import FeedForward
 from isthmus.layers.norm import plain_norm
 from isthmus.layers.rotary_attention import RotaryCrossAttention, RotarySelfAttention, full_attention
 from isthmus.layers.token_canvas import Painted, TokenCanvas, shown_at
+from isthmus.models.saved_model import SavedModel, records_arguments
 
 Rows = Float[Tensor, "b l width"]
 Canvas = Float[Tensor, "b 3 side side"]
@@ -99,7 +96,7 @@ class FlowBlock(nn.Module):
         return torch.addcmul(x, gate2, self.feed_forward(torch.addcmul(shift2, plain_norm(x), 1 + scale2)))
 
 
-class FlowDecoder(ModelMixin, ConfigMixin):
+class FlowDecoder(SavedModel):
     """Velocity of noisy pixels, driven by one group of token conditions.
 
     Args:
@@ -131,10 +128,7 @@ class FlowDecoder(ModelMixin, ConfigMixin):
     torch.Size([2, 3, 4, 6])
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["FlowBlock"]
-
-    @register_to_config
+    @records_arguments
     def __init__(
         self,
         *,
@@ -177,8 +171,8 @@ class FlowDecoder(ModelMixin, ConfigMixin):
         )
         self.head_modulation = nn.Linear(width, 2 * width) if adaptive_head else None
         self.head = nn.Linear(width, channels)
-        self.gradient_checkpointing = False
-        self._init_weights(init_gate, modulation_std)
+        if self.device.type != "meta":
+            self._init_weights(init_gate, modulation_std)
 
     def embed_times(self, t: Float[Tensor, " n"]) -> TimeEmbeddings:
         """Embeddings of shifted times (0 = noise, 1 = image), fp32 under any autocast."""
@@ -271,11 +265,7 @@ class FlowDecoder(ModelMixin, ConfigMixin):
             x = x + self.position
         tapped = x
         for i, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                assert self._gradient_checkpointing_func is not None  # diffusers sets it with the flag
-                x = self._gradient_checkpointing_func(block, x, times.blocks[i], keys[i], rotary)
-            else:
-                x = block(x, times.blocks[i], keys[i], rotary)
+            x = self.run_block(block, x, times.blocks[i], keys[i], rotary)
             if i + 1 == layer:
                 tapped = x
         features = None if layer is None else tapped.transpose(1, 2).unflatten(2, (rows, columns))

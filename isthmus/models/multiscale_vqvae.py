@@ -9,10 +9,6 @@ from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-# by name: diffusers' loader looks this class up in the namespace of the component's module
-from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -31,6 +27,7 @@ from isthmus.layers.convolution import (
     conv3x3,
     group_norm,
 )
+from isthmus.models.saved_model import SavedModel, records_arguments
 
 
 @dataclass
@@ -152,7 +149,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class MultiScaleVQVAE(ModelMixin, ConfigMixin):
+class MultiScaleVQVAE(SavedModel):
     """Convolutional autoencoder whose latent map is quantised residually over a pyramid of scales.
 
     Args:
@@ -180,7 +177,7 @@ class MultiScaleVQVAE(ModelMixin, ConfigMixin):
     [(3, 1), (3, 4)]
     """
 
-    @register_to_config
+    @records_arguments
     def __init__(
         self,
         *,

@@ -11,10 +11,6 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-# by name: diffusers' loader looks this class up in the namespace of the component's module
-from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -23,6 +19,7 @@ from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.layers.attention import Attend, KeyValueCache, MultiHeadAttention, causal_attention, markov_attention
 from isthmus.layers.conditioning import BlockModulation, SharedModulationOffset, modulated_norm
 from isthmus.layers.feed_forward import FeedForward
+from isthmus.models.saved_model import SavedModel, records_arguments
 
 Stream = Float[Tensor, "b l width"]
 
@@ -84,7 +81,7 @@ class NextScaleBlock(nn.Module):
         return torch.addcmul(x, gate2, self.feed_forward(modulated_norm(x, scale2, shift2, self.norm_eps)))
 
 
-class NextScaleTransformer(ModelMixin, ConfigMixin):
+class NextScaleTransformer(SavedModel):
     """Predict all tokens of a scale at once, from the features that the coarser scales have built.
 
     Args:
@@ -110,10 +107,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         UserError: `width` is not a multiple of `num_heads`, or the scales do not increase.
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["NextScaleBlock"]
-
-    @register_to_config
+    @records_arguments
     def __init__(
         self,
         *,
@@ -158,8 +152,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, codebook_size)
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if has_mask_embedding else None
-        self.gradient_checkpointing = False
-        self._init_weights(init_gate, init_modulation)
+        if self.device.type != "meta":
+            self._init_weights(init_gate, init_modulation)
 
     @property
     def is_markov(self) -> bool:
@@ -240,11 +234,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
         x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
             factors = None if keep is None else keep[:, i]
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                assert self._gradient_checkpointing_func is not None  # diffusers sets it with the flag
-                x = self._gradient_checkpointing_func(block, x, conditioning.blocks[i], attend, factors)
-            else:
-                x = block(x, conditioning.blocks[i], attend, factors)
+            x = self.run_block(block, x, conditioning.blocks[i], attend, factors)
         return NextScaleTransformerOutput(self._logits(x, conditioning.head))
 
     def forward_scale(

@@ -8,15 +8,18 @@ ever predicted: its row of the head is zero, and every loss and every draw reads
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from isthmus.errors import UserError
+
+if TYPE_CHECKING:
+    # where it is needed it is imported: drawing reads a prior's weights without transformers (`StoredLlama`)
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 INIT_STD = 0.02
 
@@ -62,11 +65,11 @@ class TokenLayout:
         return class_labels + self.codebook_size
 
     @classmethod
-    def of(cls, config: LlamaConfig, codebook_size: int, num_tokens: int | None = None) -> "TokenLayout":
+    def of(cls, config: Any, codebook_size: int, num_tokens: int | None = None) -> "TokenLayout":
         """The layout of a Llama that predicts the tokens of a tokenizer with these sizes.
 
         Args:
-            config: of the Llama.
+            config: of the Llama, as `LlamaConfig` or stored.
             codebook_size: codes of the image tokenizer.
             num_tokens: tokens per image of the image tokenizer; None takes what the Llama has room for.
 
@@ -96,7 +99,7 @@ class TokenLayout:
         return cls(codebook_size, num_classes, room)
 
 
-def check_architecture(config: LlamaConfig) -> None:
+def check_architecture(config: Any) -> None:
     """Raise UserError for a Llama with biases, tied embeddings, another activation or stretched positions.
 
     No published or trained prior has any of these; what they would mean for decoding is not tested.
@@ -116,7 +119,7 @@ def check_architecture(config: LlamaConfig) -> None:
 
 def llama_config(
     layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
-) -> LlamaConfig:
+) -> "LlamaConfig":
     """Configuration of a prior: positions for one class and all tokens, no biases, untied, no bos, eos or pad.
 
     Args:
@@ -155,6 +158,8 @@ def llama_config(
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    from transformers import LlamaConfig
+
     return LlamaConfig.from_dict(settings)
 
 
@@ -169,7 +174,7 @@ def published_feed_forward_width(width: int) -> int:
 
 def new_prior(
     layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
-) -> LlamaForCausalLM:
+) -> "LlamaForCausalLM":
     """An untrained prior: weights N(0, 0.02), norms one, head zero, so that every code is equally likely at first.
 
     The arguments are those of `llama_config`. Initial weights come from torch's global generator, as in any module.
@@ -177,6 +182,8 @@ def new_prior(
     config = llama_config(
         layout, width=width, num_layers=num_layers, num_heads=num_heads, feed_forward_width=feed_forward_width
     )
+    from transformers import LlamaForCausalLM
+
     prior = LlamaForCausalLM(config)
     with torch.no_grad():
         prior.lm_head.weight.zero_()
@@ -196,7 +203,7 @@ def codebook_logits(logits: Float[Tensor, "b l vocab"], layout: TokenLayout) -> 
 
 
 def next_token_logits(
-    transformer: LlamaForCausalLM,
+    transformer: "LlamaForCausalLM",
     layout: TokenLayout,
     class_labels: Int[Tensor, " b"],
     token_ids: Int[Tensor, "b l"],

@@ -11,10 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-# by name: diffusers' loader looks this class up in the namespace of the component's module
-from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,6 +18,7 @@ from isthmus.errors import UserError
 from isthmus.functional.pyramid import area_downsample
 from isthmus.functional.quantization import tokens_to_map
 from isthmus.functional.shapes import FeatureMap, LatentMap, ScaleTokens
+from isthmus.models.saved_model import SavedModel, records_arguments
 
 NUM_MEASURES = 3
 
@@ -67,7 +64,7 @@ class CriticBlock(nn.Module):
         return x + self.conv(F.gelu(self.norm(x)))
 
 
-class TokenCritic(ModelMixin, ConfigMixin):
+class TokenCritic(SavedModel):
     """Log-odds of every token of a scale to be true rather than drawn.
 
     Args:
@@ -82,7 +79,7 @@ class TokenCritic(ModelMixin, ConfigMixin):
         UserError: `width` is no multiple of 8.
     """
 
-    @register_to_config
+    @records_arguments
     def __init__(
         self,
         *,

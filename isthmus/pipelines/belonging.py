@@ -1,6 +1,6 @@
 """Whether the four components of a D-AR pipeline belong together."""
 
-from transformers import LlamaConfig
+from typing import Any
 
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
@@ -10,9 +10,9 @@ from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 
 
 def shared_layout(
-    image_tokenizer: DiffusionTokenizer, decoder: FlowDecoder, llama: LlamaConfig, scheduler: FlowMatchingScheduler
+    image_tokenizer: DiffusionTokenizer, decoder: FlowDecoder, llama: Any, scheduler: FlowMatchingScheduler
 ) -> TokenLayout:
-    """The vocabulary and sequence that tokenizer and prior share.
+    """The vocabulary and sequence that tokenizer and prior share; `llama` is the prior's configuration.
 
     Raises:
         UserError: two of the four do not belong together, or the tokenizer has no token ids that a prior could draw.

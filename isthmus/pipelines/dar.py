@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from isthmus.errors import UserError
 from isthmus.functional.guidance import Guidance
@@ -29,13 +28,11 @@ from isthmus.generation.next_token import check_next_token_options, generate_tok
 from isthmus.generation.next_token_likelihood import log_likelihood
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
 from isthmus.generation.step import GenerationStep, Pictures
-
-# eagerly, and by name: loading looks the component classes up in the modules that model_index.json names
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.models.next_token_prior import TokenLayout
+from isthmus.models.stored_llama import StoredLlama, no_progress_bars
 from isthmus.pipelines.belonging import shared_layout
-from isthmus.pipelines.components import load_component, load_llama, load_scheduler, no_progress_bars
 from isthmus.pipelines.images import ImageInput
 from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.memory import flow_bytes, next_token_bytes
@@ -43,6 +40,9 @@ from isthmus.pipelines.pixels import PixelPipeline, checked_sides
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
 from isthmus.pipelines.steering import Prefix, PrefixLengths, TokenInput, resolve_prefix, to_token_ids
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler, Solver
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 
 @dataclass
@@ -82,17 +82,17 @@ class DARPipeline(PixelPipeline):
     """
 
     parts = {
-        "image_tokenizer": (DiffusionTokenizer, load_component),
-        "decoder": (FlowDecoder, load_component),
-        "transformer": (LlamaForCausalLM, load_llama),
-        "scheduler": (FlowMatchingScheduler, load_scheduler),
+        "image_tokenizer": DiffusionTokenizer,
+        "decoder": FlowDecoder,
+        "transformer": StoredLlama,
+        "scheduler": FlowMatchingScheduler,
     }
 
     def __init__(
         self,
         image_tokenizer: DiffusionTokenizer,
         decoder: FlowDecoder,
-        transformer: LlamaForCausalLM,
+        transformer: "LlamaForCausalLM | StoredLlama",
         scheduler: FlowMatchingScheduler,
         class_names: Sequence[str] | Mapping[str, str] | None = None,
         sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
@@ -100,11 +100,9 @@ class DARPipeline(PixelPipeline):
         data: Mapping[str, Any] | None = None,
         protocol: str = "",
     ):
-        super().__init__()
-        self.register_modules(
-            image_tokenizer=image_tokenizer, decoder=decoder, transformer=transformer, scheduler=scheduler
-        )
-        self.token_layout: TokenLayout = shared_layout(image_tokenizer, decoder, transformer.config, scheduler)
+        self.image_tokenizer, self.decoder, self.scheduler = image_tokenizer, decoder, scheduler
+        self.llama = StoredLlama.of(transformer)
+        self.token_layout: TokenLayout = shared_layout(image_tokenizer, decoder, self.llama.config, scheduler)
         self.num_classes: int = self.token_layout.num_classes
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
 
@@ -241,6 +239,19 @@ class DARPipeline(PixelPipeline):
             for step in steps
         )
 
+    @property
+    def transformer(self) -> "LlamaForCausalLM":
+        """The prior as a stock module, made when it is first asked for: drawing reads its weights alone."""
+        return self.llama.module
+
+    @transformer.setter
+    def transformer(self, transformer: "LlamaForCausalLM | StoredLlama") -> None:
+        self.llama = StoredLlama.of(transformer)
+
+    def stored(self, name: str) -> Any:
+        """A component as it is kept, for reading alone."""
+        return self.llama if name == "transformer" else super().stored(name)
+
     def llama_decoder(self, num_images: int = 1, *, int8: bool = False, compiled: bool = False) -> LlamaDecoder:
         """The prior's weights laid out for decoding, for many calls: a call lays them out anew where it is given none.
 
@@ -254,7 +265,7 @@ class DARPipeline(PixelPipeline):
         """
         # an image that is guided has a row with and one without its class
         rows = 2 * num_images
-        return LlamaDecoder(self.transformer, self.token_layout, num_rows=rows, int8=int8, compiled=compiled)
+        return LlamaDecoder(self.llama, self.token_layout, num_rows=rows, int8=int8, compiled=compiled)
 
     def prepared(self, num_images: int, *, int8: bool = False, compiled: bool = False) -> dict[str, Any]:
         """Arguments for many calls of `num_images` images each: the laid-out weights of the prior."""
@@ -333,7 +344,7 @@ class DARPipeline(PixelPipeline):
 
     def bytes_per_image(self, *, guided: bool) -> int:
         """Peak bytes that one more image in a batch takes, roughly; see `isthmus.pipelines.memory`."""
-        return next_token_bytes(self.transformer, guided=guided) + flow_bytes(self.decoder, self.image_size)
+        return next_token_bytes(self.llama, guided=guided) + flow_bytes(self.decoder, self.image_size)
 
     def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
         with no_progress_bars():
@@ -354,7 +365,7 @@ class DARPipeline(PixelPipeline):
             self.check_options(own)
         labels = torch.tensor(request.class_labels, device=self.device)
         token_ids = generate_tokens(
-            self.transformer,
+            self.llama,
             self.token_layout,
             labels,
             request.seeds,

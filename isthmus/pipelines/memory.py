@@ -11,9 +11,8 @@ from isthmus.pipelines.free_memory import images_that_fit
 from isthmus.pipelines.saved import SavedPipeline
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
     from isthmus.models.flow_decoder import FlowDecoder
+    from isthmus.models.stored_llama import StoredLlama
 
 
 def bytes_per_image(pipeline: SavedPipeline, *, guided: bool) -> int:
@@ -21,7 +20,7 @@ def bytes_per_image(pipeline: SavedPipeline, *, guided: bool) -> int:
     return pipeline.bytes_per_image(guided=guided)
 
 
-def next_token_bytes(transformer: "LlamaForCausalLM", *, guided: bool) -> int:
+def next_token_bytes(transformer: "StoredLlama", *, guided: bool) -> int:
     """Keys and values of one image's sequence, and the logits of one token with their sorted and cumulated copies."""
     config, rows = transformer.config, 2 if guided else 1
     size = 2 if transformer.dtype == torch.bfloat16 else 4

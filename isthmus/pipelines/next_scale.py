@@ -19,12 +19,9 @@ from isthmus.generation.next_scale import ScaleSampler, shared_schedule
 from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
 from isthmus.generation.refinement import refined_scales
 from isthmus.generation.step import GenerationStep, Pictures
-
-# eagerly, and by name: loading looks the component classes up in the modules that model_index.json names
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.models.token_critic import TokenCritic
-from isthmus.pipelines.components import load_component, load_scheduler
 from isthmus.pipelines.critics import check_critic
 from isthmus.pipelines.next_scale_classification import NextScaleClassification
 from isthmus.pipelines.next_scale_editing import NextScaleEditing
@@ -51,15 +48,8 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         UserError: the components do not belong together, or names or defaults do not fit them.
     """
 
-    _optional_components = ["scheduler", "critic"]
-    parts = {
-        "image_tokenizer": (MultiScaleVQVAE, load_component),
-        "transformer": (NextScaleTransformer, load_component),
-    }
-    optional_parts = {
-        "scheduler": (ScaleRefinementScheduler, load_scheduler),
-        "critic": (TokenCritic, load_component),
-    }
+    parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
+    optional_parts = {"scheduler": ScaleRefinementScheduler, "critic": TokenCritic}
 
     def __init__(
         self,
@@ -73,10 +63,8 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         protocol: str = "",
         critic: TokenCritic | None = None,
     ):
-        super().__init__()
-        self.register_modules(
-            image_tokenizer=image_tokenizer, transformer=transformer, scheduler=scheduler, critic=critic
-        )
+        self.image_tokenizer, self.transformer, self.scheduler = image_tokenizer, transformer, scheduler
+        self.critic = critic
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
@@ -190,7 +178,7 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         if mode == "critic" and self.critic is None:
             raise UserError("this model has no critic. Train one: isthmus train critic MODEL --out FOLDER.")
         # left out, not one that does nothing: a model whose images are equal keeps its fingerprint
-        self.register_modules(scheduler=None if mode == "none" else scheduler)
+        self.scheduler = None if mode == "none" else scheduler
 
     @property
     def codebook_size(self) -> int:

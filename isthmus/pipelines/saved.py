@@ -3,14 +3,12 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi
 
 import isthmus
 from isthmus.errors import UserError
@@ -18,8 +16,9 @@ from isthmus.functional.guidance import guidance_values
 from isthmus.functional.sampling import check_filters
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.fingerprint import fingerprint
+from isthmus.models.saved_model import Config, Recorded, SavedModel, check_settings
+from isthmus.models.stored_llama import StoredLlama
 from isthmus.pipelines.card import model_card
-from isthmus.pipelines.components import check_settings
 from isthmus.pipelines.folder import FORMAT, INDEX_NAME, read_index, replaced_within, written_whole
 from isthmus.pipelines.hub import model_folder
 from isthmus.pipelines.labels import resolve_labels
@@ -27,22 +26,25 @@ from isthmus.pipelines.request import Generators, Labels, OutputType, Request, c
 from isthmus.pipelines.seeds import image_seeds
 
 Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
-Loader = Callable[..., Any]
+Part = type[SavedModel] | type[Recorded] | type[StoredLlama]
 
 
-class SavedPipeline(DiffusionPipeline):
+class SavedPipeline:
     """Base of the pipelines. A family adds its call, its components and what the abstract members below ask for.
 
     Attributes:
-        parts: component name -> (class, function that loads it from its folder).
-        optional_parts: the same, of components that a model may do without.
+        parts: component name -> class; each is an attribute of that name.
+        optional_parts: the same, of components that a model may do without; None stands for none.
+        config: what is stored beside the components.
         num_classes: 0 for models without classes.
         class_names: index (as text) -> name; empty where classes have no names.
         defaults: options of a call that names none.
     """
 
-    parts: ClassVar[Mapping[str, tuple[type, Loader]]] = {}
-    optional_parts: ClassVar[Mapping[str, tuple[type, Loader]]] = {}
+    parts: ClassVar[Mapping[str, Part]] = {}
+    optional_parts: ClassVar[Mapping[str, Part]] = {}
+    config: Config
+    image_tokenizer: Any
     num_classes: int
     class_names: dict[str, str]
     defaults: SamplingOptions
@@ -89,7 +91,7 @@ class SavedPipeline(DiffusionPipeline):
             UserError: names or defaults do not fit the components.
         """
         if not isinstance(class_names, Mapping):
-            # a mapping: diffusers takes a list of strings in model_index.json for a component
+            # a mapping: a list of two strings in model_index.json is a component
             class_names = {str(index): name for index, name in enumerate(class_names or ())}
         if class_names and sorted(class_names, key=int) != [str(index) for index in range(self.num_classes)]:
             raise UserError(
@@ -101,13 +103,40 @@ class SavedPipeline(DiffusionPipeline):
         self.check_options(sampling_defaults)
         self.defaults = sampling_defaults
         self.class_names = dict(class_names)
-        self.register_to_config(
+        self.config = Config(
             class_names=self.class_names,
             sampling_defaults=sampling_defaults.to_dict(),
             preprocessing=dict(preprocessing or _usual_preprocessing(self.image_size)),
             data=dict(data or {}),
             protocol=protocol,
         )
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Every component by name; None for an optional one that this model does without."""
+        return {name: getattr(self, name) for name in (*self.parts, *self.optional_parts)}
+
+    def stored(self, name: str) -> Any:
+        """A component as it is kept, for reading alone."""
+        return getattr(self, name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.image_tokenizer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.image_tokenizer.dtype
+
+    def to(self: Pipeline, *place: torch.device | str | torch.dtype) -> Pipeline:
+        """Move or cast the weights of all components, in place: a device, a type or both; returns the pipeline."""
+        for name in (*self.parts, *self.optional_parts):
+            part = self.stored(name)
+            if isinstance(part, (torch.nn.Module, StoredLlama)):
+                part.to(*place)
+        return self
 
     @property
     def image_size(self) -> int:
@@ -141,12 +170,12 @@ class SavedPipeline(DiffusionPipeline):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of configuration and weights of all components: what images depend on beside the options."""
         given = [name for name in self.optional_parts if getattr(self, name) is not None]
-        joined = "".join(_fingerprint(getattr(self, name)) for name in (*self.parts, *given))
+        joined = "".join(_fingerprint(self.stored(name)) for name in (*self.parts, *given))
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def card(self) -> str:
         """The README.md that `save_pretrained` writes."""
-        models = {name: getattr(self, name) for name in self.parts}
+        models = {name: self.stored(name) for name in self.parts}
         return model_card(
             kind=self.kind,
             version=isthmus.__version__,
@@ -155,9 +184,9 @@ class SavedPipeline(DiffusionPipeline):
             num_classes=self.num_classes,
             layout=self.layout,
             num_parameters={
-                name: sum(p.numel() for p in model.parameters())
+                name: sum(weight.numel() for weight in weights_of(model).values())
                 for name, model in models.items()
-                if isinstance(model, torch.nn.Module)
+                if isinstance(model, (torch.nn.Module, StoredLlama))
             },
             sampling=self.defaults,
             data=self.config["data"],
@@ -177,6 +206,9 @@ class SavedPipeline(DiffusionPipeline):
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload exactly what `save_pretrained` writes, card included; returns the address of the commit."""
+        # imported here: a moment, and most never upload
+        from huggingface_hub import HfApi
+
         api = HfApi(token=token)
         with TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
@@ -212,41 +244,40 @@ class SavedPipeline(DiffusionPipeline):
             raise UserError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}. Use load_pipeline.")
         values = {k: v for k, v in index.items() if not k.startswith(("_", "isthmus_"))}
         check_settings(values, cls, folder / INDEX_NAME)
-        for name, (part, _) in cls.parts.items():
-            if values.pop(name, None) != [_library(part), part.__name__]:
-                raise UserError(f"{folder / INDEX_NAME} must name {part.__name__} as its {name}. Save the model again.")
         present = dict(cls.parts)
-        for name in cls._optional_components:
-            found, known = values.pop(name, [None, None]), cls.optional_parts.get(name)
+        for name, part in cls.parts.items():
+            if values.pop(name, None) != index_entry(part):
+                named = index_entry(part)[1]
+                raise UserError(f"{folder / INDEX_NAME} must name {named} as its {name}. Save the model again.")
+        for name, part in cls.optional_parts.items():
+            found = values.pop(name, [None, None])
             if found == [None, None]:
                 continue
-            if known is None or found != [_library(known[0]), known[0].__name__]:
+            if found != index_entry(part):
                 raise UserError(f"{folder} has a {name} that this version does not know. Update Isthmus.")
-            present[name] = known
-        components = {name: load(part, folder / name, dtype=dtype) for name, (part, load) in present.items()}
+            present[name] = part
+        components = {name: _loaded(part, folder / name, dtype) for name, part in present.items()}
         return cls(**components, **values)
 
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, without the two entries that say which version wrote the folder."""
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name in ("isthmus_format", "isthmus_version"):
-            index.pop(name, None)
-        return loaded
-
-    def to_json_string(self) -> str:
-        """Contents of model_index.json."""
-        written = json.loads(super().to_json_string())
-        written |= {"isthmus_format": FORMAT, "isthmus_version": isthmus.__version__}
-        written.pop("_name_or_path", None)
-        return json.dumps(written, indent=2, sort_keys=True) + "\n"
+    def _index(self) -> dict[str, Any]:
+        """Contents of model_index.json, in diffusers' layout: a component is [library, class]."""
+        given = {name: part for name, part in self.optional_parts.items() if getattr(self, name) is not None}
+        entries = dict.fromkeys(self.optional_parts, [None, None])
+        entries |= {name: index_entry(part) for name, part in (*self.parts.items(), *given.items())}
+        versions = {"isthmus_format": FORMAT, "isthmus_version": isthmus.__version__}
+        return {"_class_name": type(self).__name__, **versions, **entries, **self.config}
 
     def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
-        # diffusers does not take note of an optional component that is set later
-        self.register_modules(**{name: getattr(self, name) for name in self.optional_parts})
-        super().save_pretrained(folder, max_shard_size=max_shard_size)
+        index = json.dumps(self._index(), indent=2, sort_keys=True) + "\n"
+        for name, part in self.components.items():
+            if isinstance(part, torch.nn.Module):
+                # None is the writer's own limit, which is not the same for all of them
+                limit = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+                part.save_pretrained(folder / name, **limit)
+            elif part is not None:
+                part.save_pretrained(folder / name)
         (folder / "README.md").write_text(self.card(), encoding="utf-8")
+        (folder / INDEX_NAME).write_text(index, encoding="utf-8")
         for weights in folder.rglob("*.safetensors"):
             # safetensors writes for the owner alone; a model is as readable as the rest of its folder
             weights.chmod((folder / INDEX_NAME).stat().st_mode)
@@ -271,13 +302,26 @@ class SavedPipeline(DiffusionPipeline):
         return Request(ids, seeds, resolved, output_type)
 
 
-def _library(part: type) -> str:
-    """How model_index.json names the home of a component class: the package for transformers, the module for ours."""
-    return "transformers" if part.__module__.startswith("transformers.") else part.__module__
+def index_entry(part: Part) -> list[str]:
+    """How model_index.json names a component: [library, class], where the library of our own is their module."""
+    if issubclass(part, StoredLlama):
+        return [part.library, part.class_name]
+    return [part.__module__, part.__name__]
+
+
+def weights_of(part: torch.nn.Module | StoredLlama) -> dict[str, torch.Tensor]:
+    """Trainable weights of a component by name."""
+    return part.state_dict() if isinstance(part, StoredLlama) else dict(part.named_parameters())
+
+
+def _loaded(part: Part, folder: Path, dtype: torch.dtype | None) -> Any:
+    if issubclass(part, (SavedModel, StoredLlama)):
+        return part.from_pretrained(folder, dtype=dtype)
+    return part.from_pretrained(folder)
 
 
 def _fingerprint(part: Any) -> str:
-    if isinstance(part, torch.nn.Module):
+    if isinstance(part, (torch.nn.Module, StoredLlama)):
         return fingerprint(part)
     settings = {name: value for name, value in part.config.items() if not name.startswith("_")}
     return json.dumps(settings, sort_keys=True, default=list)

@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-# by name: diffusers' loader looks this class up in the namespace of the component's module
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.functional.flow import interpolate, jump_to_image, shift_time
 from isthmus.functional.shapes import Images
+from isthmus.models.saved_model import Recorded, records_arguments
 
 Solver = Literal["euler", "adams-bashforth", "adams-bashforth-variable"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
 
-class FlowMatchingScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchingScheduler(Recorded):
     """Straight paths from noise (t = 0) to image (t = 1), walked in steps that groups of tokens drive in turn.
 
     It owns `data_std`, the factor between images in [-1, 1] and the states of the diffusion, and it is the only place
@@ -46,7 +43,7 @@ class FlowMatchingScheduler(SchedulerMixin, ConfigMixin):
     ((0, 4), (8, 12), (12, 16), (20, 24), (24, 28))
     """
 
-    @register_to_config
+    @records_arguments
     def __init__(
         self,
         *,

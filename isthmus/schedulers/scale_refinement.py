@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-# by name: diffusers' loader looks this class up in the namespace of the component's module
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from isthmus.errors import UserError
+from isthmus.models.saved_model import Recorded, records_arguments
 
 RefinementMode = Literal["none", "simple", "masked", "critic"]
 DEFAULT_SHARE = 0.3
@@ -39,7 +36,7 @@ class Forwards:
         return str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
 
 
-class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
+class ScaleRefinementScheduler(Recorded):
     """Rounds of redrawing per scale. It holds no state and no random numbers.
 
     Args:
@@ -63,7 +60,7 @@ class ScaleRefinementScheduler(SchedulerMixin, ConfigMixin):
     (0, 2, 0)
     """
 
-    @register_to_config
+    @records_arguments
     def __init__(
         self,
         *,

@@ -51,7 +51,7 @@ def training_step(run: PriorRun, device: torch.device) -> Callable[[], None]:
     Precision is float32, whatever the training uses on a GPU.
     """
     family = NextScalePrior(run)
-    family.tokenizer.to(device)  # pyright: ignore[reportArgumentType]  diffusers wraps it
+    family.tokenizer.to(device)
     network = family.network.to(device).train()  # pyright: ignore[reportArgumentType]
     assert run.token_cache is not None, "the study shares its caches"
     cache = TokenCache.open(run.token_cache, family.tokenizer)

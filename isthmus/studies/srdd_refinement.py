@@ -59,7 +59,7 @@ def refined_values(
     size = setting.batch_size or batch_size_that_fits(pipeline, guided=pipeline.defaults.guidance_scale != 1)
     by_mode, forwards = {}, {}
     for mode in modes:
-        pipeline.register_modules(scheduler=schedulers[mode])
+        pipeline.scheduler = schedulers[mode]
         samples = DrawnSamples(real.network)
         for start in range(0, len(labels), size):
             drawn = pipeline(labels[start : start + size], seed=seed, image_index=start, output_type="pt")

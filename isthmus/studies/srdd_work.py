@@ -11,8 +11,8 @@ import torch
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
 from isthmus.generation.next_scale_likelihood import signal_to_noise
+from isthmus.models.component_files import read_config
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.pipelines.folder import read_config
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.evaluations import EvaluationSetting, evaluation_values, mean_and_interval
 from isthmus.studies.experiments import Experiment, Values, Work
@@ -67,7 +67,7 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
 
     def snr(experiment: Experiment) -> Values:
         tokenizer = load_tokenizer(str(model_folder(folder, TOKENIZER)))
-        tokenizer.to(choose_device(setting.device))  # pyright: ignore[reportArgumentType]  diffusers wraps it
+        tokenizer.to(choose_device(setting.device))
         held_out = open_source(
             setting.prior.data, image_size=tokenizer.image_size, split="val", classes=setting.prior.classes
         )

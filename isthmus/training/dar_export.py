@@ -13,7 +13,6 @@ from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.pipelines.components import load_component, load_scheduler
 from isthmus.pipelines.hub import model_folder
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from isthmus.training.checkpoints import written_or_explained
@@ -52,9 +51,9 @@ def load_parts(path: str) -> TokenizerParts:
     if not (folder / SCHEDULER_FOLDER / "scheduler_config.json").is_file():
         raise UserError(f"{path} lacks scheduler/scheduler_config.json. Copy or download it whole.")
     return TokenizerParts(
-        load_component(DiffusionTokenizer, folder / TOKENIZER_FOLDER),
-        load_component(FlowDecoder, folder / DECODER_FOLDER),
-        load_scheduler(FlowMatchingScheduler, folder / SCHEDULER_FOLDER),
+        DiffusionTokenizer.from_pretrained(folder / TOKENIZER_FOLDER),
+        FlowDecoder.from_pretrained(folder / DECODER_FOLDER),
+        FlowMatchingScheduler.from_pretrained(folder / SCHEDULER_FOLDER),
     )
 
 

@@ -4,7 +4,6 @@ import copy
 import logging
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
@@ -12,6 +11,7 @@ from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
+from isthmus.models.saved_model import without_values
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.checkpoints import gathered, written_or_explained
@@ -45,7 +45,7 @@ def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> 
     """
     source = model.transformer
     state = gathered(ema.averages_under("transformer."))
-    with torch.device("meta"):
+    with without_values():
         averaged = LlamaForCausalLM(source.config)
     averaged.load_state_dict({name: value.to(source.device, copy=True) for name, value in state.items()}, assign=True)
     # its table of angles is no weight, so it is still on the meta device

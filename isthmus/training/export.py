@@ -15,7 +15,6 @@ from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.pipelines.components import load_component
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.training.checkpoints import written_or_explained
@@ -47,7 +46,7 @@ def load_tokenizer(path: str) -> MultiScaleVQVAE:
             f"a tokenizer is the folder of a finished `isthmus train tokenizer` (or of a pipeline), got {path}, which "
             f"holds no {TOKENIZER_FOLDER}. Finish the run first: the same command continues it."
         )
-    return load_component(MultiScaleVQVAE, folder)
+    return MultiScaleVQVAE.from_pretrained(folder)
 
 
 def export_tokenizer(

@@ -72,7 +72,7 @@ class NextScaleFamily:
 
     def place(self, device: torch.device) -> None:
         """Move the tokenizer to the device of the training."""
-        self.tokenizer.to(device)  # pyright: ignore[reportArgumentType]  diffusers wraps it
+        self.tokenizer.to(device)
 
     def regularisation(self) -> AbstractContextManager[object]:
         """Nothing is attached to the network: stochastic depth goes in with the batch."""

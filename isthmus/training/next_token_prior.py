@@ -82,7 +82,7 @@ class NextTokenPrior:
     def place(self, device: torch.device) -> None:
         """Move tokenizer and decoder, which previews need too, to the device of the training."""
         for part in (self.parts.image_tokenizer, self.parts.decoder):
-            part.to(device)  # pyright: ignore[reportArgumentType]  diffusers wraps it
+            part.to(device)
 
     def regularisation(self) -> AbstractContextManager[object]:
         """The residual dropouts, attached for as long as the loop runs."""

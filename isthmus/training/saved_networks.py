@@ -3,20 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
-from diffusers.models.modeling_utils import ModelMixin
-
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
 from isthmus.functional.guidance import guidance_values
 from isthmus.functional.sampling import check_filters
 from isthmus.generation.options import SamplingOptions, parse_guidance
+from isthmus.models.saved_model import SavedModel, without_values
 from isthmus.training.checkpoints import gathered
 from isthmus.training.config import PriorSampling, Run
 from isthmus.training.ema import ExponentialMovingAverage
 
-AnyModel = TypeVar("AnyModel", bound=ModelMixin)
+AnyModel = TypeVar("AnyModel", bound=SavedModel)
 
 TOKENIZER_FOLDER = "image_tokenizer"
 
@@ -28,7 +26,7 @@ def averaged_model(model: AnyModel, ema: ExponentialMovingAverage, *, prefix: st
     call it where weights are sharded.
     """
     state = gathered(dict(model.state_dict())) | gathered(ema.averages_under(prefix))
-    with torch.device("meta"):
+    with without_values():
         copy = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     copy.load_state_dict({name: value.to(model.device, copy=True) for name, value in state.items()}, assign=True)
     return copy.eval().requires_grad_(False)
@@ -45,7 +43,7 @@ def kept_classes(class_names: Sequence[str], saved_names: Sequence[str]) -> dict
 
 
 def refuse_contradictions(
-    model: ModelMixin, wanted: Mapping[str, object], name: str, *, options: str = "model"
+    model: SavedModel, wanted: Mapping[str, object], name: str, *, options: str = "model"
 ) -> None:
     """A model that is trained on keeps its network; `options` is the run's field that holds what is wanted.
 

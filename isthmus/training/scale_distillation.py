@@ -94,7 +94,7 @@ class ScaleDistillation(NextScaleFamily):
         data = next_scale_loss(logits, torch.cat(token_ids, dim=1), schedule, self._weights, scales=scales)
         said = [logits.new_zeros(()).float()] * schedule.num_scales
         if run.distillation_weight:
-            self.teacher.to(device)  # pyright: ignore[reportArgumentType]  diffusers wraps the method in a function
+            self.teacher.to(device)
             parts = logits.split(list(schedule.lengths), dim=1)
             for k, theirs in zip(self.asked, self._teacher_logits(labels, inputs), strict=True):
                 said[k] = scale_divergence(theirs, parts[k])

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.functional.shapes import Images
 from isthmus.models.multiscale_vqvae import EncoderOutput, MultiScaleVQVAE
+from isthmus.models.saved_model import Config
 
 
 class ScheduleEncoder(nn.Module):
@@ -24,7 +24,7 @@ class ScheduleEncoder(nn.Module):
         super().__init__()
         self.tokenizer, self.schedules = tokenizer, tuple(schedules)
         layout = [[list(schedule.sizes), list(schedule.phi_indices)] for schedule in schedules]
-        self.config = FrozenDict({**tokenizer.config, "schedules": layout})
+        self.config = Config({**tokenizer.config, "schedules": layout})
 
     def encode(self, images: Images) -> EncoderOutput:
         """`token_ids` holds the scales of the first schedule, then those of the next; the latents are searched once."""

@@ -106,7 +106,7 @@ def train_critic(run: CriticRun) -> Path:
         "area under the ROC curve on %d held-out images: critic %.3f, probability alone %.3f",
         report["num_images"], report["critic"]["all"], report["probability"]["all"],
     )  # fmt: skip
-    pipeline.register_modules(critic=critic, scheduler=ScaleRefinementScheduler(mode="critic"))
+    pipeline.critic, pipeline.scheduler = critic, ScaleRefinementScheduler(mode="critic")
     # the model last: where it is, the folder is complete
     write_atomically(run.out / REPORT, json.dumps(report, indent=1) + "\n")
     pipeline.save_pretrained(run.out)
@@ -211,7 +211,7 @@ def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
             num_blocks=run.num_blocks,
             model_fingerprint=pair_fingerprint(pipeline.image_tokenizer, pipeline.transformer),
         )
-    critic.to(pipeline.device)  # pyright: ignore[reportArgumentType] # diffusers wraps `to`, and loses its self
+    critic.to(pipeline.device)
     return critic.train()
 
 

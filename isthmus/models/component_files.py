@@ -1,0 +1,76 @@
+"""The files of one component, config.json and safetensors, read and checked without importing torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from isthmus.errors import UserError
+
+CONFIG = "config.json"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be JSON, but cannot be read ({error}). Copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}. Copy or download it again.")
+    return values
+
+
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """`config.json` (or the file `name`) of a component's folder.
+
+    Raises:
+        UserError: it is missing, or no JSON object.
+    """
+    if not (folder / name).is_file():
+        raise UserError(f"a saved model needs {folder / name}, which is missing. Copy or download it whole.")
+    return read_json(folder / name)
+
+
+def weight_files(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> list[Path]:
+    """The safetensors files of a component: one, or all shards that its listing names.
+
+    Raises:
+        UserError: one is missing.
+    """
+    files, listing = [folder / weights], folder / f"{weights}.index.json"
+    if listing.is_file():
+        files = [folder / name for name in sorted(set(read_json(listing)["weight_map"].values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"a saved model needs {file}, which is missing. Copy or download it whole.")
+    return files
+
+
+def stored_shapes(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every stored weight of a component, from the headers of its safetensors files (all shards).
+
+    Args:
+        folder: of the component.
+        weights: name of the file, `TRANSFORMERS_WEIGHTS` for components of transformers.
+
+    Raises:
+        UserError: a file is missing, truncated, or holds something else.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in weight_files(folder, weights):
+        try:
+            with safe_open(shard, framework="np") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(
+                f"{shard} is truncated or no safetensors file ({error}). Copy or download it again."
+            ) from error
+    return shapes

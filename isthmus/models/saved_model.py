@@ -1,0 +1,257 @@
+"""What every model and scheduler here can do: say its arguments, be written to a folder, and be read back strictly.
+
+The folder is laid out as diffusers lays out a component: config.json with the class name and the constructor's
+arguments, and diffusion_pytorch_model.safetensors (in shards where it is large). diffusers itself is not needed:
+importing its base classes takes several times as long as importing torch.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from isthmus.errors import UserError
+from isthmus.models.component_files import CONFIG, DIFFUSERS_WEIGHTS, read_config, stored_shapes, weight_files
+
+AnyRecorded = TypeVar("AnyRecorded", bound="Recorded")
+AnyModel = TypeVar("AnyModel", bound="SavedModel")
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+SCHEDULER_CONFIG = "scheduler_config.json"
+
+
+class _NormalsLeftOut(TorchFunctionMode):
+    """Leaves normal_ out, which on the meta device loads torch's compiler: that takes longer than torch itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_ or func is Tensor.normal_:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Networks made inside have shapes and no values (meta device): for their sizes, or for weights that follow.
+
+    >>> with without_values():
+    ...     nn.Embedding(2, 3).weight.device.type
+    'meta'
+    """
+    with torch.device("meta"), _NormalsLeftOut():
+        yield
+
+
+class Config(dict[str, Any]):
+    """The arguments something was made with, by name; they cannot be changed.
+
+    >>> config = Config(width=8)
+    >>> config.width, config["width"]
+    (8, 8)
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no argument {name!r}") from None
+
+    def __setitem__(self, name: str, value: Any) -> NoReturn:
+        raise TypeError(f"arguments are recorded once, {name} cannot be changed")
+
+    __setattr__ = __setitem__
+
+    def __delitem__(self, name: str) -> NoReturn:
+        raise TypeError(f"arguments are recorded once, {name} cannot be removed")
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return Config, (dict(self),)
+
+
+def records_arguments(constructor: Constructor) -> Constructor:
+    """Decorator of `__init__`: keep its arguments, defaults included, as `self.config`."""
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        # torch's modules accept plain attributes before their own constructor has run
+        self.config = Config({name: value for name, value in bound.arguments.items() if name != "self"})
+        constructor(self, *args, **kwargs)
+
+    return recording  # pyright: ignore[reportReturnType]  the same signature
+
+
+class Recorded:
+    """Something whose recorded arguments are all there is to know of it; schedulers are nothing more.
+
+    Attributes:
+        config_name: file that the arguments are written to.
+        config: the arguments.
+    """
+
+    config_name: ClassVar[str] = SCHEDULER_CONFIG
+    config: Config
+
+    def save_config(self, save_directory: str | Path) -> None:
+        """Write the arguments, with the name of the class."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"_class_name": type(self).__name__, **self.config}
+        (folder / self.config_name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the folder of this component."""
+        self.save_config(save_directory)
+
+    @classmethod
+    def load_config(cls, folder: str | Path) -> dict[str, Any]:
+        """The arguments that a folder holds for this class.
+
+        Raises:
+            UserError: the file is missing, of another class, or has settings that this class does not know.
+        """
+        folder = Path(folder)
+        config = read_config(folder, cls.config_name)
+        check_class(config.get("_class_name"), cls.__name__, folder)
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        check_settings(settings, cls, folder / cls.config_name)
+        return settings
+
+    @classmethod
+    def from_pretrained(cls: type[AnyRecorded], folder: str | Path) -> AnyRecorded:
+        """What was saved in a folder.
+
+        Raises:
+            UserError: the folder is incomplete, or its settings do not fit the class.
+        """
+        return cls(**cls.load_config(folder))
+
+
+class SavedModel(nn.Module, Recorded):
+    """Base of the networks: a module whose constructor arguments are its configuration (`records_arguments`).
+
+    A constructor never computes from the values of parameters, and fills them only where they have values: it also runs
+    on the meta device (`without_values`).
+
+    Attributes:
+        gradient_checkpointing: whether blocks are computed once more in the backward pass instead of being kept.
+    """
+
+    config_name: ClassVar[str] = CONFIG
+    gradient_checkpointing: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.parameters()).dtype
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory in training."""
+        self.gradient_checkpointing = True
+
+    def run_block(self, block: nn.Module, *arguments: Any) -> Any:
+        """`block(*arguments)`, in training with `gradient_checkpointing` without keeping what is inside."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str | None = None) -> None:
+        """Write config.json and the weights.
+
+        Args:
+            save_directory: folder, made where it does not exist.
+            max_shard_size: bytes of a file at most, or a text such as "2GB"; None writes files of 10 GB.
+        """
+        self.save_config(save_directory)
+        # safetensors stores rows as they are read: weights of convolutions may lie channels-last
+        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        stem, suffix = DIFFUSERS_WEIGHTS.rsplit(".", 1)
+        save_torch_state_dict(
+            state,
+            save_directory,
+            filename_pattern=f"{stem}{{suffix}}.{suffix}",
+            max_shard_size="10GB" if max_shard_size is None else max_shard_size,
+        )
+
+    @classmethod
+    def from_pretrained(cls: type[AnyModel], folder: str | Path, *, dtype: torch.dtype | None = None) -> AnyModel:
+        """The model saved in a folder, in eval mode on the CPU.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            dtype: type of the weights; None keeps the stored one.
+
+        Raises:
+            UserError: the folder is incomplete, or its settings or weights do not fit the class, found from the headers
+                of the files before anything is loaded.
+        """
+        folder = Path(folder)
+        model = cls.on_meta(folder)
+        state: dict[str, Tensor] = {}
+        for file in weight_files(folder):
+            state |= load_file(file)
+        if dtype is not None:
+            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    @classmethod
+    def on_meta(cls: type[AnyModel], folder: Path) -> AnyModel:
+        """The model of a folder without values, once its settings and the shapes of its weights are known to fit.
+
+        Raises:
+            UserError: the folder is incomplete, or its settings or weights do not fit the class.
+        """
+        settings = cls.load_config(folder)
+        with without_values():
+            model = cls(**settings)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        check_shapes(shapes, stored_shapes(folder), folder)
+        return model
+
+
+def check_class(found: Any, name: str, folder: Path) -> None:
+    """Raise UserError where the class that a folder names is not the one of this name."""
+    if found != name:
+        raise UserError(f"{folder} must hold a {name}, got {found}. Pass another model.")
+
+
+def check_settings(settings: Mapping[str, Any], kind: type, source: Path) -> None:
+    """Raise UserError where a name in `settings` is no argument of the constructor of `kind`."""
+    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise UserError(
+            f"{source} has settings that {kind.__name__} does not know: {', '.join(unknown[:4])}. "
+            "It was edited, or written by another version: update Isthmus."
+        )
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise UserError unless a folder holds exactly the weights that its network has."""
+    problems = [f"missing {name}" for name in expected if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in expected]
+    problems += [
+        f"{name} is {stored[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:4])}{more}.")

@@ -1,0 +1,192 @@
+"""A saved Llama as its settings and weights: all that decoding reads, without importing transformers.
+
+transformers takes longer to import than most draws take. Whatever needs the network as a module (training, likelihood,
+export) asks for `module`, which is made then, on the same memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from isthmus.errors import UserError
+from isthmus.models.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
+from isthmus.models.saved_model import Config, check_class, check_shapes, without_values
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+# what decoding and its checks read; written by every transformers that writes `rope_parameters`
+_SETTINGS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act max_position_embeddings rms_norm_eps rope_parameters attention_bias mlp_bias "
+    "tie_word_embeddings".split()
+)
+# what else transformers writes for a Llama, and what a prior of ours adds
+_OTHERS = frozenset(
+    "architectures attention_dropout bos_token_id codebook_size dtype eos_token_id initializer_range model_type "
+    "pad_token_id pretraining_tp transformers_version use_cache".split()
+)
+# what transformers writes beside the settings of the network, and what a prior of ours adds
+_EXTRAS = {"architectures", "codebook_size", "dtype", "model_type", "transformers_version"}
+
+
+class StoredLlama:
+    """A stock Llama, as settings and weights by name; the module is made when it is asked for.
+
+    Args:
+        config: `LlamaConfig`, or the same settings as a mapping with attributes.
+        tensors: weights by the names of `LlamaForCausalLM`; left out where there is a module.
+        module: the network, where it has been made already.
+    """
+
+    library: ClassVar[str] = "transformers"
+    class_name: ClassVar[str] = "LlamaForCausalLM"
+
+    def __init__(
+        self, config: Any, tensors: Mapping[str, Tensor] | None = None, module: "LlamaForCausalLM | None" = None
+    ):
+        self.config: Any = config
+        self._tensors, self._module = tensors, module
+
+    @classmethod
+    def of(cls, llama: "LlamaForCausalLM | StoredLlama") -> "StoredLlama":
+        """A module as a stored Llama; one that is stored stays what it is."""
+        return llama if isinstance(llama, StoredLlama) else cls(llama.config, module=llama)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> "StoredLlama":
+        """The Llama in a folder that transformers wrote, on the CPU, as strictly read as our own models.
+
+        Args:
+            folder: config.json and model.safetensors.
+            dtype: type of the weights; None is float32.
+
+        Raises:
+            UserError: the folder is incomplete, or its settings or weights do not fit a Llama.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        check_class(next(iter(config.get("architectures") or ()), None), cls.class_name, folder)
+        if not config.keys() >= _SETTINGS or config.keys() - _SETTINGS - _OTHERS:
+            config = _read_by_transformers(config, folder)
+        check_shapes(llama_shapes(config), stored_shapes(folder, TRANSFORMERS_WEIGHTS), folder)
+        tensors: dict[str, Tensor] = {}
+        for file in weight_files(folder, TRANSFORMERS_WEIGHTS):
+            tensors |= load_file(file)
+        return cls(Config(config), tensors).to(dtype or torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self["model.norm.weight"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self["model.norm.weight"].dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
+
+    @property
+    def module(self) -> "LlamaForCausalLM":
+        """The stock network, in eval mode; made on the weights' own memory when it is first asked for."""
+        if self._module is None:
+            # imported here: drawing does without
+            from transformers import LlamaConfig, LlamaForCausalLM
+
+            tensors = self.state_dict()
+            with without_values():
+                module = LlamaForCausalLM(LlamaConfig.from_dict(dict(self.config)))
+            module.load_state_dict(tensors, assign=True)
+            # its table of angles is no weight, so it is still on the meta device
+            module.model.rotary_emb = type(module.model.rotary_emb)(config=module.config).to(self.device)
+            self._module, self._tensors = module.eval(), None
+        return self._module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights by the names of `LlamaForCausalLM`."""
+        if self._module is not None:
+            return dict(self._module.state_dict())
+        assert self._tensors is not None, "a stored Llama has tensors or a module"
+        return dict(self._tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The weight of that name."""
+        if self._module is not None:
+            return self._module.get_parameter(name).detach()
+        assert self._tensors is not None, "a stored Llama has tensors or a module"
+        return self._tensors[name]
+
+    def to(self, *place: torch.device | str | torch.dtype) -> "StoredLlama":
+        """Move or cast the weights, in place as modules do: a device, a type or both; returns itself."""
+        if self._module is not None:
+            self._module.to(*place)  # pyright: ignore[reportArgumentType, reportCallIssue]  as `Tensor.to`
+        else:
+            self._tensors = {name: weight.to(*place) for name, weight in self.state_dict().items()}
+        return self
+
+    def is_same(self, other: "StoredLlama") -> bool:
+        """Whether both hold the same weights: one object, or one module."""
+        return self is other or (self._module is not None and self._module is other._module)
+
+
+def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of a Llama without biases whose head is a matrix of its own."""
+    width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    words = (config["vocab_size"], width)
+    shapes = {"model.embed_tokens.weight": words, "model.norm.weight": (width,), "lm_head.weight": words}
+    for layer in range(config["num_hidden_layers"]):
+        shapes |= {
+            f"model.layers.{layer}.{name}.weight": shape
+            for name, shape in {
+                "self_attn.q_proj": (queries, width),
+                "self_attn.k_proj": (keys, width),
+                "self_attn.v_proj": (keys, width),
+                "self_attn.o_proj": (width, queries),
+                "mlp.gate_proj": (inner, width),
+                "mlp.up_proj": (inner, width),
+                "mlp.down_proj": (width, inner),
+                "input_layernorm": (width,),
+                "post_attention_layernorm": (width,),
+            }.items()
+        }
+    return shapes
+
+
+def _read_by_transformers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings that another version of transformers wrote, as the installed one understands them.
+
+    Raises:
+        UserError: there are settings that no Llama knows.
+    """
+    from transformers import LlamaConfig
+    from transformers import __version__ as installed
+
+    unknown = sorted(set(config) - set(LlamaConfig().to_dict()) - _EXTRAS)
+    # another version of transformers may know other settings; with the same one the file was edited
+    if unknown and config.get("transformers_version") == installed:
+        raise UserError(f"{folder / CONFIG} has settings that a Llama does not know: {', '.join(unknown[:4])}.")
+    return LlamaConfig.from_dict(config).to_diff_dict()
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without the bars that transformers shows for every file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
