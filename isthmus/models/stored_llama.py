@@ -7,7 +7,7 @@ export) asks for `module`, which is made then, on the same memory.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -128,9 +128,9 @@ class StoredLlama:
     def to(self, *place: torch.device | str | torch.dtype) -> "StoredLlama":
         """Move or cast the weights, in place as modules do: a device, a type or both; returns itself."""
         if self._module is not None:
-            self._module.to(*place)  # pyright: ignore[reportArgumentType, reportCallIssue]  as `Tensor.to`
+            cast(Any, self._module).to(*place)
         else:
-            self._tensors = {name: weight.to(*place) for name, weight in self.state_dict().items()}
+            self._tensors = {name: cast(Any, weight).to(*place) for name, weight in self.state_dict().items()}
         return self
 
     def is_same(self, other: "StoredLlama") -> bool:

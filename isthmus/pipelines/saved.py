@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 
@@ -135,7 +135,7 @@ class SavedPipeline:
         for name in (*self.parts, *self.optional_parts):
             part = self.stored(name)
             if isinstance(part, (torch.nn.Module, StoredLlama)):
-                part.to(*place)
+                cast(Any, part).to(*place)  # as torch takes them: its overloads know no union
         return self
 
     @property
@@ -273,7 +273,7 @@ class SavedPipeline:
             if isinstance(part, torch.nn.Module):
                 # None is the writer's own limit, which is not the same for all of them
                 limit = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-                part.save_pretrained(folder / name, **limit)
+                cast(Any, part).save_pretrained(folder / name, **limit)
             elif part is not None:
                 part.save_pretrained(folder / name)
         (folder / "README.md").write_text(self.card(), encoding="utf-8")
