@@ -186,7 +186,6 @@ from isthmus.generation.llama_decoding import LlamaDecoder
 from isthmus.generation.next_token import generate_tokens
 from isthmus.generation.options import SamplingOptions
 
-torch.set_num_threads(1)
 prior = tiny_prior(num_layers=1)
 options = SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1, 3, last_guided_step=6), top_k=9)
 labels, seeds = torch.tensor([0, 2, 1]), [(0, 0), (0, 1), (0, 2)]

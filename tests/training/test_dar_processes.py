@@ -1,7 +1,6 @@
 """Two processes train D-AR as one does, on the same global batch."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -72,7 +71,6 @@ def trained_runs(folder: Path, images: str) -> Runs:
     subprocess.run(
         [*launch, "-m", "tests.training.two_dar_processes", str(folder)],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
     )

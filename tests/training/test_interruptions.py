@@ -1,7 +1,6 @@
 """Killed, interrupted or out of space: the same command again ends where an undisturbed run ends, bit for bit."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -35,11 +34,10 @@ def command(run: Run, folder: Path) -> list[str]:
 
 
 def start(words: list[str]) -> "subprocess.Popen[str]":
-    """`isthmus` in a process of its own, with one thread as here: sums depend on their number."""
+    """`isthmus` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "isthmus", *words],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -134,7 +132,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path, images, trained_to
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.small_disk", str(tmp_path / "plan.json")],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         stdout=subprocess.PIPE,
         text=True,

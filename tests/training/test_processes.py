@@ -1,7 +1,6 @@
 """Two processes train what one trains, on the same global batch, whatever is shared out."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -83,7 +82,6 @@ def trained_runs(folder: Path, images: str, trained_tokenizer: Path) -> Runs:
     subprocess.run(
         [*launch, "-m", "tests.training.two_processes", str(folder)],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
     )
