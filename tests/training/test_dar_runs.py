@@ -22,6 +22,7 @@ from isthmus.training.next_scale_prior import NextScalePrior
 from isthmus.training.next_token_prior import NextTokenPrior, with_new_classes
 from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
+from tests.made_once import made_once
 from tests.training.test_runs import assert_same, weights
 from tests.training.tiny_dar_runs import FROZEN, LOSS, diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import OPTIM, prior_run, write_images
@@ -35,13 +36,21 @@ MODELS = (*PARTS, "scheduler", "transformer", "model_index.json")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, images) -> Path:
     """Run folder of a diffusion tokenizer trained for six steps."""
-    return train_diffusion_tokenizer(diffusion_tokenizer_run(images, tmp_path_factory.mktemp("dar") / "tokenizer"))
+
+    def train(folder: Path) -> Path:
+        return train_diffusion_tokenizer(diffusion_tokenizer_run(images, folder / "run"))
+
+    return made_once(tmp_path_factory, "trained-dar-tokenizer", train)
 
 
 @pytest.fixture(scope="module")
 def trained_prior(tmp_path_factory, images, trained) -> Path:
     """Run folder (= pipeline folder) of a Llama trained for six steps."""
-    return train_prior(next_token_prior_run(images, tmp_path_factory.mktemp("dar") / "prior", trained))
+
+    def train(folder: Path) -> Path:
+        return train_prior(next_token_prior_run(images, folder / "run", trained))
+
+    return made_once(tmp_path_factory, "trained-dar-prior", train)
 
 
 def forget_after(out: Path, step: int) -> None:

@@ -16,12 +16,14 @@ from isthmus.distillation_report import report_page
 from isthmus.distilling import BASELINE, baseline_run, distill, stage_runs
 from isthmus.errors import UserError
 from isthmus.generation.options import parse_guidance
+from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.training.config import PriorModel, PriorSampling, run_from_json, run_to_json
 from isthmus.training.distill_config import DistillRun
 from isthmus.training.next_scale_prior import with_new_classes
 from isthmus.training.scale_distillation import ScaleDistillation
 from isthmus.training.train_prior import train_prior
+from tests.made_once import made_once
 from tests.training.test_runs import assert_same, forget_after, weights
 from tests.training.tiny_runs import prior_run, write_images
 from tests.training.tiny_teacher import distill_run, tiny_teacher
@@ -31,22 +33,27 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher") / "markov"
-    tiny_teacher().save_pretrained(folder)
-    return folder
+    return made_once(tmp_path_factory, "teacher", lambda folder: saved(tiny_teacher(), folder / "markov"))
 
 
 @pytest.fixture(scope="session")
 def causal_teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher") / "causal"
-    tiny_teacher("causal").save_pretrained(folder)
+    return made_once(
+        tmp_path_factory, "causal-teacher", lambda folder: saved(tiny_teacher("causal"), folder / "causal")
+    )
+
+
+def saved(pipeline: NextScalePipeline, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory, images, teacher) -> Path:
     """A finished distillation to scales 1, 3, 4."""
-    return distill(distill_run(images, tmp_path_factory.mktemp("straight") / "run", teacher))
+    return made_once(
+        tmp_path_factory, "straight-student", lambda folder: distill(distill_run(images, folder / "run", teacher))
+    )
 
 
 def log_lines(out: Path) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from isthmus.training.checkpoints import newest_checkpoint
 from isthmus.training.config import PriorRun, Run, TokenizerRun, run_to_json
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
+from tests.made_once import made_once
 from tests.training.test_runs import assert_same, forget_after, weights
 from tests.training.tiny_runs import prior_run, tokenizer_run
 
@@ -59,7 +60,10 @@ def step_of(out: Path) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, images, trained_tokenizer) -> dict[str, TokenizerRun | PriorRun]:
     """Straight runs, long enough to be caught at work."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    return made_once(tmp_path_factory, "undisturbed", lambda folder: straight_runs(folder, images, trained_tokenizer))
+
+
+def straight_runs(folder: Path, images: str, trained_tokenizer: Path) -> dict[str, TokenizerRun | PriorRun]:
     often = {"save_every": 50, "validate_every": 50, "preview_every": 50}
     # the discriminator starts at step 2, codes are revived at every step from 3 to 11
     first = tokenizer_run(images, folder / "tokenizer", num_steps=14, **often)
