@@ -8,7 +8,8 @@ from typing import Any
 # One thread here and in every process that a test starts, whatever the caller asked for: runs are compared bit for bit
 # with those of other processes, networks are tiny, and threads that wait for each other on cores that others use cost
 # many times the work. Ahead of the imports: numpy and torch read these once, when they are loaded.
-os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+os.environ |= dict.fromkeys(_THREADS, "1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
