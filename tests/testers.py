@@ -219,14 +219,14 @@ class PriorLaws(ModelLaws):
         assert tuple(model(*inputs).logits.shape) == expected
 
     def test_scale_by_scale_equals_teacher_forcing(self, model, inputs):
-        torch.testing.assert_close(self.generated(model, *inputs), model(*inputs).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(self.generated(model, *inputs), model(*inputs).logits, **NETWORK)
 
     def test_a_batch_equals_its_images_alone(self, model, inputs):
         labels, scale_inputs = inputs
         together = model(*inputs).logits
         for i in range(len(labels)):
             alone = model(labels[i : i + 1], scale_inputs[i : i + 1]).logits
-            torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(alone[0], together[i], **NETWORK)
 
     def test_a_hidden_scale_changes_nothing(self, model, inputs):
         labels, scale_inputs = inputs
@@ -254,7 +254,7 @@ class PriorLaws(ModelLaws):
         for count in range(1, model.schedule.num_scales + 1):
             part = scale_inputs[:, : offsets[count] - offsets[1]]
             logits = model(labels, part, scales=range(count)).logits
-            torch.testing.assert_close(logits, full[:, : offsets[count]], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits, full[:, : offsets[count]], **NETWORK)
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, model, inputs):
         plain, saving = copy.deepcopy(model), copy.deepcopy(model)
@@ -280,7 +280,7 @@ class PriorLaws(ModelLaws):
         x = model.embed(conditioning.start, scale_inputs, range(model.schedule.num_scales))
         scale, shift = conditioning.head.unsqueeze(2).unbind(1)
         bare = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=model.config.norm_eps) * (1 + scale) + shift
-        torch.testing.assert_close(dropped[0], model.head(bare)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(dropped[0], model.head(bare)[0], **NETWORK)
 
     def test_the_last_class_row_is_the_null_label(self, model):
         assert model.null_class_id == model.config.num_classes == model.class_embedding.num_embeddings - 1
