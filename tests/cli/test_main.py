@@ -1,9 +1,7 @@
 import errno
 import os
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,18 +27,15 @@ def test_every_command_explains_itself(isthmus, name):
     assert result.code == 0 and f"usage: isthmus {name}" in result.out and result.err == ""
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom isthmus.cli import main\n"
         "assert main(['--help']) == 0 and main(['train', 'prior', '--help']) == 0 and main(['sample', '--help']) == 0\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'datasets', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    start = time.process_time()
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert time.process_time() - start < 5 and used.ru_utime >= 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.masks import to_masks
 from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import NETWORK
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 MASK = torch.zeros(8, 8)
@@ -209,7 +210,7 @@ def test_a_source_of_several_results_gives_what_copies_of_it_give(pipe):
         asked = {"seed": 4, "output_type": "pt"} | options
         once, each = (pipe.inpaint(images, MASK, [0, 1, 2], **asked) for images in (IMAGES[:1], copies))
         assert same(once, each)
-        assert_close(once.images, each.images, atol=1e-5, rtol=0)
+        assert_close(once.images, each.images, **NETWORK)
 
 
 def test_an_edit_reads_other_numbers_than_the_draw_of_its_seed(pipe):
