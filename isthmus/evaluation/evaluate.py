@@ -53,7 +53,7 @@ from isthmus.evaluation.scoring import score_samples
 from isthmus.evaluation.usage import code_counts, usage_curves
 from isthmus.functional.guidance import Guidance
 from isthmus.generation.options import guidance_text
-from isthmus.pipelines.loading import choose_device, load_pipeline
+from isthmus.pipelines.loading import choose_device, dtype_name, load_pipeline
 
 
 def evaluate_model(
@@ -109,6 +109,8 @@ def evaluate_model(
     with launched_processes() as processes:
         # everything that can be refused is refused here, before anything is written
         network = feature_network(features, device=choose_device(processes.device(device)))
+        # the first process decides for all: a busy core may measure something else
+        dtype = processes.agreed(dtype_name(dtype, processes.device(device)))
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
         names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
         splits = open_splits(data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names)

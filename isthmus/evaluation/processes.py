@@ -27,6 +27,13 @@ class Processes:
         if self.count > 1:
             distributed.barrier()
 
+    def agreed(self, value: str) -> str:
+        """The first process's value, in all of them."""
+        values = [value]
+        if self.count > 1:
+            distributed.broadcast_object_list(values)
+        return values[0]
+
     def device(self, asked: str) -> str:
         """The device of this process: where "auto" or "cuda" is asked for, every process takes a GPU of its own."""
         if self.count > 1 and asked in ("auto", "cuda") and torch.cuda.is_available():

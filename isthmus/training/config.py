@@ -91,7 +91,8 @@ class Run:
     ema_decay: float = 0.999
     """Decay of the averaged weights that are saved and sampled; the first steps average over fewer."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, float32 elsewhere."""
+    """auto: bf16 on a GPU that has it, and on a CPU whose products run at least twice as fast in it (measured at the
+    start); float32 elsewhere. Weights, averages, losses and the search for codes stay float32."""
     num_workers: int | None = None
     """Data loading processes; None decides by the data set."""
     log_every: int = 50

@@ -11,19 +11,20 @@ import platform
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
+    broadcast_object_list,
     extract_model_from_parallel,
     set_seed,
 )
@@ -33,6 +34,7 @@ from tqdm.auto import tqdm
 
 import isthmus
 from isthmus.errors import UserError
+from isthmus.functional.precision import TypeChoice, faster_type
 from isthmus.training.checkpoints import newest_checkpoint, whole
 from isthmus.training.config import Run, run_to_json
 
@@ -73,20 +75,20 @@ def start_run(
         UserError: the folder belongs to another run, the batch does not divide over the processes, or accelerate did
             not turn on the processes or the FSDP2 that were asked for.
     """
+    # asked for, or accelerate takes the processes of a launcher on CPU for so many single ones
+    cpu = not torch.accelerator.is_available()
+    # the others wait while the first process encodes the data set; launchers notice a dead process by itself
+    processes = PartialState(cpu=cpu, timeout=timedelta(days=1))
+    precision = agreed_precision(run, processes)
     accelerator = Accelerator(
-        # asked for, or accelerate takes the processes of a launcher on CPU for so many single ones
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=_precision(run),
+        cpu=cpu,
+        mixed_precision=_accelerate_name(precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate, sync_with_dataloader=False),
         log_with=list(run.track) or None,
         project_dir=str(run.out),
         dynamo_backend="inductor" if compiled else "no",
         fsdp_plugin=_fsdp2(sharded) if sharded else None,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-            # the others wait while the first process encodes the data set; launchers notice a dead process by itself
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
     accelerator.register_save_state_pre_hook(_save_bare_weights)
     accelerator.register_load_state_pre_hook(_load_bare_models)
@@ -134,10 +136,41 @@ def _bare(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _precision(run: Run) -> str:
+def agreed_precision(run: Run, processes: PartialState) -> TypeChoice:
+    """The type that products of this run are computed in, the same in every process and after every interruption."""
+    choices = [_precision(run, processes.device) if processes.is_main_process else None]
+    if processes.num_processes > 1:
+        broadcast_object_list(choices)
+    assert choices[0] is not None
+    if (AcceleratorState._shared_state or {}).get("_mixed_precision") not in (None, _accelerate_name(choices[0])):
+        # accelerate holds on to the type of the first run of a process, and a demo has several
+        AcceleratorState._reset_state()
+    if run.mixed_precision == "auto":
+        logger.info("%s", choices[0].why)
+    return choices[0]
+
+
+def _accelerate_name(choice: TypeChoice) -> str:
+    return "bf16" if choice.bf16 else "no"
+
+
+def _precision(run: Run, device: torch.device) -> TypeChoice:
     if run.mixed_precision != "auto":
-        return run.mixed_precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return TypeChoice(run.mixed_precision == "bf16", f"{run.mixed_precision}: asked for")
+    if newest_checkpoint(run.out) is None:
+        return faster_type(device)
+    # a run goes on in the type that it began with, whatever a busier or another machine would measure
+    began = _recorded(run.out).get("precision")
+    if began is None:  # recorded before it was measured: float32 on every CPU
+        return faster_type(device) if device.type == "cuda" else TypeChoice(False, "float32: as the run began")
+    return TypeChoice(bool(began["bf16"]), str(began["why"]))
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((out / "run.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}  # `check_folder` says what is wrong with it
 
 
 def check_folder(run: Run) -> None:
@@ -194,6 +227,7 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
                 "processes": accelerator.num_processes,
                 "device": str(accelerator.device),
             },
+            "precision": asdict(_precision(run, accelerator.device)),
             **facts,
         }
         write_atomically(run.out / "run.json", json.dumps(record, indent=2) + "\n")
