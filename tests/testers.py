@@ -174,8 +174,8 @@ class TokenizerLaws(ModelLaws):
         for i in range(len(images)):
             alone = model.encode(images[i : i + 1])
             assert all(torch.equal(a[0], b[i]) for a, b in zip(alone.token_ids, together.token_ids, strict=True))
-            images = model.decode(alone.token_ids)[0], model.decode(together.token_ids)[i]
-            torch.testing.assert_close(*images, **NETWORK)
+            decoded = model.decode(alone.token_ids)[0], model.decode(together.token_ids)[i]
+            torch.testing.assert_close(*decoded, **NETWORK)
 
     def test_search_is_fp32_under_autocast(self, model, inputs):
         latents = model.encode(*inputs).latents
