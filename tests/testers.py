@@ -22,8 +22,7 @@ from isthmus.models.fingerprint import fingerprint
 # Behind a whole network up to 50 such sums follow each other: 50 sqrt(64) u = 2.4e-5, and twice that for the norms and
 # gates between them. What a slip does to a network with random weights starts at 1e-3.
 NETWORK = {"atol": 5e-5, "rtol": 1e-5}
-# The published numbers of small networks came from one such route, and lie nearer by their own account.
-PARITY_ATOL = 2e-5
+PARITY_ATOL = NETWORK["atol"]
 # A gradient comes back through the same sums, and through longer ones over positions: 100 sums of 600 terms, sqrt(600)
 # u each, 1.5e-4 of its size at worst and a tenth of that where errors cancel as they do.
 GRADIENT_RTOL = 1e-4
@@ -153,7 +152,7 @@ class TokenizerLaws(ModelLaws):
         output, encoded = model(*inputs), model.encode(*inputs)
         assert all(map(torch.equal, output.token_ids, encoded.token_ids))
         # latents + (features - latents) rounds once more than the features themselves
-        torch.testing.assert_close(output.images.clamp(-1, 1), model.decode(encoded.token_ids), atol=2e-5, rtol=0)
+        torch.testing.assert_close(output.images.clamp(-1, 1), model.decode(encoded.token_ids), **NETWORK)
 
     def test_scale_inputs_are_what_the_generator_reads(self, model, inputs):
         token_ids, schedule, parts = model.encode(*inputs).token_ids, model.schedule, []
@@ -175,7 +174,8 @@ class TokenizerLaws(ModelLaws):
         for i in range(len(images)):
             alone = model.encode(images[i : i + 1])
             assert all(torch.equal(a[0], b[i]) for a, b in zip(alone.token_ids, together.token_ids, strict=True))
-            torch.testing.assert_close(model.decode(alone.token_ids)[0], model.decode(together.token_ids)[i])
+            decoded = model.decode(alone.token_ids)[0], model.decode(together.token_ids)[i]
+            torch.testing.assert_close(*decoded, **NETWORK)
 
     def test_search_is_fp32_under_autocast(self, model, inputs):
         latents = model.encode(*inputs).latents

@@ -24,7 +24,7 @@ from isthmus.training.next_scale_prior import with_new_classes
 from isthmus.training.scale_distillation import ScaleDistillation
 from isthmus.training.train_prior import train_prior
 from tests.made_once import made_once
-from tests.testers import NO_DIVERGENCE
+from tests.testers import LOGGED, NO_DIVERGENCE
 from tests.training.test_runs import assert_same, forget_after, weights
 from tests.training.tiny_runs import prior_run, write_images
 from tests.training.tiny_teacher import distill_run, tiny_teacher
@@ -243,7 +243,7 @@ def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
     assert not any("teacher" in name for name in line)
     assert "it is its own student without teacher" in (run.out / "distillation.md").read_text()
     mean = (line["train/bits_scale0"] + 9 * line["train/bits_scale1"] + 16 * line["train/bits_scale2"]) / 26
-    assert line["train/bits_per_token"] == pytest.approx(mean, rel=1e-6)
+    assert line["train/bits_per_token"] == pytest.approx(mean, **LOGGED)
 
 
 def test_the_mark_of_hidden_tokens_stays_the_teachers(tmp_path, images, teacher):
