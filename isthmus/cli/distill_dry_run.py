@@ -27,7 +27,9 @@ def describe_distill_run(run: DistillRun) -> str:
     stages = stage_runs(run)
     tokenizer, teacher = (saved_settings(run.from_model, name) for name in ("image_tokenizer", "transformer"))
     sizes, mask = student_shape(run, tuple(teacher["scale_sizes"]), teacher["scale_attention"])
-    image_size = tokenizer["scale_sizes"][-1] * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    # folders saved before it existed know nothing of folded pixels
+    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    image_size = tokenizer["scale_sizes"][-1] * stride
     source = open_source(run.data, image_size=image_size, split="train", classes=run.classes, strict=run.strict)
     names = read_index(model_folder(run.from_model))["class_names"]
     check_classes(source.class_names, [names[str(i)] for i in range(len(names))], teacher["num_classes"])

@@ -37,7 +37,9 @@ def describe_prior_run(run: PriorRun) -> str:
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
     tokenizer = saved_settings(run.from_model or run.tokenizer, "image_tokenizer")
-    image_size = tokenizer["scale_sizes"][-1] * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    # folders saved before it existed know nothing of folded pixels
+    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    image_size = tokenizer["scale_sizes"][-1] * stride
     source = open_source(run.data, image_size=image_size, split="train", classes=run.classes, strict=run.strict)
     if run.from_model:
         arguments = saved_settings(run.from_model, "transformer")

@@ -72,7 +72,8 @@ def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
     from isthmus.models.component_files import read_config
 
     tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
-    stride = 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    # folders saved before it existed know nothing of folded pixels
+    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
     sizes = prior["scale_sizes"]
     rows = {
         "model": f"NextScalePipeline, {prior['scale_attention']} over scales",

@@ -142,13 +142,15 @@ class TokenizerModel:
     base_channels: int | None = None
     """Width of the first level, a multiple of 32."""
     channel_multipliers: tuple[int, ...] | None = None
-    """One factor per level; the stride is 2 ** (levels - 1)."""
+    """One factor per level; the stride is 2 ** (levels - 1), times pixel_unshuffle."""
     num_res_blocks: int | None = None
     """Residual blocks per encoder level; the decoder has one more."""
     num_phi: int | None = None
     """Number of phi convolutions."""
     dropout: float | None = None
     """Dropout inside residual blocks."""
+    pixel_unshuffle: int | None = None
+    """Side of the squares of pixels that enter as channels; the stride counts it. 1 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
