@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -26,3 +27,16 @@ def test_the_layout_strip_has_a_row_per_class_and_ends_with_the_image(tmp_path, 
     enlarged, last = pixels.repeat(8, axis=0).repeat(8, axis=1), strip[:, -2 - 64 : -2]
     tops = range(len(last) - 63)
     assert sum(np.array_equal(last[top : top + 64], enlarged) for top in tops) == 3, "the image itself, once per class"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "steps"), [(tiny_pipeline, 3), (tiny_dar, 4)])
+def test_the_table_of_a_diffusers_pipeline_has_a_column_per_step(make, steps, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    widths = {}
+    for count in (steps, 2):
+        words = [tmp_path / "model", "--out", tmp_path / f"{count}.png", "--stop-after", count]
+        subprocess.run([sys.executable, EXAMPLES / "with_diffusers.py", *map(str, words)], check=True)
+        widths[count] = Image.open(tmp_path / f"{count}.png").width
+    # a column is 64 px and a gap of 2
+    assert widths[steps] - widths[2] == (steps - 2) * 66

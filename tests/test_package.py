@@ -12,6 +12,8 @@ import pytest
 import isthmus
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# importing diffusers takes longer than the rest of these tests
+SLOW_MODULES = {"isthmus.diffusers"}
 MODULES = sorted(module.name for module in pkgutil.walk_packages(isthmus.__path__, "isthmus."))
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "datasets", "matplotlib", "skimage", "sklearn", "resvg_py")
 
@@ -25,7 +27,14 @@ def heavy_after(statements: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()[1:]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_MODULES else [])
+        for name in MODULES
+        if not name.endswith("__main__")
+    ],
+)
 def test_every_module_loads_and_says_what_it_is(name):
     assert (importlib.import_module(name).__doc__ or "").strip()
 

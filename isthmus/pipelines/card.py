@@ -68,6 +68,15 @@ pipe({argument}num_images=4, seed=0).images[0].save("sample.png")
 
 or `isthmus sample path/to/this/folder --num 16 --out samples`. Saved with Isthmus {version}.
 
+With diffusers (`pip install "isthmus[diffusers]"`; its own `DiffusionPipeline.from_pretrained` knows no Isthmus):
+
+```python
+from isthmus.diffusers import from_pretrained
+
+pipe = from_pretrained("path/to/this/folder")  # a DiffusionPipeline
+pipe({argument}seed=0).images[0].save("sample.png")
+```
+
 Defaults saved with the model: {sampling.words()}.
 
 ## Data and licence
