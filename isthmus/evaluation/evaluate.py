@@ -53,6 +53,7 @@ from isthmus.evaluation.scoring import score_samples
 from isthmus.evaluation.usage import code_counts, usage_curves
 from isthmus.functional.guidance import Guidance
 from isthmus.generation.options import guidance_text
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import choose_device, load_pipeline
 
 
@@ -110,7 +111,7 @@ def evaluate_model(
         # everything that can be refused is refused here, before anything is written
         network = feature_network(features, device=choose_device(processes.device(device)))
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
-        names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+        names = names_in_order(pipeline.class_names)
         splits = open_splits(data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names)
         chosen = choose_classes(pipeline, splits, num, balance)
         size = (pipeline.image_size, pipeline.image_size)

@@ -8,6 +8,28 @@ from isthmus.errors import UserError
 Label = int | str | None
 
 
+def names_in_order(class_names: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the classes 0, 1, 2, ...; as text, which is how JSON sorts them, 10 comes before 2.
+
+    Args:
+        class_names: index (as text) -> name, in any order; may be empty.
+
+    Raises:
+        UserError: the indices are not those of all classes, each once.
+
+    >>> names_in_order({"0": "face", "10": "k", "1": "b"} | {str(i): str(i) for i in range(2, 10)})[-1]
+    'k'
+    """
+    wanted = [str(index) for index in range(len(class_names))]
+    if set(class_names) != set(wanted):
+        strange = next(index for index in class_names if index not in wanted)
+        raise UserError(
+            f"class names are listed by the numbers 0..{len(wanted) - 1}, each once, got {strange!r}. Pass one name "
+            "per class, in the order of the class ids."
+        )
+    return tuple(class_names[index] for index in wanted)
+
+
 def resolve_labels(labels: Sequence[Label], *, class_names: Mapping[str, str], num_classes: int) -> list[int]:
     """Class ids of labels; None is the null label, whose id is `num_classes`.
 

@@ -23,6 +23,7 @@ from isthmus.models.fingerprint import pair_fingerprint
 from isthmus.models.token_critic import TokenCritic
 from isthmus.pictures import spread
 from isthmus.pipelines.hub import model_folder
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
@@ -66,7 +67,7 @@ def train_critic(run: CriticRun) -> Path:
         open_source(run.data, image_size=pipeline.image_size, split=split, classes=run.classes)
         for split in ("train", "val")
     )
-    _check_classes(pipeline, train)
+    check_classes(pipeline, train)
     run.out.mkdir(parents=True, exist_ok=True)
     cache = TokenCache.build(
         run.out / _TOKENS,
@@ -215,9 +216,10 @@ def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
     return critic.train()
 
 
-def _check_classes(pipeline: NextScalePipeline, source: ImageSource) -> None:
-    names = list(pipeline.class_names.values())
-    fits = list(source.class_names) == names if names else len(source.class_names) == pipeline.num_classes
+def check_classes(pipeline: NextScalePipeline, source: ImageSource) -> None:
+    """Raise UserError unless the images have the model's classes, in its order."""
+    names = names_in_order(pipeline.class_names)
+    fits = source.class_names == names if names else len(source.class_names) == pipeline.num_classes
     if pipeline.num_classes and not fits:
         raise UserError(
             f"the data must have the classes of the model ({', '.join(names) or pipeline.num_classes}), got "
