@@ -29,7 +29,13 @@ from isthmus.studies.experiments import Values
 def splits_of(pipeline: AnyPipeline, setting: EvaluationSetting) -> DataSplits:
     """Training and held-out images, as `isthmus evaluate` opens them for this model."""
     names = names_in_order(pipeline.class_names)
-    return open_splits(setting.data, image_size=pipeline.image_size, classes=setting.classes or (), wanted=names)
+    return open_splits(
+        setting.data,
+        image_size=pipeline.image_size,
+        classes=setting.classes or (),
+        wanted=names,
+        columns=setting.columns,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
 from isthmus.data.opening import open_source
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
 from isthmus.errors import UserError
 from isthmus.functional.ranking import area_under_roc
@@ -64,7 +64,13 @@ def train_critic(run: CriticRun) -> Path:
     run = with_images(run)
     assert run.data is not None, "named above"
     train, held_out = (
-        open_source(run.data, image_size=pipeline.image_size, split=split, classes=run.classes)
+        open_source(
+            run.data,
+            image_size=pipeline.image_size,
+            split=split,
+            classes=run.classes,
+            columns=WantedColumns(run.image_column, run.label_column),
+        )
         for split in ("train", "val")
     )
     check_classes(pipeline, train)
@@ -135,7 +141,13 @@ def with_images(run: CriticRun) -> CriticRun:
         )
     classes = record.get("classes") if run.classes is None else run.classes
     logger.info("images of the model: %s, classes: %s", record["data"], ", ".join(classes or ()) or "all it has")
-    return replace(run, data=record["data"], classes=None if classes is None else tuple(classes))
+    return replace(
+        run,
+        data=record["data"],
+        classes=None if classes is None else tuple(classes),
+        image_column=run.image_column or record.get("image_column"),
+        label_column=run.label_column or record.get("label_column"),
+    )
 
 
 def check_folder(out: Path) -> None:
