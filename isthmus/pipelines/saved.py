@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, SupportsIndex, TypeVar, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from isthmus.pipelines.folder import FORMAT, INDEX_NAME, read_index, replaced_wi
 from isthmus.pipelines.hub import model_folder
 from isthmus.pipelines.labels import names_in_order, resolve_labels
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, check_output_type, label_list, spread
-from isthmus.pipelines.seeds import image_seeds
+from isthmus.pipelines.seeds import Whole, image_seeds
 
 Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
 Part = type[SavedModel] | type[Recorded] | type[StoredLlama]
@@ -284,11 +284,11 @@ class SavedPipeline:
     def _request(
         self,
         class_labels: Labels,
-        num_images: int | None,
-        num_images_per_class: int,
-        seed: int | Sequence[int] | None,
+        num_images: SupportsIndex | None,
+        num_images_per_class: SupportsIndex,
+        seed: Whole | None,
         generator: Generators,
-        image_index: int | Sequence[int],
+        image_index: Whole,
         output_type: OutputType,
         **options: Any,
     ) -> Request:
