@@ -43,9 +43,10 @@ def describe_model(folder: Path) -> str:
     """Sizes, classes, token layout, parameter counts and defaults of a pipeline folder."""
     from isthmus.models.component_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, stored_shapes
     from isthmus.pipelines.folder import read_index
+    from isthmus.pipelines.labels import names_in_order
 
     index = read_index(folder)
-    names = list(index["class_names"].values())
+    names = names_in_order(index["class_names"])
     about = _DESCRIPTIONS.get(index["_class_name"])
     if about is None:
         raise UserError(f"{folder} holds a {index['_class_name']}, which this version does not know. Update Isthmus.")

@@ -74,6 +74,11 @@ class Run:
     """Model to start from (folder or hub id); empty trains from scratch."""
     classes: tuple[str, ...] | None = None
     """Classes of the data set to use, by name; None takes all."""
+    image_column: str | None = None
+    """hf: data only: column of the images; None is the first that holds images."""
+    label_column: str | None = None
+    """hf: data only: column of the classes, texts or whole numbers; none reads no labels; None takes a ClassLabel
+    column, else one named label or labels."""
     stream: bool = False
     """Read hf: data as a stream instead of by index: for sets that do not fit on the disk."""
     shuffle_buffer: int = 1000

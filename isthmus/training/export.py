@@ -15,6 +15,7 @@ from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.training.checkpoints import written_or_explained
@@ -89,7 +90,7 @@ class Teacher:
 def load_teacher(path: str) -> Teacher:
     """Tokenizer, prior and class names of a saved pipeline."""
     pipeline = _next_scale(path)
-    names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+    names = names_in_order(pipeline.class_names)
     return Teacher(pipeline.image_tokenizer, pipeline.transformer, names)
 
 

@@ -8,7 +8,10 @@ import pytest
 
 import isthmus as package
 from isthmus.cli import COMMANDS, main
+from isthmus.cli.parsing import parse
+from isthmus.cli.sample import Sample
 from isthmus.errors import UserError
+from isthmus.training.config import TokenizerRun
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -99,3 +102,23 @@ def test_our_own_faults_keep_their_traceback():
             main(["fail"])
     finally:
         del COMMANDS["fail"], sys.modules["failing_command"]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["face,flag", "2"], ("face", "flag", "2")),
+        (["tench, Tinca tinca"], ("tench, Tinca tinca",)),
+        (["tench, Tinca tinca,face", "id:3"], ("tench, Tinca tinca", "face", "id:3")),
+        (["face,", "flag"], ("face", "flag")),
+        (["a\\,b,c"], ("a,b", "c")),
+    ],
+)
+def test_names_of_classes_may_have_commas(words, wanted):
+    for given in (["--classes", *words], [f"--classes={words[0]}", *words[1:]]):
+        assert parse(Sample, ["model", "--out", "o", *given], prog="isthmus sample").classes == wanted
+
+
+def test_commas_separate_numbers_whatever_follows():
+    run = parse(TokenizerRun, ["--model.scale-sizes", "1, 2,4", "--data", "openmoji"], prog="isthmus train tokenizer")
+    assert run.model.scale_sizes == (1, 2, 4)
