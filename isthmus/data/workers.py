@@ -1,6 +1,7 @@
 """Batches made by worker processes, which change nothing but the speed."""
 
 import multiprocessing
+import os
 import pickle
 import signal
 import traceback
@@ -36,6 +37,11 @@ def check_share(batch_size: int, start_position: int, rank: int, world_size: int
         raise UserError(
             f"Positions and ranks count from 0, got position {start_position}, rank {rank} of {world_size}."
         )
+
+
+def usable_processors() -> int:
+    """Processors that this process may run on: a batch system or a container may leave it few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:
