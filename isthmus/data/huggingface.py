@@ -1,6 +1,7 @@
 """Images through the `datasets` library: `hf:NAME_OR_PATH[:SPLIT]`, as a table addressed by index."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ _NAME_AND_SPLIT = re.compile(r"(?P<name>.{2,}?):(?P<split>[A-Za-z_][\w.-]*(\[[^\
 
 def name_and_split(text: str) -> tuple[str, str | None]:
     """What follows "hf:" as (name or path, split or None). An existing path with a colon in it wins over a split."""
-    if Path(text).expanduser().exists():
+    if Path(os.path.expanduser(text)).exists():
         return text, None
     match = _NAME_AND_SPLIT.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, None)
@@ -282,7 +283,7 @@ def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path
     except ImportError as error:
         raise missing_extra("data", "datasets") from error
 
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))

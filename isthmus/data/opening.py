@@ -79,7 +79,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, place
     if kind in PREFIXES:
         raise UserError(f"{kind}: needs a place after the colon, got {spec!r}. Write {kind}:PATH.")
-    if spec and Path(spec).expanduser().exists():
+    if spec and Path(os.path.expanduser(spec)).exists():
         written = "npz" if spec.endswith(".npz") else "folder"
         raise UserError(f"A path needs its kind in front, got {spec!r}. Write {written}:{spec}.")
     known = (*BUILT_IN, *(f"{prefix}:" for prefix in PREFIXES))

@@ -284,7 +284,9 @@ class MultiScaleVQVAE(SavedModel):
             next_scale_input(state.features, schedule, state.index + 1)
             for state in self.token_scales(token_ids[:-1], schedule)
         ]
-        empty = torch.zeros(token_ids[0].shape[0], 0, self.codebook.embedding_dim, device=token_ids[0].device)
+        empty = torch.zeros(
+            token_ids[0].shape[0], 0, self.codebook.embedding_dim, device=token_ids[0].device, dtype=torch.float32
+        )
         return torch.cat([empty, *parts], dim=1)
 
     def lookup(self, token_ids: ScaleTokens) -> FeatureMap:
@@ -336,8 +338,9 @@ class MultiScaleVQVAE(SavedModel):
         `like` is any tensor whose first dimension is the batch, on the device to work on.
         """
         schedule = schedule or self.schedule
+        side = schedule.grid
         start = torch.zeros(
-            like.shape[0], self.codebook.embedding_dim, schedule.grid, schedule.grid, device=like.device
+            like.shape[0], self.codebook.embedding_dim, side, side, device=like.device, dtype=torch.float32
         )
         return residual_scales(start, schedule, choose, lambda k, h: self._phi(schedule.phi_indices[k], h))
 

@@ -45,7 +45,7 @@ def critic_values(run: CriticRun) -> Values:
     # the model is the last thing that a training writes
     if not (run.out / "model_index.json").is_file():
         train_critic(run)
-    report = json.loads((run.out / REPORT).read_text())
+    report = json.loads((run.out / REPORT).read_text(encoding="utf-8"))
     return {name: report[name]["all"] for name in ("critic", "probability")} | {"images": report["num_images"]}
 
 

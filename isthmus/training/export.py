@@ -64,7 +64,9 @@ def export_tokenizer(
         shutil.rmtree(partial, ignore_errors=True)
         with written_or_explained(target, partial):
             tokenizer.to(memory_format=torch.contiguous_format).save_pretrained(partial)  # pyright: ignore[reportCallIssue]
-            (partial / "training.json").write_text(json.dumps(tokenizer_record(source), indent=2) + "\n")
+            (partial / "training.json").write_text(
+                json.dumps(tokenizer_record(source), indent=2) + "\n", encoding="utf-8"
+            )
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         logger.info("tokenizer written to %s", target)

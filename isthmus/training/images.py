@@ -1,6 +1,5 @@
 """What a run trains on: images by index, or a stream of them, and a held-out part to measure on."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.data.streaming import ImageStream, StreamedBatches, hold_out, open_stream
 from isthmus.data.views import Batch
+from isthmus.data.workers import usable_processors
 from isthmus.errors import UserError
 from isthmus.functional.shapes import Images
 from isthmus.training.config import Run
@@ -101,4 +101,4 @@ def cache_workers(run: Run, source: ImageSource | ImageStream) -> int:
         return 0
     if run.num_workers is not None:
         return run.num_workers
-    return 0 if source.in_memory else min(8, (os.cpu_count() or 2) // 2)
+    return 0 if source.in_memory else min(8, usable_processors() // 2)

@@ -18,6 +18,7 @@ from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
 from isthmus.errors import UserError
+from isthmus.functional.draws import weight_seed
 from isthmus.functional.ranking import area_under_roc
 from isthmus.models.fingerprint import pair_fingerprint
 from isthmus.models.token_critic import TokenCritic
@@ -215,7 +216,7 @@ def rate_at(step: int, num_steps: int) -> float:
 
 def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
     with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
+        torch.manual_seed(weight_seed(run.seed))
         critic = TokenCritic(
             scale_sizes=pipeline.schedule.sizes,
             codebook_size=pipeline.codebook_size,

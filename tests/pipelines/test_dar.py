@@ -15,6 +15,7 @@ from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 from tests.testers import NETWORK
 
@@ -366,3 +367,18 @@ def test_images_on_a_gpu_follow_the_same_law():
         alone = pipe(label, seed=7, image_index=i, output_type="pt")
         assert torch.equal(alone.token_ids, together.token_ids[i : i + 1])
         assert_close(alone.images[0], together.images[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_dar, tiny_pipeline])
+def test_what_a_caller_sets_as_torchs_defaults_changes_nothing(make):
+    pipeline = make()
+    options = {"seed": 3, "guidance_scale": 1.5, "temperature": 0.9, "output_type": "pt"}
+    before = pipeline([0, 1], **options).images
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        after = pipeline([0, 1], **options).images
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(before, after)
