@@ -263,7 +263,7 @@ class IsthmusPipeline(DiffusionPipeline):
         ids = spread(labels, options.pop("num_images", None), options.pop("num_images_per_class", 1))
         seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
         self._interrupt, self.num_timesteps = False, len(times := self._times(options))
-        tokens: dict[int, Tensor] = {}
+        tokens: list[Tensor] = []
         latents = None
         progress_bar: Any = self.progress_bar  # diffusers' decorator hides its arguments from type checkers
         with self._placed(), progress_bar(total=len(times)) as bar:
@@ -275,8 +275,8 @@ class IsthmusPipeline(DiffusionPipeline):
                 **options,
             )
             for step in steps:
-                # a jump back draws a scale once more: the last draw counts
-                tokens[step.index], latents = step.token_ids, step.preview
+                # a jump back draws scales once more: those that came after its first are no part of the latents
+                tokens[step.index :], latents = [step.token_ids], step.preview
                 bar.update(step.index + 1 - bar.n)
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "token_ids": step.token_ids}
@@ -289,7 +289,7 @@ class IsthmusPipeline(DiffusionPipeline):
             images = self.decode_latents(latents, output_type)
         if not return_dict:
             return (images,)
-        return IsthmusPipelineOutput(images, self._joined([tokens[i] for i in sorted(tokens)]), ids, seeds)
+        return IsthmusPipelineOutput(images, self._joined(tokens), ids, seeds)
 
     def decode_latents(self, latents: Tensor, output_type: OutputType = "pil") -> Pictures:
         """Pictures of the latents that a callback saw, or that `output_type="latent"` returned."""

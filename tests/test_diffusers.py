@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +382,26 @@ def test_a_scheduler_that_jumps_back_is_counted_by_its_last_draws(next_scale):
     look = lambda pipe, step, t, kwargs: seen.append(step)  # noqa: E731
     drawn = next_scale(["face"], seed=3, callback_on_step_end=look)
     assert torch.equal(tokens_of(drawn), tokens_of(own(["face"], seed=3))) and len(seen) > 3
+    back = next(i for i, (before, step) in enumerate(pairwise(seen)) if step < before) + 1
+
+    def stop(pipe, step, t, kwargs):
+        pipe._interrupt = len(seen) == back
+        seen.append(step)
+
+    expected = seen[back]
+    seen.clear()
+    partly = next_scale(["face"], seed=3, callback_on_step_end=stop)
+    assert len(partly.token_ids) == expected + 1, "no tokens of scales that the image is without"
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
+def test_a_model_without_classes_takes_none(make, adapter):
+    own = make(num_classes=0)
+    pipe = adapter.from_pipeline(own)
+    assert pipe.labels == {} and torch.equal(tokens_of(pipe(seed=3)), tokens_of(own(seed=3)))
+    assert len(pipe(num_images_per_prompt=2, seed=3).images) == 2
+    with pytest.raises(UserError, match="no classes"):
+        pipe(["face"])
 
 
 def test_a_pipeline_of_a_pipeline_shares_the_weights(pipe, adapter):
