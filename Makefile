@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet 
 MADE := $(VENV)/.made
 DEMO_READY := $(VENV)/.installed-demo
 DEV_READY := $(VENV)/.installed-dev
-# one thread per process: the suite runs as two processes, and the tests' networks are too small to share out
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# two processes of one thread each (tests/conftest.py): the tests' networks are too small to share out
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-quick lint format docs bench clean
 

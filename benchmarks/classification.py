@@ -16,13 +16,14 @@ from isthmus.evaluation.class_scores import LinearProbe, NearestClassMean
 from isthmus.evaluation.feature_networks import feature_network
 from isthmus.evaluation.features import extract_features
 from isthmus.pictures import to_uint8
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 
 MARGINS = (None, 20.0, 12.0, 8.0, 5.0, 3.0, 2.0, 1.0)
 
 
 def some(data: str, pipe, split: str, number: int) -> tuple[torch.Tensor, np.ndarray]:
-    source = open_source(data, image_size=pipe.image_size, split=split, classes=list(pipe.class_names.values()))
+    source = open_source(data, image_size=pipe.image_size, split=split, classes=names_in_order(pipe.class_names))
     chosen = np.random.default_rng(0).permutation(len(source))[:number]
     pixels = np.stack([source.load(int(index)) for index in chosen])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, source.labels[chosen]

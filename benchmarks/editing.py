@@ -20,6 +20,7 @@ from isthmus.evaluation.reconstruction import as_floats
 from isthmus.functional.masks import fill_unknown
 from isthmus.models.perceptual import Lite0Distance
 from isthmus.pictures import save_picture, table, to_pil, to_uint8
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.studies.srdd_editing import holes, psnr_inside
 
@@ -36,7 +37,7 @@ RULES = {
 
 
 def held_out(pipe, data: str, number: int) -> tuple[torch.Tensor, list[int]]:
-    classes = list(pipe.class_names.values())
+    classes = names_in_order(pipe.class_names)
     source = open_source(data, image_size=pipe.image_size, split="val", classes=classes)
     chosen = np.random.default_rng(0).permutation(len(source))[:number]
     pixels = np.stack([source.load(int(index)) for index in chosen])

@@ -172,7 +172,7 @@ def _loaded(folder: str) -> NextScalePipeline:
 def _measured(record: Path) -> tuple[dict[str, str], int] | None:
     """Fingerprints of the models in a report, and the number of images; None where it cannot be read."""
     try:
-        values = json.loads(record.read_text())
+        values = json.loads(record.read_text(encoding="utf-8"))
         return {name: one["fingerprint"] for name, one in values["models"].items()}, int(values["report_images"])
     except (json.JSONDecodeError, KeyError, TypeError):
         return None

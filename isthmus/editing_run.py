@@ -14,7 +14,7 @@ from isthmus.errors import UserError
 from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import labels_from_words, resolve_labels
-from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.loading import dtype_name, load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, naming_next_batch_size
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.sampling_run import file_name, read_image
@@ -66,6 +66,7 @@ def edit_image(
         raise UserError(f"--out must be a new or empty folder, got {out}. Choose another; nothing is overwritten.")
     source = read_image(image)
     inputs = [source] if mask is None else [source, read_image(mask)]
+    dtype = dtype_name(dtype, device)
     pipeline = load_pipeline(model, device=device, dtype=dtype)
     if not isinstance(pipeline, NextScalePipeline):
         raise UserError(f"edits need a next-scale model (VAR, SRDD), got {model}, a {pipeline.kind}.")

@@ -7,10 +7,11 @@ from uuid import uuid4
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from isthmus.functional.shapes import Images
+from isthmus.rgb import upright_rgb
 
 _GAP_PX = 2
 
@@ -73,7 +74,7 @@ def heat_map(
     upright by its EXIF tag: over the largest central part of the grid's shape, the central square for a square grid.
     What lies beside it was not read and stays grey. Values are interpolated bilinearly.
     """
-    upright = ImageOps.exif_transpose(picture)
+    upright = upright_rgb(picture)
     limit = float(np.abs(values).max()) if limit is None else limit
     strength = np.clip(values / limit if limit > 0 else values, -1, 1).astype(np.float32)
     rows, columns = values.shape

@@ -21,7 +21,7 @@ from isthmus.generation.options import FOLDER_DEFAULT
 from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
-from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.loading import dtype_name, load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, naming_next_batch_size
 from isthmus.schedulers.scale_refinement import Forwards, RefinementMode, ScaleRefinementScheduler
 
@@ -77,6 +77,7 @@ def draw_folder(
     Raises:
         UserError: an argument is not usable, or `out` holds something else than samples with these settings.
     """
+    dtype = dtype_name(dtype, device)
     pipeline = load_pipeline(model, device=device, dtype=dtype)
     if refine is not None:
         if not hasattr(pipeline, "refine_with"):

@@ -5,11 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import hypothesis
-import pytest
-from jaxtyping import install_import_hook
+# One thread here and in every process that a test starts, whatever the caller asked for: runs are compared bit for bit
+# with those of other processes, networks are tiny, and threads that wait for each other on cores that others use cost
+# many times the work. Ahead of the imports: numpy and torch read these once, when they are loaded.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+os.environ |= dict.fromkeys(_THREADS, "1")
 
-import tests.typechecker  # noqa: F401  (the hook below finds it by name)
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+import tests.typechecker  # noqa: E402, F401  (the hook below finds it by name)
 
 # Before the first import of a module of ours: it rewrites them as they are loaded, which takes a while even where
 # nothing is checked (`make test-quick`).
@@ -21,12 +27,15 @@ from safetensors.torch import load_file  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# The networks are tiny, the suite runs as several processes, and equal thread counts make runs comparable bit for bit.
-torch.set_num_threads(1)
-
 # Compiling and the first call of a kernel take as long as they take: a deadline would only fail slow machines.
 hypothesis.settings.register_profile("isthmus", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("isthmus")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What is drawn without a seed is the same whichever tests the process ran before."""
+    torch.manual_seed(0)
 
 
 class Golden:

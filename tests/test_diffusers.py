@@ -91,6 +91,7 @@ def test_it_is_a_diffusion_pipeline_of_our_components(pipe, own):
         lambda: {"seed": 7},
         lambda: {"seed": 7, "image_index": [3, 1]},
         lambda: {"seed": [7, 8]},
+        lambda: {"seed": np.array([7, 8])},
     ],
 )
 def test_one_seed_makes_one_image_whoever_is_asked(pipe, own, random):
@@ -275,7 +276,7 @@ def test_types_are_those_that_the_model_computes_in(pipe, folders, family, adapt
         lambda: pipe.to(torch.float16),
         lambda: adapter.from_pretrained(folders[family], dtype=torch.float16),
     ):
-        with pytest.raises(UserError, match="float32, bfloat16, got torch.float16"):
+        with pytest.raises(UserError, match="float32, bfloat16 or auto, got torch.float16"):
             refused()
     with pytest.raises(UserError, match="Pass dtype"):
         adapter.from_pretrained(folders[family], dtype=torch.float32, torch_dtype=torch.float32)

@@ -1,7 +1,6 @@
 """The scripts in examples/ on a tiny model."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,12 +16,13 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.mark.slow
-def test_the_layout_strip_has_a_row_per_class_and_ends_with_the_image(tmp_path):
+def test_the_layout_strip_has_a_row_per_class_and_ends_with_the_image(tmp_path, monkeypatch):
     tiny_dar().save_pretrained(tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     words = [tmp_path / "model", tmp_path / "image.png", "--out", tmp_path / "strip.png"]
-    subprocess.run([sys.executable, EXAMPLES / "layout_strip.py", *map(str, words)], check=True)
+    monkeypatch.setattr(sys, "argv", ["layout_strip.py", *map(str, words)])
+    runpy.run_path(str(EXAMPLES / "layout_strip.py"), run_name="__main__")
     strip = np.asarray(Image.open(tmp_path / "strip.png").convert("RGB"))
     # a table enlarges small images to 64 px, and the last column ends 2 px before the edge
     enlarged, last = pixels.repeat(8, axis=0).repeat(8, axis=1), strip[:, -2 - 64 : -2]

@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand asks for it, so that `isthmus --he
 """
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     level = next((_VERBOSITY[word] for word in arguments if word in _VERBOSITY), logging.INFO)
     arguments = [word for word in arguments if word not in _VERBOSITY]
+    # names may hold any letter, and a console or a file may not take it
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _messages(level):
         try:
             return _dispatch(arguments)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from isthmus.cli.cost import Cost, report, saved_settings, training_cost
 from isthmus.data.opening import open_source
+from isthmus.data.source import WantedColumns
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
@@ -61,7 +62,12 @@ def describe_next_token_prior_run(run: NextTokenPriorRun) -> str:
         )
     tokenizer = saved_settings(model, "image_tokenizer")
     source = open_source(
-        run.data, image_size=tokenizer["image_size"], split="train", classes=run.classes, strict=run.strict
+        run.data,
+        image_size=tokenizer["image_size"],
+        split="train",
+        classes=run.classes,
+        strict=run.strict,
+        columns=WantedColumns(run.image_column, run.label_column),
     )
     layout = TokenLayout(tokenizer["codebook_size"], len(source.class_names), tokenizer["num_tokens"])
     with without_values():

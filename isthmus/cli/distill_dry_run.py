@@ -9,6 +9,7 @@ import torch
 
 from isthmus.cli.cost import Cost, report, saved_settings, training_cost, work
 from isthmus.data.opening import open_source
+from isthmus.data.source import WantedColumns
 from isthmus.distilling import baseline_run, stage_runs
 from isthmus.functional.next_scale_cost import sampling_flops
 from isthmus.functional.scale_distillation import shared_steps
@@ -16,6 +17,7 @@ from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.models.saved_model import without_values
 from isthmus.pipelines.folder import read_index
 from isthmus.pipelines.hub import model_folder
+from isthmus.pipelines.labels import names_in_order
 from isthmus.training.distill_config import DistillRun
 from isthmus.training.scale_distillation import check_classes, student_shape
 
@@ -27,10 +29,19 @@ def describe_distill_run(run: DistillRun) -> str:
     stages = stage_runs(run)
     tokenizer, teacher = (saved_settings(run.from_model, name) for name in ("image_tokenizer", "transformer"))
     sizes, mask = student_shape(run, tuple(teacher["scale_sizes"]), teacher["scale_attention"])
-    image_size = tokenizer["scale_sizes"][-1] * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
-    source = open_source(run.data, image_size=image_size, split="train", classes=run.classes, strict=run.strict)
+    # folders saved before it existed know nothing of folded pixels
+    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    image_size = tokenizer["scale_sizes"][-1] * stride
+    source = open_source(
+        run.data,
+        image_size=image_size,
+        split="train",
+        classes=run.classes,
+        strict=run.strict,
+        columns=WantedColumns(run.image_column, run.label_column),
+    )
     names = read_index(model_folder(run.from_model))["class_names"]
-    check_classes(source.class_names, [names[str(i)] for i in range(len(names))], teacher["num_classes"])
+    check_classes(source.class_names, names_in_order(names), teacher["num_classes"])
 
     student = teacher | {"scale_sizes": sizes, "scale_attention": mask}
     students = [student | {"scale_sizes": stage.scale_sizes or sizes} for stage in stages]

@@ -29,6 +29,10 @@ class Evaluate(SteeredDrawOptions):
     """openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out part judges it."""
     classes: tuple[str, ...] = ()
     """Classes of the data; none are those of the model."""
+    image_column: str | None = None
+    """hf: data only: column of the images; None is the first that holds images."""
+    label_column: str | None = None
+    """hf: data only: column of the classes, texts or whole numbers; none reads no labels."""
     num: int = 2000
     """N, how many images are drawn."""
     samples: Path | None = None
@@ -69,6 +73,11 @@ class Evaluate(SteeredDrawOptions):
                 raise UserError("--samples are measured against something, got no --reference and no --data. Pass one.")
             if self.data is None and self.classes:
                 raise UserError("--classes names classes of the data, got no --data. Pass --data, or leave it out.")
+            if self.data is None and (self.image_column or self.label_column):
+                raise UserError(
+                    "--image-column and --label-column are columns of the data, got no --data. Pass --data hf:NAME, or "
+                    "leave them out."
+                )
 
     def sweep(self) -> list[Guidance]:
         """The guidances of the sweep.
@@ -88,6 +97,8 @@ def run(arguments: Sequence[str]) -> None:
     command = parse(Evaluate, arguments, prog="isthmus evaluate")
     options, sweep = command.options(), command.sweep()  # what cannot be read is refused before the slow imports
     # imported here: --help does without
+    from isthmus.data.source import WantedColumns
+
     if command.samples is not None:
         from isthmus.evaluation.evaluate_images import evaluate_images
 
@@ -97,6 +108,7 @@ def run(arguments: Sequence[str]) -> None:
             reference=command.reference,
             data=command.data,
             classes=command.classes,
+            columns=WantedColumns(command.image_column, command.label_column),
             features=command.features,
             statistics=command.statistics,
             device=command.device,
@@ -111,6 +123,7 @@ def run(arguments: Sequence[str]) -> None:
         command.out,
         data=command.data,
         classes=command.classes,
+        columns=WantedColumns(command.image_column, command.label_column),
         num=command.num,
         seed=command.seed,
         options=options,

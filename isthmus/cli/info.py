@@ -43,9 +43,10 @@ def describe_model(folder: Path) -> str:
     """Sizes, classes, token layout, parameter counts and defaults of a pipeline folder."""
     from isthmus.models.component_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, stored_shapes
     from isthmus.pipelines.folder import read_index
+    from isthmus.pipelines.labels import names_in_order
 
     index = read_index(folder)
-    names = list(index["class_names"].values())
+    names = names_in_order(index["class_names"])
     about = _DESCRIPTIONS.get(index["_class_name"])
     if about is None:
         raise UserError(f"{folder} holds a {index['_class_name']}, which this version does not know. Update Isthmus.")
@@ -72,7 +73,8 @@ def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
     from isthmus.models.component_files import read_config
 
     tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
-    stride = 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    # folders saved before it existed know nothing of folded pixels
+    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
     sizes = prior["scale_sizes"]
     rows = {
         "model": f"NextScalePipeline, {prior['scale_attention']} over scales",

@@ -31,9 +31,10 @@ _PLAIN = (
 def parse(
     kind: type[Command], arguments: Sequence[str], *, prog: str, default: Command | None = None, description: str = ""
 ) -> Command:
-    """A command's dataclass from its arguments; `--help` prints and exits with code 0.
+    r"""A command's dataclass from its arguments; `--help` prints and exits with code 0.
 
-    Values of one option may be separated by spaces or by commas.
+    Values of one option may be separated by spaces or by commas; `\,` is a comma inside a value, and so is one before a
+    space in the name of a class.
 
     Raises:
         UserError: an option is unknown (names the nearest), missing, or has a value that does not fit.
@@ -99,6 +100,12 @@ def _plain(framed: str, prog: str) -> str:
 def _split_commas(arguments: list[str], kind: type) -> list[str]:
     """`--classes face,flag` as `--classes face flag`, for options that hold several values."""
     several = {name for name, hint in _options(kind).items() if "tuple[" in hint}
+
+    def values(name: str, text: str) -> list[str]:
+        # names of classes have commas: "tench, Tinca tinca"
+        parts = re.split(r"(?<!\\),(?!\s)" if name == "--classes" else r"(?<!\\),", text)
+        return [part.replace("\\,", ",") for part in parts if part]
+
     result: list[str] = []
     current = ""
     for argument in arguments:
@@ -106,11 +113,11 @@ def _split_commas(arguments: list[str], kind: type) -> list[str]:
             name, equals, value = argument.partition("=")
             current = name.replace("_", "-")
             if equals and current in several:
-                result += [name, *filter(None, value.split(","))]
+                result += [name, *values(current, value)]
             else:
                 result.append(argument)
         elif current in several:
-            result += filter(None, argument.split(","))
+            result += values(current, argument)
         else:
             result.append(argument)
     return result

@@ -206,7 +206,7 @@ def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) ->
     if not file.is_file():
         raise UserError(f"--config must be the run.json of a run, got {path}, which is no file.")
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config must be JSON, {path} cannot be read ({error}).") from error
     by_name = {kind.__name__: kind for kind in kinds}

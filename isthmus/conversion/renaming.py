@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
+from isthmus.models.saved_model import check_finite
 
 StateDict = dict[str, Tensor]
 
@@ -31,7 +32,7 @@ def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
     """Load weights of which none may be missing, unexpected or of another shape.
 
     Raises:
-        UserError: names the first few keys that do not fit.
+        UserError: names the first few keys that do not fit, or a weight that is not finite.
     """
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
@@ -44,6 +45,7 @@ def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(f"{what} does not fit the network: {'; '.join(problems[:4])}{more}. Pass a complete file.")
+    check_finite(state, what)
     model.load_state_dict(state)
 
 

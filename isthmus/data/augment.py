@@ -8,6 +8,7 @@ from PIL import Image
 
 from isthmus.data.decode import ImageUint8
 from isthmus.errors import UserError
+from isthmus.rgb import scaled_crop, shorter_side_to
 
 SquareView = UInt8[np.ndarray, "side side 3"]
 
@@ -37,9 +38,10 @@ def augmented_view(
 ) -> SquareView:
     """One random view of side `image_size`. Draws five numbers, whatever the settings."""
     crop_y, crop_x, shift_y, shift_x, coin = generator.random(5)
-    resized = _resize_shorter_side(image, round(augmentation.resize_ratio * image_size))
-    spare_y, spare_x = resized.shape[0] - image_size, resized.shape[1] - image_size
-    view = _crop(resized, int(crop_y * (spare_y + 1)), int(crop_x * (spare_x + 1)), image_size)
+    width, height = _shorter_side_to(image, round(augmentation.resize_ratio * image_size))
+    spare_y, spare_x = height - image_size, width - image_size
+    top, left = int(crop_y * (spare_y + 1)), int(crop_x * (spare_x + 1))
+    view = _scaled_crop(image, (width, height), left, top, image_size)
     limit = round(augmentation.max_shift * image_size)
     if limit:
         view = _shift(view, int(shift_y * (2 * limit + 1)) - limit, int(shift_x * (2 * limit + 1)) - limit)
@@ -50,23 +52,19 @@ def augmented_view(
 
 def centre_view(image: ImageUint8, image_size: int) -> SquareView:
     """The view for evaluation: shorter side resized with antialiasing, then the central square."""
-    resized = _resize_shorter_side(image, image_size)
-    top, left = (resized.shape[0] - image_size) // 2, (resized.shape[1] - image_size) // 2
-    return np.ascontiguousarray(_crop(resized, top, left, image_size))
+    width, height = _shorter_side_to(image, image_size)
+    left, top = (width - image_size) // 2, (height - image_size) // 2
+    return np.ascontiguousarray(_scaled_crop(image, (width, height), left, top, image_size))
 
 
-def _resize_shorter_side(image: ImageUint8, side: int) -> UInt8[np.ndarray, "rows columns 3"]:
-    height, width = image.shape[:2]
-    if min(height, width) == side:
-        return image
-    scale = side / min(height, width)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    # Pillow widens its filter when it shrinks: this is the antialiasing.
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+def _shorter_side_to(image: ImageUint8, side: int) -> tuple[int, int]:
+    return shorter_side_to(image.shape[1], image.shape[0], side)
 
 
-def _crop(image: ImageUint8, top: int, left: int, side: int) -> SquareView:
-    return image[top : top + side, left : left + side]
+def _scaled_crop(image: ImageUint8, size: tuple[int, int], left: int, top: int, side: int) -> SquareView:
+    if (image.shape[1], image.shape[0]) == size:
+        return image[top : top + side, left : left + side]
+    return np.array(scaled_crop(Image.fromarray(image), size, left, top, side))
 
 
 def _shift(image: SquareView, dy: int, dx: int) -> SquareView:

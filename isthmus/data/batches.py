@@ -1,6 +1,5 @@
 """Samples by position and endless batches: what a training loop sees depends on (seed, position) alone."""
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import count
 
@@ -13,7 +12,7 @@ from isthmus.data.order import SampleOrder
 from isthmus.data.source import ImageSource
 from isthmus.data.token_cache import TokenCache
 from isthmus.data.views import Batch, Sample, collate, random_view
-from isthmus.data.workers import check_share, worker_batches
+from isthmus.data.workers import check_share, usable_processors, worker_batches
 from isthmus.functional.draws import AUGMENT, stream
 
 
@@ -111,7 +110,7 @@ def training_batches(
     """
     check_share(batch_size, start_position, rank, world_size)
     if num_workers is None:
-        num_workers = 0 if dataset.in_memory else min(8, (os.cpu_count() or 1) // 2)
+        num_workers = 0 if dataset.in_memory else min(8, usable_processors() // 2)
     slices = _slices(batch_size, start_position, rank, world_size)
     if num_workers == 0:
         return (dataset.__getitems__(positions) for positions in slices)

@@ -1,24 +1,31 @@
 """The user's cache folder, and files that appear there whole or not at all."""
 
 import hashlib
+import logging
 import os
 import platform
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
 from isthmus.errors import UserError
 
+logger = logging.getLogger("isthmus")
+
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder for things that can be made again, created where it is missing.
 
     `cache_dir` wins over the variable ISTHMUS_CACHE, which wins over the platform's place (~/.cache/isthmus on Linux).
-    Raises UserError where the folder cannot be written.
+    Where that is nowhere, as in containers whose user has no home, it is a folder of the user's among the temporary
+    files. Raises UserError where the folder cannot be written.
     """
-    chosen = Path(cache_dir or os.environ.get("ISTHMUS_CACHE") or _platform_cache()).expanduser()
+    asked = cache_dir or os.environ.get("ISTHMUS_CACHE")
+    # unlike Path.expanduser, this leaves a "~" alone that stands for nothing
+    chosen = Path(os.path.expanduser(asked)) if asked else _own_cache()
     try:
         chosen.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=chosen):
@@ -30,12 +37,31 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         ) from error
 
 
-def _platform_cache() -> Path:
+def _own_cache() -> Path:
+    folder = Path(os.path.expanduser(_platform_cache()))
+    above = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if folder.is_absolute() and os.access(above, os.W_OK):
+        return folder
+    # nobody else can have filled it: it is made for this user alone, and one of another owner is not taken
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    fallback = Path(tempfile.gettempdir()) / f"isthmus-{user}"
+    with suppress(FileExistsError):
+        fallback.mkdir(mode=0o700)
+    if hasattr(os, "getuid") and (fallback.is_symlink() or fallback.stat().st_uid != os.getuid()):
+        raise UserError(
+            f"The cache folder must be yours, got {fallback}, which is another user's. Point the environment variable "
+            "ISTHMUS_CACHE at a folder of yours."
+        )
+    logger.info("no home folder to keep things in: using %s (ISTHMUS_CACHE names another)", fallback)
+    return fallback
+
+
+def _platform_cache() -> str:
     if platform.system() == "Windows":
-        return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "isthmus" / "cache"
+        return os.path.join(os.environ.get("LOCALAPPDATA", "~"), "isthmus", "cache")
     if platform.system() == "Darwin":
-        return Path("~/Library/Caches/isthmus").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isthmus"
+        return "~/Library/Caches/isthmus"
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "isthmus")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

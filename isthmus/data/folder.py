@@ -1,6 +1,7 @@
 """Your own images: `folder:PATH`."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class FolderSource(ImageSource):
         val_fraction: float = 0.1,
         cache_dir: str | Path | None = None,
     ) -> None:
-        self.root = Path(path).expanduser()
+        self.root = Path(os.path.expanduser(path))
         layout = folder_layout(self.root)
         self.name = f"folder:{self.root.resolve().name}"
         # Both splits are opened in a row: what was said about shared files need not be said twice.

@@ -1,8 +1,9 @@
 """Images through the `datasets` library: `hf:NAME_OR_PATH[:SPLIT]`, as a table addressed by index."""
 
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,24 @@ from isthmus.data.augment import Augmentation
 from isthmus.data.cache import cache_directory, sha256_of_parts
 from isthmus.data.decode import ImageUint8, UnreadableImage, decode_image
 from isthmus.data.readability import examine
-from isthmus.data.source import ImageSource, choose_classes, logger, missing_extra, nearest, report_skipped
+from isthmus.data.source import (
+    ANY_COLUMNS,
+    NO_LABELS,
+    ImageSource,
+    WantedColumns,
+    choose_classes,
+    logger,
+    missing_extra,
+    nearest,
+    report_skipped,
+)
 from isthmus.data.split import held_out
 from isthmus.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
+_LABEL_NAMES = ("label", "labels")
 _VAL_SPLITS = ("validation", "val", "valid", "test")
 # The name is as short as it can be, so that "a:train[:100]" is split "train[:100]" of "a" and not split "100]".
 _NAME_AND_SPLIT = re.compile(r"(?P<name>.{2,}?):(?P<split>[A-Za-z_][\w.-]*(\[[^\]/\\]*\])?)")
@@ -27,7 +39,7 @@ _NAME_AND_SPLIT = re.compile(r"(?P<name>.{2,}?):(?P<split>[A-Za-z_][\w.-]*(\[[^\
 
 def name_and_split(text: str) -> tuple[str, str | None]:
     """What follows "hf:" as (name or path, split or None). An existing path with a colon in it wins over a split."""
-    if Path(text).expanduser().exists():
+    if Path(os.path.expanduser(text)).exists():
         return text, None
     match = _NAME_AND_SPLIT.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, None)
@@ -35,28 +47,121 @@ def name_and_split(text: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Columns:
-    """The image column, the label column (None: unlabelled) and the names of its classes."""
+    """What a table is read from.
+
+    Attributes:
+        image: column of the images.
+        label: column of the labels; None: unlabelled.
+        class_names: value in the label column -> name of the class, in the order of the classes. None: the values of
+            the column tell, which are texts, whole numbers or truth values.
+    """
 
     image: str
     label: str | None
-    class_names: tuple[str, ...]
+    class_names: dict[Any, str] | None
 
 
-def find_columns(features: "datasets.Features | None", *, source: str) -> Columns:
-    """The first image column, and the first ClassLabel column, of which one named label or labels goes first."""
+def find_columns(features: "datasets.Features | None", *, source: str, wanted: WantedColumns = ANY_COLUMNS) -> Columns:
+    """The columns asked for; else the first of images, and the first whose values are classes.
+
+    Classes are a ClassLabel column, of which one named label or labels goes first. Where there is none, a column of
+    that name with texts, whole numbers or truth values. What else could be meant is said.
+
+    Raises:
+        UserError: there is no such column, or it holds something else.
+    """
     import datasets
 
     features = features or datasets.Features()
+    image = _image_column(features, wanted.image, source)
+    label = _label_column(features, wanted.label, image, source)
+    if label is None:
+        return Columns(image, None, {})
+    kind = features[label]
+    return Columns(image, label, dict(enumerate(kind.names)) if isinstance(kind, datasets.ClassLabel) else None)
+
+
+def _image_column(features: Mapping[str, Any], wanted: str | None, source: str) -> str:
+    import datasets
+
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    if wanted is not None:
+        _check_there(wanted, features, "--image-column", source)
+        if wanted not in images and getattr(features[wanted], "dtype", "") not in ("binary", "large_binary"):
+            raise UserError(
+                f"{source}: a column of images holds images or the bytes of their files, got {wanted}, which is "
+                f"{_type(features[wanted])}.{_others('--image-column', images)}"
+            )
+        return wanted
     if not images:
+        held = ", ".join(f"{name} ({_type(kind)})" for name, kind in features.items())
         raise UserError(
-            f"{source} needs a column of images, got {', '.join(features) or 'none'}. Cast it to datasets.Image()."
+            f"{source} needs a column of images, got {held or 'none'}. Cast it to datasets.Image(), or name a "
+            "column of bytes with --image-column."
         )
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    labels.sort(key=lambda name: name not in ("label", "labels"))
-    if not labels:
-        return Columns(images[0], None, ())
-    return Columns(images[0], labels[0], tuple(features[labels[0]].names))
+    if len(images) > 1:
+        logger.info("%s: images are those of %s.%s", source, images[0], _others("--image-column", images[1:]))
+    return images[0]
+
+
+def _label_column(features: Mapping[str, Any], wanted: str | None, image: str, source: str) -> str | None:
+    import datasets
+
+    usable = [name for name, kind in features.items() if name != image and _holds_classes(kind)]
+    if wanted == NO_LABELS and wanted not in features:
+        return None
+    if wanted is not None:
+        _check_there(wanted, features, "--label-column", source)
+        if wanted not in usable:
+            raise UserError(
+                f"{source}: a column of labels holds classes, texts or whole numbers, got {wanted}, which is "
+                f"{_type(features[wanted])}.{_others('--label-column', usable)}"
+            )
+        return wanted
+    named = sorted((name for name in usable), key=lambda name: name not in _LABEL_NAMES)
+    chosen = [name for name in named if isinstance(features[name], datasets.ClassLabel)]
+    chosen += [name for name in named if name in _LABEL_NAMES and name not in chosen]
+    if chosen:
+        rest = [name for name in usable if isinstance(features[name], datasets.ClassLabel) and name != chosen[0]]
+        if rest:
+            logger.info("%s: classes are those of %s.%s", source, chosen[0], _others("--label-column", rest))
+        return chosen[0]
+    for name in (name for name in _LABEL_NAMES if name in features and name != image):
+        logger.warning(
+            "%s: the column %s is %s, which cannot be classes: the images are read without labels.%s",
+            source, name, _type(features[name]), _others("--label-column", usable),
+        )  # fmt: skip
+        return None
+    if usable:
+        logger.info(
+            "%s: no column of classes, the images are read without labels.%s", source, _others("--label-column", usable)
+        )
+    return None
+
+
+def _check_there(wanted: str, features: Mapping[str, Any], option: str, source: str) -> None:
+    if wanted not in features:
+        raise UserError(
+            f"{option} must be a column of {source}, which has {', '.join(features) or 'none'}, got {wanted}."
+            f"{nearest(wanted, features)}"
+        )
+
+
+def _holds_classes(kind: Any) -> bool:
+    import datasets
+
+    return isinstance(kind, datasets.ClassLabel) or (
+        isinstance(kind, datasets.Value) and re.fullmatch(r"(large_)?string|u?int\d+|bool", kind.dtype) is not None
+    )
+
+
+def _type(kind: Any) -> str:
+    """What a column holds, in a word."""
+    return str(getattr(kind, "dtype", None) or type(kind).__name__)
+
+
+def _others(option: str, names: Sequence[str]) -> str:
+    return f" Others are chosen with {option}: {', '.join(names)}." if names else ""
 
 
 class HuggingFaceSource(ImageSource):
@@ -78,17 +183,19 @@ class HuggingFaceSource(ImageSource):
         strict: bool = False,
         val_fraction: float = 0.1,
         cache_dir: str | Path | None = None,
+        columns: WantedColumns = ANY_COLUMNS,
     ) -> None:
         path, asked = name_and_split(name)
         self.name = f"hf:{name}"
         tables = load(path, asked, streaming=False, cache_dir=cache_dir)
         table, is_own_split = _table_of_split(tables, asked, split, source=self.name)
-        self._columns = find_columns(table.features, source=self.name)
-        self.class_names = choose_classes(self._columns.class_names, classes, source=self.name)
+        self._columns = find_columns(table.features, source=self.name, wanted=columns)
+        names = self._names_of_classes(tables)
+        self.class_names = choose_classes(tuple(names.values()), classes, source=self.name)
         self.flip = np.ones(max(self.num_classes, 1), dtype=bool)
         self._table = as_bytes(table, self._columns)
 
-        rows, labels = self._wanted_rows(table)
+        rows, labels = self._wanted_rows(table, names)
         digests, reasons = self._examined(rows, cache_dir)
         broken = [(f"row {row}", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
         # both splits are opened in a row: what was said about shared rows need not be said twice
@@ -111,17 +218,39 @@ class HuggingFaceSource(ImageSource):
         self._rows, self.labels = rows, labels
         self.fingerprint = sha256_of_parts("hf", *self.class_names, *labels, *digests)
 
-    def _wanted_rows(self, table: Any) -> tuple[np.ndarray, np.ndarray]:
-        if self._columns.label is None:
+    def _names_of_classes(self, tables: Any) -> dict[Any, str]:
+        """Value in the label column -> name of the class; where the values tell, those of the split train do."""
+        if self._columns.class_names is not None or self._columns.label is None:
+            return self._columns.class_names or {}
+        label = self._columns.label
+        table = tables.get("train", next(iter(tables.values()))) if isinstance(tables, dict) else tables
+        values = table.unique(label)
+        missing = [value for value in values if value is None or value == "" or (_is_whole(value) and value < 0)]
+        if missing:
+            raise UserError(
+                f"{self.name}: every image needs a label, but {label} holds {missing[0]!r}. Use another split, another "
+                f"--label-column, or --label-column {NO_LABELS}."
+            )
+        if 2 * len(values) > len(table):
+            logger.warning(
+                "%s: the column %s has %d different values in %d images. If these are no classes: --label-column %s",
+                self.name, label, len(values), len(table), NO_LABELS,
+            )  # fmt: skip
+        return {value: str(value) for value in sorted(values)}
+
+    def _wanted_rows(self, table: Any, names: Mapping[Any, str]) -> tuple[np.ndarray, np.ndarray]:
+        label = self._columns.label
+        if label is None:
             return np.arange(len(table)), np.zeros(len(table), dtype=np.int64)
-        raw = np.array(table[self._columns.label][:], dtype=np.float64)  # missing labels become NaN
-        if not (raw >= 0).all():
-            raise UserError(f"{self.name}: every image needs a label, but some have none. Use another split.")
-        new_label = np.full(len(self._columns.class_names), -1)
-        new_label[[self._columns.class_names.index(name) for name in self.class_names]] = np.arange(self.num_classes)
-        labels = new_label[raw.astype(np.int64)]
+        found = table[label][:]
+        strange = next((value for value in found if value not in names), None) if set(found) - set(names) else None
+        if strange is not None or None in found:
+            what = "none" if strange is None or strange == -1 else f"{strange!r}, which the split train has not"
+            raise UserError(f"{self.name}: every image needs a label, but some have {what}. Use another split.")
+        place = {name: index for index, name in enumerate(self.class_names)}
+        labels = np.array([place.get(names[value], -1) for value in found], dtype=np.int64)
         rows = np.flatnonzero(labels >= 0)
-        return rows, labels[rows].astype(np.int64)
+        return rows, labels[rows]
 
     def _examined(self, rows: np.ndarray, cache_dir: str | Path | None) -> tuple[list[str], list[str]]:
         folder = cache_directory(cache_dir) / "checked"
@@ -142,6 +271,10 @@ class HuggingFaceSource(ImageSource):
         return decode_image(self._bytes(int(self._rows[index])))
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path | None = None) -> Any:
     """A data set (with a split) or a dictionary of them, table or stream. Raises UserError in words."""
     try:
@@ -150,7 +283,7 @@ def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path
     except ImportError as error:
         raise missing_extra("data", "datasets") from error
 
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))

@@ -1,6 +1,7 @@
 """Arrays: `npz:PATH` with arr_0 uint8 (N, H, W, 3) and, where the images are labelled, arr_1 (N,)."""
 
 import hashlib
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class NpzSource(ImageSource):
     def __init__(
         self, path: str | Path, *, split: str = "train", classes: Sequence[str] | None = None, val_fraction: float = 0.1
     ) -> None:
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         self.name = f"npz:{file.name}"
         arrays = _read(file)
         images = _as_rgb(arrays["arr_0"], self.name)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from isthmus.data.source import ImageSource, check_fraction, check_split, nearest
+from isthmus.data.source import ANY_COLUMNS, ImageSource, WantedColumns, check_fraction, check_split, nearest
 from isthmus.errors import UserError
 
 BUILT_IN = ("openmoji", "photos")
@@ -20,17 +20,24 @@ def open_source(
     strict: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     val_fraction: float = 0.1,
+    columns: WantedColumns = ANY_COLUMNS,
 ) -> ImageSource:
     """One split ("train" or "val") of `openmoji`, `photos`, `folder:PATH`, `npz:PATH` or `hf:NAME_OR_PATH[:SPLIT]`.
 
     `image_size` (pixels) is the size at which drawings are rendered; other sets keep theirs. `classes` chooses and
     orders classes by name. `strict` refuses data with unreadable images instead of skipping those. `val_fraction` of
     the images are held out where the data set has no held-out part of its own (photos hold out a strip of each photo).
+    `columns` are those of an hf: table.
     Raises UserError, before any training, for whatever cannot be used.
     """
     kind, place = parse_spec(spec)
     check_split(split)
     check_fraction(val_fraction)
+    if kind != "hf" and columns != ANY_COLUMNS:
+        raise UserError(
+            f"--image-column and --label-column name columns of hf: data, got {columns.image or columns.label} for "
+            f"{spec}. Leave them out."
+        )
     cache = None if cache_dir is None else Path(cache_dir)
     # Each kind is imported where it is asked for: `datasets` alone costs seconds.
     match kind:
@@ -58,8 +65,9 @@ def open_source(
             from isthmus.data.huggingface import HuggingFaceSource
 
             return HuggingFaceSource(
-                place, split=split, classes=classes, strict=strict, val_fraction=val_fraction, cache_dir=cache
-            )
+                place, split=split, classes=classes, strict=strict, val_fraction=val_fraction, cache_dir=cache,
+                columns=columns,
+            )  # fmt: skip
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
@@ -71,7 +79,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, place
     if kind in PREFIXES:
         raise UserError(f"{kind}: needs a place after the colon, got {spec!r}. Write {kind}:PATH.")
-    if spec and Path(spec).expanduser().exists():
+    if spec and Path(os.path.expanduser(spec)).exists():
         written = "npz" if spec.endswith(".npz") else "folder"
         raise UserError(f"A path needs its kind in front, got {spec!r}. Write {written}:{spec}.")
     known = (*BUILT_IN, *(f"{prefix}:" for prefix in PREFIXES))

@@ -165,7 +165,7 @@ def _checked_digest(pixels_path: Path, digest_path: Path) -> str | None:
         return None
     actual = sha256_of_file(pixels_path)
     try:
-        if json.loads(digest_path.read_text())["sha256"] == actual:
+        if json.loads(digest_path.read_text(encoding="utf-8"))["sha256"] == actual:
             return actual
     except (ValueError, KeyError, TypeError):
         pass

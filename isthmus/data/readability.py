@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from isthmus.data.cache import write_whole
 from isthmus.data.decode import UnreadableImage, decode_image
+from isthmus.data.workers import usable_processors
 
 _CHUNK = 512
 
@@ -36,7 +36,7 @@ def examine(keys: Sequence[str], read: Callable[[int], bytes], *, index_file: Pa
     if unknown:
         bar = tqdm(total=len(unknown), desc=f"checking {what}", unit="image", delay=1.0, disable=None)
         try:
-            with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            with bar, ThreadPoolExecutor(min(16, usable_processors())) as pool:
                 for start in range(0, len(unknown), _CHUNK):
                     chunk = unknown[start : start + _CHUNK]
                     found = pool.map(lambda i: _examine_one(read, i), chunk)
@@ -61,7 +61,7 @@ def _examine_one(read: Callable[[int], bytes], index: int) -> Finding:
 
 def _read_index(index_file: Path) -> dict[str, str]:
     try:
-        index = json.loads(index_file.read_text())
+        index = json.loads(index_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}

@@ -4,6 +4,7 @@ import difflib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -15,6 +16,24 @@ from isthmus.errors import UserError
 logger = logging.getLogger("isthmus")
 
 SPLITS = ("train", "val")
+NO_LABELS = "none"
+"""As the name of a label column: without labels, whatever columns there are."""
+
+
+@dataclass(frozen=True)
+class WantedColumns:
+    """Columns of a table that somebody asks for; None lets the table decide.
+
+    Attributes:
+        image: name of the column of images.
+        label: name of the column of labels, or `NO_LABELS`.
+    """
+
+    image: str | None = None
+    label: str | None = None
+
+
+ANY_COLUMNS = WantedColumns()
 
 
 class ImageSource(ABC):

@@ -12,7 +12,7 @@ from isthmus.data.augment import Augmentation, augmented_view
 from isthmus.data.cache import sha256_of_parts
 from isthmus.data.decode import ImageUint8, UnreadableImage, decode_image
 from isthmus.data.huggingface import as_bytes, find_columns, image_bytes, load, name_and_split
-from isthmus.data.source import ImageSource, logger, nearest
+from isthmus.data.source import ANY_COLUMNS, NO_LABELS, ImageSource, WantedColumns, logger, nearest
 from isthmus.data.views import Batch, collate
 from isthmus.data.workers import check_share
 from isthmus.errors import UserError
@@ -30,13 +30,19 @@ class ImageStream:
     balanced = False
     augmentation = Augmentation()
 
-    def __init__(self, dataset: Any, *, name: str, strict: bool = False) -> None:
+    def __init__(self, dataset: Any, *, name: str, strict: bool = False, columns: WantedColumns = ANY_COLUMNS) -> None:
         """`dataset` is a `datasets.IterableDataset` with an image column."""
         self.name = name
         self.strict = strict
-        self.columns = find_columns(dataset.features, source=name)
+        self.columns = find_columns(dataset.features, source=name, wanted=columns)
+        if self.columns.class_names is None:
+            raise UserError(
+                f"{name}: the classes of a stream are known before it is read, but {self.columns.label} only holds "
+                f"their values. Read it without --stream, cast it to datasets.ClassLabel, or pass --label-column "
+                f"{NO_LABELS} to train without labels."
+            )
         self.dataset = as_bytes(dataset, self.columns)
-        self.class_names = self.columns.class_names
+        self.class_names = tuple(self.columns.class_names.values())
         self.flip: Bool[np.ndarray, " classes"] = np.ones(max(len(self.class_names), 1), dtype=bool)
         self.fingerprint = sha256_of_parts("stream", name, *self.class_names)
         self.num_skipped = 0
@@ -74,7 +80,13 @@ class ImageStream:
         return image, int(label)
 
 
-def open_stream(spec: str, *, strict: bool = False, cache_dir: str | Path | None = None) -> ImageStream:
+def open_stream(
+    spec: str,
+    *,
+    strict: bool = False,
+    cache_dir: str | Path | None = None,
+    columns: WantedColumns = ANY_COLUMNS,
+) -> ImageStream:
     """`hf:NAME_OR_PATH[:SPLIT]` as a stream (split train unless one is named). Raises UserError in words."""
     prefix, _, name = spec.partition(":")
     if prefix != "hf" or not name:
@@ -87,7 +99,7 @@ def open_stream(spec: str, *, strict: bool = False, cache_dir: str | Path | None
                 f"{spec} has no split train, it has {', '.join(dataset)}.{nearest('train', dataset)} Name one."
             )
         dataset = dataset["train"]
-    return ImageStream(dataset, name=spec, strict=strict)
+    return ImageStream(dataset, name=spec, strict=strict, columns=columns)
 
 
 class KeptImages(ImageSource):

@@ -302,7 +302,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"A token cache is a folder, got {path}, which does not exist. Build it first.")
     try:
-        record = json.loads((path / _RECORD).read_text())
+        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
         if record["format"] > FORMAT:
             raise UserError(f"{path} was written by a newer Isthmus (format {record['format']}). Update Isthmus.")
         return record

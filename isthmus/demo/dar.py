@@ -106,7 +106,7 @@ def finish(options: DemoOptions, pipeline: DARPipeline, train: ImageSource, held
     folder, names = options.folder, list(train.class_names)
     record = folder / "scores.json"
     if record.is_file():
-        before = DARScores(**json.loads(record.read_text()))
+        before = DARScores(**json.loads(record.read_text(encoding="utf-8")))
         if (before.model, before.seed) == (pipeline.fingerprint, options.seed):
             return before
     start = time.perf_counter()

@@ -83,7 +83,7 @@ def finish(options: DemoOptions, pipeline: NextScalePipeline, train: ImageSource
     folder = options.folder
     record, model = folder / "scores.json", fingerprint(pipeline.transformer)
     if record.is_file():
-        before = DemoScores(**json.loads(record.read_text()))
+        before = DemoScores(**json.loads(record.read_text(encoding="utf-8")))
         if (before.model, before.seed) == (model, options.seed):
             return before
     start = time.perf_counter()

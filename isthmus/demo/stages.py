@@ -52,7 +52,7 @@ class Clock:
 
     def __init__(self, path: Path):
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def time(self, phase: str, work: Callable[[], T]) -> T:
         """Run `work` and note how long it took, unless an earlier run took longer (it did the work)."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.circumstances import circumstances
@@ -53,7 +54,8 @@ from isthmus.evaluation.scoring import score_samples
 from isthmus.evaluation.usage import code_counts, usage_curves
 from isthmus.functional.guidance import Guidance
 from isthmus.generation.options import guidance_text
-from isthmus.pipelines.loading import choose_device, load_pipeline
+from isthmus.pipelines.labels import names_in_order
+from isthmus.pipelines.loading import choose_device, dtype_name, load_pipeline
 
 
 def evaluate_model(
@@ -62,6 +64,7 @@ def evaluate_model(
     *,
     data: str,
     classes: Sequence[str] = (),
+    columns: WantedColumns = ANY_COLUMNS,
     num: int,
     seed: int = 0,
     options: Mapping[str, Any],
@@ -87,6 +90,7 @@ def evaluate_model(
         out: folder of samples, evaluation.json and the report; new, or of an evaluation of the same model.
         data: the data set, as for `open_source`: its held-out images, classes and training images.
         classes: of the data; none are those of the model.
+        columns: of an hf: table.
         num: N, images in all.
         seed: image i is drawn from (seed, i).
         options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
@@ -109,9 +113,13 @@ def evaluate_model(
     with launched_processes() as processes:
         # everything that can be refused is refused here, before anything is written
         network = feature_network(features, device=choose_device(processes.device(device)))
+        # the first process decides for all: a busy core may measure something else
+        dtype = processes.agreed(dtype_name(dtype, processes.device(device)))
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
-        names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
-        splits = open_splits(data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names)
+        names = names_in_order(pipeline.class_names)
+        splits = open_splits(
+            data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names, columns=columns
+        )
         chosen = choose_classes(pipeline, splits, num, balance)
         size = (pipeline.image_size, pipeline.image_size)
         against = fitting(choose_reference(splits, reference, size=size), network, size)

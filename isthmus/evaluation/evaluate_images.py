@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.balance import UNKNOWN, balance_words
 from isthmus.evaluation.circumstances import circumstances
@@ -38,6 +39,7 @@ def evaluate_images(
     reference: Path | None = None,
     data: str | None = None,
     classes: Sequence[str] = (),
+    columns: WantedColumns = ANY_COLUMNS,
     features: str = "lite0",
     statistics: bool = False,
     device: str = "auto",
@@ -52,6 +54,7 @@ def evaluate_images(
         reference: images or statistics to measure against; None takes those of the data set.
         data: data set whose training images judge classes and copies; None leaves both out.
         classes: of the data; none are all.
+        columns: of an hf: table.
         features: as for `feature_network`.
         statistics: also write statistics.npz, mean and covariance of the images' features.
         device: where features are computed.
@@ -67,7 +70,9 @@ def evaluate_images(
     size = images.size()
     if data is not None and size[0] != size[1]:
         raise UserError(f"a data set is brought to square images, the samples are {size}. Pass --reference instead.")
-    splits = None if data is None else open_splits(data, image_size=size[0], classes=tuple(classes), wanted=())
+    splits = None
+    if data is not None:
+        splits = open_splits(data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns)
     against = fitting(choose_reference(splits, reference, size=size), network, size)
     known = matched_classes(images, splits)
     protocol = protocol_of(network, against, splits, len(images), size, known.balance)

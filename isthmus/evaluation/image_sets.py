@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from isthmus.data.augment import centre_view
 from isthmus.data.cache import sha256_of_file, sha256_of_parts
+from isthmus.data.decode import UnreadableImage, decode_image
 from isthmus.data.folder import FolderSource
 from isthmus.data.folder_layout import folder_layout
 from isthmus.data.source import ImageSource
@@ -238,9 +239,8 @@ def _sampled(folder: Path) -> ImageSet:
 
     def at(index: int) -> Picture:
         try:
-            with Image.open(files[index]) as image:
-                return np.asarray(image.convert("RGB"))
-        except OSError as error:
+            return decode_image(files[index].read_bytes())
+        except (OSError, UnreadableImage) as error:
             raise UserError(f"{files[index]} cannot be read ({error}). Draw the samples again.") from error
 
     labels, named = None, ()

@@ -21,7 +21,7 @@ from isthmus.evaluation.protocol import Subject
 from isthmus.evaluation.real_side import DataSplits
 from isthmus.evaluation.samples import ChunkStore
 from isthmus.generation.options import FOLDER_DEFAULT, SamplingOptions
-from isthmus.pipelines.labels import resolve_labels
+from isthmus.pipelines.labels import names_in_order, resolve_labels
 from isthmus.pipelines.memory import batch_size_that_fits
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def choose_classes(pipeline: "AnyPipeline", data: DataSplits, num: int, balance:
         UserError: the classes of the data are not those of the model, or frequencies are asked for and there are none.
     """
     names, nothing = data.class_names, np.zeros(num, np.int64)
-    model_names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+    model_names = names_in_order(pipeline.class_names)
     if balance == "data" and not names:
         raise UserError(f"{data.spec} is unlabelled, so it has no class frequencies. Leave out --balance data.")
     if pipeline.num_classes == 0:

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from isthmus.launcher import launched_processes as launched_count
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -27,22 +29,33 @@ class Processes:
         if self.count > 1:
             distributed.barrier()
 
+    def agreed(self, value: str) -> str:
+        """The first process's value, in all of them."""
+        values = [value]
+        if self.count > 1:
+            distributed.broadcast_object_list(values)
+        return values[0]
+
     def device(self, asked: str) -> str:
         """The device of this process: where "auto" or "cuda" is asked for, every process takes a GPU of its own."""
         if self.count > 1 and asked in ("auto", "cuda") and torch.cuda.is_available():
-            return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+            return f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}"
         return asked
 
 
 def is_first_process() -> bool:
     """Whether this is the first process of a launcher, or the only one there is; needs no connection to the others."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return int(os.environ.get("RANK") or 0) == 0
 
 
 @contextmanager
 def launched_processes() -> Iterator[Processes]:
-    """The processes that torchrun (or another launcher that sets WORLD_SIZE) started; one where there is none."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    """The processes that torchrun (or another launcher that sets its variables) started; one where there is none.
+
+    Raises:
+        UserError: the variables contradict each other.
+    """
+    count = launched_count()
     if count == 1:
         yield Processes()
         return

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from isthmus.data.cache import sha256_of_file, sha256_of_parts
 from isthmus.data.opening import BUILT_IN, open_source, parse_spec
+from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin, kind_of_npz, read_statistics
 from isthmus.evaluation.degradations import ruined
@@ -134,7 +135,14 @@ class RealSide:
         return copied, new
 
 
-def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted: tuple[str, ...]) -> DataSplits:
+def open_splits(
+    spec: str,
+    *,
+    image_size: int,
+    classes: tuple[str, ...],
+    wanted: tuple[str, ...],
+    columns: WantedColumns = ANY_COLUMNS,
+) -> DataSplits:
     """Both splits of a data set at `image_size` pixels.
 
     Args:
@@ -142,6 +150,7 @@ def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted:
         image_size: side in pixels.
         classes: those asked for, in this order; none are those of the model.
         wanted: names of the model's classes, which the data set must have where `classes` names none.
+        columns: of an hf: table.
 
     Raises:
         UserError: the data cannot be used, or do not have the model's classes.
@@ -149,7 +158,7 @@ def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted:
     kind, _ = parse_spec(spec)
     chosen = classes or None
     if chosen is None and wanted:
-        there = open_source(spec, image_size=image_size).class_names
+        there = open_source(spec, image_size=image_size, columns=columns).class_names
         absent = [name for name in wanted if name not in there]
         if there and absent:
             raise UserError(
@@ -158,7 +167,8 @@ def open_splits(spec: str, *, image_size: int, classes: tuple[str, ...], wanted:
             )
         chosen = wanted if there else None
     train, held_out = (
-        open_source(spec, image_size=image_size, split=split, classes=chosen) for split in ("train", "val")
+        open_source(spec, image_size=image_size, split=split, classes=chosen, columns=columns)
+        for split in ("train", "val")
     )
     return DataSplits(
         spec,

@@ -45,6 +45,15 @@ def stream(seed: int, *path: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy=seed, spawn_key=path)))
 
 
+def weight_seed(seed: int) -> int:
+    """The 32-bit seed of a network's first weights, which torch and numpy draw from their global generators.
+
+    >>> weight_seed(7), weight_seed(2**32 + 7) == weight_seed(2**32 + 7) != weight_seed(2**32 + 8)
+    (7, True)
+    """
+    return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
 class TokenStreams(NamedTuple):
     """Purposes of the numbers that draw tokens.
 

@@ -60,7 +60,7 @@ def grid_rotary_table(
 
 def with_unrotated(table: RotaryTable, count: int) -> Float[Tensor, "longer pairs 2"]:
     """The table followed by `count` tokens without a position (the identity)."""
-    identity = torch.tensor([1.0, 0.0], device=table.device).expand(count, table.shape[1], 2)
+    identity = torch.tensor([1.0, 0.0], device=table.device, dtype=torch.float32).expand(count, table.shape[1], 2)
     return torch.cat([table, identity])
 
 

@@ -4,6 +4,7 @@ import torch
 
 from isthmus.functional.precision import whole_fp32
 from isthmus.functional.shapes import Images, LatentMap
+from isthmus.layers.convolution import cpu_layout
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 
 
@@ -19,17 +20,19 @@ def latents_of(image_tokenizer: MultiScaleVQVAE, images: Images) -> LatentMap:
         UserError: the images have another side than the tokenizer's.
     """
     device, dtype = image_tokenizer.device, image_tokenizer.dtype
-    images = images.to(device, dtype).contiguous(memory_format=_layout(device))
+    images = images.to(device, dtype).contiguous(memory_format=_layout(device, dtype))
     return image_tokenizer.latents(images).float().contiguous()
 
 
 @torch.no_grad()
 def pixels_of(image_tokenizer: MultiScaleVQVAE, features: LatentMap) -> Images:
     """Images in [-1, 1] of features, in the type of the weights, on the device of the features."""
-    features = features.to(image_tokenizer.dtype).contiguous(memory_format=_layout(features.device))
+    features = features.to(image_tokenizer.dtype).contiguous(
+        memory_format=_layout(features.device, image_tokenizer.dtype)
+    )
     return image_tokenizer.decode_features(features).contiguous()
 
 
-def _layout(device: torch.device) -> torch.memory_format:
-    # on CPUs oneDNN convolves channels-last maps faster than NCHW, or as fast; the weights stay as they are
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+def _layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    # the weights stay as they are
+    return cpu_layout(dtype) if device.type == "cpu" else torch.contiguous_format

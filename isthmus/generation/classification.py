@@ -112,7 +112,7 @@ def score_classes(
     """
     schedule = shared_schedule(image_tokenizer, transformer)
     pairs = _Pairs(image_tokenizer, transformer, token_ids, candidates, num_views, tokens_at_once)
-    nats = torch.zeros(len(token_ids[0]) // num_views, len(candidates), device=transformer.device)
+    nats = torch.zeros(len(token_ids[0]) // num_views, len(candidates), device=transformer.device, dtype=torch.float32)
     below, scales = torch.zeros_like(nats), torch.zeros_like(nats, dtype=torch.long)
     alive = torch.ones_like(nats, dtype=torch.bool)
     tokens = torch.zeros_like(scales[:, 0])
@@ -203,7 +203,7 @@ class _Pairs:
         rows = (image.unsqueeze(1) * self.num_views + views).flatten()
         modulation = _rows_of(self.conditioning, candidate.repeat_interleave(self.num_views))
         cache = self.transformer.new_cache(len(rows), num_scales=end) if self.cache is None else self.cache
-        gained = torch.zeros(len(rows), device=image.device)
+        gained = torch.zeros(len(rows), device=image.device, dtype=torch.float32)
         for scale in range(start, end):
             logits = self.transformer.forward_scale(scale, self.inputs[scale][rows], modulation, cache)
             if scale >= first:
@@ -263,8 +263,10 @@ def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Flo
 
 def _overlaps(size: int, grid: int) -> Float[Tensor, "{size} {grid}"]:
     """Which part of each of `size` equal intervals lies in each of `grid` equal intervals; rows sum to 1."""
-    edges = torch.arange(size + 1, dtype=torch.float64) * grid  # both divisions in units of 1 / (size * grid)
-    cells = torch.arange(grid + 1, dtype=torch.float64) * size
+    edges = (
+        torch.arange(size + 1, dtype=torch.float64, device="cpu") * grid
+    )  # both divisions in units of 1 / (size * grid)
+    cells = torch.arange(grid + 1, dtype=torch.float64, device="cpu") * size
     low = torch.maximum(edges[:-1, None], cells[None, :-1])
     high = torch.minimum(edges[1:, None], cells[None, 1:])
     return (high - low).clamp(min=0) / grid

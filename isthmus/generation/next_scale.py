@@ -164,8 +164,8 @@ class ScaleSampler:
     @torch.inference_mode()
     def start(self) -> LatentMap:
         """Features before scale 0: zeros."""
-        grid = self.schedule.grid
-        return torch.zeros(self._batch, self._codebook.shape[1], grid, grid, device=self._transformer.device)
+        shape = (self._batch, self._codebook.shape[1], self.schedule.grid, self.schedule.grid)
+        return torch.zeros(shape, device=self._transformer.device, dtype=torch.float32)
 
     @torch.inference_mode()
     def predict(self, scale: int, features: LatentMap) -> Float[Tensor, "b l v"]:

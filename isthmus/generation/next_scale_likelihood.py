@@ -87,7 +87,8 @@ def diffusion_bound(
     token_ids, class_labels = _checked(transformer, schedule, token_ids, class_labels)
     batch, dim = len(class_labels), image_tokenizer.codebook.embedding_dim
     conditioning, cache = transformer.condition(class_labels), transformer.new_cache(batch)
-    features = torch.zeros(batch, dim, schedule.grid, schedule.grid, device=transformer.device)
+    shape = (batch, dim, schedule.grid, schedule.grid)
+    features = torch.zeros(shape, device=transformer.device, dtype=torch.float32)
     costs = []
     for scale, ids in enumerate(token_ids):
         inputs = next_scale_input(features, schedule, scale) if scale else features.new_zeros(batch, 0, dim)

@@ -122,9 +122,11 @@ class _Plan:
             by_filter.setdefault((one.top_k, one.top_p), []).append(row)
         return cls(
             class_labels=torch.tensor(labels, device=device),
-            guidance=torch.tensor(guidance, device=device),
+            guidance=torch.tensor(guidance, device=device, dtype=torch.float32),
             guided=tuple(any(value != 1 for value in column) for column in zip(*guidance, strict=True)),
-            temperature=torch.tensor(temperatures, device=device).unsqueeze(1) if set(temperatures) != {1.0} else None,
+            temperature=None
+            if set(temperatures) == {1.0}
+            else torch.tensor(temperatures, device=device, dtype=torch.float32).unsqueeze(1),
             filters=tuple(
                 (top_k, top_p, torch.tensor(rows, device=device) if len(by_filter) > 1 else None)
                 for (top_k, top_p), rows in by_filter.items()
@@ -163,7 +165,7 @@ def _turns(
 ) -> Iterator[Int[Tensor, "b _"]]:
     """Fill `tokens` from left to right, which holds the prefixes already."""
     batch, known = len(tokens), min(prefix_lengths)
-    forced = torch.arange(tokens.shape[1]) < torch.tensor(prefix_lengths).unsqueeze(1)
+    forced = torch.arange(tokens.shape[1], device="cpu") < torch.tensor(prefix_lengths, device="cpu").unsqueeze(1)
     forced = forced.to(tokens.device)
     with_null = plan.num_with_null_rows
     cache = decoder.new_cache(2 * batch if known < with_null else batch)
@@ -256,7 +258,7 @@ def _checked_prefix(
         raise UserError(
             f"prefix lengths must be one number in 0..{given} (the prefix tokens given) per image, got {lengths}."
         )
-    known = token_ids[torch.arange(given) < torch.tensor(lengths).unsqueeze(1)]
+    known = token_ids[torch.arange(given, device="cpu") < torch.tensor(lengths, device="cpu").unsqueeze(1)]
     if known.numel() and not (0 <= int(known.min()) and int(known.max()) < layout.codebook_size):
         raise UserError(
             f"prefix tokens must be 0..{layout.codebook_size - 1} (the codebook), got {int(known.min())}.."

@@ -7,6 +7,8 @@ concatenation; slices would each pad their gradient to the whole sequence.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +44,24 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b l width"], attend: Attend) -> Float[Tensor, "b l width"]:
         """Mix the tokens with `attend(q, k, v, softmax_scale)`; keys have no bias."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
         if self.log_scale is None:
-            softmax_scale = 0.25 / math.sqrt(q.shape[-1])
+            softmax_scale = 0.25 / math.sqrt(qkv.shape[-1])
+            q, k, v = (rows.transpose(1, 2) for rows in qkv.unbind(2))
         else:
             softmax_scale = 1.0
-            factor = self.log_scale.clamp(max=MAX_LOG_SCALE).exp().transpose(1, 2)  # (1, 1, heads, 1)
-            # the factors are fp32, so the products are; attention wants one type
-            q = (q * (factor * reciprocal_norm(q))).to(v.dtype)
-            k = (k * reciprocal_norm(k)).to(v.dtype)
-        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+            q, k, v = unit_heads(qkv, self.log_scale.clamp(max=MAX_LOG_SCALE).exp())
+        mixed = attend(q, k, v, softmax_scale)
+        return self.proj(mixed.transpose(1, 2).flatten(2).to(qkv.dtype))
+
+
+def unit_heads(qkv: Float[Tensor, "b l 3 heads c"], factor: Float[Tensor, "1 heads 1 1"]) -> tuple[Heads, Heads, Heads]:
+    """Queries of length `factor`, keys of length 1, and values, heads first; norms are taken in fp32."""
+    if trains_on_cpu(qkv):
+        return _UnitHeads.apply(qkv, factor)
+    q, k, v = (rows.transpose(1, 2) for rows in qkv.unbind(2))
+    # the factors are fp32, so the products are; attention wants one type
+    return (q * (factor * reciprocal_norm(q))).to(v.dtype), (k * reciprocal_norm(k)).to(v.dtype), v
 
 
 def reciprocal_norm(x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows 1"]:
@@ -63,14 +72,110 @@ def reciprocal_norm(x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows 1"]:
     return x.float().square().sum(dim=-1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether gradients are wanted on a CPU, where a backward pass written out beats torch's own."""
+    return x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()
+
+
+class _UnitHeads(torch.autograd.Function):
+    """`unit_heads` in fp32, laid out head by head, with one gradient for all three: autograd would stack it anew."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = qkv.permute(2, 0, 3, 1, 4).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        reciprocals = torch.linalg.vector_norm(rows[:2], dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
+        units = rows[:2].mul_(reciprocals)
+        ctx.save_for_backward(units, reciprocals, factor)
+        ctx.dtype = qkv.dtype
+        return units[0] * factor, units[1], rows[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        units, reciprocals, factor = ctx.saved_tensors
+        _, batch, heads, length, width = units.shape
+        joined = units.new_empty(batch, length, 3, heads, width, dtype=ctx.dtype)
+        parts = joined.permute(2, 0, 3, 1, 4)
+        of_factor = factor
+        for index, scale in enumerate((reciprocals[0] * factor, reciprocals[1])):
+            # d(x / |x|) = (g - u (u . g)) / |x|
+            along = torch.linalg.vecdot(units[index], gradients[index]).unsqueeze(-1)
+            if index == 0:
+                of_factor = along.sum(dim=(0, 2), keepdim=True)
+            parts[index].copy_(torch.addcmul(gradients[index], units[index], along, value=-1).mul_(scale))
+        parts[2].copy_(gradients[2])
+        return joined, of_factor
+
+
+# A part of a sequence and what it sees: its tokens from the first to before the second number see those from the third
+# number on, where the mask (None: everywhere) is True.
+Part = tuple[int, int, int, Tensor | None]
+
+# Scores of a part above which they are not kept for the backward pass (64 MiB): torch's own is as fast there.
+_MOST_SCORES = 2**24
+
+
+class _AttentionOfParts(torch.autograd.Function):
+    """Attention in fp32 by plain products, which keeps its probabilities for the backward pass.
+
+    torch's fused attention computes them again on the way back. That pays for long sequences only, and in bf16 on a
+    CPU its backward pass takes ten times as long as this one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, parts: Sequence[Part]) -> Tensor:
+        batch, heads, length, width = q.shape
+        joined = v.new_empty(batch, length, heads, width).transpose(1, 2)
+        ctx.softmax_scale, ctx.parts, ctx.dtypes = softmax_scale, parts, (q.dtype, k.dtype, v.dtype)
+        q, k, v = (x.flatten(0, 1).float() for x in (q, k, v))
+        kept = []
+        with torch.autocast("cpu", enabled=False):
+            for start, end, first, mask in parts:
+                own, seen = slice(start, end), slice(first, end)
+                if end - first == 1:  # one key holds the whole probability
+                    joined[:, :, own] = v[:, seen].unflatten(0, (batch, heads))
+                    continue
+                scores = torch.bmm(q[:, own], k[:, seen].transpose(1, 2))
+                if softmax_scale != 1:
+                    scores *= softmax_scale
+                if mask is not None:
+                    scores.masked_fill_(~mask, -math.inf)
+                kept.append(scores.softmax(dim=-1))
+                joined[:, :, own] = torch.bmm(kept[-1], v[:, seen]).unflatten(0, (batch, heads))
+        ctx.save_for_backward(q, k, v, *kept)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        lead, gradient = gradient.shape[:2], gradient.flatten(0, 1).float()
+        of_q = torch.empty_like(q)
+        # no second part adds to what the first wrote where each sees itself alone
+        disjoint = all(first == start for start, _, first, _ in ctx.parts)
+        of_k, of_v = (torch.empty_like(x) if disjoint else torch.zeros_like(x) for x in (k, v))
+        for start, end, first, _ in ctx.parts:
+            own, seen = slice(start, end), slice(first, end)
+            if end - first == 1:
+                of_q[:, own], of_k[:, seen] = 0, 0
+                of_v[:, seen] = gradient[:, own]
+                continue
+            probabilities = kept.pop(0)
+            of_values = torch.bmm(probabilities.transpose(1, 2), gradient[:, own])
+            of_probabilities = torch.bmm(gradient[:, own], v[:, seen].transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, torch.float32)
+            if ctx.softmax_scale != 1:
+                of_scores *= ctx.softmax_scale
+            of_keys = torch.bmm(of_scores.transpose(1, 2), q[:, own])
+            of_q[:, own] = torch.bmm(of_scores, k[:, seen])
+            for total, part in ((of_k, of_keys), (of_v, of_values)):
+                total[:, seen] = part if disjoint else total[:, seen].add_(part)
+        of = (x.unflatten(0, lead).to(dtype) for x, dtype in zip((of_q, of_k, of_v), ctx.dtypes, strict=True))
+        return *of, None, None
+
+
 def markov_attention(lengths: Sequence[int]) -> Attend:
     """Every scale attends to itself alone: one unmasked attention per scale."""
-
-    def attend(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
-        parts = zip(*(_cut(x, lengths) for x in (q, k, v)), strict=True)
-        return _join([F.scaled_dot_product_attention(*part, scale=softmax_scale) for part in parts])
-
-    return attend
+    ends = list(accumulate(lengths))
+    return _attention_of_parts([(end - n, end, end - n, None) for n, end in zip(lengths, ends, strict=True)])
 
 
 def causal_attention(lengths: Sequence[int], *, smallest_alone: int = 64) -> Attend:
@@ -80,29 +185,35 @@ def causal_attention(lengths: Sequence[int], *, smallest_alone: int = 64) -> Att
     scale is one unmasked attention over its prefix.
     """
     grouped = _leading_group(lengths, smallest_alone)
-    head = sum(lengths[:grouped])
-    cuts = [head, *lengths[grouped:]]
+    cuts = [sum(lengths[:grouped]), *lengths[grouped:]]
     mask = scale_causal_mask(lengths[:grouped]) if grouped > 1 else None
+    masks = [mask, *[None] * (len(cuts) - 1)]
+    return _attention_of_parts(
+        [(end - n, end, 0, mask) for n, end, mask in zip(cuts, accumulate(cuts), masks, strict=True)]
+    )
+
+
+def _attention_of_parts(parts: Sequence[Part]) -> Attend:
+    most = max((end - start) * (end - first) for start, end, first, _ in parts)
 
     def attend(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
-        outputs, seen = [], 0
-        for index, queries in enumerate(_cut(q, cuts)):
-            seen += cuts[index]
-            whole = seen == k.shape[2]
-            keys, values = (k, v) if whole else (k[:, :, :seen], v[:, :, :seen])
-            visible = mask.to(q.device) if index == 0 and mask is not None else None
-            outputs.append(
-                F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=softmax_scale)
-            )
+        here = [(a, b, c, None if mask is None else mask.to(q.device)) for a, b, c, mask in parts]
+        if trains_on_cpu(q) and q.shape[0] * q.shape[1] * most <= _MOST_SCORES:
+            return _AttentionOfParts.apply(q, k, v, softmax_scale, here)
+        outputs = []
+        for queries, (_, end, first, mask) in zip(_cut(q, [b - a for a, b, _, _ in here]), here, strict=True):
+            keys, values = (x if end - first == x.shape[2] else x[:, :, first:end] for x in (k, v))
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=softmax_scale))
         return _join(outputs)
 
     return attend
 
 
-# Rows of projections lie token by token, (b, l, heads, c): cut and joined along l there, neither the parts nor their
-# gradients have to be laid out anew.
 def _cut(x: Heads, lengths: Sequence[int]) -> list[Float[Tensor, "b heads _ c"]]:
-    return [part.transpose(1, 2) for part in x.transpose(1, 2).split(list(lengths), dim=1)]
+    return list(x.split(list(lengths), dim=2))
+
+
+# The projection behind reads token by token, (b, l, heads, c): joined along l there, nothing has to be laid out anew.
 
 
 def _join(parts: Sequence[Float[Tensor, "b heads _ c"]]) -> Heads:

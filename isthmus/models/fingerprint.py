@@ -12,7 +12,7 @@ from isthmus.models.stored_llama import StoredLlama
 # what transformers notes about the file, not about the network
 _WRITER = {"architectures", "dtype", "transformers_version"}
 # settings that came after format 1: at these values a network is what it was before they existed
-_LATER = {"has_mask_embedding": False}
+_LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 
 
 def fingerprint(model: nn.Module | StoredLlama, *, rounded: bool = False) -> str:

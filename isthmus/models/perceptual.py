@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from isthmus.errors import UserError
 from isthmus.models.efficientnet_lite import TAP_BLOCKS, EfficientNetLite0
+from isthmus.models.saved_model import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"LPIPS weights must be tensors by name, {path.name} holds other things. Save a state dict.")
+    check_finite(state, path)
     return dict(state)
 
 

@@ -206,6 +206,7 @@ class SavedModel(nn.Module, Recorded):
         state: dict[str, Tensor] = {}
         for file in weight_files(folder):
             state |= load_file(file)
+        check_finite(state, folder)
         if dtype is not None:
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
         model.load_state_dict(state, assign=True)
@@ -224,6 +225,22 @@ class SavedModel(nn.Module, Recorded):
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         check_shapes(shapes, stored_shapes(folder), folder)
         return model
+
+
+def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise UserError where a weight is NaN or infinite: what is drawn with it looks like a picture and is none."""
+    # a sum is finite only where all its terms are, and reads every weight once; other sums may just be too large
+    broken = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())) and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(
+            f"weights must be finite, got NaN or infinity in {broken[0]}{more} of {source}. Its training diverged, or "
+            "the file was damaged: take an earlier checkpoint of it, or another copy."
+        )
 
 
 def check_class(found: Any, name: str, folder: Path) -> None:

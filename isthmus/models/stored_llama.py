@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.models.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
-from isthmus.models.saved_model import Config, check_class, check_shapes, without_values
+from isthmus.models.saved_model import Config, check_class, check_finite, check_shapes, without_values
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -78,6 +78,7 @@ class StoredLlama:
         tensors: dict[str, Tensor] = {}
         for file in weight_files(folder, TRANSFORMERS_WEIGHTS):
             tensors |= load_file(file)
+        check_finite(tensors, folder)
         return cls(Config(config), tensors).to(dtype or torch.float32)
 
     @property

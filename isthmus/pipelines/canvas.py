@@ -13,8 +13,9 @@ from isthmus.functional.masks import Mask, fill_unknown, paste_known
 from isthmus.functional.shapes import Images
 from isthmus.generation.step import Pictures
 from isthmus.pictures import to_pil
-from isthmus.pipelines.images import ImageInput, check_size, checked_images, from_pictures, listed_images, upright_rgb
+from isthmus.pipelines.images import ImageInput, check_size, checked_images, from_pictures, listed_images
 from isthmus.pipelines.request import OutputType, as_output
+from isthmus.rgb import upright_rgb
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels; right and bottom are the first beyond."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +38,7 @@ from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.memory import flow_bytes, next_token_bytes
 from isthmus.pipelines.pixels import PixelPipeline, checked_sides
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
+from isthmus.pipelines.seeds import Whole
 from isthmus.pipelines.steering import Prefix, PrefixLengths, TokenInput, resolve_prefix, to_token_ids
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler, Solver
 
@@ -109,9 +110,9 @@ class DARPipeline(PixelPipeline):
     def __call__(
         self,
         class_labels: Labels = None,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         *,
-        num_images_per_class: int = 1,
+        num_images_per_class: SupportsIndex = 1,
         guidance_scale: Guidance | Default = FOLDER_DEFAULT,
         top_k: int | None | Default = FOLDER_DEFAULT,
         top_p: float | int | None | Default = FOLDER_DEFAULT,
@@ -125,9 +126,9 @@ class DARPipeline(PixelPipeline):
         llama_decoder: LlamaDecoder | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: Whole | None = None,
         generator: Generators = None,
-        image_index: int | Sequence[int] = 0,
+        image_index: Whole = 0,
         output_type: OutputType = "pil",
         callback_on_step_end: Callable[[GenerationStep], object] | None = None,
     ) -> DARPipelineOutput:
@@ -186,9 +187,9 @@ class DARPipeline(PixelPipeline):
     def stream(
         self,
         class_labels: Labels = None,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         *,
-        num_images_per_class: int = 1,
+        num_images_per_class: SupportsIndex = 1,
         guidance_scale: Guidance | Default = FOLDER_DEFAULT,
         top_k: int | None | Default = FOLDER_DEFAULT,
         top_p: float | int | None | Default = FOLDER_DEFAULT,
@@ -202,9 +203,9 @@ class DARPipeline(PixelPipeline):
         llama_decoder: LlamaDecoder | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int | Sequence[int] | None = None,
+        seed: Whole | None = None,
         generator: Generators = None,
-        image_index: int | Sequence[int] = 0,
+        image_index: Whole = 0,
         output_type: OutputType = "pil",
         preview: Preview = "jump",
     ) -> Iterator[GenerationStep]:

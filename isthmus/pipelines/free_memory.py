@@ -1,6 +1,8 @@
 """How much memory a device has left. It knows no model, so that both families can ask."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -9,12 +11,45 @@ _SHARE = 0.5  # of what is free: the allocator and everything else on the machin
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; for mps and systems that do not say, 4 GiB."""
+    """Memory that is free on the device, within what a container may use; 4 GiB for mps and where nothing says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Windows has no sysconf, macOS not this number
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return min([os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *container_bytes()])
     return 4 * 2**30
+
+
+def container_bytes(root: Path = Path("/")) -> list[int]:
+    """What is left of every memory limit that Linux sets to this process: in a container sysconf tells of the host.
+
+    Files that were read count as use until the memory is wanted for something else, so they are taken off.
+    """
+    left = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # version 2 has one tree for all, version 1 one for memory
+        tree = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        inner = tree / path.lstrip("/")
+        # limits of outer groups hold too; seen from inside a container, its own group is the tree
+        for folder in (inner, *inner.parents):
+            limit, used = (_text(folder / name).strip() for name in names)
+            if limit.isdecimal() and used.isdecimal():
+                files = re.search(r"^(?:total_)?inactive_file (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+                left.append(max(int(limit) - int(used) + (int(files[1]) if files else 0), 0))
+            if folder == tree:
+                break
+    return left
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def images_that_fit(device: torch.device, bytes_each: int) -> int:

@@ -1,5 +1,6 @@
 """Where a model's files are: a folder here, or the hub's files through its cache. Imports no torch."""
 
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def model_folder(
     Raises:
         UserError: neither exists; offline and not cached is one error.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = Path(os.path.expanduser(path_or_hub_id))
     if path.exists():
         return path
     name = str(path_or_hub_id)

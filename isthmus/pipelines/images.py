@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import PIL.Image
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.functional.shapes import Images
+from isthmus.rgb import scaled_crop, shorter_side_to, upright_rgb
 
 ImageInput = PIL.Image.Image | Tensor | Sequence[PIL.Image.Image | Tensor]
 """A PIL picture, a tensor (b, 3, h, w) or (3, h, w) in [-1, 1], or several of these."""
@@ -20,9 +20,8 @@ _SLACK = 1e-3  # beyond [-1, 1]: rounding of whoever made the tensor
 def to_images(images: ImageInput, image_size: int, *, stride: int = 1) -> Images:
     """Images in [-1, 1], fp32, on the CPU.
 
-    Pictures become RGB (upright by their EXIF tag, transparency on white), their shorter side is resized to
-    `image_size` with antialiasing, and the central square is kept, as images for evaluation are. Tensors keep their
-    size.
+    Pictures become RGB as `upright_rgb` makes it of any picture, their shorter side is resized to `image_size` with
+    antialiasing, and the central square is kept, as images for evaluation are. Tensors keep their size.
 
     Args:
         images: as `ImageInput` says.
@@ -30,8 +29,8 @@ def to_images(images: ImageInput, image_size: int, *, stride: int = 1) -> Images
         stride: pixels per latent cell; a smaller picture says nothing.
 
     Raises:
-        UserError: there is no image, it is neither picture nor tensor or smaller than the stride, tensors differ in
-            size, or a tensor has another shape, is not finite, or leaves [-1, 1].
+        UserError: there is no image, it is neither picture nor tensor or smaller than the stride, a picture cannot be
+            read, tensors differ in size, or a tensor has another shape, is not finite, or leaves [-1, 1].
     """
     opened = []
     for one in listed_images(images):
@@ -99,15 +98,6 @@ def checked_images(images: Tensor) -> Images:
     return batch
 
 
-def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture as RGB of the same size: upright by its EXIF tag, transparency on white."""
-    upright = ImageOps.exif_transpose(picture)
-    if upright.has_transparency_data:
-        layered = upright.convert("RGBA")
-        upright = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layered.size, "white"), layered)
-    return upright.convert("RGB")
-
-
 def from_pictures(pictures: Sequence[PIL.Image.Image]) -> Images:
     """RGB pictures of one size as a tensor in [-1, 1]."""
     pixels = np.stack([np.asarray(picture) for picture in pictures])
@@ -116,10 +106,5 @@ def from_pictures(pictures: Sequence[PIL.Image.Image]) -> Images:
 
 def _square(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
     rgb = upright_rgb(picture)
-    width, height = rgb.size
-    scale = side / min(width, height)
-    if scale != 1:
-        size = (max(side, round(width * scale)), max(side, round(height * scale)))
-        rgb = rgb.resize(size, PIL.Image.Resampling.LANCZOS)
-    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-    return rgb.crop((left, top, left + side, top + side))
+    width, height = shorter_side_to(*rgb.size, side)
+    return scaled_crop(rgb, (width, height), (width - side) // 2, (height - side) // 2, side)

@@ -1,24 +1,74 @@
-"""Class labels as people give them: by name, by index, or none at all."""
+"""Class labels as people give them: by name, by number, or none at all.
+
+One rule: a whole number is the number of a class, a text is its name. On the command line everything is text, so a word
+is a name where a class has it, and else a number; `id:2` and `name:2` say which.
+"""
 
 import difflib
+import logging
+import operator
 from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
 
 from isthmus.errors import UserError
 
-Label = int | str | None
+logger = logging.getLogger("isthmus")
+
+Label = SupportsIndex | str | None
+"""A whole number of any make, a name, or None for no class."""
+_NO_CLASS = ("null", "none")
 
 
-def resolve_labels(labels: Sequence[Label], *, class_names: Mapping[str, str], num_classes: int) -> list[int]:
+def whole_number(value: object, name: str) -> int:
+    """A whole number of any make (Python's, numpy's, torch's) as Python's own.
+
+    Raises:
+        UserError: it is something else, a truth value or a float for example.
+
+    >>> whole_number(7, "seed")
+    7
+    """
+    if "bool" not in str(getattr(value, "dtype", type(value).__name__)):
+        try:
+            return operator.index(value)  # pyright: ignore[reportArgumentType]  the error is what is asked for
+        except (TypeError, RuntimeError, ValueError):
+            pass
+    raise UserError(f"{name} must be a whole number, got {value!r}. Pass an integer.")
+
+
+def names_in_order(class_names: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the classes 0, 1, 2, ...; as text, which is how JSON sorts them, 10 comes before 2.
+
+    Args:
+        class_names: index (as text) -> name, in any order; may be empty.
+
+    Raises:
+        UserError: the indices are not those of all classes, each once.
+
+    >>> names_in_order({"0": "face", "10": "k", "1": "b"} | {str(i): str(i) for i in range(2, 10)})[-1]
+    'k'
+    """
+    wanted = [str(index) for index in range(len(class_names))]
+    if set(class_names) != set(wanted):
+        strange = next(index for index in class_names if index not in wanted)
+        raise UserError(
+            f"class names are listed by the numbers 0..{len(wanted) - 1}, each once, got {strange!r}. Pass one name "
+            "per class, in the order of the class ids."
+        )
+    return tuple(class_names[index] for index in wanted)
+
+
+def resolve_labels(labels: Sequence[object], *, class_names: Mapping[str, str], num_classes: int) -> list[int]:
     """Class ids of labels; None is the null label, whose id is `num_classes`.
 
     Args:
-        labels: names, indices in 0..num_classes - 1, or None.
+        labels: names, whole numbers in 0..num_classes - 1, or None.
         class_names: index (as text) -> name; may be empty.
         num_classes: 0 for a model without classes, which takes None only.
 
     Raises:
-        UserError: a name is unknown (the nearest ones are named) or belongs to several classes, an index is out of
-            range, or the model has no classes.
+        UserError: a name is unknown (the nearest ones are named) or belongs to several classes, a number is out of
+            range or none, or the model has no classes.
 
     >>> resolve_labels(["flag", 0, None], class_names={"0": "face", "1": "flag"}, num_classes=2)
     [1, 0, 2]
@@ -27,32 +77,54 @@ def resolve_labels(labels: Sequence[Label], *, class_names: Mapping[str, str], n
 
 
 def labels_from_words(words: Sequence[str], class_names: Mapping[str, str]) -> list[Label]:
-    """Labels as they are typed: a name, an index, or `null` (or `none`) for no class.
+    """Labels as they are typed: a name, a number, or `null` (or `none`) for no class.
 
-    >>> labels_from_words(["flag", "0", "null"], {"0": "face", "1": "flag"})
-    ['flag', 0, None]
+    A word that is a name and could be a number or null as well is the name. `id:2` is the class numbered 2, `id:null`
+    no class, `name:2` the class named 2.
+
+    Raises:
+        UserError: what follows `id:` is no number.
+
+    >>> labels_from_words(["flag", "0", "null", "id:1"], {"0": "face", "1": "flag"})
+    ['flag', 0, None, 1]
     """
     return [_from_word(word, class_names) for word in words]
 
 
 def _from_word(word: str, class_names: Mapping[str, str]) -> Label:
+    kind, colon, rest = word.partition(":")
     if word in class_names.values():
+        number = _number(word)
+        if number is not None and class_names.get(str(number), word) != word:
+            logger.info("the class %s is the one named so; the one numbered %d is id:%d", word, number, number)
         return word
-    if word in ("null", "none"):
+    if colon and kind == "name":
+        return rest
+    if colon and kind == "id":
+        if rest not in _NO_CLASS and _number(rest) is None:
+            raise UserError(f"id: is followed by the number of a class, got {word}. A name is written name:{rest}.")
+        word = rest
+    if word in _NO_CLASS:
         return None
-    return int(word) if word.lstrip("-").isdigit() else word
+    number = _number(word)
+    return word if number is None else number
 
 
-def _resolve(label: Label, class_names: Mapping[str, str], num_classes: int) -> int:
+def _number(word: str) -> int | None:
+    return int(word) if word.removeprefix("-").isdecimal() else None
+
+
+def _resolve(label: object, class_names: Mapping[str, str], num_classes: int) -> int:
     if label is None:
         return num_classes
     if num_classes == 0:
         raise UserError(f"this model has no classes, got the class {label!r}. Leave out the classes.")
     if isinstance(label, str):
-        return _by_name(label, class_names, num_classes)
-    if isinstance(label, bool) or not 0 <= label < num_classes:
-        raise UserError(f"class ids must lie in 0..{num_classes - 1}, got {label}. None is the null label.")
-    return int(label)
+        return _by_name(str(label), class_names, num_classes)
+    number = whole_number(label, f"a class is a name, or its number in 0..{num_classes - 1}, which")
+    if not 0 <= number < num_classes:
+        raise UserError(f"class ids must lie in 0..{num_classes - 1}, got {number}. None is the null label.")
+    return number
 
 
 def _by_name(label: str, class_names: Mapping[str, str], num_classes: int) -> int:
@@ -60,7 +132,10 @@ def _by_name(label: str, class_names: Mapping[str, str], num_classes: int) -> in
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"the name {label!r} belongs to the classes {found}. Pass one of these indices instead.")
+        raise UserError(
+            f"the name {label!r} belongs to the classes {found}. Pass one of these numbers instead, on the "
+            "command line as id:NUMBER."
+        )
     if not class_names:
         raise UserError(f"this model's classes have no names, got {label!r}. Pass an index in 0..{num_classes - 1}.")
     names = list(dict.fromkeys(class_names.values()))

@@ -1,5 +1,6 @@
 """Masks as people give them: pictures, arrays or tensors, white (1) where pixels are to be made."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,7 +10,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.pipelines.images import upright_rgb
+from isthmus.rgb import upright_rgb
+
+logger = logging.getLogger("isthmus")
 
 MaskInput = (
     PIL.Image.Image
@@ -19,6 +22,7 @@ MaskInput = (
 )
 """A picture, an array or tensor (h, w), (b, h, w) or (b, 1, h, w), or several of these. White is to be made."""
 
+_WHITES = (1, 255, 65535)
 _Plane = Float[Tensor, "1 1 h w"]
 
 
@@ -26,8 +30,9 @@ def to_masks(masks: object) -> list[_Plane]:
     """One (1, 1, h, w) mask of zeros and ones per image, on the CPU; 1 = unknown.
 
     Args:
-        masks: as `MaskInput` says; anything else is refused in words. Values are false and true, 0 and 1, or 0 and
-            255, of any type. Pictures of any mode are read as grey, as images are: upright by their EXIF tag,
+        masks: as `MaskInput` says; anything else is refused in words. Values lie in 0..1, 0..255 or 0..65535, the
+            smallest of these that holds them, and what is above one half is white: soft edges and the traces of JPEG
+            are said and cut there. Pictures of any mode are read as grey, as images are: upright by their EXIF tag,
             transparency on white, which is made.
 
     Raises:
@@ -57,23 +62,31 @@ def _planes(mask: object) -> list[Shaped[Tensor, "_ _"]]:
         values = values.squeeze(1)
     if values.ndim == 2:
         values = values.unsqueeze(0)
-    if values.ndim != 3 or not values.numel():
+    if values.ndim != 3 or not values.numel() or values.is_complex():
         raise UserError(f"a mask is (h, w), and several are (b, h, w) or (b, 1, h, w), got {tuple(values.shape)}.")
     return list(values.detach().cpu())
 
 
 def _binary(plane: Shaped[Tensor, "h w"]) -> _Plane:
-    found = plane.unique()
-    levels = found.tolist()
-    if not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
-        shown = ", ".join(f"{level:g}" for level in levels[:6]) + (", ..." if len(levels) > 6 else "")
+    values = plane.double()
+    low, high = values.min().item(), values.max().item()
+    white = next((white for white in _WHITES if high <= white), None)
+    if white is None or not low >= 0:  # NaN is neither
         raise UserError(
-            f"a mask must be black and white (0 and 1, or 0 and 255), got the values {shown}. Threshold it first, for "
-            "example mask.point(lambda grey: 255 * (grey > 127))."
+            f"a mask has values in 0..1, 0..255 or 0..65535, black to white, got {low:g}..{high:g}. Scale it first."
         )
+    white_places = values > white / 2
+    levels = white_places.unique().tolist()
     if len(levels) == 1:
         what, advice = ("full", "Leave some") if levels[0] else ("empty", "Mark some")
         raise UserError(
-            f"a mask must have both known (black) and unknown (white) pixels, got one that is {what}. {advice} pixels."
+            f"a mask must have both known (black) and unknown (white, above one half) pixels, got one that is {what}. "
+            f"{advice} pixels."
         )
-    return (plane > 0).float()[None, None]
+    grey = int(((values > 0) & (values < white)).sum())
+    if grey:
+        logger.warning(
+            "a mask is black and white, this one has %d grey pixels of %d: what is above one half (%g) is made",
+            grey, values.numel(), white / 2,
+        )  # fmt: skip
+    return white_places.float()[None, None]

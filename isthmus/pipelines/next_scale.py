@@ -5,7 +5,7 @@ Diffusion".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from isthmus.pipelines.next_scale_classification import NextScaleClassification
 from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output
+from isthmus.pipelines.seeds import Whole
 from isthmus.schedulers.scale_refinement import RefinementMode, ScaleRefinementScheduler
 
 
@@ -76,16 +77,16 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
     def __call__(
         self,
         class_labels: Labels = None,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         *,
-        num_images_per_class: int = 1,
+        num_images_per_class: SupportsIndex = 1,
         guidance_scale: Guidance | Default = FOLDER_DEFAULT,
         top_k: int | None | Default = FOLDER_DEFAULT,
         top_p: float | int | None | Default = FOLDER_DEFAULT,
         temperature: float | int | Default = FOLDER_DEFAULT,
-        seed: int | Sequence[int] | None = None,
+        seed: Whole | None = None,
         generator: Generators = None,
-        image_index: int | Sequence[int] = 0,
+        image_index: Whole = 0,
         smooth: bool | Default = FOLDER_DEFAULT,
         output_type: OutputType = "pil",
         callback_on_step_end: Callable[[GenerationStep], object] | None = None,
@@ -131,16 +132,16 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
     def stream(
         self,
         class_labels: Labels = None,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         *,
-        num_images_per_class: int = 1,
+        num_images_per_class: SupportsIndex = 1,
         guidance_scale: Guidance | Default = FOLDER_DEFAULT,
         top_k: int | None | Default = FOLDER_DEFAULT,
         top_p: float | int | None | Default = FOLDER_DEFAULT,
         temperature: float | int | Default = FOLDER_DEFAULT,
-        seed: int | Sequence[int] | None = None,
+        seed: Whole | None = None,
         generator: Generators = None,
-        image_index: int | Sequence[int] = 0,
+        image_index: Whole = 0,
         smooth: bool | Default = FOLDER_DEFAULT,
         output_type: OutputType = "pil",
     ) -> Iterator[GenerationStep]:

@@ -1,6 +1,7 @@
 """What a next-scale pipeline takes an image for, and which parts of it say so."""
 
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -59,7 +60,7 @@ class NextScaleClassification(NextScaleLikelihood):
         prune_nats: float | int | None = 8.0,
         num_views: int = 1,
         view_noise: float | int | None = None,
-        seed: int = 0,
+        seed: SupportsIndex = 0,
         image_index: int = 0,
     ) -> ClassificationOutput:
         """The most probable classes of images, by Bayes' rule with equal priors over unguided log-likelihoods.

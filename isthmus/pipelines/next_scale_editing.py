@@ -7,7 +7,7 @@ No training is needed, and any model of the family will do, imported ones includ
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ from isthmus.generation.step import Pictures
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.pipelines.canvas import Canvas, extended, open_images, place
 from isthmus.pipelines.images import ImageInput, to_images
+from isthmus.pipelines.labels import whole_number
 from isthmus.pipelines.masks import MaskInput, to_masks
 from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
 from isthmus.pipelines.saved import SavedPipeline
+from isthmus.pipelines.seeds import Whole
 
 _Value = TypeVar("_Value")
 _SEAM_PARTS = 16  # the seam is this part of the image's side: half a cell of the published latent grid
@@ -64,7 +66,7 @@ class NextScaleEditing(SavedPipeline):
         mask: MaskInput,
         class_labels: Labels = None,
         *,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         keeping: Keeping = "coverage",
         max_unknown: float | Sequence[float] | None = None,
         jumps: int | Sequence[int] = 0,
@@ -111,7 +113,7 @@ class NextScaleEditing(SavedPipeline):
         bottom: int = 0,
         class_labels: Labels = None,
         *,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         **options: Any,
     ) -> NextScalePipelineOutput:
         """Make what lies beyond the edges: the picture with margins of so many of its pixels, at the model's size.
@@ -155,7 +157,7 @@ class NextScaleEditing(SavedPipeline):
         image: ImageInput,
         class_labels: Labels = None,
         *,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         from_scale: int | None = None,
         max_unknown: float | Sequence[float] | None = None,
         paste: bool = True,
@@ -211,7 +213,7 @@ class NextScaleEditing(SavedPipeline):
         from_scale: int,
         class_labels: Labels = None,
         *,
-        num_images: int | None = None,
+        num_images: SupportsIndex | None = None,
         **options: Any,
     ) -> NextScalePipelineOutput:
         """Images that share the scales before `from_scale` with `image`, which is resized and cropped as by `encode`.
@@ -296,9 +298,9 @@ class NextScaleEditing(SavedPipeline):
         top_p: float | int | None | Default = FOLDER_DEFAULT,
         temperature: float | int | Default = FOLDER_DEFAULT,
         smooth: bool | Default = FOLDER_DEFAULT,
-        seed: int | Sequence[int] | None = None,
+        seed: Whole | None = None,
         generator: Generators = None,
-        image_index: int | Sequence[int] = 0,
+        image_index: Whole = 0,
         output_type: OutputType = "pil",
     ) -> Request:
         return self._request(
@@ -307,13 +309,13 @@ class NextScaleEditing(SavedPipeline):
         )  # fmt: skip
 
 
-def _rows(num_images: int | None, **given: Sequence[Any]) -> int:
+def _rows(num_images: SupportsIndex | None, **given: Sequence[Any]) -> int:
     """Number of results: that of the longest input, or `num_images`; single inputs serve all.
 
     Raises:
         UserError: two inputs have different numbers, neither being 1.
     """
-    rows = max(map(len, given.values())) if num_images is None else num_images
+    rows = max(map(len, given.values())) if num_images is None else whole_number(num_images, "num_images")
     if rows < 1:
         raise UserError(f"at least one image is needed, got num_images={num_images}.")
     for name, values in given.items():

@@ -1,6 +1,5 @@
 """Images to tokens and back: the half of a D-AR pipeline that needs no prior."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Int
@@ -15,7 +14,7 @@ from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.request import OutputType, as_output, check_output_type
 from isthmus.pipelines.saved import SavedPipeline
-from isthmus.pipelines.seeds import image_seeds
+from isthmus.pipelines.seeds import Whole, image_seeds
 from isthmus.pipelines.steering import TokenInput, encode_images, to_token_ids
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler, Solver
 
@@ -48,8 +47,8 @@ class PixelPipeline(SavedPipeline):
         solver: Solver | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int | Sequence[int] | None = 0,
-        image_index: int | Sequence[int] = 0,
+        seed: Whole | None = 0,
+        image_index: Whole = 0,
         output_type: OutputType = "pil",
     ) -> Pictures:
         """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
@@ -78,8 +77,8 @@ class PixelPipeline(SavedPipeline):
         token_ids: TokenInput | None = None,
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
-        seed: int | Sequence[int] | None = 0,
-        image_index: int | Sequence[int] = 0,
+        seed: Whole | None = 0,
+        image_index: Whole = 0,
         output_type: OutputType = "pil",
     ) -> Pictures:
         """Run the last solver steps again, from `image` with the noise of the first of them.

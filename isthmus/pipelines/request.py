@@ -1,21 +1,22 @@
 """What a call asks for, made definite: class ids, seeds, options, and the form of the pictures that go back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.generation.step import Pictures
 from isthmus.pictures import to_pil
-from isthmus.pipelines.labels import Label
+from isthmus.pipelines.labels import Label, whole_number
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-Labels = Label | Sequence[Label] | Int[Tensor, " n"]
+Labels = Label | Sequence[Label] | Int[Tensor, "..."] | Shaped[np.ndarray, "..."]
 """Labels as a call takes them: one per image, or a single one."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -43,16 +44,16 @@ def check_output_type(output_type: OutputType) -> None:
         raise UserError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}.")
 
 
-def label_list(class_labels: Labels) -> list[Label]:
-    """Labels as a list, whichever way they were given."""
-    if isinstance(class_labels, Tensor):
-        return class_labels.tolist()
-    if class_labels is None or isinstance(class_labels, (int, str)):
-        return [class_labels]
-    return list(class_labels)
+def label_list(class_labels: object) -> list[Any]:
+    """Labels as a list, whichever way they were given; `resolve_labels` says which of them are none."""
+    if isinstance(class_labels, (Tensor, np.ndarray)):
+        class_labels = class_labels.tolist()
+    if isinstance(class_labels, Iterable) and not isinstance(class_labels, (str, bytes)):
+        return list(class_labels)
+    return [class_labels]
 
 
-def spread(ids: list[int], num_images: int | None, num_images_per_class: int) -> list[int]:
+def spread(ids: list[int], num_images: SupportsIndex | None, num_images_per_class: SupportsIndex) -> list[int]:
     """Class id of every image of a request.
 
     Raises:
@@ -63,6 +64,8 @@ def spread(ids: list[int], num_images: int | None, num_images_per_class: int) ->
     """
     if not ids:
         raise UserError("at least one class label is needed, got an empty list. Pass None for images without a class.")
+    num_images_per_class = whole_number(num_images_per_class, "num_images_per_class")
+    num_images = None if num_images is None else whole_number(num_images, "num_images")
     if num_images_per_class < 1 or (num_images is not None and num_images < 1):
         raise UserError(f"at least one image is needed, got {num_images} and {num_images_per_class} per class.")
     if num_images is None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, SupportsIndex, TypeVar, cast
 
 import torch
 
@@ -21,9 +21,9 @@ from isthmus.models.stored_llama import StoredLlama
 from isthmus.pipelines.card import model_card
 from isthmus.pipelines.folder import FORMAT, INDEX_NAME, read_index, replaced_within, written_whole
 from isthmus.pipelines.hub import model_folder
-from isthmus.pipelines.labels import resolve_labels
+from isthmus.pipelines.labels import names_in_order, resolve_labels
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, check_output_type, label_list, spread
-from isthmus.pipelines.seeds import image_seeds
+from isthmus.pipelines.seeds import Whole, image_seeds
 
 Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
 Part = type[SavedModel] | type[Recorded] | type[StoredLlama]
@@ -37,7 +37,7 @@ class SavedPipeline:
         optional_parts: the same, of components that a model may do without; None stands for none.
         config: what is stored beside the components.
         num_classes: 0 for models without classes.
-        class_names: index (as text) -> name; empty where classes have no names.
+        class_names: index (as text) -> name, by number; empty where classes have no names.
         defaults: options of a call that names none.
     """
 
@@ -90,19 +90,18 @@ class SavedPipeline:
         Raises:
             UserError: names or defaults do not fit the components.
         """
-        if not isinstance(class_names, Mapping):
-            # a mapping: a list of two strings in model_index.json is a component
-            class_names = {str(index): name for index, name in enumerate(class_names or ())}
-        if class_names and sorted(class_names, key=int) != [str(index) for index in range(self.num_classes)]:
+        names = names_in_order(class_names) if isinstance(class_names, Mapping) else tuple(class_names or ())
+        if names and len(names) != self.num_classes:
             raise UserError(
-                f"class_names needs one name per class ({self.num_classes}), got {len(class_names)}. "
+                f"class_names needs one name per class ({self.num_classes}), got {len(names)}. "
                 "Pass the names of the data the transformer was trained on, or none."
             )
         if not isinstance(sampling_defaults, SamplingOptions):
             sampling_defaults = SamplingOptions.from_dict(sampling_defaults or {})
         self.check_options(sampling_defaults)
         self.defaults = sampling_defaults
-        self.class_names = dict(class_names)
+        # a mapping: a list of two strings in model_index.json is a component
+        self.class_names = {str(index): name for index, name in enumerate(names)}
         self.config = Config(
             class_names=self.class_names,
             sampling_defaults=sampling_defaults.to_dict(),
@@ -268,7 +267,7 @@ class SavedPipeline:
         return {"_class_name": type(self).__name__, **versions, **entries, **self.config}
 
     def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
-        index = json.dumps(self._index(), indent=2, sort_keys=True) + "\n"
+        index = json.dumps(_sorted(self._index()), indent=2) + "\n"
         for name, part in self.components.items():
             if isinstance(part, torch.nn.Module):
                 # None is the writer's own limit, which is not the same for all of them
@@ -285,11 +284,11 @@ class SavedPipeline:
     def _request(
         self,
         class_labels: Labels,
-        num_images: int | None,
-        num_images_per_class: int,
-        seed: int | Sequence[int] | None,
+        num_images: SupportsIndex | None,
+        num_images_per_class: SupportsIndex,
+        seed: Whole | None,
         generator: Generators,
-        image_index: int | Sequence[int],
+        image_index: Whole,
         output_type: OutputType,
         **options: Any,
     ) -> Request:
@@ -325,6 +324,14 @@ def _fingerprint(part: Any) -> str:
         return fingerprint(part)
     settings = {name: value for name, value in part.config.items() if not name.startswith("_")}
     return json.dumps(settings, sort_keys=True, default=list)
+
+
+def _sorted(value: Any) -> Any:
+    """Mappings with their keys in order, at every depth: numbers by their value, words after them."""
+    if not isinstance(value, Mapping):
+        return value
+    keys = sorted(value, key=lambda key: (0, int(key), key) if key.isdecimal() else (1, 0, key))
+    return {key: _sorted(value[key]) for key in keys}
 
 
 def _usual_preprocessing(image_size: int) -> dict[str, Any]:

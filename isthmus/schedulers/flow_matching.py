@@ -78,7 +78,7 @@ class FlowMatchingScheduler(Recorded):
         Raises:
             UserError: fewer than one step.
         """
-        return torch.tensor(self._grid(num_inference_steps), dtype=torch.float32)
+        return torch.tensor(self._grid(num_inference_steps), dtype=torch.float32, device="cpu")
 
     def windows(self, num_inference_steps: int | None = None) -> tuple[tuple[int, int], ...]:
         """The tokens [start, end) that drive each step: the group nearest in raw time, rounded up in the middle.
@@ -182,7 +182,7 @@ class FlowMatchingScheduler(Recorded):
 
     def _grid(self, num_inference_steps: int | None) -> tuple[float, ...]:
         steps = self._steps(num_inference_steps)
-        raw_t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        raw_t = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         return tuple(self.shift(raw_t).tolist())
 
     def _start(self, group: int) -> int:

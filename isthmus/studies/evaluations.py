@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from isthmus.data.opening import open_source
+from isthmus.data.source import WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.evaluate import evaluate_model
 from isthmus.evaluation.intervals import mean_interval
@@ -40,6 +41,7 @@ class EvaluationSetting:
     Attributes:
         data: as for `open_source`.
         classes: of the data; None is all.
+        columns: of an hf: table.
         num: samples per model and setting.
         batch_size: images drawn at once; None estimates what fits.
         device: where networks run.
@@ -50,6 +52,7 @@ class EvaluationSetting:
     data: str
     classes: tuple[str, ...] | None
     num: int
+    columns: WantedColumns = WantedColumns()
     batch_size: int | None = None
     device: str = "cpu"
     balance: Balance = BALANCE
@@ -59,10 +62,14 @@ class EvaluationSetting:
     def of(cls, run: Run, *, num: int, batch_size: int | None, device: str) -> "EvaluationSetting":
         """Models of `run` are judged on its data and classes."""
         # the size is that at which drawings are rendered; any will do to see whether they have classes
-        labelled = open_source(run.data, image_size=_LOOK_PX, split="val", classes=run.classes).class_names
+        columns = WantedColumns(run.image_column, run.label_column)
+        labelled = open_source(
+            run.data, image_size=_LOOK_PX, split="val", classes=run.classes, columns=columns
+        ).class_names
         return cls(
             data=run.data,
             classes=run.classes,
+            columns=columns,
             num=num,
             batch_size=batch_size,
             device=device,
@@ -84,6 +91,7 @@ def evaluation_values(
         folder,
         data=setting.data,
         classes=setting.classes or (),
+        columns=setting.columns,
         num=setting.num,
         seed=seed,
         options={"guidance_scale": parse_guidance(first)},

@@ -166,7 +166,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         return {name: record[name] for name in ("settings", "values", "seconds", "made")}
     except (ValueError, KeyError, TypeError):
         logger.warning("%s cannot be read; its experiment runs again", path)

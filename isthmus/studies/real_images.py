@@ -20,6 +20,7 @@ from isthmus.evaluation.real_side import (
 )
 from isthmus.evaluation.reference_facts import protocol_of
 from isthmus.evaluation.scoring import SampleScores, score_samples
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import AnyPipeline, choose_device
 from isthmus.studies.evaluations import EvaluationSetting
 from isthmus.studies.experiments import Values
@@ -27,8 +28,14 @@ from isthmus.studies.experiments import Values
 
 def splits_of(pipeline: AnyPipeline, setting: EvaluationSetting) -> DataSplits:
     """Training and held-out images, as `isthmus evaluate` opens them for this model."""
-    names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
-    return open_splits(setting.data, image_size=pipeline.image_size, classes=setting.classes or (), wanted=names)
+    names = names_in_order(pipeline.class_names)
+    return open_splits(
+        setting.data,
+        image_size=pipeline.image_size,
+        classes=setting.classes or (),
+        wanted=names,
+        columns=setting.columns,
+    )
 
 
 @dataclass(frozen=True, eq=False)

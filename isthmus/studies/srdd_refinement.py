@@ -45,7 +45,7 @@ def critic_values(run: CriticRun) -> Values:
     # the model is the last thing that a training writes
     if not (run.out / "model_index.json").is_file():
         train_critic(run)
-    report = json.loads((run.out / REPORT).read_text())
+    report = json.loads((run.out / REPORT).read_text(encoding="utf-8"))
     return {name: report[name]["all"] for name in ("critic", "probability")} | {"images": report["num_images"]}
 
 
@@ -75,6 +75,8 @@ def critic_run(model: Path, out: Path, setting: EvaluationSetting, *, seed: int,
         model=str(model),
         data=setting.data,
         classes=setting.classes,
+        image_column=setting.columns.image,
+        label_column=setting.columns.label,
         out=out,
         seed=seed,
         num_steps=num_steps,

@@ -10,6 +10,7 @@ import torch
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
+from isthmus.data.source import WantedColumns
 from isthmus.generation.next_scale_likelihood import signal_to_noise
 from isthmus.models.component_files import read_config
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
@@ -69,7 +70,11 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
         tokenizer = load_tokenizer(str(model_folder(folder, TOKENIZER)))
         tokenizer.to(choose_device(setting.device))
         held_out = open_source(
-            setting.prior.data, image_size=tokenizer.image_size, split="val", classes=setting.prior.classes
+            setting.prior.data,
+            image_size=tokenizer.image_size,
+            split="val",
+            classes=setting.prior.classes,
+            columns=WantedColumns(setting.prior.image_column, setting.prior.label_column),
         )
         ratios = snr_by_scale(tokenizer, EvaluationImages(held_out, tokenizer.image_size))
         return {

@@ -101,7 +101,7 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
     record, now = folder / _RECORD, {"study": name, "images": dict(images)}
     if record.is_file():
         try:
-            before = {key: json.loads(record.read_text())[key] for key in now}
+            before = {key: json.loads(record.read_text(encoding="utf-8"))[key] for key in now}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{record} is not the record of a study. Choose another --out.") from error
         if before["study"] != name:

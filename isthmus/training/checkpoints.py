@@ -10,7 +10,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ def save_checkpoint(
             save_file(averages, partial / "ema.safetensors")
             save_file({k: v.contiguous() for k, v in (extras or {}).items()}, partial / "extras.safetensors")
             record = {"step": progress.step, "images": progress.images, "stream_states": progress.stream_states}
-            (partial / "progress.json").write_text(json.dumps(record))
+            (partial / "progress.json").write_text(json.dumps(record), encoding="utf-8")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _flush(*partial.rglob("*"), partial)
@@ -100,7 +100,7 @@ def resume(
         accelerator.load_state(str(newest))
         averages = load_file(newest / "ema.safetensors")
         ema.load_state_dict({name: like(ema.averages.get(name), value) for name, value in averages.items()})
-        state = json.loads((newest / "progress.json").read_text())
+        state = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
         progress.step, progress.images = int(state["step"]), int(state["images"])
         progress.stream_states = state["stream_states"]
         return load_file(newest / "extras.safetensors")
@@ -158,8 +158,18 @@ def _first_line(error: Exception) -> str:
 def _flush(*paths: Path) -> None:
     """Contents before the name: after a power cut a renamed folder must not hold empty files."""
     for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        if path.is_dir():
+            # Windows opens no folders, and some network file systems flush none
+            with suppress(OSError):
+                _flush_one(path, os.O_RDONLY)
+        else:
+            # to be flushed, a file has to be open for writing on Windows
+            _flush_one(path, os.O_RDWR)
+
+
+def _flush_one(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -74,6 +74,11 @@ class Run:
     """Model to start from (folder or hub id); empty trains from scratch."""
     classes: tuple[str, ...] | None = None
     """Classes of the data set to use, by name; None takes all."""
+    image_column: str | None = None
+    """hf: data only: column of the images; None is the first that holds images."""
+    label_column: str | None = None
+    """hf: data only: column of the classes, texts or whole numbers; none reads no labels; None takes a ClassLabel
+    column, else one named label or labels."""
     stream: bool = False
     """Read hf: data as a stream instead of by index: for sets that do not fit on the disk."""
     shuffle_buffer: int = 1000
@@ -91,7 +96,8 @@ class Run:
     ema_decay: float = 0.999
     """Decay of the averaged weights that are saved and sampled; the first steps average over fewer."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, float32 elsewhere."""
+    """auto: bf16 on a GPU that has it, and on a CPU whose products run at least twice as fast in it (measured at the
+    start); float32 elsewhere. Weights, averages, losses and the search for codes stay float32."""
     num_workers: int | None = None
     """Data loading processes; None decides by the data set."""
     log_every: int = 50
@@ -141,13 +147,15 @@ class TokenizerModel:
     base_channels: int | None = None
     """Width of the first level, a multiple of 32."""
     channel_multipliers: tuple[int, ...] | None = None
-    """One factor per level; the stride is 2 ** (levels - 1)."""
+    """One factor per level; the stride is 2 ** (levels - 1), times pixel_unshuffle."""
     num_res_blocks: int | None = None
     """Residual blocks per encoder level; the decoder has one more."""
     num_phi: int | None = None
     """Number of phi convolutions."""
     dropout: float | None = None
     """Dropout inside residual blocks."""
+    pixel_unshuffle: int | None = None
+    """Side of the squares of pixels that enter as channels; the stride counts it. 1 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)

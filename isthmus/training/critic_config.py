@@ -21,6 +21,11 @@ class CriticRun:
     classes: tuple[str, ...] | None = None
     """Classes of the data set to use, by name; None takes those of the model's run.json, or all where data is given.
     They must be those of the model."""
+    image_column: str | None = None
+    """hf: data only: column of the images, as for `isthmus train prior`; None takes the model's where data is not
+    given."""
+    label_column: str | None = None
+    """hf: data only: column of the classes, likewise."""
     seed: int = 0
     """Decides every random choice."""
     num_steps: int = 1000

@@ -82,7 +82,7 @@ def export_parts(
             parts.decoder.save_pretrained(partial / DECODER_FOLDER)
             parts.image_tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
             record = json.dumps(tokenizer_record(source), indent=2) + "\n"
-            (partial / TOKENIZER_FOLDER / "training.json").write_text(record)
+            (partial / TOKENIZER_FOLDER / "training.json").write_text(record, encoding="utf-8")
         for name in (SCHEDULER_FOLDER, DECODER_FOLDER, TOKENIZER_FOLDER):
             shutil.rmtree(run.out / name, ignore_errors=True)
             (partial / name).rename(run.out / name)

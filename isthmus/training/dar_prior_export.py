@@ -13,6 +13,7 @@ from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.saved_model import without_values
 from isthmus.pipelines.dar import DARPipeline
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.checkpoints import gathered, written_or_explained
 from isthmus.training.dar_config import NextTokenPriorRun
@@ -33,7 +34,7 @@ def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM, tuple[s
     pipeline = load_pipeline(path, device="cpu")
     if not isinstance(pipeline, DARPipeline):
         raise UserError(f"{path} holds a {type(pipeline).__name__}, no model of the D-AR family. Pass another model.")
-    names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+    names = names_in_order(pipeline.class_names)
     parts = TokenizerParts(pipeline.image_tokenizer, pipeline.decoder, pipeline.scheduler)
     return parts, pipeline.transformer, names
 

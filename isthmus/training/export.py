@@ -15,6 +15,7 @@ from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.training.checkpoints import written_or_explained
@@ -63,7 +64,9 @@ def export_tokenizer(
         shutil.rmtree(partial, ignore_errors=True)
         with written_or_explained(target, partial):
             tokenizer.to(memory_format=torch.contiguous_format).save_pretrained(partial)  # pyright: ignore[reportCallIssue]
-            (partial / "training.json").write_text(json.dumps(tokenizer_record(source), indent=2) + "\n")
+            (partial / "training.json").write_text(
+                json.dumps(tokenizer_record(source), indent=2) + "\n", encoding="utf-8"
+            )
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         logger.info("tokenizer written to %s", target)
@@ -89,7 +92,7 @@ class Teacher:
 def load_teacher(path: str) -> Teacher:
     """Tokenizer, prior and class names of a saved pipeline."""
     pipeline = _next_scale(path)
-    names = tuple(pipeline.class_names[str(i)] for i in range(len(pipeline.class_names)))
+    names = names_in_order(pipeline.class_names)
     return Teacher(pipeline.image_tokenizer, pipeline.transformer, names)
 
 

@@ -1,6 +1,5 @@
 """What a run trains on: images by index, or a stream of them, and a held-out part to measure on."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,9 +8,10 @@ from accelerate.utils import gather_object
 
 from isthmus.data.batches import TrainingImages, training_batches
 from isthmus.data.opening import open_source
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.data.streaming import ImageStream, StreamedBatches, hold_out, open_stream
 from isthmus.data.views import Batch
+from isthmus.data.workers import usable_processors
 from isthmus.errors import UserError
 from isthmus.functional.shapes import Images
 from isthmus.training.config import Run
@@ -27,12 +27,15 @@ def open_splits(run: Run, image_size: int) -> tuple[ImageSource | ImageStream, I
     Raises:
         UserError: the data set cannot be used, in words; or a stream is asked for classes, which it cannot choose.
     """
+    columns = WantedColumns(run.image_column, run.label_column)
     if run.stream:
         if run.classes is not None:
             raise UserError(f"a stream cannot choose classes, got --classes {', '.join(run.classes)}. Leave one out.")
-        return hold_out(open_stream(run.data, strict=run.strict), HELD_OUT_OF_STREAM)
+        return hold_out(open_stream(run.data, strict=run.strict, columns=columns), HELD_OUT_OF_STREAM)
     train, held_out = (
-        open_source(run.data, image_size=image_size, split=split, classes=run.classes, strict=run.strict)
+        open_source(
+            run.data, image_size=image_size, split=split, classes=run.classes, strict=run.strict, columns=columns
+        )
         for split in ("train", "val")
     )
     return train, held_out
@@ -98,4 +101,4 @@ def cache_workers(run: Run, source: ImageSource | ImageStream) -> int:
         return 0
     if run.num_workers is not None:
         return run.num_workers
-    return 0 if source.in_memory else min(8, (os.cpu_count() or 2) // 2)
+    return 0 if source.in_memory else min(8, usable_processors() // 2)

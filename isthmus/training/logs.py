@@ -8,7 +8,7 @@ LogLines = list[dict[str, float]]
 
 def read_log(path: Path) -> LogLines:
     """Lines of a log.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def column(log: LogLines, name: str) -> tuple[list[float], list[float]]:

@@ -8,6 +8,6 @@ from typing import Any
 def recorded_settings(folder: Path) -> dict[str, Any] | None:
     """Settings of the training that made the model in a folder; None where it has no record, or none of ours."""
     try:
-        return dict(json.loads((folder / "run.json").read_text())["run"])
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -10,20 +10,22 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
+    broadcast_object_list,
     extract_model_from_parallel,
     set_seed,
 )
@@ -33,6 +35,9 @@ from tqdm.auto import tqdm
 
 import isthmus
 from isthmus.errors import UserError
+from isthmus.functional.draws import weight_seed
+from isthmus.functional.precision import TypeChoice, faster_type
+from isthmus.launcher import launched_processes
 from isthmus.training.checkpoints import newest_checkpoint, whole
 from isthmus.training.config import Run, run_to_json
 
@@ -71,30 +76,32 @@ def start_run(
 
     Raises:
         UserError: the folder belongs to another run, the batch does not divide over the processes, or accelerate did
-            not turn on the processes or the FSDP2 that were asked for.
+            not turn on the processes or the FSDP2 that were asked for; or torch has other defaults than its own.
     """
+    launched = launched_processes()
+    _check_defaults_of_torch()
+    # asked for, or accelerate takes the processes of a launcher on CPU for so many single ones
+    cpu = not torch.accelerator.is_available()
+    # the others wait while the first process encodes the data set; launchers notice a dead process by itself
+    processes = PartialState(cpu=cpu, timeout=timedelta(days=1))
+    precision = agreed_precision(run, processes)
     accelerator = Accelerator(
-        # asked for, or accelerate takes the processes of a launcher on CPU for so many single ones
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=_precision(run),
+        cpu=cpu,
+        mixed_precision=_accelerate_name(precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate, sync_with_dataloader=False),
         log_with=list(run.track) or None,
         project_dir=str(run.out),
         dynamo_backend="inductor" if compiled else "no",
         fsdp_plugin=_fsdp2(sharded) if sharded else None,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-            # the others wait while the first process encodes the data set; launchers notice a dead process by itself
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
     accelerator.register_save_state_pre_hook(_save_bare_weights)
     accelerator.register_load_state_pre_hook(_load_bare_models)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise UserError(
             f"the launcher started {launched} processes, accelerate knows {accelerator.num_processes} on "
-            f"{accelerator.device.type}. Set ACCELERATE_USE_CPU=1 to train on the CPU, or start a single process."
+            f"{accelerator.device.type}. Set ACCELERATE_USE_CPU=1 to train on the CPU, number them in LOCAL_RANK as "
+            "torchrun does, or unset WORLD_SIZE and start a single process."
         )
     if sharded and not accelerator.is_fsdp2:
         raise UserError(
@@ -111,8 +118,18 @@ def start_run(
         check_folder(run)
     accelerator.wait_for_everyone()
     # models draw their initial weights from the global generator; everything later has streams of its own
-    set_seed(run.seed)
+    set_seed(weight_seed(run.seed))
     return accelerator
+
+
+def _check_defaults_of_torch() -> None:
+    """Networks are made with torch's defaults, which whoever calls may have changed."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype != torch.float32 or device.type != "cpu":
+        raise UserError(
+            f"training makes its networks in float32 on the CPU, got torch's defaults set to {dtype} and {device}. "
+            "Call torch.set_default_dtype(torch.float32) and torch.set_default_device(None) before."
+        )
 
 
 def _fsdp2(modules: Sequence[str]) -> FullyShardedDataParallelPlugin:
@@ -134,10 +151,41 @@ def _bare(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _precision(run: Run) -> str:
+def agreed_precision(run: Run, processes: PartialState) -> TypeChoice:
+    """The type that products of this run are computed in, the same in every process and after every interruption."""
+    choices = [_precision(run, processes.device) if processes.is_main_process else None]
+    if processes.num_processes > 1:
+        broadcast_object_list(choices)
+    assert choices[0] is not None
+    if (AcceleratorState._shared_state or {}).get("_mixed_precision") not in (None, _accelerate_name(choices[0])):
+        # accelerate holds on to the type of the first run of a process, and a demo has several
+        AcceleratorState._reset_state()
+    if run.mixed_precision == "auto":
+        logger.info("%s", choices[0].why)
+    return choices[0]
+
+
+def _accelerate_name(choice: TypeChoice) -> str:
+    return "bf16" if choice.bf16 else "no"
+
+
+def _precision(run: Run, device: torch.device) -> TypeChoice:
     if run.mixed_precision != "auto":
-        return run.mixed_precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return TypeChoice(run.mixed_precision == "bf16", f"{run.mixed_precision}: asked for")
+    if newest_checkpoint(run.out) is None:
+        return faster_type(device)
+    # a run goes on in the type that it began with, whatever a busier or another machine would measure
+    began = _recorded(run.out).get("precision")
+    if began is None:  # recorded before it was measured: float32 on every CPU
+        return faster_type(device) if device.type == "cuda" else TypeChoice(False, "float32: as the run began")
+    return TypeChoice(bool(began["bf16"]), str(began["why"]))
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((out / "run.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}  # `check_folder` says what is wrong with it
 
 
 def check_folder(run: Run) -> None:
@@ -168,7 +216,7 @@ def check_folder(run: Run) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         return {"kind": str(record["kind"]), "run": dict(record["run"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the record of a run. Choose another --out.") from error
@@ -194,6 +242,7 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
                 "processes": accelerator.num_processes,
                 "device": str(accelerator.device),
             },
+            "precision": asdict(_precision(run, accelerator.device)),
             **facts,
         }
         write_atomically(run.out / "run.json", json.dumps(record, indent=2) + "\n")
@@ -206,7 +255,7 @@ def _refuse_changed_facts(run: Run, facts: dict[str, Any]) -> None:
     record = run.out / "run.json"
     if newest_checkpoint(run.out) is None or not record.is_file():
         return
-    before = json.loads(record.read_text())
+    before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(name for name, value in facts.items() if name in before and before[name] != value)
     if changed:
         raise UserError(
@@ -218,7 +267,7 @@ def _refuse_changed_facts(run: Run, facts: dict[str, Any]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it: readers see the old one or the new one."""
     temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -252,7 +301,7 @@ class Log:
         """Forget lines after `step`: a killed run may have logged past its last checkpoint."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return
-        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) is not None]
+        lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) is not None]
         kept = [line for line in lines if (_step_of(line) or 0) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept))
 
@@ -261,7 +310,7 @@ class Log:
         self.accelerator.log(values, step=progress.step)
         if self.accelerator.is_main_process:
             rounded = {name: float(f"{value:.8g}") for name, value in values.items()}
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": progress.step, "images": progress.images, **rounded}) + "\n")
 
 
@@ -296,7 +345,10 @@ class StepMeans:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once.
+
+    Only the main thread of a program may listen to signals: in any other nothing is heard.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -313,13 +365,15 @@ class StopRequest:
         return before is not None and bool(before)
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None: a handler that is not Python's, which Python cannot set again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

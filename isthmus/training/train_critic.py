@@ -15,14 +15,16 @@ from tqdm import tqdm
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
 from isthmus.data.opening import open_source
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
 from isthmus.errors import UserError
+from isthmus.functional.draws import weight_seed
 from isthmus.functional.ranking import area_under_roc
 from isthmus.models.fingerprint import pair_fingerprint
 from isthmus.models.token_critic import TokenCritic
 from isthmus.pictures import spread
 from isthmus.pipelines.hub import model_folder
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
@@ -63,10 +65,16 @@ def train_critic(run: CriticRun) -> Path:
     run = with_images(run)
     assert run.data is not None, "named above"
     train, held_out = (
-        open_source(run.data, image_size=pipeline.image_size, split=split, classes=run.classes)
+        open_source(
+            run.data,
+            image_size=pipeline.image_size,
+            split=split,
+            classes=run.classes,
+            columns=WantedColumns(run.image_column, run.label_column),
+        )
         for split in ("train", "val")
     )
-    _check_classes(pipeline, train)
+    check_classes(pipeline, train)
     run.out.mkdir(parents=True, exist_ok=True)
     cache = TokenCache.build(
         run.out / _TOKENS,
@@ -134,7 +142,13 @@ def with_images(run: CriticRun) -> CriticRun:
         )
     classes = record.get("classes") if run.classes is None else run.classes
     logger.info("images of the model: %s, classes: %s", record["data"], ", ".join(classes or ()) or "all it has")
-    return replace(run, data=record["data"], classes=None if classes is None else tuple(classes))
+    return replace(
+        run,
+        data=record["data"],
+        classes=None if classes is None else tuple(classes),
+        image_column=run.image_column or record.get("image_column"),
+        label_column=run.label_column or record.get("label_column"),
+    )
 
 
 def check_folder(out: Path) -> None:
@@ -202,7 +216,7 @@ def rate_at(step: int, num_steps: int) -> float:
 
 def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
     with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
+        torch.manual_seed(weight_seed(run.seed))
         critic = TokenCritic(
             scale_sizes=pipeline.schedule.sizes,
             codebook_size=pipeline.codebook_size,
@@ -215,9 +229,10 @@ def _new_critic(pipeline: NextScalePipeline, run: CriticRun) -> TokenCritic:
     return critic.train()
 
 
-def _check_classes(pipeline: NextScalePipeline, source: ImageSource) -> None:
-    names = list(pipeline.class_names.values())
-    fits = list(source.class_names) == names if names else len(source.class_names) == pipeline.num_classes
+def check_classes(pipeline: NextScalePipeline, source: ImageSource) -> None:
+    """Raise UserError unless the images have the model's classes, in its order."""
+    names = names_in_order(pipeline.class_names)
+    fits = source.class_names == names if names else len(source.class_names) == pipeline.num_classes
     if pipeline.num_classes and not fits:
         raise UserError(
             f"the data must have the classes of the model ({', '.join(names) or pipeline.num_classes}), got "

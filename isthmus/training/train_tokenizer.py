@@ -14,6 +14,7 @@ from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
+from isthmus.layers.convolution import cpu_layout
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.perceptual import perceptual_distance
 from isthmus.training.checkpoints import resume, save_checkpoint
@@ -55,7 +56,9 @@ def train_tokenizer(run: TokenizerRun) -> Path:
         KeyboardInterrupt: Ctrl-C, after a last checkpoint.
     """
     accelerator = start_run(run, find_unused_parameters=True)
-    bare = build_tokenizer(run).to(accelerator.device)
+    products = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    layout = cpu_layout(products) if accelerator.device.type == "cpu" else torch.channels_last
+    bare = build_tokenizer(run).to(accelerator.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
     train, held_out = open_splits(run, bare.image_size)
     write_record(accelerator, run, data_fingerprint=train.fingerprint)
 
@@ -93,7 +96,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
 
             counts, means = torch.zeros_like(usage.hits()), StepMeans()
             for part, batch in enumerate(islice(batches, run.accumulate)):
-                images = batch["image"].to(accelerator.device, memory_format=torch.channels_last)
+                images = batch["image"].to(accelerator.device, memory_format=layout)
                 # `accumulate` counts its calls; those for model and discriminator are about the same part
                 accelerator.step = part
                 with accelerator.accumulate(model):
@@ -178,7 +181,7 @@ def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
     if run.freeze_encoder:
         for part in (model.encoder, model.quant_conv, model.codebook, model.phi):
             part.requires_grad_(False)
-    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's overloads miss it
+    return model
 
 
 def start_codebook(

@@ -1,16 +1,17 @@
 import errno
 import os
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import isthmus as package
 from isthmus.cli import COMMANDS, main
+from isthmus.cli.parsing import parse
+from isthmus.cli.sample import Sample
 from isthmus.errors import UserError
+from isthmus.training.config import TokenizerRun
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,18 +30,15 @@ def test_every_command_explains_itself(isthmus, name):
     assert result.code == 0 and f"usage: isthmus {name}" in result.out and result.err == ""
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom isthmus.cli import main\n"
         "assert main(['--help']) == 0 and main(['train', 'prior', '--help']) == 0 and main(['sample', '--help']) == 0\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'datasets', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    start = time.process_time()
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert time.process_time() - start < 5 and used.ru_utime >= 0
 
 
 @pytest.mark.parametrize(
@@ -104,3 +102,23 @@ def test_our_own_faults_keep_their_traceback():
             main(["fail"])
     finally:
         del COMMANDS["fail"], sys.modules["failing_command"]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["face,flag", "2"], ("face", "flag", "2")),
+        (["tench, Tinca tinca"], ("tench, Tinca tinca",)),
+        (["tench, Tinca tinca,face", "id:3"], ("tench, Tinca tinca", "face", "id:3")),
+        (["face,", "flag"], ("face", "flag")),
+        (["a\\,b,c"], ("a,b", "c")),
+    ],
+)
+def test_names_of_classes_may_have_commas(words, wanted):
+    for given in (["--classes", *words], [f"--classes={words[0]}", *words[1:]]):
+        assert parse(Sample, ["model", "--out", "o", *given], prog="isthmus sample").classes == wanted
+
+
+def test_commas_separate_numbers_whatever_follows():
+    run = parse(TokenizerRun, ["--model.scale-sizes", "1, 2,4", "--data", "openmoji"], prog="isthmus train tokenizer")
+    assert run.model.scale_sizes == (1, 2, 4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from isthmus.conversion.reading import read_file, read_weights
+from isthmus.conversion.renaming import load_strict
 from isthmus.errors import UserError
 
 RAN = []
@@ -127,3 +128,11 @@ def test_allowing_the_two_names_is_over_when_the_file_is_read(small, tmp_path):
     assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(pickle.UnpicklingError):
         torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = torch.nn.Linear(2, 1)
+    state = {"weight": torch.tensor([[1.0, float("nan")]]), "bias": torch.zeros(1)}
+    with pytest.raises(UserError, match="NaN or infinity in weight of the prior file"):
+        load_strict(model, state, "the prior file")
+    assert torch.isfinite(model.weight).all()

@@ -1,4 +1,6 @@
+import os
 import pickle
+import signal
 from itertools import islice
 
 import numpy as np
@@ -11,6 +13,7 @@ from isthmus.data.augment import Augmentation
 from isthmus.data.batches import EvaluationImages, TrainingImages, training_batches
 from isthmus.data.opening import open_source
 from isthmus.data.source import check_image_size
+from isthmus.data.workers import worker_batches
 from isthmus.errors import UserError
 
 
@@ -81,9 +84,34 @@ def test_workers_change_nothing_and_no_global_state_is_touched(source):
     before = torch.get_rng_state(), pickle.dumps(np.random.get_state())
     alone = joined(islice(training_batches(views(source), batch_size=4), 5))
     batches = training_batches(views(source), batch_size=4, num_workers=2)
-    assert_same(joined(islice(batches, 5)), alone)
+    made = list(islice(batches, 5))
+    assert_same(joined(made), alone)
+    # containers have little shared memory, and a batch that does not fit there never arrives
+    assert not any(tensor.is_shared() for batch in made for tensor in batch.values())
     del batches
     assert torch.equal(torch.get_rng_state(), before[0]) and pickle.dumps(np.random.get_state()) == before[1]
+
+
+class Ending(torch.utils.data.Dataset):
+    """Samples that end the process that makes them: at position 4 killed, at position 8 by an error."""
+
+    in_memory = False
+
+    def __getitems__(self, positions):
+        if 4 in positions:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if 8 in positions:
+            raise UserError("the picture is broken. Mend it.")
+        return {"position": torch.tensor(positions)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "message"), [(4, "ended with code -9.*--num-workers"), (8, "the picture is broken. M")])
+def test_a_worker_that_ends_is_an_error_in_words(at, message):
+    batches = worker_batches(Ending(), iter([[0, 1], [2, 3], [at], [9]]), 2)
+    assert [next(batches)["position"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(UserError, match=message):
+        next(batches)
 
 
 def test_seeds_differ_and_epochs_differ(source):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from isthmus.data.huggingface import name_and_split
 from isthmus.data.opening import open_source
+from isthmus.data.source import NO_LABELS, WantedColumns
 from isthmus.data.streaming import StreamedBatches, open_stream
 from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
@@ -112,6 +113,100 @@ def test_refusals(tmp_path, cache_dir):
         opened(tmp_path / "text", cache_dir)
     with pytest.raises(UserError, match="could not be loaded"):
         opened(tmp_path / "text" / "dataset_info.json", cache_dir)
+
+
+def plain_table(images=range(16), **columns) -> "datasets.Dataset":
+    """A table whose columns of labels are plain values."""
+    features = {"image": datasets.Image()}
+    values = {"image": [{"bytes": png(i), "path": None} for i in images]}
+    return datasets.Dataset.from_dict(values, features=datasets.Features(features)).map(
+        lambda row, i: {name: column[i] for name, column in columns.items()}, with_indices=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["dog", "cat"], ("cat", "dog")),
+        ([10, 9], ("9", "10")),
+        ([True, False], ("False", "True")),
+    ],
+)
+@pytest.mark.parametrize("column", ["label", "kind"])
+def test_texts_and_whole_numbers_are_classes(values, names, column, tmp_path, cache_dir):
+    plain_table(**{column: [values[i % 2] for i in range(16)]}).save_to_disk(str(tmp_path / "t"))
+    wanted = WantedColumns() if column == "label" else WantedColumns(label=column)
+    train, val = (
+        opened(tmp_path / "t", cache_dir, split=s, val_fraction=0.3, columns=wanted) for s in ("train", "val")
+    )
+    found = {s.load(i).tobytes(): s.class_names[s.labels[i]] for s in (train, val) for i in range(len(s))}
+    assert found == {np.asarray(picture(i)).tobytes(): str(values[i % 2]) for i in range(16)}
+    assert train.class_names == val.class_names == names
+    only = opened(tmp_path / "t", cache_dir, classes=names[1:], columns=wanted)
+    assert only.class_names == names[1:] and set(only.labels.tolist()) == {0}
+    without = opened(tmp_path / "t", cache_dir, val_fraction=0.0, columns=WantedColumns(label=NO_LABELS))
+    assert without.class_names == () and len(without) == 16
+
+
+def test_the_classes_are_those_of_the_training_split(tmp_path, cache_dir):
+    parts = {
+        "train": plain_table(range(4), label=[30, 5, 30, 5]),
+        "validation": plain_table(range(4, 6), label=[30, 30]),
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "parts"))
+    val = opened(tmp_path / "parts", cache_dir, split="val")
+    assert val.class_names == ("5", "30") and val.labels.tolist() == [1, 1]
+    parts["validation"] = plain_table(range(4, 6), label=[30, 7])
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="7, which the split train has not"):
+        opened(tmp_path / "other", cache_dir, split="val")
+
+
+def test_columns_of_images_are_chosen(tmp_path, cache_dir, caplog):
+    caplog.set_level("INFO", logger="isthmus")
+    two = plain_table(range(4)).add_column("other", [{"bytes": png(i), "path": None} for i in range(4, 8)])
+    two = two.cast_column("other", datasets.Image()).add_column("file", [png(i) for i in range(8, 12)])
+    two.save_to_disk(str(tmp_path / "two"))
+    for column, first in (None, 0), ("other", 4), ("file", 8):
+        source = opened(tmp_path / "two", cache_dir, val_fraction=0.0, columns=WantedColumns(image=column))
+        assert (source.load(0) == np.asarray(picture(first))).all()
+        batch = StreamedBatches(
+            open_stream(f"hf:{tmp_path / 'two'}", columns=WantedColumns(image=column)),
+            image_size=8,
+            seed=0,
+            batch_size=2,
+        )
+        assert next(batch)["image"].shape[0] == 2
+    assert "--image-column: other" in caplog.text
+
+
+def test_columns_that_cannot_be_used_are_named(tmp_path, cache_dir, caplog):
+    values = {"label": [0.5] * 16, "caption": [f"text {i}" for i in range(16)], "kind": ["a", "b"] * 8}
+    plain_table(**values).save_to_disk(str(tmp_path / "t"))
+    assert opened(tmp_path / "t", cache_dir).class_names == ()
+    assert "label is float" in caplog.text and "--label-column: caption, kind" in caplog.text
+    for columns, said in [
+        (WantedColumns(label="label"), "classes, texts or whole numbers, got label, which is float"),
+        (WantedColumns(label="knd"), "got knd. Did you mean kind"),
+        (WantedColumns(image="kind"), "got kind, which is string"),
+        (WantedColumns(image="pictures"), "--image-column must be a column"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            opened(tmp_path / "t", cache_dir, columns=columns)
+    opened(tmp_path / "t", cache_dir, columns=WantedColumns(label="caption"))
+    assert "16 different values in 16 images" in caplog.text
+    with pytest.raises(UserError, match="--label-column name columns of hf: data, got kind"):
+        open_source(f"folder:{tmp_path}", image_size=8, columns=WantedColumns(label="kind"))
+    plain_table(label=["a", None] * 8).save_to_disk(str(tmp_path / "gaps"))
+    with pytest.raises(UserError, match="needs a label, but label holds None"):
+        opened(tmp_path / "gaps", cache_dir)
+
+
+def test_a_stream_needs_its_classes_beforehand(tmp_path):
+    plain_table(label=["a", "b"] * 8).save_to_disk(str(tmp_path / "t"))
+    with pytest.raises(UserError, match="classes of a stream.*label.*--label-column none"):
+        open_stream(f"hf:{tmp_path / 't'}")
+    assert open_stream(f"hf:{tmp_path / 't'}", columns=WantedColumns(label=NO_LABELS)).class_names == ()
 
 
 def rows_of(batches, count):

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,11 @@ def test_the_cache_folder_is_the_callers_then_the_environments(tmp_path):
     environment = os.environ | {"ISTHMUS_CACHE": str(tmp_path / "theirs")}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(tmp_path / "theirs")
+    # a home that is no place: the folder belongs to this user alone
+    environment |= {"HOME": "nowhere", "XDG_CACHE_HOME": "", "ISTHMUS_CACHE": "", "TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    found = Path(run.stdout.strip())
+    assert found.parent == tmp_path and found.stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="ISTHMUS_CACHE"):
         cache_directory(tmp_path / "file" / "below")

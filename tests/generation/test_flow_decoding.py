@@ -9,6 +9,7 @@ from isthmus.generation.flow_decoding import SolverPlan, decode_tokens, flow_ste
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from tests.testers import NETWORK
 
 SEEDS = [(7, i) for i in range(3)]
 
@@ -78,8 +79,8 @@ def test_the_stream_equals_the_two_phases(num_steps, options, solver):
     steps = list(flow_steps(tokenizer, decoder, scheduler, plan, parts_of(token_ids, plan), noise))
     assert [step.index for step in steps] == list(range(num_steps)) and steps[0].total == num_steps
     for step, state in zip(steps, states, strict=True):
-        assert_close(step.x, state, atol=1e-5, rtol=1e-5)
-    assert_close(steps[-1].preview, scheduler.to_image(states[-1]), atol=1e-5, rtol=1e-5)
+        assert_close(step.x, state, **NETWORK)
+    assert_close(steps[-1].preview, scheduler.to_image(states[-1]), **NETWORK)
     assert_close(decode_tokens(tokenizer, decoder, scheduler, token_ids, noise, plan=plan), steps[-1].preview)
 
 
@@ -127,7 +128,7 @@ def test_previews():
         velocity = decoder(noise, torch.zeros(3), tokenizer.condition(token_ids)[:, :4])
     # the first step is one of Euler, so both previews are the jump from pure noise
     for step in (jumps[0], clipped[0]):
-        assert_close(step.preview, (noise + velocity) / 0.6, atol=1e-5, rtol=1e-5)
+        assert_close(step.preview, (noise + velocity) / 0.6, **NETWORK)
     assert not torch.allclose(jumps[1].preview, clipped[1].preview)
     assert torch.equal(jumps[-1].preview, clipped[-1].preview)
     assert_close(jumps[-1].preview, jumps[-1].x / 0.6)
@@ -141,7 +142,7 @@ def test_a_restart_is_right_at_every_step():
     for first in range(4):
         plan = SolverPlan.of(scheduler, first=first)
         x = scheduler.add_noise(image, noise, scheduler.times()[first].expand(3))
-        assert_close(decode_tokens(tokenizer, decoder, scheduler, token_ids, x, plan=plan), image, atol=1e-5, rtol=0)
+        assert_close(decode_tokens(tokenizer, decoder, scheduler, token_ids, x, plan=plan), image, **NETWORK)
 
 
 def test_a_restart_needs_earlier_tokens_for_the_causal_stack_alone():
@@ -152,7 +153,7 @@ def test_a_restart_needs_earlier_tokens_for_the_causal_stack_alone():
     states = by_definition(tokenizer, decoder, scheduler, token_ids, noise, plan)
     steps = list(flow_steps(tokenizer, decoder, scheduler, plan, parts_of(token_ids, plan), noise))
     assert [step.index for step in steps] == [2, 3]
-    assert_close(steps[-1].x, states[-1], atol=1e-5, rtol=1e-5)
+    assert_close(steps[-1].x, states[-1], **NETWORK)
 
 
 def test_an_image_depends_on_its_own_seed_alone():
@@ -163,7 +164,7 @@ def test_an_image_depends_on_its_own_seed_alone():
         decode_tokens(tokenizer, decoder, scheduler, token_ids[rows], image_noise(SEEDS[rows], 8, 8), plan=plan)
         for rows in (slice(3), slice(1, 2))
     )
-    assert_close(together[1:2], alone, atol=1e-5, rtol=0)
+    assert_close(together[1:2], alone, **NETWORK)
 
 
 def test_other_sides_and_bf16():

@@ -14,6 +14,7 @@ from isthmus.layers.attention import (
     causal_attention,
     markov_attention,
     scale_causal_mask,
+    unit_heads,
 )
 
 LENGTHS = st.lists(st.integers(1, 8), min_size=1, max_size=5)
@@ -111,3 +112,33 @@ def test_temperature_is_clamped_at_a_hundred():
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2])
     assert math.exp(MAX_LOG_SCALE) == pytest.approx(100)
+
+
+def test_unit_heads_and_their_gradients_are_those_of_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 5, 3, 3, 4, generator=generator, requires_grad=True)
+    factor = torch.rand(1, 3, 1, 1, generator=generator).requires_grad_()
+    upstream = [torch.randn(2, 3, 5, 4, generator=generator) for _ in range(3)]
+    q, k, v = (rows.transpose(1, 2) for rows in qkv.unbind(2))
+    formula = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), v
+    with torch.no_grad():
+        torch.testing.assert_close(unit_heads(qkv, factor), formula)
+    trained = unit_heads(qkv, factor)
+    torch.testing.assert_close(trained, formula)
+    expected, found = (torch.autograd.grad(heads, (qkv, factor), upstream) for heads in (formula, trained))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("attention", [markov_attention, causal_attention])
+def test_training_under_autocast_is_nearer_to_fp32_than_bf16_resolves(attention):
+    """Scores and probabilities are fp32; only what the linear layers give and take is rounded (2^-9 each)."""
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(16, 2, l2_attention=True), torch.randn(2, 21, 16, requires_grad=True)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            mixed = layer(x, attention((1, 4, 16)))
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(mixed.float().sum(), [x, *layer.parameters()])])
+        )
+    assert (gradients[1] - gradients[0]).norm() < 8 * 2**-9 * gradients[0].norm()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from tests.testers import ModelLaws, randomized
+from tests.testers import NETWORK, ModelLaws, randomized
 
 ARGUMENTS = {
     "image_size": 8,
@@ -67,7 +67,7 @@ class TestDiffusionTokenizer(ModelLaws):
         for i, image in enumerate(inputs[0]):
             alone = model(image[None])
             assert together.token_ids is None or torch.equal(alone.token_ids[0], together.token_ids[i])
-            torch.testing.assert_close(alone.condition[0], together.condition[i], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(alone.condition[0], together.condition[i], **NETWORK)
 
     def test_a_new_group_through_the_cache_is_the_whole_prefix(self, model, inputs):
         latents = model.latents(*inputs)
@@ -78,7 +78,7 @@ class TestDiffusionTokenizer(ModelLaws):
                 continue
             with torch.no_grad():
                 condition = model.condition_vectors(part, cache)
-            torch.testing.assert_close(condition, whole[:, seen : seen + part.shape[1]], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(condition, whole[:, seen : seen + part.shape[1]], **NETWORK)
             seen += part.shape[1]
         assert cache.length == seen == 8
 
@@ -86,7 +86,7 @@ class TestDiffusionTokenizer(ModelLaws):
         latents = model.latents(*inputs)
         whole = model.condition_vectors(latents)
         for n in range(model.tokens_per_group, 9, model.tokens_per_group):
-            torch.testing.assert_close(model.condition_vectors(latents[:, :n]), whole[:, :n], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model.condition_vectors(latents[:, :n]), whole[:, :n], **NETWORK)
 
     def test_latents_are_unit_vectors_in_fp32_under_autocast(self, model, inputs):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -153,7 +153,7 @@ def test_training_output_is_what_decoding_uses():
     assert torch.equal(output.token_ids, encoded.token_ids)
     # latent + (code - latent) rounds once more than the code itself
     torch.testing.assert_close(output.quantized, encoded.quantized)
-    torch.testing.assert_close(output.condition, tokenizer.condition(encoded.token_ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.condition, tokenizer.condition(encoded.token_ids), **NETWORK)
     errors = (encoded.quantized - encoded.latents).square().mean(dim=-1)
     torch.testing.assert_close(output.codebook_errors, errors)
     torch.testing.assert_close(output.commitment_errors, errors)

@@ -5,7 +5,7 @@ import torch
 
 from isthmus.errors import UserError
 from isthmus.models.flow_decoder import FlowDecoder
-from tests.testers import ModelLaws, randomized
+from tests.testers import NETWORK, ModelLaws, randomized
 
 ARGUMENTS = {"patch_size": 2, "width": 16, "num_layers": 2, "condition_width": 6, "head_width": 8}
 
@@ -60,11 +60,11 @@ class TestFlowDecoder(ModelLaws):
         together = model(*inputs)
         for i in range(3):
             alone = model(*(part[i : i + 1] for part in inputs))
-            torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(alone[0], together[i], **NETWORK)
 
     def test_the_order_of_the_tokens_in_a_group_means_nothing(self, model, inputs):
         x_t, t, condition = inputs
-        torch.testing.assert_close(model(x_t, t, condition.flip(1)), model(*inputs), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x_t, t, condition.flip(1)), model(*inputs), **NETWORK)
 
     def test_keys_of_two_groups_are_keys_of_both(self, model, inputs):
         # what lets overlapping windows be put together from groups

@@ -1,7 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from isthmus.errors import UserError
+from isthmus.models.fingerprint import _LATER, fingerprint
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from tests.testers import TokenizerLaws, randomized
 
@@ -31,8 +33,9 @@ class TestMultiScaleVQVAE(TokenizerLaws):
             {"phi_indices": (3, 2, 1, 0), "channel_multipliers": (1,), "commitment_weight": 1.0},
             {"scale_sizes": (4,), "num_phi": 1},
             {"scale_sizes": (2, 4), "num_phi": 2},
+            {"pixel_unshuffle": 2, "channel_multipliers": (2,)},
         ],
-        ids=["plain", "cosine", "own-phi", "one-scale", "from-two"],
+        ids=["plain", "cosine", "own-phi", "one-scale", "from-two", "folded"],
     )
     def model(self, request):
         return build(**request.param)
@@ -102,11 +105,33 @@ def test_straight_through_passes_the_gradient_of_the_features_on():
         ({"phi_indices": (0, 1, 2, 4)}, "0..3"),
         ({"phi_ratio": 1.5}, r"\[0, 1\]"),
         ({"base_channels": 48}, "multiple of 32"),
+        ({"pixel_unshuffle": 0}, "at least 1"),
     ],
 )
 def test_arguments_that_cannot_be_built(changes, message):
     with pytest.raises(UserError, match=message):
         MultiScaleVQVAE(**ARGUMENTS | changes)
+
+
+def test_folded_pixels_count_in_the_stride_and_lose_nothing():
+    """A network of one 3 x 3 convolution each way that copies what enters gives back every pixel."""
+    plain, folded = build(), build(pixel_unshuffle=2, channel_multipliers=(1,))
+    assert (folded.stride, folded.image_size) == (plain.stride, plain.image_size)
+    assert folded.encoder.conv_in.in_channels == folded.decoder.conv_out.out_channels == 12
+    x = images(2, 8)
+    assert torch.equal(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2), x)
+    with torch.no_grad():  # a last convolution without weights says which place of a square each channel is
+        folded.decoder.conv_out.weight.zero_()
+        folded.decoder.conv_out.bias.copy_(torch.arange(12.0))
+    pixels = folded.decoder(torch.zeros(1, 4, 4, 4))
+    assert torch.equal(pixels[0, 1, :2, :2], torch.tensor([[4.0, 5.0], [6.0, 7.0]]))
+
+
+def test_models_saved_before_pixels_could_be_folded_keep_their_fingerprint():
+    model = build()
+    before = fingerprint(model)
+    assert model.config["pixel_unshuffle"] == 1 and "pixel_unshuffle" in _LATER
+    assert fingerprint(build(pixel_unshuffle=1)) == before != fingerprint(build(pixel_unshuffle=2))
 
 
 def test_bad_inputs_are_named():

@@ -6,7 +6,7 @@ import torch
 
 from isthmus.errors import UserError
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from tests.testers import PriorLaws, randomized
+from tests.testers import NETWORK, PriorLaws, randomized
 
 ARGUMENTS = {
     "scale_sizes": (1, 2, 3),
@@ -77,7 +77,7 @@ def test_any_scales_of_a_markov_model_are_rows_of_the_full_pass(scales):
     full = model(labels, scale_inputs).logits.split([1, 4, 9], dim=1)
     parts = scale_inputs.split([0, 4, 9], dim=1)
     logits = model(labels, torch.cat([parts[k] for k in scales], dim=1), scales=scales).logits
-    torch.testing.assert_close(logits, torch.cat([full[k] for k in scales], dim=1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, torch.cat([full[k] for k in scales], dim=1), **NETWORK)
 
 
 def test_markov_and_causal_differ_only_in_what_they_see():
@@ -99,7 +99,7 @@ def test_cache_of_leading_rows():
     for scale in (0, 1):
         model.forward_scale(scale, parts[scale], conditioning, cache)
     logits = model.forward_scale(2, parts[2][:2], conditioning.leading(2), cache)
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, **NETWORK)
 
 
 def test_truncated_cache_repeats_a_scale():
@@ -125,7 +125,7 @@ def test_two_requests_can_interleave():
         for i, (conditioning, cache, logits) in enumerate(requests):
             logits.append(model.forward_scale(scale, parts[scale][i : i + 1], conditioning, cache))
     together = torch.cat([torch.cat(logits, dim=1) for *_, logits in requests])
-    torch.testing.assert_close(together, model(labels, scale_inputs).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, model(labels, scale_inputs).logits, **NETWORK)
 
 
 def test_bf16_autocast_stays_near_fp32():

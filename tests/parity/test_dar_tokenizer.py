@@ -71,6 +71,7 @@ def test_rotary_tables(golden):
     published = golden.tensors("dar/tok_a_encode.safetensors")["rope2d_4x6_theta10000"][0, 0]
     cos, sin = grid_rotary_table(4, 6, 64).unbind(-1)
     rotations = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], dim=-2)
-    assert_parity(rotations, published, 1e-6)
+    # angles of up to 32 rad are rounded by 32 u = 2e-6, and so are their waves
+    assert_parity(rotations, published, 4e-6)
     sequence = golden.tensors("dar/gpt.safetensors")["freqs_cis"]
-    assert_parity(rotary_table(torch.arange(33.0), 16), sequence, 1e-6)
+    assert_parity(rotary_table(torch.arange(33.0), 16), sequence, 4e-6)

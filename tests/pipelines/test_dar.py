@@ -15,7 +15,9 @@ from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
+from tests.testers import NETWORK
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def test_variations_keep_whole_groups(pipe, image):
 def test_a_restart_runs_the_last_steps_from_the_image(pipe, image):
     token_ids = pipe.encode(image)
     whole = pipe.restart(image, 1.0, seed=4, output_type="latent")
-    assert_close(whole, pipe.reconstruct(image, seed=4, output_type="latent"), atol=1e-5, rtol=0)
+    assert_close(whole, pipe.reconstruct(image, seed=4, output_type="latent"), **NETWORK)
     # by hand: two steps of Euler from the third time on
     t, noise = pipe.scheduler.times(), image_noise([(4, 0)], 8, 8)
     x = t[2] * 0.6 * image + (1 - t[2]) * noise
@@ -223,7 +225,7 @@ def test_a_restart_runs_the_last_steps_from_the_image(pipe, image):
             window = condition[:, 4 * step : 4 * step + 4]
             x = x + (t[step + 1] - t[step]) * pipe.decoder(x, t[step : step + 1], window)
     half = pipe.restart(image, 0.5, seed=4, solver="euler", output_type="latent")
-    assert_close(half, x / 0.6, atol=1e-5, rtol=1e-5)
+    assert_close(half, x / 0.6, **NETWORK)
     other = pipe("flag", seed=1).token_ids
     assert pipe.restart(image, 0.25, token_ids=other.expand(2, -1), seed=4, output_type="pt").shape == (2, 3, 8, 8)
     for bad in (0.0, 1.5, -1):
@@ -365,3 +367,18 @@ def test_images_on_a_gpu_follow_the_same_law():
         alone = pipe(label, seed=7, image_index=i, output_type="pt")
         assert torch.equal(alone.token_ids, together.token_ids[i : i + 1])
         assert_close(alone.images[0], together.images[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_dar, tiny_pipeline])
+def test_what_a_caller_sets_as_torchs_defaults_changes_nothing(make):
+    pipeline = make()
+    options = {"seed": 3, "guidance_scale": 1.5, "temperature": 0.9, "output_type": "pt"}
+    before = pipeline([0, 1], **options).images
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        after = pipeline([0, 1], **options).images
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(before, after)

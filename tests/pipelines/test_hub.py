@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_offline_the_cache_is_enough_and_the_rest_is_one_error(hub_cache):
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache), "PATH": "/usr/bin:/bin"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

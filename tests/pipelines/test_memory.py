@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.pipelines.free_memory import images_that_fit
+from isthmus.pipelines.free_memory import container_bytes, images_that_fit
 from isthmus.pipelines.memory import naming_next_batch_size
 
 
@@ -22,3 +22,22 @@ def test_other_errors_stay_what_they_are():
 def test_at_least_one_image_is_tried():
     assert images_that_fit(torch.device("cpu"), 2**62) == 1
     assert images_that_fit(torch.device("cpu"), 1) == 64
+
+
+def test_the_limits_of_a_container_count(tmp_path):
+    def group(folder, limit, used):
+        (tmp_path / "sys/fs/cgroup" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "sys/fs/cgroup" / folder / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "sys/fs/cgroup" / folder / "memory.stat").write_text("anon 1\ninactive_file 5\n")
+
+    assert container_bytes(tmp_path) == []
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/pod/job\n")
+    group("pod", "100", "30")
+    group("pod/job", "max", "20")
+    assert container_bytes(tmp_path) == [75]
+    # a container sees its own group as the tree
+    group("", "60", "50")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    assert container_bytes(tmp_path) == [15]

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.generation.step import token_hashes
-from isthmus.models.saved_model import Config
+from isthmus.models.saved_model import Config, check_finite
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny_dar import tiny_dar
 
 HERE = Path(__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -128,6 +129,28 @@ def test_weights_must_be_complete_and_no_more(copied):
     path.unlink()
     with pytest.raises(UserError, match="missing"):
         load_pipeline(copied)
+
+
+@pytest.mark.parametrize("made", [tiny_pipeline, tiny_dar])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(made, value, dtype, tmp_path):
+    made().to(dtype).save_pretrained(tmp_path)
+    for path in tmp_path.rglob("*.safetensors"):
+        weights = load_file(path)
+        name = sorted(weights)[-1]
+        broken = weights[name].clone()
+        broken.view(-1)[-1] = value
+        save_file(weights | {name: broken}, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"finite, got NaN or infinity in {name} of .*{path.parent.name}"):
+            load_pipeline(tmp_path)
+        save_file(weights, path, metadata={"format": "pt"})
+    assert load_pipeline(tmp_path).num_classes == 3
+
+
+def test_large_weights_are_finite():
+    """Their sum is not."""
+    check_finite({"w": torch.full((8,), 3e38), "h": torch.full((8,), 6e4, dtype=torch.float16)}, "a file")
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path, saved):

@@ -68,7 +68,8 @@ def test_all_tokens_rebuild_what_the_models_own_solver_rebuilds(finished_dar):
     name = solved["trained_steps"]
     assert name in solved["by_solver"], "the tiny study measures the model's own solver among others"
     last = list(by_tokens.values())[-1]
-    assert last["PSNR, dB"] == pytest.approx(solved["by_solver"][name]["PSNR, dB"])
+    # pixels 5e-5 from each other, and half the range from the images: 20 log10(1 + 1e-4) dB
+    assert last["PSNR, dB"] == pytest.approx(solved["by_solver"][name]["PSNR, dB"], abs=1e-3)
 
 
 @pytest.mark.parametrize(("study", "kind"), [(DAR_STUDY, "solvers"), (SRDD_STUDY, "cost")])

@@ -22,6 +22,8 @@ from isthmus.training.next_scale_prior import NextScalePrior
 from isthmus.training.next_token_prior import NextTokenPrior, with_new_classes
 from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
+from tests.made_once import made_once
+from tests.training.test_processes import assert_same_log, log_lines
 from tests.training.test_runs import assert_same, weights
 from tests.training.tiny_dar_runs import FROZEN, LOSS, diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import OPTIM, prior_run, write_images
@@ -35,13 +37,21 @@ MODELS = (*PARTS, "scheduler", "transformer", "model_index.json")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, images) -> Path:
     """Run folder of a diffusion tokenizer trained for six steps."""
-    return train_diffusion_tokenizer(diffusion_tokenizer_run(images, tmp_path_factory.mktemp("dar") / "tokenizer"))
+
+    def train(folder: Path) -> Path:
+        return train_diffusion_tokenizer(diffusion_tokenizer_run(images, folder / "run"))
+
+    return made_once(tmp_path_factory, "trained-dar-tokenizer", train)
 
 
 @pytest.fixture(scope="module")
 def trained_prior(tmp_path_factory, images, trained) -> Path:
     """Run folder (= pipeline folder) of a Llama trained for six steps."""
-    return train_prior(next_token_prior_run(images, tmp_path_factory.mktemp("dar") / "prior", trained))
+
+    def train(folder: Path) -> Path:
+        return train_prior(next_token_prior_run(images, folder / "run", trained))
+
+    return made_once(tmp_path_factory, "trained-dar-prior", train)
 
 
 def forget_after(out: Path, step: int) -> None:
@@ -56,10 +66,6 @@ def forget_after(out: Path, step: int) -> None:
 
 def llama_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "model.safetensors")
-
-
-def log_lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -89,8 +95,7 @@ def test_accumulation_changes_nothing_but_memory(tmp_path, images, trained):
     for run, train in ((tokenizer, train_diffusion_tokenizer), (prior, train_prior)):
         parts = replace(run, out=tmp_path / f"{run.out.name}-parts", accumulate=2)
         train(run), train(parts)
-        for first, second in zip(log_lines(run.out), log_lines(parts.out), strict=True):
-            assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
+        assert_same_log(run.out, parts.out)
 
 
 def test_a_run_of_everything_optional(tmp_path, images):

@@ -6,7 +6,7 @@ import torch
 from isthmus.models.next_token_prior import TokenLayout, new_prior, next_token_logits, next_token_loss
 from isthmus.training.dropout import ResidualDropout, embedding_seeds, residual_seeds, sample_dropout
 from isthmus.training.next_token_objective import NextTokenObjective, nats_by_group
-from tests.testers import randomized
+from tests.testers import NETWORK, randomized
 
 LAYOUT = TokenLayout(codebook_size=16, num_classes=3, num_tokens=6)
 LABELS, TOKENS = torch.tensor([0, 3]), torch.arange(12).view(2, 6)
@@ -39,7 +39,7 @@ def test_seeds_differ_by_position_layer_and_branch():
 def test_the_objective_is_the_cross_entropy_over_codes(llama):
     losses = NextTokenObjective(llama, LAYOUT)(LABELS, TOKENS)
     logits = next_token_logits(llama, LAYOUT, LABELS, TOKENS[:, :-1])
-    torch.testing.assert_close(losses.nats, next_token_loss(logits, TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses.nats, next_token_loss(logits, TOKENS), **NETWORK)
     torch.testing.assert_close(losses.total, losses.nats.mean())
     assert torch.equal(losses.hits, logits.argmax(dim=-1) == TOKENS)
     torch.testing.assert_close(nats_by_group(losses.nats, 3).mean(), losses.nats.mean())
@@ -70,7 +70,7 @@ def test_hooks_change_what_is_added_and_leave_no_trace(llama):
         dropout.seeds = residual_seeds(torch.tensor([1]), 2, seed=0)
         single = objective(LABELS[1:], TOKENS[1:]).nats
     assert not torch.equal(whole, before)
-    torch.testing.assert_close(single, whole[1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(single, whole[1:], **NETWORK)
     assert torch.equal(objective(LABELS, TOKENS).nats, before)
     assert not any(module._forward_hooks for module in llama.modules())
 

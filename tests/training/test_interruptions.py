@@ -1,13 +1,14 @@
 """Killed, interrupted or out of space: the same command again ends where an undisturbed run ends, bit for bit."""
 
+import io
 import json
-import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from isthmus.training.checkpoints import newest_checkpoint
 from isthmus.training.config import PriorRun, Run, TokenizerRun, run_to_json
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
+from tests.made_once import made_once
 from tests.training.test_runs import assert_same, forget_after, weights
 from tests.training.tiny_runs import prior_run, tokenizer_run
 
@@ -35,11 +37,10 @@ def command(run: Run, folder: Path) -> list[str]:
 
 
 def start(words: list[str]) -> "subprocess.Popen[str]":
-    """`isthmus` in a process of its own, with one thread as here: sums depend on their number."""
+    """`isthmus` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "isthmus", *words],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -61,7 +62,10 @@ def step_of(out: Path) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, images, trained_tokenizer) -> dict[str, TokenizerRun | PriorRun]:
     """Straight runs, long enough to be caught at work."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    return made_once(tmp_path_factory, "undisturbed", lambda folder: straight_runs(folder, images, trained_tokenizer))
+
+
+def straight_runs(folder: Path, images: str, trained_tokenizer: Path) -> dict[str, TokenizerRun | PriorRun]:
     often = {"save_every": 50, "validate_every": 50, "preview_every": 50}
     # the discriminator starts at step 2, codes are revived at every step from 3 to 11
     first = tokenizer_run(images, folder / "tokenizer", num_steps=14, **often)
@@ -112,6 +116,19 @@ def test_ctrl_c_saves_and_the_command_goes_on(tmp_path, undisturbed):
     assert_same(weights(run.out / "image_tokenizer"), weights(undisturbed["tokenizer"].out / "image_tokenizer"))
 
 
+def on_a_small_disk(words: list[str], limit: int | None) -> tuple[int, str]:
+    """Exit code of a command whose files may not grow beyond a limit, as on a disk that is full, and what it said."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # both streams: pytest keeps them in files, which would have the limit as well
+    with io.StringIO() as said, redirect_stderr(said), redirect_stdout(said):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if limit is None else limit, before[1]))
+        try:
+            code = main(words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return code, said.getvalue()
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path, images, trained_tokenizer, trained_prior):
     tokenizer = tokenizer_run(images, tmp_path / "tokenizer", num_steps=3)
     prior = prior_run(images, tmp_path / "prior", trained_tokenizer, num_steps=3)
@@ -129,29 +146,21 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path, images, trained_to
         (prior, 20_000), (prior, 100_000), (prior, None),
         (finished[0], 500_000), (finished[0], None), (finished[1], 500_000), (finished[1], None),
     ]  # fmt: skip
-    plan = [{"words": command(run, tmp_path), "limit": limit, "out": str(run.out)} for run, limit in limits]
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.small_disk", str(tmp_path / "plan.json")],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for (run, limit), result in zip(limits, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        about = f"{run.out.name} with {limit}: {result}"
+    for run, limit in limits:
+        code, said = on_a_small_disk(command(run, tmp_path), limit)
+        files = sorted(str(path.relative_to(run.out)) for path in run.out.rglob("*") if path.is_file())
+        about = f"{run.out.name} with {limit}: {code}, {said}, {files}"
         model = ("image_tokenizer" if isinstance(run, TokenizerRun) else "transformer") + "/config.json"
-        assert (model in result["files"]) == (limit is None), about
-        assert not any("partial" in name for name in result["files"]), about
+        assert (model in files) == (limit is None), about
+        assert not any("partial" in name for name in files), about
         if limit is None:
-            assert result["code"] == 0, about
+            assert code == 0, about
             continue
-        errors = [line for line in result["said"].splitlines() if line.startswith("isthmus: error")]
-        assert result["code"] == 2 and len(errors) == 1 and "could not be written" in errors[0], about
-        assert "Free some space" in errors[0] and "Traceback" not in result["said"], about
-        assert "model_index.json" not in result["files"], about
+        errors = [line for line in said.splitlines() if line.startswith("isthmus: error")]
+        assert code == 2 and len(errors) == 1 and "could not be written" in errors[0], about
+        assert "Free some space" in errors[0] and "Traceback" not in said, about
+        assert "model_index.json" not in files, about
         if run not in finished:
-            assert not any(name.startswith("checkpoints/") for name in result["files"]), about
+            assert not any(name.startswith("checkpoints/") for name in files), about
     logged = [json.loads(line)["step"] for line in (tokenizer.out / "log.jsonl").read_text().splitlines()]
     assert logged == [1, 2, 3, 3], "attempts without a checkpoint leave nothing in the log"

@@ -17,6 +17,7 @@ from isthmus.training.config import PriorModel, run_from_json, run_to_json
 from isthmus.training.next_scale_prior import with_new_classes
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
+from tests.testers import TRAINED_ATOL
 from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run, write_images
 
 pytestmark = pytest.mark.slow
@@ -92,7 +93,7 @@ def test_accumulation_changes_nothing_but_memory(tmp_path, images, trained_token
         train_prior(run)
     first, second = (weights(run.out / "transformer") for run in (whole, parts))
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=TRAINED_ATOL)
 
 
 def test_a_trained_run_is_a_pipeline_with_the_names_of_its_classes(trained_prior):

@@ -36,6 +36,7 @@ def diffusion_tokenizer_run(data: str, out: Path, **changes) -> DiffusionTokeniz
         validate_every=3,
         preview_every=6,
         num_workers=0,
+        mixed_precision="no",  # on every processor the same arithmetic
         validation_images=4,
         optim=OPTIM,
         model=DiffusionTokenizerModel(
@@ -78,6 +79,7 @@ def next_token_prior_run(data: str, out: Path, tokenizer: Path | str, **changes)
         log_every=1,
         validate_every=3,
         preview_every=6,
+        mixed_precision="no",  # on every processor the same arithmetic
         optim=OPTIM,
         model=LlamaModel(width=16, num_layers=2, num_heads=2, feed_forward_width=32),
         sampling=PriorSampling(guidance="2", top_p=0.95),

@@ -44,6 +44,7 @@ def tokenizer_run(data: str, out: Path, **changes) -> TokenizerRun:
         validate_every=3,
         preview_every=6,
         num_workers=0,
+        mixed_precision="no",  # on every processor the same arithmetic
         optim=OPTIM,
         model=TokenizerModel(
             codebook_size=16,
@@ -73,6 +74,7 @@ def prior_run(data: str, out: Path, tokenizer: Path | str, **changes) -> PriorRu
         log_every=1,
         validate_every=3,
         preview_every=6,
+        mixed_precision="no",  # on every processor the same arithmetic
         optim=OPTIM,
         model=PriorModel(width=16, num_layers=2, num_heads=2, scale_attention="markov", drop_path=0.2, init_gate=0.5),
     )

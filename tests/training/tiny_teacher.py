@@ -49,6 +49,7 @@ def distill_run(data: str, out: Path, teacher: Path, **changes) -> DistillRun:
         "log_every": 1,
         "validate_every": 4,
         "preview_every": 4,
+        "mixed_precision": "no",  # on every processor the same arithmetic
         "optim": OPTIM,
         "report_images": 0,
         "baseline": False,

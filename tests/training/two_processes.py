@@ -25,6 +25,7 @@ from isthmus.training.run import FiniteGuard, StopRequest
 from isthmus.training.saved_networks import averaged_model
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
+from tests.testers import TRAINED_ATOL
 
 SHARDED_BATCH = 4
 MAX_GRAD_NORM = 0.05  # small enough to clip at every step
@@ -125,12 +126,12 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor], *, atol: float) -> None:
-    """Equal names, values within `atol`."""
+def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Equal names, values as of one training."""
     assert set(first) == set(second)
     for name, value in first.items():
         torch.testing.assert_close(
-            second[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            second[name], value, rtol=0, atol=TRAINED_ATOL, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
