@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.pipelines.request import Generators, Labels, OutputType, as_output, check_output_type, label_list, spread
 from isthmus.pipelines.saved import SavedPipeline, index_entry
-from isthmus.pipelines.seeds import image_seeds
+from isthmus.pipelines.seeds import Whole, image_seeds
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 
@@ -178,7 +178,7 @@ class IsthmusPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
-            torch_dtype: type of the weights, float32 (the default) or bfloat16; one for all parts.
+            torch_dtype: type of the weights, float32 (the default), bfloat16 or "auto"; one for all parts.
             dtype: newer name of the same.
             device_map: None loads to the CPU; the name of a device, "auto" (CUDA where there is one), or "balanced",
                 which on a machine with one accelerator is that one.
@@ -223,9 +223,9 @@ class IsthmusPipeline(DiffusionPipeline):
         output_type: OutputType = "pil",
         return_dict: bool = True,
         *,
-        seed: int | Sequence[int] | None = None,
-        image_index: int | Sequence[int] = 0,
-        num_images_per_prompt: int | None = None,
+        seed: Whole | None = None,
+        image_index: Whole = 0,
+        num_images_per_prompt: SupportsIndex | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
@@ -263,7 +263,7 @@ class IsthmusPipeline(DiffusionPipeline):
         ids = spread(labels, options.pop("num_images", None), options.pop("num_images_per_class", 1))
         seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
         self._interrupt, self.num_timesteps = False, len(times := self._times(options))
-        tokens: dict[int, Tensor] = {}
+        tokens: list[Tensor] = []
         latents = None
         progress_bar: Any = self.progress_bar  # diffusers' decorator hides its arguments from type checkers
         with self._placed(), progress_bar(total=len(times)) as bar:
@@ -275,8 +275,8 @@ class IsthmusPipeline(DiffusionPipeline):
                 **options,
             )
             for step in steps:
-                # a jump back draws a scale once more: the last draw counts
-                tokens[step.index], latents = step.token_ids, step.preview
+                # a jump back draws scales once more: those that came after its first are no part of the latents
+                tokens[step.index :], latents = [step.token_ids], step.preview
                 bar.update(step.index + 1 - bar.n)
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "token_ids": step.token_ids}
@@ -289,7 +289,7 @@ class IsthmusPipeline(DiffusionPipeline):
             images = self.decode_latents(latents, output_type)
         if not return_dict:
             return (images,)
-        return IsthmusPipelineOutput(images, self._joined([tokens[i] for i in sorted(tokens)]), ids, seeds)
+        return IsthmusPipelineOutput(images, self._joined(tokens), ids, seeds)
 
     def decode_latents(self, latents: Tensor, output_type: OutputType = "pil") -> Pictures:
         """Pictures of the latents that a callback saw, or that `output_type="latent"` returned."""
@@ -409,7 +409,7 @@ class IsthmusPipeline(DiffusionPipeline):
             self.maybe_free_model_hooks()
 
     def _own_options(
-        self, options: dict[str, Any], num_inference_steps: int | None, num_images_per_prompt: int | None
+        self, options: dict[str, Any], num_inference_steps: int | None, num_images_per_prompt: SupportsIndex | None
     ) -> dict[str, Any]:
         """Arguments of `native.stream` that were given under its names or under diffusers'.
 

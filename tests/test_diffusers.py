@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def test_it_is_a_diffusion_pipeline_of_our_components(pipe, own):
         lambda: {"seed": 7},
         lambda: {"seed": 7, "image_index": [3, 1]},
         lambda: {"seed": [7, 8]},
+        lambda: {"seed": np.array([7, 8])},
     ],
 )
 def test_one_seed_makes_one_image_whoever_is_asked(pipe, own, random):
@@ -274,7 +276,7 @@ def test_types_are_those_that_the_model_computes_in(pipe, folders, family, adapt
         lambda: pipe.to(torch.float16),
         lambda: adapter.from_pretrained(folders[family], dtype=torch.float16),
     ):
-        with pytest.raises(UserError, match="float32, bfloat16, got torch.float16"):
+        with pytest.raises(UserError, match="float32, bfloat16 or auto, got torch.float16"):
             refused()
     with pytest.raises(UserError, match="Pass dtype"):
         adapter.from_pretrained(folders[family], dtype=torch.float32, torch_dtype=torch.float32)
@@ -381,6 +383,26 @@ def test_a_scheduler_that_jumps_back_is_counted_by_its_last_draws(next_scale):
     look = lambda pipe, step, t, kwargs: seen.append(step)  # noqa: E731
     drawn = next_scale(["face"], seed=3, callback_on_step_end=look)
     assert torch.equal(tokens_of(drawn), tokens_of(own(["face"], seed=3))) and len(seen) > 3
+    back = next(i for i, (before, step) in enumerate(pairwise(seen)) if step < before) + 1
+
+    def stop(pipe, step, t, kwargs):
+        pipe._interrupt = len(seen) == back
+        seen.append(step)
+
+    expected = seen[back]
+    seen.clear()
+    partly = next_scale(["face"], seed=3, callback_on_step_end=stop)
+    assert len(partly.token_ids) == expected + 1, "no tokens of scales that the image is without"
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
+def test_a_model_without_classes_takes_none(make, adapter):
+    own = make(num_classes=0)
+    pipe = adapter.from_pipeline(own)
+    assert pipe.labels == {} and torch.equal(tokens_of(pipe(seed=3)), tokens_of(own(seed=3)))
+    assert len(pipe(num_images_per_prompt=2, seed=3).images) == 2
+    with pytest.raises(UserError, match="no classes"):
+        pipe(["face"])
 
 
 def test_a_pipeline_of_a_pipeline_shares_the_weights(pipe, adapter):
