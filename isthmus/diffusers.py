@@ -5,6 +5,7 @@ pipeline, which stays in reach as `native`, so one seed makes one image whicheve
 """
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -429,17 +430,17 @@ class IsthmusPipeline(DiffusionPipeline):
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         _refuse(foreign, self._call_advice, f"a call of {type(self).__name__}")
 
+    @abstractmethod
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
         """What `t` is in each step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pixels(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1] of latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _joined(self, token_ids: list[Tensor]) -> Tensor | list[Tensor]:
         """Tokens of all steps, as our own pipeline returns them."""
-        raise NotImplementedError
 
 
 class NextScaleDiffusionPipeline(IsthmusPipeline):

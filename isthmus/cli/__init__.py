@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: the caller's to mend; one line on stderr says what. 130: interrupted.
     """
+    # read when torch is imported: threads that wait for each other sleep, where spinning on cores that others use makes
+    # a step six times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     level = next((_VERBOSITY[word] for word in arguments if word in _VERBOSITY), logging.INFO)
     arguments = [word for word in arguments if word not in _VERBOSITY]
