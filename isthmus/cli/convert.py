@@ -15,7 +15,7 @@ logger = logging.getLogger("isthmus")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertVar:
-    """Published VAR weights (.pth or .safetensors; bare, nested or EMA) to a pipeline folder.
+    """Published VAR weights (.pth, .safetensors or shards; bare, nested or EMA) to a folder.
 
     Sizes are read off the files. Every key that is not needed is listed with its reason; a key that is unknown or
     missing is an error.
@@ -35,7 +35,7 @@ class ConvertVar:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertDar:
-    """Published D-AR weights (.pt or .safetensors; bare, nested or EMA) to a pipeline folder.
+    """Published D-AR weights (.pt, .safetensors or shards; bare, nested or EMA) to a folder.
 
     Layers and widths are read off the files. What shapes cannot tell comes from the settings in the tokenizer file;
     the options below take their place, and where there are neither, the published model's hold. Every key that is not
@@ -126,8 +126,12 @@ def _read_names(path: Path | None) -> list[str]:
     if path is None:
         return []
     if not path.is_file():
-        raise UserError(f"--class-names must be a text file, got {path}, which is none.")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        raise UserError(f"--class-names must be a text file, got {path}, which is none. Check the path.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-names must be a text file in UTF-8, got {path} ({error}). Save it so.") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _report_dropped(what: str, dropped: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ time shift, ...) comes from the settings stored in the file, from the caller, or
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -162,7 +162,7 @@ def convert_diffusion_tokenizer_state(
     of_decoder = {key: tensor for key, tensor in joined.items() if re.match(_NET, key)}
     of_tokenizer = {key: tensor for key, tensor in joined.items() if key not in of_decoder}
     tokenizer = _convert_tokenizer(of_tokenizer, settings)
-    decoder = _convert_decoder(of_decoder, settings)
+    decoder = _convert_decoder(of_decoder, settings, seen=joined)
     scheduler = asdict(settings)
     for name in ("image_size", "rotary_base", "decoder_rotary_base", "quantized"):
         del scheduler[name]
@@ -205,9 +205,9 @@ def _convert_tokenizer(raw: Mapping[str, Tensor], settings: PublishedSettings) -
     return Converted(arguments, state, dropped)
 
 
-def _convert_decoder(raw: Mapping[str, Tensor], settings: PublishedSettings) -> Converted:
+def _convert_decoder(raw: Mapping[str, Tensor], settings: PublishedSettings, *, seen: Iterable[str]) -> Converted:
     what = "D-AR pixel decoder"
-    state, dropped = rename(raw, _DECODER_KEYS, _DECODER_DROPPED, what, "diff_decoder.net.conv_in.weight")
+    state, dropped = rename(raw, _DECODER_KEYS, _DECODER_DROPPED, what, "diff_decoder.net.conv_in.weight", seen=seen)
     first = ("condition_embedding.weight", "patch_embedding.weight", "head.weight")
     require(state, (*first, "blocks.0.attention.q_norm.weight"), what)
     for name in ("patch_embedding.weight", "head.weight"):
@@ -242,7 +242,9 @@ def _join_projections(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names = [f"{prefix}{kind}.{part}.{entry}" for part in letters]
             missing = [name for name in names if name not in raw]
             if missing:
-                raise UserError(f"a D-AR tokenizer file must be complete, this one lacks {missing}. Pass another file.")
+                raise UserError(
+                    f"a D-AR tokenizer file must be complete, this one lacks {missing}. Pass the whole file."
+                )
             joined[f"{prefix}{kind}.{letters}.{entry}"] = torch.cat([raw[name] for name in names])
         elif f"{prefix}{kind}.{letters[0]}.{entry}" not in raw:
             joined[key] = tensor  # an unknown key, which the rules refuse by its name

@@ -1,5 +1,6 @@
 """Reading other people's weight files without running any code that they may carry."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -33,6 +34,24 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
+_LISTING = ".index.json"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+# under which names checkpoints keep a network, as entries or as prefixes of keys; averaged weights go first
+_AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "params_ema")
+_WRAPPERS = ("state_dict", "model", "module", "params")
+_TORCH_STARTS = (b"PK", b"\x80")
+# compiled, sharded and checkpointed parts of a network carry these anywhere in their keys
+_WRAPPED_PART = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# how files begin that are often taken for weights, and what they are
+_OTHER_KINDS = (
+    (b"version https://git-lfs", "a pointer of Git LFS (`git lfs pull` fetches the file itself)"),
+    (b"<", "a web page: the download did not work"),
+    (b"GGUF", "a GGUF file, whose weights are quantized for other software"),
+    (b"\x93NUMPY", "an array of numpy"),
+    (b"{", "JSON"),
+)
+
+
 @dataclass
 class PublishedFile:
     """What `read_file` found.
@@ -54,33 +73,111 @@ def read_weights(path: str | Path, *, nested: tuple[str, ...] = ()) -> dict[str,
 def read_file(path: str | Path, *, nested: tuple[str, ...] = ()) -> PublishedFile:
     """Contents of a `.safetensors` or `.pth` file, without running any code that the file may carry.
 
-    Bare state dicts, training checkpoints (`nested` names the entries to look into, such as `var_wo_ddp`), the
-    prefixes `module.` and `_orig_mod.` and EMA copies (preferred where a file has both) are understood. Objects of
-    `argparse.Namespace` and `config_util.Config` become inert stand-ins; any other object is refused.
+    Bare state dicts, training checkpoints (`nested` names the entries to look into, such as `var_wo_ddp`), EMA copies
+    (preferred where a file has both) and the prefixes that wrappers put before every key (`module.`, `_orig_mod.`,
+    `model.` and the like) are understood. Of a sharded checkpoint, the listing (`*.index.json`) or its folder stands
+    for all shards. Objects of `argparse.Namespace` and `config_util.Config` become inert stand-ins; any other object is
+    refused.
 
     Raises:
         UserError: the file is absent, truncated, or holds something else than tensors and settings.
     """
     path = Path(path)
+    files = _files(path)
+    raw = _read(files[0]) if len(files) == 1 else _joined(files)
+    config = _plain(raw.get("config")) if isinstance(raw, Mapping) else None
+    weights = _without_prefixes(_unwrap(raw, nested, path), nested, path)
+    return PublishedFile(weights, config if isinstance(config, dict) else {})
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or every shard that a listing names."""
+    if path.is_dir():
+        listings = sorted(path.glob(f"*{_LISTING}"))
+        single = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+        if not listings and len(single) == 1:
+            return single
+        if len(listings) != 1:
+            held = ", ".join(file.name for file in (listings or single)[:4]) or "no weights"
+            raise UserError(
+                f"weights must be a file or a sharded checkpoint, got the folder {path} with {held}. Name one file."
+            )
+        path = listings[0]
     if not path.is_file():
         raise UserError(f"weights must be a file, got {path}, which does not exist. Pass a .pth or .safetensors file.")
+    if not path.name.endswith(_LISTING):
+        shard = re.fullmatch(r"(.*)-\d+-of-0*(\d+)(\.\w+)", path.name)
+        if shard and int(shard[2]) > 1:
+            listing = path.with_name(f"{shard[1]}{shard[3]}{_LISTING}")
+            raise UserError(
+                f"{path} is one of {shard[2]} shards. Pass the listing of all, {listing.name}"
+                + (", which lies beside it." if listing.is_file() else ", with all shards beside it.")
+            )
+        return [path]
     try:
-        if path.suffix == ".safetensors":
-            raw: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals(_STAND_INS):
-                raw = torch.load(path, map_location="cpu", weights_only=True)
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} must list the shards of a checkpoint (weight_map). Pass the weights themselves."
+        ) from error
+    # a listing names files beside it and nothing else
+    missing = [name for name in names if Path(str(name)).name != name or not (path.parent / name).is_file()]
+    if missing or not names:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"all shards that {path} names must lie beside it, but {missing[0] if missing else 'it names none'}{more} "
+            "is not there. Copy or download them all."
+        )
+    return [path.parent / name for name in names]
+
+
+def _joined(files: list[Path]) -> dict[str, Tensor]:
+    joined: dict[str, Tensor] = {}
+    for file in files:
+        found = _read(file)
+        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise UserError(
+                f"a shard holds tensors by name, {file} holds other things. Pass the shards of a state dict."
+            )
+        twice = sorted(set(joined) & set(found))
+        if twice:
+            raise UserError(
+                f"every tensor lies in one shard, {twice[0]} lies in two ({file} is one). Pass whole shards."
+            )
+        joined |= found
+    return joined
+
+
+def _read(path: Path) -> Any:
+    """What a file holds, by its content and not by its name."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}). Check the file and its permissions.") from error
+    other = next((what for start, what in _OTHER_KINDS if head.startswith(start)), None if head.strip() else "empty")
+    if other:
+        raise UserError(f"{path} must hold weights, but is {other}. Pass a .pth or .safetensors file.")
+    try:
+        if head[8:9] == b"{" and not head.startswith(_TORCH_STARTS):
+            return load_file(path)
+        # opened here: by its name torch would take another reader
+        with torch.serialization.safe_globals(_STAND_INS), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as weights ({_first_line(error)}). Download it again.") from error
+        raise UserError(
+            f"{path} cannot be read as weights ({_first_line(error)}). It is no file of PyTorch or safetensors, or not "
+            "the whole of one: pass another, or copy or download it again."
+        ) from error
     except UnpicklingError as error:
         if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
-            raise UserError(f"{path} is no PyTorch file, or not the whole of one. Download it again.") from error
+            raise UserError(
+                f"{path} is no PyTorch file, or not the whole of one. Pass another, or copy or download it again."
+            ) from error
         raise UserError(
             f"{path} holds objects other than tensors, and Isthmus never runs pickled code. "
             "Save its state dict alone (torch.save(model.state_dict(), ...)) or as safetensors."
         ) from error
-    config = _plain(raw.get("config")) if isinstance(raw, Mapping) else None
-    return PublishedFile(_unwrap(raw, nested, path), config if isinstance(config, dict) else {})
 
 
 def _plain(value: Any) -> Any:
@@ -93,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unwrap(raw: Any, nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
-    wrappers = ("trainer", *nested, "ema", "model_ema", "ema_state_dict", "state_dict", "model", "module")
+    wrappers = ("trainer", *nested, *_AVERAGED, *_WRAPPERS)
     while isinstance(raw, Mapping):
         inner = next((name for name in wrappers if isinstance(raw.get(name), Mapping)), None)
         if inner is None:
@@ -107,7 +204,26 @@ def _unwrap(raw: Any, nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
     strange = [key for key, value in raw.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strange:
         raise UserError(f"{path} must hold tensors only, got others under {strange[:3]}. Pass a state dict.")
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): value for key, value in raw.items()}
+    return dict(raw)
+
+
+def _without_prefixes(weights: dict[str, Tensor], nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
+    """Keys without what wrappers put before them; of several networks under such names, the first that is preferred."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        bare = re.sub(r"^(?:module\.)+", "", _WRAPPED_PART.sub("", key))
+        if bare in renamed:
+            raise UserError(f"{path} holds {bare} twice, once as {key}. Pass the state dict of one network.")
+        renamed[bare] = value
+    fronts = {key.partition(".")[0] for key in renamed}
+    known = [name for name in (*_AVERAGED, *nested, *_WRAPPERS) if name in fronts]
+    if not known or fronts - set(known) or not all("." in key for key in renamed):
+        return renamed
+    front = f"{known[0]}."
+    logger.info("%s: taking the weights under %r", path.name, known[0])
+    return _without_prefixes(
+        {key.removeprefix(front): value for key, value in renamed.items() if key.startswith(front)}, nested, path
+    )
 
 
 def _first_line(error: Exception) -> str:

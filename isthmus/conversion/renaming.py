@@ -1,7 +1,8 @@
 """Published keys to ours, one by one: what is unknown or missing is an error, what is dropped is listed with why."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,13 @@ from isthmus.errors import UserError
 from isthmus.models.saved_model import check_finite
 
 StateDict = dict[str, Tensor]
+# by what a file is known, the most telling key first
+_KINDS = {
+    "cls_embedding.embedding_table.weight": "D-AR prior",
+    "query_embedding.weight": "D-AR tokenizer",
+    "pos_1LC": "VAR prior",
+    "quantize.embedding.weight": "VAR tokenizer",
+}
 
 
 @dataclass
@@ -44,13 +52,22 @@ def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{what} does not fit the network: {'; '.join(problems[:4])}{more}. Pass a complete file.")
+        raise UserError(
+            f"{what} does not fit the network: {'; '.join(problems[:4])}{more}. It is incomplete, or of another "
+            "network: pass another file."
+        )
     check_finite(state, what)
     model.load_state_dict(state)
 
 
 def rename(
-    raw: Mapping[str, Tensor], rules: list[tuple[str, str]], droppable: dict[str, str], what: str, landmark: str
+    raw: Mapping[str, Tensor],
+    rules: list[tuple[str, str]],
+    droppable: dict[str, str],
+    what: str,
+    landmark: str,
+    *,
+    seen: Iterable[str] | None = None,
 ) -> tuple[StateDict, dict[str, str]]:
     """Weights under our names (floats as fp32), and every dropped key with its reason.
 
@@ -61,13 +78,14 @@ def rename(
         droppable: pattern of keys that are not needed -> why.
         what: what such a file is called in errors.
         landmark: a key by which such a file is known.
+        seen: keys of the file, where `raw` is a part of it.
 
     Raises:
         UserError: the landmark is absent, or a key matches nothing.
     """
     if landmark not in raw:
         raise UserError(
-            f"a {what} holds {landmark}, this file does not (first keys: {sorted(raw)[:3]}). Pass the other file?"
+            f"a {what} holds {landmark}, this file does not: {_seen(raw if seen is None else seen, landmark)}"
         )
     state, dropped, unknown = {}, {}, []
     for key, tensor in raw.items():
@@ -82,9 +100,26 @@ def rename(
             unknown.append(key)
     if unknown:
         raise UserError(
-            f"a {what} has no such keys: {sorted(unknown)[:4]} ({len(unknown)} in all). Pass a published file."
+            f"a {what} has no such keys: {sorted(unknown)[:4]} ({len(unknown)} in all). It is of "
+            "another network, or was changed: pass a published file."
         )
     return state, dropped
+
+
+def _seen(keys: Iterable[str], landmark: str) -> str:
+    """What a file holds instead of a landmark, and what to do."""
+    keys = sorted(keys)
+    inside = next((key for key in keys if key.endswith(f".{landmark}")), None)
+    if inside is not None:
+        return f"it has {inside}. Save the state dict of the part under {inside.removesuffix(f'.{landmark}')!r} alone."
+    kind = next((kind for mark, kind in _KINDS.items() if mark in keys), None)
+    if kind is not None:
+        return f"it is a {kind}. Pass it as such."
+    fronts = Counter(key.partition(".")[0] for key in keys)
+    shown = ", ".join(f"{front} ({count})" for front, count in fronts.most_common(6)) or "nothing"
+    return (
+        f"its keys begin with {shown}, such as {keys[:2]}. Pass a published file, or its state dict under those keys."
+    )
 
 
 def require(state: StateDict, keys: tuple[str, ...], what: str) -> None:
@@ -95,9 +130,7 @@ def require(state: StateDict, keys: tuple[str, ...], what: str) -> None:
     """
     missing = [key for key in keys if key not in state]
     if missing:
-        raise UserError(
-            f"a {what} file must be complete, this one lacks what becomes {missing}. Pass a published file."
-        )
+        raise UserError(f"a {what} file must be complete, this one lacks what becomes {missing}. Pass the whole file.")
 
 
 def indexed(state: StateDict, pattern: str) -> list[Tensor]:

@@ -112,12 +112,16 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
     state, dropped = rename(raw, _PRIOR_KEYS, _PRIOR_DROPPED, "VAR prior", "pos_1LC")
     if "lvl_1L" not in raw:
         raise UserError(
-            "a VAR prior holds lvl_1L, the scale of every token; this file does not. Pass an unedited file."
+            "a VAR prior holds lvl_1L, the scale of every token; this file does not. Pass the state dict of the whole "
+            "model: averages of its parameters alone lack it."
         )
     counts = torch.bincount(raw["lvl_1L"].flatten().long()).tolist()
     scale_sizes = tuple(round(count**0.5) for count in counts)
     if [s * s for s in scale_sizes] != counts:
-        raise UserError(f"lvl_1L must give every scale a square number of tokens, got {counts}.")
+        raise UserError(
+            f"lvl_1L must give every scale a square number of tokens, got {counts}. Pass the file "
+            "of a prior over square images."
+        )
     first = ("head.weight", "word_embedding.weight", "class_embedding.weight")
     block = ("blocks.0.attention.qkv.weight", "blocks.0.feed_forward.up.weight")
     require(state, first + block, "VAR prior")

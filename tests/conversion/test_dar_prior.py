@@ -65,7 +65,7 @@ def test_training_checkpoints_are_unwrapped(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"cls_embedding.embedding_table.weight": None}, "Pass the other file"),
+        ({"cls_embedding.embedding_table.weight": None}, "its keys begin with layers"),
         ({"layers.0.attention.wqkv.weight": None}, "must be complete"),
         ({"layers.1.attention.wqkv.weight": None}, "does not fit"),
         ({"layers.1.attention.wo.weight": None}, "missing model.layers.1.self_attn.o_proj.weight"),

@@ -1,5 +1,8 @@
 """Reading published files and renaming their keys: every layout that is understood, every file that is refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -50,10 +53,85 @@ def test_bare_pickles_and_safetensors_hold_the_same(suffix, small, tmp_path):
     assert_same(read_weights(str(pth(tmp_path / f"weights{suffix}", small))), small)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.",
+        "model.module.",
+        "var.",
+        "ema_model.",
+    ],
+)
 def test_prefixes_of_wrappers_are_taken_off(prefix, small, tmp_path):
     wrapped = {prefix + key: value for key, value in small.items()}
+    assert_same(read_weights(pth(tmp_path / "weights.pth", wrapped), nested=("var",)), small)
+
+
+def test_parts_that_were_compiled_or_sharded_on_their_own(small, tmp_path):
+    wrapped = {"a._orig_mod.weight": small["a.weight"], "_fsdp_wrapped_module._checkpoint_wrapped_module.b": small["b"]}
     assert_same(read_weights(pth(tmp_path / "weights.pth", wrapped)), small)
+    twice = {"module.b": small["b"], "b": small["b"]}
+    with pytest.raises(UserError, match="holds b twice"):
+        read_weights(pth(tmp_path / "weights.pth", twice))
+
+
+def test_averages_go_before_what_was_trained_and_parts_are_told_apart(small, tmp_path):
+    both = {f"model.{key}": value + 1 for key, value in small.items()} | {f"ema.{k}": v for k, v in small.items()}
+    assert_same(read_weights(pth(tmp_path / "weights.pth", {"state_dict": both})), small)
+    other = {"vae.c.d": torch.zeros(1)} | {f"var.{key}": value for key, value in small.items()}
+    assert_same(read_weights(pth(tmp_path / "weights.pth", other), nested=("var", "vae")), small)
+
+
+def sharded(folder: Path, state, suffix: str) -> Path:
+    """Two shards and their listing, as other libraries write them."""
+    folder.mkdir()
+    stem = {".safetensors": "model", ".bin": "pytorch_model"}[suffix]
+    names = [f"{stem}-{i:05d}-of-00002{suffix}" for i in (1, 2)]
+    parts = [dict(list(state.items())[i::2]) for i in (0, 1)]
+    for name, part in zip(names, parts, strict=True):
+        (save_file if suffix == ".safetensors" else torch.save)(part, folder / name)
+    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    listing = folder / f"{stem}{suffix}.index.json"
+    listing.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return listing
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_are_joined(suffix, small, tmp_path):
+    listing = sharded(tmp_path / "shards", {f"model.{key}": value for key, value in small.items()}, suffix)
+    for path in (listing, listing.parent):
+        assert_same(read_weights(path), small)
+    first, second = sorted(listing.parent.glob(f"*{suffix}"))
+    with pytest.raises(UserError, match=f"one of 2 shards. Pass the listing of all, {listing.name}, which lies beside"):
+        read_weights(first)
+    second.unlink()
+    with pytest.raises(UserError, match=f"{second.name} is not there"):
+        read_weights(listing)
+    listing.write_text(json.dumps({"weight_map": {"a": "../weights.bin"}}))
+    with pytest.raises(UserError, match="must lie beside it"):
+        read_weights(listing)
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {}}'):
+        listing.write_text(text)
+        with pytest.raises(UserError, match="weight_map|names none"):
+            read_weights(listing)
+    (tmp_path / "two").mkdir()
+    for name in ("a.pth", "b.pth"):
+        torch.save(small, tmp_path / "two" / name)
+    with pytest.raises(UserError, match="with a.pth, b.pth. Name one file"):
+        read_weights(tmp_path / "two")
+    (tmp_path / "two" / "a.pth").unlink()
+    assert_same(read_weights(tmp_path / "two"), small)
+
+
+def test_a_file_is_read_by_its_content_and_not_by_its_name(small, tmp_path):
+    save_file(small, tmp_path / "weights.pth")
+    torch.save(small, tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        assert_same(read_weights(tmp_path / name), small)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +163,22 @@ def test_objects_are_refused_and_not_run(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"PK", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"],
-    ids=["empty", "two-bytes", "web-page", "lfs-pointer"],
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"PK", "not the whole of one"),
+        (b"<html>not found</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b'{"width": 8}', "is JSON"),
+        (b"GGUF\x03", "quantized for other software"),
+    ],
+    ids=["empty", "two-bytes", "web-page", "lfs-pointer", "json", "gguf"],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_files_that_are_no_weights(content, suffix, tmp_path):
+def test_files_that_are_no_weights(content, said, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="Download it again"):
+    with pytest.raises(UserError, match=said):
         read_weights(path)
 
 
@@ -103,7 +188,7 @@ def test_truncated_files(suffix, share, small, tmp_path):
     path = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(small, path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(UserError, match="Download it again"):
+    with pytest.raises(UserError, match="not the whole of one.*copy or download it again"):
         read_weights(path)
 
 
@@ -211,10 +296,25 @@ def test_the_number_of_scales_comes_from_the_prior(tokenizer_state):
 
 
 def test_the_two_files_exchanged(prior_state, tokenizer_state):
-    with pytest.raises(UserError, match="VAR prior holds pos_1LC"):
+    with pytest.raises(UserError, match="VAR prior holds pos_1LC.*it is a VAR tokenizer. Pass it as such"):
         convert_prior_state(tokenizer_state)
-    with pytest.raises(UserError, match="VAR tokenizer holds quantize.embedding.weight"):
+    with pytest.raises(UserError, match="VAR tokenizer holds quantize.embedding.weight.*it is a VAR prior"):
         convert_tokenizer_state(prior_state, SCALES)
+
+
+def test_what_is_neither_is_told_by_its_keys(prior_state):
+    with pytest.raises(UserError, match=r"its keys begin with layers \(2\), head \(1\), such as"):
+        convert_prior_state({key: torch.zeros(1) for key in ("layers.0.w", "layers.1.w", "head.weight")})
+    with pytest.raises(UserError, match="it has student.pos_1LC.*part under 'student' alone"):
+        convert_prior_state(
+            {f"student.{key}": value for key, value in prior_state.items()} | {"loss.a": torch.zeros(1)}
+        )
+
+
+def test_a_sharded_and_wrapped_checkpoint_becomes_the_same_model(prior_state, tmp_path):
+    wrapped = {f"model.{key}": value for key, value in prior_state.items()}
+    found = convert_prior_state(read_weights(sharded(tmp_path / "shards", wrapped, ".safetensors")))
+    assert fingerprint(build_prior(found)) == fingerprint(build_prior(convert_prior_state(prior_state)))
 
 
 def test_unknown_keys_are_refused(prior_state, tokenizer_state):
