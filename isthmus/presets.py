@@ -129,7 +129,7 @@ _SMALL_TOKENIZER = TokenizerRun(
 )
 
 TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
-    "small-32": Preset("32 px on a laptop: four minutes on two cores", _SMALL_TOKENIZER, 0.95),
+    "small-32": Preset("32 px on a laptop: two to three minutes on two cores", _SMALL_TOKENIZER, 0.95),
     "small-64": Preset(
         "64 px on a laptop: about forty minutes on two cores",
         replace(
