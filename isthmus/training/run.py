@@ -156,7 +156,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 def agreed_precision(run: Run, processes: PartialState) -> TypeChoice:
     """The type that products of this run are computed in, the same in every process and after every interruption."""
-    choices = [_precision(run, processes.device) if processes.is_main_process else None]
+    choices = [_precision(run, torch.device(processes.device or "cpu")) if processes.is_main_process else None]
     if processes.num_processes > 1:
         broadcast_object_list(choices)
     assert choices[0] is not None
