@@ -62,9 +62,9 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 class Gemm:
     """The four matrix products of a transformer block at given sizes: what the machine can do at these shapes."""
 
-    def __init__(self, rows: int, width: int, repeat: int):
+    def __init__(self, rows: int, width: int, repeat: int, dtype: torch.dtype = torch.float32):
         self.repeat = repeat
-        self.pairs = [(torch.randn(rows, k), torch.randn(n, k)) for k, n in block_products(width)]
+        self.pairs = [(torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)) for k, n in block_products(width)]
         self.flops = repeat * sum(2 * rows * k * n for k, n in block_products(width))
 
     def __call__(self) -> None:

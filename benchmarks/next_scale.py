@@ -23,15 +23,18 @@ from measure import Gemm, both, in_child, interleaved, machine, peak_mib
 from plain import PlainTransformer, default_adamw, plain_tokenizer
 from torch import Tensor
 
+from isthmus.functional.precision import bf16_speedup
 from isthmus.functional.pyramid import ScaleSchedule
 from isthmus.generation.next_scale import generate_scales
 from isthmus.generation.options import SamplingOptions
 from isthmus.layers.attention import Attend
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
-from isthmus.training.config import OptimConfig
+from isthmus.training.config import OptimConfig, TokenizerLoss
 from isthmus.training.ema import ExponentialMovingAverage
+from isthmus.training.objectives import next_scale_loss, scale_weights
 from isthmus.training.optim import adamw
+from isthmus.training.tokenizer_losses import reconstruction_losses
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_32 = (1, 2, 3, 4, 6, 8)
@@ -98,15 +101,17 @@ def train(rounds: int) -> None:
     ):
         rows = []
         for scale_attention in ("markov", "causal"):
-            rows.append(train_row(shape, scale_attention, batch, rounds))
+            for dtype in (torch.float32, torch.bfloat16) if bf16_speedup() >= 2 else (torch.float32,):
+                rows.append(train_row(shape, scale_attention, batch, rounds, dtype))
         columns = (
-            "attention", "products, GFLOP/s", "forward + backward, ms", "share of products", "against plain",
+            "attention, type", "products, GFLOP/s", "forward + backward, ms", "share of products", "against plain",
             "clip + AdamW + EMA", "whole step against plain",
         )  # fmt: skip
         table(title, columns, rows)
 
 
-def train_row(shape: dict, scale_attention: str, batch: int, rounds: int) -> list[str]:
+def train_row(shape: dict, scale_attention: str, batch: int, rounds: int, dtype: torch.dtype) -> list[str]:
+    """Ours with products in `dtype`, against plain in float32; the share is of the products in `dtype`."""
     model = transformer(shape, scale_attention)
     plain = PlainTransformer(model)
     tokens, labels = model.schedule.num_tokens, torch.arange(batch) % 10
@@ -117,8 +122,15 @@ def train_row(shape: dict, scale_attention: str, batch: int, rounds: int) -> lis
     ours_optimizer, plain_optimizer = adamw(model, OptimConfig(learning_rate=1e-5)), default_adamw(plain)
     average = ExponentialMovingAverage(model, 0.999)
 
-    def backward(logits: Callable[[], Tensor]) -> Callable[[], None]:
-        return lambda: F.cross_entropy(logits().transpose(1, 2), token_ids).backward()
+    def backward(logits: Callable[[], Tensor]) -> None:
+        F.cross_entropy(logits().float().transpose(1, 2), token_ids).backward()
+
+    def ours_backward() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(labels, scale_inputs).logits
+        weights = scale_weights("token-uniform", model.schedule.sizes)
+        scales = range(model.schedule.num_scales)
+        next_scale_loss(logits, token_ids, model.schedule, weights, scales=scales).total.backward()
 
     def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
@@ -129,13 +141,13 @@ def train_row(shape: dict, scale_attention: str, batch: int, rounds: int) -> lis
         step(model, ours_optimizer)
         average.update(model)
 
-    gemm = Gemm(batch * tokens, shape["width"], repeat=2)
+    gemm = Gemm(batch * tokens, shape["width"], repeat=2, dtype=dtype)
     times = interleaved(
         {
             "gemm": gemm,
-            "ours": backward(lambda: model(labels, scale_inputs).logits),
+            "ours": ours_backward,
             "our step": step_and_average,
-            "plain": backward(lambda: plain(labels, scale_inputs)),
+            "plain": lambda: backward(lambda: plain(labels, scale_inputs)),
             "plain step": lambda: step(plain, plain_optimizer),
         },
         rounds,
@@ -143,7 +155,7 @@ def train_row(shape: dict, scale_attention: str, batch: int, rounds: int) -> lis
     flops = 3 * useful_flops(model, batch, min(batch, 10))
     ours, theirs = times["ours"], times["plain"]
     return [
-        scale_attention,
+        f"{scale_attention}, {str(dtype).removeprefix('torch.')}",
         both(gemm.rate(times["gemm"]), ".0f"),
         ours.milliseconds(),
         both(gemm.share(flops, ours, times["gemm"]), ".0%"),
@@ -151,6 +163,48 @@ def train_row(shape: dict, scale_attention: str, batch: int, rounds: int) -> lis
         "+" + both(times["our step"].ratio(ours), ".1%"),
         "x" + both((theirs + times["plain step"]).ratio(ours + times["our step"]), ".2f"),
     ]
+
+
+def train_tokenizer(rounds: int) -> None:
+    """Whole steps of the small tokenizer at 32 px, batch 16, with and without folded pixels, in both types."""
+    runs = {}
+    for name, multipliers, fold in (("32, 32, 64 channels", (1, 1, 2), 1), ("64, 64 channels, folded", (2, 2), 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.channels_last, torch.contiguous_format):
+                where = "channels last" if layout == torch.channels_last else "channels first"
+                label = f"{name}, {str(dtype).removeprefix('torch.')}, {where}"
+                runs[label] = tokenizer_step(multipliers, fold, dtype, layout)
+    times = interleaved(runs, rounds)
+    first = next(iter(times.values()))
+    rows = [
+        [label, t.milliseconds(), f"{16 / statistics.median(t.wall):.0f}", "x" + both(first.ratio(t), ".2f")]
+        for label, t in times.items()
+    ]
+    table("Training the tokenizer at 32 px, batch 16", ("network", "step, ms", "images/s", "against the first"), rows)
+
+
+def tokenizer_step(
+    multipliers: Sequence[int], fold: int, dtype: torch.dtype, layout: torch.memory_format
+) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = MultiScaleVQVAE(
+        codebook_size=512, codebook_dim=16, scale_sizes=SCALES_32, base_channels=32, channel_multipliers=multipliers,
+        num_res_blocks=1, pixel_unshuffle=fold,
+    ).to(memory_format=layout)  # fmt: skip
+    optimizer, average = adamw(model, OptimConfig()), ExponentialMovingAverage(model, 0.99)
+    images = (torch.rand(16, 3, 32, 32) * 2 - 1).contiguous(memory_format=layout)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = model(images)
+        losses = reconstruction_losses(output, images, None, TokenizerLoss(), commitment_weight=0.25)
+        torch.stack([losses[name] for name in losses if name.startswith("weighted/")]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(model)
+
+    return step
 
 
 def sample(rounds: int) -> None:
@@ -341,7 +395,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds, and no decoder of the published size")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
-    parser.add_argument("--only", default="train,sample,decode,memory,attention,start", help="sections to run")
+    parser.add_argument(
+        "--only", default="train,tokenizer,sample,decode,memory,attention,start", help="sections to run"
+    )
     parser.add_argument("--memory-of", nargs=2, help="measure one variant in this process and stop")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -352,6 +408,7 @@ def main() -> None:
     rounds = 2 if arguments.quick else 5
     sections = {
         "train": lambda: train(rounds),
+        "tokenizer": lambda: train_tokenizer(rounds),
         "sample": lambda: sample(2 * rounds),
         "decode": lambda: decode(rounds, arguments.quick),
         "memory": memory,
