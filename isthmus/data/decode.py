@@ -49,7 +49,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageUint8:
     except UnreadableImage:
         raise
     except UserError as error:
-        raise UnreadableImage(str(error)) from error
+        raise UnreadableImage(str(error).removesuffix(".")) from error
     except FAILURES as error:
         raise UnreadableImage(_reason(error, data)) from error
 
