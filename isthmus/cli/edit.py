@@ -23,7 +23,7 @@ class _Edit(DrawOptions):
     out: Path
     """New folder for the results and overview.png."""
     classes: tuple[str, ...] = ()
-    """What the results are to be, names or ids, taken in turn; none asks for no class."""
+    """What the results are to be, names or numbers as for `isthmus sample`, taken in turn; none asks for no class."""
     num: int = 4
     """Number of results."""
 

@@ -36,9 +36,9 @@ class Evaluate(SteeredDrawOptions):
     num: int = 2000
     """N, how many images are drawn."""
     samples: Path | None = None
-    """Score these images instead of a model's: an .npz with arr_0, or a folder."""
+    """Score these images instead of a model's: an .npz with arr_0, or a folder, with or without npz: or folder:."""
     reference: Path | None = None
-    """Measure against these: an .npz (arr_0, or mu and sigma) or a folder; None takes images of the data set."""
+    """Measure against these: an .npz (arr_0, or mu and sigma) or a folder, likewise; None takes images of the data."""
     features: str = "lite0"
     """lite0, inception:FILE_OF_WEIGHTS or dinov2:FOLDER_OR_HUB_ID."""
     balance: Literal["uniform", "data"] = "uniform"

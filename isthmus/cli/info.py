@@ -43,7 +43,7 @@ def describe_model(folder: Path) -> str:
     """Sizes, classes, token layout, parameter counts and defaults of a pipeline folder."""
     from isthmus.models.component_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, stored_shapes
     from isthmus.pipelines.folder import read_index
-    from isthmus.pipelines.labels import names_in_order
+    from isthmus.pipelines.labels import listed_names, names_in_order
 
     index = read_index(folder)
     names = names_in_order(index["class_names"])
@@ -60,7 +60,7 @@ def describe_model(folder: Path) -> str:
     classes = str(num_classes) if num_classes else "none (unlabelled)"
     rows |= {
         "written by": f"Isthmus {index['isthmus_version']} (format {index['isthmus_format']})",
-        "classes": classes + (f": {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" if names else ""),
+        "classes": classes + (f": {listed_names(names)}{' ...' if len(names) > 20 else ''}" if names else ""),
         "defaults": ", ".join(f"{k} {_plain(v)}" for k, v in index["sampling_defaults"].items()),
         "data": index["data"].get("name") or "unknown",
         "licence": index["data"].get("attribution") or "unknown",

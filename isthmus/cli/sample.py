@@ -24,7 +24,8 @@ class Sample(SteeredDrawOptions):
     out: Path
     """Folder for the images, samples.json, grid.png and strip.png."""
     classes: tuple[str, ...] = ()
-    """Names or ids, taken in turn; `null` is no class. None given: all classes of the model."""
+    """Names or numbers, taken in turn: a name where a class has it, else a number; id:2 and name:2 say which, `null` is
+    no class. None given: all classes of the model."""
     num: int = 16
     """Number of images."""
     refine: Literal["default", "none", "simple", "masked", "critic"] = "default"

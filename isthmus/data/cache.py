@@ -1,5 +1,6 @@
 """The user's cache folder, and files that appear there whole or not at all."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -78,11 +79,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"Could not write {path}: {error.strerror or error}. Free some space or choose another folder."
-        ) from error
+        raise UserError(f"Could not write {path}: {error.strerror or error}. {writing_advice(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writing_advice(error: OSError) -> str:
+    """What to do where a file could not be written.
+
+    >>> writing_advice(OSError(errno.ENOSPC, "No space left on device"))
+    'Free some space, or choose another folder.'
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space, or choose another folder."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Choose a folder that you may write to."
+    return "Check the folder, or choose another."
 
 
 def sha256_of_file(path: Path) -> str:

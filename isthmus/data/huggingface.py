@@ -1,5 +1,6 @@
 """Images through the `datasets` library: `hf:NAME_OR_PATH[:SPLIT]`, as a table addressed by index."""
 
+import errno
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isthmus.data.augment import Augmentation
-from isthmus.data.cache import cache_directory, sha256_of_parts
+from isthmus.data.cache import cache_directory, sha256_of_parts, writing_advice
 from isthmus.data.decode import ImageUint8, UnreadableImage, decode_image
 from isthmus.data.readability import examine
 from isthmus.data.source import (
@@ -281,7 +282,7 @@ def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise missing_extra("data", "datasets") from error
+        raise missing_extra("data", "datasets", error) from error
 
     local = Path(os.path.expanduser(path))
     try:
@@ -302,8 +303,24 @@ def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path
     except (OSError, ValueError, TypeError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"hf:{path} could not be loaded: {reason}. Check the name, the split and the connection."
+            f"hf:{path} could not be loaded: {reason.removesuffix('.')}. {_loading_advice(error)}"
         ) from error
+
+
+def _loading_advice(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ):
+        return writing_advice(error)
+    if isinstance(error, ConnectionError):
+        return "Check the connection, or download the data before and name their folder."
+    if "gated" in str(error) or "authenticat" in str(error):
+        return "Ask for access on its page, and log in: hf auth login."
+    return "Check the name, the split and the connection."
 
 
 def _as_streams(loaded: Any) -> Any:

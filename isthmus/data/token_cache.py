@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from isthmus.data.augment import Augmentation, augmented_view
-from isthmus.data.cache import sha256_of_parts
+from isthmus.data.cache import sha256_of_parts, writing_advice
 from isthmus.data.source import ImageSource, logger
 from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch, Sample, collate, random_view
@@ -69,6 +69,10 @@ class TokenCache:
             self.token_ids: Integer[np.ndarray, "rows l"] = np.asarray(np.load(self.path / _TOKENS, mmap_mode="r"))
             self.labels: Integer[np.ndarray, " n"] = np.load(self.path / _LABELS)
             whole = len(self.token_ids) == len(self.labels) * self.num_views == self.record["rows"]
+        except PermissionError as error:
+            raise UserError(
+                f"The token cache {self.path} must be readable ({error}). Check its permissions."
+            ) from error
         except (OSError, ValueError, EOFError):
             whole = False
         if not whole:
@@ -158,7 +162,7 @@ class TokenCache:
             partial.rename(path)
         except OSError as error:
             raise UserError(
-                f"Could not write the token cache {path}: {error.strerror or error}. Free some space."
+                f"Could not write the token cache {path}: {error.strerror or error}. {writing_advice(error)}"
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -306,9 +310,11 @@ def _read_record(path: Path) -> dict[str, Any]:
         if record["format"] > FORMAT:
             raise UserError(f"{path} was written by a newer Isthmus (format {record['format']}). Update Isthmus.")
         return record
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"The token cache {path} must be readable ({error}). Check its permissions.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} holds no token cache that can be read. Delete it, and it is made again.") from error
 
 

@@ -22,6 +22,7 @@ from isthmus.data.cache import sha256_of_file, sha256_of_parts
 from isthmus.data.decode import UnreadableImage, decode_image
 from isthmus.data.folder import FolderSource
 from isthmus.data.folder_layout import folder_layout
+from isthmus.data.opening import BUILT_IN
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import read_adm_images
@@ -135,6 +136,25 @@ def joined(sets: Sequence[ImageSet], name: str) -> ImageSet:
     )
 
 
+def local_path(path: Path) -> Path:
+    """The path in `folder:PATH` and `npz:PATH`, as --data has it; a path that exists as it is written wins.
+
+    Raises:
+        UserError: another kind of data is named.
+
+    >>> local_path(Path("folder:pictures")).name
+    'pictures'
+    """
+    kind, colon, place = str(path).partition(":")
+    if path.exists() or not (colon or kind in BUILT_IN):
+        return path
+    if kind in ("folder", "npz") and place:
+        return Path(place).expanduser()
+    if kind in (*BUILT_IN, "hf"):
+        raise UserError(f"images lie in an .npz file or a folder, got {path}. A data set is named with --data.")
+    return path
+
+
 def open_images(path: Path, *, size: tuple[int, int] | None = None) -> ImageSet:
     """Images of an `.npz` file or of a folder; of a folder with train/ and val/ (or test/), those of both.
 
@@ -147,6 +167,7 @@ def open_images(path: Path, *, size: tuple[int, int] | None = None) -> ImageSet:
     Raises:
         UserError: there are no images, or they cannot be read.
     """
+    path = local_path(path)
     if path.is_file():
         file = read_adm_images(path)
         return ImageSet(path.name, sha256_of_file(path), file.labels, file.class_names, len(file), lambda: iter(file))

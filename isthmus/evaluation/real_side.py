@@ -18,7 +18,7 @@ from isthmus.evaluation.feature_networks import FeatureNetwork
 from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.generation_scores import Features, LabelledFeatures, RealFeatures, Rows
 from isthmus.evaluation.guards import check_reference, check_value_range, pixel_digest
-from isthmus.evaluation.image_sets import ImageSet, Picture, joined, open_images, real_images, some
+from isthmus.evaluation.image_sets import ImageSet, Picture, joined, local_path, open_images, real_images, some
 from isthmus.evaluation.neighbours import COPY_QUANTILE, nearest_neighbours
 from isthmus.evaluation.reference_halves import disjoint_halves, images_per_measurement
 from isthmus.evaluation.statistics import Gaussian
@@ -197,6 +197,7 @@ def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[
         UserError: there is neither, or it cannot be read.
     """
     if path is not None:
+        path = local_path(path)
         kind = kind_of_npz(path) if path.is_file() else "images"
         statistics, origin = None, None
         if kind != "images":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus.generation.options import SamplingOptions
-from isthmus.pipelines.labels import names_in_order
+from isthmus.pipelines.labels import listed_names, names_in_order
 
 
 def model_card(
@@ -36,7 +36,7 @@ def model_card(
         protocol: how the model was trained and measured.
     """
     names = names_in_order(class_names)
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    shown = listed_names(names) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     classes = f"{num_classes} ({shown})" if names else str(num_classes) if num_classes else "none (unlabelled)"
     # a JSON string is a Python string, in the quotes that the rest of the card has
     first = json.dumps(names[0], ensure_ascii=False) if names else "0"

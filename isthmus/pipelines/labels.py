@@ -19,6 +19,15 @@ Label = SupportsIndex | str | None
 _NO_CLASS = ("null", "none")
 
 
+def listed_names(names: Sequence[str], shown: int = 20) -> str:
+    """Names with commas between them; one that has a comma stands in quotes.
+
+    >>> listed_names(["tench, Tinca tinca", "face"])
+    "'tench, Tinca tinca', face"
+    """
+    return ", ".join(repr(name) if "," in name else name for name in names[:shown])
+
+
 def whole_number(value: object, name: str) -> int:
     """A whole number of any make (Python's, numpy's, torch's) as Python's own.
 
@@ -139,7 +148,10 @@ def _by_name(label: str, class_names: Mapping[str, str], num_classes: int) -> in
     if not class_names:
         raise UserError(f"this model's classes have no names, got {label!r}. Pass an index in 0..{num_classes - 1}.")
     names = list(dict.fromkeys(class_names.values()))
-    close = difflib.get_close_matches(label, names, n=3, cutoff=0.5)
-    some = ", ".join(names[:12]) + (" ..." if len(names) > 12 else "")
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"It has {some}."
+    # one of several names of a class: "tench, Tinca tinca"
+    close = [name for name in names if label in name.split(", ")][:3]
+    close = close or difflib.get_close_matches(label, names, n=3, cutoff=0.5)
+    some = listed_names(names, 12) + (" ..." if len(names) > 12 else "")
+    quoted = (repr(name) if "," in name else name for name in close)
+    hint = f"Did you mean {' or '.join(quoted)}?" if close else f"It has {some}."
     raise UserError(f"this model has no class {label!r}. {hint}")

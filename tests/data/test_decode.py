@@ -143,6 +143,21 @@ def test_foreign_and_empty_files_are_refused():
         decode_image(b"<html>404</html>" * 9)
 
 
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+    ],
+)
+def test_formats_that_pillow_does_not_read_are_named_with_what_to_do(head, kind):
+    with pytest.raises(UnreadableImage, match=f"{kind}, which Pillow does not read: convert it to PNG or JPEG"):
+        decode_image(head + bytes(200))
+
+
 def test_absurd_sizes_are_refused_from_the_header():
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

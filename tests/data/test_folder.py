@@ -105,6 +105,14 @@ def test_broken_files_are_skipped_with_a_count_and_names(cats_and_dogs, cache_di
         opened(cats_and_dogs, cache_dir, strict=True)
 
 
+def test_a_reason_is_said_once_however_many_files_it_holds_for(cats_and_dogs, cache_dir, caplog):
+    for i in range(7):
+        (cats_and_dogs / "dog" / f"{i}.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    opened(cats_and_dogs, cache_dir)
+    (said,) = [record.message for record in caplog.records if "cannot be used" in record.message]
+    assert said.count("convert it to PNG or JPEG") == 1 and "skipped 7 images" in said and "and 4 more (HEIC" in said
+
+
 def test_names_that_are_no_text_are_skipped(cats_and_dogs, cache_dir, caplog):
     if sys.platform != "linux":
         pytest.skip("other systems refuse such names themselves")

@@ -1,6 +1,7 @@
 """Images from anywhere: whatever holds them, the same images come out, in order, and nothing beside them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.image_sets import joined, open_images, some
 from isthmus.evaluation.protocol import RECORD
+from isthmus.evaluation.real_side import choose_reference
 from isthmus.evaluation.samples import ChunkStore, SampleChunk
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -129,3 +131,17 @@ def test_a_folder_is_resized_to_square_samples_alone_and_says_so(tmp_path):
     Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
     as_it_lies = open_images(tmp_path, size=(8, 8))
     assert as_it_lies.resized == "" and np.array_equal(next(iter(as_it_lies)), PICTURES[0])
+
+
+def test_a_place_may_have_its_kind_in_front(tmp_path):
+    write_npz(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(PICTURES):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
+    for kind, name in ("npz", "a.npz"), ("folder", "pictures"):
+        plain, named = open_images(tmp_path / name), open_images(Path(f"{kind}:{tmp_path / name}"))
+        assert (plain.fingerprint, plain.name, len(plain)) == (named.fingerprint, named.name, 6)
+        assert choose_reference(None, Path(f"{kind}:{tmp_path / name}"), size=(8, 8)).fingerprint == plain.fingerprint
+    for other in ("openmoji", "hf:owner/name"):
+        with pytest.raises(UserError, match="named with --data"):
+            open_images(Path(other))

@@ -76,7 +76,13 @@ def test_a_word_is_a_name_where_a_class_has_it_and_else_a_number(word, number):
 
 @pytest.mark.parametrize(
     ("word", "said"),
-    [("id:face", "id: is followed by the number"), ("name:7", "no class '7'"), ("7", r"0\.\.3"), ("id:-1", r"0\.\.3")],
+    [
+        ("tench", "Did you mean 'tench, Tinca tinca'"),
+        ("id:face", "id: is followed by the number"),
+        ("name:7", "no class '7'"),
+        ("7", r"0\.\.3"),
+        ("id:-1", r"0\.\.3"),
+    ],
 )
 def test_words_that_name_no_class(word, said):
     with pytest.raises(UserError, match=said):

@@ -15,6 +15,7 @@ from isthmus import load_pipeline
 from isthmus.errors import UserError
 from isthmus.training.config import PriorModel, run_from_json, run_to_json
 from isthmus.training.next_scale_prior import with_new_classes
+from isthmus.training.run import check_folder
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 from tests.testers import TRAINED_ATOL
@@ -187,6 +188,20 @@ def test_run_json_repeats_a_run(tmp_path, images, trained_prior):
     assert run_to_json(run) == record["run"]
     with pytest.raises(UserError, match="no field optim.momentum"):
         run_from_json(type(run), record["run"] | {"optim": {"momentum": 1}})
+
+
+def test_a_record_of_a_version_without_these_fields_goes_on(tmp_path, images, trained_prior):
+    folder = shutil.copytree(trained_prior, tmp_path / "before")
+    record = json.loads((folder / "run.json").read_text())
+    settings = record["run"] | {"out": str(folder)}
+    for name in ("image_column", "label_column"):
+        assert settings.pop(name) is None
+    (folder / "run.json").write_text(json.dumps(record | {"run": settings}))
+    run = run_from_json(type(prior_run(images, tmp_path, "")), settings)
+    check_folder(run)
+    check_folder(replace(run, label_column="none"))  # read as then, where labels were plain values
+    with pytest.raises(UserError, match="image_column: None -> other"):
+        check_folder(replace(run, image_column="other"))
 
 
 def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(tmp_path, images, trained_tokenizer):
