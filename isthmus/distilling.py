@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from isthmus.distillation_report import write_report
 from isthmus.errors import UserError
+from isthmus.files import alone_in
 from isthmus.functional.scale_distillation import guidance_at, removal_stages
 from isthmus.generation.options import guidance_text, parse_guidance
 from isthmus.models.component_files import read_config
@@ -22,6 +23,7 @@ logger = logging.getLogger("isthmus")
 BASELINE = "without_teacher"
 
 
+@alone_in("run.out")
 def distill(run: DistillRun) -> Path:
     """Train the student, continuing where an earlier call stopped; returns its pipeline folder.
 

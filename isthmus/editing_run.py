@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 import isthmus
 from isthmus.errors import UserError
+from isthmus.files import alone_in, contents
 from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import labels_from_words, resolve_labels
@@ -25,6 +26,7 @@ OVERVIEW = "overview.png"
 _COLUMNS = 8
 
 
+@alone_in("out")
 def edit_image(
     model: str,
     out: Path,
@@ -62,7 +64,7 @@ def edit_image(
         UserError: an argument is not usable, or memory ran out (names the next batch size to try); nothing is written
             then.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if contents(out):
         raise UserError(f"--out must be a new or empty folder, got {out}. Choose another; nothing is overwritten.")
     source = read_image(image)
     inputs = [source] if mask is None else [source, read_image(mask)]

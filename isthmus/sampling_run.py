@@ -17,6 +17,7 @@ from tqdm import tqdm
 import isthmus
 from isthmus.data.decode import UnreadableImage, decode_image
 from isthmus.errors import UserError
+from isthmus.files import alone_in, contents
 from isthmus.generation.options import FOLDER_DEFAULT
 from isthmus.generation.step import token_hashes
 from isthmus.pictures import save_picture, table
@@ -35,6 +36,7 @@ MANIFEST = "samples.json"
 _GRID_ROWS, _GRID_COLUMNS, _STRIP_ROWS = 20, 8, 8
 
 
+@alone_in("out")
 def draw_folder(
     model: str,
     out: Path,
@@ -221,7 +223,7 @@ def _number_in(out: Path, settings: Mapping[str, Any]) -> int:
     if not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     if not (out / MANIFEST).is_file():
-        if any(out.iterdir()):
+        if contents(out):
             raise UserError(f"--out must be new, empty or a folder of samples, got {out}. Choose another folder.")
         return 0
     try:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from isthmus.cli.parsing import parse
 from isthmus.errors import UserError
+from isthmus.files import check_writable, contents
 
 logger = logging.getLogger("isthmus")
 
@@ -114,7 +115,8 @@ def run_dar(arguments: Sequence[str]) -> None:
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_writable(out)
+    if contents(out):
         raise UserError(f"--out must be new or empty, got {out}. Choose another folder or remove it.")
 
 

@@ -23,6 +23,7 @@ from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch, Sample, collate, random_view
 from isthmus.data.workers import worker_batches
 from isthmus.errors import UserError
+from isthmus.files import contents, waited_for
 from isthmus.functional.draws import AUGMENT, stream
 from isthmus.models.fingerprint import fingerprint
 
@@ -131,47 +132,18 @@ class TokenCache:
                 "max_images": max_images,
             },
         }
-        if path.exists():
-            cache = cls(path)
-            _refuse_other(cache, made_from)
-            logger.info("token cache: using %s", path)
-            return cache
-
-        views = _views(source, image_size, augment, seed, num_views, batch_size, num_workers, max_images)
-        rows = None if isinstance(source, ImageStream) else min(len(source), max_images or len(source)) * num_views
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        start = time.perf_counter()
-        try:
-            partial.mkdir(parents=True)
-            labels, length, written = _encode(partial / _TOKENS, tokenizer, views, device, rows)
-            labels = labels[::num_views]
-            if not written:
-                raise UserError(f"{source.name}: no image could be read. Check the data set.")
-            _write(partial / _LABELS, lambda file: np.save(file, labels))
-            record = {
-                "format": FORMAT,
-                "fingerprint": sha256_of_parts(json.dumps(made_from, sort_keys=True)),
-                "made_from": made_from,
-                "source": source.name,
-                "class_names": list(source.class_names),
-                "num_views": num_views,
-                "rows": written,
-            }
-            _write(partial / _RECORD, lambda file: file.write(json.dumps(record, indent=2).encode()))
-            partial.rename(path)
-        except OSError as error:
-            raise UserError(
-                f"Could not write the token cache {path}: {error.strerror or error}. {writing_advice(error)}"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        # a finished one may lie where nothing can be written
+        if not contents(path):
+            with waited_for(path, "the token cache"):
+                if not contents(path):
+                    views = _views(source, image_size, augment, seed, num_views, batch_size, num_workers, max_images)
+                    rows = len(source) if not isinstance(source, ImageStream) else None
+                    rows = None if rows is None else min(rows, max_images or rows) * num_views
+                    _make(path, tokenizer, source, views, made_from, device, num_views, rows)
+                    return cls(path)
         cache = cls(path)
-        seconds = time.perf_counter() - start
-        logger.info(
-            "token cache: %d images x %d views x %d tokens, %.1f MB, %.1f s (%.0f images/s) in %s",
-            *(cache.num_images, num_views, length, cache.token_ids.nbytes / 1e6, seconds, written / seconds, path),
-        )
+        _refuse_other(cache, made_from)
+        logger.info("token cache: using %s", path)
         return cache
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,6 +174,57 @@ class CacheViews(Dataset[Sample]):
             for index, row in zip(indices, numbers, strict=True)
         ]
         return collate(views, self.source.labels[indices], indices, numbers)
+
+
+def _make(
+    path: Path,
+    tokenizer: ImageTokenizer,
+    source: ImageSource | ImageStream,
+    views: Iterator[Batch],
+    made_from: dict[str, Any],
+    device: torch.device | str,
+    num_views: int,
+    rows: int | None,
+) -> None:
+    """Write a cache; UserError on a full disk, and where no image could be read."""
+    # an empty folder stays the one it is: a mounted volume cannot be replaced
+    given = path.is_dir()
+    partial = path / ".partial" if given else path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    start = time.perf_counter()
+    try:
+        partial.mkdir(parents=True)
+        labels, length, written = _encode(partial / _TOKENS, tokenizer, views, device, rows)
+        labels = labels[::num_views]
+        if not written:
+            raise UserError(f"{source.name}: no image could be read. Check the data set.")
+        _write(partial / _LABELS, lambda file: np.save(file, labels))
+        record = {
+            "format": FORMAT,
+            "fingerprint": sha256_of_parts(json.dumps(made_from, sort_keys=True)),
+            "made_from": made_from,
+            "source": source.name,
+            "class_names": list(source.class_names),
+            "num_views": num_views,
+            "rows": written,
+        }
+        _write(partial / _RECORD, lambda file: file.write(json.dumps(record, indent=2).encode()))
+        if given:
+            for name in (_TOKENS, _LABELS, _RECORD):
+                (partial / name).rename(path / name)
+        else:
+            partial.rename(path)
+    except OSError as error:
+        raise UserError(
+            f"Could not write the token cache {path}: {error.strerror or error}. {writing_advice(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size, seconds = (path / _TOKENS).stat().st_size, time.perf_counter() - start
+    logger.info(
+        "token cache: %d images x %d views x %d tokens, %.1f MB, %.1f s (%.0f images/s) in %s",
+        *(len(labels), num_views, length, size / 1e6, seconds, written / seconds, path),
+    )
 
 
 def _views(

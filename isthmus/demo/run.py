@@ -6,10 +6,12 @@ from pathlib import Path
 from isthmus.data.opening import open_source
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.stages import IMAGE_SIZE_PX, Clock
+from isthmus.files import alone_in
 
 logger = logging.getLogger("isthmus")
 
 
+@alone_in("options.folder")
 def run_demo(options: DemoOptions) -> Path:
     """Run every stage that is not finished yet and write `report.md`; returns the folder.
 

@@ -52,12 +52,14 @@ from isthmus.evaluation.reference_facts import data_facts, fitting, protocol_of
 from isthmus.evaluation.report_pictures import look_at_samples
 from isthmus.evaluation.scoring import score_samples
 from isthmus.evaluation.usage import code_counts, usage_curves
+from isthmus.files import alone_in
 from isthmus.functional.guidance import Guidance
 from isthmus.generation.options import guidance_text
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import choose_device, dtype_name, load_pipeline
 
 
+@alone_in("out")
 def evaluate_model(
     model: str,
     out: Path,

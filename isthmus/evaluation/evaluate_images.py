@@ -29,9 +29,11 @@ from isthmus.evaluation.real_side import DataSplits, choose_reference, measure_r
 from isthmus.evaluation.reference_facts import data_facts, fitting, protocol_of
 from isthmus.evaluation.report_pictures import look_at_samples
 from isthmus.evaluation.scoring import score_samples
+from isthmus.files import alone_in
 from isthmus.pipelines.loading import choose_device
 
 
+@alone_in("out")
 def evaluate_images(
     samples: Path,
     out: Path,

@@ -19,6 +19,7 @@ from isthmus.evaluation.protocol import (
 )
 from isthmus.evaluation.report import REPORT_FILES, write_report
 from isthmus.evaluation.statistics import GaussianStatistics
+from isthmus.files import contents
 
 logger = logging.getLogger("isthmus")
 
@@ -40,7 +41,7 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     if not (out / RECORD).is_file():
-        names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        names = [path.name for path in contents(out)]
         # a killed process may have left a .partial
         foreign = [name for name in names if name not in _OURS and not name.endswith(".partial")]
         if foreign:

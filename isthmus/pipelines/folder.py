@@ -1,5 +1,6 @@
 """A saved pipeline as files: read and checked without importing torch, written whole or not at all."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from typing import Any
 from uuid import uuid4
 
 from isthmus.errors import UserError
-from isthmus.models.component_files import read_json
+from isthmus.files import check_writable, contents
+from isthmus.models.component_files import CONFIG, read_json
 
 FORMAT = 1
 INDEX_NAME = "model_index.json"
@@ -49,17 +51,25 @@ def read_index(folder: Path) -> dict[str, Any]:
 def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, renamed to it at the end; an error leaves nothing behind.
 
+    An empty folder stays the one it is, and gets the files: a mounted volume, the folder a shell stands in and the end
+    of a link cannot be replaced.
+
     Raises:
-        UserError: `folder` exists and is not an empty folder.
+        UserError: `folder` exists and is not an empty folder, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_writable(folder, "the output folder")
+    # a link may lead to what does not exist yet
+    folder = Path(os.path.realpath(folder))
+    if contents(folder):
         raise UserError(f"the output folder must be new or empty, got {folder}. Choose another one or remove it.")
+    if folder.exists():
+        with replaced_within(folder) as temporary:
+            yield temporary
+        return
     temporary = folder.absolute().parent / f".{folder.name}.partial-{uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if folder.exists():
-            folder.rmdir()
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -72,10 +82,10 @@ def replaced_within(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        # the index last: without it the folder is no model
-        for new in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX_NAME):
+        # last what makes the folder a model: the index, or the configuration of a single component
+        for new in sorted(temporary.iterdir(), key=lambda path: path.name in (INDEX_NAME, CONFIG)):
             old = folder / new.name
-            if old.is_dir():
+            if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             new.replace(old)
     finally:

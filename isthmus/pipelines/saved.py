@@ -12,6 +12,7 @@ import torch
 
 import isthmus
 from isthmus.errors import UserError
+from isthmus.files import check_writable
 from isthmus.functional.guidance import guidance_values
 from isthmus.functional.sampling import check_filters
 from isthmus.generation.options import SamplingOptions
@@ -199,8 +200,8 @@ class SavedPipeline:
         the place of earlier ones when all are written.
         """
         folder = Path(save_directory)
-        fresh = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        with written_whole(folder) if fresh else replaced_within(folder) as temporary:
+        check_writable(folder, "the output folder")
+        with replaced_within(folder) if folder.is_dir() else written_whole(folder) as temporary:
             self._write(temporary, max_shard_size)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

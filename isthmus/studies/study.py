@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from isthmus.errors import UserError
+from isthmus.files import alone_in, contents
 from isthmus.studies.experiments import Experiment, Facts, Work, facts_of, ordered, run_experiments
 from isthmus.studies.report import write_study_report
 from isthmus.studies.tables import TableSpec
@@ -49,6 +50,7 @@ class Study(Generic[Setting]):
             experiment for spec in self.tables if spec.name in tables for experiment in spec.experiments(setting)
         )
 
+    @alone_in("folder")
     def run(
         self,
         setting: Setting,
@@ -109,7 +111,7 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
         if before != now:
             raise UserError(f"{folder} holds a study of other images than --data has now. Choose another --out.")
         return
-    if folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
+    if folder.exists() and any(path.suffix != ".partial" for path in contents(folder)):
         raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps(now) + "\n")

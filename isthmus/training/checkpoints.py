@@ -4,6 +4,7 @@ A checkpoint folder holds accelerate's state (models, optimizers), ema.safetenso
 loop keeps) and progress.json. It is written as `checkpoint-STEP.partial`, flushed, renamed; only then the oldest goes.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -38,7 +39,12 @@ def _checkpoints(out: Path) -> list[Path]:
     folder = out / "checkpoints"
     paths = folder.iterdir() if folder.is_dir() else ()
     complete = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(complete, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def save_checkpoint(
@@ -103,6 +109,8 @@ def resume(
         state = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
         progress.step, progress.images = int(state["step"]), int(state["images"])
         progress.stream_states = state["stream_states"]
+        # a checkpoint lies between two batches; how many parts a batch has may have changed
+        accelerator.step = 0
         return load_file(newest / "extras.safetensors")
     except torch.OutOfMemoryError:
         raise
@@ -146,9 +154,17 @@ def written_or_explained(target: Path, *temporary: Path) -> Iterator[None]:
         for leftover in temporary:
             shutil.rmtree(leftover, ignore_errors=True)
         raise UserError(
-            f"{target} could not be written ({_first_line(error)}). Free some space and give the same "
-            "command again: it continues from the newest checkpoint."
+            f"{target} could not be written ({_first_line(error)}). {_advice(error)} and give the same command "
+            "again: it continues from the newest checkpoint."
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a write that failed; errors without a number come from writers of files that grew too large."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in full:
+        return "See that the folder is there and can be written"
+    return "Free some space"
 
 
 def _first_line(error: Exception) -> str:

@@ -133,6 +133,12 @@ class Run:
                 "Shorten the warm-up."
             )
 
+    def tied_to_length(self, before: int, taken: int) -> list[str]:
+        """Settings by which steps depend on `num_steps`: the first `taken` of `before` would have been others here."""
+        schedule, decay = self.optim.schedule, self.optim.final_weight_decay
+        tied = [] if schedule == "constant" else [f"optim.schedule {schedule}"]
+        return tied if decay is None else [*tied, f"optim.final_weight_decay {decay}"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerModel:
@@ -224,6 +230,15 @@ class TokenizerRun(Run):
             check_positive(self, "image_size")
         if self.freeze_encoder and not self.from_model:
             raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
+
+    def tied_to_length(self, before: int, taken: int) -> list[str]:
+        """Also the end of revival and the start of the discriminator, which are shares of the steps."""
+        tied = super().tied_to_length(before, taken)
+        if not self.freeze_encoder:
+            tied += tied_revival(self.revive_every, before, self.num_steps, taken)
+        if self.loss.adversarial and taken > round(self.loss.adversarial_start * min(before, self.num_steps)):
+            tied.append(f"loss.adversarial {self.loss.adversarial}")
+        return tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +340,21 @@ class PriorRun(TokensRun):
         check_share(self, "label_smoothing", "refinement_probability")
         if self.scales_per_step is not None:
             check_positive(self, "scales_per_step")
+
+
+# share of the steps after which codes are revived no more: one that has just moved needs steps to settle
+LAST_REVIVAL = 0.8
+
+
+def tied_revival(revive_every: int, before: int, now: int, taken: int) -> list[str]:
+    """The setting of revivals where one of the first `taken` steps revives in a run of `now` steps, not of `before`.
+
+    >>> tied_revival(10, 100, 200, 100), tied_revival(30, 100, 200, 85), tied_revival(0, 100, 200, 100)
+    (['revive_every 10'], [], [])
+    """
+    shorter, longer = sorted((LAST_REVIVAL * before, LAST_REVIVAL * now))
+    times = range(revive_every, taken + 1, revive_every) if revive_every else ()
+    return [f"revive_every {revive_every}"] if any(shorter < step <= longer for step in times) else []
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from isthmus.errors import UserError
-from isthmus.training.config import Run, TokensRun, check_not_negative, check_positive, check_share
+from isthmus.training.config import Run, TokensRun, check_not_negative, check_positive, check_share, tied_revival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +211,11 @@ class DiffusionTokenizerRun(Run):
             )
         if self.freeze_encoder and not self.from_model:
             raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
+
+    def tied_to_length(self, before: int, taken: int) -> list[str]:
+        """Also the end of revival, which is a share of the steps."""
+        revival = [] if self.freeze_encoder else tied_revival(self.revive_every, before, self.num_steps, taken)
+        return super().tied_to_length(before, taken) + revival
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,10 +36,11 @@ from tqdm.auto import tqdm
 
 import isthmus
 from isthmus.errors import UserError
+from isthmus.files import check_writable, contents
 from isthmus.functional.draws import weight_seed
 from isthmus.functional.precision import TypeChoice, faster_type
 from isthmus.launcher import launched_processes
-from isthmus.training.checkpoints import newest_checkpoint, whole
+from isthmus.training.checkpoints import newest_checkpoint, step_of, whole
 from isthmus.training.config import Run, run_to_json
 
 logger = logging.getLogger("isthmus")
@@ -47,7 +48,7 @@ logger = logging.getLogger("isthmus")
 # folder, inside that of a run, of the runs that have to be finished before it
 STAGES = "stages"
 
-# fields that may change between a run and its continuation: they decide nothing about the weights
+# fields that may change between a run and its continuation: they decide nothing about the weights, but for rounding
 _FREE_FIELDS = {
     "label_column",  # what it changes is in the fingerprint of the data
     "log_every",
@@ -63,6 +64,9 @@ _FREE_FIELDS = {
     # a place: what lies there is told apart by its fingerprint, among the facts
     "tokenizer",
     "strict",
+    # where a batch is cut and what is computed twice: sums are rounded in another way
+    "accumulate",
+    "checkpoint_activations",
     # how previews are drawn, and what the saved model draws with where nothing is asked for
     "sampling",
     # what a report says of a finished distillation
@@ -208,15 +212,12 @@ def _recorded(out: Path) -> dict[str, Any]:
 
 
 def check_folder(run: Run) -> None:
-    """Refuse a folder that holds something else than this run."""
-    if not run.out.exists():
-        return
-    if not run.out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {run.out}. Choose another name.")
+    """Refuse a folder that holds something else than this run, or cannot be written."""
+    check_writable(run.out)
     record = run.out / "run.json"
     if not record.is_file():
         # a run killed while it wrote its first record leaves a partial one; earlier stages have records of their own
-        if any(path.suffix != ".partial" and path.name != STAGES for path in run.out.iterdir()):
+        if any(path.suffix != ".partial" and path.name != STAGES for path in contents(run.out)):
             raise UserError(
                 f"--out must be new, empty or the folder of this run, got {run.out}. Choose another folder."
             )
@@ -224,12 +225,32 @@ def check_folder(run: Run) -> None:
     before, now = _read_record(record), run_to_json(run)
     if before["kind"] != type(run).__name__:
         raise UserError(f"{run.out} holds a {before['kind']}, this is a {type(run).__name__}. Choose another --out.")
+    newest = newest_checkpoint(run.out)
+    if newest is None:
+        return
     changed = sorted(name for name in now if name not in _FREE_FIELDS and before["run"].get(name) != now[name])
-    if changed and newest_checkpoint(run.out) is not None:
+    if changed == ["num_steps"]:
+        _check_length(run, before["run"].get("num_steps"), step_of(newest))
+    elif changed:
         details = ", ".join(f"{name}: {before['run'].get(name)} -> {now[name]}" for name in changed[:3])
         raise UserError(
             f"{run.out} holds a run with other settings ({details}). Continue it with its own settings "
             f"(--config {record}), or choose another --out."
+        )
+
+
+def _check_length(run: Run, before: int, taken: int) -> None:
+    """Refuse another number of steps where the steps taken would have been others in a run of that many."""
+    if run.num_steps < taken:
+        raise UserError(
+            f"{run.out} has taken {taken} steps, got --num-steps {run.num_steps}. Ask for as many or more, or choose "
+            "another --out."
+        )
+    if tied := run.tied_to_length(before, taken):
+        raise UserError(
+            f"{run.out} was to take {before} steps, and what {', '.join(tied)} did in the {taken} it took depends on "
+            f"that number: a run of {run.num_steps} would have begun otherwise. Finish it as it is, then train on from "
+            f"its model in another folder (--from {run.out}); a run with --optim.schedule constant can be made longer."
         )
 
 

@@ -18,6 +18,7 @@ from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
 from isthmus.errors import UserError
+from isthmus.files import alone_in, contents
 from isthmus.functional.draws import weight_seed
 from isthmus.functional.ranking import area_under_roc
 from isthmus.models.fingerprint import pair_fingerprint
@@ -42,6 +43,7 @@ _HELD_OUT_SEED = 1
 _TOKENS = "tokens"
 
 
+@alone_in("run.out")
 def train_critic(run: CriticRun) -> Path:
     """Train, measure, and write the model with its critic; returns the folder.
 
@@ -160,7 +162,7 @@ def check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     own = (_TOKENS, REPORT, f"{REPORT}.partial")
-    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    found = [path.name for path in contents(out)]
     others = [name for name in found if name not in own and not name.startswith(".partial-")]
     if others:
         raise UserError(

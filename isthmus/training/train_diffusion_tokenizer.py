@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
+from isthmus.files import alone_in
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.perceptual import perceptual_distance
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from isthmus.training.checkpoints import resume, save_checkpoint
+from isthmus.training.config import LAST_REVIVAL
 from isthmus.training.dar_config import DiffusionTokenizerRun
 from isthmus.training.dar_export import TokenizerParts, averaged_parts, export_parts
 from isthmus.training.dar_measures import (
@@ -57,6 +59,7 @@ _CODEBOOK_IMAGES = 512
 _CODEBOOK = "image_tokenizer.codebook.weight"
 
 
+@alone_in("run.out")
 def train_diffusion_tokenizer(run: DiffusionTokenizerRun) -> Path:
     """Train until `num_steps`, continuing where an earlier call stopped; returns the run's folder.
 
@@ -234,8 +237,7 @@ def revive(
     progress: Progress,
 ) -> None:
     """Move dead codes onto latents of the whole batch (its last part), in every process alike."""
-    # not at the end: a code that has just moved needs steps to settle
-    if progress.step > 0.8 * run.num_steps:
+    if progress.step > LAST_REVIVAL * run.num_steps:
         return
     dead = ~usage.used().any(dim=0)
     moved = revive_unit_codes(tokenizer, dead, latents, seed=run.seed, step=progress.step)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
+from isthmus.files import alone_in
 from isthmus.models.fingerprint import fingerprint
 from isthmus.pictures import spread
 from isthmus.training.checkpoints import resume, save_checkpoint
@@ -51,6 +52,7 @@ _FAMILIES = {
 }
 
 
+@alone_in("run.out")
 def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
     """Train until `num_steps`, continuing where an earlier call stopped; returns the pipeline folder.
 

@@ -14,12 +14,13 @@ from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
+from isthmus.files import alone_in
 from isthmus.layers.convolution import cpu_layout
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.perceptual import perceptual_distance
 from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.codebook import initialize_codebook, revive_codes
-from isthmus.training.config import TokenizerRun
+from isthmus.training.config import LAST_REVIVAL, TokenizerRun
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.export import export_tokenizer, load_tokenizer
 from isthmus.training.images import first_images, image_batches, open_splits, stream_states
@@ -48,6 +49,7 @@ logger = logging.getLogger("isthmus")
 _CODEBOOK_IMAGES = 512
 
 
+@alone_in("run.out")
 def train_tokenizer(run: TokenizerRun) -> Path:
     """Train until `num_steps`, continuing where an earlier call stopped; returns the folder of the tokenizer.
 
@@ -204,8 +206,7 @@ def revive(
     progress: Progress,
 ) -> None:
     """Move dead codes onto residuals of the whole batch's latents (its last part), in every process alike."""
-    # not at the end: a code that has just moved needs steps to settle
-    if progress.step > 0.8 * run.num_steps:
+    if progress.step > LAST_REVIVAL * run.num_steps:
         return
     dead = ~usage.used().any(dim=0)
     moved = revive_codes(model, dead, latents, seed=run.seed, step=progress.step)

@@ -129,9 +129,9 @@ def test_an_unfinished_build_leaves_nothing(tokenizer, source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_line(tokenizer, source, tmp_path):
+def test_a_place_that_cannot_be_written_is_one_line(tokenizer, source, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="Could not write the token cache"):
+    with pytest.raises(UserError, match="the token cache must be a folder"):
         built(tmp_path / "file" / "tokens", tokenizer, source)
 
 
