@@ -90,7 +90,7 @@ def writing_advice(error: OSError) -> str:
     >>> writing_advice(OSError(errno.ENOSPC, "No space left on device"))
     'Free some space, or choose another folder.'
     """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "Free some space, or choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Choose a folder that you may write to."

@@ -153,7 +153,7 @@ def test_files_that_do_not_belong_together(refused, golden, tmp_path):
     out = ("--out", tmp_path / "m")
     (tmp_path / "names.txt").write_text("one\n")
     for words, said in [
-        (("--tokenizer", prior, "--prior", tokenizer, "--num-heads", 4), "other file"),
+        (("--tokenizer", prior, "--prior", tokenizer, "--num-heads", 4), "it is a D-AR prior"),
         (("--tokenizer", tokenizer, "--prior", tmp_path / "nowhere.pt"), "does not exist"),
         (("--tokenizer", golden.path("dar/tok_b_weights.safetensors"), "--prior", prior, "--num-heads", 4),
          "codebook_size"),

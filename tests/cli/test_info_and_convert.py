@@ -89,5 +89,5 @@ def test_files_that_are_none(refused, golden, tmp_path):
     cut.write_bytes(golden.path(PRIOR).read_bytes()[:5000])
     assert "does not exist" in convert(tmp_path / "nowhere.pth", golden.path(PRIOR))
     assert "cannot be read" in convert(golden.path(TOKENIZER), cut)
-    assert "other file" in convert(golden.path(PRIOR), golden.path(TOKENIZER))
+    assert "it is a VAR tokenizer" in convert(golden.path(PRIOR), golden.path(TOKENIZER))
     assert not (tmp_path / "m").exists()
