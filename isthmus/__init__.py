@@ -25,12 +25,18 @@ if TYPE_CHECKING:
     from isthmus.pipelines.next_scale import NextScalePipeline
     from isthmus.schedulers.flow_matching import FlowMatchingScheduler
     from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+    from isthmus.training.config import PriorRun, TokenizerRun
+    from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
+    from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
+    from isthmus.training.train_prior import train_prior
+    from isthmus.training.train_tokenizer import train_tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DARPipeline",
     "DiffusionTokenizer",
+    "DiffusionTokenizerRun",
     "FlowDecoder",
     "FlowMatchingScheduler",
     "GenerationStep",
@@ -38,17 +44,24 @@ __all__ = [
     "MultiScaleVQVAE",
     "NextScalePipeline",
     "NextScaleTransformer",
+    "NextTokenPriorRun",
+    "PriorRun",
     "SamplingOptions",
     "ScaleRefinementScheduler",
     "ScaleSchedule",
+    "TokenizerRun",
     "UserError",
     "__version__",
     "load_pipeline",
+    "train_diffusion_tokenizer",
+    "train_prior",
+    "train_tokenizer",
 ]
 
 _HOMES = {
     "DARPipeline": "isthmus.pipelines.dar",
     "DiffusionTokenizer": "isthmus.models.diffusion_tokenizer",
+    "DiffusionTokenizerRun": "isthmus.training.dar_config",
     "FlowDecoder": "isthmus.models.flow_decoder",
     "FlowMatchingScheduler": "isthmus.schedulers.flow_matching",
     "GenerationStep": "isthmus.generation.step",
@@ -56,11 +69,17 @@ _HOMES = {
     "MultiScaleVQVAE": "isthmus.models.multiscale_vqvae",
     "NextScalePipeline": "isthmus.pipelines.next_scale",
     "NextScaleTransformer": "isthmus.models.next_scale_transformer",
+    "NextTokenPriorRun": "isthmus.training.dar_config",
+    "PriorRun": "isthmus.training.config",
     "SamplingOptions": "isthmus.generation.options",
     "ScaleRefinementScheduler": "isthmus.schedulers.scale_refinement",
     "ScaleSchedule": "isthmus.functional.pyramid",
+    "TokenizerRun": "isthmus.training.config",
     "UserError": "isthmus.errors",
     "load_pipeline": "isthmus.pipelines.loading",
+    "train_diffusion_tokenizer": "isthmus.training.train_diffusion_tokenizer",
+    "train_prior": "isthmus.training.train_prior",
+    "train_tokenizer": "isthmus.training.train_tokenizer",
 }
 
 

@@ -12,10 +12,10 @@ from uuid import uuid4
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 import isthmus
 from isthmus.data.decode import UnreadableImage, decode_image
+from isthmus.display import Display
 from isthmus.errors import UserError
 from isthmus.files import alone_in, contents
 from isthmus.generation.options import FOLDER_DEFAULT
@@ -117,8 +117,7 @@ def draw_folder(
     _write_manifest(out, settings, num_images, [], forwards)
     rows = {index: row for index in range(num_images) if (row := _finished(out, index, settings))}
     missing = [index for index in range(num_images) if index not in rows]
-    quiet = True if logger.getEffectiveLevel() > logging.INFO else None  # None: no bar where stderr is no terminal
-    with tqdm(total=len(missing), unit="image", disable=quiet) as bar:
+    with Display("drawing", len(missing), "image", shown=logger.isEnabledFor(logging.INFO)) as bar:
         for start in range(0, len(missing), batch_size):
             indices = missing[start : start + batch_size]
             rows |= _draw_batch(pipeline, out, indices, labels, seed, request, settings, batch_size)

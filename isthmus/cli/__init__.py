@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     level = next((_VERBOSITY[word] for word in arguments if word in _VERBOSITY), logging.INFO)
     arguments = [word for word in arguments if word not in _VERBOSITY]
+    # a console program without a console, or one whose streams were closed (`2>&-`)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     # names may hold any letter, and a console or a file may not take it
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from isthmus.data.cache import write_whole
 from isthmus.data.decode import UnreadableImage, decode_image
 from isthmus.data.workers import usable_processors
+from isthmus.display import Display
 
 _CHUNK = 512
 
@@ -34,7 +33,7 @@ def examine(keys: Sequence[str], read: Callable[[int], bytes], *, index_file: Pa
     findings = {key: Finding(known[key], "") for key in keys if key in known}
     unknown = [i for i, key in enumerate(keys) if key not in findings]
     if unknown:
-        bar = tqdm(total=len(unknown), desc=f"checking {what}", unit="image", delay=1.0, disable=None)
+        bar = Display(f"checking {what}", len(unknown), "image")
         try:
             with bar, ThreadPoolExecutor(min(16, usable_processors())) as pool:
                 for start in range(0, len(unknown), _CHUNK):

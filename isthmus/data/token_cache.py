@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from isthmus.data.augment import Augmentation, augmented_view
 from isthmus.data.cache import sha256_of_parts, writing_advice
@@ -22,6 +21,7 @@ from isthmus.data.source import ImageSource, logger
 from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch, Sample, collate, random_view
 from isthmus.data.workers import worker_batches
+from isthmus.display import Display
 from isthmus.errors import UserError
 from isthmus.files import contents, waited_for
 from isthmus.functional.draws import AUGMENT, stream
@@ -291,7 +291,7 @@ def _encode(
     try:
         with (
             file_path.open("wb") as file,
-            tqdm(total=rows, desc="encoding images", unit="view", delay=1.0, disable=None) as bar,
+            Display("encoding images", rows, "view") as bar,
         ):
             _write_header(file, kind, 0, 0)
             for batch in views:

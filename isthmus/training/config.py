@@ -118,6 +118,8 @@ class Run:
     """Optimizer."""
 
     def __post_init__(self):
+        # in Python a folder is often written as text
+        object.__setattr__(self, "out", Path(self.out))
         check_positive(self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every")
         check_positive(self, "save_every", "keep_checkpoints")
         check_not_negative(self, "seed", "shuffle_buffer")
@@ -304,6 +306,9 @@ class TokensRun(Run):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "tokenizer", str(self.tokenizer))
+        if self.token_cache is not None:
+            object.__setattr__(self, "token_cache", Path(self.token_cache))
         check_positive(self, "num_views")
         if self.max_images is not None:
             check_positive(self, "max_images")

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,9 +31,9 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 
 import isthmus
+from isthmus.display import Display
 from isthmus.errors import UserError
 from isthmus.files import check_writable, contents
 from isthmus.functional.draws import weight_seed
@@ -464,12 +463,13 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
     return whole(norm)
 
 
-def progress_bar(accelerator: Accelerator, progress: Progress, what: str) -> "tqdm[Any]":
-    """A bar over optimizer steps with an ETA; quiet when not a terminal."""
-    return tqdm(
-        total=progress.num_steps,
+def display(accelerator: Accelerator, run: Run, progress: Progress, what: str) -> Display:
+    """What the first process shows of the optimizer steps."""
+    return Display(
+        what,
+        progress.num_steps,
+        "step",
         initial=progress.step,
-        desc=what,
-        unit="step",
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        images_each=run.batch_size,
+        shown=accelerator.is_main_process,
     )

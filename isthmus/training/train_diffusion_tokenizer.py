@@ -45,7 +45,7 @@ from isthmus.training.run import (
     StopRequest,
     clip_gradients,
     close_trackers,
-    progress_bar,
+    display,
     start_run,
     write_record,
 )
@@ -91,7 +91,7 @@ def train_diffusion_tokenizer(run: DiffusionTokenizerRun) -> Path:
         world_size=accelerator.num_processes,
         stream_states=progress.stream_states,
     )
-    guard, bar = FiniteGuard(accelerator.device), progress_bar(accelerator, progress, "tokenizer")
+    guard, bar = FiniteGuard(accelerator.device), display(accelerator, run, progress, "tokenizer")
     model.train()
     if run.freeze_encoder and tokenizer.latent_batch_norm is not None:
         # its running statistics are no parameters, and they decide about token ids as weights do
@@ -155,7 +155,7 @@ def train_diffusion_tokenizer(run: DiffusionTokenizerRun) -> Path:
                 guard.check(run, progress.step)
                 values = step_values(means.over_processes(accelerator), usage if quantize else None)
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
-                bar.set_postfix(loss=f"{values['train/loss']:.3f}", images=progress.images)
+                bar.measured({"loss": f"{values['train/loss']:.3f}"}, images=progress.images)
             if (progress.due(run.validate_every) or progress.due(run.preview_every)) and accelerator.is_main_process:
                 averaged, views = averaged_parts(bare, ema), EvaluationImages(held_out, image_size)
                 if progress.due(run.validate_every):

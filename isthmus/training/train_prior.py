@@ -34,7 +34,7 @@ from isthmus.training.run import (
     StopRequest,
     clip_gradients,
     close_trackers,
-    progress_bar,
+    display,
     start_run,
     write_record,
 )
@@ -98,7 +98,7 @@ def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
         world_size=accelerator.num_processes,
         num_workers=0,
     )
-    guard, bar = FiniteGuard(accelerator.device), progress_bar(accelerator, progress, "prior")
+    guard, bar = FiniteGuard(accelerator.device), display(accelerator, run, progress, "prior")
     logger.info("token accuracy of a few per cent is healthy on natural images; drawings reach more")
     model.train()
 
@@ -129,7 +129,7 @@ def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
                 guard.check(run, progress.step)
                 values = family.step_values(means.over_processes(accelerator), progress.step - 1)
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
-                bar.set_postfix(bits=f"{values['train/bits_per_token']:.3f}", images=progress.images)
+                bar.measured({"bits": f"{values['train/bits_per_token']:.3f}"}, images=progress.images)
             if progress.due(run.validate_every) or progress.due(run.preview_every):
                 averaged = family.averaged(ema)
                 if validation is not None and progress.due(run.validate_every):

@@ -35,7 +35,7 @@ from isthmus.training.run import (
     StopRequest,
     clip_gradients,
     close_trackers,
-    progress_bar,
+    display,
     start_run,
     write_record,
 )
@@ -86,7 +86,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
         world_size=accelerator.num_processes,
         stream_states=progress.stream_states,
     )
-    guard, bar = FiniteGuard(accelerator.device), progress_bar(accelerator, progress, "tokenizer")
+    guard, bar = FiniteGuard(accelerator.device), display(accelerator, run, progress, "tokenizer")
     model.train()
 
     with StopRequest() as stop, bar:
@@ -137,7 +137,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
                 guard.check(run, progress.step)
                 values = step_values(means.over_processes(accelerator), usage, rate, grad_norm.item(), quantize)
                 log.write(progress, values)
-                bar.set_postfix(loss=f"{values['train/loss']:.3f}", images=progress.images)
+                bar.measured({"loss": f"{values['train/loss']:.3f}"}, images=progress.images)
             if progress.due(run.validate_every) and accelerator.is_main_process:
                 averaged = averaged_model(bare, ema)
                 scores = tokenizer_scores(averaged, EvaluationImages(held_out, bare.image_size))

@@ -1,5 +1,6 @@
 """Where a training runs must not matter: its thread, the caller's defaults, the seed's size, a second start."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import isthmus
 from isthmus.errors import UserError
 from isthmus.files import claimed
 from isthmus.training.config import Run
@@ -137,3 +139,15 @@ def test_a_run_whose_steps_depend_on_their_number_is_not_made_longer(tmp_path, i
         train(replace(constant, num_steps=4))
     with pytest.raises(UserError, match="has taken 2 steps, got --num-steps 1"):
         train(replace(constant, num_steps=1))
+
+
+def test_the_documented_call_trains_and_says_how_far_it_is(tmp_path, images, caplog):
+    with caplog.at_level(logging.INFO, "isthmus"):
+        tokenizer = tokenizer_run(images, tmp_path / "tokenizer", **BRIEF)
+        isthmus.train_tokenizer(tokenizer)
+        folder = isthmus.train_prior(prior_run(images, tmp_path / "prior", tokenizer.out, **BRIEF))
+    assert isthmus.load_pipeline(folder).num_classes == 2
+    told = [message for message in caplog.messages if " images/s" in message and "left" in message]
+    assert [line.split(", ")[0] for line in told] == [
+        f"{what}: step {step}/2" for what in ("tokenizer", "prior") for step in (1, 2)
+    ]
