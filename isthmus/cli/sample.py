@@ -37,7 +37,8 @@ class Sample(SteeredDrawOptions):
     int8: bool = False
     """Decode with 8-bit weights (D-AR models on a CPU): large priors are faster, a token now and then is another."""
     compile: bool = False
-    """Compile the decoding of tokens (D-AR models): pays on GPUs, after a first wait."""
+    """Compile what predicts tokens, on a CPU with a C++ compiler: pays on GPUs and for many images, after a first wait.
+    One seed is one image among compiled draws; others may differ near a tie."""
     grid: bool = False
     """Write grid.png: rows are classes, names written."""
     strip: bool = False

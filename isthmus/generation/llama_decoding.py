@@ -5,8 +5,6 @@ gate and up another, and the head is cut to the image tokens. Keys and values li
 read up to where they are filled, so nothing is concatenated, masked or asked of the host between two tokens.
 """
 
-import os
-import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
+from isthmus.functional.compiler import check_compiler
 from isthmus.functional.rotary import llama_angles
 from isthmus.generation.products import Int8Product, Product, fastest_product
 from isthmus.models.next_token_prior import TokenLayout, check_architecture
@@ -88,8 +87,8 @@ class LlamaDecoder:
         self.device, self.dtype = llama.device, llama.dtype
         if int8 and self.device.type != "cpu":
             raise UserError(f"8-bit weights are for CPUs, the prior is on {self.device}. Use bfloat16 there.")
-        if compiled and self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise UserError("compiling for a CPU needs g++, or the compiler that CXX names, found none. Leave it out.")
+        if compiled:
+            check_compiler(self.device)
         self.layout, self._source = layout, weakref.ref(transformer)
 
         self.num_positions = layout.num_tokens + 1

@@ -166,6 +166,16 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
             for scale in scales
         )
 
+    def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
+        """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on.
+
+        Raises:
+            UserError: the model is on a CPU without a C++ compiler.
+        """
+        if compiled:
+            self.transformer.compile_blocks()
+        return {}
+
     def refine_with(self, mode: RefinementMode) -> None:
         """Draw tokens again from now on, with the rounds that are usual in `mode`; "none" draws each once.
 

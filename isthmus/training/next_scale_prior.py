@@ -49,7 +49,7 @@ class NextScalePrior(NextScaleFamily):
 
     @staticmethod
     def is_compiled(run: PriorRun) -> bool:
-        """Whether the network is compiled."""
+        """Whether the blocks are compiled."""
         return run.compile
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> PriorLosses:

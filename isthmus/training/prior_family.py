@@ -46,7 +46,7 @@ class PriorFamily(Protocol):
 
     @staticmethod
     def is_compiled(run: Any) -> bool:
-        """Whether the network goes through `torch.compile`."""
+        """Whether the blocks of the network go through `torch.compile`."""
         ...
 
     def place(self, device: torch.device) -> None:

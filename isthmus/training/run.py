@@ -75,7 +75,7 @@ _FREE_FIELDS = {
 
 
 def start_run(
-    run: Run, *, find_unused_parameters: bool = False, compiled: bool = False, sharded: Sequence[str] = ()
+    run: Run, *, find_unused_parameters: bool = False, sharded: Sequence[str] = ()
 ) -> Accelerator:
     """Folders, precision, processes and trackers of a run; `sharded` names the modules that FSDP2 gathers one by one.
 
@@ -97,7 +97,6 @@ def start_run(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate, sync_with_dataloader=False),
         log_with=list(run.track) or None,
         project_dir=str(run.out),
-        dynamo_backend="inductor" if compiled else "no",
         fsdp_plugin=_fsdp2(sharded) if sharded else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )

@@ -65,7 +65,6 @@ def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
     accelerator = start_run(
         run,
         find_unused_parameters=kind.has_unused_parameters(run),
-        compiled=kind.is_compiled(run),
         sharded=kind.sharded if run.parallel == "fsdp2" else (),
     )
     family = kind(run)
@@ -86,6 +85,8 @@ def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
     validation = held_out_tokens(family) if accelerator.is_main_process else None
 
     model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
+    if kind.is_compiled(run):
+        bare.compile_blocks()
     ema = ExponentialMovingAverage(bare, run.ema_decay)
     progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
     resume(accelerator, ema, progress, run.out)

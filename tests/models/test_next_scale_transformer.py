@@ -211,3 +211,34 @@ def test_scales_must_increase_and_exist(scales):
     model = build(scale_attention="markov")
     with pytest.raises(UserError, match="increasing order"):
         model(*arguments_for(model), scales=scales)
+
+
+# In a process of its own: the shape checks that tests put around every function cannot be compiled.
+COMPILED = """
+import torch
+from tests.pipelines.tiny import tiny_pipeline
+
+torch.set_num_threads(1)
+labels, inputs = torch.tensor([0, 2]), torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
+results = []
+for compiled in (False, True):
+    pipe = tiny_pipeline()
+    assert pipe.prepared(2, compiled=compiled) == {}
+    tokens = [ids.tolist() for ids in pipe([0, 1], seed=3, guidance_scale=2.0).token_ids]
+    model = pipe.transformer.train()
+    model(labels, inputs).logits.square().mean().backward()
+    results.append((tokens, torch.cat([p.grad.flatten() for p in model.parameters()])))
+(tokens, gradient), (compiled_tokens, compiled_gradient) = results
+assert tokens == compiled_tokens
+torch.testing.assert_close(compiled_gradient, gradient, atol=1e-6, rtol=1e-4)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_compiled_blocks_draw_and_learn_the_same():
+    root = Path(__file__).resolve().parents[2]
+    # torch's compiler writes code for the vectors of the processor, which this variable would deny it to compile
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    ran = subprocess.run([sys.executable, "-c", COMPILED], cwd=root, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
