@@ -201,8 +201,8 @@ for decoder in (LlamaDecoder(prior, LAYOUT), LlamaDecoder(prior, LAYOUT, compile
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 def test_the_compiled_step_draws_the_same_tokens(tmp_path):
     root = Path(__file__).resolve().parents[2]
-    # torch's compiler ignores this variable when it writes code (it cannot compile that with "default") and when it names
-    # what it keeps: code that was made with another value is taken from the cache, and draws other tokens
+    # torch's compiler ignores this variable when it writes code, which with "default" does not compile, and when it
+    # names what it keeps: code made with another value is taken from the cache, and draws other tokens
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", COMPILED]
