@@ -9,6 +9,7 @@ import torch
 from isthmus.errors import UserError
 from isthmus.pipelines.folder import read_index
 from isthmus.pipelines.hub import model_folder
+from isthmus.pipelines.saved import check_not_float16
 
 if TYPE_CHECKING:
     from isthmus.pipelines.dar import DARPipeline
@@ -81,6 +82,7 @@ def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """
     if dtype is None:
         return torch.float32
+    check_not_float16(dtype)
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
