@@ -28,7 +28,8 @@ def run(arguments: Sequence[str]) -> None:
     teacher = option_value(words, "--from-model")
     if teacher and not config:
         base = taught_by(base, teacher, own_data=bool(option_value(words, "--data")))
-    run_training(base, words, "isthmus distill", dry)
+    record = config or (str(model_folder(teacher) / "run.json") if teacher else "")
+    run_training(base, words, "isthmus distill", dry, record=record)
 
 
 def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:

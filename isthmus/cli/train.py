@@ -27,6 +27,7 @@ from isthmus.presets import (
 from isthmus.training.config import PriorRun, Run, TokenizerRun, run_from_json, run_to_json
 from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
 from isthmus.training.distill_config import DistillRun
+from isthmus.training.recorded_settings import explaining_places
 
 logger = logging.getLogger("isthmus")
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -79,7 +80,7 @@ def run_tokenizer(arguments: Sequence[str]) -> None:
     presets = {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}
     default = _tokenizer_preset_for(words) if not config else ""
     base = base_run(words, config, (TokenizerRun, DiffusionTokenizerRun), presets, "tokenizer", default)
-    run_training(base, words, "isthmus train tokenizer", dry)
+    run_training(base, words, "isthmus train tokenizer", dry, record=config)
 
 
 def run_prior(arguments: Sequence[str]) -> None:
@@ -88,7 +89,7 @@ def run_prior(arguments: Sequence[str]) -> None:
     presets = {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}
     default = _prior_preset_for(words) if not config else ""
     base = base_run(words, config, (PriorRun, NextTokenPriorRun), presets, "prior", default)
-    run_training(base, words, "isthmus train prior", dry)
+    run_training(base, words, "isthmus train prior", dry, record=config)
 
 
 def base_run(
@@ -106,15 +107,19 @@ def base_run(
     return replace(find_preset(presets, name, what).run, preset=name)
 
 
-def run_training(base: Run, words: list[str], prog: str, dry: bool) -> None:
-    """Train what the base run and the options on top of it say, or print it where `dry`."""
+def run_training(base: Run, words: list[str], prog: str, dry: bool, *, record: str = "") -> None:
+    """Train what the base run and the options on top of it say, or print it where `dry`.
+
+    `record` is the run.json that the base run was read from, where it was.
+    """
     about, describe, train = _TRAININGS[type(base)]
     run = parse(type(base), words, prog=prog, default=base, description=_DESCRIPTION.format(about=about))
     logger.debug("%s", json.dumps(run_to_json(run), indent=2))
-    if dry:
-        print(_function(describe)(run))
-    else:
-        _train(run, _function(train))
+    with explaining_places(Path(record) if record else None, run_to_json(run)):
+        if dry:
+            print(_function(describe)(run))
+        else:
+            _train(run, _function(train))
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -55,7 +55,16 @@ class StoredLlama:
 
     @classmethod
     def of(cls, llama: "LlamaForCausalLM | StoredLlama") -> "StoredLlama":
-        """A module as a stored Llama; one that is stored stays what it is."""
+        """A module as a stored Llama; one that is stored stays what it is.
+
+        Raises:
+            UserError: the module is compiled.
+        """
+        if hasattr(llama, "_orig_mod"):
+            raise UserError(
+                "drawing reads the weights of a Llama and never calls it, so torch.compile(llama) makes nothing "
+                "faster, got a compiled one. Hand over the Llama itself; `isthmus sample --compile` compiles the draw."
+            )
         return llama if isinstance(llama, StoredLlama) else cls(llama.config, module=llama)
 
     @classmethod

@@ -10,6 +10,7 @@ from isthmus.errors import UserError
 from isthmus.functional.precision import faster_type
 from isthmus.pipelines.folder import read_index
 from isthmus.pipelines.hub import model_folder
+from isthmus.pipelines.saved import check_not_float16
 
 if TYPE_CHECKING:
     from isthmus.pipelines.dar import DARPipeline
@@ -85,6 +86,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: str | torch.device = "
         return torch.float32
     if dtype == "auto":
         return torch.bfloat16 if faster_type(torch.device(device)).bf16 else torch.float32
+    check_not_float16(dtype)
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise UserError(f"dtype must be one of {', '.join(DTYPES)} or auto, got {dtype}.")

@@ -50,6 +50,16 @@ class SavedPipeline:
     class_names: dict[str, str]
     defaults: SamplingOptions
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # what torch.compile makes; asked for by its mark, since its class is in a module that takes seconds to import
+        if name in (*self.parts, *self.optional_parts) and hasattr(value, "_orig_mod"):
+            raise UserError(
+                f"a pipeline calls its parts step by step, which torch.compile(part) leaves as slow as it was, got a "
+                f"compiled {name}. Hand over the part itself; what can be compiled is an option of the draw "
+                "(docs/sampling.md)."
+            )
+        super().__setattr__(name, value)
+
     @property
     @abstractmethod
     def codebook_size(self) -> int:
@@ -132,6 +142,7 @@ class SavedPipeline:
 
     def to(self: Pipeline, *place: torch.device | str | torch.dtype) -> Pipeline:
         """Move or cast the weights of all components, in place: a device, a type or both; returns the pipeline."""
+        check_not_float16(*place)
         for name in (*self.parts, *self.optional_parts):
             part = self.stored(name)
             if isinstance(part, (torch.nn.Module, StoredLlama)):
@@ -239,6 +250,7 @@ class SavedPipeline:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
+        check_not_float16(dtype)
         index = read_index(folder)
         if index.get("_class_name") != cls.__name__:
             raise UserError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}. Use load_pipeline.")
@@ -300,6 +312,16 @@ class SavedPipeline:
         ids = spread(ids, num_images, num_images_per_class)
         seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
         return Request(ids, seeds, resolved, output_type)
+
+
+def check_not_float16(*asked: object) -> None:
+    """Raise UserError where float16 is among what is asked for."""
+    if torch.float16 in asked or "float16" in asked:
+        raise UserError(
+            "dtype must be float32 or bfloat16, got float16: networks trained in float32 or bfloat16 may hold features "
+            "above 65504, its largest number, and one of them spoils an image without a word. Take bfloat16, which is "
+            "as fast and as small."
+        )
 
 
 def index_entry(part: Part) -> list[str]:

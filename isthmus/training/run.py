@@ -74,9 +74,7 @@ _FREE_FIELDS = {
 }
 
 
-def start_run(
-    run: Run, *, find_unused_parameters: bool = False, sharded: Sequence[str] = ()
-) -> Accelerator:
+def start_run(run: Run, *, find_unused_parameters: bool = False, sharded: Sequence[str] = ()) -> Accelerator:
     """Folders, precision, processes and trackers of a run; `sharded` names the modules that FSDP2 gathers one by one.
 
     Raises:

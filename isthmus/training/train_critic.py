@@ -31,7 +31,7 @@ from isthmus.pipelines.next_scale import NextScalePipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.training.critic_config import CriticRun
 from isthmus.training.critic_examples import critic_examples
-from isthmus.training.recorded_settings import recorded_settings
+from isthmus.training.recorded_settings import explaining_places, recorded_settings
 from isthmus.training.run import write_atomically
 from isthmus.training.schedule_encoder import encoder_for
 
@@ -66,16 +66,17 @@ def train_critic(run: CriticRun) -> Path:
         )
     run = with_images(run)
     assert run.data is not None, "named above"
-    train, held_out = (
-        open_source(
-            run.data,
-            image_size=pipeline.image_size,
-            split=split,
-            classes=run.classes,
-            columns=WantedColumns(run.image_column, run.label_column),
+    with explaining_places(model_folder(run.model) / "run.json", {"data": run.data}):
+        train, held_out = (
+            open_source(
+                run.data,
+                image_size=pipeline.image_size,
+                split=split,
+                classes=run.classes,
+                columns=WantedColumns(run.image_column, run.label_column),
+            )
+            for split in ("train", "val")
         )
-        for split in ("train", "val")
-    )
     check_classes(pipeline, train)
     run.out.mkdir(parents=True, exist_ok=True)
     cache = TokenCache.build(

@@ -74,3 +74,13 @@ def test_fine_tuning_starts_from_the_saved_network(isthmus, model, tmp_path):
 def test_values_out_of_range_are_refused_before_anything_is_written(refused, model, tmp_path, option):
     refused("train", "prior", "--tokenizer", model, "--out", tmp_path / "run", *option.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_relative_path_of_a_record_says_where_it_comes_from(refused, tmp_path, monkeypatch):
+    run = run_to_json(tokenizer_preset("small-32")) | {"data": "folder:pictures", "out": str(tmp_path / "new")}
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"kind": "TokenizerRun", "run": run}))
+    monkeypatch.chdir(tmp_path)
+    line = refused("train", "tokenizer", "--config", record, "--num-workers", 0)
+    assert f"data folder:pictures comes from {record}" in line and f"looked up from {tmp_path}" in line
+    assert "comes from" not in refused("train", "tokenizer", "--config", record, "--data", "folder:others")

@@ -1,5 +1,10 @@
 import itertools
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,9 +241,10 @@ torch.testing.assert_close(compiled_gradient, gradient, atol=1e-6, rtol=1e-4)
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
-def test_compiled_blocks_draw_and_learn_the_same():
+def test_compiled_blocks_draw_and_learn_the_same(tmp_path):
     root = Path(__file__).resolve().parents[2]
-    # torch's compiler writes code for the vectors of the processor, which this variable would deny it to compile
+    # as for the compiled step of a Llama: torch's compiler ignores this variable and keeps what it made for another
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
     ran = subprocess.run([sys.executable, "-c", COMPILED], cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

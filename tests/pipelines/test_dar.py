@@ -13,6 +13,7 @@ from isthmus.generation.step import token_hashes
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.pipelines.dar import DARPipeline
+from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from tests.pipelines.tiny import tiny_pipeline
@@ -382,3 +383,23 @@ def test_what_a_caller_sets_as_torchs_defaults_changes_nothing(make):
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("make", [tiny_dar, tiny_pipeline])
+def test_what_would_not_be_faster_or_not_be_exact_is_refused(make, tmp_path):
+    pipeline = make()
+    with pytest.raises(UserError, match="got a compiled"):
+        pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    pipeline.save_pretrained(tmp_path / "model")
+    asked = (lambda: pipeline.to("cpu", torch.float16), lambda: load_pipeline(tmp_path / "model", dtype="float16"))
+    for ask in asked:
+        with pytest.raises(UserError, match="65504.*bfloat16"):
+            ask()
+    assert pipeline.dtype == torch.float32
+
+
+def test_a_compiled_llama_is_refused_from_the_start():
+    parts = tiny_dar().components
+    parts["transformer"] = torch.compile(parts["transformer"], backend="eager")
+    with pytest.raises(UserError, match="compiled.*--compile"):
+        DARPipeline(**parts)
