@@ -336,8 +336,8 @@ class PriorRun(TokensRun):
     """Share of the scales of training images whose input shows a random part of the scale's own tokens, the loss being
     on the others: for draws that are refined in masked rounds. Causal: share of the images, at one scale each."""
     compile: bool = False
-    """torch.compile the blocks, on a CPU too where it has a C++ compiler: faster steps after a wait. Results equal those
-    of other runs within rounding."""
+    """torch.compile the blocks, on a CPU too where it has a C++ compiler: faster steps after a wait. Results equal
+    those of other runs within rounding."""
     model: PriorModel = field(default_factory=PriorModel)
     """Network."""
 
