@@ -19,7 +19,7 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu" and held:
         # it also keeps what it made, and finds it again whatever this variable says
         raise UserError(
-            f"torch's compiler takes no notice of ATEN_CPU_CAPABILITY, got {held}, and results would be those of neither. "
+            f"torch's compiler takes no notice of ATEN_CPU_CAPABILITY, got {held}: results would be those of neither. "
             "Unset it, or do not compile."
         )
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
