@@ -3,7 +3,12 @@
 import copy
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +85,21 @@ def randomized(model: nn.Module, seed: int = 0) -> Any:
             if isinstance(module, nn.GroupNorm):
                 module.weight.add_(1)
     return model.eval()
+
+
+def run_compiled(statements: str, cache: Path) -> str:
+    """What the statements print, in a process of its own: the shape checks around every function cannot be compiled."""
+    # torch's compiler ignores this variable when it writes code, which with "default" does not compile, and when it
+    # names what it keeps: code made with another value is taken from the cache, and draws other tokens
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    root, command = Path(__file__).resolve().parents[1], [sys.executable, "-c", statements]
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 
 
 class ModelLaws:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from isthmus.data.opening import open_source
+from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.models.component_files import read_config
 from isthmus.pipelines.hub import model_folder
 from isthmus.training.config import Run, run_to_json
@@ -57,6 +59,25 @@ def saved_settings(model: str, component: str) -> dict[str, Any]:
     folder: Path = model_folder(model)
     config = read_config(folder / component if (folder / component).is_dir() else folder)
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def image_size_of(tokenizer: Mapping[str, Any]) -> int:
+    """Side of the images of a multi-scale tokenizer with these arguments, in pixels."""
+    # folders saved before it existed know nothing of folded pixels
+    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    return tokenizer["scale_sizes"][-1] * stride
+
+
+def training_source(run: Run, image_size: int) -> ImageSource:
+    """The training images of a run, opened and not read."""
+    return open_source(
+        run.data,
+        image_size=image_size,
+        split="train",
+        classes=run.classes,
+        strict=run.strict,
+        columns=WantedColumns(run.image_column, run.label_column),
+    )
 
 
 def work(cost: Cost, num_steps: int, batch_size: int) -> str:

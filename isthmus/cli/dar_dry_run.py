@@ -10,9 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from isthmus.cli.cost import Cost, report, saved_settings, training_cost
-from isthmus.data.opening import open_source
-from isthmus.data.source import WantedColumns
+from isthmus.cli.cost import Cost, report, saved_settings, training_cost, training_source
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
@@ -61,14 +59,7 @@ def describe_next_token_prior_run(run: NextTokenPriorRun) -> str:
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
     tokenizer = saved_settings(model, "image_tokenizer")
-    source = open_source(
-        run.data,
-        image_size=tokenizer["image_size"],
-        split="train",
-        classes=run.classes,
-        strict=run.strict,
-        columns=WantedColumns(run.image_column, run.label_column),
-    )
+    source = training_source(run, tokenizer["image_size"])
     layout = TokenLayout(tokenizer["codebook_size"], len(source.class_names), tokenizer["num_tokens"])
     with without_values():
         if run.from_model:

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from isthmus.cli.cost import Cost, report, saved_settings, training_cost, work
-from isthmus.data.opening import open_source
-from isthmus.data.source import WantedColumns
+from isthmus.cli.cost import Cost, image_size_of, report, saved_settings, training_cost, training_source, work
 from isthmus.distilling import baseline_run, stage_runs
 from isthmus.functional.next_scale_cost import sampling_flops
 from isthmus.functional.scale_distillation import shared_steps
@@ -29,17 +27,7 @@ def describe_distill_run(run: DistillRun) -> str:
     stages = stage_runs(run)
     tokenizer, teacher = (saved_settings(run.from_model, name) for name in ("image_tokenizer", "transformer"))
     sizes, mask = student_shape(run, tuple(teacher["scale_sizes"]), teacher["scale_attention"])
-    # folders saved before it existed know nothing of folded pixels
-    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
-    image_size = tokenizer["scale_sizes"][-1] * stride
-    source = open_source(
-        run.data,
-        image_size=image_size,
-        split="train",
-        classes=run.classes,
-        strict=run.strict,
-        columns=WantedColumns(run.image_column, run.label_column),
-    )
+    source = training_source(run, image_size_of(tokenizer))
     names = read_index(model_folder(run.from_model))["class_names"]
     check_classes(source.class_names, names_in_order(names), teacher["num_classes"])
 

@@ -7,9 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from isthmus.cli.cost import report, saved_settings, training_cost
-from isthmus.data.opening import open_source
-from isthmus.data.source import WantedColumns
+from isthmus.cli.cost import image_size_of, report, saved_settings, training_cost, training_source
 from isthmus.errors import UserError
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
@@ -38,17 +36,7 @@ def describe_prior_run(run: PriorRun) -> str:
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
     tokenizer = saved_settings(run.from_model or run.tokenizer, "image_tokenizer")
-    # folders saved before it existed know nothing of folded pixels
-    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
-    image_size = tokenizer["scale_sizes"][-1] * stride
-    source = open_source(
-        run.data,
-        image_size=image_size,
-        split="train",
-        classes=run.classes,
-        strict=run.strict,
-        columns=WantedColumns(run.image_column, run.label_column),
-    )
+    source = training_source(run, image_size_of(tokenizer))
     if run.from_model:
         arguments = saved_settings(run.from_model, "transformer")
     else:

@@ -20,19 +20,19 @@ def latents_of(image_tokenizer: MultiScaleVQVAE, images: Images) -> LatentMap:
         UserError: the images have another side than the tokenizer's.
     """
     device, dtype = image_tokenizer.device, image_tokenizer.dtype
-    images = images.to(device, dtype).contiguous(memory_format=_layout(device, dtype))
+    images = images.to(device, dtype).contiguous(memory_format=_layout(image_tokenizer, device))
     return image_tokenizer.latents(images).float().contiguous()
 
 
 @torch.no_grad()
 def pixels_of(image_tokenizer: MultiScaleVQVAE, features: LatentMap) -> Images:
     """Images in [-1, 1] of features, in the type of the weights, on the device of the features."""
-    features = features.to(image_tokenizer.dtype).contiguous(
-        memory_format=_layout(features.device, image_tokenizer.dtype)
-    )
+    layout = _layout(image_tokenizer, features.device)
+    features = features.to(image_tokenizer.dtype).contiguous(memory_format=layout)
     return image_tokenizer.decode_features(features).contiguous()
 
 
-def _layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+def _layout(image_tokenizer: MultiScaleVQVAE, device: torch.device) -> torch.memory_format:
     # the weights stay as they are
-    return cpu_layout(dtype) if device.type == "cpu" else torch.contiguous_format
+    on_cpu = cpu_layout(image_tokenizer.dtype, image_tokenizer.image_size)
+    return on_cpu if device.type == "cpu" else torch.contiguous_format

@@ -13,13 +13,18 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def cpu_layout(dtype: torch.dtype) -> torch.memory_format:
-    """How maps of this type best lie in the memory of a CPU: channels last in float32, channels first in bf16.
+# Side of images, in pixels, up to which bf16 maps lie channels first. Measured at 32 (decoding takes 46 ms instead of
+# 72, a training step 154 instead of 368) and at 128 (decoding takes 195 ms instead of 114).
+_SMALL_IMAGE = 64
 
-    oneDNN convolves channels-last maps as fast or faster, but a group norm over a small one in bf16 takes so long that
-    a training step does twice.
+
+def cpu_layout(dtype: torch.dtype, image_size: int) -> torch.memory_format:
+    """How the maps of images best lie in the memory of a CPU: channels last, but for small images in bf16.
+
+    oneDNN convolves channels-last maps as fast or faster, but a group norm over a small one in bf16 takes long.
     """
-    return torch.channels_last if dtype == torch.float32 else torch.contiguous_format
+    small = dtype != torch.float32 and image_size <= _SMALL_IMAGE
+    return torch.contiguous_format if small else torch.channels_last
 
 
 class ResidualBlock(nn.Module):

@@ -59,8 +59,9 @@ def train_tokenizer(run: TokenizerRun) -> Path:
     """
     accelerator = start_run(run, find_unused_parameters=True)
     products = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    layout = cpu_layout(products) if accelerator.device.type == "cpu" else torch.channels_last
-    bare = build_tokenizer(run).to(accelerator.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    bare = build_tokenizer(run)
+    layout = cpu_layout(products, bare.image_size) if accelerator.device.type == "cpu" else torch.channels_last
+    bare = bare.to(accelerator.device, memory_format=layout)  # pyright: ignore[reportCallIssue]  torch's overloads miss it
     train, held_out = open_splits(run, bare.image_size)
     write_record(accelerator, run, data_fingerprint=train.fingerprint)
 

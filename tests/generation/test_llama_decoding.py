@@ -1,9 +1,3 @@
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -20,7 +14,7 @@ from isthmus.models.next_token_prior import (
     next_token_logits,
 )
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
-from tests.testers import NETWORK
+from tests.testers import NETWORK, needs_compiler, run_compiled
 
 LABELS = torch.tensor([0, 2, 3])
 TOKENS = torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -179,7 +173,6 @@ def test_int8_is_refused_where_it_does_not_run(prior):
         LlamaDecoder(elsewhere, LAYOUT, int8=True)
 
 
-# In a process of its own: the shape checks that tests put around every function cannot be compiled.
 COMPILED = """
 import torch
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
@@ -198,15 +191,7 @@ for decoder in (LlamaDecoder(prior, LAYOUT), LlamaDecoder(prior, LAYOUT, compile
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+@needs_compiler
 def test_the_compiled_step_draws_the_same_tokens(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    # torch's compiler ignores this variable when it writes code, which with "default" does not compile, and when it
-    # names what it keeps: code made with another value is taken from the cache, and draws other tokens
-    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILED]
-    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    eager, compiled = ran.stdout.splitlines()
+    eager, compiled = run_compiled(COMPILED, tmp_path).splitlines()
     assert eager == compiled

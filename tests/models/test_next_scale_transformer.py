@@ -1,17 +1,12 @@
 import itertools
 import math
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from isthmus.errors import UserError
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from tests.testers import NETWORK, PriorLaws, randomized
+from tests.testers import NETWORK, PriorLaws, needs_compiler, randomized, run_compiled
 
 ARGUMENTS = {
     "scale_sizes": (1, 2, 3),
@@ -218,7 +213,6 @@ def test_scales_must_increase_and_exist(scales):
         model(*arguments_for(model), scales=scales)
 
 
-# In a process of its own: the shape checks that tests put around every function cannot be compiled.
 COMPILED = """
 import torch
 from tests.pipelines.tiny import tiny_pipeline
@@ -240,11 +234,6 @@ torch.testing.assert_close(compiled_gradient, gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+@needs_compiler
 def test_compiled_blocks_draw_and_learn_the_same(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    # as for the compiled step of a Llama: torch's compiler ignores this variable and keeps what it made for another
-    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
-    ran = subprocess.run([sys.executable, "-c", COMPILED], cwd=root, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    run_compiled(COMPILED, tmp_path)
