@@ -8,6 +8,7 @@ import torch
 import isthmus
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
+from isthmus.demo.stages import precisions
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.training.logs import LogLines, column, last
 from isthmus.training.run import write_atomically
@@ -117,7 +118,8 @@ share is no acquittal. Samples: seed {scores.seed}, {scores.guidance}.
 {phases}
 | all | {sum(seconds.values()):.0f} |
 
-Isthmus {isthmus.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads.
+Isthmus {isthmus.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. Products of the trainings:
+{precisions(options.folder)}.
 
 ## Next
 

@@ -18,6 +18,8 @@ class DemoOptions:
     """Folder of everything the demo makes; finished stages in it are used again. None: demo or demo-dar, with -long."""
     classes: tuple[str, ...] = ("face", "flag", "hand", "person")
     """Classes of openmoji, or `all` for the ten."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Type of the products in training, as for `isthmus train`."""
     seed: int = 0
     """Decides the training and the samples."""
 

@@ -42,9 +42,18 @@ def stage_run(preset: StageRun, options: DemoOptions, folder: str, *, longer: in
         num_steps=preset.num_steps * (longer if options.budget == "long" else 1),
         classes=options.chosen_classes,
         seed=options.seed,
+        mixed_precision=options.mixed_precision,
         out=options.folder / folder,
         **changes,
     )
+
+
+def precisions(folder: Path) -> str:
+    """Type of the products of both trainings, and why, from what their runs recorded."""
+    records = {
+        name: json.loads((folder / name / "run.json").read_text(encoding="utf-8")) for name in ("tokenizer", "model")
+    }
+    return ", ".join(f"{name} {record['precision']['why']}" for name, record in records.items())
 
 
 class Clock:

@@ -179,8 +179,6 @@ def agreed_precision(run: Run, processes: PartialState) -> TypeChoice:
     if (AcceleratorState._shared_state or {}).get("_mixed_precision") not in (None, _accelerate_name(choices[0])):
         # accelerate holds on to the type of the first run of a process, and a demo has several
         AcceleratorState._reset_state()
-    if run.mixed_precision == "auto":
-        logger.info("%s", choices[0].why)
     return choices[0]
 
 
@@ -267,6 +265,7 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
     if accelerator.is_main_process:
         _refuse_changed_facts(run, facts)
         run.out.mkdir(parents=True, exist_ok=True)
+        precision = _precision(run, accelerator.device)
         record = {
             "kind": type(run).__name__,
             "isthmus_version": isthmus.__version__,
@@ -278,10 +277,12 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
                 "processes": accelerator.num_processes,
                 "device": str(accelerator.device),
             },
-            "precision": asdict(_precision(run, accelerator.device)),
+            "precision": asdict(precision),
             **facts,
         }
         write_atomically(run.out / "run.json", json.dumps(record, indent=2) + "\n")
+        if run.mixed_precision == "auto":
+            logger.info("%s", precision.why)
     if run.track:
         flat = {k: v for k, v in run_to_json(run).items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("isthmus", config=flat)

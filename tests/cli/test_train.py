@@ -31,7 +31,7 @@ def test_a_dry_run_shows_run_size_and_cost(isthmus, tmp_path):
     preset = run_to_json(tokenizer_preset("small-32"))
     changed = {name for name in run if run[name] != preset[name]}
     assert changed == {"out", "optim", "classes"}
-    assert "0.82M" in result.out and "GFLOP per image" in result.out and "GiB" in result.out
+    assert "0.95M" in result.out and "GFLOP per image" in result.out and "GiB" in result.out
     assert not (tmp_path / "run").exists()
 
 
