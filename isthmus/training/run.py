@@ -200,7 +200,7 @@ def _precision(run: Run, device: torch.device) -> TypeChoice:
 
 def _recorded(out: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((out / "run.json").read_text()))
+        return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}  # `check_folder` says what is wrong with it
 
