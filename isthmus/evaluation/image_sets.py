@@ -5,6 +5,7 @@ A folder of samples (`isthmus sample`, `isthmus evaluate`), a folder of image fi
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -149,7 +150,7 @@ def local_path(path: Path) -> Path:
     if path.exists() or not (colon or kind in BUILT_IN):
         return path
     if kind in ("folder", "npz") and place:
-        return Path(place).expanduser()
+        return Path(os.path.expanduser(place))
     if kind in (*BUILT_IN, "hf"):
         raise UserError(f"images lie in an .npz file or a folder, got {path}. A data set is named with --data.")
     return path
