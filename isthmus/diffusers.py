@@ -25,7 +25,6 @@ from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
 from isthmus.models.stored_llama import StoredLlama
-from isthmus.models.token_critic import TokenCritic
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
@@ -447,8 +446,8 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     """A next-scale model (VAR, SRDD) as a `DiffusionPipeline`; arguments are those of `NextScalePipeline`."""
 
     native_class = NextScalePipeline
-    model_cpu_offload_seq = "transformer->critic->image_tokenizer"
-    _optional_components = ["scheduler", "critic"]
+    model_cpu_offload_seq = "transformer->image_tokenizer"
+    _optional_components = ["scheduler"]
     _edits = (
         "Edits have calls of their own: pipe.native.inpaint(image, mask), outpaint, super_resolve, edit_class, "
         "variations."
@@ -463,7 +462,6 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     image_tokenizer = _part("image_tokenizer")
     transformer = _part("transformer")
     scheduler = _part("scheduler")
-    critic = _part("critic")
 
     def __init__(
         self,
@@ -475,11 +473,9 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
         preprocessing: Any = None,
         data: Any = None,
         protocol: str = "",
-        critic: TokenCritic | None = None,
     ):
         super().__init__()
-        parts = {"scheduler": scheduler, "critic": critic}
-        parts |= {"image_tokenizer": image_tokenizer, "transformer": transformer}
+        parts = {"image_tokenizer": image_tokenizer, "transformer": transformer, "scheduler": scheduler}
         _check_parts(NextScalePipeline, parts)
         settings = {"class_names": class_names, "sampling_defaults": sampling_defaults, "data": data}
         self._adopt(NextScalePipeline(**parts, **settings, preprocessing=preprocessing, protocol=protocol))

@@ -22,7 +22,6 @@ COMMANDS = {
     "demo": ("isthmus.cli.demo:run", "the whole story on built-in images: train, sample, report"),
     "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
     "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
-    "train critic": ("isthmus.cli.train_critic:run", "train a judge of drawn tokens, for refined draws"),
     "distill": ("isthmus.cli.distill:run", "train a student on fewer scales, or under another mask, from a model"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
     "evaluate": (
@@ -41,6 +40,12 @@ COMMANDS = {
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
     "export llama": ("isthmus.cli.export:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),
     "info": ("isthmus.cli.info:run", "what a model is; `info data`: licences; `info presets`: named runs"),
+}
+
+# commands of earlier versions -> what took their place
+_REMOVED = {
+    "train critic": "it told drawn tokens from true ones no better than a coin. Draw the tokens again that the model "
+    "finds least likely: isthmus sample MODEL --refine masked.",
 }
 
 _VERBOSITY = {"-v": logging.DEBUG, "--verbose": logging.DEBUG, "-q": logging.WARNING, "--quiet": logging.WARNING}
@@ -99,6 +104,8 @@ def _dispatch(arguments: list[str]) -> int:
             module, function = COMMANDS[name][0].split(":")
             getattr(import_module(module), function)(arguments[words:])
             return 0
+        if name in _REMOVED:
+            raise UserError(f"there is no isthmus {name} any more: {_REMOVED[name]}")
     if any(name.startswith(arguments[0] + " ") for name in COMMANDS):
         return _incomplete(arguments)
     # imported here: --help does without

@@ -109,9 +109,11 @@ _DESCRIPTIONS = {"NextScalePipeline": _describe_next_scale, "DARPipeline": _desc
 
 
 def _components(index: Mapping[str, Any]) -> list[str]:
-    """Names of the components that a pipeline folder holds: entries [library, class]."""
+    """Names of the components of a pipeline folder that are read: entries [library, class]."""
+    from isthmus.pipelines.folder import FORGOTTEN
+
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    return [name for name, value in pairs.items() if value != [None, None]]
+    return [name for name, value in pairs.items() if value != [None, None] and name not in FORGOTTEN]
 
 
 def upload_contents(folder: Path) -> str:

@@ -28,6 +28,14 @@ _PLAIN = (
 )
 
 
+# options of earlier versions, with a value where only that is gone -> what took their place
+_REMOVED = {
+    "--refine critic": "Take --refine masked: the model's own probability chooses as well as a critic did.",
+    "--report-images": "Measure with the commands that isthmus distill prints at its end: --num of isthmus evaluate is "
+    "the number of images.",
+}
+
+
 def parse(
     kind: type[Command], arguments: Sequence[str], *, prog: str, default: Command | None = None, description: str = ""
 ) -> Command:
@@ -55,6 +63,9 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
+    for option, instead in _REMOVED.items():
+        if f" {option} " in f" {' '.join(arguments)} ".replace("=", " ").replace("_", "-"):
+            raise UserError(f"there is no {option} any more. {instead}")
     unknown = _first_unknown(kind, arguments)
     if unknown:
         raise UserError(unknown + f" `{prog} --help` lists all.")

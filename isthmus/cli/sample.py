@@ -28,7 +28,7 @@ class Sample(SteeredDrawOptions):
     no class. None given: all classes of the model."""
     num: int = 16
     """Number of images."""
-    refine: Literal["default", "none", "simple", "masked", "critic"] = "default"
+    refine: Literal["default", "none", "simple", "masked"] = "default"
     """Draw some tokens again (next-scale models), with the rounds usual in this mode; default: as the model says."""
     prefix_image: Path | None = None
     """Image whose first tokens every image keeps (layout control of D-AR models)."""

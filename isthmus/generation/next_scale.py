@@ -122,7 +122,6 @@ class ScaleSampler:
         guidance: guidance value of every scale.
         image_seeds: one (seed, image index) per image.
         num_forwards: predictions made so far; labelled and null rows of a scale are one.
-        conditional: logits (b, l, v) of the latest prediction before guidance, at temperature 1; None before the first.
 
     Raises:
         UserError: a filter or guidance value is out of range, or the two models do not belong together.
@@ -140,7 +139,6 @@ class ScaleSampler:
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.options, self.image_seeds, self.num_forwards = options, list(image_seeds), 0
         self._streams = streams
-        self.conditional: Float[Tensor, "b l v"] | None = None
         self._tokenizer, self._transformer = image_tokenizer, transformer
         self._codebook = image_tokenizer.codebook.weight
         check_filters(
@@ -215,10 +213,9 @@ class ScaleSampler:
         hidden = None if hidden is None else hidden.repeat(copies, 1)
         conditioning = self._conditioning.leading(copies * self._batch)
         logits = self._transformer.forward_scale(scale, inputs, conditioning, self._cache, hidden=hidden).float()
-        self.conditional = logits[: self._batch]
         if copies == 1:
             return logits
-        return guided_logits(self.conditional, logits[self._batch :], self.guidance[scale])
+        return guided_logits(logits[: self._batch], logits[self._batch :], self.guidance[scale])
 
     @torch.inference_mode()
     def draw(self, scale: int, logits: Float[Tensor, "b l v"], *, round_index: int = 0) -> ScaleDraw:

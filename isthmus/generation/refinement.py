@@ -12,17 +12,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from isthmus.errors import UserError
 from isthmus.functional.quantization import Scale, tokens_to_map
 from isthmus.functional.shapes import FeatureMap, LatentMap, ScaleTokens
 from isthmus.generation.next_scale import ScaleDraw, ScaleSampler
-from isthmus.models.token_critic import TokenCritic, critic_measures
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler, lowest_share
+from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 
 
-def refined_scales(
-    sampler: ScaleSampler, scheduler: ScaleRefinementScheduler | None = None, critic: TokenCritic | None = None
-) -> Iterator[Scale]:
+def refined_scales(sampler: ScaleSampler, scheduler: ScaleRefinementScheduler | None = None) -> Iterator[Scale]:
     """Draw the tokens of every scale, with the rounds that `scheduler` asks for; None draws every token once.
 
     Yields:
@@ -30,31 +26,26 @@ def refined_scales(
         again: the last one of an index counts.
 
     Raises:
-        UserError: rounds for a scale that does not exist, or mode "critic" without a critic.
+        UserError: rounds for a scale that does not exist.
     """
     num_scales = sampler.schedule.num_scales
     rounds = (0,) * num_scales if scheduler is None else scheduler.rounds_of(num_scales)
-    if scheduler is not None and scheduler.mode == "critic" and critic is None:
-        raise UserError("mode 'critic' needs a critic, got none. Train one with `isthmus train critic MODEL`.")
-    return _refined(sampler, scheduler, critic, rounds)
+    return _refined(sampler, scheduler, rounds)
 
 
 def _refined(
-    sampler: ScaleSampler,
-    scheduler: ScaleRefinementScheduler | None,
-    critic: TokenCritic | None,
-    rounds: tuple[int, ...],
+    sampler: ScaleSampler, scheduler: ScaleRefinementScheduler | None, rounds: tuple[int, ...]
 ) -> Iterator[Scale]:
     state = _State(sampler.start())
     for scale in range(sampler.schedule.num_scales):
-        yield _draw(sampler, state, scale, scheduler, critic, rounds[scale])
+        yield _draw(sampler, state, scale, scheduler, rounds[scale])
         if scheduler is None or scheduler.mode != "simple":
             continue
         for _ in range(rounds[scale]):
             kept = scale + 1 - scheduler.jump_scales
             yield from _jump_back(sampler, state, kept)
             for again in range(kept, scale + 1):
-                yield _draw(sampler, state, again, None, None, 0)
+                yield _draw(sampler, state, again, None, 0)
 
 
 @dataclass
@@ -73,30 +64,17 @@ class _State:
 
 
 def _draw(
-    sampler: ScaleSampler,
-    state: _State,
-    scale: int,
-    scheduler: ScaleRefinementScheduler | None,
-    critic: TokenCritic | None,
-    rounds: int,
+    sampler: ScaleSampler, state: _State, scale: int, scheduler: ScaleRefinementScheduler | None, rounds: int
 ) -> Scale:
     """Draw a scale with its masked rounds, and add it to the state."""
     before, logits = state.features, sampler.predict(scale, state.features)
     drawn = sampler.draw(scale, logits, round_index=state.visits[scale])
     state.visits[scale] += 1
-    if scheduler is not None and scheduler.mode in ("masked", "critic") and rounds:
-        ordinary, conditional = drawn, sampler.conditional
+    if scheduler is not None and scheduler.mode == "masked" and rounds:
         with torch.inference_mode():
-            probabilities = _probability(ordinary, ordinary.token_ids)
+            probabilities = _probability(drawn, drawn.token_ids)
             for _ in range(rounds):
-                if scheduler.mode == "masked":
-                    hidden = scheduler.hidden_by_probability(probabilities)
-                else:
-                    assert critic is not None and conditional is not None  # refused above
-                    side = sampler.schedule.sizes[scale]
-                    measures = critic_measures(conditional, drawn.token_ids)
-                    plausible = critic(drawn.codes, before, measures, side).plausibility
-                    hidden = lowest_share(plausible, scheduler.share)
+                hidden = scheduler.hidden_by_probability(probabilities)
                 # a share always hides some; asking would make the CPU wait for the GPU
                 if scheduler.config["p_min"] is not None and not bool(hidden.any()):
                     break  # nothing to draw again, now or later

@@ -15,11 +15,10 @@ _WRITER = {"architectures", "dtype", "transformers_version"}
 _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 
 
-def fingerprint(model: nn.Module | StoredLlama, *, rounded: bool = False) -> str:
+def fingerprint(model: nn.Module | StoredLlama) -> str:
     """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
 
-    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it. `rounded`
-    reads the weights as bfloat16, so that a model loaded as float32 or as bfloat16 is the same one.
+    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it.
     """
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", {})
@@ -29,13 +28,6 @@ def fingerprint(model: nn.Module | StoredLlama, *, rounded: bool = False) -> str
     config = {k: v for k, v in config.items() if k not in _LATER or v != _LATER[k]}
     digest.update(json.dumps(config, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.bfloat16() if rounded and tensor.is_floating_point() else tensor
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def pair_fingerprint(image_tokenizer: nn.Module, transformer: nn.Module) -> str:
-    """What a critic belongs to: tokenizer and prior together, whatever type they were loaded in."""
-    joined = fingerprint(image_tokenizer, rounded=True) + fingerprint(transformer, rounded=True)
-    return hashlib.sha256(joined.encode()).hexdigest()

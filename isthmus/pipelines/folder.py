@@ -14,6 +14,10 @@ from isthmus.models.component_files import CONFIG, read_json
 
 FORMAT = 1
 INDEX_NAME = "model_index.json"
+FORGOTTEN = {
+    "critic": "rounds in which it chose tokens choose them by the model's own probability (mode 'masked')",
+}
+"""Components that earlier versions saved and this one does not read, and what is done in their place."""
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from isthmus.errors import UserError
 from isthmus.functional.draws import DRAW_STREAMS, TokenStreams
 from isthmus.functional.guidance import Guidance
 from isthmus.functional.shapes import Images, LatentMap
@@ -21,8 +20,6 @@ from isthmus.generation.refinement import refined_scales
 from isthmus.generation.step import GenerationStep, Pictures
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.models.token_critic import TokenCritic
-from isthmus.pipelines.critics import check_critic
 from isthmus.pipelines.next_scale_classification import NextScaleClassification
 from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
@@ -43,14 +40,13 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         preprocessing: how training images were made; None describes the usual way.
         data: `name` and `attribution` (licence line) of the training data, for the card.
         protocol: how the model was trained and measured, for the card.
-        critic: optional component: judges tokens for a scheduler of mode "critic"; it belongs to this model alone.
 
     Raises:
         UserError: the components do not belong together, or names or defaults do not fit them.
     """
 
     parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
-    optional_parts = {"scheduler": ScaleRefinementScheduler, "critic": TokenCritic}
+    optional_parts = {"scheduler": ScaleRefinementScheduler}
 
     def __init__(
         self,
@@ -62,17 +58,13 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         preprocessing: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         protocol: str = "",
-        critic: TokenCritic | None = None,
     ):
         self.image_tokenizer, self.transformer, self.scheduler = image_tokenizer, transformer, scheduler
-        self.critic = critic
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
         if scheduler is not None:
             scheduler.rounds_of(self.schedule.num_scales)
-        self._checked_critic: TokenCritic | None = None
-        self._own_critic()
 
     def __call__(
         self,
@@ -120,7 +112,7 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         sampler = self._sampler(request)
         token_ids: list[Tensor] = [torch.empty(0)] * self.schedule.num_scales
         features = None
-        for scale in refined_scales(sampler, self.scheduler, self._own_critic()):
+        for scale in refined_scales(sampler, self.scheduler):
             # a jump draws a scale once more: the last draw counts
             token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
             if callback_on_step_end is not None:
@@ -155,7 +147,7 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
             class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
             guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
         )  # fmt: skip
-        scales = refined_scales(self._sampler(request), self.scheduler, self._own_critic())
+        scales = refined_scales(self._sampler(request), self.scheduler)
         return (
             GenerationStep(
                 scale.index,
@@ -182,12 +174,10 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         Sets `scheduler`, which is saved with the model and part of its fingerprint; "none" leaves it out.
 
         Raises:
-            UserError: there is no such mode, the model has too few scales for it, or it is "critic" and there is none.
+            UserError: there is no such mode, or the model has too few scales for it.
         """
         scheduler = ScaleRefinementScheduler(mode=mode)
         scheduler.rounds_of(self.schedule.num_scales)
-        if mode == "critic" and self.critic is None:
-            raise UserError("this model has no critic. Train one: isthmus train critic MODEL --out FOLDER.")
         # left out, not one that does nothing: a model whose images are equal keeps its fingerprint
         self.scheduler = None if mode == "none" else scheduler
 
@@ -235,13 +225,6 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
     def _sampler(self, request: Request, streams: TokenStreams = DRAW_STREAMS) -> ScaleSampler:
         labels = torch.tensor(request.class_labels, device=self.device)
         return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams)
-
-    def _own_critic(self) -> TokenCritic | None:
-        """The critic, checked once: it may have been set after the pipeline was made."""
-        if self.critic is not None and self.critic is not self._checked_critic:
-            check_critic(self.critic, self.image_tokenizer, self.transformer)
-        self._checked_critic = self.critic
-        return self.critic
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
         return features if output_type == "latent" else as_output(self._decode(features), output_type)

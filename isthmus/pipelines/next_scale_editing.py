@@ -42,8 +42,8 @@ class NextScaleEditing(SavedPipeline):
     `options` are those of a call (`guidance_scale`, `top_k`, `top_p`, `temperature`, `smooth`, `seed`, `generator`,
     `image_index`, `output_type`), and so are the seeds: an edit depends on its own seed and not on its batch. Its
     random numbers are none of those that draw an image from that seed. Without a class label an edit is not guided.
-    The model's scheduler and critic refine draws, not edits: an edit draws every token once, and `jumps` is its own
-    way to draw some again. Pictures as tensors, and features, lie on the model's device.
+    The model's scheduler refines draws, not edits: an edit draws every token once, and `jumps` is its own way to draw
+    some again. Pictures as tensors, and features, lie on the model's device.
 
     A picture of any size is scaled so that its longer side is the model's `image_size`; what the model makes beside the
     shorter side is cut off again.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ from isthmus.models.fingerprint import fingerprint
 from isthmus.models.saved_model import Config, Recorded, SavedModel, check_settings
 from isthmus.models.stored_llama import StoredLlama
 from isthmus.pipelines.card import model_card
-from isthmus.pipelines.folder import FORMAT, INDEX_NAME, read_index, replaced_within, written_whole
+from isthmus.pipelines.folder import FORGOTTEN, FORMAT, INDEX_NAME, read_index, replaced_within, written_whole
 from isthmus.pipelines.hub import model_folder
 from isthmus.pipelines.labels import names_in_order, resolve_labels
 from isthmus.pipelines.request import Generators, Labels, OutputType, Request, check_output_type, label_list, spread
 from isthmus.pipelines.seeds import Whole, image_seeds
+
+logger = logging.getLogger("isthmus")
 
 Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
 Part = type[SavedModel] | type[Recorded] | type[StoredLlama]
@@ -255,6 +258,9 @@ class SavedPipeline:
         if index.get("_class_name") != cls.__name__:
             raise UserError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}. Use load_pipeline.")
         values = {k: v for k, v in index.items() if not k.startswith(("_", "isthmus_"))}
+        for name, instead in FORGOTTEN.items():
+            if values.pop(name, [None, None]) != [None, None]:
+                logger.warning("%s was saved with a %s, which is ignored: %s.", folder, name, instead)
         check_settings(values, cls, folder / INDEX_NAME)
         present = dict(cls.parts)
         for name, part in cls.parts.items():

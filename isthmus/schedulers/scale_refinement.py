@@ -7,7 +7,8 @@ thresholds are ours: spec of SRDD, 3.2).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +17,7 @@ from torch import Tensor
 from isthmus.errors import UserError
 from isthmus.models.saved_model import Recorded, records_arguments
 
-RefinementMode = Literal["none", "simple", "masked", "critic"]
+RefinementMode = Literal["none", "simple", "masked"]
 DEFAULT_SHARE = 0.3
 DEFAULT_JUMP_SCALES = 2
 
@@ -41,15 +42,14 @@ class ScaleRefinementScheduler(Recorded):
 
     Args:
         mode: "none" draws every token once. "masked" hides the least likely tokens of a scale after they are drawn
-            and draws them again beside those that stay; a round costs one forward of its scale. "critic" hides those
-            that a `TokenCritic` finds least plausible. "simple" jumps back: the features after a scale are quantised
-            anew, all but the last `jump_scales` scales of that are kept and the others drawn again (RePaint's jump);
-            a jump costs the forwards of the scales it repeats.
+            and draws them again beside those that stay; a round costs one forward of its scale. "simple" jumps back:
+            the features after a scale are quantised anew, all but the last `jump_scales` scales of that are kept and
+            the others drawn again (RePaint's jump); a jump costs the forwards of the scales it repeats.
         rounds: one number per scale, coarse to fine, 0 for what is left out; None is one round at the second to
             fourth scale (simple: from the first scale that a jump can start from, `jump_scales` counted from 0, to
             the fourth: with 2 the third and fourth). The first scale has no context and none.
-        share: masked and critic: share of a scale's tokens that a round draws again, in (0, 1]; None is 0.3, where
-            `p_min` does not say otherwise.
+        share: masked only: share of a scale's tokens that a round draws again, in (0, 1]; None is 0.3, where `p_min`
+            does not say otherwise.
         p_min: masked only, instead of a share: tokens less probable than this are drawn again, in (0, 1).
         jump_scales: simple only: how many scales a jump repeats, the one it starts from included; None is 2.
 
@@ -96,6 +96,12 @@ class ScaleRefinementScheduler(Recorded):
                     f"a jump over {self.jump_scales} scales must keep at least the first one, got a round at scale "
                     f"{scale} (from 0). Start later, or lower jump_scales."
                 )
+
+    @classmethod
+    def load_config(cls, folder: str | Path) -> dict[str, Any]:
+        """As `Recorded.load_config`; of the mode "critic" of earlier versions the same rounds by probability."""
+        settings = super().load_config(folder)
+        return settings | {"mode": "masked"} if settings.get("mode") == "critic" else settings
 
     def rounds_of(self, num_scales: int) -> tuple[int, ...]:
         """Rounds (or jumps) after every scale of a model.
@@ -166,7 +172,6 @@ class ScaleRefinementScheduler(Recorded):
             "none": (),
             "simple": ("rounds", "jump_scales"),
             "masked": ("rounds", "share", "p_min"),
-            "critic": ("rounds", "share"),
         }[self.mode]
         for name, value in given.items():
             if value is not None and name not in used:

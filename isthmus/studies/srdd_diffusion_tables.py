@@ -30,13 +30,12 @@ from isthmus.studies.srdd_tables import BITS, by_seed, equal, evaluations, real_
 from isthmus.studies.srdd_words import DRAWING, FACTORS, HOLE_PSNR, HOLES, MODES, TAUGHT, UNTAUGHT, jump_words
 from isthmus.studies.tables import Claim, Direction, Row, StudyTable, TableSpec
 
-PER_IMAGE, AREA = "bits per image", "AUC of the critic"
-BY_CHANCE = "AUC of the probability alone"
+PER_IMAGE = "bits per image"
 DISTANCE = "lite0 distance"
 
 
 def refinement(setting: SrddSetting, results: Results) -> StudyTable:
-    """No refinement, jumps, masked rounds and a critic, on a plain model and on one that was trained for it."""
+    """No refinement, jumps and masked rounds, on a plain model and on one that was trained for it."""
     models = {MARKOV: "", REFINING: " (trained for it)"}
     rows = [
         _refined_row(setting, results, variant, mode, mode + suffix)
@@ -56,25 +55,17 @@ def refinement(setting: SrddSetting, results: Results) -> StudyTable:
         for mode, how in (("simple", "Simple"), ("masked", "Masked"))
         for suffix in models.values()
     ]  # fmt: skip
-    ours = Claim(
-        says="A critic that looks at the resulting map chooses better than the probability of a draw",
-        source="an idea of this library", first="critic", second="masked", column=FRECHET, direction="lower",
-    )  # fmt: skip
     return StudyTable(
-        about=f"Draws of the Markov model as they are ({forwards['none']} forwards), and refined in three ways at "
+        about=f"Draws of the Markov model as they are ({forwards['none']} forwards), and refined in two ways at "
         f"equal numbers of forwards ({forwards['masked']}): one round at each of the second to fourth scales, where "
-        "the least likely 30 % of the tokens (masked) or the least plausible ones (critic) are drawn again, or one "
-        "jump back over these scales (simple). What refines is judged against the cheaper plain draw. "
+        "the least likely 30 % of the tokens are drawn again (masked), or one jump back over these scales (simple). "
+        "What refines is judged against the cheaper plain draw. "
         f"{equal(setting)} The second model differs in one thing: half of its training examples show some of their "
         f"own tokens. {protocol_words(measured)}",
         first_column="refinement",
         rows=(*rows, *real_rows(setting, results, MARKOV)),
-        claims=by_both_distances(*claims, ours),
-        notes=(
-            f"{AREA}: how well it tells true tokens of held-out images from ones that the model drew again among "
-            f"them; 0.5 is chance. A critic is trained for {setting.critic_steps} steps on the model's own data.",
-            *warning_notes(measured),
-        ),
+        claims=by_both_distances(*claims),
+        notes=warning_notes(measured),
     )
 
 
@@ -192,10 +183,6 @@ def _refined_row(setting: SrddSetting, results: Results, variant: Variant, mode:
     found = by_seed(setting, results, "refined", variant)
     first = next(iter(found.values()))
     cells = score_readings({seed: values["by_mode"][mode] for seed, values in found.items()})
-    if mode == "critic":
-        critics = by_seed(setting, results, "critic", variant)
-        for column, whose in ((AREA, "critic"), (BY_CHANCE, "probability")):
-            cells[column] = {seed: Reading(values[whose]) for seed, values in critics.items()}
     forwards = {"forwards": str(first["forwards"][mode])}
     return Row(name=name, facts=forwards | sample_facts(first, own_guidance(setting), setting.seeds), cells=cells)
 

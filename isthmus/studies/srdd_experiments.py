@@ -126,20 +126,12 @@ def snr(setting: SrddSetting) -> Iterator[Experiment]:
 
 
 def refinements(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[Experiment]:
-    """A critic for every model, and draws of every mode of refinement with it."""
+    """Every variant's draws in every mode of refinement."""
     variants = list(variants)
     yield from samples(setting, (MARKOV,))
     yield from priors(setting, variants)
     for variant in variants:
         for seed in setting.seeds:
-            critic = f"critic-{variant.name}-seed{seed}"
-            yield Experiment(
-                name=critic,
-                kind="critic",
-                settings={"variant": variant.name, "seed": seed, "steps": setting.critic_steps},
-                after=(f"prior-{variant.name}-seed{seed}",),
-                seconds=15 + 0.6 * setting.critic_steps,
-            )
             yield Experiment(
                 name=f"refined-{variant.name}-seed{seed}",
                 kind="refined",
@@ -150,7 +142,7 @@ def refinements(setting: SrddSetting, variants: Iterable[Variant]) -> Iterator[E
                     "balance": BALANCE,
                     "modes": list(MODES),
                 },
-                after=(critic,),
+                after=(f"prior-{variant.name}-seed{seed}",),
                 seconds=15 + 0.03 * setting.num * len(MODES),
             )
 

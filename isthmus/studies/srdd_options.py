@@ -48,7 +48,6 @@ class SrddSetting:
         num: samples per model and guidance.
         guidances: constant ones that are swept; the prior's own is measured beside them.
         refinement_probability: of the prior that is trained for refinement.
-        critic_steps: of the training of a critic.
         jumps: in edits, each measured.
         rounds: of timing.
         batch_size: images drawn at once; None estimates what fits.
@@ -63,7 +62,6 @@ class SrddSetting:
     num: int
     guidances: tuple[str, ...] = ("1", "1.5", "2", "3", "5")
     refinement_probability: float = 0.5
-    critic_steps: int = 400
     jumps: tuple[int, ...] = (0, 1)
     rounds: int = 9
     batch_size: int | None = None

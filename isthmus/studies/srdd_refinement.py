@@ -1,8 +1,6 @@
-"""Draws that are refined in three ways at equal numbers of forwards, and the critic that chooses what is redrawn."""
+"""Draws that are refined in two ways at equal numbers of forwards, and draws that are not."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -14,8 +12,6 @@ from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.studies.evaluations import EvaluationSetting
 from isthmus.studies.experiments import Values
 from isthmus.studies.real_images import DrawnSamples, RealImages
-from isthmus.training.critic_config import CriticRun
-from isthmus.training.train_critic import REPORT, train_critic
 
 
 def equal_schedulers(num_scales: int) -> Mapping[str, ScaleRefinementScheduler]:
@@ -32,21 +28,7 @@ def equal_schedulers(num_scales: int) -> Mapping[str, ScaleRefinementScheduler]:
         "none": ScaleRefinementScheduler(),
         "simple": ScaleRefinementScheduler(mode="simple", rounds=jump, jump_scales=last),
         "masked": ScaleRefinementScheduler(mode="masked", rounds=rounds),
-        "critic": ScaleRefinementScheduler(mode="critic", rounds=rounds),
     }
-
-
-def critic_values(run: CriticRun) -> Values:
-    """Train the critic of a model, or find it trained; areas under the ROC curve on held-out images.
-
-    `critic` is that of the critic; `probability` that of the model's own, unguided probability of a token, given the
-    image so far and nothing of the scale itself.
-    """
-    # the model is the last thing that a training writes
-    if not (run.out / "model_index.json").is_file():
-        train_critic(run)
-    report = json.loads((run.out / REPORT).read_text(encoding="utf-8"))
-    return {name: report[name]["all"] for name in ("critic", "probability")} | {"images": report["num_images"]}
 
 
 def refined_values(
@@ -67,18 +49,3 @@ def refined_values(
             samples.add(to_uint8(torch.as_tensor(drawn.images) * 2 - 1))
         by_mode[mode] = real.scored(samples)
     return real.values("by_mode", by_mode, pipeline.image_size) | {"forwards": forwards}
-
-
-def critic_run(model: Path, out: Path, setting: EvaluationSetting, *, seed: int, num_steps: int) -> CriticRun:
-    """Training of the critic of a model of the study."""
-    return CriticRun(
-        model=str(model),
-        data=setting.data,
-        classes=setting.classes,
-        image_column=setting.columns.image,
-        label_column=setting.columns.label,
-        out=out,
-        seed=seed,
-        num_steps=num_steps,
-        device=setting.device,
-    )

@@ -1,6 +1,6 @@
 """Names that the plan, the work and the tables of the study of SRDD share. This file imports nothing heavy."""
 
-MODES = ("none", "simple", "masked", "critic")
+MODES = ("none", "simple", "masked")
 """Ways to refine a draw."""
 
 TAUGHT, UNTAUGHT = "taught", "untaught"

@@ -22,7 +22,7 @@ from isthmus.studies.srdd_cost import cost_values
 from isthmus.studies.srdd_editing import editing_values
 from isthmus.studies.srdd_experiments import MARKOV, TOKENIZER, VARIANTS, every_second, model_folder, prior_run
 from isthmus.studies.srdd_options import SrddSetting
-from isthmus.studies.srdd_refinement import critic_run, critic_values, refined_values
+from isthmus.studies.srdd_refinement import refined_values
 from isthmus.studies.srdd_students import drawing_values, load_next_scale
 from isthmus.studies.srdd_words import TAUGHT
 from isthmus.training.config import PriorRun
@@ -83,16 +83,10 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
             "decibels": [mean_and_interval(of_scale) for of_scale in ratios.T],
         }
 
-    def critic(experiment: Experiment) -> Values:
-        facts = experiment.settings
-        model = model_folder(folder, f"prior-{facts['variant']}-seed{facts['seed']}")
-        out = model_folder(folder, experiment.name)
-        return critic_values(critic_run(model, out, evaluations, seed=facts["seed"], num_steps=facts["steps"]))
-
     def refined(experiment: Experiment) -> Values:
         facts = experiment.settings
-        judged = model_folder(folder, f"critic-{facts['variant']}-seed{facts['seed']}")
-        pipeline = load_next_scale(judged, setting.device)
+        model = model_folder(folder, f"prior-{facts['variant']}-seed{facts['seed']}")
+        pipeline = load_next_scale(model, setting.device)
         return refined_values(pipeline, evaluations, seed=facts["seed"], modes=facts["modes"])
 
     def student(experiment: Experiment) -> Values:
@@ -120,7 +114,6 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
         return editing_values(pipeline, held_out, jumps=facts["jumps"], seed=facts["seed"])
 
     return {
-        "critic": critic,
         "refined": refined,
         "student": student,
         "student-samples": student_samples,

@@ -46,6 +46,8 @@ def test_help_imports_nothing_heavy():
     [
         ("trian prior", "Did you mean train"),
         ("train pryor", "Did you mean prior"),
+        ("train critic demo/model --out runs/critic", "isthmus sample MODEL --refine masked"),
+        ("train critic --help", "isthmus sample MODEL --refine masked"),
         ("train", "needs one of tokenizer, prior"),
         ("--hepl", "no option"),
         ("sample x --out y --bath-size 3", "Did you mean --batch-size"),

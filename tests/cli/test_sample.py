@@ -77,7 +77,9 @@ def test_refinement_is_an_option_of_a_draw(isthmus, refused, model, tmp_path):
         pipe.refine_with(mode)
         drawn = pipe([i % 3 for i in range(4)], seed=3).token_ids
         assert hashes(tmp_path / mode) == token_hashes(drawn) != hashes(tmp_path / "default")
-    assert "no critic" in refused("-q", "sample", model, "--refine", "critic", "--out", tmp_path / "o")
+    for words in (("--refine", "critic"), ("--refine=critic",)):
+        assert "Take --refine masked" in refused("-q", "sample", model, *words, "--out", tmp_path / "o")
+    assert "takes one of" in refused("-q", "sample", model, "--refine", "mask", "--out", tmp_path / "o")
     assert "model" in refused("-q", "sample", model, "--refine", "simple", "--seed", 3, "--out", tmp_path / "masked")
 
 

@@ -8,7 +8,6 @@ from isthmus.generation.next_scale import ScaleSampler, generate_scales
 from isthmus.generation.options import SamplingOptions
 from isthmus.generation.refinement import merged, redraw, refined_scales
 from isthmus.generation.step import token_hashes
-from isthmus.models.token_critic import TokenCritic
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_teacher import tiny_teacher
@@ -18,18 +17,11 @@ LABELS = torch.tensor([0, 2, 3, 1])
 OPTIONS = SamplingOptions(guidance_scale=(1.0, 2.0, 1.5), top_k=9)
 
 
-def critic():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return TokenCritic(scale_sizes=(1, 2, 4), codebook_size=16, codebook_dim=4, width=8, num_blocks=1).eval()
-
-
 SCHEDULERS = {
     "masked": ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 2)),
     "p_min": ScaleRefinementScheduler(mode="masked", p_min=0.2),
     "simple": ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1),
     "simple, far": ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2),
-    "critic": ScaleRefinementScheduler(mode="critic", share=0.5),
 }
 
 
@@ -40,7 +32,7 @@ def sampler_of(pipe, rows=(0, 1, 2, 3), options=OPTIONS):
 
 def drawn(sampler, scheduler):
     """Tokens per scale, the last visit counting, and the last features."""
-    scales = list(refined_scales(sampler, scheduler, critic()))
+    scales = list(refined_scales(sampler, scheduler))
     last = {scale.index: scale.token_ids for scale in scales}
     return [last[k] for k in sorted(last)], scales[-1].features
 
@@ -82,14 +74,13 @@ def test_rounds_change_draws(name):
     ("scheduler", "forwards"),
     [
         (ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 2)), 3 + 3),
-        (ScaleRefinementScheduler(mode="critic", rounds=(0, 2)), 3 + 2),
         (ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1), 3 + 3),
         (ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2), 3 + 4),
     ],
 )
 def test_a_round_costs_one_forward_and_a_jump_those_of_the_scales_it_repeats(attention, scheduler, forwards):
     sampler = sampler_of(tiny_pipeline(scale_attention=attention))
-    visits = [scale.index for scale in refined_scales(sampler, scheduler, critic())]
+    visits = [scale.index for scale in refined_scales(sampler, scheduler)]
     # a causal model also reads the kept scales after the first changed one again: scale 1, where a jump over the last
     # scale alone changed scale 0
     again = visits[visits.index(2) :].count(0) if scheduler.mode == "simple" and scheduler.jump_scales == 1 else 0
@@ -291,9 +282,7 @@ def test_a_causal_scale_needs_those_before_it():
         sampler.predict(1, sampler.start())
 
 
-def test_mode_critic_needs_a_critic_and_rounds_need_scales():
+def test_rounds_need_scales():
     sampler = sampler_of(tiny_pipeline())
-    with pytest.raises(UserError, match="needs a critic"):
-        refined_scales(sampler, ScaleRefinementScheduler(mode="critic"))
     with pytest.raises(UserError, match="does not exist"):
         refined_scales(sampler, ScaleRefinementScheduler(mode="masked", rounds=(0, 0, 0, 1)))

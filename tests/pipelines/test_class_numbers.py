@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from isthmus.cli.info import describe_model
-from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.evaluation.model_samples import choose_classes
 from isthmus.evaluation.real_side import open_splits
@@ -15,7 +14,6 @@ from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.dar_prior_export import load_dar_model
 from isthmus.training.export import load_teacher
 from isthmus.training.saved_networks import kept_classes
-from isthmus.training.train_critic import check_classes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -75,18 +73,6 @@ def test_samples_and_images_of_a_class_meet(made, count, tmp_path):
     chosen = choose_classes(pipe, splits, 2 * count, "uniform")
     assert splits.class_names == chosen.model_names == tuple(names)
     assert [names[i] for i in chosen.model_ids] == [chosen.names[i] for i in chosen.labels]
-
-
-def test_a_critic_takes_the_data_of_its_model(tmp_path):
-    names = names_of(12)
-    model_of(tiny_pipeline, 12).save_pretrained(tmp_path / "model")
-    pipe = load_pipeline(tmp_path / "model")
-    images = np.random.default_rng(0).integers(0, 255, (48, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images, np.array(names * 4))
-    spec = f"npz:{tmp_path / 'images.npz'}"
-    check_classes(pipe, open_source(spec, image_size=8, classes=names))
-    with pytest.raises(UserError, match=", ".join(names)):  # the order to choose is the order of the numbers
-        check_classes(pipe, open_source(spec, image_size=8, classes=sorted(names)))
 
 
 @pytest.mark.parametrize("indices", ["02", "13", ("0", "x", "2")])

@@ -1,22 +1,14 @@
+import json
+
 import pytest
 import torch
 
+from isthmus.cli.info import describe_model, upload_contents
 from isthmus.errors import UserError
 from isthmus.generation.step import token_hashes
-from isthmus.models.fingerprint import pair_fingerprint
-from isthmus.models.token_critic import TokenCritic
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from tests.pipelines.tiny import tiny_pipeline
-
-
-def critic_for(pipe, fingerprint=None):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return TokenCritic(
-            scale_sizes=(1, 2, 4), codebook_size=16, codebook_dim=4, width=8, num_blocks=1,
-            model_fingerprint=fingerprint or pair_fingerprint(pipe.image_tokenizer, pipe.transformer),
-        ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize("attention", ["markov", "causal"])
@@ -47,7 +39,7 @@ def test_a_scheduler_is_part_of_the_saved_model(attention, tmp_path):
     assert token_hashes(refined.token_ids) != token_hashes(plain.token_ids)
     pipe.save_pretrained(tmp_path / "model")
     loaded = load_pipeline(tmp_path / "model", device="cpu")
-    assert loaded.scheduler.mode == "masked" and loaded.critic is None
+    assert loaded.scheduler.mode == "masked"
     assert loaded.fingerprint == pipe.fingerprint
     assert token_hashes(loaded([0, 1], seed=3).token_ids) == token_hashes(refined.token_ids)
     loaded.scheduler = None
@@ -76,15 +68,14 @@ def test_without_refinement_a_model_is_the_one_it_was(tmp_path):
         ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1)),
         ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1), p_min=0.05),
         ScaleRefinementScheduler(mode="masked", p_min=1e-30),
-        ScaleRefinementScheduler(mode="critic", rounds=(0, 1)),
         ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1),
         ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2),
     ],
-    ids=["none", "masked", "p_min", "p_min-never", "critic", "near", "far"],
+    ids=["none", "masked", "p_min", "p_min-never", "near", "far"],
 )
 def test_a_draw_costs_what_its_scheduler_says(attention, smooth, scheduler):
     pipe = tiny_pipeline(scale_attention=attention)
-    pipe.critic, pipe.scheduler = critic_for(pipe), scheduler
+    pipe.scheduler = scheduler
     said = scheduler.forwards_of(3, has_cache=attention == "causal", smooth=smooth)
     for labels in ([0], [0, 1, 2, None]):
         count = pipe(labels, seed=5, smooth=smooth, guidance_scale=2.0, output_type="latent").num_forwards
@@ -95,15 +86,51 @@ def test_a_draw_costs_what_its_scheduler_says(attention, smooth, scheduler):
     assert (said.least < said.most) == by_draw
 
 
-def test_a_critic_is_part_of_the_saved_model(tmp_path):
-    pipe = tiny_pipeline()
-    pipe.critic = critic_for(pipe)
-    pipe.scheduler = ScaleRefinementScheduler(mode="critic", rounds=(0, 2))
-    drawn = pipe([0, 1, None], seed=3)
-    assert drawn.num_forwards == 5
-    pipe.save_pretrained(tmp_path / "model")
-    loaded = load_pipeline(tmp_path / "model", device="cpu")
-    assert token_hashes(loaded([0, 1, None], seed=3).token_ids) == token_hashes(drawn.token_ids)
+JUMPS = {"mode": "simple", "rounds": [0, 1], "jump_scales": 1}
+
+
+@pytest.mark.parametrize(
+    ("saved", "becomes"),
+    [
+        ({"mode": "critic", "rounds": [0, 2], "share": 0.5}, {"mode": "masked", "rounds": [0, 2], "share": 0.5}),
+        (JUMPS, JUMPS),
+    ],
+    ids=["its rounds", "jumps"],
+)
+def test_a_folder_of_a_model_with_a_critic_loads_without_it(saved, becomes, tmp_path, caplog):
+    """As earlier versions wrote it; every setting of the scheduler is in its file, None where it is left out."""
+    pipe, old = tiny_pipeline(scheduler=ScaleRefinementScheduler(**becomes)), tmp_path / "old"
+    pipe.save_pretrained(old)
+    for file, changes in (
+        ("model_index.json", {"critic": ["isthmus.models.token_critic", "TokenCritic"]}),
+        ("scheduler/scheduler_config.json", saved),
+    ):
+        (old / file).write_text(json.dumps(json.loads((old / file).read_text()) | changes))
+    (old / "critic").mkdir()
+    (old / "critic" / "config.json").write_text(json.dumps({"_class_name": "TokenCritic", "width": 8}))
+
+    loaded = load_pipeline(old, device="cpu")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{old} was saved with a critic, which is ignored: rounds in which it chose tokens choose them by the model's "
+        "own probability (mode 'masked')."
+    ]
+    assert loaded.fingerprint == pipe.fingerprint
+    assert token_hashes(loaded([0, 1], seed=3).token_ids) == token_hashes(pipe([0, 1], seed=3).token_ids)
+    for said in (describe_model(old), upload_contents(old)):
+        assert "transformer" in said and "critic" not in said
+
+    caplog.clear()
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_pipeline(tmp_path / "again", device="cpu").fingerprint == pipe.fingerprint and not caplog.records
+    assert not (tmp_path / "again" / "critic").exists()
+
+
+def test_a_folder_that_names_no_critic_where_one_could_be_loads_without_a_word(tmp_path, caplog):
+    """Every folder that earlier versions wrote."""
+    tiny_pipeline().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"critic": [None, None]}))
+    assert load_pipeline(tmp_path, device="cpu").fingerprint == tiny_pipeline().fingerprint and not caplog.records
 
 
 def test_streams_show_a_jump_and_end_with_the_call():
@@ -117,17 +144,6 @@ def test_streams_show_a_jump_and_end_with_the_call():
     assert torch.allclose(steps[-1].preview, called.images)
 
 
-def test_a_critic_of_another_model_is_refused(tmp_path):
-    pipe, other = tiny_pipeline(), tiny_pipeline(scale_attention="causal")
-    with pytest.raises(UserError, match="judges the model it was trained for"):
-        tiny_pipeline(critic=critic_for(other))
-    with pytest.raises(UserError, match="judges the model it was trained for"):
-        tiny_pipeline(critic=critic_for(pipe, "0" * 64))
-    pipe.critic = critic_for(other)
-    with pytest.raises(UserError, match="judges the model it was trained for"):
-        pipe(0, seed=1)
-
-
 def test_rounds_and_modes_must_fit_the_model():
     far = ScaleRefinementScheduler(mode="masked", rounds=(0, 0, 0, 1))
     with pytest.raises(UserError, match="does not exist"):
@@ -136,6 +152,5 @@ def test_rounds_and_modes_must_fit_the_model():
     pipe.scheduler = far
     with pytest.raises(UserError, match="does not exist"):
         pipe(0, seed=1)
-    pipe.scheduler = ScaleRefinementScheduler(mode="critic")
-    with pytest.raises(UserError, match="needs a critic"):
+    with pytest.raises(UserError, match="does not exist"):
         pipe.stream(0, seed=1)

@@ -37,8 +37,8 @@ def test_a_saved_pipeline_draws_the_same_wherever_it_lies(saved, tmp_path):
         assert token_hashes(loaded(["face", "flag"], seed=3).token_ids) == expected
     assert loaded.fingerprint == load_pipeline(saved).fingerprint
     assert loaded.defaults == SamplingOptions(guidance_scale=2.0)
-    assert set(loaded.components) == {"image_tokenizer", "transformer", "scheduler", "critic"}
-    assert loaded.scheduler is None and loaded.critic is None
+    assert set(loaded.components) == {"image_tokenizer", "transformer", "scheduler"}
+    assert loaded.scheduler is None
 
 
 def test_the_folder_holds_what_the_design_says(saved):

@@ -36,7 +36,7 @@ def test_p_min_hides_what_is_less_probable():
 def test_rounds_have_defaults_and_fill_up():
     assert ScaleRefinementScheduler().rounds_of(5) == (0,) * 5
     assert ScaleRefinementScheduler(mode="masked").rounds_of(6) == (0, 1, 1, 1, 0, 0)
-    assert ScaleRefinementScheduler(mode="critic").rounds_of(2) == (0, 1)
+    assert ScaleRefinementScheduler(mode="masked").rounds_of(2) == (0, 1)
     assert ScaleRefinementScheduler(mode="simple").rounds_of(6) == (0, 0, 1, 1, 0, 0)
     assert ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 0)).rounds_of(2) == (0, 2)
 
@@ -60,7 +60,7 @@ def test_what_is_saved_comes_back(tmp_path):
         ({"mode": "masked", "rounds": (1, 0)}, "0 for the first"),
         ({"mode": "masked", "rounds": (0, -1)}, "0 or more"),
         ({"mode": "masked", "jump_scales": 2}, "has no jump_scales"),
-        ({"mode": "critic", "p_min": 0.1}, "has no p_min"),
+        ({"mode": "simple", "p_min": 0.1}, "has no p_min"),
         ({"mode": "simple", "share": 0.1}, "has no share"),
         ({"mode": "none", "rounds": (0, 1)}, "has no rounds"),
         ({"mode": "simple", "jump_scales": 0}, "at least 1"),
@@ -79,7 +79,7 @@ def test_what_makes_no_sense_is_refused(arguments, said):
         ({"mode": "masked", "rounds": (0, 0)}, 4),
         ({"mode": "simple"}, 2),
         ({"mode": "simple", "jump_scales": 4}, 6),
-        ({"mode": "critic", "rounds": ()}, 3),
+        ({"mode": "masked", "rounds": ()}, 3),
     ],
 )
 def test_a_mode_without_a_round_is_refused(arguments, num_scales):

@@ -52,7 +52,6 @@ def srdd_setting(data: str, **changes) -> SrddSetting:
         "tokenizer": tokenizer_run(data, Path("unset")),
         "prior": prior_run(data, Path("unset"), ""),
         "student": distill_run(data, Path("unset"), Path("unset"), scale_sizes=None),
-        "critic_steps": 2,
         "seeds": (0,),
         "num": 8,
         "guidances": ("1", "2"),
