@@ -1,12 +1,12 @@
-"""`isthmus distill`: a student on fewer scales, trained whole or scale by scale, and the report on what it costs."""
+"""`isthmus distill`: a student on fewer scales, trained whole or scale by scale, and how to measure what it costs."""
 
 import logging
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 
-from isthmus.distillation_report import write_report
 from isthmus.errors import UserError
 from isthmus.files import alone_in
 from isthmus.functional.scale_distillation import guidance_at, removal_stages
@@ -20,7 +20,7 @@ from isthmus.training.train_prior import train_prior
 
 logger = logging.getLogger("isthmus")
 
-BASELINE = "without_teacher"
+BASELINE, SCORES = "without_teacher", "scores"
 
 
 @alone_in("run.out")
@@ -28,7 +28,7 @@ def distill(run: DistillRun) -> Path:
     """Train the student, continuing where an earlier call stopped; returns its pipeline folder.
 
     With `progressive` the students on the way lie in `out`/stages, with `baseline` the one without a teacher in
-    `out`/without_teacher. distillation.md and distillation.json in `out` compare the student with both.
+    `out`/without_teacher. At the end the log has the commands that measure them beside each other.
 
     Raises:
         UserError: teacher, schedule, images and folder do not fit each other (before anything is trained).
@@ -40,13 +40,30 @@ def distill(run: DistillRun) -> Path:
         if len(stages) > 1:
             logger.info("stage %d/%d: scales %s", number, len(stages), ", ".join(map(str, stage.scale_sizes or ())))
         train_prior(stage)
-    compared, without_teacher = None, baseline_run(run, len(stages))
+    without_teacher = baseline_run(run, len(stages))
     if without_teacher is not None:
         logger.info("the same student without the teacher")
-        compared = train_prior(without_teacher)
+        train_prior(without_teacher)
     if PartialState().is_main_process:
-        write_report(run, without_teacher=compared)
+        commands = measuring_commands(run, with_baseline=without_teacher is not None)
+        logger.info("to measure teacher and student:\n%s", "\n".join(f"  {command}" for command in commands))
     return run.out
+
+
+def measuring_commands(run: DistillRun, *, with_baseline: bool) -> list[str]:
+    """The commands that evaluate the models of a finished distillation, and then the one that compares them."""
+    models = {"teacher": run.from_model, "student": str(run.out)}
+    if with_baseline:
+        models[BASELINE] = str(run.out / BASELINE)
+    data = ["--data", run.data]
+    if run.classes:
+        # on the command line a comma would part a name in two
+        data += ["--classes", *(name.replace(",", "\\,") for name in run.classes)]
+    for option, column in (("--image-column", run.image_column), ("--label-column", run.label_column)):
+        data += [] if column is None else [option, column]
+    scores = {name: str(run.out / SCORES / name) for name in models}
+    commands = [["evaluate", model, *data, "--out", scores[name]] for name, model in models.items()]
+    return [shlex.join(["isthmus", *command]) for command in (*commands, ["compare", *scores.values()])]
 
 
 def stage_runs(run: DistillRun) -> list[DistillRun]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from isthmus.errors import UserError
 from isthmus.training.config import TokensRun, check_not_negative
 
 
@@ -22,13 +21,9 @@ class DistillRun(TokensRun):
     scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
     """Weights over scales of both losses: the same for every token, or a log-normal bump."""
     baseline: bool = True
-    """Also train the same student without the teacher, as long, for the report: it doubles the cost. Not done where the
-    student has none itself (distillation_weight 0, all scales removed at once)."""
-    report_images: int = 256
-    """Images drawn from every model for the report; 0 leaves out what is measured on images."""
+    """Also train the same student without the teacher, as long: it doubles the cost, and nothing else tells whether the
+    teacher helped. Not done where the student has none itself (distillation_weight 0, all scales removed at once)."""
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "distillation_weight", "report_images")
-        if self.report_images == 1:
-            raise UserError("report_images must be 0 or at least 2, got 1: a distance needs a spread. Draw 256.")
+        check_not_negative(self, "distillation_weight")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.data.source import ImageSource
 from isthmus.data.streaming import ImageStream
-from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
+from isthmus.functional.pyramid import nats_to_bits
 from isthmus.functional.scale_distillation import guidance_at
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
@@ -86,9 +86,20 @@ class NextScaleFamily:
         """All tokens (b, L) of images."""
         return torch.cat(self.tokenizer.requantize(self.tokenizer.latents(images), self.schedule), dim=1)
 
+    @torch.no_grad()
     def held_out_bits(self, model: NextScaleTransformer, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
-        """Bits per token of held-out images, in all and per scale."""
-        return held_out_bits(model, self.tokenizer, self.schedule, (token_ids, labels))
+        """Bits per token of held-out images, in all and per scale, from their token ids (n, L) and labels (n,)."""
+        tokenizer, schedule = self.tokenizer, self.schedule
+        lengths = list(schedule.lengths)
+        uniform = scale_weights("token-uniform", schedule.sizes)
+        sums = torch.zeros(schedule.num_scales, device=token_ids.device)
+        for ids, label in zip(token_ids.split(32), labels.split(32), strict=True):
+            logits = model(label, tokenizer.scale_inputs(list(ids.split(lengths, dim=1)), schedule)).logits
+            loss = next_scale_loss(logits, ids, schedule, uniform, scales=range(schedule.num_scales))
+            sums += loss.by_scale * len(ids)
+        by_scale = [nats_to_bits(value) for value in (sums / len(token_ids)).tolist()]
+        mean = sum(bits * length for bits, length in zip(by_scale, lengths, strict=True)) / schedule.num_tokens
+        return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}
 
     def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
@@ -97,23 +108,3 @@ class NextScaleFamily:
     def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
         """Write the pipeline."""
         return export_pipeline(accelerator, self.tokenizer, model, self.run, self.train, self.options)
-
-
-@torch.no_grad()
-def held_out_bits(
-    model: NextScaleTransformer,
-    tokenizer: MultiScaleVQVAE,
-    schedule: ScaleSchedule,
-    validation: tuple[Tensor, Tensor],
-) -> dict[str, float]:
-    """Bits per token of held-out images, in all and per scale; `validation` is token ids (n, L) and labels (n,)."""
-    token_ids, labels = validation
-    scales = range(schedule.num_scales)
-    uniform = scale_weights("token-uniform", schedule.sizes)
-    sums = torch.zeros(schedule.num_scales, device=token_ids.device)
-    for ids, label in zip(token_ids.split(32), labels.split(32), strict=True):
-        logits = model(label, tokenizer.scale_inputs(list(ids.split(list(schedule.lengths), dim=1)), schedule)).logits
-        sums += next_scale_loss(logits, ids, schedule, uniform, scales=scales).by_scale * len(ids)
-    by_scale = [nats_to_bits(value) for value in (sums / len(token_ids)).tolist()]
-    mean = sum(bits * length for bits, length in zip(by_scale, schedule.lengths, strict=True)) / schedule.num_tokens
-    return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}

@@ -68,9 +68,8 @@ _FREE_FIELDS = {
     "checkpoint_activations",
     # how previews are drawn, and what the saved model draws with where nothing is asked for
     "sampling",
-    # what a report says of a finished distillation
+    # another training, beside the one of the student
     "baseline",
-    "report_images",
 }
 
 

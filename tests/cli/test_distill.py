@@ -93,7 +93,7 @@ def test_what_is_asked_of_a_teacher(mask, sizes, said):
     assert said in teaching(teacher, {"scale_sizes": sizes, "scale_attention": mask}, weight=1.0)
 
 
-def test_the_report_can_be_completed_with_one_option(isthmus, refused, taught, tmp_path):
+def test_the_student_without_a_teacher_can_be_added_with_one_option(isthmus, refused, taught, tmp_path):
     words = ("distill", taught, "--scale-sizes", "1,4", "--out", tmp_path / "run")
     run = resolved(isthmus(*words, "--no-baseline", "--dry-run"))
     record = tmp_path / "run.json"
@@ -114,6 +114,8 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(refused, taught, model, t
     assert "tokenizer" in refused("distill", taught, "--scale-sizes", "1,4", "--tokenizer", model, "--out", out)
     assert "did you mean" in refused("distill", taught, "--scale-size", "1,4", "--out", out).lower()
     assert "does not exist" in refused("distill", tmp_path / "no", "--scale-sizes", "1,4", "--out", out)
+    words = ("distill", taught, "--scale-sizes", "1,4", "--report-images", 8, "--out", out)
+    assert "--num of isthmus evaluate" in refused(*words)
     other = tmp_path / "dar"
     other.mkdir()
     (other / "model_index.json").write_text(json.dumps({"_class_name": "DARPipeline", "isthmus_format": 1}))

@@ -1,23 +1,22 @@
 """Whole distillations: an interrupted one equals a straight one, and what cannot be taught is refused before."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from isthmus import load_pipeline
-from isthmus.data.opening import open_source
-from isthmus.distillation_figures import ImageJudge, ModelFigures
-from isthmus.distillation_report import report_page
-from isthmus.distilling import BASELINE, baseline_run, distill, stage_runs
+from isthmus.cli import main
+from isthmus.cli.evaluate import Evaluate
+from isthmus.cli.parsing import parse
+from isthmus.distilling import BASELINE, baseline_run, distill, measuring_commands, stage_runs
 from isthmus.errors import UserError
 from isthmus.generation.options import parse_guidance
 from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from isthmus.training.config import PriorModel, PriorSampling, run_from_json, run_to_json
 from isthmus.training.distill_config import DistillRun
 from isthmus.training.next_scale_prior import with_new_classes
@@ -94,51 +93,52 @@ def test_a_distillation_goes_on_bit_for_bit(tmp_path, images, teacher, straight)
 def test_a_finished_distillation_only_exports(tmp_path, images, teacher, straight):
     out = tmp_path / "run"
     shutil.copytree(straight, out)
-    reports = [(out / name).read_bytes() for name in ("distillation.json", "distillation.md")]
     distill(distill_run(images, out, teacher))
-    assert [(out / name).read_bytes() for name in ("distillation.json", "distillation.md")] == reports
     assert_same(weights(out / "transformer"), weights(straight / "transformer"))
 
 
-def test_a_finished_distillation_gets_another_report_without_being_trained_again(tmp_path, images, teacher, straight):
+def test_the_student_without_a_teacher_can_follow_a_finished_one(tmp_path, images, teacher, straight):
     out = tmp_path / "run"
     shutil.copytree(straight, out)
-    distill(distill_run(images, out, teacher, baseline=True, report_images=4))
+    distill(distill_run(images, out, teacher, baseline=True))
     assert_same(weights(out / "transformer"), weights(straight / "transformer"))
     assert log_lines(out) == log_lines(straight)
-    page = (out / "distillation.md").read_text()
-    assert "is missing" not in page and "the teacher helped is the difference between" in page
-    values = json.loads((out / "distillation.json").read_text())
-    assert values["report_images"] == 4 and list(values["models"]) == ["teacher", "student", "student without teacher"]
+    assert len(log_lines(out / BASELINE)) == len(log_lines(straight))
 
 
-def test_forwards_of_a_teacher_that_refines_its_draws_are_counted(tmp_path, images):
-    pipeline = tiny_teacher()
-    pipeline.scheduler = ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 2))
-    pipeline.save_pretrained(tmp_path / "teacher")
-    run = distill_run(images, tmp_path / "run", tmp_path / "teacher", num_steps=2)
-    values = json.loads((distill(run) / "distillation.json").read_text())["models"]
-    assert (values["teacher"]["forwards"], values["student"]["forwards"]) == (4 + 3, 3)
+def words_of(command: str) -> list[str]:
+    program, *words = shlex.split(command)
+    assert program == "isthmus"
+    return words
 
 
-def test_the_report_names_the_images_it_compares_with(images, teacher, straight):
-    values = json.loads((straight / "distillation.json").read_text())
-    assert values["reference"] == "training"
-    figures = {name: ModelFigures(**one) for name, one in values["models"].items()}
-    run = distill_run(images, straight, teacher, report_images=4)
-    assert "to the training images" in report_page(run, figures, 0.5)
-    assert "to the held-out images" in report_page(run, figures, 0.5, "held-out")
+def test_the_commands_at_the_end_measure_and_compare_the_models(tmp_path, teacher, capsys, caplog):
+    data = write_images(tmp_path / "images.npz", count=80)  # so that eight are held out
+    with caplog.at_level("INFO", logger="isthmus"):
+        distill(run := distill_run(data, tmp_path / "a run", teacher, num_steps=2))
+    commands = measuring_commands(run, with_baseline=False)
+    assert "\n".join(f"  {command}" for command in commands) in caplog.text
+    for command in commands[:-1]:
+        assert main(["-q", *words_of(command), "--num", "4"]) == 0
+    capsys.readouterr()
+    assert main(words_of(commands[-1])) == 0
+    table = capsys.readouterr().out
+    assert "nats per image" in table and "FD-lite0-192" in table
 
 
-def test_a_sample_of_sorted_images_holds_every_class(tmp_path):
-    write_images(tmp_path / "mixed.npz", count=24)
-    with np.load(tmp_path / "mixed.npz") as mixed:
-        order = np.argsort(mixed["arr_1"], kind="stable")
-        np.savez(tmp_path / "sorted.npz", arr_0=mixed["arr_0"][order], arr_1=mixed["arr_1"][order])
-    source = open_source(f"npz:{tmp_path / 'sorted.npz'}", image_size=8, split="train")
-    assert set(source.labels[:4].tolist()) == {0}
-    rows, labels = ImageJudge(source, 8)._rows(source, 4)
-    assert len(rows) == 4 and set(labels.tolist()) == {0, 1}
+def test_the_commands_name_data_classes_and_every_model(tmp_path):
+    run = distill_run("hf:some/set", tmp_path / "run", Path("teacher"), classes=("tench, Tinca tinca", "a b"),
+                      image_column="picture", label_column="kind")  # fmt: skip
+    *evaluations, compared = (words_of(command) for command in measuring_commands(run, with_baseline=True))
+    scores = [str(tmp_path / "run" / "scores" / name) for name in ("teacher", "student", BASELINE)]
+    assert [words[:2] for words in evaluations] == [
+        ["evaluate", model] for model in ("teacher", str(run.out), str(run.out / BASELINE))
+    ]
+    assert compared == ["compare", *scores]
+    for words, place in zip(evaluations, scores, strict=True):
+        command = parse(Evaluate, words[1:], prog="isthmus evaluate")
+        assert command.classes == run.classes and command.data == run.data and str(command.out) == place
+        assert (command.image_column, command.label_column) == ("picture", "kind")
 
 
 def test_guidance_by_scale_follows_every_stage(tmp_path, images):
@@ -169,7 +169,7 @@ def test_it_does_not_go_on_with_another_teacher(tmp_path, images, teacher):
 def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teacher):
     run = distill_run(
         images, tmp_path / "run", teacher, scale_sizes=(1, 4), num_steps=2, progressive=True, baseline=True,
-        report_images=4, sampling=PriorSampling(guidance="1,2,3,4"),
+        sampling=PriorSampling(guidance="1,2,3,4"),
     )  # fmt: skip
     first, last = stage_runs(run)
     assert first.scale_sizes == (1, 2, 4) and last is run
@@ -184,16 +184,13 @@ def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teache
     assert_same(family.teacher.state_dict(), weights(first.out / "transformer"))
     record = json.loads((folder / BASELINE / "run.json").read_text())["run"]
     assert (record["distillation_weight"], record["num_steps"]) == (0.0, 4)
-    values = json.loads((folder / "distillation.json").read_text())["models"]
-    assert [values[name]["tokens"] for name in ("teacher", "student", "student without teacher")] == [30, 17, 17]
-    assert [values[name]["forwards"] for name in values] == [4, 2, 2]
-    assert all(one["frechet"] >= 0 and 0 <= one["class_consistency"] <= 1 for one in values.values())
-    page = (folder / "distillation.md").read_text()
-    assert "43.3% of the tokens, 50.0% of the forwards" in page and "student without teacher" in page
+    for model in (folder, folder / BASELINE):
+        drawn = load_pipeline(model, device="cpu")(["0"], seed=0)
+        assert (sum(map(torch.numel, drawn.token_ids)), drawn.num_forwards) == (17, 2)
     # the same command again
-    before = page
+    before = weights(folder / "transformer")
     distill(run)
-    assert (folder / "distillation.md").read_text() == before
+    assert_same(weights(folder / "transformer"), before)
 
 
 def test_a_markov_student_of_a_causal_teacher(tmp_path, images, causal_teacher):
@@ -215,14 +212,6 @@ def test_a_causal_teacher_draws_behind_its_own_scales(tmp_path, images, causal_t
     assert load_pipeline(run.out, device="cpu").schedule.sizes == (1, 3, 4)
 
 
-def test_a_report_says_what_was_left_out_and_how_to_get_it(straight):
-    page = (straight / "distillation.md").read_text()
-    assert "student without teacher is missing" in page
-    assert f"`isthmus distill --config {straight / 'run.json'} --baseline`" in page
-    # no image was drawn: no row of dashes
-    assert "FD-lite0" not in page and "class consistency" not in page
-
-
 def test_the_student_without_a_teacher_is_trained_unless_it_is_left_out(tmp_path, images, teacher):
     run = distill_run(images, tmp_path / "run", teacher, baseline=True)
     assert DistillRun().baseline and baseline_run(replace(run, baseline=False), 1) is None
@@ -241,7 +230,6 @@ def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
     distill(run)
     line = log_lines(run.out)[0]
     assert not any("teacher" in name for name in line)
-    assert "it is its own student without teacher" in (run.out / "distillation.md").read_text()
     mean = (line["train/bits_scale0"] + 9 * line["train/bits_scale1"] + 16 * line["train/bits_scale2"]) / 26
     assert line["train/bits_per_token"] == pytest.approx(mean, **LOGGED)
 
@@ -299,7 +287,7 @@ def test_what_cannot_be_taught_is_refused_before_training(tmp_path, images, teac
 
 
 def test_values_out_of_range(tmp_path, images, teacher):
-    for changes in ({"distillation_weight": -1.0}, {"report_images": 1}, {"tokenizer": "other"}):
+    for changes in ({"distillation_weight": -1.0}, {"tokenizer": "other"}):
         with pytest.raises(UserError):
             distill_run(images, tmp_path, teacher, **changes)
 
@@ -312,8 +300,6 @@ def test_images_without_classes(tmp_path):
     unlabelled = type(pipeline)(pipeline.image_tokenizer, transformer)
     unlabelled.save_pretrained(tmp_path / "teacher")
     data = write_images(tmp_path / "d.npz", num_classes=0)
-    run = distill_run(data, tmp_path / "run", tmp_path / "teacher", num_steps=2, report_images=4)
-    distill(run)
-    page = (run.out / "distillation.md").read_text()
-    assert "| FD-lite0 |" in page and "class consistency" not in page.lower()
-    assert json.loads((run.out / "distillation.json").read_text())["held_out_class_consistency"] is None
+    run = distill_run(data, tmp_path / "run", tmp_path / "teacher", num_steps=2)
+    assert load_pipeline(distill(run), device="cpu").num_classes == 0
+    assert not any("--classes" in command for command in measuring_commands(run, with_baseline=False))

@@ -35,7 +35,7 @@ def tiny_teacher(
 
 
 def distill_run(data: str, out: Path, teacher: Path, **changes) -> DistillRun:
-    """Four steps, without the student that has no teacher and without pictures of the report."""
+    """Four steps, without the student that has no teacher."""
     settings = {
         "data": data,
         "out": out,
@@ -51,7 +51,6 @@ def distill_run(data: str, out: Path, teacher: Path, **changes) -> DistillRun:
         "preview_every": 4,
         "mixed_precision": "no",  # on every processor the same arithmetic
         "optim": OPTIM,
-        "report_images": 0,
         "baseline": False,
     }
     return DistillRun(**(settings | changes))
