@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-import platformdirs
-
 from isthmus.errors import UserError
 
 logger = logging.getLogger("isthmus")
@@ -40,6 +38,8 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _own_cache() -> Path:
+    import platformdirs
+
     # relative, or an error, where the system knows no home of this user
     with suppress(RuntimeError):
         folder = platformdirs.user_cache_path("isthmus", appauthor=False)
