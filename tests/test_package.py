@@ -15,7 +15,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # importing diffusers takes longer than the rest of these tests
 SLOW_MODULES = {"isthmus.diffusers"}
 MODULES = sorted(module.name for module in pkgutil.walk_packages(isthmus.__path__, "isthmus."))
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "datasets", "matplotlib", "skimage", "sklearn", "resvg_py")
+HEAVY = (
+    *("torch", "diffusers", "transformers", "accelerate", "datasets", "matplotlib", "skimage", "sklearn", "scipy"),
+    "resvg_py",
+)
 
 
 def heavy_after(statements: str) -> list[str]:
@@ -57,6 +60,11 @@ def test_importing_the_package_loads_nothing_heavy():
 @pytest.mark.parametrize("module", ["isthmus.errors", "isthmus.presets", "isthmus.training.config", "isthmus.cli"])
 def test_what_parses_the_command_line_loads_nothing_heavy(module):
     assert heavy_after(f"import {module}") == []
+
+
+def test_intervals_load_scipy_when_they_are_computed():
+    assert heavy_after("import isthmus.studies.readings as r") == []
+    assert heavy_after("import isthmus.studies.readings as r; r.half_width_of_mean([1.0, 2.0])") == ["scipy"]
 
 
 def test_help_loads_nothing_heavy():

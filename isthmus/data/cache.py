@@ -4,7 +4,6 @@ import errno
 import hashlib
 import logging
 import os
-import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,10 +38,14 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _own_cache() -> Path:
-    folder = Path(os.path.expanduser(_platform_cache()))
-    above = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
-    if folder.is_absolute() and os.access(above, os.W_OK):
-        return folder
+    import platformdirs
+
+    # relative, or an error, where the system knows no home of this user
+    with suppress(RuntimeError):
+        folder = platformdirs.user_cache_path("isthmus", appauthor=False)
+        above = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+        if folder.is_absolute() and os.access(above, os.W_OK):
+            return folder
     # nobody else can have filled it: it is made for this user alone, and one of another owner is not taken
     user = os.getuid() if hasattr(os, "getuid") else "user"
     fallback = Path(tempfile.gettempdir()) / f"isthmus-{user}"
@@ -55,14 +58,6 @@ def _own_cache() -> Path:
         )
     logger.info("no home folder to keep things in: using %s (ISTHMUS_CACHE names another)", fallback)
     return fallback
-
-
-def _platform_cache() -> str:
-    if platform.system() == "Windows":
-        return os.path.join(os.environ.get("LOCALAPPDATA", "~"), "isthmus", "cache")
-    if platform.system() == "Darwin":
-        return "~/Library/Caches/isthmus"
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "isthmus")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -293,7 +293,9 @@ def _encode(
             file_path.open("wb") as file,
             Display("encoding images", rows, "view") as bar,
         ):
-            _write_header(file, kind, 0, 0)
+            # of one length whatever its shape, which is filled in at the end
+            header = {"descr": kind.str, "fortran_order": False, "shape": (0, 0)}
+            np.lib.format.write_array_header_1_0(file, header)
             for batch in views:
                 token_ids = tokenizer.encode(batch["image"].to(device)).token_ids
                 if not isinstance(token_ids, Tensor):
@@ -303,19 +305,12 @@ def _encode(
                 written, length = written + len(token_ids), token_ids.shape[1]
                 bar.update(len(token_ids))
             file.seek(0)
-            _write_header(file, kind, written, length)
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (written, length)})
             file.flush()
             os.fsync(file.fileno())
     finally:
         network.train(was_training)
     return np.concatenate([np.zeros(0, dtype=np.int64), *labels]), length, written
-
-
-def _write_header(file: BinaryIO, kind: np.dtype[Any], rows: int, length: int) -> None:
-    """A .npy header of constant length, so that the number of rows may be filled in at the end."""
-    text = f"{{'descr': '{kind.str}', 'fortran_order': False, 'shape': ({rows}, {length}), }}"
-    # magic (6), version (2), length (2), then the text up to byte 128
-    file.write(b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode("ascii") + b"\n")
 
 
 def _write(path: Path, write: Any) -> None:

@@ -8,34 +8,29 @@ a Frechet distance up. Distances are measured on disjoint chunks of the samples,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from isthmus.errors import UserError
 
-# resampled means are computed so many values at a time
+# values that are resampled at once
 _BLOCK_VALUES = 2**22
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval that holds it with probability `level`.
+    """A mean and the interval that holds it with the probability asked for.
 
     Attributes:
         mean: of the values.
         low: lower end.
         high: upper end.
-        level: in (0, 1).
-        count: number of values.
     """
 
     mean: float
     low: float
     high: float
-    level: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -53,33 +48,33 @@ class Spread:
     count: int
 
 
-def bootstrap_interval(
-    values: Float[np.ndarray, " n"], *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
-) -> Interval:
+def bootstrap_interval(values: Float[np.ndarray, " n"], *, level: float = 0.95, seed: int = 0) -> Interval:
     """Percentile bootstrap (Efron 1979) of a mean over independent images, such as PSNR or an accuracy.
 
     Raises:
-        UserError: no value, or `level` or `num_resamples` is out of range.
+        UserError: no value, or `level` is out of range.
 
     >>> bootstrap_interval(np.full(5, 2.0))
-    Interval(mean=2.0, low=2.0, high=2.0, level=0.95, count=5)
+    Interval(mean=2.0, low=2.0, high=2.0)
     """
-    if not len(values):
-        raise UserError("an interval needs at least one value, got none. Pass one value per image.")
-    if not 0 < level < 1 or num_resamples < 1:
-        raise UserError(
-            f"level must lie in (0, 1) and num_resamples be at least 1, got {level} and {num_resamples}. "
-            "The usual ones are 0.95 and 1000."
-        )
+    # not at the top of the file: it takes seconds to import
+    from scipy import stats
+
+    if not len(values) or not 0 < level < 1:
+        raise UserError(f"an interval needs a value per image and a level in (0, 1), got {len(values)} and {level}.")
     values = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    rows = max(_BLOCK_VALUES // len(values), 1)
-    means = []
-    for start in range(0, num_resamples, rows):
-        chosen = generator.integers(len(values), size=(min(rows, num_resamples - start), len(values)))
-        means.append(values[chosen].mean(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high), level, len(values))
+    if len(values) == 1:
+        return Interval(float(values[0]), float(values[0]), float(values[0]))
+    low, high = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=1000,
+        batch=max(_BLOCK_VALUES // len(values), 1),
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 def mean_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"], *, level: float = 0.95) -> Interval:
@@ -110,18 +105,15 @@ def wilson_interval(hits: int, count: int, *, level: float = 0.95) -> Interval:
     >>> found.mean, found.low, round(found.high, 4)
     (0.0, 0.0, 0.037)
     """
+    from scipy import stats
+
     if count < 1 or not 0 <= hits <= count or not 0 < level < 1:
         raise UserError(
             f"the interval of a share needs images, hits among them and a level in (0, 1), got {count}, {hits} and "
             f"{level}."
         )
-    share, squared = hits / count, NormalDist().inv_cdf((1 + level) / 2) ** 2 / count
-    middle = (share + squared / 2) / (1 + squared)
-    half = (squared * share * (1 - share) + squared**2 / 4) ** 0.5 / (1 + squared)
-    # at the ends the formula gives 0 and 1 up to rounding
-    low = 0.0 if hits == 0 else middle - half
-    high = 1.0 if hits == count else middle + half
-    return Interval(share, low, high, level, count)
+    low, high = stats.binomtest(hits, count).proportion_ci(level, method="wilson")
+    return Interval(hits / count, float(low), float(high))
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -6,10 +6,11 @@ measured, which is free), and the circumstances (when, where, with which version
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal
+
+from dacite import Config, DaciteError, from_dict
 
 from isthmus.data.cache import write_whole
 from isthmus.errors import UserError
@@ -17,7 +18,8 @@ from isthmus.errors import UserError
 RECORD = "evaluation.json"
 FORMAT = 3
 
-T = TypeVar("T")
+# lists stand for tuples, and null for a number that was not finite
+_JSON = Config(cast=[tuple], type_hooks={float: lambda value: math.nan if value is None else float(value)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,20 +192,9 @@ def read_record(folder: Path) -> EvaluationRecord:
             f"not compare; this version reads {FORMAT}. Evaluate again: samples that are there are used."
         )
     try:
-        return EvaluationRecord(
-            protocol=_from(Protocol, values["protocol"]),
-            subject=_from(Subject, values["subject"]),
-            data=dict(values["data"]),
-            circumstances=dict(values["circumstances"]),
-            warnings=tuple(values["warnings"]),
-            scores=_scores(values["scores"]),
-            class_scores={name: dict(found) for name, found in values["class_scores"].items()},
-            measures=dict(values["measures"]),
-            held_out=_scores(values["held_out"]),
-            curves=tuple(_from(Curve, curve) for curve in values["curves"]),
-            sweep={guidance: _scores(found) for guidance, found in values["sweep"].items()},
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        # a part that is not there is damage, also where it could be empty
+        return from_dict(EvaluationRecord, {one.name: values[one.name] for one in fields(EvaluationRecord)}, _JSON)
+    except (KeyError, TypeError, ValueError, AttributeError, DaciteError) as error:
         raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
 
 
@@ -217,8 +208,8 @@ def outdated_subject(folder: Path) -> Subject | None:
     if written >= FORMAT:
         return None
     try:
-        return _from(Subject, values["subject"])
-    except (KeyError, TypeError, AttributeError) as error:
+        return from_dict(Subject, values["subject"], _JSON)
+    except (KeyError, TypeError, ValueError, AttributeError, DaciteError) as error:
         raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
 
 
@@ -280,21 +271,6 @@ def _shown(record: EvaluationRecord, name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(value) or "none"
     return (value[:12] or "none") if name.endswith("sha256") else str(value)
-
-
-def _scores(values: list[Mapping[str, Any]]) -> tuple[Score, ...]:
-    return tuple(_from(Score, score) for score in values)
-
-
-def _from(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from JSON: lists become tuples, null a number that was not finite."""
-    hints, given = get_type_hints(kind), {}
-    for field in fields(kind):  # pyright: ignore[reportArgumentType]  kind is a dataclass
-        value, hint = values[field.name], hints[field.name]
-        if hint is float and value is None:
-            value = math.nan
-        given[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**given)
 
 
 def _finite(value: Any) -> Any:

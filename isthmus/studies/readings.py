@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from isthmus.evaluation.intervals import spread
+
 Verdict = Literal["agrees", "does not agree", "cannot tell"]
 Direction = Literal["lower", "higher"]
-
-# 97.5 % points of Student's t for 1..10 degrees of freedom
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL = 1.960
 
 RULE = (
     "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see "
@@ -100,35 +98,23 @@ class Difference:
 
 
 def student_95(degrees: int) -> float:
-    """97.5 % point of Student's t (Abramowitz and Stegun 26.7.5 beyond ten degrees of freedom).
+    """97.5 % point of Student's t.
 
-    >>> student_95(2), round(student_95(20), 3)
+    >>> round(student_95(2), 3), round(student_95(20), 3)
     (4.303, 2.086)
     """
-    if degrees <= len(_STUDENT):
-        return _STUDENT[degrees - 1]
-    z = _NORMAL
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    # not at the top of the file: it takes seconds to import
+    from scipy import stats
 
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation with n - 1 in the denominator; None for a single value.
-
-    >>> mean_and_deviation([1.0, 3.0]), mean_and_deviation([4.0])
-    ((2.0, 1.4142135623730951), (4.0, None))
-    """
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def half_width_of_mean(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of a mean; None for a single value."""
-    _, deviation = mean_and_deviation(values)
-    if deviation is None:
+    found = spread(values)
+    if found.standard_deviation is None:
         return None
-    return student_95(len(values) - 1) * deviation / math.sqrt(len(values))
+    return student_95(found.count - 1) * found.standard_deviation / math.sqrt(found.count)
 
 
 def difference(first: Readings, second: Readings) -> Difference | None:
@@ -143,7 +129,7 @@ def difference(first: Readings, second: Readings) -> Difference | None:
     if not seeds:
         return None
     gaps = [first[seed].value - second[seed].value for seed in seeds]
-    mean, _ = mean_and_deviation(gaps)
+    mean = spread(gaps).mean
     if len(seeds) > 1:
         return Difference(mean, half_width_of_mean(gaps), len(seeds))
     ours, theirs = first[seeds[0]].half_width, second[seeds[0]].half_width

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from isthmus.evaluation.intervals import spread
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.readings import (
     Difference,
@@ -12,7 +13,6 @@ from isthmus.studies.readings import (
     Verdict,
     difference,
     half_width_of_mean,
-    mean_and_deviation,
 )
 
 Setting = TypeVar("Setting", contravariant=True)
@@ -179,7 +179,7 @@ def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]
     return Line(
         name=name,
         x=list(columns),
-        y=[mean_and_deviation([one.value for one in column])[0] for column in columns.values()],
+        y=[spread([one.value for one in column]).mean for column in columns.values()],
         half_widths=known if len(known) == len(widths) else (),
     )
 
@@ -195,13 +195,13 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     """
     if not readings:
         return ""
-    mean, deviation = mean_and_deviation([reading.value for reading in readings.values()])
-    if deviation is not None:
-        return f"{number(mean)} ± {number(deviation)} ({len(readings)} {repetitions})"
+    found = spread([reading.value for reading in readings.values()])
+    if found.standard_deviation is not None:
+        return f"{number(found.mean)} ± {number(found.standard_deviation)} ({found.count} {repetitions})"
     (reading,) = readings.values()
     if reading.low is None or reading.high is None or reading.low == reading.high:
-        return number(mean)
-    return f"{number(mean)} [{number(reading.low)}, {number(reading.high)}]"
+        return number(found.mean)
+    return f"{number(found.mean)} [{number(reading.low)}, {number(reading.high)}]"
 
 
 def number(value: float) -> str:

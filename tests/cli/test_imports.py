@@ -14,7 +14,10 @@ from tests.pipelines.tiny_dar import tiny_dar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # no command needs these, whatever the model; torch._dynamo is torch's compiler, which --compile asks for
-NEVER = ("diffusers", "scipy.stats", "sympy", "torch._dynamo", "transformers", "accelerate", "matplotlib", "datasets")
+NEVER = (
+    *("diffusers", "scipy.stats", "sklearn", "sympy", "torch._dynamo", "transformers", "accelerate", "matplotlib"),
+    "datasets",
+)
 # one process that has torch, and a copy of it for each command: importing torch takes longest
 RUN_EACH = """
 import json, os, sys

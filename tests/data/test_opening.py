@@ -56,7 +56,8 @@ def test_the_cache_folder_is_the_callers_then_the_environments(tmp_path):
     environment = os.environ | {"ISTHMUS_CACHE": str(tmp_path / "theirs")}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(tmp_path / "theirs")
-    # a home that is no place: the folder belongs to this user alone
+    # a user whose home nobody knows: the folder belongs to this user alone
+    program = f"import pwd; pwd.getpwuid = {{}}.__getitem__; {program}"
     environment |= {"HOME": "nowhere", "XDG_CACHE_HOME": "", "ISTHMUS_CACHE": "", "TMPDIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     found = Path(run.stdout.strip())

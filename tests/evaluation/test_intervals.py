@@ -52,10 +52,7 @@ def test_impossible_shares_are_refused(arguments):
         wilson_interval(*arguments)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"values": np.zeros(0)}, {"values": np.ones(2), "level": 1.0}, {"values": np.ones(2), "num_resamples": 0}],
-)
+@pytest.mark.parametrize("arguments", [{"values": np.zeros(0)}, {"values": np.ones(2), "level": 1.0}])
 def test_impossible_intervals_are_refused(arguments):
     with pytest.raises(UserError, match="got"):
         bootstrap_interval(**arguments)

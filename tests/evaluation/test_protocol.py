@@ -124,6 +124,12 @@ def test_what_is_no_record_is_refused(tmp_path):
             read_record(tmp_path)
     write_record(record(), tmp_path)
     values = json.loads((tmp_path / RECORD).read_text())
+    without = {name: value for name, value in values.items() if name != "warnings"}
+    other_type = values | {"subject": values["subject"] | {"seed": [1]}}
+    for damaged in (without, other_type):
+        (tmp_path / RECORD).write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="not the record"):
+            read_record(tmp_path)
     (tmp_path / RECORD).write_text(json.dumps(values | {"format": FORMAT + 1}))
     with pytest.raises(UserError, match="Update"):
         read_record(tmp_path)
