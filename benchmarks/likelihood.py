@@ -10,7 +10,6 @@ import torch
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
-from isthmus.generation.next_scale_likelihood import scale_sums
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 
@@ -35,7 +34,7 @@ def main() -> None:
 
     log_p, elbo = pipe.log_prob(images, labels), pipe.elbo(images, labels)
     bits = pipe.bits_per_token(images, labels)
-    per_token = scale_sums(bits, pipe.schedule).mean(dim=0) / torch.tensor(pipe.schedule.lengths)
+    per_token = torch.stack([part.mean() for part in bits.split(list(pipe.schedule.lengths), dim=1)])
     noise = pipe.signal_to_noise(images)
     print(
         f"{len(rows)} held-out images: log p {log_p.mean():.3f} nats, elbo {elbo.mean():.3f} nats, largest difference"

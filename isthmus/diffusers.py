@@ -89,7 +89,7 @@ _ALWAYS = {"use_safetensors": True, "low_cpu_mem_usage": True, "trust_remote_cod
 _SAVE_ADVICE = {
     "safe_serialization": "Weights are always written as safetensors: leave it out.",
     "variant": "A folder holds its weights once: leave it out, or cast them with pipe.to(dtype) before.",
-    "push_to_hub": "Upload with pipe.push_to_hub(repo_id).",
+    "push_to_hub": "Save a folder, and upload it: hf upload OWNER/NAME FOLDER.",
 }
 
 
@@ -349,39 +349,27 @@ class IsthmusPipeline(DiffusionPipeline):
         _refuse(others, _SAVE_ADVICE, "save_pretrained")
         self.native.save_pretrained(save_directory, max_shard_size=max_shard_size)
 
-    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  that of our own pipeline
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None
-    ) -> str:
-        """Upload exactly what `save_pretrained` writes, card included; returns the address of the commit."""
-        return self.native.push_to_hub(repo_id, private=private, token=token)
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Refused: a folder is uploaded by the hub's own command."""
+        raise UserError(f"uploading is not done here, got push_to_hub(). {_SAVE_ADVICE['push_to_hub']}")
 
-    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: hooks of single layers would miss weights that are read by name."""
+    def _read_by_name(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: hooks of single layers, or of groups of them, would miss weights that are read by name."""
         raise UserError(
-            "layers cannot go to the device one by one here, because steps read weights by name; got "
-            "enable_sequential_cpu_offload(). Use enable_model_cpu_offload()."
+            "layers cannot go to the device one by one or in groups here, because steps read weights by name; got "
+            "enable_sequential_cpu_offload() or enable_group_offload(). Use enable_model_cpu_offload()."
         )
 
-    def enable_group_offload(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: hooks of groups of layers would miss weights that are read by name."""
-        raise UserError(
-            "layers cannot go to the device group by group here, because steps read weights by name; got "
-            "enable_group_offload(). Use enable_model_cpu_offload()."
-        )
+    enable_sequential_cpu_offload = enable_group_offload = _read_by_name
 
-    def enable_attention_slicing(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: there is nothing to slice."""
-        raise UserError(
-            "attention runs in torch's scaled_dot_product_attention, which never holds the whole matrix where the "
-            "device has such a kernel; got enable_attention_slicing(). Leave it out."
-        )
-
-    def enable_xformers_memory_efficient_attention(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: torch's own kernel is used."""
+    def _own_attention(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: torch's own kernel is used, and there is nothing to slice."""
         raise UserError(
             "attention runs in torch's scaled_dot_product_attention, which takes a memory-saving kernel itself; got "
-            "enable_xformers_memory_efficient_attention(). Leave it out."
+            "enable_attention_slicing() or enable_xformers_memory_efficient_attention(). Leave it out."
         )
+
+    enable_attention_slicing = enable_xformers_memory_efficient_attention = _own_attention
 
     @classmethod
     def _part_names(cls) -> set[str]:

@@ -2,25 +2,37 @@
 
 import logging
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
 from isthmus.errors import UserError
 from isthmus.files import alone_in
-from isthmus.functional.scale_distillation import guidance_at, removal_stages
+from isthmus.functional.next_scale_cost import sampling_flops
+from isthmus.functional.scale_distillation import guidance_at, removal_stages, shared_steps
 from isthmus.generation.options import guidance_text, parse_guidance
 from isthmus.models.component_files import read_config
+from isthmus.models.saved_model import without_values
 from isthmus.pipelines.hub import model_folder
+from isthmus.training.cost import Cost, report, training_source, work
 from isthmus.training.distill_config import DistillRun
+from isthmus.training.distilled_weights import student_of
+from isthmus.training.export import load_teacher
+from isthmus.training.next_scale_prior import prior_cost
 from isthmus.training.run import check_folder
-from isthmus.training.scale_distillation import stage_folder, student_shape
+from isthmus.training.scale_distillation import check_classes, stage_folder, student_shape
 from isthmus.training.train_prior import train_prior
 
 logger = logging.getLogger("isthmus")
 
 BASELINE, SCORES = "without_teacher", "scores"
+
+
+_SIZES = ("width", "num_layers", "mlp_ratio", "codebook_size", "codebook_dim", "shared_adaln")
 
 
 @alone_in("run.out")
@@ -116,3 +128,74 @@ def baseline_run(run: DistillRun, num_stages: int) -> DistillRun | None:
         progressive=False,
         baseline=False,
     )
+
+
+def describe_distill_run(run: DistillRun) -> str:
+    """What the run would be: its settings as JSON, then teacher and student, who is asked what in every training, cost
+    and memory. No weight is allocated.
+    """
+    stages = stage_runs(run)
+    with without_values():
+        saved = load_teacher(run.from_model)
+    source = training_source(run, saved.tokenizer.image_size)
+    check_classes(source.class_names, saved.class_names, saved.transformer.null_class_id)
+
+    sizes, mask = student_shape(run, saved.transformer.schedule.sizes, saved.transformer.config["scale_attention"])
+    models = [saved.transformer]
+    with without_values():
+        for stage in stages:
+            models.append(student_of(models[-1], stage.scale_sizes or sizes, mask))
+    costs = [prior_cost(student) for student in models[1:]]
+    configs = [model.config for model in models]
+    network = (
+        f"{_described(configs[-1])} per image; teacher {_described(configs[0])}; {len(source)} images, "
+        f"{len(source.class_names) or 'no'} classes"
+    )
+    # the memory is that of the first stage, which has the most scales
+    largest = replace(costs[-1], activation_bytes=max(cost.activation_bytes for cost in costs))
+    return report(run, network, largest, trainings=_trainings(run, configs, costs))
+
+
+def _trainings(run: DistillRun, models: Sequence[Mapping[str, Any]], costs: Sequence[Cost]) -> dict[str, str]:
+    """One row for every training in order; each of `models` teaches the next one."""
+    rows = {}
+    for number, ((teacher, student), cost) in enumerate(zip(pairwise(models), costs, strict=True), 1):
+        name = "run" if len(costs) == 1 else f"stage {number}/{len(costs)}"
+        scales = "" if len(costs) == 1 else f"scales {_listed(student['scale_sizes'])}; "
+        asked = teaching(teacher, student, weight=run.distillation_weight)
+        rows[name] = f"{work(cost, run.num_steps, run.batch_size)}; {scales}{asked}"
+    without_teacher = baseline_run(run, len(costs))
+    if without_teacher is not None:
+        own = work(costs[-1], without_teacher.num_steps, run.batch_size)
+        rows["baseline"] = f"{own}; the same student without the teacher (--no-baseline leaves it out)"
+    return rows
+
+
+def teaching(teacher: Mapping[str, Any], student: Mapping[str, Any], *, weight: float) -> str:
+    """What a student learns from its teacher, in words.
+
+    Args:
+        teacher: settings of its transformer.
+        student: settings of the student's.
+        weight: distillation weight.
+    """
+    if weight == 0:
+        return "no teacher is asked (distillation weight 0)"
+    sizes = student["scale_sizes"]
+    asked = len(shared_steps(teacher["scale_sizes"], sizes, markov=teacher["scale_attention"] == "markov"))
+    where = f"at {asked} of {len(sizes)} scales, rollouts at the others" if asked < len(sizes) else "at all scales"
+    return f"teacher asked {where} (its forwards are not counted)"
+
+
+def _described(settings: Mapping[str, Any]) -> str:
+    """A model in words: mask, scales, and what a draw costs."""
+    sizes, mask = settings["scale_sizes"], settings["scale_attention"]
+    flops = sampling_flops(sizes, markov=mask == "markov", **{name: settings[name] for name in _SIZES})
+    return (
+        f"{mask}, scales {_listed(sizes)}, {sum(n * n for n in sizes)} tokens, {len(sizes)} forwards, "
+        f"{flops / 1e9:.4g} GFLOP"
+    )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))

@@ -340,12 +340,13 @@ def test_offloaded_parts_are_on_the_device_during_a_call_alone(pipe):
     assert after == {"cpu"}
 
 
-def test_what_cannot_be_done_layer_by_layer_is_said(pipe):
+def test_what_cannot_be_done_here_is_said(pipe):
     for name, said in [
         ("enable_sequential_cpu_offload", "enable_model_cpu_offload"),
         ("enable_group_offload", "enable_model_cpu_offload"),
         ("enable_attention_slicing", "scaled_dot_product_attention"),
         ("enable_xformers_memory_efficient_attention", "scaled_dot_product_attention"),
+        ("push_to_hub", "hf upload"),
     ]:
         with pytest.raises(UserError, match=said):
             getattr(pipe, name)()

@@ -45,30 +45,30 @@ _TRAININGS: dict[type[Run], tuple[str, str, str]] = {
     TokenizerRun: (
         "Train the image tokenizer: images to tokens on a pyramid of scales, and back. --preset dar-small-32 (or "
         "another dar- preset) trains the D-AR tokenizer and its pixel decoder instead, with options of its own.",
-        "isthmus.cli.dry_run:describe_tokenizer_run",
+        "isthmus.training.train_tokenizer:describe_tokenizer_run",
         "isthmus.training.train_tokenizer:train_tokenizer",
     ),
     DiffusionTokenizerRun: (
         "Train the D-AR tokenizer and its decoder: images to groups of tokens that drive a diffusion of pixels.",
-        "isthmus.cli.dar_dry_run:describe_diffusion_tokenizer_run",
+        "isthmus.training.dar_networks:describe_diffusion_tokenizer_run",
         "isthmus.training.train_diffusion_tokenizer:train_diffusion_tokenizer",
     ),
     PriorRun: (
         "Train the transformer that predicts a scale from the coarser ones: VAR (causal) or SRDD (markov). With the "
         "tokenizer or a model of the D-AR family, train its Llama instead, with options of its own.",
-        "isthmus.cli.dry_run:describe_prior_run",
+        "isthmus.training.next_scale_prior:describe_prior_run",
         "isthmus.training.train_prior:train_prior",
     ),
     DistillRun: (
         "Train a student on fewer scales (--scale-sizes), or under another mask (--scale-attention), from a saved "
         "next-scale model: isthmus distill MODEL --scale-sizes 1,3,5,8,13,16 --out DIR. Images, classes and sampling "
         "defaults are the teacher's where they are not given.",
-        "isthmus.cli.distill_dry_run:describe_distill_run",
+        "isthmus.distilling:describe_distill_run",
         "isthmus.distilling:distill",
     ),
     NextTokenPriorRun: (
         "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
-        "isthmus.cli.dar_dry_run:describe_next_token_prior_run",
+        "isthmus.training.next_token_prior:describe_next_token_prior_run",
         "isthmus.training.train_prior:train_prior",
     ),
 }

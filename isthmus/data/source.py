@@ -77,16 +77,6 @@ class ImageSource(ABC):
         return self.load(index)
 
 
-def check_image_size(image_size: int, stride: int) -> None:
-    """Raise UserError unless a tokenizer of this stride (pixels per latent cell) divides `image_size` (pixels)."""
-    if image_size < 1 or image_size % stride:
-        below = max(image_size // stride, 1) * stride
-        raise UserError(
-            f"The image size must be a positive multiple of the tokenizer's stride {stride}, got {image_size}. "
-            f"Take {below} or {below + stride}."
-        )
-
-
 def check_split(split: str) -> None:
     """Raise UserError unless `split` is "train" or "val"."""
     if split not in SPLITS:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from isthmus.errors import UserError
 from isthmus.evaluation.protocol import EvaluationRecord, read_record, same_protocol
-from isthmus.evaluation.report import number, sampling_words, with_spread
-from isthmus.evaluation.report_blocks import Heading, Paragraph, Table, markdown
+from isthmus.evaluation.report import joined, markdown_table, number, sampling_words, with_spread
 
 
 def compare(folders: Sequence[Path]) -> str:
@@ -26,16 +25,14 @@ def compare(folders: Sequence[Path]) -> str:
                 f"{folders[0]} and {folder} were measured in different ways, so their scores do not compare: "
                 f"{'; '.join(differences)}. Evaluate one of them again in the way of the other."
             )
-    return markdown(
+    return joined(
         [
-            Heading("Comparison", level=1),
-            Paragraph(_protocol(records[0])),
-            Table(("", *_column_names(folders)), _subject_rows(records)),
-            Table(("score", "better", *_column_names(folders), "floor", "ceiling"), _score_rows(records)),
-            Paragraph(
-                "Uncertainty: [95 % interval] of a mean over images, else +- deviation between chunks of samples. "
-                "Likelihoods are those of tokens: they compare only between models on one image tokenizer."
-            ),
+            "# Comparison",
+            _protocol(records[0]),
+            markdown_table(("", *_column_names(folders)), _subject_rows(records)),
+            markdown_table(("score", "better", *_column_names(folders), "floor", "ceiling"), _score_rows(records)),
+            "Uncertainty: [95 % interval] of a mean over images, else +- deviation between chunks of samples. "
+            "Likelihoods are those of tokens: they compare only between models on one image tokenizer.",
         ]
     )
 

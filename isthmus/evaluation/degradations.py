@@ -1,10 +1,8 @@
 """Real images made worse by a known amount: the ceiling beside every distance, and what a distance must grow with."""
 
 from collections.abc import Iterable, Iterator
-from io import BytesIO
 
 import numpy as np
-import PIL.Image
 from jaxtyping import UInt8
 
 from isthmus.errors import UserError
@@ -51,20 +49,6 @@ def noisy(image_uint8: Picture, level: float, *, seed: int = 0, index: int = 0) 
         raise UserError(f"the level of noise must be at least 0, got {level}.")
     noise = stream(seed, NOISE, index).standard_normal(image_uint8.shape)
     return (image_uint8 + 255 * level * noise).round().clip(0, 255).astype(np.uint8)
-
-
-def recompressed(image_uint8: Picture, quality: int) -> Picture:
-    """The image after JPEG at this quality (1..95).
-
-    Raises:
-        UserError: another quality.
-    """
-    if not 1 <= quality <= 95:
-        raise UserError(f"JPEG quality must lie in 1..95, got {quality}.")
-    file = BytesIO()
-    PIL.Image.fromarray(image_uint8).save(file, format="JPEG", quality=quality)
-    with PIL.Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def ruined(images_uint8: Iterable[Picture]) -> Iterator[Picture]:

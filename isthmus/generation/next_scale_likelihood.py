@@ -99,15 +99,6 @@ def diffusion_bound(
     return DiffusionBound(torch.zeros_like(by_step[:, 0]), by_step[:, :-1], by_step[:, -1])
 
 
-def scale_sums(values: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Float[Tensor, "b scales"]:
-    """Sums over the tokens of every scale.
-
-    >>> scale_sums(torch.ones(1, 5), ScaleSchedule((1, 2), (0, 0)))
-    tensor([[1., 4.]])
-    """
-    return torch.stack([part.sum(dim=1) for part in values.split(list(schedule.lengths), dim=1)], dim=1)
-
-
 def bits_per_pixel(log_prob: Float[Tensor, " b"], image_size: int) -> Float[Tensor, " b"]:
     """Bits that the token pyramid costs, over the pixels of the image: what compressing its tokens would take.
 

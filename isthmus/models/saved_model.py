@@ -41,7 +41,7 @@ class _NormalsLeftOut(TorchFunctionMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Networks made inside have shapes and no values (meta device): for their sizes, or for weights that follow.
+    """Networks made or loaded inside have shapes and no values (meta device): for sizes, or for weights that follow.
 
     >>> with without_values():
     ...     nn.Embedding(2, 3).weight.device.type
@@ -49,6 +49,11 @@ def without_values() -> Iterator[None]:
     """
     with torch.device("meta"), _NormalsLeftOut():
         yield
+
+
+def values_left_out() -> bool:
+    """Whether we are inside `without_values`."""
+    return torch.empty(0).is_meta
 
 
 class Config(dict[str, Any]):
@@ -191,7 +196,7 @@ class SavedModel(nn.Module, Recorded):
 
     @classmethod
     def from_pretrained(cls: type[AnyModel], folder: str | Path, *, dtype: torch.dtype | None = None) -> AnyModel:
-        """The model saved in a folder, in eval mode on the CPU.
+        """The model saved in a folder, in eval mode on the CPU; its shapes alone inside `without_values`.
 
         Args:
             folder: what `save_pretrained` wrote.
@@ -203,6 +208,8 @@ class SavedModel(nn.Module, Recorded):
         """
         folder = Path(folder)
         model = cls.on_meta(folder)
+        if values_left_out():
+            return model.to(dtype).eval()
         state: dict[str, Tensor] = {}
         for file in weight_files(folder):
             state |= load_file(file)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.models.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
-from isthmus.models.saved_model import Config, check_class, check_finite, check_shapes, without_values
+from isthmus.models.saved_model import Config, check_class, check_finite, check_shapes, values_left_out, without_values
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -71,6 +71,8 @@ class StoredLlama:
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> "StoredLlama":
         """The Llama in a folder that transformers wrote, on the CPU, as strictly read as our own models.
 
+        Inside `without_values` it has shapes alone.
+
         Args:
             folder: config.json and model.safetensors.
             dtype: type of the weights; None is float32.
@@ -83,11 +85,15 @@ class StoredLlama:
         check_class(next(iter(config.get("architectures") or ()), None), cls.class_name, folder)
         if not config.keys() >= _SETTINGS or config.keys() - _SETTINGS - _OTHERS:
             config = _read_by_transformers(config, folder)
-        check_shapes(llama_shapes(config), stored_shapes(folder, TRANSFORMERS_WEIGHTS), folder)
+        shapes = llama_shapes(config)
+        check_shapes(shapes, stored_shapes(folder, TRANSFORMERS_WEIGHTS), folder)
         tensors: dict[str, Tensor] = {}
-        for file in weight_files(folder, TRANSFORMERS_WEIGHTS):
-            tensors |= load_file(file)
-        check_finite(tensors, folder)
+        if values_left_out():
+            tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+        else:
+            for file in weight_files(folder, TRANSFORMERS_WEIGHTS):
+                tensors |= load_file(file)
+            check_finite(tensors, folder)
         return cls(Config(config), tensors).to(dtype or torch.float32)
 
     @property

@@ -8,6 +8,7 @@ import torch
 
 from isthmus.errors import UserError
 from isthmus.functional.precision import faster_type
+from isthmus.models.saved_model import values_left_out
 from isthmus.pipelines.folder import read_index
 from isthmus.pipelines.hub import model_folder
 from isthmus.pipelines.saved import check_not_float16
@@ -56,7 +57,9 @@ def load_pipeline(
     if name not in PIPELINES:
         raise UserError(f"{folder} holds a {name}; this version loads {', '.join(PIPELINES)}. Update Isthmus.")
     kind = getattr(import_module(PIPELINES[name]), name)
-    return kind.from_pretrained(folder, dtype=choose_dtype(dtype, chosen)).to(chosen)
+    pipeline = kind.from_pretrained(folder, dtype=choose_dtype(dtype, chosen))
+    # shapes without values have no place to go to
+    return pipeline if values_left_out() else pipeline.to(chosen)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

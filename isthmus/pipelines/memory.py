@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from isthmus.models.stored_llama import StoredLlama
 
 
-def bytes_per_image(pipeline: SavedPipeline, *, guided: bool) -> int:
-    """Peak bytes that one more image in a batch takes, roughly: each family knows its own."""
-    return pipeline.bytes_per_image(guided=guided)
-
-
 def next_token_bytes(transformer: "StoredLlama", *, guided: bool) -> int:
     """Keys and values of one image's sequence, and the logits of one token with their sorted and cumulated copies."""
     config, rows = transformer.config, 2 if guided else 1
@@ -39,7 +34,7 @@ def flow_bytes(decoder: "FlowDecoder", image_size: int) -> int:
 
 def batch_size_that_fits(pipeline: SavedPipeline, *, guided: bool) -> int:
     """Images per batch for this pipeline where it is now: 1..64."""
-    return images_that_fit(pipeline.device, bytes_per_image(pipeline, guided=guided))
+    return images_that_fit(pipeline.device, pipeline.bytes_per_image(guided=guided))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

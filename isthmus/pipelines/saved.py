@@ -6,7 +6,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, SupportsIndex, TypeVar, cast
 
 import torch
@@ -217,18 +216,6 @@ class SavedPipeline:
         check_writable(folder, "the output folder")
         with replaced_within(folder) if folder.is_dir() else written_whole(folder) as temporary:
             self._write(temporary, max_shard_size)
-
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload exactly what `save_pretrained` writes, card included; returns the address of the commit."""
-        # imported here: a moment, and most never upload
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with TemporaryDirectory() as parent:
-            folder = Path(parent) / "model"
-            self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     @classmethod
     def from_pretrained(

@@ -3,12 +3,9 @@
 Source of the claims: Gao and Shou, "D-AR: Diffusion via Autoregressive Models".
 """
 
-from pathlib import Path
-
-from isthmus.studies.dar_options import DAR_BUDGETS, DarSetting, DarStudyOptions, dar_setting
+from isthmus.studies.dar_options import DarSetting
 from isthmus.studies.dar_tables import DAR_TABLES, seeds
 from isthmus.studies.dar_work import dar_work
-from isthmus.studies.running import run_study
 from isthmus.studies.study import Study
 
 
@@ -23,8 +20,3 @@ def summary(setting: DarSetting) -> list[str]:
 
 
 DAR_STUDY: Study[DarSetting] = Study(name="dar", title="Study: D-AR", tables=DAR_TABLES, work=dar_work, summary=summary)
-
-
-def run_dar_study(options: DarStudyOptions) -> Path:
-    """`run_study` with this study's budgets."""
-    return run_study(DAR_STUDY, options, DAR_BUDGETS, dar_setting)

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from isthmus.data.cache import write_whole
-from isthmus.evaluation.report_blocks import Block, Heading, Paragraph, Picture, Table, markdown, one_html_file
+from isthmus.evaluation.report import joined, markdown_picture, markdown_table, write_pages
 from isthmus.studies.plots import draw_panels
 from isthmus.studies.readings import RULE, Difference
 from isthmus.studies.tables import Finding, StudyTable, TableSpec, number
@@ -41,10 +40,7 @@ def write_study_report(
     for name, table in tables.items():
         if table.panels:
             _draw(table, folder / f"{name}.png")
-    blocks = list(_blocks(folder, title, summary, specs, tables, facts))
-    text, page = markdown(blocks), one_html_file(blocks, title=title)
-    write_whole(folder / "report.md", lambda file: file.write(text.encode()))
-    write_whole(folder / "report.html", lambda file: file.write(page.encode()))
+    write_pages(folder, joined(_parts(folder, title, summary, specs, tables, facts)), title=title)
     return folder / "report.md"
 
 
@@ -72,16 +68,16 @@ def _draw(table: StudyTable, path: Path) -> None:
         logger.warning('The report has no plots: they need matplotlib. Run: pip install "isthmus[eval]"')
 
 
-def _blocks(
+def _parts(
     folder: Path,
     title: str,
     summary: Sequence[str],
     specs: Sequence[TableSpec[Any]],
     tables: Mapping[str, StudyTable],
     facts: Mapping[str, Any],
-) -> Iterator[Block]:
-    yield Heading(title, level=1)
-    yield from map(Paragraph, summary)
+) -> Iterator[str]:
+    yield f"# {title}"
+    yield from summary
     claims = {
         spec.name: [_finding_cells(finding, tables[spec.name]) for finding in tables[spec.name].findings()]
         for spec in specs
@@ -89,31 +85,31 @@ def _blocks(
     }
     rows = [(spec.title, *cells) for spec in specs for cells in claims.get(spec.name, ())]
     if rows:
-        yield Heading("Claims")
-        yield Table(("table", *_CLAIM_HEAD), rows)
-        yield Paragraph(RULE)
-        yield Paragraph(
+        yield "## Claims"
+        yield markdown_table(("table", *_CLAIM_HEAD), rows)
+        yield RULE
+        yield (
             f"{len(rows)} verdicts stand here, each by a 95 % interval of its own: where nothing differs at all, about "
             'one in twenty would still not be "cannot tell". Read a single verdict with that in mind.'
         )
     for spec in specs:
-        yield Heading(spec.title)
+        yield f"## {spec.title}"
         if spec.name in tables:
-            yield from _table_blocks(tables[spec.name], claims[spec.name], folder / f"{spec.name}.png")
+            yield from _table_parts(tables[spec.name], claims[spec.name], folder / f"{spec.name}.png")
         else:
-            yield Paragraph(f"Not run. `--tables {spec.name}` or `--budget full` fills this table.")
-    yield Heading("What made these numbers")
-    yield Table(("what", "value"), [(name, _text(value)) for name, value in facts.items()])
+            yield f"Not run. `--tables {spec.name}` or `--budget full` fills this table."
+    yield "## What made these numbers"
+    yield markdown_table(("what", "value"), [(name, _text(value)) for name, value in facts.items()])
 
 
-def _table_blocks(table: StudyTable, claims: Sequence[Sequence[str]], picture: Path) -> Iterator[Block]:
-    yield Paragraph(table.about)
-    yield Table(*table.text())
+def _table_parts(table: StudyTable, claims: Sequence[Sequence[str]], picture: Path) -> Iterator[str]:
+    yield table.about
+    yield markdown_table(*table.text())
     if claims:
-        yield Table(_CLAIM_HEAD, claims)
+        yield markdown_table(_CLAIM_HEAD, claims)
     if table.panels and picture.is_file():
-        yield Picture(picture, "; ".join(panel.title for panel in table.panels) + " (bars: 95 % intervals)")
-    yield from map(Paragraph, table.notes)
+        yield markdown_picture(picture, "; ".join(panel.title for panel in table.panels) + " (bars: 95 % intervals)")
+    yield from table.notes
 
 
 def _finding_cells(finding: Finding, table: StudyTable) -> tuple[str, str, str, str]:

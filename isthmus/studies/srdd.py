@@ -4,11 +4,8 @@ Source of the claims: Kumar, Nair and Patel, "Scale-Wise VAR is Secretly Discret
 HMAR, MVAR and Markov-VAR.
 """
 
-from pathlib import Path
-
-from isthmus.studies.running import run_study
 from isthmus.studies.srdd_diffusion_tables import DIFFUSION_TABLES
-from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddSetting, SrddStudyOptions, srdd_setting
+from isthmus.studies.srdd_options import SrddSetting
 from isthmus.studies.srdd_tables import SRDD_TABLES
 from isthmus.studies.srdd_work import srdd_work
 from isthmus.studies.study import Study
@@ -28,8 +25,3 @@ def summary(setting: SrddSetting) -> list[str]:
 SRDD_STUDY: Study[SrddSetting] = Study(
     name="srdd", title="Study: SRDD and VAR", tables=(*SRDD_TABLES, *DIFFUSION_TABLES), work=srdd_work, summary=summary
 )
-
-
-def run_srdd_study(options: SrddStudyOptions) -> Path:
-    """`run_study` with this study's budgets."""
-    return run_study(SRDD_STUDY, options, SRDD_BUDGETS, srdd_setting)

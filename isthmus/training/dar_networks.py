@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from isthmus.errors import UserError
 from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
+from isthmus.models.saved_model import without_values
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from isthmus.training.cost import num_parameters, report, training_cost
 from isthmus.training.dar_config import DiffusionTokenizerRun, FlowDecoderModel
 from isthmus.training.dar_export import TokenizerParts, load_parts
 from isthmus.training.flow_draws import group_spans
@@ -25,10 +29,9 @@ def build_networks(run: DiffusionTokenizerRun) -> TokenizerWithDecoder:
     Raises:
         UserError: sizes do not fit each other, or an argument contradicts the saved model.
     """
-    parts = saved_parts(run) if run.from_model else new_parts(run)
+    parts = build_parts(run)
     tokenizer, decoder = parts.image_tokenizer, parts.decoder
     size = tokenizer.config["image_size"]
-    check_fit(run, size, decoder)
     if run.loss.times == "balanced":
         group_spans(tokenizer.config["num_groups"], run.loss.latest_time)
     if run.freeze_encoder:
@@ -48,6 +51,39 @@ def build_networks(run: DiffusionTokenizerRun) -> TokenizerWithDecoder:
     )
 
 
+def describe_diffusion_tokenizer_run(run: DiffusionTokenizerRun) -> str:
+    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated.
+
+    Heads and frozen networks of optional losses are left out.
+    """
+    with without_values():
+        parts = build_parts(run)
+        network = TokenizerWithDecoder(parts.image_tokenizer, parts.decoder, parts.scheduler)
+    config = parts.image_tokenizer.config
+    side, levels = config["image_size"], run.loss.noise_levels
+    tokenizer, decoder = (f"{num_parameters(part) / 1e6:.2f}M" for part in (parts.image_tokenizer, parts.decoder))
+
+    def forward(network: TokenizerWithDecoder) -> object:
+        return network(torch.zeros(1, 3, side, side), torch.zeros(1, levels), torch.zeros(1, levels, 3, side, side))
+
+    about = (
+        f"{config['num_tokens']} tokens in {config['num_groups']} groups, {config['codebook_size']} codes; images of "
+        f"{side} px, {levels} noise level{'s' if levels > 1 else ''} each; tokenizer {tokenizer}, decoder {decoder}"
+    )
+    return report(run, about, training_cost(network, forward))
+
+
+def build_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
+    """Tokenizer, decoder and scheduler of a run: new, or from a saved model.
+
+    Raises:
+        UserError: sizes do not fit each other, or an argument contradicts the saved model.
+    """
+    parts = saved_parts(run) if run.from_model else new_parts(run)
+    check_fit(run, parts.image_tokenizer.config["image_size"], parts.decoder)
+    return parts
+
+
 def new_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
     """Untrained networks."""
     tokenizer = DiffusionTokenizer(**named(run.model))
@@ -59,18 +95,13 @@ def new_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
 def saved_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
     """The networks of `from_model`; what the run says of the diffusion takes the place of what is saved."""
     parts = load_parts(run.from_model)
-    check_saved_networks(run, parts.image_tokenizer, parts.decoder)
+    refuse_contradictions(parts.image_tokenizer, named(run.model), run.from_model)
+    wanted = decoder_arguments(run.decoder, parts.image_tokenizer, parts.decoder)
+    refuse_contradictions(parts.decoder, wanted, run.from_model, options="decoder")
     saved = {name: parts.scheduler.config[name] for name in ("num_inference_steps", "time_shift", "data_std", "solver")}
     return TokenizerParts(
         parts.image_tokenizer, parts.decoder, scheduler_for(parts.image_tokenizer, saved | named(run.flow))
     )
-
-
-def check_saved_networks(run: DiffusionTokenizerRun, tokenizer: DiffusionTokenizer, decoder: FlowDecoder) -> None:
-    """Raise UserError where the run asks for other networks than those it starts from."""
-    refuse_contradictions(tokenizer, named(run.model), run.from_model)
-    wanted = decoder_arguments(run.decoder, tokenizer, decoder)
-    refuse_contradictions(decoder, wanted, run.from_model, options="decoder")
 
 
 def scheduler_for(tokenizer: DiffusionTokenizer, settings: Mapping[str, Any]) -> FlowMatchingScheduler:

@@ -1,6 +1,5 @@
 """Noise and noise levels of a training batch: pure functions of (seed, position), whatever the batch or the process."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -13,19 +12,6 @@ from isthmus.errors import UserError
 from isthmus.functional.draws import FLOW_TIME, NOISE, stream
 
 _UNIFORM, _BALANCED = 0, 1
-
-
-@dataclass(frozen=True)
-class FlowDraws:
-    """What is mixed into a batch of b images at k noise levels each.
-
-    Attributes:
-        raw_t: (b, k), unshifted times in [0, 1): 0 = noise, 1 = image.
-        noise: (b, k, 3, h, w), standard normal.
-    """
-
-    raw_t: Float[Tensor, "b k"]
-    noise: Float[Tensor, "b k 3 h w"]
 
 
 def raw_times(

@@ -16,8 +16,10 @@ from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
 from isthmus.functional.shapes import TokenPyramid
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.models.saved_model import without_values
 from isthmus.training.config import PriorRun
-from isthmus.training.export import load_teacher, load_tokenizer
+from isthmus.training.cost import Cost, report, training_cost, training_source
+from isthmus.training.export import Teacher, load_teacher, load_tokenizer
 from isthmus.training.images import open_splits
 from isthmus.training.next_scale_family import NextScaleFamily
 from isthmus.training.objectives import (
@@ -117,27 +119,71 @@ class NextScalePrior(NextScaleFamily):
 
 
 def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer]:
-    """Tokenizer, training images, held-out images and the prior to train: new, or from a saved model.
+    """Tokenizer, training images, held-out images and the prior to train.
 
     Raises:
         UserError: something is missing or contradicts the saved model.
     """
-    wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
+    tokenizer, saved = starting_point(run)
+    train, held_out = open_splits(run, tokenizer.image_size)
+    return tokenizer, train, held_out, build_prior(run, tokenizer, saved, train.class_names)
+
+
+def describe_prior_run(run: PriorRun) -> str:
+    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated."""
+    with without_values():
+        tokenizer, saved = starting_point(run)
+    source = training_source(run, tokenizer.image_size)
+    with without_values():
+        model = build_prior(run, tokenizer, saved, source.class_names)
+    about = (
+        f"{model.config['scale_attention']}, scales {', '.join(map(str, model.schedule.sizes))}, "
+        f"{model.schedule.num_tokens} tokens; {len(source)} images, {len(source.class_names) or 'no'} classes"
+    )
+    return report(run, about, prior_cost(model))
+
+
+def prior_cost(model: NextScaleTransformer) -> Cost:
+    """What an image costs in training a transformer that was made without values."""
+    num_inputs = model.schedule.num_tokens - model.schedule.lengths[0]
+
+    def forward(network: NextScaleTransformer) -> object:
+        return network(torch.zeros(1, dtype=torch.long), torch.zeros(1, num_inputs, model.config["codebook_dim"]))
+
+    return training_cost(model, forward)
+
+
+def starting_point(run: PriorRun) -> tuple[MultiScaleVQVAE, Teacher | None]:
+    """The frozen tokenizer of a run, and the saved model that it goes on from, where there is one.
+
+    Raises:
+        UserError: the run names neither.
+    """
     if run.from_model:
         saved = load_teacher(run.from_model)
-        tokenizer, source_model, saved_names = saved.tokenizer, saved.transformer, saved.class_names
-    elif run.tokenizer:
-        tokenizer, source_model, saved_names = load_tokenizer(run.tokenizer), None, ()
-    else:
-        raise UserError(
-            "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
+        return saved.tokenizer, saved
+    if run.tokenizer:
+        return load_tokenizer(run.tokenizer), None
+    raise UserError(
+        "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
+    )
+
+
+def build_prior(
+    run: PriorRun, tokenizer: MultiScaleVQVAE, saved: Teacher | None, class_names: Sequence[str]
+) -> NextScaleTransformer:
+    """The prior to train on images of these classes: new, or from a saved model.
+
+    Raises:
+        UserError: an argument contradicts the saved model, or another one.
+    """
+    wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
+    num_classes, refined = len(class_names), run.refinement_probability > 0
+    if saved is not None:
+        kept = kept_classes(class_names, saved.class_names)
+        return with_new_classes(
+            saved.transformer, num_classes, wanted, run.from_model, kept=kept, mask_embedding=refined
         )
-    train, held_out = open_splits(run, tokenizer.image_size)
-    num_classes, refined = len(train.class_names), run.refinement_probability > 0
-    if source_model is not None:
-        kept = kept_classes(train.class_names, saved_names)
-        model = with_new_classes(source_model, num_classes, wanted, run.from_model, kept=kept, mask_embedding=refined)
-        return tokenizer, train, held_out, model
     model = NextScaleTransformer(
         scale_sizes=tokenizer.schedule.sizes,
         codebook_size=tokenizer.config["codebook_size"],
@@ -151,7 +197,7 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
             f"scales_per_step needs the Markov mask, where scales are independent, got {run.scales_per_step} with "
             "causal. Use --model.scale-attention markov."
         )
-    return tokenizer, train, held_out, model
+    return model
 
 
 def with_new_classes(

@@ -1,9 +1,9 @@
 """What is particular about training a next-token prior: the Llama of D-AR."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.functional.pyramid import nats_to_bits
-from isthmus.models.next_token_prior import TokenLayout, new_prior
+from isthmus.models.next_token_prior import TokenLayout, new_prior, next_token_inputs
+from isthmus.models.saved_model import without_values
+from isthmus.training.cost import report, training_cost, training_source
 from isthmus.training.dar_config import LlamaModel, NextTokenPriorRun
 from isthmus.training.dar_export import TokenizerParts, load_parts
 from isthmus.training.dar_prior_export import averaged_llama, export_dar_pipeline, load_dar_model
@@ -144,28 +146,86 @@ class NextTokenPrior:
 def prepare(
     run: NextTokenPriorRun,
 ) -> tuple[TokenizerParts, ImageSource | ImageStream, ImageSource, LlamaForCausalLM]:
-    """Tokenizer, training images, held-out images and the Llama to train: new, or from a saved model.
+    """Tokenizer, training images, held-out images and the Llama to train.
 
     Raises:
         UserError: something is missing or contradicts the saved model.
     """
+    start = starting_point(run)
+    train, held_out = open_splits(run, start.image_size)
+    return start.parts, train, held_out, build_prior(run, start, train.class_names)
+
+
+def describe_next_token_prior_run(run: NextTokenPriorRun) -> str:
+    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated."""
+    with without_values():
+        start = starting_point(run)
+    source = training_source(run, start.image_size)
+    with without_values():
+        llama = build_prior(run, start, source.class_names)
+    layout = layout_of(start.parts.image_tokenizer.config, len(source.class_names))
+
+    def forward(network: LlamaForCausalLM) -> object:
+        known = torch.zeros(1, layout.num_tokens - 1, dtype=torch.long)
+        return network(input_ids=next_token_inputs(layout, known[:, 0], known), use_cache=False)
+
+    about = (
+        f"Llama, {llama.config.num_hidden_layers} layers of width {llama.config.hidden_size}, {layout.num_tokens} "
+        f"tokens of {layout.codebook_size} codes; {len(source)} images, {len(source.class_names) or 'no'} classes"
+    )
+    return report(run, about, training_cost(llama, forward))
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a run finds saved.
+
+    Attributes:
+        parts: tokenizer, decoder and scheduler.
+        llama: the prior to go on from; None for a new one.
+        class_names: of that prior; empty where classes have no names.
+    """
+
+    parts: TokenizerParts
+    llama: LlamaForCausalLM | None = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.parts.image_tokenizer.config["image_size"]
+
+
+def starting_point(run: NextTokenPriorRun) -> StartingPoint:
+    """The tokenizer that a run names, and the prior where it names a whole model.
+
+    Raises:
+        UserError: the run names neither, or the tokenizer has no codes.
+    """
     if run.from_model:
-        parts, saved, saved_names = load_dar_model(run.from_model)
+        start = StartingPoint(*load_dar_model(run.from_model))
     elif run.tokenizer:
-        parts, saved, saved_names = load_parts(run.tokenizer), None, ()
+        start = StartingPoint(load_parts(run.tokenizer))
     else:
         raise UserError(
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
-    config = parts.image_tokenizer.config
-    if not config["quantized"]:
+    if not start.parts.image_tokenizer.config["quantized"]:
         raise UserError("a prior predicts codes, and this tokenizer keeps its tokens continuous. Train one with codes.")
-    train, held_out = open_splits(run, config["image_size"])
-    layout = layout_of(config, len(train.class_names))
-    if saved is None:
-        return parts, train, held_out, build_llama(run, layout)
-    kept = kept_classes(train.class_names, saved_names)
-    return parts, train, held_out, with_new_classes(saved, layout, run.model, run.from_model, kept=kept)
+    return start
+
+
+def build_prior(run: NextTokenPriorRun, start: StartingPoint, class_names: Sequence[str]) -> LlamaForCausalLM:
+    """The Llama to train on images of these classes: new, or from a saved model.
+
+    Raises:
+        UserError: a size is missing, does not fit, or contradicts the saved model.
+    """
+    layout = layout_of(start.parts.image_tokenizer.config, len(class_names))
+    if start.llama is None:
+        return build_llama(run, layout)
+    kept = kept_classes(class_names, start.class_names)
+    return with_new_classes(start.llama, layout, run.model, run.from_model, kept=kept)
 
 
 def layout_of(tokenizer: Mapping[str, Any], num_classes: int) -> TokenLayout:

@@ -18,9 +18,11 @@ from isthmus.files import alone_in
 from isthmus.layers.convolution import cpu_layout
 from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
 from isthmus.models.perceptual import perceptual_distance
+from isthmus.models.saved_model import without_values
 from isthmus.training.checkpoints import resume, save_checkpoint
 from isthmus.training.codebook import initialize_codebook, revive_codes
 from isthmus.training.config import LAST_REVIVAL, TokenizerRun
+from isthmus.training.cost import report, training_cost
 from isthmus.training.ema import ExponentialMovingAverage
 from isthmus.training.export import export_tokenizer, load_tokenizer
 from isthmus.training.images import first_images, image_batches, open_splits, stream_states
@@ -185,6 +187,16 @@ def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
         for part in (model.encoder, model.quant_conv, model.codebook, model.phi):
             part.requires_grad_(False)
     return model
+
+
+def describe_tokenizer_run(run: TokenizerRun) -> str:
+    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated."""
+    with without_values():
+        model = build_tokenizer(run)
+    side = model.image_size
+    # without the search for codes, a few percent
+    cost = training_cost(model, lambda network: network(torch.zeros(1, 3, side, side), quantize=False))
+    return report(run, f"scales {', '.join(map(str, model.schedule.sizes))}; images of {side} px", cost)
 
 
 def start_codebook(

@@ -33,8 +33,8 @@ class CodebookUsage:
 
     >>> usage = CodebookUsage(num_scales=1, codebook_size=4)
     >>> usage.update(code_counts([torch.tensor([[0, 0, 1, 1]])], 4))
-    >>> usage.perplexity().tolist(), usage.share_used().tolist()
-    ([2.0], [0.5])
+    >>> usage.perplexity().tolist(), usage.used().tolist()
+    ([2.0], [[True, True, False, False]])
     """
 
     def __init__(self, num_scales: int, codebook_size: int, *, decay: float = 0.99, device: torch.device | str = "cpu"):
@@ -66,10 +66,6 @@ class CodebookUsage:
         hits = self.hits()
         threshold = _USED_SHARE * hits.mean(dim=1, keepdim=True)
         return (hits >= threshold) & (hits > 0)
-
-    def share_used(self) -> Float[Tensor, " scales"]:
-        """Share of the codebook in use at each scale, in [0, 1]."""
-        return self.used().float().mean(dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Average and step counter, for a checkpoint."""

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from isthmus.cli.distill import taught_by
-from isthmus.cli.distill_dry_run import teaching
+from isthmus.distilling import teaching
 from isthmus.presets import DISTILL_PRESETS
 from isthmus.training.config import run_from_json, run_to_json
 from tests.cli.test_train import resolved

@@ -8,7 +8,7 @@ from PIL import Image
 
 from isthmus.generation.step import token_hashes
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image, is_out_of_memory
+from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
 from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from tests.pipelines.tiny import tiny_pipeline
 
@@ -201,9 +201,7 @@ def test_the_memory_estimate_knows_its_networks():
     small, pipe = tiny_pipeline(), tiny_pipeline(scale_attention="causal")
     assert 1 <= batch_size_that_fits(pipe, guided=True) <= 64
     assert (
-        bytes_per_image(pipe, guided=True)
-        >= bytes_per_image(pipe, guided=False)
-        >= bytes_per_image(small, guided=False)
+        pipe.bytes_per_image(guided=True) >= pipe.bytes_per_image(guided=False) >= small.bytes_per_image(guided=False)
     )
     with pytest.raises(RuntimeError) as failure:
         torch.empty(2**60, dtype=torch.uint8)

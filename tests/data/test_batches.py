@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from isthmus.data.augment import Augmentation
 from isthmus.data.batches import EvaluationImages, TrainingImages, training_batches
 from isthmus.data.opening import open_source
-from isthmus.data.source import check_image_size
 from isthmus.data.workers import worker_batches
 from isthmus.errors import UserError
 
@@ -155,15 +154,3 @@ def test_evaluation_is_by_index_without_chance(source):
 def test_refusals_come_before_the_first_batch(source, options, word):
     with pytest.raises(UserError, match=word):
         training_batches(views(source), **options)
-
-
-@given(size=st.integers(-5, 300), stride=st.integers(1, 32))
-def test_image_sizes_fit_the_stride_or_are_refused_with_sizes_that_do(size, stride):
-    if size >= 1 and size % stride == 0:
-        check_image_size(size, stride)
-    else:
-        with pytest.raises(UserError) as error:
-            check_image_size(size, stride)
-        proposals = [int(word) for word in str(error.value).split("Take ")[1].rstrip(".").split(" or ")]
-        for proposal in proposals:
-            check_image_size(proposal, stride)

@@ -3,11 +3,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from isthmus.data.cache import cache_directory, write_whole
-from isthmus.data.description import describe, describe_built_in
 from isthmus.data.opening import open_source, parse_spec
 from isthmus.errors import UserError
 
@@ -41,13 +39,6 @@ def test_split_and_fraction_are_checked():
         open_source("photos", image_size=8, split="test")
     with pytest.raises(UserError, match="val_fraction"):
         open_source("photos", image_size=8, val_fraction=1.0)
-
-
-def test_descriptions_name_classes_and_licences(tmp_path):
-    text = describe_built_in()
-    assert "CC BY-SA 4.0" in text and "CC BY 2.0" in text and "face 130" in text and "gravel" in text
-    np.savez(tmp_path / "a.npz", np.zeros((3, 4, 4, 3), dtype=np.uint8))
-    assert "unlabelled" in describe(f"npz:{tmp_path / 'a.npz'}")
 
 
 def test_the_cache_folder_is_the_callers_then_the_environments(tmp_path):

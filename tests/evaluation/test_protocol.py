@@ -23,8 +23,7 @@ from isthmus.evaluation.protocol import (
     same_protocol,
     write_record,
 )
-from isthmus.evaluation.report import report_blocks, write_report
-from isthmus.evaluation.report_blocks import markdown
+from isthmus.evaluation.report import html_page, joined, markdown_table, report_text, write_report
 from isthmus.evaluation.report_pictures import look_at_samples
 
 SCORES = (
@@ -205,7 +204,7 @@ def test_neighbours_of_an_earlier_scoring_are_not_shown(tmp_path):
 
 
 def test_every_score_is_reported_with_what_made_it(tmp_path):
-    text = markdown(list(report_blocks(record(), tmp_path)))
+    text = report_text(record(), tmp_path)
     for needed in ("0.25", "+- 0.01", "[0.4, 0.6]", "N = 20", "n = 10", "lite0", "seed 3, guidance 1,2", "few images"):
         assert needed in text, needed
     assert "5 x 10" in text and "a \\| b" in text and "CC0" in text
@@ -217,3 +216,14 @@ def test_reports_are_written_whole(tmp_path):
     assert page.count("data:image/png;base64,") == 2 and "http" not in page, "one file that needs nothing else"
     assert "![Scores against guidance](sweep.png)" in (tmp_path / "report.md").read_text()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_page_holds_the_text_and_its_pictures(tmp_path):
+    (tmp_path / "dot.png").write_bytes(b"picture")
+    pictures = "![dot](dot.png) ![none](none.png)"
+    text = joined(["# A & B", markdown_table(("a", "b"), [("<i>", "x | y")]), pictures, "> **Note.** `c`"])
+    page = html_page(text, tmp_path, title="<title>")
+    for needed in ("<h1>A &amp; B</h1>", "<td>&lt;i&gt;</td>", "<td>x | y</td>", "<blockquote>", "<code>c</code>"):
+        assert needed in page, needed
+    assert 'src="data:image/png;base64,cGljdHVyZQ=="' in page and 'src="none.png"' in page
+    assert "<title>&lt;title&gt;</title>" in page

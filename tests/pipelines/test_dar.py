@@ -14,7 +14,7 @@ from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from isthmus.models.flow_decoder import FlowDecoder
 from isthmus.pipelines.dar import DARPipeline
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.memory import batch_size_that_fits, bytes_per_image
+from isthmus.pipelines.memory import batch_size_that_fits
 from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
@@ -357,7 +357,7 @@ def test_components_that_do_not_belong_together():
 
 def test_the_memory_estimate_grows_with_the_work(pipe):
     assert 1 <= batch_size_that_fits(pipe, guided=True) <= 64
-    assert bytes_per_image(pipe, guided=True) >= bytes_per_image(pipe, guided=False) > 0
+    assert pipe.bytes_per_image(guided=True) >= pipe.bytes_per_image(guided=False) > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

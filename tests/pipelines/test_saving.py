@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import UserError
 from isthmus.generation.options import SamplingOptions
 from isthmus.generation.step import token_hashes
-from isthmus.models.saved_model import Config, check_finite
+from isthmus.models.saved_model import Config, check_finite, without_values
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
 from isthmus.pipelines.next_scale import NextScalePipeline
 from tests.pipelines.tiny import tiny_pipeline
@@ -39,6 +39,18 @@ def test_a_saved_pipeline_draws_the_same_wherever_it_lies(saved, tmp_path):
     assert loaded.defaults == SamplingOptions(guidance_scale=2.0)
     assert set(loaded.components) == {"image_tokenizer", "transformer", "scheduler"}
     assert loaded.scheduler is None
+
+
+@pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_dar])
+def test_a_pipeline_loaded_without_values_has_its_shapes_alone(pipeline, tmp_path):
+    made = pipeline()
+    made.save_pretrained(tmp_path)
+    with without_values():
+        loaded = load_pipeline(tmp_path)
+        for name in ("image_tokenizer", "transformer"):
+            shapes, given = getattr(loaded, name).state_dict(), getattr(made, name).state_dict()
+            assert all(tensor.is_meta for tensor in shapes.values())
+            assert {n: t.shape for n, t in shapes.items()} == {n: t.shape for n, t in given.items()}
 
 
 def test_the_folder_holds_what_the_design_says(saved):

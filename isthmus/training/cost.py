@@ -3,18 +3,20 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# the meta device knows no autocast, which networks turn off around what must stay fp32; fake CPU tensors do
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
-from isthmus.models.component_files import read_config
-from isthmus.pipelines.hub import model_folder
 from isthmus.training.config import Run, run_to_json
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # bytes per parameter in fp32: weight, gradient, two moments of AdamW, average
 _BYTES_PER_PARAMETER = 5 * 4
@@ -35,37 +37,35 @@ class Cost:
     activation_bytes: int
 
 
-def training_cost(model: nn.Module, forward: Callable[[], Any]) -> Cost:
-    """Count what `forward` (one image, on the meta device) does and keeps; the backward pass counts twice."""
+def training_cost(network: Network, forward: Callable[[Network], Any]) -> Cost:
+    """Count what `forward` (of one image) does and keeps; the backward pass counts twice.
+
+    Args:
+        network: made `without_values`; no weight is allocated.
+        forward: calls the network on an image that it makes itself.
+    """
     kept: dict[int, Tensor] = {}  # held, so that no address is used twice
-    own = {id(p) for p in model.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         if id(tensor) not in own:
             kept[id(tensor.untyped_storage())] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, note), FlopCounterMode(display=False) as counter:
-        forward()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = network.to_empty(device="cpu")
+        own = {id(p) for p in network.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(note, note), FlopCounterMode(display=False) as counter:
+            forward(network)
     return Cost(
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters(network),
         flops=3 * counter.get_total_flops(),
         activation_bytes=sum(tensor.numel() * tensor.element_size() for tensor in kept.values()),
     )
 
 
-def saved_settings(model: str, component: str) -> dict[str, Any]:
-    """Constructor arguments of a saved component, or of a folder that is itself that component."""
-    folder: Path = model_folder(model)
-    config = read_config(folder / component if (folder / component).is_dir() else folder)
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def image_size_of(tokenizer: Mapping[str, Any]) -> int:
-    """Side of the images of a multi-scale tokenizer with these arguments, in pixels."""
-    # folders saved before it existed know nothing of folded pixels
-    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
-    return tokenizer["scale_sizes"][-1] * stride
+def num_parameters(network: nn.Module) -> int:
+    """Number of weights."""
+    return sum(p.numel() for p in network.parameters())
 
 
 def training_source(run: Run, image_size: int) -> ImageSource:
