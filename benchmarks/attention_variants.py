@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.layers.attention import Attend, causal_attention, markov_attention, scale_causal_mask
+from isthmus.nn.attention import Attend, causal_attention, markov_attention, scale_causal_mask
 
 
 def variants(lengths: Sequence[int]) -> dict[str, dict[str, Attend]]:

@@ -12,9 +12,8 @@ import torch
 from measure import interleaved
 
 from isthmus.data.opening import open_source
-from isthmus.evaluation.class_scores import LinearProbe, NearestClassMean
-from isthmus.evaluation.feature_networks import feature_network
-from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.classes import LinearProbe, NearestClassMean
+from isthmus.evaluation.features import extract_features, feature_network
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline

@@ -17,16 +17,14 @@ from measure import Gemm, Times, both, interleaved, machine
 from next_scale import table
 from torch import Tensor
 
-from isthmus.functional.flow import time_waves
-from isthmus.functional.rotary import grid_rotary_table, rotate
-from isthmus.generation.flow_decoding import SolverPlan, flow_steps, image_noise
-from isthmus.generation.next_token import generate_tokens
-from isthmus.generation.options import SamplingOptions
-from isthmus.layers.norm import plain_norm
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.models.next_token_prior import TokenLayout, new_prior
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from isthmus.dar.attention import grid_rotary_table, plain_norm, rotate
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.decoding import SolverPlan, flow_steps, image_noise
+from isthmus.dar.prior import TokenLayout, new_prior
+from isthmus.dar.sampling import generate_tokens
+from isthmus.dar.scheduler import FlowMatchingScheduler, time_waves
+from isthmus.dar.tokenizer import DiffusionTokenizer
+from isthmus.pipelines.options import SamplingOptions
 
 # two of the twelve blocks of the published decoder; a middle size; the small preset without its canvas
 SIZES = {

@@ -20,11 +20,10 @@ from next_scale import table
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.generation.next_token import generate_tokens
-from isthmus.generation.options import SamplingOptions
-from isthmus.generation.products import Int8Product, fastest_product
-from isthmus.models.next_token_prior import TokenLayout, new_prior, next_token_inputs
+from isthmus.dar.llama_decoding import Int8Product, LlamaDecoder, fastest_product
+from isthmus.dar.prior import TokenLayout, new_prior, next_token_inputs
+from isthmus.dar.sampling import generate_tokens
+from isthmus.pipelines.options import SamplingOptions
 
 # the small preset, a laptop's 256 tokens, and the published L
 SIZES = {

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from measure import interleaved
 
 from isthmus.data.opening import open_source
-from isthmus.evaluation.reconstruction import as_floats
-from isthmus.functional.masks import fill_unknown
-from isthmus.models.perceptual import Lite0Distance
+from isthmus.evaluation.held_out import as_floats
+from isthmus.next_scale.canvas import fill_unknown
+from isthmus.nn.perceptual import Lite0Distance
 from isthmus.pictures import save_picture, table, to_pil, to_uint8
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.studies.srdd_editing import holes, psnr_inside
+from isthmus.studies.srdd import holes, psnr_inside
 
 BATCH = 32
 RULES = {

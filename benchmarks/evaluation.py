@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from measure import both, in_child, interleaved, machine, peak_mib
 
-from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
-from isthmus.evaluation.features import extract_features
-from isthmus.evaluation.generation_scores import LabelledFeatures, RealFeatures
+from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
 from isthmus.evaluation.neighbours import manifold_scores
-from isthmus.evaluation.real_side import RealSide, Reference
-from isthmus.evaluation.scoring import score_samples
+from isthmus.evaluation.reference import RealSide, Reference
+from isthmus.evaluation.sample_scores import score_samples
+from isthmus.evaluation.scores import LabelledFeatures, RealFeatures
 from isthmus.evaluation.statistics import Gaussian, GaussianStatistics, frechet_distance
-from isthmus.models.efficientnet_lite import EfficientNetLite0
+from isthmus.nn.perceptual import EfficientNetLite0
 
 # aimed for: the covariance of 50,000 images on 2,048-wide features in under 1 GB
 NUM_IMAGES, WIDTH, CHUNK = 50_000, 2048, 250

@@ -10,8 +10,8 @@ import torch
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
+from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.next_scale import NextScalePipeline
 
 
 def main() -> None:

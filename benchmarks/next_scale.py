@@ -23,18 +23,18 @@ from measure import Gemm, both, in_child, interleaved, machine, peak_mib
 from plain import PlainTransformer, default_adamw, plain_tokenizer
 from torch import Tensor
 
-from isthmus.functional.precision import bf16_speedup
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.generation.next_scale import generate_scales
-from isthmus.generation.options import SamplingOptions
-from isthmus.layers.attention import Attend
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
-from isthmus.training.config import OptimConfig, TokenizerLoss
-from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.objectives import next_scale_loss, scale_weights
-from isthmus.training.optim import adamw
-from isthmus.training.tokenizer_losses import reconstruction_losses
+from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.runs import TokenizerLoss
+from isthmus.next_scale.sampling import generate_scales
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.train_prior import next_scale_loss, scale_weights
+from isthmus.next_scale.train_tokenizer import reconstruction_losses
+from isthmus.next_scale.transformer import Conditioning, NextScaleTransformer
+from isthmus.nn.attention import Attend
+from isthmus.nn.precision import bf16_speedup
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.training.config import OptimConfig
+from isthmus.training.optim import ExponentialMovingAverage, adamw
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_32 = (1, 2, 3, 4, 6, 8)
@@ -322,7 +322,7 @@ MEMORY = {"sampling, batch 32": ("causal", "markov"), "training, markov, batch 3
 
 def memory_child(what: str, variant: str) -> float:
     """MiB that one sampling call, or two training steps, add to this process."""
-    from isthmus.training.objectives import select_scales
+    from isthmus.next_scale.train_prior import select_scales
 
     if what.startswith("sampling"):
         model, images = transformer(SMALL, variant).eval(), tokenizer(1024, SCALES_32, 32, (1, 2, 2))
@@ -367,7 +367,7 @@ def attention(rounds: int) -> None:
 
 def start(rounds: int) -> None:
     """From the command to the first token, in fresh processes."""
-    from isthmus.pipelines.next_scale import NextScalePipeline
+    from isthmus.next_scale.pipeline import NextScalePipeline
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"

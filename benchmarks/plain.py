@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isthmus.layers.convolution import SpatialAttention
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE, SpatialAttention
+from isthmus.next_scale.transformer import NextScaleTransformer
 
 
 class PlainAttention(nn.Module):

@@ -10,10 +10,10 @@ import argparse
 import torch
 from measure import both, interleaved, machine
 
-from isthmus.functional.next_scale_cost import sampling_flops
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.refinement import ScaleRefinementScheduler
+from isthmus.next_scale.transformer import sampling_flops
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 
 
 def schedulers(num_scales: int) -> dict[str, ScaleRefinementScheduler | None]:

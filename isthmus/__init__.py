@@ -11,25 +11,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isthmus.dar.decoder import FlowDecoder
+    from isthmus.dar.pipeline import DARPipeline
+    from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
+    from isthmus.dar.scheduler import FlowMatchingScheduler
+    from isthmus.dar.tokenizer import DiffusionTokenizer
+    from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
     from isthmus.errors import UserError
-    from isthmus.functional.guidance import GuidanceSchedule
-    from isthmus.functional.pyramid import ScaleSchedule
-    from isthmus.generation.options import SamplingOptions
-    from isthmus.generation.step import GenerationStep
-    from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-    from isthmus.models.flow_decoder import FlowDecoder
-    from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-    from isthmus.models.next_scale_transformer import NextScaleTransformer
-    from isthmus.pipelines.dar import DARPipeline
+    from isthmus.next_scale.pipeline import NextScalePipeline
+    from isthmus.next_scale.pyramid import ScaleSchedule
+    from isthmus.next_scale.refinement import ScaleRefinementScheduler
+    from isthmus.next_scale.runs import PriorRun, TokenizerRun
+    from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+    from isthmus.next_scale.train_tokenizer import train_tokenizer
+    from isthmus.next_scale.transformer import NextScaleTransformer
+    from isthmus.nn.guidance import GuidanceSchedule
     from isthmus.pipelines.loading import load_pipeline
-    from isthmus.pipelines.next_scale import NextScalePipeline
-    from isthmus.schedulers.flow_matching import FlowMatchingScheduler
-    from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
-    from isthmus.training.config import PriorRun, TokenizerRun
-    from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
-    from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
+    from isthmus.pipelines.options import SamplingOptions
+    from isthmus.pipelines.request import GenerationStep
     from isthmus.training.train_prior import train_prior
-    from isthmus.training.train_tokenizer import train_tokenizer
 
 __version__ = "0.1.0"
 
@@ -59,27 +59,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DARPipeline": "isthmus.pipelines.dar",
-    "DiffusionTokenizer": "isthmus.models.diffusion_tokenizer",
-    "DiffusionTokenizerRun": "isthmus.training.dar_config",
-    "FlowDecoder": "isthmus.models.flow_decoder",
-    "FlowMatchingScheduler": "isthmus.schedulers.flow_matching",
-    "GenerationStep": "isthmus.generation.step",
-    "GuidanceSchedule": "isthmus.functional.guidance",
-    "MultiScaleVQVAE": "isthmus.models.multiscale_vqvae",
-    "NextScalePipeline": "isthmus.pipelines.next_scale",
-    "NextScaleTransformer": "isthmus.models.next_scale_transformer",
-    "NextTokenPriorRun": "isthmus.training.dar_config",
+    "DARPipeline": "isthmus.dar.pipeline",
+    "DiffusionTokenizer": "isthmus.dar.tokenizer",
+    "DiffusionTokenizerRun": "isthmus.dar.runs",
+    "FlowDecoder": "isthmus.dar.decoder",
+    "FlowMatchingScheduler": "isthmus.dar.scheduler",
+    "GenerationStep": "isthmus.pipelines.request",
+    "GuidanceSchedule": "isthmus.nn.guidance",
+    "MultiScaleVQVAE": "isthmus.next_scale.tokenizer",
+    "NextScalePipeline": "isthmus.next_scale.pipeline",
+    "NextScaleTransformer": "isthmus.next_scale.transformer",
+    "NextTokenPriorRun": "isthmus.dar.runs",
     "PriorRun": "isthmus.training.config",
-    "SamplingOptions": "isthmus.generation.options",
-    "ScaleRefinementScheduler": "isthmus.schedulers.scale_refinement",
-    "ScaleSchedule": "isthmus.functional.pyramid",
+    "SamplingOptions": "isthmus.pipelines.options",
+    "ScaleRefinementScheduler": "isthmus.next_scale.refinement",
+    "ScaleSchedule": "isthmus.next_scale.pyramid",
     "TokenizerRun": "isthmus.training.config",
     "UserError": "isthmus.errors",
     "load_pipeline": "isthmus.pipelines.loading",
-    "train_diffusion_tokenizer": "isthmus.training.train_diffusion_tokenizer",
+    "train_diffusion_tokenizer": "isthmus.dar.train_tokenizer",
     "train_prior": "isthmus.training.train_prior",
-    "train_tokenizer": "isthmus.training.train_tokenizer",
+    "train_tokenizer": "isthmus.next_scale.train_tokenizer",
 }
 
 

@@ -15,25 +15,34 @@ from typing import Any, ClassVar, NoReturn, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.pipeline import DARPipeline
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.functional.guidance import Guidance
-from isthmus.generation.autoencoding import pixels_of
-from isthmus.generation.options import FOLDER_DEFAULT, Default
-from isthmus.generation.step import GenerationStep, Pictures
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.models.stored_llama import StoredLlama
-from isthmus.pipelines.dar import DARPipeline
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.refinement import ScaleRefinementScheduler
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE, pixels_of
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.guidance import Guidance
+from isthmus.nn.stored_llama import StoredLlama
+from isthmus.pipelines.base import SavedPipeline, index_entry
 from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
-from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.pipelines.request import Generators, Labels, OutputType, as_output, check_output_type, label_list, spread
-from isthmus.pipelines.saved import SavedPipeline, index_entry
-from isthmus.pipelines.seeds import Whole, image_seeds
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from isthmus.pipelines.options import FOLDER_DEFAULT, Default
+from isthmus.pipelines.request import (
+    GenerationStep,
+    Generators,
+    Labels,
+    OutputType,
+    Pictures,
+    Whole,
+    as_output,
+    check_output_type,
+    image_seeds,
+    label_list,
+    spread,
+)
 
 try:
     from diffusers import DiffusionPipeline, ImagePipelineOutput

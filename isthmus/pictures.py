@@ -1,7 +1,8 @@
-"""Pictures for people: model output as 8-bit images, and tables of images with names on rows and columns."""
+"""Pictures for people: model output as 8-bit images, tables of images with names on rows and columns, charts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -10,8 +11,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from isthmus.functional.shapes import Images
+from isthmus.files import write_whole
+from isthmus.nn.shapes import Images
 from isthmus.rgb import upright_rgb
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _GAP_PX = 2
 
@@ -109,3 +114,26 @@ def save_picture(picture: Image.Image, path: Path, text: Mapping[str, str] | Non
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+Content = TypeVar("Content")
+
+_COLUMNS = 3
+_PANEL_INCHES = (4.4, 3.3)
+
+
+def draw_grid(contents: Sequence[Content], draw: "Callable[[Axes, Content], object]", path: Path) -> None:
+    """One panel per content, at most three side by side, as a PNG file that appears whole or not at all."""
+    # imported here: matplotlib takes a moment, and numbers do without
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(contents))
+    rows = -(-len(contents) // columns)
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, content in zip(axes[: len(contents)], contents, strict=True):
+        draw(axis, content)
+    for axis in axes[len(contents) :]:
+        axis.set_axis_off()
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -1,4 +1,4 @@
-"""The processes of a launcher such as torchrun: who am I, and wait for the others. One process needs nothing."""
+"""The processes of a launcher such as torchrun: how many, who am I, and wait for the others."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,26 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from isthmus.launcher import launched_processes as launched_count
+from isthmus.errors import UserError
+
+
+def process_count() -> int:
+    """Processes that work together; one without a launcher.
+
+    Raises:
+        UserError: the variables say that there are several but not which of them this is, or are no numbers.
+    """
+    variables = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    said = ", ".join(f"{name}={value}" for name, value in variables.items() if value)
+    if any(value and not value.isdecimal() for value in variables.values()):
+        raise UserError(f"a launcher's variables are whole numbers, got {said}. Unset them, or start with torchrun.")
+    count = int(variables["WORLD_SIZE"] or 1)
+    if count > 1 and not variables["RANK"]:
+        raise UserError(
+            f"a launcher that starts several processes numbers them in RANK, got {said} alone. Start "
+            "with torchrun or accelerate launch, or unset WORLD_SIZE for a single process."
+        )
+    return max(count, 1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ def launched_processes() -> Iterator[Processes]:
     Raises:
         UserError: the variables contradict each other.
     """
-    count = launched_count()
+    count = process_count()
     if count == 1:
         yield Processes()
         return

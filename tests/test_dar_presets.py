@@ -5,17 +5,17 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from isthmus.dar_presets import (
+from isthmus.dar.prior import TokenLayout
+from isthmus.dar.runs import (
     DIFFUSION_TOKENIZER_PRESETS,
     NEXT_TOKEN_PRIOR_PRESETS,
     diffusion_tokenizer_preset,
     next_token_prior_preset,
 )
+from isthmus.dar.train_prior import build_llama
+from isthmus.dar.train_tokenizer import new_parts
 from isthmus.errors import UserError
-from isthmus.models.next_token_prior import TokenLayout
 from isthmus.training.config import run_from_json, run_to_json
-from isthmus.training.dar_networks import new_parts
-from isthmus.training.next_token_prior import build_llama
 
 # published parameters (spec of D-AR, 2.1) for 16,384 codes and 1,000 classes
 PUBLISHED_PRIORS = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -357,7 +357,7 @@ def test_components_are_exchanged_where_they_belong_together(next_scale, folders
     own.scheduler = next_scale.scheduler = masked
     expected = tokens_of(own(["face"], seed=3))
     assert torch.equal(tokens_of(next_scale(["face"], seed=3)), expected)
-    assert next_scale.config.scheduler == ("isthmus.schedulers.scale_refinement", "ScaleRefinementScheduler")
+    assert next_scale.config.scheduler == ("isthmus.next_scale.refinement", "ScaleRefinementScheduler")
     loaded = adapter.from_pretrained(folders["next-scale"], scheduler=masked)
     assert loaded.scheduler is masked and loaded.native.fingerprint == next_scale.native.fingerprint
     next_scale.scheduler = None

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from isthmus.dar.export import export_llama
+from isthmus.dar.sampling import generate_tokens
 from isthmus.errors import UserError
-from isthmus.exporting import export_llama
-from isthmus.generation.next_token import generate_tokens
-from isthmus.generation.options import SamplingOptions
+from isthmus.pipelines.options import SamplingOptions
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 

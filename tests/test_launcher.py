@@ -1,7 +1,7 @@
 import pytest
 
 from isthmus.errors import UserError
-from isthmus.launcher import launched_processes
+from isthmus.processes import process_count
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_processes_that_a_launcher_started(monkeypatch, variables, count, messag
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if not message:
-        assert launched_processes() == count
+        assert process_count() == count
         return
     with pytest.raises(UserError, match=message):
-        launched_processes()
+        process_count()

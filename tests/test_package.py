@@ -57,14 +57,16 @@ def test_importing_the_package_loads_nothing_heavy():
     assert heavy_after("import isthmus") == []
 
 
-@pytest.mark.parametrize("module", ["isthmus.errors", "isthmus.presets", "isthmus.training.config", "isthmus.cli"])
+@pytest.mark.parametrize(
+    "module", ["isthmus.errors", "isthmus.next_scale.runs", "isthmus.training.config", "isthmus.cli"]
+)
 def test_what_parses_the_command_line_loads_nothing_heavy(module):
     assert heavy_after(f"import {module}") == []
 
 
 def test_intervals_load_scipy_when_they_are_computed():
-    assert heavy_after("import isthmus.studies.readings as r") == []
-    assert heavy_after("import isthmus.studies.readings as r; r.half_width_of_mean([1.0, 2.0])") == ["scipy"]
+    assert heavy_after("import isthmus.studies.tables as r") == []
+    assert heavy_after("import isthmus.studies.tables as r; r.half_width_of_mean([1.0, 2.0])") == ["scipy"]
 
 
 def test_help_loads_nothing_heavy():

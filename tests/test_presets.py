@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.presets import (
+from isthmus.next_scale.runs import (
     PRIOR_PRESETS,
     SCALES_256,
     SCALES_512,
@@ -17,6 +15,8 @@ from isthmus.presets import (
     prior_preset,
     tokenizer_preset,
 )
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.training.config import run_from_json, run_to_json
 
 

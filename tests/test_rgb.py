@@ -7,13 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from isthmus.data.augment import Augmentation, augmented_view, centre_view
-from isthmus.data.decode import UnreadableImage, decode_image
+from isthmus.data.images import Augmentation, UnreadableImage, augmented_view, centre_view, decode_image
 from isthmus.errors import UserError
+from isthmus.next_scale.canvas import open_images, to_masks
 from isthmus.pictures import heat_map
-from isthmus.pipelines.canvas import open_images
 from isthmus.pipelines.images import to_images
-from isthmus.pipelines.masks import to_masks
 from isthmus.rgb import MAX_ASPECT, scaled_crop, shorter_side_to, upright_rgb
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 9, 4), dtype=np.uint8)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isthmus.functional.quantization import next_scale_input
-from isthmus.models.fingerprint import fingerprint
+from isthmus.next_scale.pyramid import next_scale_input
+from isthmus.nn.stored_llama import fingerprint
 
 # How far two fp32 routes to one number may end apart. Each operation rounds by up to u = 2^-24 = 6e-8 of its result,
 # and in which order a sum is taken is up to the instruction set, the batch size and the number of processes.

@@ -19,26 +19,26 @@ logger = logging.getLogger("isthmus")
 
 # what is typed -> (module with `run(arguments)`, one line)
 COMMANDS = {
-    "demo": ("isthmus.cli.demo:run", "the whole story on built-in images: train, sample, report"),
+    "demo": ("isthmus.cli.study:run_demo_command", "the whole story on built-in images: train, sample, report"),
     "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
     "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
-    "distill": ("isthmus.cli.distill:run", "train a student on fewer scales, or under another mask, from a model"),
+    "distill": ("isthmus.cli.train:run", "train a student on fewer scales, or under another mask, from a model"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
     "evaluate": (
         "isthmus.cli.evaluate:run",
         "score a model's samples, or anyone's images, with everything that made it",
     ),
-    "compare": ("isthmus.cli.compare:run", "one table of evaluations that were measured in the same way"),
-    "edit inpaint": ("isthmus.cli.edit:run_inpaint", "make what lies under a mask anew"),
-    "edit outpaint": ("isthmus.cli.edit:run_outpaint", "make what lies beyond the edges of an image"),
-    "edit class": ("isthmus.cli.edit:run_class", "make what lies under a mask anew, as another class"),
-    "edit super-resolve": ("isthmus.cli.edit:run_super_resolve", "a small image at the model's size"),
-    "edit variations": ("isthmus.cli.edit:run_variations", "images that share the coarse scales with one"),
+    "compare": ("isthmus.cli.evaluate:run_compare", "one table of evaluations that were measured in the same way"),
+    "edit inpaint": ("isthmus.cli.sample:run_inpaint", "make what lies under a mask anew"),
+    "edit outpaint": ("isthmus.cli.sample:run_outpaint", "make what lies beyond the edges of an image"),
+    "edit class": ("isthmus.cli.sample:run_class", "make what lies under a mask anew, as another class"),
+    "edit super-resolve": ("isthmus.cli.sample:run_super_resolve", "a small image at the model's size"),
+    "edit variations": ("isthmus.cli.sample:run_variations", "images that share the coarse scales with one"),
     "study srdd": ("isthmus.cli.study:run_srdd", "experiments on VAR and SRDD: the papers' claims beside measurements"),
     "study dar": ("isthmus.cli.study:run_dar", "experiments on D-AR: the paper's claims beside measurements"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
-    "export llama": ("isthmus.cli.export:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),
+    "export llama": ("isthmus.cli.convert:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),
     "info": ("isthmus.cli.info:run", "what a model is; `info data`: licences; `info presets`: named runs"),
 }
 
@@ -109,7 +109,7 @@ def _dispatch(arguments: list[str]) -> int:
     if any(name.startswith(arguments[0] + " ") for name in COMMANDS):
         return _incomplete(arguments)
     # imported here: --help does without
-    from isthmus.cli.parsing import nearest
+    from isthmus.cli.options import nearest
 
     what = "option" if arguments[0].startswith("-") else "command"
     names = sorted({name.split()[0] for name in COMMANDS})
@@ -118,7 +118,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _incomplete(arguments: list[str]) -> int:
     """`isthmus train`, `isthmus train --help` and `isthmus train pryor`."""
-    from isthmus.cli.parsing import nearest
+    from isthmus.cli.options import nearest
 
     group = arguments[0]
     kinds = [name.split()[1] for name in COMMANDS if name.startswith(group + " ")]

@@ -1,13 +1,15 @@
-"""`isthmus convert var` and `isthmus convert dar`: published weights to a pipeline folder."""
+"""`isthmus convert` (published weights to a pipeline folder) and `isthmus export` (the Llama of a D-AR model)."""
 
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from isthmus.cli.parsing import parse
+import tyro
+
+from isthmus.cli.options import parse
 from isthmus.errors import UserError
 from isthmus.files import check_writable, contents
 
@@ -80,7 +82,7 @@ def run_var(arguments: Sequence[str]) -> None:
     command = parse(ConvertVar, arguments, prog="isthmus convert var")
     _check_out(command.out)
     # imported here: --help does without
-    from isthmus.converting import convert_var
+    from isthmus.next_scale.conversion import convert_var
 
     converted = convert_var(
         command.tokenizer,
@@ -99,7 +101,7 @@ def run_dar(arguments: Sequence[str]) -> None:
     command = parse(ConvertDar, arguments, prog="isthmus convert dar")
     _check_out(command.out)
     # imported here: --help does without
-    from isthmus.converting_dar import convert_dar
+    from isthmus.dar.conversion import convert_dar
 
     converted = convert_dar(
         command.tokenizer,
@@ -142,3 +144,23 @@ def _report_dropped(what: str, dropped: Mapping[str, str]) -> None:
         by_reason[reason].append(key)
     for reason, keys in by_reason.items():
         logger.info("%s: left out %s (%s)", what, ", ".join(sorted(keys)), reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportLlama:
+    """The Llama of a D-AR model for stock transformers, vLLM or SGLang; the folder's README has their exact flags."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A pipeline folder (a trained run, a converted checkpoint) or a hub id."""
+    out: Path
+    """The folder to write; new or empty."""
+
+
+def run_llama(arguments: Sequence[str]) -> None:
+    """Write the folder, whole or not at all."""
+    command = parse(ExportLlama, arguments, prog="isthmus export llama")
+    # imported here: --help does without
+    from isthmus.dar.export import export_llama
+
+    export_llama(command.model, command.out)
+    logger.info("Llama written to %s; its README says how to load and serve it", command.out)

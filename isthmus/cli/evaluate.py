@@ -1,4 +1,6 @@
-"""`isthmus evaluate`: scores of a model or of anyone's images, with everything that made them."""
+"""`isthmus evaluate` and `isthmus compare`: scores of a model or of anyone's images, and one table of several
+evaluations.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from isthmus.cli.draw_options import SteeredDrawOptions
-from isthmus.cli.parsing import parse
+from isthmus.cli.options import SteeredDrawOptions, parse
 from isthmus.errors import UserError
-from isthmus.functional.guidance import Guidance
-from isthmus.generation.options import parse_guidance
+from isthmus.nn.guidance import Guidance
+from isthmus.pipelines.options import parse_guidance
 
 # what says how a model draws: nothing to images that exist
 _DRAWING = ("seed", "guidance", "top_k", "top_p", "temperature", "smooth", "steps", "solver", "batch_size", "dtype")
@@ -100,7 +101,7 @@ def run(arguments: Sequence[str]) -> None:
     from isthmus.data.source import WantedColumns
 
     if command.samples is not None:
-        from isthmus.evaluation.evaluate_images import evaluate_images
+        from isthmus.evaluation.evaluate import evaluate_images
 
         evaluate_images(
             command.samples,
@@ -139,3 +140,31 @@ def run(arguments: Sequence[str]) -> None:
         device=command.device,
         dtype=command.dtype,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """One table of evaluations; refused where they were not measured in the same way."""
+
+    evaluations: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folders that `isthmus evaluate` wrote."""
+    out: Path | None = None
+    """Also write the table to this file (Markdown)."""
+
+    def __post_init__(self):
+        if len(self.evaluations) < 2:
+            raise UserError(f"a comparison needs at least two evaluations, got {len(self.evaluations)}.")
+
+
+def run_compare(arguments: Sequence[str]) -> None:
+    """Print, and write where asked."""
+    command = parse(Compare, arguments, prog="isthmus compare")
+    # imported here: --help does without
+    from isthmus.evaluation.report import compare
+    from isthmus.files import write_whole
+
+    text = compare(command.evaluations)
+    print(text, end="")
+    if command.out is not None:
+        command.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(command.out, lambda file: file.write(text.encode()))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from isthmus.cli.parsing import parse
+from isthmus.cli.options import parse
 from isthmus.errors import UserError
 
 
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
         print(describe_presets())
     else:
         # imported here: the hub's client takes a moment
-        from isthmus.pipelines.hub import model_folder
+        from isthmus.pipelines.folder import model_folder
 
         folder = model_folder(command.what)
         print(upload_contents(folder) if command.card else describe_model(folder))
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def describe_model(folder: Path) -> str:
     """Sizes, classes, token layout, parameter counts and defaults of a pipeline folder."""
-    from isthmus.models.component_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, stored_shapes
+    from isthmus.nn.component_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, stored_shapes
     from isthmus.pipelines.folder import read_index
     from isthmus.pipelines.labels import listed_names, names_in_order
 
@@ -70,7 +70,7 @@ def describe_model(folder: Path) -> str:
 
 def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
     """What only this family has, and the number of classes."""
-    from isthmus.models.component_files import read_config
+    from isthmus.nn.component_files import read_config
 
     tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
     # folders saved before it existed know nothing of folded pixels
@@ -88,7 +88,7 @@ def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
 
 def _describe_dar(folder: Path) -> tuple[dict[str, str], int]:
     """What only this family has, and the number of classes."""
-    from isthmus.models.component_files import read_config
+    from isthmus.nn.component_files import read_config
 
     tokenizer, decoder, llama = (read_config(folder / n) for n in ("image_tokenizer", "decoder", "transformer"))
     scheduler = read_config(folder / "scheduler", "scheduler_config.json")
@@ -138,8 +138,9 @@ def describe_data() -> str:
 
 def describe_presets() -> str:
     """Every preset with its size, and what its authors report."""
-    from isthmus.dar_presets import DIFFUSION_TOKENIZER_PRESETS, NEXT_TOKEN_PRIOR_PRESETS
-    from isthmus.presets import DISTILL_PRESETS, PRIOR_PRESETS, TOKENIZER_PRESETS, Preset
+    from isthmus.dar.runs import DIFFUSION_TOKENIZER_PRESETS, NEXT_TOKEN_PRIOR_PRESETS
+    from isthmus.next_scale.runs import DISTILL_PRESETS, PRIOR_PRESETS, TOKENIZER_PRESETS
+    from isthmus.training.config import Preset
 
     parts = []
     listed: dict[str, Mapping[str, Preset[Any]]] = {

@@ -1,15 +1,14 @@
-"""`isthmus sample`: images from a model, each with everything needed to draw it again."""
+"""`isthmus sample` and `isthmus edit`: images from a model, each with everything needed to draw it again."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from isthmus.cli.draw_options import SteeredDrawOptions
-from isthmus.cli.parsing import parse
+from isthmus.cli.options import DrawOptions, SteeredDrawOptions, parse
 from isthmus.errors import UserError
 
 logger = logging.getLogger("isthmus")
@@ -68,7 +67,7 @@ def run(arguments: Sequence[str]) -> None:
     command = parse(Sample, arguments, prog="isthmus sample")
     options = command.options()  # guidance that cannot be read is refused before the slow imports
     # imported here: --help does without
-    from isthmus.sampling_run import draw_folder
+    from isthmus.samples import draw_folder
 
     draw_folder(
         command.model,
@@ -83,6 +82,173 @@ def run(arguments: Sequence[str]) -> None:
         prefix_image=command.prefix_image,
         grid=command.grid,
         strip=command.strip,
+        batch_size=command.batch_size,
+        device=command.device,
+        dtype=command.dtype,
+    )
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit(DrawOptions):
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A pipeline folder of a next-scale model (VAR, SRDD), or a hub id."""
+    image: Path
+    """The image to edit."""
+    out: Path
+    """New folder for the results and overview.png."""
+    classes: tuple[str, ...] = ()
+    """What the results are to be, names or numbers as for `isthmus sample`, taken in turn; none asks for no class."""
+    num: int = 4
+    """Number of results."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num < 1:
+            raise UserError(f"--num must be at least 1, got {self.num}.")
+        if not self.image.is_file():
+            raise UserError(f"--image must be an image file, got {self.image}, which is none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keeping(_Edit):
+    published: bool = False
+    """Keep tokens as VAR's published procedure does, which also reads what lies under the mask."""
+    max_unknown: tuple[float, ...] = ()
+    """A token is kept with at most this share of unknown pixels, in [0, 1): one number, or one per scale; none given:
+    0.5. Not with --published."""
+    jumps: tuple[int, ...] = ()
+    """Simple resampling: after every scale from the third on (see --jump-scales), go back and draw the last ones again,
+    so many times; or one number per scale. None given: no jumps."""
+    jump_scales: int | None = None
+    """How many scales a jump draws again; None is 2. Jumps start behind so many scales. Only with --jumps."""
+    paste: bool = True
+    """Put the known pixels back over the result."""
+    seam_px: int | None = None
+    """Width of the blend beside the mask, in pixels; None is 1/16 of the model's size. Not with --no-paste."""
+
+    def keeping(self) -> dict[str, Any]:
+        """Arguments of `inpaint` about what is kept."""
+        given = {name: getattr(self, name) for name in ("jump_scales", "paste", "seam_px")}
+        per_scale = {"max_unknown": _one_or_each(self.max_unknown, None), "jumps": _one_or_each(self.jumps, 0)}
+        return per_scale | given | {"keeping": "published" if self.published else "coverage"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint(_Keeping):
+    """Make the pixels under a mask anew. The image is scaled so that its longer side is the model's size."""
+
+    mask: Path
+    """Black and white picture of the image's size; white is made."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.mask.is_file():
+            raise UserError(f"--mask must be an image file, got {self.mask}, which is none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditClass(Inpaint):
+    """Make the pixels under a mask anew, as part of an image of another class (--classes). The image is scaled so that
+    its longer side is the model's size.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.classes:
+            raise UserError("--classes says what is made under the mask, got none. `isthmus edit inpaint` needs none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outpaint(_Keeping):
+    """Make what lies beyond the edges. The enlarged picture comes at the model's size."""
+
+    left: int = 0
+    """Pixels of the image to add at the left,"""
+    top: int = 0
+    """at the top,"""
+    right: int = 0
+    """at the right,"""
+    bottom: int = 0
+    """and below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolve(_Edit):
+    """A small image at the model's size: its tokens are the coarse scales, the finer ones are drawn."""
+
+    from_scale: int | None = None
+    """First scale (from 0) that is drawn; None is the first that is finer than the small image can tell."""
+    max_unknown: tuple[float, ...] = ()
+    """Beside the shorter side of a picture that is no square, a token is kept with at most this share of unknown
+    pixels, in [0, 1): one number, or one per scale; none given: 0.5."""
+    paste: bool = True
+    """Mend the result so that, averaged to the small size, it is the small image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variations(_Edit):
+    """Images that share the coarse scales with an image, whose central square is taken, at the model's size."""
+
+    from_scale: int = field()
+    """First scale (from 0) that is drawn: the smaller, the freer."""
+
+
+def run_inpaint(arguments: Sequence[str]) -> None:
+    """Inpaint and save."""
+    command = parse(Inpaint, arguments, prog="isthmus edit inpaint")
+    _run(command, "inpaint", command.keeping(), mask=command.mask)
+
+
+def run_class(arguments: Sequence[str]) -> None:
+    """Inpaint under another class and save."""
+    command = parse(EditClass, arguments, prog="isthmus edit class")
+    _run(command, "edit_class", command.keeping(), mask=command.mask)
+
+
+def run_outpaint(arguments: Sequence[str]) -> None:
+    """Outpaint and save."""
+    command = parse(Outpaint, arguments, prog="isthmus edit outpaint")
+    sides = {name: getattr(command, name) for name in ("left", "top", "right", "bottom")}
+    _run(command, "outpaint", command.keeping() | sides)
+
+
+def run_super_resolve(arguments: Sequence[str]) -> None:
+    """Enlarge and save."""
+    command = parse(SuperResolve, arguments, prog="isthmus edit super-resolve")
+    settings = {"from_scale": command.from_scale, "max_unknown": _one_or_each(command.max_unknown, None)}
+    _run(command, "super_resolve", settings | {"paste": command.paste})
+
+
+def run_variations(arguments: Sequence[str]) -> None:
+    """Vary and save."""
+    command = parse(Variations, arguments, prog="isthmus edit variations")
+    _run(command, "variations", {"from_scale": command.from_scale})
+
+
+def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[_Number, ...] | _Number | None:
+    """An option as methods take it: nothing given is the default, one number serves all scales."""
+    return values if len(values) > 1 else values[0] if values else default
+
+
+def _run(command: _Edit, method: str, settings: dict[str, Any], *, mask: Path | None = None) -> None:
+    options = command.options()  # guidance that cannot be read is refused before the slow imports
+    # imported here: --help does without
+    from isthmus.samples import edit_image
+
+    edit_image(
+        command.model,
+        command.out,
+        method,
+        image=command.image,
+        mask=mask,
+        classes=command.classes,
+        num_images=command.num,
+        seed=command.seed,
+        settings=settings,
+        options=options,
         batch_size=command.batch_size,
         device=command.device,
         dtype=command.dtype,

@@ -1,18 +1,25 @@
-"""`isthmus study srdd` and `isthmus study dar`."""
+"""`isthmus study` and `isthmus demo`."""
 
 from collections.abc import Sequence
 
-from isthmus.cli.parsing import parse
-from isthmus.studies.dar_options import DAR_BUDGETS, DarStudyOptions, dar_setting
-from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting
+from isthmus.cli.options import parse
+from isthmus.demo.options import DemoOptions
+from isthmus.studies.options import (
+    DAR_BUDGETS,
+    SRDD_BUDGETS,
+    DarStudyOptions,
+    SrddStudyOptions,
+    dar_setting,
+    srdd_setting,
+)
 
 
 def run_srdd(arguments: Sequence[str]) -> None:
     """Run the study of next-scale models."""
     options = parse(SrddStudyOptions, arguments, prog="isthmus study srdd")
     # imported here: --help does without
-    from isthmus.studies.running import run_study
-    from isthmus.studies.srdd import SRDD_STUDY
+    from isthmus.studies.srdd_tables import SRDD_STUDY
+    from isthmus.studies.study import run_study
 
     run_study(SRDD_STUDY, options, SRDD_BUDGETS, srdd_setting)
 
@@ -22,6 +29,15 @@ def run_dar(arguments: Sequence[str]) -> None:
     options = parse(DarStudyOptions, arguments, prog="isthmus study dar")
     # imported here: --help does without
     from isthmus.studies.dar import DAR_STUDY
-    from isthmus.studies.running import run_study
+    from isthmus.studies.study import run_study
 
     run_study(DAR_STUDY, options, DAR_BUDGETS, dar_setting)
+
+
+def run_demo_command(arguments: Sequence[str]) -> None:
+    """Run the demo."""
+    options = parse(DemoOptions, arguments, prog="isthmus demo")
+    # imported here: --help does without
+    from isthmus.demo.run import run_demo
+
+    run_demo(options)

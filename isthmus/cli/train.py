@@ -1,7 +1,4 @@
-"""`isthmus train tokenizer` and `isthmus train prior`: a preset, then what the command line says.
-
-`isthmus distill` is a training too and shares the steps below.
-"""
+"""`isthmus train` and `isthmus distill`: a preset, then what the command line says."""
 
 import json
 import logging
@@ -11,23 +8,38 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isthmus.cli.parsing import parse
-from isthmus.dar_presets import DIFFUSION_TOKENIZER_PRESETS, NEXT_TOKEN_PRIOR_PRESETS
+from isthmus.cli.options import parse
+from isthmus.dar.runs import (
+    DIFFUSION_TOKENIZER_PRESETS,
+    NEXT_TOKEN_PRIOR_PRESETS,
+    DiffusionTokenizerRun,
+    NextTokenPriorRun,
+)
 from isthmus.errors import UserError
-from isthmus.models.component_files import read_config
-from isthmus.pipelines.hub import model_folder
-from isthmus.presets import (
+from isthmus.next_scale.runs import (
+    DISTILL_PRESETS,
     PRIOR_PRESETS,
     TOKENIZER_PRESETS,
-    Preset,
+    DistillRun,
+    PriorRun,
+    TokenizerRun,
     default_prior_preset,
     default_tokenizer_preset,
-    find_preset,
 )
-from isthmus.training.config import PriorRun, Run, TokenizerRun, run_from_json, run_to_json
-from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
-from isthmus.training.distill_config import DistillRun
-from isthmus.training.recorded_settings import explaining_places
+from isthmus.nn.component_files import read_config
+from isthmus.pipelines.folder import model_folder, read_index
+from isthmus.pipelines.options import SamplingOptions, guidance_text
+from isthmus.training.config import (
+    AugmentConfig,
+    Preset,
+    PriorSampling,
+    Run,
+    explaining_places,
+    find_preset,
+    recorded_settings,
+    run_from_json,
+    run_to_json,
+)
 
 logger = logging.getLogger("isthmus")
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -45,30 +57,30 @@ _TRAININGS: dict[type[Run], tuple[str, str, str]] = {
     TokenizerRun: (
         "Train the image tokenizer: images to tokens on a pyramid of scales, and back. --preset dar-small-32 (or "
         "another dar- preset) trains the D-AR tokenizer and its pixel decoder instead, with options of its own.",
-        "isthmus.training.train_tokenizer:describe_tokenizer_run",
-        "isthmus.training.train_tokenizer:train_tokenizer",
+        "isthmus.next_scale.train_tokenizer:describe_tokenizer_run",
+        "isthmus.next_scale.train_tokenizer:train_tokenizer",
     ),
     DiffusionTokenizerRun: (
         "Train the D-AR tokenizer and its decoder: images to groups of tokens that drive a diffusion of pixels.",
-        "isthmus.training.dar_networks:describe_diffusion_tokenizer_run",
-        "isthmus.training.train_diffusion_tokenizer:train_diffusion_tokenizer",
+        "isthmus.dar.train_tokenizer:describe_diffusion_tokenizer_run",
+        "isthmus.dar.train_tokenizer:train_diffusion_tokenizer",
     ),
     PriorRun: (
         "Train the transformer that predicts a scale from the coarser ones: VAR (causal) or SRDD (markov). With the "
         "tokenizer or a model of the D-AR family, train its Llama instead, with options of its own.",
-        "isthmus.training.next_scale_prior:describe_prior_run",
+        "isthmus.next_scale.train_prior:describe_prior_run",
         "isthmus.training.train_prior:train_prior",
     ),
     DistillRun: (
         "Train a student on fewer scales (--scale-sizes), or under another mask (--scale-attention), from a saved "
         "next-scale model: isthmus distill MODEL --scale-sizes 1,3,5,8,13,16 --out DIR. Images, classes and sampling "
         "defaults are the teacher's where they are not given.",
-        "isthmus.distilling:describe_distill_run",
-        "isthmus.distilling:distill",
+        "isthmus.next_scale.distillation:describe_distill_run",
+        "isthmus.next_scale.distillation:distill",
     ),
     NextTokenPriorRun: (
         "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
-        "isthmus.training.next_token_prior:describe_next_token_prior_run",
+        "isthmus.dar.train_prior:describe_next_token_prior_run",
         "isthmus.training.train_prior:train_prior",
     ),
 }
@@ -219,3 +231,59 @@ def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) ->
     if name not in by_name:
         raise UserError(f"{path} is not the record of a {' or a '.join(by_name)}. Use the command that wrote it.")
     return run_from_json(by_name[name], record.get("run", record))
+
+
+# settings of the images that a student takes over from its teacher's run.json
+_DATA_FIELDS = ("data", "stream", "max_images")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Distil a model, or print what would be trained."""
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--from-model", *arguments]
+    words, config, dry = own_options(arguments, {"--from": "--from-model"})
+    base = base_run(words, config, (DistillRun,), DISTILL_PRESETS, "distillation", "distill-small")
+    assert isinstance(base, DistillRun), "the only kind that is asked for"
+    teacher = option_value(words, "--from-model")
+    if teacher and not config:
+        base = taught_by(base, teacher, own_data=bool(option_value(words, "--data")))
+    record = config or (str(model_folder(teacher) / "run.json") if teacher else "")
+    run_training(base, words, "isthmus distill", dry, record=record)
+
+
+def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
+    """The run with the images, classes and sampling defaults of a saved model; options override them.
+
+    Raises:
+        UserError: there is no such model, it has no scales, or it does not say what it was trained on and `own_data`
+            says that the command line does not either.
+    """
+    folder = model_folder(model)
+    index = read_index(folder)
+    if index.get("_class_name") != "NextScalePipeline":
+        raise UserError(
+            f"only next-scale models (VAR, SRDD) have scales to leave out, {model} is a {index.get('_class_name')}."
+        )
+    run = replace(run, sampling=_sampling(SamplingOptions.from_dict(index["sampling_defaults"])))
+    record = recorded_settings(folder)
+    if record:
+        given = {name: record[name] for name in _DATA_FIELDS if name in record}
+        classes = record.get("classes")
+        augment = AugmentConfig(**record["augment"]) if "augment" in record else run.augment
+        return replace(run, **given, classes=None if classes is None else tuple(classes), augment=augment)
+    if not own_data:
+        raise UserError(
+            f"{model} does not say which images it was trained on (no run.json). Pass --data, and --classes for some."
+        )
+    return run
+
+
+def _sampling(options: SamplingOptions) -> PriorSampling:
+    return PriorSampling(
+        guidance=guidance_text(options.guidance_scale),
+        top_k=options.top_k,
+        top_p=options.top_p,
+        temperature=options.temperature,
+        smooth=options.smooth,
+    )

@@ -1,6 +1,8 @@
-"""Attention with normalised queries and keys and rotary positions: the leaves of D-AR's blocks.
+"""Attention with normalised queries and keys and rotary positions: the leaves of D-AR's blocks, and their norms.
 
-Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.1 and 1.5). Where tokens
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.1 and 1.5); Su et al.,
+"RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2. Pairs of channels (2j, 2j + 1) turn
+together; in two dimensions the first half of a head turns with the row, the second half with the column. Where tokens
 lie (the rotary table) and what they may see (`attend`) are arguments, so that one leaf serves the encoder, the causal
 stack and the pixel decoder.
 """
@@ -8,14 +10,112 @@ stack and the pixel decoder.
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from isthmus.errors import UserError
-from isthmus.functional.rotary import RotaryTable, rotate
-from isthmus.layers.attention import Attend, prefix_causal_mask
-from isthmus.layers.norm import NORM_EPS
+from isthmus.nn.attention import Attend, prefix_causal_mask
+
+RotaryTable = Float[Tensor, "l pairs 2"]
+"""Cosine and sine of every position and pair, in fp32."""
+
+
+def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_000.0) -> RotaryTable:
+    """Pair j of `width` / 2 turns by position * base^(-2j / width); position 0 is the identity.
+
+    The angles are computed in float64 and rounded once.
+
+    >>> rotary_table(torch.tensor([0.0, torch.pi]), 2).round().int().tolist()
+    [[[1, 0]], [[-1, 0]]]
+    """
+    # an accelerator without float64 gets its table from the CPU
+    place = torch.device("cpu") if positions.device.type == "mps" else positions.device
+    exponents = torch.arange(0, width, 2, device=place, dtype=torch.float64) / width
+    angles = positions.to(place).double()[:, None] * base**-exponents
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(positions.device)
+
+
+def llama_angles(positions: Int[Tensor, " l"], width: int, base: float) -> Float[Tensor, "l pairs"]:
+    """The same angles as transformers' Llama has them: frequencies base^(-2j / width) rounded to fp32 first.
+
+    >>> llama_angles(torch.tensor([0, 3]), 2, 10_000.0).tolist()
+    [[0.0], [3.0]]
+    """
+    exponents = torch.arange(0, width, 2, device=positions.device).float() / width
+    return positions.float()[:, None] * (1.0 / base**exponents)
+
+
+def grid_rotary_table(
+    rows: int, columns: int, width: int, base: float = 10_000.0, *, device: torch.device | None = None
+) -> RotaryTable:
+    """Table of a grid of patches, row by row: half the pairs turn with the row, half with the column (not normalised).
+
+    Raises:
+        UserError: `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise UserError(f"a head must be a multiple of 4 wide (pairs of channels for two axes), got {width}.")
+    row, column = (
+        rotary_table(torch.arange(side, device=device, dtype=torch.float32), width // 2, base)
+        for side in (rows, columns)
+    )
+    halves = [row[:, None].expand(-1, columns, -1, -1), column[None].expand(rows, -1, -1, -1)]
+    return torch.cat(halves, dim=2).flatten(0, 1)
+
+
+def with_unrotated(table: RotaryTable, count: int) -> Float[Tensor, "longer pairs 2"]:
+    """The table followed by `count` tokens without a position (the identity)."""
+    identity = torch.tensor([1.0, 0.0], device=table.device, dtype=torch.float32).expand(count, table.shape[1], 2)
+    return torch.cat([table, identity])
+
+
+def rotate(x: Float[Tensor, "b heads l c"], table: RotaryTable) -> Float[Tensor, "b heads l c"]:
+    """Turn every pair of channels (a, b) to (cos a - sin b, sin a + cos b), in fp32, returned in the type of `x`."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    # complex multiplication is this rotation, in one pass over memory
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+NORM_EPS = 1e-6
+"""Epsilon of every norm in the tokenizer."""
+
+
+def plain_norm(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    """LayerNorm over the last axis, without parameters of its own."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+class SharedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation without parameters; in training its statistics are those of all processes' rows together.
+
+    torch's own `SyncBatchNorm` does the same on GPUs alone. Two processes must see what one would.
+
+    Args:
+        width: of the rows.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, affine=False)
+
+    def forward(self, input: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """Rows with mean 0 and variance 1 per channel (in evaluation: by the running statistics)."""
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        count = all_reduce(input.new_tensor(float(len(input))))
+        # two passes: a variance from sums of squares loses its digits where the mean is large
+        mean = all_reduce(input.sum(dim=0)) / count
+        variance = all_reduce((input - mean).square().sum(dim=0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum or 0.0)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)
+        return (input - mean) * (variance + self.eps).rsqrt()
+
 
 Rows = Float[Tensor, "b l width"]
 Heads = Float[Tensor, "b heads l c"]

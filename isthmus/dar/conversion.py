@@ -1,22 +1,34 @@
-"""A published D-AR tokenizer file to `DiffusionTokenizer`, `FlowDecoder` and `FlowMatchingScheduler`.
+"""Published D-AR files (tokenizer with its decoder, prior) to one pipeline.
 
 Layers and widths are read off the shapes. What shapes cannot tell (how many tokens, groups and steps there are, the
 time shift, ...) comes from the settings stored in the file, from the caller, or is that of the published model.
+
+The prior (LlamaGen's transformer with 1-D rotary positions) becomes a stock `LlamaForCausalLM`. Two things differ in
+the layout. Published rotary positions turn channels (2j, 2j + 1) of a head together, Llama's turn (j, j + half): the
+rows of queries and keys are put in the other order. And the classes have a table of their own, which becomes the last
+rows of the vocabulary; they are never predicted, so the head gets rows of zeros for them.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from isthmus.conversion.renaming import Converted, indexed, load_strict, rename, require
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.pipeline import DARPipeline
+from isthmus.dar.prior import TokenLayout, llama_config
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.published import Converted, StateDict, indexed, load_strict, read_file, read_weights, rename, require
 
 _NET = r"diff_decoder\.net\."
 _ATTENTION = r"(qkv|kv|q|q_norm|k_norm|proj)\.(weight|bias)"
@@ -268,3 +280,195 @@ def build_flow_decoder(converted: ConvertedDiffusionTokenizer) -> FlowDecoder:
 def build_scheduler(converted: ConvertedDiffusionTokenizer) -> FlowMatchingScheduler:
     """The scheduler of the converted tokenizer, with the published solver."""
     return FlowMatchingScheduler(**converted.scheduler)
+
+
+PUBLISHED_NUM_TOKENS = 256
+PUBLISHED_HEAD_WIDTH = 64
+
+# (published key, Llama's key); those in angle brackets are taken apart or put together below
+_KEYS = [
+    (r"tok_embeddings\.weight", r"<codes>"),
+    (r"cls_embedding\.embedding_table\.weight", r"<classes>"),
+    (r"output\.weight", r"<head>"),
+    (r"norm\.weight", r"model.norm.weight"),
+    (r"layers\.(\d+)\.attention\.wqkv\.weight", r"<qkv>.\1"),
+    (r"layers\.(\d+)\.attention\.wo\.weight", r"model.layers.\1.self_attn.o_proj.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w1\.weight", r"model.layers.\1.mlp.gate_proj.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w3\.weight", r"model.layers.\1.mlp.up_proj.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w2\.weight", r"model.layers.\1.mlp.down_proj.weight"),
+    (r"layers\.(\d+)\.attention_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
+    (r"layers\.(\d+)\.ffn_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
+]
+_DROPPED = {
+    r"layers\.\d+\.attention\.kv_cache\.[kv]_cache": "keys and values of the last image the model drew before saving"
+}
+_WHAT = "D-AR prior"
+
+
+def convert_next_token_prior_state(
+    raw: Mapping[str, Tensor], *, num_tokens: int = PUBLISHED_NUM_TOKENS, num_heads: int | None = None
+) -> Converted:
+    """Published prior weights to arguments of `TokenLayout` and `llama_config`, and Llama's weights.
+
+    Args:
+        raw: weights by their published keys.
+        num_tokens: tokens of an image, which the file does not tell.
+        num_heads: the file does not tell them either; None takes heads that are 64 wide, as in every published size up
+            to XXXL.
+
+    Raises:
+        UserError: a key is unknown or missing, or a shape is none of this network's.
+    """
+    state, dropped = rename(raw, _KEYS, _DROPPED, _WHAT, "cls_embedding.embedding_table.weight")
+    first = ("<codes>", "<classes>", "<head>", "<qkv>.0", "model.layers.0.mlp.gate_proj.weight")
+    require(state, first, _WHAT)
+    codebook_size, width = state["<codes>"].shape
+    num_heads = num_heads or _published_heads(width)
+    codes, classes, head = (state.pop(name) for name in ("<codes>", "<classes>", "<head>"))
+    if head.shape != codes.shape or classes.shape[1] != width or len(classes) < 1:
+        raise UserError(
+            f"a {_WHAT} has one embedding and one output row per code, and classes as wide, got {tuple(codes.shape)}, "
+            f"{tuple(head.shape)} and {tuple(classes.shape)}. Pass a published file."
+        )
+    if num_heads < 1 or width % (2 * num_heads):
+        raise UserError(
+            f"num_heads must cut the width of the {_WHAT} ({width}) into heads of an even width, got {num_heads}. Pass "
+            "the number it was trained with."
+        )
+    num_layers = len(indexed(state, r"<qkv>\.(\d+)"))
+    for index in range(num_layers):
+        state |= _split_qkv(state.pop(f"<qkv>.{index}", None), index, width, num_heads)
+    state["model.embed_tokens.weight"] = torch.cat([codes, classes])
+    state["lm_head.weight"] = torch.cat([head, torch.zeros_like(classes)])
+    arguments = {
+        "codebook_size": codebook_size,
+        "num_classes": len(classes) - 1,
+        "num_tokens": num_tokens,
+        "width": width,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "feed_forward_width": state["model.layers.0.mlp.gate_proj.weight"].shape[0],
+    }
+    return Converted(arguments, state, dropped)
+
+
+def build_next_token_prior(converted: Converted) -> LlamaForCausalLM:
+    """A prior with the converted weights, in eval mode."""
+    shape = dict(converted.arguments)
+    layout = TokenLayout(**{name: shape.pop(name) for name in ("codebook_size", "num_classes", "num_tokens")})
+    prior = LlamaForCausalLM(llama_config(layout, **shape))
+    load_strict(prior, converted.state, "the prior file")
+    return prior.eval()
+
+
+def halves_apart(weight: Float[Tensor, "heads_c width"], num_heads: int) -> Float[Tensor, "heads_c width"]:
+    """Rows of every head in the order 0, 2, 4, ..., 1, 3, 5, ...: rotated pairs of neighbours become pairs of halves.
+
+    >>> halves_apart(torch.arange(8.0).unsqueeze(1), num_heads=2).flatten().tolist()
+    [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
+    """
+    pairs = weight.unflatten(0, (num_heads, -1, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def _split_qkv(weight: Tensor | None, index: int, width: int, num_heads: int) -> StateDict:
+    if weight is None or tuple(weight.shape) != (3 * width, width):
+        found = "nothing" if weight is None else str(tuple(weight.shape))
+        raise UserError(
+            f"a {_WHAT} has as many key as query heads, so layers.{index}.attention.wqkv is {(3 * width, width)}, got "
+            f"{found}. Pass a published file."
+        )
+    q, k, v = weight.split(width)
+    prefix = f"model.layers.{index}.self_attn"
+    return {
+        f"{prefix}.q_proj.weight": halves_apart(q, num_heads),
+        f"{prefix}.k_proj.weight": halves_apart(k, num_heads),
+        f"{prefix}.v_proj.weight": v,
+    }
+
+
+def _published_heads(width: int) -> int:
+    if width % PUBLISHED_HEAD_WIDTH:
+        raise UserError(
+            f"the heads of a {_WHAT} are {PUBLISHED_HEAD_WIDTH} wide unless num_heads says otherwise, got width "
+            f"{width}. Pass num_heads."
+        )
+    return width // PUBLISHED_HEAD_WIDTH
+
+
+@dataclass
+class ConvertedDar:
+    """What `convert_dar` returns.
+
+    Attributes:
+        pipeline: ready to draw and to save.
+        dropped_tokenizer_keys: published key -> why it is not needed.
+        dropped_prior_keys: the same for the prior's file.
+    """
+
+    pipeline: DARPipeline
+    dropped_tokenizer_keys: dict[str, str]
+    dropped_prior_keys: dict[str, str]
+
+
+def convert_dar(
+    tokenizer: str | Path,
+    prior: str | Path,
+    *,
+    num_heads: int | None = None,
+    class_names: Sequence[str] = (),
+    **settings: Any,
+) -> ConvertedDar:
+    """Published D-AR files to a pipeline.
+
+    Sampling defaults are those of the published evaluation: guidance linear from 1.2 to 8 over the tokens, no filters.
+
+    Args:
+        tokenizer: the tokenizer file, which also holds the pixel decoder.
+        prior: the Llama's file.
+        num_heads: of the prior; None takes heads that are 64 wide, as published.
+        class_names: one per class, in the order of the class ids.
+        settings: what neither shapes nor the tokenizer file tell, by the names of `PublishedSettings`; what is left
+            out comes from the settings in the file, else is that of the published model.
+
+    Raises:
+        UserError: a file is unreadable or of another kind, or the two do not belong together.
+    """
+    file = read_file(tokenizer)
+    published = PublishedSettings.of(file.config, **settings)
+    parts = convert_diffusion_tokenizer_state(file.weights, published)
+    prior_parts = convert_next_token_prior_state(
+        read_weights(prior), num_tokens=published.num_tokens, num_heads=num_heads
+    )
+    if not published.quantized:
+        raise UserError(
+            f"a prior predicts codes, and the tokenizer in {tokenizer} keeps its tokens continuous. Pass one with a "
+            "codebook."
+        )
+    ours, theirs = parts.tokenizer.arguments.get("codebook_size"), prior_parts.arguments["codebook_size"]
+    if ours != theirs:
+        raise UserError(
+            f"tokenizer and prior must have the same codebook_size, got {ours} in {tokenizer} and {theirs} in {prior}. "
+            "Pass the tokenizer that the prior was trained with."
+        )
+    num_classes = prior_parts.arguments["num_classes"]
+    if class_names and len(class_names) != num_classes:
+        raise UserError(
+            f"the prior has {num_classes} classes, got {len(class_names)} names. "
+            "Pass one name per class, in the order of the class ids."
+        )
+    guidance = GuidanceSchedule("linear", 1.2, 8.0) if num_classes else 1.0
+    pipeline = DARPipeline(
+        build_diffusion_tokenizer(parts),
+        build_flow_decoder(parts),
+        build_next_token_prior(prior_parts),
+        build_scheduler(parts),
+        class_names=class_names,
+        sampling_defaults=SamplingOptions(guidance_scale=guidance),
+        data={
+            "name": f"whatever {Path(prior).name} and {Path(tokenizer).name} were trained on",
+            "attribution": "that of the files this model was converted from, and of their training data.",
+        },
+        protocol="Converted from published D-AR weights; not trained further.",
+    )
+    return ConvertedDar(pipeline, parts.dropped, prior_parts.dropped)

@@ -14,13 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from isthmus.dar.decoder import Canvas, FlowDecoder, KeysValues, Painted
+from isthmus.dar.scheduler import SOLVERS, FlowMatchingScheduler, Solver
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.functional.draws import NOISE, stream
-from isthmus.functional.shapes import Images
-from isthmus.layers.token_canvas import Painted
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import Canvas, FlowDecoder, KeysValues
-from isthmus.schedulers.flow_matching import SOLVERS, FlowMatchingScheduler, Solver
+from isthmus.nn.draws import NOISE, stream
+from isthmus.nn.shapes import Images
 
 Preview = Literal["jump", "solver"]
 # a part and what is cut from it differ in length, so that may not be bound to a letter

@@ -5,13 +5,13 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 import isthmus
+from isthmus.dar.pipeline import DARPipeline
+from isthmus.dar.prior import TokenLayout
 from isthmus.errors import UserError
-from isthmus.generation.options import SamplingOptions
-from isthmus.models.next_token_prior import TokenLayout
-from isthmus.models.stored_llama import no_progress_bars
-from isthmus.pipelines.dar import DARPipeline
+from isthmus.nn.stored_llama import no_progress_bars
 from isthmus.pipelines.folder import written_whole
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.options import SamplingOptions
 
 
 def export_llama(model: str | Path | DARPipeline, out: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """The pipeline of the D-AR family: a Llama's next tokens are the steps of a pixel diffusion.
 
-Source of the method: Gao and Shou, "D-AR: Diffusion via Autoregressive Models".
+Source of the method: Gao and Shou, "D-AR: Diffusion via Autoregressive Models". The first tokens of a picture hold its
+layout: what a picture keeps of another one is a prefix of tokens.
 """
 
 import math
@@ -10,40 +11,319 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, check_preview, decode_tokens, flow_steps, image_noise
+from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.prior import TokenLayout
+from isthmus.dar.sampling import check_next_token_options, generate_tokens, log_likelihood
+from isthmus.dar.scheduler import FlowMatchingScheduler, Solver
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.functional.guidance import Guidance
-from isthmus.generation.flow_decoding import (
-    FlowStep,
-    Preview,
-    SolverPlan,
-    check_preview,
-    flow_steps,
-    image_noise,
-)
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.generation.next_token import check_next_token_options, generate_tokens
-from isthmus.generation.next_token_likelihood import log_likelihood
-from isthmus.generation.options import FOLDER_DEFAULT, Default, SamplingOptions
-from isthmus.generation.step import GenerationStep, Pictures
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.models.next_token_prior import TokenLayout
-from isthmus.models.stored_llama import StoredLlama, no_progress_bars
-from isthmus.pipelines.belonging import shared_layout
-from isthmus.pipelines.images import ImageInput
+from isthmus.nn.guidance import Guidance
+from isthmus.nn.shapes import Images
+from isthmus.nn.stored_llama import StoredLlama, no_progress_bars
+from isthmus.pipelines.base import SavedPipeline
+from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.labels import resolve_labels
-from isthmus.pipelines.memory import flow_bytes, next_token_bytes
-from isthmus.pipelines.pixels import PixelPipeline, checked_sides
-from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
-from isthmus.pipelines.seeds import Whole
-from isthmus.pipelines.steering import Prefix, PrefixLengths, TokenInput, resolve_prefix, to_token_ids
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler, Solver
+from isthmus.pipelines.options import FOLDER_DEFAULT, Default, SamplingOptions
+from isthmus.pipelines.request import (
+    GenerationStep,
+    Generators,
+    Labels,
+    OutputType,
+    Pictures,
+    Request,
+    Whole,
+    as_output,
+    check_output_type,
+    image_seeds,
+    label_list,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+
+def shared_layout(
+    image_tokenizer: DiffusionTokenizer, decoder: FlowDecoder, llama: Any, scheduler: FlowMatchingScheduler
+) -> TokenLayout:
+    """The vocabulary and sequence that tokenizer and prior share; `llama` is the prior's configuration.
+
+    Raises:
+        UserError: two of the four do not belong together, or the tokenizer has no token ids that a prior could draw.
+    """
+    tokenizer = image_tokenizer.config
+    if not tokenizer["quantized"]:
+        raise UserError(
+            "a prior draws token ids, and this image tokenizer keeps its tokens continuous (quantized=False). "
+            "Pass a tokenizer with a codebook."
+        )
+    if decoder.config["condition_width"] != tokenizer["condition_width"]:
+        raise UserError(
+            f"image tokenizer and decoder must have the same condition_width, got {tokenizer['condition_width']} and "
+            f"{decoder.config['condition_width']}. Pass the decoder that was trained with this tokenizer."
+        )
+    if tokenizer["image_size"] % decoder.config["patch_size"]:
+        raise UserError(
+            f"the decoder's patch_size ({decoder.config['patch_size']}) must divide the tokenizer's image_size "
+            f"({tokenizer['image_size']}). Pass the decoder that was trained with this tokenizer."
+        )
+    if decoder.config["canvas_tokens"] not in (None, tokenizer["num_tokens"]):
+        raise UserError(
+            f"a decoder's canvas_tokens are the tokenizer's num_tokens ({tokenizer['num_tokens']}), got "
+            f"{decoder.config['canvas_tokens']}. Pass the decoder that was trained with this tokenizer."
+        )
+    wanted = {name: tokenizer[name] for name in ("num_tokens", "num_groups")}
+    wanted["tokens_per_step"] = image_tokenizer.tokens_per_step
+    found = {name: scheduler.config[name] for name in ("num_tokens", "num_groups")}
+    found["tokens_per_step"] = scheduler.tokens_per_step
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UserError(
+                f"image tokenizer and scheduler must have the same {name}, got {value} and {found[name]}. "
+                "Pass the scheduler that was saved with this tokenizer."
+            )
+    return TokenLayout.of(llama, tokenizer["codebook_size"], tokenizer["num_tokens"])
+
+
+TokenInput = Shaped[Tensor, "*dims"] | Sequence[Any]
+"""Tokens (b, n) of several images or (n,) of one: a tensor of integers, or lists as LLM servers return them."""
+PrefixLengths = int | Sequence[int] | None
+
+
+@dataclass
+class Prefix:
+    """Tokens that are read and not drawn.
+
+    Attributes:
+        token_ids: (b, p), one row per image.
+        lengths: how many of them hold, per image.
+    """
+
+    token_ids: Int[Tensor, "b p"]
+    lengths: list[int]
+
+
+def encode_images(image_tokenizer: DiffusionTokenizer, images: ImageInput) -> Int[Tensor, "b n"]:
+    """All tokens of images, coarse to fine, on the CPU.
+
+    Raises:
+        UserError: the images are not usable, or have sides that the tokenizer's patch does not divide.
+    """
+    pixels = to_images(images, image_tokenizer.config["image_size"]).to(image_tokenizer.device)
+    with torch.inference_mode():
+        token_ids = image_tokenizer.encode(pixels).token_ids
+    # copied out of inference mode: a tensor the caller may use anywhere
+    return token_ids.cpu().clone()
+
+
+def to_token_ids(image_tokenizer: DiffusionTokenizer, token_ids: TokenInput) -> Int[Tensor, "b n"]:
+    """Tokens as people and servers give them, one row per image.
+
+    Raises:
+        UserError: they are no integers, rows have different lengths, there are more than an image has, or an id names
+            no code.
+    """
+    if not isinstance(token_ids, Tensor):
+        try:
+            token_ids = torch.tensor(token_ids)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"token_ids must be integers, equally many per image, got {type(token_ids).__name__} ({error}). Pass a "
+                "tensor (b, n) or lists of equal lengths."
+            ) from error
+    rows = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
+    if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise UserError(
+            f"token_ids must be integers of shape (n,) or (b, n), got {token_ids.dtype} of shape "
+            f"{tuple(token_ids.shape)}. Pass what encode returned."
+        )
+    most = image_tokenizer.config["num_tokens"]
+    if rows.shape[1] > most:
+        raise UserError(f"an image has {most} tokens, got {rows.shape[1]}. Leave out the class, and what follows.")
+    image_tokenizer.check_token_ids(rows)
+    return rows
+
+
+def resolve_prefix(
+    image_tokenizer: DiffusionTokenizer,
+    num_images: int,
+    image: ImageInput | None,
+    token_ids: TokenInput | None,
+    lengths: PrefixLengths,
+) -> Prefix | None:
+    """The prefix of every image of a request; None where none was asked for.
+
+    Args:
+        image_tokenizer: encodes `image`, and knows which ids there are.
+        num_images: images of the request; a single prefix serves all of them.
+        image: where the first tokens come from, or
+        token_ids: the tokens themselves.
+        lengths: how many tokens are kept, for all images or for each; None keeps all of `token_ids`.
+
+    Raises:
+        UserError: both or neither source is given, a number is out of range, or an id names no code.
+    """
+    if image is None and token_ids is None:
+        if lengths is not None:
+            raise UserError("prefix_tokens says how much of a prefix is kept, but there is none. Pass prefix_image.")
+        return None
+    if image is not None and token_ids is not None:
+        raise UserError("a prefix comes from an image or is given as tokens, got both. Pass one of them.")
+    if image is not None:
+        if lengths is None:
+            raise UserError("prefix_image needs prefix_tokens: how many tokens of the image are kept.")
+        token_ids = encode_images(image_tokenizer, image)
+    assert token_ids is not None
+    rows = to_token_ids(image_tokenizer, token_ids)
+    if len(rows) not in (1, num_images):
+        raise UserError(f"a prefix is one for all images or one for each ({num_images}), got {len(rows)}.")
+    rows = rows.expand(num_images, -1)
+    return Prefix(rows, _lengths(lengths, rows))
+
+
+def _lengths(lengths: PrefixLengths, rows: Int[Tensor, "b p"]) -> list[int]:
+    num_images, given = rows.shape
+    kept = given if lengths is None else lengths
+    each = [kept] * num_images if isinstance(kept, int) else list(kept)
+    if len(each) != num_images:
+        raise UserError(f"prefix_tokens is one number, or one per image ({num_images}), got {len(each)}.")
+    if not all(0 <= length <= given for length in each):
+        raise UserError(f"prefix_tokens must lie in 0..{given} (the tokens there are), got {each}.")
+    return each
+
+
+class PixelPipeline(SavedPipeline):
+    """What an image tokenizer, its pixel decoder and a scheduler do together; a family's pipeline adds the prior."""
+
+    image_tokenizer: DiffusionTokenizer
+    decoder: FlowDecoder
+    scheduler: FlowMatchingScheduler
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images trained on, in pixels."""
+        return self.image_tokenizer.config["image_size"]
+
+    def encode(self, images: ImageInput) -> Int[Tensor, "b n"]:
+        """All tokens of images, coarse to fine, on the CPU.
+
+        Raises:
+            UserError: the images are not usable, or have sides that the tokenizer's patch does not divide.
+        """
+        return encode_images(self.image_tokenizer, images)
+
+    def decode(
+        self,
+        token_ids: TokenInput,
+        *,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: Whole | None = 0,
+        image_index: Whole = 0,
+        output_type: OutputType = "pil",
+    ) -> Pictures:
+        """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
+
+        Raises:
+            UserError: the tokens are too few, too many or name no codes, or an argument is not usable.
+        """
+        check_output_type(output_type)
+        token_ids = to_token_ids(self.image_tokenizer, token_ids)
+        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
+        seeds = image_seeds(len(token_ids), seed=seed, image_index=image_index)
+        noise = image_noise(seeds, *checked_sides(self.decoder, self.image_size, height, width))
+        return self._decoded(token_ids, noise, plan, output_type)
+
+    def reconstruct(self, images: ImageInput, **options: Any) -> Pictures:
+        """Images through their own tokens and back; `options` are those of `decode`. Tensors keep their size."""
+        pixels = to_images(images, self.image_size)
+        options = {"height": pixels.shape[2], "width": pixels.shape[3], **options}
+        return self.decode(self.encode(pixels), **options)
+
+    def restart(
+        self,
+        image: ImageInput,
+        strength: float | int,
+        *,
+        token_ids: TokenInput | None = None,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+        seed: Whole | None = 0,
+        image_index: Whole = 0,
+        output_type: OutputType = "pil",
+    ) -> Pictures:
+        """Run the last solver steps again, from `image` with the noise of the first of them.
+
+        Args:
+            image: where the diffusion starts.
+            strength: share of the steps that run, in (0, 1]: small changes little, 1 starts from noise alone.
+            token_ids: what drives the steps: tokens of the images, or of others drawn with their layout; None takes
+                those of `image`.
+            num_inference_steps: steps of the whole way.
+            solver: as for a call; the first step that runs is one of Euler.
+            seed: as for a call.
+            image_index: as for a call.
+            output_type: as for a call.
+
+        Raises:
+            UserError: an argument is not usable.
+        """
+        check_output_type(output_type)
+        pixels = to_images(image, self.image_size)
+        token_ids = self.encode(pixels) if token_ids is None else to_token_ids(self.image_tokenizer, token_ids)
+        rows = len(token_ids)
+        if len(pixels) not in (1, rows):
+            raise UserError(f"a restart needs one image, or one per row of tokens ({rows}), got {len(pixels)}.")
+        times = self.scheduler.times(num_inference_steps)
+        first = first_step(strength, len(times) - 1)
+        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver, first=first)
+        seeds = image_seeds(rows, seed=seed, image_index=image_index)
+        sides = checked_sides(self.decoder, self.image_size, pixels.shape[2], pixels.shape[3])
+        noise, images = image_noise(seeds, *sides), pixels.expand(rows, -1, -1, -1)
+        x = self.scheduler.add_noise(images, noise, times[first].expand(rows))
+        return self._decoded(token_ids, x, plan, output_type)
+
+    def _decoded(self, token_ids: Int[Tensor, "b n"], x: Images, plan: SolverPlan, output_type: OutputType) -> Pictures:
+        images = decode_tokens(self.image_tokenizer, self.decoder, self.scheduler, token_ids, x, plan=plan)
+        return as_output(images, output_type)
+
+
+def checked_sides(decoder: FlowDecoder, image_size: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width of the images to make; None is `image_size`.
+
+    Raises:
+        UserError: a side is no multiple of the decoder's patch, or the decoder knows one size only.
+    """
+    patch, grid = decoder.config["patch_size"], decoder.config["position_table"]
+    sides = (image_size if height is None else height, image_size if width is None else width)
+    if any(side < 1 or side % patch for side in sides):
+        raise UserError(f"height and width must be multiples of {patch} (the decoder's patch_size), got {sides}.")
+    if grid is not None and sides != (grid * patch, grid * patch):
+        raise UserError(
+            f"this decoder has learned a position for every patch: height and width must be {grid * patch}, got "
+            f"{sides}. Leave them out."
+        )
+    return sides
+
+
+def first_step(strength: float, num_steps: int) -> int:
+    """The solver step at which a restart begins: strength 1 runs all steps, a small one the last alone.
+
+    Raises:
+        UserError: strength is not in (0, 1].
+
+    >>> [first_step(strength, 8) for strength in (1.0, 0.5, 0.01)]
+    [0, 4, 7]
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is the share of the solver steps that run, in (0, 1], got {strength}.")
+    return min(round((1 - strength) * num_steps), num_steps - 1)
 
 
 @dataclass
@@ -392,3 +672,20 @@ class DARPipeline(PixelPipeline):
         labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
         each = torch.tensor(labels * len(token_ids) if len(labels) == 1 else labels, dtype=torch.long)
         return log_likelihood(self.transformer, self.token_layout, token_ids, each)
+
+
+def next_token_bytes(transformer: "StoredLlama", *, guided: bool) -> int:
+    """Keys and values of one image's sequence, and the logits of one token with their sorted and cumulated copies."""
+    config, rows = transformer.config, 2 if guided else 1
+    size = 2 if transformer.dtype == torch.bfloat16 else 4
+    cache = 2 * config.num_hidden_layers * config.max_position_embeddings * config.hidden_size * size
+    draw = config.vocab_size * (5 * 4 + 2 * 8)
+    return rows * cache + draw
+
+
+def flow_bytes(decoder: "FlowDecoder", image_size: int) -> int:
+    """Rows of one image inside a block of the pixel decoder: stream, modulation, feed-forward, attention."""
+    config = decoder.config
+    size = 2 if decoder.dtype == torch.bfloat16 else 4
+    rows = (image_size // config["patch_size"]) ** 2
+    return rows * config["width"] * (2 + 6 + 2 * 4 + 6) * size + 8 * 3 * image_size**2 * 4

@@ -18,7 +18,6 @@ from torch import Tensor
 from isthmus.errors import UserError
 
 if TYPE_CHECKING:
-    # where it is needed it is imported: drawing reads a prior's weights without transformers (`StoredLlama`)
     from transformers import LlamaConfig, LlamaForCausalLM
 
 INIT_STD = 0.02

@@ -1,6 +1,7 @@
-"""Generation of next-token models: draw the tokens of an image one after the other, hand them over group by group.
+"""Generation of next-token models, token by token and group by group, and the exact likelihood of a sequence.
 
-Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.3 and 2.5.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.3 and
+2.5. The chain rule is exact: log p(tokens | class) is the sum of log p(token p | class, tokens before p).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,14 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.prior import TokenLayout, next_token_inputs, next_token_logits, next_token_loss
 from isthmus.errors import UserError
-from isthmus.functional.draws import token_uniforms
-from isthmus.functional.guidance import guidance_values
-from isthmus.functional.sampling import check_filters, draw_tokens, filter_logits
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.generation.options import SamplingOptions
-from isthmus.models.next_token_prior import TokenLayout, next_token_inputs
-from isthmus.models.stored_llama import StoredLlama
+from isthmus.nn.draws import token_uniforms
+from isthmus.nn.guidance import guidance_values
+from isthmus.nn.sampling import check_filters, draw_tokens, filter_logits
+from isthmus.nn.stored_llama import StoredLlama
+from isthmus.pipelines.options import SamplingOptions
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -265,3 +266,43 @@ def _checked_prefix(
             f"{int(known.max())}. Encode the prefix with the image tokenizer of this model."
         )
     return lengths
+
+
+@torch.no_grad()
+def log_likelihood(
+    transformer: "LlamaForCausalLM",
+    layout: TokenLayout,
+    token_ids: Int[Tensor, "b l"],
+    class_labels: Int[Tensor, " labels"],
+) -> Float[Tensor, "b l"]:
+    """Nats of every token, log p(token | class, tokens before it); a row's sum is log p of its tokens together.
+
+    Args:
+        transformer: the prior.
+        layout: of its vocabulary.
+        token_ids: (b, l), 0..codebook_size - 1, from the first token of the image on; l may be less than all.
+        class_labels: one per row, 0..num_classes; num_classes is the null label.
+
+    Raises:
+        UserError: tokens or labels are out of range or do not match in number, or there are too many tokens.
+    """
+    _check(layout, token_ids, class_labels)
+    token_ids, class_labels = token_ids.to(transformer.device), class_labels.to(transformer.device)
+    logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1])
+    return -next_token_loss(logits, token_ids)
+
+
+def _check(layout: TokenLayout, token_ids: Int[Tensor, "b l"], class_labels: Int[Tensor, " labels"]) -> None:
+    rows, length = token_ids.shape
+    if not 1 <= length <= layout.num_tokens or len(class_labels) != rows or not rows:
+        raise UserError(
+            f"a likelihood needs 1..{layout.num_tokens} tokens and a class label per image, got {rows} row(s) of "
+            f"{length} token(s) and {len(class_labels)} label(s). Pass the tokens of whole images."
+        )
+    for name, values, largest in (
+        ("token ids", token_ids, layout.codebook_size - 1),
+        ("class labels", class_labels, layout.num_classes),
+    ):
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > largest:
+            raise UserError(f"{name} must be 0..{largest}, got {low}..{high}. Pass those of this model.")

@@ -13,17 +13,49 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from isthmus.dar.attention import (
+    NORM_EPS,
+    RotarySelfAttention,
+    RotaryTable,
+    SharedBatchNorm,
+    context_causal_attention,
+    grid_rotary_table,
+    plain_norm,
+    token_causal_attention,
+    with_unrotated,
+)
 from isthmus.errors import UserError
-from isthmus.functional.precision import whole_fp32
-from isthmus.functional.quantization import nearest_code
-from isthmus.functional.rotary import RotaryTable, grid_rotary_table, with_unrotated
-from isthmus.functional.shapes import Images
-from isthmus.layers.attention import Attend, KeyValueCache
-from isthmus.layers.feed_forward import FeedForward
-from isthmus.layers.linear_queries import LinearQueries
-from isthmus.layers.norm import NORM_EPS, SharedBatchNorm, plain_norm
-from isthmus.layers.rotary_attention import RotarySelfAttention, context_causal_attention, token_causal_attention
-from isthmus.models.saved_model import SavedModel, records_arguments
+from isthmus.nn.attention import Attend, FeedForward, KeyValueCache
+from isthmus.nn.precision import whole_fp32
+from isthmus.nn.quantization import nearest_code
+from isthmus.nn.saved_model import SavedModel, records_arguments
+from isthmus.nn.shapes import Images
+
+
+class LinearQueries(nn.Module):
+    """One vector per token, read off the whole image by a linear map of low rank.
+
+    Attention from queries that start alike takes long to tell places apart. With this, tokens differ between images
+    from the first step of training on, as those of a linear autoencoder do.
+
+    Args:
+        num_tokens: tokens of an image.
+        width: width of the vectors.
+        side: side that the image is averaged to, in pixels.
+        rank: numbers that are read off for each token.
+    """
+
+    def __init__(self, num_tokens: int, width: int, *, side: int, rank: int):
+        super().__init__()
+        self.side, self.num_tokens = side, num_tokens
+        self.read = nn.Linear(3 * side**2, num_tokens * rank)
+        self.widen = nn.Linear(rank, width)
+
+    def forward(self, images: Images) -> Float[torch.Tensor, "b n width"]:
+        """Images in [-1, 1] of any sides."""
+        small = F.adaptive_avg_pool2d(images, self.side).flatten(1).to(self.read.weight.dtype)
+        return self.widen(self.read(small).unflatten(1, (self.num_tokens, -1)))
+
 
 Rows = Float[Tensor, "b l width"]
 TokenIds = Int[Tensor, "b n"]

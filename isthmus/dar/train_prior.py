@@ -1,35 +1,271 @@
-"""What is particular about training a next-token prior: the Llama of D-AR."""
+"""Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it.
+
+Dropout masks belong to training positions: they are drawn again from their seeds wherever they are needed, so
+recomputed activations get the same ones.
+"""
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from isthmus.dar.decoding import SolverPlan, flow_steps, image_noise
+from isthmus.dar.pipeline import DARPipeline
+from isthmus.dar.prior import TokenLayout, new_prior, next_token_inputs, next_token_loss
+from isthmus.dar.runs import LlamaModel, NextTokenPriorRun
+from isthmus.dar.sampling import generate_tokens
+from isthmus.dar.train_tokenizer import PREVIEW_SEED, TokenizerParts, load_parts
+from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
-from isthmus.functional.pyramid import nats_to_bits
-from isthmus.models.next_token_prior import TokenLayout, new_prior, next_token_inputs
-from isthmus.models.saved_model import without_values
+from isthmus.nn.draws import EMBEDDING_DROPOUT, RESIDUAL_DROPOUT, stream
+from isthmus.nn.sampling import nats_to_bits
+from isthmus.nn.saved_model import without_values
+from isthmus.pictures import save_picture, table, to_pil
+from isthmus.pipelines.labels import names_in_order
+from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.training.checkpoints import gathered, written_or_explained
 from isthmus.training.cost import report, training_cost, training_source
-from isthmus.training.dar_config import LlamaModel, NextTokenPriorRun
-from isthmus.training.dar_export import TokenizerParts, load_parts
-from isthmus.training.dar_prior_export import averaged_llama, export_dar_pipeline, load_dar_model
-from isthmus.training.dar_prior_previews import save_token_samples
-from isthmus.training.dropout import ResidualDropout, embedding_seeds, residual_seeds
-from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.images import open_splits
-from isthmus.training.next_token_objective import NextTokenLosses, NextTokenObjective, nats_by_group
-from isthmus.training.objectives import dropped_labels
-from isthmus.training.saved_networks import kept_classes, sampling_options
+from isthmus.training.images import dropped_labels, open_splits
+from isthmus.training.optim import ExponentialMovingAverage
+from isthmus.training.saved_networks import data_record, kept_classes, protocol, sampling_options
+
+_SEEDS = 2**63
+
+
+def sample_dropout(x: Float[Tensor, "b l width"], rate: float, seeds: Sequence[int]) -> Float[Tensor, "b l width"]:
+    """Zero a share `rate` of the entries and scale up the others; the mask of each sample follows from its seed.
+
+    >>> sample_dropout(torch.ones(1, 1, 64), 0.5, [3]).unique().tolist()
+    [0.0, 2.0]
+    """
+    generator = torch.Generator(x.device)
+    rows = [torch.rand(x.shape[1:], generator=generator.manual_seed(seed), device=x.device) >= rate for seed in seeds]
+    return x * torch.stack(rows).to(x.dtype) / (1 - rate)
+
+
+def embedding_seeds(positions: Int[Tensor, " b"], *, seed: int) -> list[int]:
+    """One seed per training position."""
+    return [int(stream(seed, EMBEDDING_DROPOUT, int(p)).integers(_SEEDS)) for p in positions]
+
+
+def residual_seeds(positions: Int[Tensor, " b"], num_layers: int, *, seed: int) -> Int[Tensor, "b layers 2"]:
+    """One seed per training position, layer and branch (attention, feed-forward)."""
+    rows = [stream(seed, RESIDUAL_DROPOUT, int(p)).integers(_SEEDS, size=(num_layers, 2)) for p in positions]
+    return torch.from_numpy(np.stack(rows))
+
+
+class ResidualDropout:
+    """Dropout of what attention and feed-forward add to the residual stream, as hooks on a stock Llama.
+
+    Args:
+        transformer: the Llama; it is not changed but for the hooks, while they are attached.
+        rate: share that is zeroed, in [0, 1); 0 attaches nothing.
+
+    Attributes:
+        seeds: (b, layers, 2) of the batch that goes through next.
+    """
+
+    def __init__(self, transformer: LlamaForCausalLM, rate: float):
+        self.transformer, self.rate = transformer, rate
+        self.seeds: Int[Tensor, "b layers 2"] | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on every `self_attn.o_proj` and `mlp`; they are gone afterwards, whatever happens."""
+        handles = []
+        try:
+            if self.rate:
+                for index, layer in enumerate(cast(Iterable[LlamaDecoderLayer], self.transformer.model.layers)):
+                    branches: tuple[nn.Module, ...] = (layer.self_attn.o_proj, layer.mlp)
+                    handles += [m.register_forward_hook(self._hook(index, k)) for k, m in enumerate(branches)]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: int, branch: int) -> Any:
+        def drop(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+            assert self.seeds is not None, "the loop sets the seeds of a batch before it goes through"
+            return sample_dropout(output, self.rate, self.seeds[:, layer, branch].tolist())
+
+        return drop
+
+
+@dataclass
+class NextTokenLosses:
+    """What one batch gave.
+
+    Attributes:
+        total: mean cross-entropy, nats per token: what is minimised.
+        nats: (b, l), cross-entropy of every token.
+        hits: (b, l), whether the likeliest code was the right one.
+    """
+
+    total: Float[Tensor, ""]
+    nats: Float[Tensor, "b l"]
+    hits: Bool[Tensor, "b l"]
+
+
+class NextTokenObjective(nn.Module):
+    """A Llama and its loss as one network for the optimizer, the averages and the processes.
+
+    The head is applied to its first `codebook_size` rows only: the rows of class ids, which are zero, are never
+    predicted, never get a gradient and stay zero.
+
+    Args:
+        transformer: the Llama.
+        layout: of its vocabulary.
+        embedding_dropout: share of the entries of embedded words that is zeroed in training mode.
+    """
+
+    def __init__(self, transformer: LlamaForCausalLM, layout: TokenLayout, *, embedding_dropout: float = 0.0):
+        super().__init__()
+        self.transformer, self.layout = transformer, layout
+        self.embedding_dropout = embedding_dropout
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the activations of each block in the backward pass."""
+        # the newer of transformers' two names for it, where there is one
+        newer = getattr(self.transformer, "activation_checkpointing_enable", None)
+        (newer or self.transformer.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def forward(
+        self,
+        class_labels: Int[Tensor, " b"],
+        token_ids: Int[Tensor, "b l"],
+        embedding_seeds: Sequence[int] | None = None,
+    ) -> NextTokenLosses:
+        """Losses of all tokens at once (teacher forcing).
+
+        Args:
+            class_labels: 0..num_classes, where num_classes is the null label.
+            token_ids: all tokens of the images.
+            embedding_seeds: one per image, for the dropout of the embeddings; None drops nothing.
+        """
+        inputs = next_token_inputs(self.layout, class_labels, token_ids[:, :-1])
+        embedded = self.transformer.get_input_embeddings()(inputs)
+        if embedding_seeds is not None and self.embedding_dropout and self.training:
+            embedded = sample_dropout(embedded, self.embedding_dropout, embedding_seeds)
+        hidden = self.transformer.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        logits = F.linear(hidden, self.transformer.lm_head.weight[: self.layout.codebook_size]).float()
+        nats = next_token_loss(logits, token_ids)
+        return NextTokenLosses(nats.mean(), nats.detach(), logits.detach().argmax(dim=-1) == token_ids)
+
+
+def nats_by_group(nats: Float[Tensor, "b l"], num_groups: int) -> Float[Tensor, " groups"]:
+    """Mean over images and over the tokens of each group.
+
+    >>> import torch
+    >>> nats_by_group(torch.tensor([[1.0, 3.0, 5.0, 5.0]]), 2)
+    tensor([2., 5.])
+    """
+    return nats.mean(dim=0).unflatten(0, (num_groups, -1)).mean(dim=1)
+
+
+logger = logging.getLogger("isthmus")
+
+
+def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM, tuple[str, ...]]:
+    """Everything of a saved pipeline, to go on training: tokenizer parts, prior, class names (none without names).
+
+    Raises:
+        UserError: there is none, or it is of another family.
+    """
+    pipeline = load_pipeline(path, device="cpu")
+    if not isinstance(pipeline, DARPipeline):
+        raise UserError(f"{path} holds a {type(pipeline).__name__}, no model of the D-AR family. Pass another model.")
+    names = names_in_order(pipeline.class_names)
+    parts = TokenizerParts(pipeline.image_tokenizer, pipeline.decoder, pipeline.scheduler)
+    return parts, pipeline.transformer, names
+
+
+def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> LlamaForCausalLM:
+    """A whole copy of the Llama that holds the averages, in eval mode, without the hooks of the loop.
+
+    Every process must call it where weights are sharded.
+    """
+    source = model.transformer
+    state = gathered(ema.averages_under("transformer."))
+    with without_values():
+        averaged = LlamaForCausalLM(source.config)
+    averaged.load_state_dict({name: value.to(source.device, copy=True) for name, value in state.items()}, assign=True)
+    # its table of angles is no weight, so it is still on the meta device
+    averaged.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
+    return averaged.eval().requires_grad_(False)
+
+
+def export_dar_pipeline(
+    accelerator: Accelerator,
+    parts: TokenizerParts,
+    transformer: LlamaForCausalLM,
+    options: SamplingOptions,
+    run: NextTokenPriorRun,
+    source: ImageSource | ImageStream,
+) -> Path:
+    """Write the pipeline into the run's folder: a trained run loads like a downloaded model.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    if accelerator.is_main_process:
+        pipeline = DARPipeline(
+            image_tokenizer=parts.image_tokenizer,
+            decoder=parts.decoder,
+            transformer=transformer,
+            scheduler=parts.scheduler,
+            class_names=source.class_names,
+            sampling_defaults=options,
+            data=data_record(source),
+            protocol=protocol(run),
+        )
+        with written_or_explained(run.out):
+            pipeline.save_pretrained(run.out)
+        logger.info("pipeline written to %s", run.out)
+    accelerator.wait_for_everyone()
+    return run.out
+
+
+@torch.no_grad()
+def save_token_samples(
+    parts: TokenizerParts,
+    transformer: LlamaForCausalLM,
+    layout: TokenLayout,
+    class_names: Sequence[str],
+    options: SamplingOptions,
+    folder: Path,
+    step: int,
+    *,
+    per_class: int = 8,
+    num_classes: int = 10,
+) -> Path:
+    """Rows = the first classes, columns = fixed seeds: the same picture at every step, but for the training."""
+    shown = min(layout.num_classes, num_classes)
+    classes = list(range(shown)) or [layout.null_class_id]
+    labels = torch.tensor([label for label in classes for _ in range(per_class)], device=parts.decoder.device)
+    seeds = [(PREVIEW_SEED, i) for i in range(len(labels))]
+    size, plan = parts.image_tokenizer.config["image_size"], SolverPlan.of(parts.scheduler)
+    tokens = generate_tokens(transformer, layout, labels, seeds, options, stops=plan.stops)
+    noise = image_noise(seeds, size, size)
+    *_, last = flow_steps(parts.image_tokenizer, parts.decoder, parts.scheduler, plan, tokens, noise)
+    pictures = to_pil(last.preview.clamp(-1, 1))
+    rows = [pictures[i : i + per_class] for i in range(0, len(pictures), per_class)]
+    return save_picture(table(rows, row_names=list(class_names[:shown])), folder / f"samples-{step:08d}.png")
+
 
 _SIZES = {
     "width": "hidden_size",

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.data.augment import Augmentation
-from isthmus.data.cache import sha256_of_parts
-from isthmus.data.decode import ImageUint8
-from isthmus.data.source import ImageSource, choose_classes
-from isthmus.data.split import held_out
+from isthmus.data.images import Augmentation, ImageUint8
+from isthmus.data.source import ImageSource, choose_classes, held_out
 from isthmus.errors import UserError
+from isthmus.files import sha256_of_parts
 
 
 class NpzSource(ImageSource):

@@ -15,12 +15,11 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from isthmus.data.augment import Augmentation
-from isthmus.data.cache import cache_directory, sha256_of_file, sha256_of_parts, write_whole
-from isthmus.data.decode import ImageUint8, decode_image
+from isthmus.data.images import Augmentation, ImageUint8, decode_image
 from isthmus.data.licences import OPENMOJI_ATTRIBUTION
 from isthmus.data.source import ImageSource, choose_classes, logger, missing_extra
 from isthmus.errors import UserError
+from isthmus.files import cache_directory, sha256_of_file, sha256_of_parts, write_whole
 
 OPENMOJI_CLASSES = (
     "face",

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.data.augment import Augmentation
-from isthmus.data.cache import sha256_of_parts
-from isthmus.data.decode import ImageUint8, decode_image
+from isthmus.data.images import Augmentation, ImageUint8, decode_image
 from isthmus.data.licences import PHOTOS_ATTRIBUTION
 from isthmus.data.source import ImageSource, choose_classes, missing_extra
-from isthmus.functional.draws import IMAGE, stream
+from isthmus.files import sha256_of_parts
+from isthmus.nn.draws import IMAGE, stream
 
 TRAINING_CROPS_PER_PHOTO = 256
 HELD_OUT_CROPS_PER_PHOTO = 50

@@ -15,17 +15,15 @@ from jaxtyping import Integer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from isthmus.data.augment import Augmentation, augmented_view
-from isthmus.data.cache import sha256_of_parts, writing_advice
+from isthmus.data.huggingface import ImageStream
+from isthmus.data.images import Augmentation, augmented_view
 from isthmus.data.source import ImageSource, logger
-from isthmus.data.streaming import ImageStream
-from isthmus.data.views import Batch, Sample, collate, random_view
-from isthmus.data.workers import worker_batches
+from isthmus.data.views import Batch, Sample, collate, random_view, worker_batches
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import contents, waited_for
-from isthmus.functional.draws import AUGMENT, stream
-from isthmus.models.fingerprint import fingerprint
+from isthmus.files import contents, sha256_of_parts, waited_for, writing_advice
+from isthmus.nn.draws import AUGMENT, stream
+from isthmus.nn.stored_llama import fingerprint
 
 FORMAT = 1
 _TOKENS, _LABELS, _RECORD = "tokens.npy", "labels.npy", "cache.json"

@@ -1,14 +1,29 @@
-"""One training view of an image, and views put together to a batch."""
+"""Training views of images, put together to batches; by worker processes, which change nothing but the speed."""
 
-from collections.abc import Sequence
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.util import Finalize
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from isthmus.data.augment import Augmentation, SquareView, augmented_view
+from isthmus.data.images import Augmentation, SquareView, augmented_view
 from isthmus.data.source import ImageSource
+from isthmus.errors import UserError
 
 Sample = dict[str, Tensor]
 """One sample: "image" float (3, S, S) in [-1, 1] or "token_ids" (L,); "class_label", "index", "position"."""
@@ -39,3 +54,144 @@ def collate(
         "index": torch.from_numpy(indices.astype(np.int64)),
         "position": torch.from_numpy(positions.astype(np.int64)),
     }
+
+
+# batches that a worker is asked for before the first of them is used
+_AHEAD = 2
+
+
+def check_share(batch_size: int, start_position: int, rank: int, world_size: int) -> None:
+    """Raise UserError unless a batch of `batch_size` divides over the processes and the numbers make sense."""
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(
+            f"The batch size must be a positive multiple of the number of processes {world_size}, got {batch_size}. "
+            f"Take {max(batch_size // world_size, 1) * world_size}."
+        )
+    if start_position < 0 or not 0 <= rank < world_size:
+        raise UserError(
+            f"Positions and ranks count from 0, got position {start_position}, rank {rank} of {world_size}."
+        )
+
+
+def usable_processors() -> int:
+    """Processors that this process may run on: a batch system or a container may leave it few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Worker:
+    """A fresh process that makes batches, and the pipe to it.
+
+    Arrays go through the pipe as bytes: containers have little shared memory, and nothing here needs any. A process
+    that dies closes its end, which ends every wait for it.
+    """
+
+    def __init__(self, context: BaseContext, dataset: Dataset[Sample]) -> None:
+        self._pipe, other_end = context.Pipe()
+        self._process: Any = context.Process(target=_serve, args=(other_end, dataset), daemon=True)  # pyright: ignore[reportAttributeAccessIssue]
+        self._process.start()
+        other_end.close()
+        # it ignores SIGTERM, with which Python would end it at exit
+        Finalize(self, self._process.kill, exitpriority=10)
+
+    def ask(self, positions: list[int]) -> None:
+        """Let it make the batch of these positions."""
+        try:
+            self._pipe.send(positions)
+        except OSError as error:
+            raise self._died() from error
+
+    def answer(self) -> Batch:
+        """The batch that was asked for first, as soon as it is made."""
+        try:
+            described = self._pipe.recv()
+            if isinstance(described, Exception):
+                raise described
+            batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in described.items()}
+            for tensor in batch.values():
+                self._pipe.recv_bytes_into(_bytes_of(tensor))
+        except (EOFError, ConnectionError) as error:
+            raise self._died() from error
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def _died(self) -> UserError:
+        self._process.join(10)
+        return UserError(
+            f"processes that read images must stay alive, got one that ended with code {self._process.exitcode} (-9: "
+            "killed, mostly because memory ran out). Pass a smaller --num-workers, or 0 to read without; a script that "
+            'asks for workers starts with `if __name__ == "__main__":`.'
+        )
+
+
+def worker_batches(dataset: Dataset[Sample], slices: Iterator[list[int]], num_workers: int) -> Iterator[Batch]:
+    """The batches that `dataset.__getitems__` makes of these lists, in order, made by `num_workers` fresh processes.
+
+    Raises:
+        UserError: a process died.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["isthmus.data.batches"])  # import torch once, not once per worker
+    return _in_turn([_Worker(context, dataset) for _ in range(num_workers)], slices)
+
+
+def _in_turn(workers: list[_Worker], slices: Iterator[list[int]]) -> Iterator[Batch]:
+    """Every worker has two lists to work on; a thread takes the batches over while the caller uses earlier ones."""
+    # a thread starts on the first GPU, where pinning would take memory; -1 is no GPU at all
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    reader = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+    due: deque[tuple[_Worker, Future[Batch]]] = deque()
+    try:
+        for worker, positions in zip(workers * _AHEAD, slices, strict=False):
+            worker.ask(positions)
+            due.append((worker, reader.submit(worker.answer)))
+        while due:
+            worker, batch = due.popleft()
+            yield batch.result()
+            for positions in islice(slices, 1):
+                worker.ask(positions)
+                due.append((worker, reader.submit(worker.answer)))
+    finally:
+        for worker in workers:
+            worker.close()
+        reader.shutdown(cancel_futures=True)
+
+
+def _serve(pipe: Connection, dataset: Dataset[Sample]) -> None:
+    """A worker's life: lists of positions in, batches out, until the other end is closed."""
+    # the parent decides what a signal means, also one that reaches all its processes
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            positions = pipe.recv()
+            try:
+                batch: Batch = dataset.__getitems__(positions)  # pyright: ignore[reportAttributeAccessIssue]
+            except Exception as error:
+                pipe.send(_as_sent(error))
+                continue
+            pipe.send({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items()})
+            for tensor in batch.values():
+                pipe.send_bytes(_bytes_of(tensor.contiguous()))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.numpy().reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]  an array is a buffer
+
+
+def _as_sent(error: Exception) -> Exception:
+    """The error with its traceback in words; where it cannot be sent, the words alone."""
+    words = "".join(traceback.format_exception(error))
+    try:
+        error.add_note(words)
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(words)

@@ -13,11 +13,10 @@ from tqdm.auto import tqdm
 
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
-from isthmus.evaluation.class_scores import NearestClassMean
-from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
-from isthmus.evaluation.features import extract_features, source_images
+from isthmus.evaluation.classes import NearestClassMean
+from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network, source_images
 from isthmus.evaluation.neighbours import memorised
-from isthmus.evaluation.training_views import training_views
+from isthmus.evaluation.reference import training_views
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.loading import AnyPipeline
 from isthmus.training.config import Run

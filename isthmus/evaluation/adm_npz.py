@@ -18,8 +18,8 @@ from typing import IO, BinaryIO, Literal, cast
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from isthmus.data.cache import write_whole
 from isthmus.errors import UserError
+from isthmus.files import write_whole
 
 _FAILURES = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 _VALUES_AT_ONCE = 2**20

@@ -4,59 +4,300 @@ Everything on disk is made once: samples in chunks, then evaluation.json, then t
 there only writes the report again.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
-from isthmus.evaluation.adm_npz import write_adm_images
-from isthmus.evaluation.circumstances import circumstances
-from isthmus.evaluation.evaluation_folder import (
-    NPZ,
-    SAMPLES_FOLDER,
-    STATISTICS,
-    SWEEP_FOLDER,
-    finish,
-    remove_by_products,
-    scored_record,
-    write_sample_statistics,
+from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_adm_images, write_statistics
+from isthmus.evaluation.classes import UNKNOWN, balance_words
+from isthmus.evaluation.drawing import Balance, ModelSamples, choose_classes, model_samples, model_subject
+from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
+from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
+from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores, stage_lengths
+from isthmus.evaluation.images import ImageSet, Picture, open_images
+from isthmus.evaluation.record import (
+    RECORD,
+    Curve,
+    EvaluationRecord,
+    Protocol,
+    Score,
+    Subject,
+    circumstances,
+    outdated_subject,
+    read_record,
+    write_record,
 )
-from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
-from isthmus.evaluation.guards import check_duplicates, pixel_digest
-from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
-from isthmus.evaluation.image_sets import ImageSet, Picture
-from isthmus.evaluation.likelihood_scores import stage_lengths
-from isthmus.evaluation.model_samples import (
-    Balance,
-    ModelSamples,
-    choose_classes,
-    model_samples,
-    model_subject,
-)
-from isthmus.evaluation.processes import launched_processes
-from isthmus.evaluation.protocol import Curve, EvaluationRecord, Protocol, Subject, write_record
-from isthmus.evaluation.real_side import (
+from isthmus.evaluation.reference import (
     DataSplits,
     RealSide,
     RealSides,
     Reference,
     choose_reference,
+    measure_real_side,
     open_splits,
 )
-from isthmus.evaluation.reference_facts import data_facts, fitting, protocol_of
-from isthmus.evaluation.report_pictures import look_at_samples
-from isthmus.evaluation.scoring import score_samples
-from isthmus.evaluation.usage import code_counts, usage_curves
-from isthmus.files import alone_in
-from isthmus.functional.guidance import Guidance
-from isthmus.generation.options import guidance_text
+from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
+from isthmus.evaluation.sample_scores import data_facts, fitting, protocol_of, score_samples
+from isthmus.evaluation.scores import Features
+from isthmus.evaluation.statistics import GaussianStatistics
+from isthmus.files import alone_in, contents
+from isthmus.nn.guidance import Guidance
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import choose_device, dtype_name, load_pipeline
+from isthmus.pipelines.options import guidance_text
+from isthmus.processes import is_first_process, launched_processes
+
+
+def code_counts(
+    token_ids: Int[np.ndarray, "n l"], lengths: Sequence[int], codebook_size: int
+) -> Int[np.ndarray, "s k"]:
+    """How often every code occurs in every step; steps that hold no token (a short run) count nothing.
+
+    >>> code_counts(np.array([[0, 1, 1]]), (1, 2), 3).tolist()
+    [[1, 0, 0], [0, 2, 0]]
+    """
+    ends = np.minimum(np.cumsum(lengths), token_ids.shape[1])
+    starts = np.concatenate([[0], ends[:-1]])
+    parts = [token_ids[:, start:end].reshape(-1) for start, end in zip(starts, ends, strict=True)]
+    return np.stack([np.bincount(part, minlength=codebook_size) for part in parts]).astype(np.int64)
+
+
+def usage_curves(counts: Int[np.ndarray, "s k"], names: Sequence[str], along: str) -> list[Curve]:
+    """Share of the codes in use, and the perplexity of their frequencies, by step."""
+    used = (counts > 0).mean(axis=1)
+    return [
+        Curve(name="codes in use (share)", along=along, positions=tuple(names), values=tuple(map(float, used))),
+        Curve(
+            name="perplexity of the codes",
+            along=along,
+            positions=tuple(names),
+            values=tuple(map(float, _perplexity(counts))),
+        ),
+    ]
+
+
+def _perplexity(counts: Int[np.ndarray, "s k"]) -> Float[np.ndarray, " s"]:
+    """Perplexity, exp of the entropy of each row's frequencies; 1 where one code is always drawn."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    logs = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
+    return np.exp(-(shares * logs).sum(axis=1))
+
+
+logger = logging.getLogger("isthmus")
+
+SAMPLES_FOLDER, SWEEP_FOLDER = "samples", "sweep"
+NPZ, STATISTICS = "samples.npz", "statistics.npz"
+
+# what an evaluation writes: a folder that holds nothing else may be scored (again)
+_OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, NPZ, STATISTICS, *REPORT_FILES))
+
+
+def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
+    """The record of an earlier run that scored the same samples in the same way; None where they are to be scored.
+
+    Its `measures` tell what was measured on held-out images; they are empty where that stage did not end.
+
+    Raises:
+        UserError: `out` is a file, or holds the evaluation of something else, or other things.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
+    if not (out / RECORD).is_file():
+        names = [path.name for path in contents(out)]
+        # a killed process may have left a .partial
+        foreign = [name for name in names if name not in _OURS and not name.endswith(".partial")]
+        if foreign:
+            raise UserError(
+                f"--out must be new, empty or the folder of an evaluation, got {out} with {foreign[0]} in it. "
+                "Choose another folder."
+            )
+        return None
+    outdated = outdated_subject(out)
+    before = None if outdated is not None else read_record(out)
+    measured = outdated if before is None else before.subject
+    assert measured is not None, "a record is outdated or it is not"
+    # a model that was moved is the same model
+    if replace(measured, name=subject.name) != subject:
+        raise UserError(
+            f"{out} holds the evaluation of {measured.name} with other weights or options. "
+            "Choose another --out; nothing is overwritten."
+        )
+    if before is None:
+        logger.info("%s is scored again: an earlier version of Isthmus measured it", out)
+        return None
+    if before.protocol != protocol or list(before.sweep) != sweep:
+        logger.info("%s is scored again: it was measured in another way before", out)
+        return None
+    return before
+
+
+def write_sample_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
+    """Write mean and covariance of the features in the headline space, as --reference reads them, and their origin."""
+    space, width = next(iter(network.spaces.items()))
+    statistics = GaussianStatistics(width)
+    statistics.update(features[space])
+    origin = StatisticsOrigin(space, network.weights_sha256, network.preprocessing, statistics.count)
+    write_statistics(path, AdmStatistics(statistics.mean.numpy(), statistics.covariance.numpy(), origin))
+
+
+def remove_by_products(out: Path) -> None:
+    """Delete samples.npz and statistics.npz of an earlier scoring: beside a new record they would be of other samples.
+
+    What a command asks for is written again.
+    """
+    for name in (NPZ, STATISTICS):
+        (out / name).unlink(missing_ok=True)
+
+
+def finish(record: EvaluationRecord, out: Path) -> None:
+    """Write the report, and say the first scores and where the others are."""
+    write_report(record, out)
+    for warning in record.warnings:
+        logger.info("%s", warning)
+    for score in record.scores[:4]:
+        logger.info("%s", _line(score))
+    logger.info(
+        "N = %d, n = %d; all scores: %s", record.protocol.num_samples, record.protocol.chunk_images, out / "report.md"
+    )
+
+
+def _line(score: Score) -> str:
+    beside = [
+        f"{name} {value:.4g}"
+        for name, value in (("floor", score.floor), ("ceiling", score.ceiling))
+        if value is not None
+    ]
+    return f"{score.name}: {score.value:.4g}" + (f" ({', '.join(beside)})" if beside else "")
+
+
+@alone_in("out")
+def evaluate_images(
+    samples: Path,
+    out: Path,
+    *,
+    reference: Path | None = None,
+    data: str | None = None,
+    classes: Sequence[str] = (),
+    columns: WantedColumns = ANY_COLUMNS,
+    features: str = "lite0",
+    statistics: bool = False,
+    device: str = "auto",
+) -> None:
+    """Score anyone's images: an .npz file or a folder, against another or against a data set.
+
+    Of several processes under torchrun the first one works; there is nothing to share.
+
+    Args:
+        samples: as for `open_images`.
+        out: folder of evaluation.json and the report; new, or of the same images.
+        reference: images or statistics to measure against; None takes those of the data set.
+        data: data set whose training images judge classes and copies; None leaves both out.
+        classes: of the data; none are all.
+        columns: of an hf: table.
+        features: as for `feature_network`.
+        statistics: also write statistics.npz, mean and covariance of the images' features.
+        device: where features are computed.
+
+    Raises:
+        UserError: an argument is not usable, a guard refuses, or `out` holds something else.
+    """
+    if not is_first_process():
+        return  # there is nothing to draw, so nothing to share
+    where = choose_device(device)
+    network = feature_network(features, device=where)
+    images = open_images(samples)
+    size = images.size()
+    if data is not None and size[0] != size[1]:
+        raise UserError(f"a data set is brought to square images, the samples are {size}. Pass --reference instead.")
+    splits = None
+    if data is not None:
+        splits = open_splits(data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns)
+    against = fitting(choose_reference(splits, reference, size=size), network, size)
+    known = matched_classes(images, splits)
+    protocol = protocol_of(network, against, splits, len(images), size, known.balance)
+    subject = Subject(
+        name=str(samples), kind="images from elsewhere", fingerprint=images.fingerprint, sampling={}, steering={}
+    )
+    done = scored_record(out, protocol, subject, sweep=[])
+    start = time.perf_counter()
+    found = {}
+    if done is None or statistics:
+        check_value_range(images)
+        found = extract_features(network, images.shown("samples"))
+    if done is None:
+        remove_by_products(out)
+    if statistics:
+        write_sample_statistics(out / STATISTICS, found, network)
+    if done is None:
+        real = measure_real_side(against, splits, network, protocol.chunk_images)
+        scored = score_samples(found, known.labels, against, real, network, known.names)
+        warning = look_at_samples(images, known.labels, known.names, out, scored.neighbours, splits)
+        done = EvaluationRecord(
+            protocol=protocol,
+            subject=subject,
+            data={} if splits is None else data_facts(splits),
+            circumstances=circumstances(where, processes=1) | {"seconds": {"all": time.perf_counter() - start}},
+            warnings=tuple(one for one in (*scored.warnings, warning, known.warning) if one),
+            scores=scored.scores,
+            class_scores=scored.by_class,
+            measures={},
+            sweep={},
+        )
+        write_record(done, out)
+    finish(done, out)
+
+
+@dataclass(frozen=True, eq=False)
+class MatchedClasses:
+    """Classes of images from elsewhere, as far as they are known.
+
+    Attributes:
+        labels: in the order of the data set; None where they cannot be told.
+        names: classes of the data set; empty where labels cannot be told.
+        balance: how often each class occurs, in words.
+        warning: why class scores are left out, or None.
+    """
+
+    labels: Int[np.ndarray, " n"] | None
+    names: tuple[str, ...]
+    balance: str
+    warning: str | None
+
+
+def matched_classes(images: ImageSet, data: DataSplits | None) -> MatchedClasses:
+    """Classes by their names alone: a number says nothing about the order of the classes in another place."""
+    if images.labels is None:
+        return MatchedClasses(None, (), UNKNOWN, None)
+    if data is None or not data.class_names:
+        named = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
+        return MatchedClasses(None, (), balance_words(images.labels, named), None)
+    names = data.class_names
+    if not images.class_names:
+        return _unmatched(images, f"labels without names, which cannot be matched with the classes of {data.spec}")
+    used = np.unique(images.labels)
+    absent = [images.class_names[label] for label in used if images.class_names[label] not in names]
+    if absent:
+        return _unmatched(images, f"the class {absent[0]}, which {data.spec} has not")
+    places = np.array([names.index(name) if name in names else -1 for name in images.class_names])
+    labels = places[images.labels]
+    return MatchedClasses(labels, names, balance_words(labels, names, data.class_counts()), None)
+
+
+def _unmatched(images: ImageSet, what: str) -> MatchedClasses:
+    assert images.labels is not None, "only labelled images can fail to match"
+    named = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
+    warning = f"The samples have {what}: class scores are left out."
+    if len(np.unique(images.labels)) == 1:
+        warning += " All samples have one label: a reference of several classes is far from them for that alone."
+    return MatchedClasses(None, (), balance_words(images.labels, named), warning)
 
 
 @alone_in("out")

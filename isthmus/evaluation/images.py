@@ -1,6 +1,7 @@
 """Images to measure or to measure against, wherever they lie: read one after the other, at one size.
 
-A folder of samples (`isthmus sample`, `isthmus evaluate`), a folder of image files, an ADM `.npz`, or a data set.
+A folder of samples (`isthmus sample`, `isthmus evaluate`), a folder of image files, an ADM `.npz`, or a data set; and
+images made worse by a known amount: the ceiling beside every distance, and what a distance must grow with.
 """
 
 import hashlib
@@ -18,17 +19,16 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from isthmus.data.augment import centre_view
-from isthmus.data.cache import sha256_of_file, sha256_of_parts
-from isthmus.data.decode import UnreadableImage, decode_image
-from isthmus.data.folder import FolderSource
-from isthmus.data.folder_layout import folder_layout
+from isthmus.data.folder import FolderSource, folder_layout
+from isthmus.data.images import UnreadableImage, centre_view, decode_image
 from isthmus.data.opening import BUILT_IN
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import read_adm_images
-from isthmus.evaluation.protocol import number_of_samples
+from isthmus.evaluation.record import number_of_samples
 from isthmus.evaluation.samples import chunk_number, labels_and_names, read_chunk
+from isthmus.files import sha256_of_file, sha256_of_parts
+from isthmus.nn.draws import NOISE, stream
 from isthmus.pictures import spread
 
 Picture = UInt8[np.ndarray, "h w 3"]
@@ -279,3 +279,62 @@ def _digest_of(images: Iterable[Picture]) -> str:
     for image in images:
         digest.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
     return digest.hexdigest()
+
+
+AnyPicture = UInt8[np.ndarray, "_ _ 3"]
+
+RUINED_BLUR = 0.25
+"""Deviation of the blur that leaves mean colour and a shimmer of layout, as a share of the shorter side."""
+
+_TRUNCATE = 4  # a Gaussian is cut off so many deviations from its middle
+
+
+def blurred(image_uint8: AnyPicture, deviation_px: float) -> AnyPicture:
+    """The image under a Gaussian of this standard deviation, edges mirrored.
+
+    Raises:
+        UserError: a deviation below 0.
+
+    >>> blurred(np.full((4, 5, 3), 7, np.uint8), 1.5).tolist() == np.full((4, 5, 3), 7).tolist()
+    True
+    """
+    if deviation_px < 0:
+        raise UserError(f"the deviation of a blur must be at least 0 px, got {deviation_px}.")
+    if deviation_px == 0:
+        return image_uint8.copy()
+    radius = max(int(_TRUNCATE * deviation_px + 0.5), 1)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation_px) ** 2)
+    kernel /= kernel.sum()
+    values = image_uint8.astype(np.float64)
+    for axis in (0, 1):
+        values = np.tensordot(_taps(image_uint8.shape[axis], kernel), np.moveaxis(values, axis, 0), axes=1)
+        values = np.moveaxis(values, 0, axis)
+    return values.round().clip(0, 255).astype(np.uint8)
+
+
+def noisy(image_uint8: AnyPicture, level: float, *, seed: int = 0, index: int = 0) -> AnyPicture:
+    """The image plus normal noise of `level` (a share of the range 0..255), from the stream of (seed, index).
+
+    Raises:
+        UserError: a level below 0.
+    """
+    if level < 0:
+        raise UserError(f"the level of noise must be at least 0, got {level}.")
+    noise = stream(seed, NOISE, index).standard_normal(image_uint8.shape)
+    return (image_uint8 + 255 * level * noise).round().clip(0, 255).astype(np.uint8)
+
+
+def ruined(images_uint8: Iterable[AnyPicture]) -> Iterator[AnyPicture]:
+    """Every image blurred until mean colour and a shimmer of layout are left: what a model at its worst could draw."""
+    for image in images_uint8:
+        yield blurred(image, RUINED_BLUR * min(image.shape[:2]))
+
+
+def _taps(length: int, kernel: np.ndarray) -> np.ndarray:
+    """The matrix (length, length) of a convolution along one axis, with mirrored edges."""
+    radius = len(kernel) // 2
+    matrix = np.zeros((length, length))
+    for offset, weight in zip(range(-radius, radius + 1), kernel, strict=True):
+        place = (np.arange(length) + offset) % (2 * length)
+        matrix[np.arange(length), np.where(place < length, place, 2 * length - 1 - place)] += weight
+    return matrix

@@ -8,21 +8,104 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from isthmus.data.cache import sha256_of_file, sha256_of_parts
 from isthmus.data.opening import BUILT_IN, open_source, parse_spec
-from isthmus.data.source import ANY_COLUMNS, WantedColumns
+from isthmus.data.source import ANY_COLUMNS, ImageSource, WantedColumns
+from isthmus.data.views import random_view
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin, kind_of_npz, read_statistics
-from isthmus.evaluation.degradations import ruined
-from isthmus.evaluation.feature_networks import FeatureNetwork
-from isthmus.evaluation.features import extract_features
-from isthmus.evaluation.generation_scores import Features, LabelledFeatures, RealFeatures, Rows
+from isthmus.evaluation.features import FeatureNetwork, extract_features
 from isthmus.evaluation.guards import check_reference, check_value_range, pixel_digest
-from isthmus.evaluation.image_sets import ImageSet, Picture, joined, local_path, open_images, real_images, some
+from isthmus.evaluation.images import ImageSet, Picture, joined, local_path, open_images, real_images, ruined, some
 from isthmus.evaluation.neighbours import COPY_QUANTILE, nearest_neighbours
-from isthmus.evaluation.reference_halves import disjoint_halves, images_per_measurement
+from isthmus.evaluation.scores import Features, LabelledFeatures, RealFeatures, Rows
 from isthmus.evaluation.statistics import Gaussian
-from isthmus.evaluation.training_views import training_views, view_words
+from isthmus.files import sha256_of_file, sha256_of_parts
+from isthmus.nn.draws import AUGMENT, SPLIT, stream
+
+
+def images_per_measurement(num_samples: int, num_real: int) -> int:
+    """n: the size at which floor, ceiling and score are all computed, min(N, half the real images).
+
+    Raises:
+        UserError: there are too few images on either side.
+    """
+    n = min(num_samples, num_real // 2)
+    if n < 2:
+        raise UserError(
+            f"a comparison needs at least 2 samples and 4 real images, got {num_samples} and {num_real}. Pass more."
+        )
+    return n
+
+
+def disjoint_halves(
+    labels: Int[np.ndarray, " n"], size: int, *, seed: int = 0
+) -> tuple[Int[np.ndarray, " size"], Int[np.ndarray, " size"]]:
+    """Indices of two disjoint sets of `size` images, both with the class frequencies of all images.
+
+    Fixed by the labels and the seed; the default is part of the protocol. Unlabelled images have one label.
+
+    Raises:
+        UserError: `size` is more than half of the images.
+    """
+    if not 1 <= size <= len(labels) // 2:
+        raise UserError(f"a half must hold 1..{len(labels) // 2} of {len(labels)} images, got {size}.")
+    generator, dealt = stream(seed, SPLIT), 0
+    sides, places = np.empty(len(labels), np.int64), np.empty(len(labels))
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        # dealt out like cards; where in its class an image stands orders each half, so that any first part is mixed
+        sides[members] = (dealt + np.arange(len(members))) % 2
+        places[members] = (np.arange(len(members)) + 0.5) / len(members)
+        dealt += len(members)
+    order = np.argsort(places, kind="stable")
+    first, second = (order[sides[order] == side][:size] for side in (0, 1))
+    return first, second
+
+
+# marks the streams of these views: training's own have one number after the purpose
+_MEASURED = 1
+
+
+def training_views(source: ImageSource, image_size: int, count: int, *, seed: int = 0) -> ImageSet:
+    """`count` fresh views of images that are evenly spread over the split, with the set's own augmentation.
+
+    Args:
+        source: a split: training images as training sees them, or held-out ones changed alike.
+        image_size: side in pixels.
+        count: how many views; an image is seen again where there are more of them than images.
+        seed: view k is drawn from (seed, k).
+    """
+    chosen = np.arange(count) * len(source) // count
+
+    def at(index: int) -> Picture:
+        generator = stream(seed, AUGMENT, index, _MEASURED)
+        return random_view(source, int(chosen[index]), image_size, source.augmentation, generator)
+
+    return ImageSet(
+        "views",
+        sha256_of_parts(source.fingerprint, image_size, repr(source.augmentation), count, seed),
+        source.labels[chosen] if source.class_names else None,
+        source.class_names,
+        count,
+        lambda: (at(index) for index in range(count)),
+        at,
+    )
+
+
+def view_words(source: ImageSource) -> str:
+    """What training does to the images of a split, in words."""
+    augment, done = source.augmentation, []
+    if type(source).draw is not ImageSource.draw:
+        done.append("cut afresh")
+    if augment.resize_ratio > 1:
+        done.append("cropped")
+    if augment.max_shift > 0:
+        done.append("shifted")
+    if augment.flip and bool(source.flip.any()):
+        done.append("mirrored")
+    listed = " and ".join(filter(None, (", ".join(done[:-1]), *done[-1:])))
+    return "training images as training sees them" + (f", {listed}" if listed else "")
+
 
 TRAINING_LIMIT = 50_000
 """Training images that are measured (class means, nearest neighbours); of larger sets evenly spread ones are taken."""

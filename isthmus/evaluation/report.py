@@ -1,6 +1,5 @@
-"""report.md and report.html of an evaluation: every number with what it takes to read it.
-
-A report is written once, as Markdown; the page is made from it.
+"""The report of an evaluation: every number with what it takes to read it, pictures, and a table of several
+evaluations.
 """
 
 import base64
@@ -8,13 +7,123 @@ import html
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from isthmus.data.cache import write_whole
-from isthmus.evaluation.protocol import EvaluationRecord, Score, Subject
-from isthmus.evaluation.report_pictures import NEIGHBOURS, SAMPLES
-from isthmus.evaluation.report_plots import CURVES, SWEEP, draw_curves, draw_sweep
-from isthmus.generation.options import SamplingOptions
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from isthmus.errors import UserError
+from isthmus.evaluation.guards import check_duplicates, pixel_digest
+from isthmus.evaluation.images import ImageSet, Picture
+from isthmus.evaluation.record import Curve, EvaluationRecord, Score, Subject, read_record, same_protocol
+from isthmus.evaluation.reference import DataSplits
+from isthmus.evaluation.sample_scores import Neighbours
+from isthmus.files import write_whole
+from isthmus.pictures import draw_grid, save_picture, table
+from isthmus.pipelines.options import SamplingOptions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES, SWEEP = "curves.png", "sweep.png"
+_SWEPT = 6  # scores of a sweep that are drawn
+
+
+def draw_curves(curves: Sequence[Curve], path: Path) -> None:
+    """One panel per curve."""
+
+    def draw(panel: "Axes", curve: Curve) -> None:
+        _line(panel, curve.name, curve.positions, curve.values)
+        panel.set_xlabel(curve.along)
+
+    draw_grid(curves, draw, path)
+
+
+def draw_sweep(record: EvaluationRecord, path: Path) -> None:
+    """One panel per score: its value against guidance, with the floor as a line."""
+
+    def draw(panel: "Axes", name: str) -> None:
+        found: dict[str, Score] = {
+            guidance: score for guidance, scores in record.sweep.items() for score in scores if score.name == name
+        }
+        _line(panel, name, tuple(found), tuple(score.value for score in found.values()))
+        panel.set_xlabel("guidance")
+        floor = next(iter(found.values())).floor
+        if floor is not None:
+            panel.axhline(floor, color="tab:green", linestyle="--", label="real images")
+            panel.legend(fontsize=8)
+
+    draw_grid([score.name for score in next(iter(record.sweep.values()))][:_SWEPT], draw, path)
+
+
+def _line(panel: "Axes", title: str, positions: Sequence[str], values: Sequence[float]) -> None:
+    places = list(range(len(positions)))
+    panel.plot(places, values, marker="o", markersize=3)
+    shown = places[:: max(1, len(places) // 8)]
+    panel.set_xticks(shown, [positions[i] for i in shown], fontsize=8)
+    panel.set_title(title, fontsize=10)
+    panel.grid(alpha=0.3)
+
+
+SAMPLES, NEIGHBOURS = "samples.png", "neighbours.png"
+_ROWS, _COLUMNS, _PAIRS = 20, 10, 10
+
+
+def look_at_samples(
+    images: ImageSet,
+    labels: Int[np.ndarray, " n"] | None,
+    names: Sequence[str],
+    out: Path,
+    neighbours: Neighbours | None,
+    data: DataSplits | None,
+) -> str | None:
+    """Read the samples once: save samples.png and neighbours.png, and say how many are duplicates.
+
+    Raises:
+        UserError: most samples are duplicates.
+    """
+    for earlier in (SAMPLES, NEIGHBOURS):
+        (out / earlier).unlink(missing_ok=True)
+    grid = _grid_places(images, labels)
+    pairs = [] if neighbours is None else _pair_places(neighbours)
+    wanted = {index for _, row in grid for index in row} | set(pairs)
+    kept: dict[int, Picture] = {}
+    digests = []
+    for index, image in enumerate(images):
+        digests.append(pixel_digest(image))
+        if index in wanted:
+            kept[index] = image
+    warning = check_duplicates(digests)
+    rows = [[Image.fromarray(kept[index]) for index in row] for _, row in grid]
+    shown = [names[label] for label, _ in grid] if names and labels is not None else []
+    save_picture(table(rows, row_names=shown), out / SAMPLES)
+    if neighbours is not None and data is not None and data.train.at is not None:
+        above = [Image.fromarray(kept[index]) for index in pairs]
+        below = [Image.fromarray(data.train.at(int(neighbours.index[index]))) for index in pairs]
+        columns = [f"{neighbours.distance[index]:.3g}" for index in pairs]
+        picture = table([above, below], row_names=["sample", "training"], column_names=columns)
+        save_picture(picture, out / NEIGHBOURS)
+    return warning
+
+
+def _grid_places(images: ImageSet, labels: Int[np.ndarray, " n"] | None) -> list[tuple[int, list[int]]]:
+    """Labels and numbers of the images shown: rows are the first classes, or just rows."""
+    if labels is None or labels.max() == 0:
+        count = min(len(images), _COLUMNS * 4)
+        return [(0, list(range(start, min(start + _COLUMNS, count)))) for start in range(0, count, _COLUMNS)]
+    rows = [(int(label), np.flatnonzero(labels == label)[:_COLUMNS].tolist()) for label in np.unique(labels)]
+    return rows[:_ROWS]
+
+
+def _pair_places(neighbours: Neighbours) -> list[int]:
+    """The samples nearest to a training image, half of those shown, then evenly spread ones from near to far."""
+    order = np.argsort(neighbours.distance, kind="stable")
+    near = order[: _PAIRS // 2]
+    rest = order[_PAIRS // 2 :]
+    spread = rest[np.linspace(0, len(rest) - 1, min(_PAIRS - len(near), len(rest))).round().astype(int)]
+    return [int(index) for index in (*near, *spread)]
+
 
 logger = logging.getLogger("isthmus")
 
@@ -237,3 +346,69 @@ def _text(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(_text, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def compare(folders: Sequence[Path]) -> str:
+    """Markdown: a row per score, a column per evaluation.
+
+    Raises:
+        UserError: fewer than two evaluations, one cannot be read, or two were measured in different ways; the message
+            says in what.
+    """
+    if len(folders) < 2:
+        raise UserError(f"a comparison needs at least two evaluations, got {len(folders)}. Pass their folders.")
+    records = [read_record(folder) for folder in folders]
+    for folder, record in zip(folders[1:], records[1:], strict=True):
+        differences = same_protocol(records[0], record)
+        if differences:
+            raise UserError(
+                f"{folders[0]} and {folder} were measured in different ways, so their scores do not compare: "
+                f"{'; '.join(differences)}. Evaluate one of them again in the way of the other."
+            )
+    return joined(
+        [
+            "# Comparison",
+            _protocol(records[0]),
+            markdown_table(("", *_column_names(folders)), _subject_rows(records)),
+            markdown_table(("score", "better", *_column_names(folders), "floor", "ceiling"), _score_rows(records)),
+            "Uncertainty: [95 % interval] of a mean over images, else +- deviation between chunks of samples. "
+            "Likelihoods are those of tokens: they compare only between models on one image tokenizer.",
+        ]
+    )
+
+
+def _protocol(record: EvaluationRecord) -> str:
+    protocol = record.protocol
+    return (
+        f"N = {protocol.num_samples} samples each ({protocol.balance}), n = {protocol.chunk_images} per measurement, "
+        f"features {protocol.features}, {protocol.image_size} px, reference: {protocol.reference}."
+    )
+
+
+def _column_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, or their whole paths where names repeat."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _subject_rows(records: Sequence[EvaluationRecord]) -> list[tuple[str, ...]]:
+    facts = {
+        "model": [record.subject.name for record in records],
+        "kind": [record.subject.kind for record in records],
+        "seed": [str(record.subject.seed) for record in records],
+        "sampling": [sampling_words(record.subject) for record in records],
+        "warnings": [str(len(record.warnings)) for record in records],
+    }
+    return [(name, *values) for name, values in facts.items()]
+
+
+def _score_rows(records: Sequence[EvaluationRecord]) -> list[tuple[str, ...]]:
+    """Scores that any evaluation has, in the order of the first that has them."""
+    names = dict.fromkeys(score.name for record in records for score in (*record.scores, *record.held_out))
+    rows = []
+    for name in names:
+        found = [record.score(name) for record in records]
+        first = next(score for score in found if score is not None)
+        cells = ["" if score is None else with_spread(score) for score in found]
+        rows.append((name, first.better, *cells, number(first.floor), number(first.ceiling)))
+    return rows

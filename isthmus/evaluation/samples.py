@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from isthmus.data.cache import write_whole
 from isthmus.errors import UserError
+from isthmus.files import write_whole
 
 logger = logging.getLogger("isthmus")
 

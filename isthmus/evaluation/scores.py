@@ -6,21 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from isthmus.evaluation.class_scores import (
+from isthmus.evaluation.classes import (
     LinearProbe,
     NearestClassMean,
     accuracy_by_class,
     inception_score,
     intra_class_diversity,
 )
-from isthmus.evaluation.distances import frechet_over_chunks, kernel_distance
-from isthmus.evaluation.feature_networks import FeatureNetwork, score_name
+from isthmus.evaluation.features import FeatureNetwork, score_name
 from isthmus.evaluation.guards import FEWEST_FOR_FRECHET
-from isthmus.evaluation.intervals import bootstrap_interval, mean_interval, spread
 from isthmus.evaluation.neighbours import COPY_QUANTILE, copies, manifold_scores, nearer_than
-from isthmus.evaluation.protocol import Score
-from isthmus.evaluation.statistics import Gaussian, frechet_distance
-from isthmus.functional.draws import SPLIT, stream
+from isthmus.evaluation.record import Score
+from isthmus.evaluation.statistics import (
+    Gaussian,
+    bootstrap_interval,
+    frechet_distance,
+    frechet_over_chunks,
+    kernel_distance,
+    mean_interval,
+    spread,
+)
+from isthmus.nn.draws import SPLIT, stream
 
 Rows = Float[np.ndarray, "_ d"]
 Features = dict[str, Float[np.ndarray, "_ _"]]

@@ -1,18 +1,21 @@
-"""Published VAR files to Isthmus models: keys renamed one by one, sizes read off the file, nothing dropped in silence.
-
-The published layouts are described key by key in the tables below; what a file holds beyond them is an error.
-"""
+"""Published VAR files to Isthmus models: keys renamed one by one, sizes read off the file, none dropped in silence."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from isthmus.conversion.renaming import Converted, indexed, load_strict, rename, require
 from isthmus.errors import UserError
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.published import Converted, indexed, load_strict, read_weights, rename, require
 
 # (published key, our key); the first pattern that matches the whole key decides
 _TOKENIZER_KEYS = [
@@ -160,3 +163,78 @@ def build_prior(converted: Converted) -> NextScaleTransformer:
     model = NextScaleTransformer(**converted.arguments)
     load_strict(model, converted.state, "the prior file")
     return model.eval()
+
+
+_HITS = "quantize.ema_vocab_hit_SV"
+
+
+@dataclass
+class ConvertedVar:
+    """What `convert_var` returns.
+
+    Attributes:
+        pipeline: ready to draw and to save.
+        dropped_tokenizer_keys: published key -> why it is not needed.
+        dropped_prior_keys: the same for the prior's file.
+    """
+
+    pipeline: NextScalePipeline
+    dropped_tokenizer_keys: dict[str, str]
+    dropped_prior_keys: dict[str, str]
+
+
+def convert_var(
+    tokenizer: str | Path,
+    prior: str | Path,
+    *,
+    scale_attention: Literal["causal", "markov"] = "causal",
+    class_names: Sequence[str] = (),
+) -> ConvertedVar:
+    """Published VAR files to a pipeline; the tokenizer gets the prior's scales.
+
+    Sampling defaults are those of the published evaluation: guidance linear from 1 to 2.5 over the scales (its
+    cfg = 1.5), top_k 900 (or the whole codebook where that is smaller), top_p 0.96.
+
+    Raises:
+        UserError: a file is unreadable or of another kind, or the two do not belong together.
+    """
+    raw_tokenizer = read_weights(tokenizer, nested=("vae_local", "vae_wo_ddp", "vae"))
+    raw_prior = read_weights(prior, nested=("var_wo_ddp", "var"))
+    prior_parts = convert_prior_state(raw_prior, scale_attention)
+    wanted = prior_parts.arguments
+    # the file says for how many scales it counted code usage; phi is chosen by their number
+    num_scales = len(wanted["scale_sizes"])
+    counted = len(raw_tokenizer.get(_HITS, ())) or num_scales
+    if counted != num_scales:
+        raise UserError(
+            f"tokenizer and prior must have the same number of scales K, got {counted} in {tokenizer} and "
+            f"{num_scales} in {prior}. Pass the tokenizer that the prior was trained with."
+        )
+    tokenizer_parts = convert_tokenizer_state(raw_tokenizer, wanted["scale_sizes"])
+    for name in ("codebook_size", "codebook_dim"):
+        ours = tokenizer_parts.arguments[name]
+        if ours != wanted[name]:
+            raise UserError(
+                f"tokenizer and prior must have the same {name}, got {ours} in {tokenizer} and {wanted[name]} in "
+                f"{prior}. Pass the tokenizer that the prior was trained with."
+            )
+    if class_names and len(class_names) != wanted["num_classes"]:
+        raise UserError(
+            f"the prior has {wanted['num_classes']} classes, got {len(class_names)} names. "
+            "Pass one name per class, in the order of the class ids."
+        )
+    sampling = SamplingOptions(
+        guidance_scale=GuidanceSchedule("linear", 1.0, 2.5), top_k=min(900, wanted["codebook_size"]), top_p=0.96
+    )
+    pipeline = NextScalePipeline(
+        build_tokenizer(tokenizer_parts),
+        build_prior(prior_parts),
+        class_names=class_names,
+        sampling_defaults=sampling,
+        data={
+            "name": f"whatever {Path(prior).name} and {Path(tokenizer).name} were trained on",
+            "attribution": "that of the files this model was converted from, and of their training data.",
+        },
+        protocol=f"Converted from published VAR weights, scale_attention {scale_attention}; not trained further.",
+    )
+    return ConvertedVar(pipeline, tokenizer_parts.dropped, prior_parts.dropped)

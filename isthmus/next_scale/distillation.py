@@ -1,36 +1,258 @@
-"""What is particular about training a student on fewer scales, or under another mask, from a teacher.
+"""Scale distillation: a student on fewer scales, or under another mask, that starts as its teacher.
 
-Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion", scale distillation; spec of SRDD, 3.3.
+Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion", scale distillation (no details are published);
+spec of SRDD, 3.3.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from accelerate import PartialState
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
-from isthmus.functional.scale_distillation import check_student_sizes, removal_stages, shared_steps
-from isthmus.functional.shapes import ScaleTokens, TokenPyramid
-from isthmus.models.fingerprint import fingerprint
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.training.distill_config import DistillRun
-from isthmus.training.distillation_targets import TeacherRollouts, scale_divergence
-from isthmus.training.distilled_weights import student_of
-from isthmus.training.export import load_teacher
-from isthmus.training.images import open_splits
-from isthmus.training.next_scale_family import NextScaleFamily
-from isthmus.training.next_scale_prior import step_values
-from isthmus.training.objectives import PriorLosses, dropped_labels, next_scale_loss, path_factors, scale_weights
-from isthmus.training.run import STAGES
-from isthmus.training.schedule_encoder import encoder_for
+from isthmus.files import alone_in
+from isthmus.next_scale.export import load_teacher
+from isthmus.next_scale.pyramid import ScaleSchedule, next_scale_input
+from isthmus.next_scale.runs import DistillRun
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.train_prior import (
+    NextScaleFamily,
+    PriorLosses,
+    encoder_for,
+    next_scale_loss,
+    path_factors,
+    prior_cost,
+    scale_weights,
+    step_values,
+)
+from isthmus.next_scale.transformer import NextScaleTransformer, sampling_flops
+from isthmus.nn.component_files import read_config
+from isthmus.nn.draws import ROLLOUT, stream
+from isthmus.nn.guidance import guidance_at, listed
+from isthmus.nn.sampling import draw_tokens
+from isthmus.nn.saved_model import without_values
+from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
+from isthmus.nn.stored_llama import fingerprint
+from isthmus.pipelines.folder import model_folder
+from isthmus.pipelines.options import guidance_text, parse_guidance
+from isthmus.training.cost import Cost, report, training_source, work
+from isthmus.training.images import dropped_labels, open_splits
+from isthmus.training.run import STAGES, check_folder
+from isthmus.training.train_prior import train_prior
+
+
+def check_student_sizes(teacher_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The sides of a student's scales, as a tuple: some of the teacher's, its first and its last among them.
+
+    The first scale is drawn from the class alone, from a table that belongs to that side; the last is the latent grid;
+    and the tokenizer quantises a side with the phi that the parent schedule gives it.
+
+    Raises:
+        UserError: a side is not the teacher's, an end is missing, or the sides do not increase.
+
+    >>> check_student_sizes((1, 2, 3, 4, 6, 8), [1, 3, 8])
+    (1, 3, 8)
+    """
+    sizes, teacher_sizes = tuple(sizes), tuple(teacher_sizes)
+    allowed = set(sizes) <= set(teacher_sizes) and sizes == tuple(sorted(set(sizes)))
+    if not allowed or not sizes or (sizes[0], sizes[-1]) != (teacher_sizes[0], teacher_sizes[-1]):
+        raise UserError(
+            f"a student's scale_sizes must be some of the teacher's, {listed(teacher_sizes)}, increasing, with the "
+            f"first and the last: the tokenizer has no phi for other sides and the teacher no rows. Got "
+            f"{listed(sizes) or 'none'}. Nearest: {listed(nearest_sizes(teacher_sizes, sizes))}."
+        )
+    return sizes
+
+
+def nearest_sizes(teacher_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The student schedule nearest to what was asked for: every side replaced by the teacher's nearest.
+
+    >>> nearest_sizes((1, 2, 3, 4, 6, 8), (2, 3, 7, 16))
+    (1, 2, 3, 6, 8)
+    """
+    found = {min(teacher_sizes, key=lambda side, asked=asked: abs(side - asked)) for asked in sizes}
+    return tuple(sorted(found | {teacher_sizes[0], teacher_sizes[-1]}))
+
+
+def removal_stages(teacher_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Schedules on the way from the teacher's to `sizes`, one scale removed at a time, the finest first.
+
+    The last is `sizes`, which is also the only one where nothing is removed.
+
+    >>> removal_stages((1, 2, 3, 4), (1, 4))
+    ((1, 2, 4), (1, 4))
+    """
+    stages, current = [], tuple(teacher_sizes)
+    for side in sorted(set(teacher_sizes) - set(sizes), reverse=True):
+        current = tuple(s for s in current if s != side)
+        stages.append(current)
+    return tuple(stages) or (tuple(sizes),)
+
+
+def shared_steps(teacher_sizes: Sequence[int], sizes: Sequence[int], *, markov: bool) -> tuple[int, ...]:
+    """The student's scales at which its own input is one that the teacher knows.
+
+    markov (the teacher): those whose predecessor is the same in both schedules; the input is all that it reads.
+    Causal: the leading scales that both have, since it also reads the keys of every earlier scale.
+
+    >>> shared_steps((1, 2, 3, 4, 6), (1, 3, 4, 6), markov=True), shared_steps((1, 2, 3, 4), (1, 2, 4), markov=False)
+    ((0, 2, 3), (0, 1))
+    """
+    before = {side: previous for previous, side in pairwise((None, *teacher_sizes))}
+    same = [before[side] == previous for previous, side in pairwise((None, *sizes))]
+    if markov:
+        return tuple(k for k, shared in enumerate(same) if shared)
+    return tuple(k for k in range(len(same)) if all(same[: k + 1]))
+
+
+def scale_divergence(
+    teacher_logits: Float[Tensor, "b l v"], student_logits: Float[Tensor, "b l v"]
+) -> Float[Tensor, ""]:
+    """KL(teacher || student), mean over tokens, in nats.
+
+    It is the mean over rollouts of their cross-entropy, less the teacher's own entropy: where the teacher can be asked
+    about the student's input, no token has to be drawn.
+    """
+    theirs, ours = teacher_logits.float().log_softmax(dim=-1), student_logits.float().log_softmax(dim=-1)
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1).mean()
+
+
+def rollout_uniforms(
+    positions: Int[Tensor, " b"], schedule: ScaleSchedule, scale: int, *, seed: int
+) -> Float[Tensor, "b l"]:
+    """One number in [0, 1) per token of a scale that a teacher draws; decided per training position."""
+    rows = [stream(seed, ROLLOUT, int(position), scale).random(schedule.lengths[scale]) for position in positions]
+    return torch.from_numpy(np.stack(rows)).float().clamp_(max=1 - 2**-24)
+
+
+class TeacherRollouts:
+    """The teacher draws what lies between two scales of the student, from the image's own coarser scales.
+
+    With a < b two sides that follow each other in the student's schedule: the teacher takes the image's tokens of its
+    own schedule up to a and draws its scales in (a, b]. The step from the student's features after a to the teacher's
+    after b is then quantised at b: a target for the student, whose input at b are its own features after a.
+
+    Args:
+        tokenizer: frozen.
+        teacher: frozen; draws without guidance and filters.
+        schedule: the student's.
+        scales: the student's scales to make targets for, increasing, none of them the first.
+    """
+
+    def __init__(
+        self,
+        tokenizer: MultiScaleVQVAE,
+        teacher: NextScaleTransformer,
+        schedule: ScaleSchedule,
+        scales: Sequence[int],
+    ):
+        self.tokenizer, self.teacher, self.schedule, self.scales = tokenizer, teacher, schedule, tuple(scales)
+        self.teacher_schedule = tokenizer.schedule.derive(teacher.schedule.sizes)
+
+    @torch.no_grad()
+    def targets(
+        self,
+        labels: Int[Tensor, " b"],
+        token_ids: TokenPyramid,
+        teacher_ids: TokenPyramid,
+        positions: Int[Tensor, " b"],
+        *,
+        seed: int,
+    ) -> list[ScaleTokens]:
+        """Token ids for each of `scales`.
+
+        Args:
+            labels: class ids; the teacher gets the label that the student gets.
+            token_ids: the images under the student's schedule.
+            teacher_ids: the images under the teacher's.
+            positions: training positions, which the draws depend on.
+            seed: of the run.
+        """
+        tokenizer, theirs = self.tokenizer, self.teacher_schedule
+        ours = [scale.features for scale in tokenizer.token_scales(token_ids, self.schedule)]
+        known = [scale.features for scale in tokenizer.token_scales(teacher_ids, theirs)]
+        context = _TeacherContext(self.teacher, theirs, labels, known)
+        found = []
+        for scale in self.scales:
+            a, b = (theirs.sizes.index(self.schedule.sizes[k]) for k in (scale - 1, scale))
+            context.rewind(a + 1)
+            features = known[a]
+            for k in range(a + 1, b + 1):
+                uniforms = rollout_uniforms(positions, theirs, k, seed=seed)
+                drawn = draw_tokens(context.predict(k, features).float(), uniforms)
+                features = tokenizer.add_codes(features, tokenizer.lookup(drawn), k, theirs)
+            found.append(tokenizer.nearest_tokens(features - ours[scale - 1], self.schedule.sizes[scale]))
+        return found
+
+
+class _TeacherContext:
+    """The teacher behind the image's own tokens of its first scales, to be asked for the next one.
+
+    `known` holds the features after each of the image's own scales.
+    """
+
+    def __init__(
+        self,
+        teacher: NextScaleTransformer,
+        schedule: ScaleSchedule,
+        labels: Int[Tensor, " b"],
+        known: Sequence[LatentMap],
+    ):
+        self.teacher, self.schedule, self.known = teacher, schedule, known
+        self.conditioning = teacher.condition(labels)
+        self.cache = teacher.new_cache(len(labels))
+        self.read = 0  # of the image's own scales, how many the cache holds
+
+    def rewind(self, scales: int) -> None:
+        """Behind the image's own first `scales` scales, no fewer than before; draws are forgotten."""
+        if self.cache is None:
+            return
+        self.cache.truncate(self.schedule.offsets[self.read])
+        for k in range(self.read, scales):
+            self.predict(k, self.known[max(k - 1, 0)])
+        self.read = scales
+
+    def predict(self, scale: int, features: LatentMap) -> Float[Tensor, "b l v"]:
+        """Logits of `scale`, from the features of the scales before it; scale 0 reads none, whatever is passed."""
+        inputs = next_scale_input(features, self.schedule, scale)[:, : None if scale else 0]
+        return self.teacher.forward_scale(scale, inputs, self.conditioning, self.cache)
+
+
+def student_of(teacher: NextScaleTransformer, scale_sizes: Sequence[int], scale_attention: str) -> NextScaleTransformer:
+    """A transformer on `scale_sizes` with the teacher's weights.
+
+    Raises:
+        UserError: the sides are not some of the teacher's with its first and its last.
+    """
+    sizes = check_student_sizes(teacher.schedule.sizes, scale_sizes)
+    arguments: dict[str, Any] = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
+    student = NextScaleTransformer(**(arguments | {"scale_sizes": sizes, "scale_attention": scale_attention}))
+    student.load_state_dict(rows_by_side(teacher.state_dict(), teacher.schedule, student.schedule))
+    return student
+
+
+def rows_by_side(weights: Mapping[str, Tensor], schedule: ScaleSchedule, shorter: ScaleSchedule) -> dict[str, Tensor]:
+    """Weights for `shorter`: of the tables of scales and positions the rows of its sides, all else as it is."""
+    kept = [schedule.sizes.index(side) for side in shorter.sizes]
+    positions = weights["position"].split(list(schedule.lengths), dim=1)
+    tables = {
+        "scale_embedding.weight": weights["scale_embedding.weight"][kept],
+        "position": torch.cat([positions[k] for k in kept], dim=1),
+    }
+    return {**weights, **tables}
 
 
 @dataclass(kw_only=True)
@@ -209,3 +431,177 @@ def check_classes(found: Sequence[str], teacher_names: Sequence[str], num_classe
 def stage_folder(run: DistillRun, sizes: tuple[int, ...]) -> Path:
     """Where a progressive distillation keeps the student of a schedule on its way."""
     return run.out / STAGES / "-".join(map(str, sizes))
+
+
+logger = logging.getLogger("isthmus")
+
+BASELINE, SCORES = "without_teacher", "scores"
+
+
+_SIZES = ("width", "num_layers", "mlp_ratio", "codebook_size", "codebook_dim", "shared_adaln")
+
+
+@alone_in("run.out")
+def distill(run: DistillRun) -> Path:
+    """Train the student, continuing where an earlier call stopped; returns its pipeline folder.
+
+    With `progressive` the students on the way lie in `out`/stages, with `baseline` the one without a teacher in
+    `out`/without_teacher. At the end the log has the commands that measure them beside each other.
+
+    Raises:
+        UserError: teacher, schedule, images and folder do not fit each other (before anything is trained).
+        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
+    """
+    stages = stage_runs(run)
+    check_folder(run)
+    for number, stage in enumerate(stages, 1):
+        if len(stages) > 1:
+            logger.info("stage %d/%d: scales %s", number, len(stages), ", ".join(map(str, stage.scale_sizes or ())))
+        train_prior(stage)
+    without_teacher = baseline_run(run, len(stages))
+    if without_teacher is not None:
+        logger.info("the same student without the teacher")
+        train_prior(without_teacher)
+    if PartialState().is_main_process:
+        commands = measuring_commands(run, with_baseline=without_teacher is not None)
+        logger.info("to measure teacher and student:\n%s", "\n".join(f"  {command}" for command in commands))
+    return run.out
+
+
+def measuring_commands(run: DistillRun, *, with_baseline: bool) -> list[str]:
+    """The commands that evaluate the models of a finished distillation, and then the one that compares them."""
+    models = {"teacher": run.from_model, "student": str(run.out)}
+    if with_baseline:
+        models[BASELINE] = str(run.out / BASELINE)
+    data = ["--data", run.data]
+    if run.classes:
+        # on the command line a comma would part a name in two
+        data += ["--classes", *(name.replace(",", "\\,") for name in run.classes)]
+    for option, column in (("--image-column", run.image_column), ("--label-column", run.label_column)):
+        data += [] if column is None else [option, column]
+    scores = {name: str(run.out / SCORES / name) for name in models}
+    commands = [["evaluate", model, *data, "--out", scores[name]] for name, model in models.items()]
+    return [shlex.join(["isthmus", *command]) for command in (*commands, ["compare", *scores.values()])]
+
+
+def stage_runs(run: DistillRun) -> list[DistillRun]:
+    """The runs of a distillation in order; the last is `run` itself.
+
+    Raises:
+        UserError: there is no teacher, or its scales do not allow this student, or this guidance.
+    """
+    if not run.from_model:
+        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
+    saved = read_config(model_folder(run.from_model) / "transformer")
+    if "scale_sizes" not in saved:
+        raise UserError(
+            f"only next-scale models (VAR, SRDD) have scales to leave out, {run.from_model} is of another family."
+        )
+    teacher_sizes = tuple(saved["scale_sizes"])
+    sizes, _ = student_shape(run, teacher_sizes, saved["scale_attention"])
+    stages = removal_stages(teacher_sizes, sizes)
+    guidance = parse_guidance(run.sampling.guidance)
+    guidance_at(guidance, teacher_sizes, sizes)  # for what it refuses: this costs nothing yet
+    if not run.progressive:
+        return [run]
+    runs, teacher, taught = [], run.from_model, teacher_sizes
+    for stage in stages[:-1]:
+        folder = stage_folder(run, stage)
+        # a list of guidance values counts on the scales of the teacher that a run names
+        text = guidance_text(guidance_at(guidance, teacher_sizes, taught))
+        runs.append(
+            replace(
+                run, out=folder, scale_sizes=stage, from_model=teacher, progressive=False, baseline=False,
+                sampling=replace(run.sampling, guidance=text),
+            )
+        )  # fmt: skip
+        teacher, taught = str(folder), stage
+    return [*runs, run]
+
+
+def baseline_run(run: DistillRun, num_stages: int) -> DistillRun | None:
+    """The same student from the same weights, as many steps, on data tokens alone; None where it is left out.
+
+    Without a teacher, and with all scales removed at once, it would be the student itself.
+    """
+    if not run.baseline or (run.distillation_weight == 0 and num_stages == 1):
+        return None
+    return replace(
+        run,
+        out=run.out / BASELINE,
+        num_steps=run.num_steps * num_stages,
+        distillation_weight=0.0,
+        progressive=False,
+        baseline=False,
+    )
+
+
+def describe_distill_run(run: DistillRun) -> str:
+    """What the run would be: its settings as JSON, then teacher and student, who is asked what in every training, cost
+    and memory. No weight is allocated.
+    """
+    stages = stage_runs(run)
+    with without_values():
+        saved = load_teacher(run.from_model)
+    source = training_source(run, saved.tokenizer.image_size)
+    check_classes(source.class_names, saved.class_names, saved.transformer.null_class_id)
+
+    sizes, mask = student_shape(run, saved.transformer.schedule.sizes, saved.transformer.config["scale_attention"])
+    models = [saved.transformer]
+    with without_values():
+        for stage in stages:
+            models.append(student_of(models[-1], stage.scale_sizes or sizes, mask))
+    costs = [prior_cost(student) for student in models[1:]]
+    configs = [model.config for model in models]
+    network = (
+        f"{_described(configs[-1])} per image; teacher {_described(configs[0])}; {len(source)} images, "
+        f"{len(source.class_names) or 'no'} classes"
+    )
+    # the memory is that of the first stage, which has the most scales
+    largest = replace(costs[-1], activation_bytes=max(cost.activation_bytes for cost in costs))
+    return report(run, network, largest, trainings=_trainings(run, configs, costs))
+
+
+def _trainings(run: DistillRun, models: Sequence[Mapping[str, Any]], costs: Sequence[Cost]) -> dict[str, str]:
+    """One row for every training in order; each of `models` teaches the next one."""
+    rows = {}
+    for number, ((teacher, student), cost) in enumerate(zip(pairwise(models), costs, strict=True), 1):
+        name = "run" if len(costs) == 1 else f"stage {number}/{len(costs)}"
+        scales = "" if len(costs) == 1 else f"scales {_listed(student['scale_sizes'])}; "
+        asked = teaching(teacher, student, weight=run.distillation_weight)
+        rows[name] = f"{work(cost, run.num_steps, run.batch_size)}; {scales}{asked}"
+    without_teacher = baseline_run(run, len(costs))
+    if without_teacher is not None:
+        own = work(costs[-1], without_teacher.num_steps, run.batch_size)
+        rows["baseline"] = f"{own}; the same student without the teacher (--no-baseline leaves it out)"
+    return rows
+
+
+def teaching(teacher: Mapping[str, Any], student: Mapping[str, Any], *, weight: float) -> str:
+    """What a student learns from its teacher, in words.
+
+    Args:
+        teacher: settings of its transformer.
+        student: settings of the student's.
+        weight: distillation weight.
+    """
+    if weight == 0:
+        return "no teacher is asked (distillation weight 0)"
+    sizes = student["scale_sizes"]
+    asked = len(shared_steps(teacher["scale_sizes"], sizes, markov=teacher["scale_attention"] == "markov"))
+    where = f"at {asked} of {len(sizes)} scales, rollouts at the others" if asked < len(sizes) else "at all scales"
+    return f"teacher asked {where} (its forwards are not counted)"
+
+
+def _described(settings: Mapping[str, Any]) -> str:
+    """A model in words: mask, scales, and what a draw costs."""
+    sizes, mask = settings["scale_sizes"], settings["scale_attention"]
+    flops = sampling_flops(sizes, markov=mask == "markov", **{name: settings[name] for name in _SIZES})
+    return (
+        f"{mask}, scales {_listed(sizes)}, {sum(n * n for n in sizes)} tokens, {len(sizes)} forwards, "
+        f"{flops / 1e9:.4g} GFLOP"
+    )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))

@@ -11,13 +11,11 @@ from typing import Literal, get_args
 import torch
 
 from isthmus.errors import UserError
-from isthmus.functional.masks import KeptTokens, Mask, kept_as_published, kept_by_coverage
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.functional.quantization import Scale
-from isthmus.functional.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
-from isthmus.generation.autoencoding import latents_of
-from isthmus.generation.next_scale import ScaleSampler
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.next_scale.canvas import KeptTokens, Mask, kept_as_published, kept_by_coverage
+from isthmus.next_scale.pyramid import Scale, ScaleSchedule
+from isthmus.next_scale.sampling import ScaleSampler
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of
+from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
 
 Keeping = Literal["coverage", "published"]
 """Which tokens an edit keeps; see `known_part`."""

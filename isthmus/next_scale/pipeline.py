@@ -1,36 +1,400 @@
-"""Zero-shot editing with a next-scale pipeline: inpainting, outpainting, super-resolution, variations.
+"""The pipeline of the next-scale family (VAR and SRDD): labels and seeds in, images out; edits, likelihoods, classes.
 
-No training is needed, and any model of the family will do, imported ones included. The method is that of
-`isthmus.generation.editing`.
+Source of the method: Tian et al., "Visual Autoregressive Modeling"; Kumar et al., "Scale-Wise VAR is Secretly Discrete
+Diffusion". Edits need no training, and any model of the family will do, imported ones included.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.functional.draws import EDIT_STREAMS, TokenStreams
-from isthmus.functional.guidance import Guidance
-from isthmus.functional.masks import project_onto_small
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.functional.shapes import Images, LatentMap
-from isthmus.generation.editing import Jumps, Keeping, KnownPart, edit_scales, known_part
-from isthmus.generation.next_scale import ScaleSampler
-from isthmus.generation.options import FOLDER_DEFAULT, Default
-from isthmus.generation.step import Pictures
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.pipelines.canvas import Canvas, extended, open_images, place
+from isthmus.next_scale.canvas import Canvas, MaskInput, extended, open_images, place, project_onto_small, to_masks
+from isthmus.next_scale.editing import Jumps, Keeping, KnownPart, edit_scales, known_part
+from isthmus.next_scale.likelihood import (
+    ClassScores,
+    bits_per_pixel,
+    check_classification,
+    check_token_ids,
+    diffusion_bound,
+    evidence_map,
+    perturbed_views,
+    score_classes,
+    signal_to_noise,
+    token_evidence,
+    token_log_likelihood,
+)
+from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.refinement import RefinementMode, ScaleRefinementScheduler, refined_scales
+from isthmus.next_scale.sampling import ScaleSampler, shared_schedule
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
+from isthmus.nn.guidance import Guidance
+from isthmus.nn.shapes import Images, LatentMap, TokenPyramid
+from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
-from isthmus.pipelines.labels import whole_number
-from isthmus.pipelines.masks import MaskInput, to_masks
-from isthmus.pipelines.next_scale_output import NextScalePipelineOutput
-from isthmus.pipelines.request import Generators, Labels, OutputType, Request, as_output, label_list
-from isthmus.pipelines.saved import SavedPipeline
-from isthmus.pipelines.seeds import Whole
+from isthmus.pipelines.labels import resolve_labels, whole_number
+from isthmus.pipelines.memory import free_bytes, images_that_fit
+from isthmus.pipelines.options import FOLDER_DEFAULT, Default, SamplingOptions
+from isthmus.pipelines.request import (
+    GenerationStep,
+    Generators,
+    Labels,
+    OutputType,
+    Pictures,
+    Request,
+    Whole,
+    as_output,
+    check_output_type,
+    image_seeds,
+    label_list,
+)
+
+
+@dataclass
+class NextScalePipelineOutput:
+    """What a call returns.
+
+    Attributes:
+        images: as `output_type` says; "latent" gives the features (b, d, grid, grid).
+        token_ids: one int tensor (b, s_k * s_k) per scale, on the CPU.
+        class_labels: class id of every image; `null_class_id` where no class was asked for.
+        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
+        num_forwards: predictions of a scale that the transformer made; labelled and null rows of a scale are one.
+    """
+
+    images: Pictures
+    token_ids: list[Int[Tensor, "b _"]]
+    class_labels: list[int]
+    seeds: list[tuple[int, int]]
+    num_forwards: int
+
+
+_MOST_AT_ONCE = 32  # more images at once are no faster
+
+
+class NextScaleLikelihood(SavedPipeline):
+    """Tokens, likelihood and signal-to-noise ratio of images; `NextScalePipeline` adds the draws.
+
+    Images are PIL pictures (at least as large as the stride, resized and cropped to the model's size), tensors
+    (b, 3, h, w) in [-1, 1] of that size, or several of these. So many go through at once as fit into half of the memory
+    that is free; results do not depend on it. Tokens and numbers come back on the CPU, pictures as tensors and features
+    on the model's device.
+    """
+
+    image_tokenizer: MultiScaleVQVAE
+    transformer: NextScaleTransformer
+    schedule: ScaleSchedule
+
+    def encode(self, images: ImageInput) -> TokenPyramid:
+        """Token ids of every scale, one int tensor (b, s_k * s_k) each, coarse to fine, on the CPU.
+
+        The tokenizer computes in the type it was loaded in: in bfloat16 the ids of many images differ from those in
+        float32, here and wherever images are read (likelihood, classification, edits).
+
+        Raises:
+            UserError: the images are not usable.
+        """
+        with torch.no_grad():
+            token_ids = [self.image_tokenizer.requantize(part, self.schedule) for part in self._latents(images)]
+        return [torch.cat(parts).cpu() for parts in zip(*token_ids, strict=True)]
+
+    def decode(self, token_ids: TokenPyramid, *, output_type: OutputType = "pil") -> Pictures:
+        """Images from token ids; with the first scales alone, what the image looks like at that state.
+
+        Raises:
+            UserError: the token ids have other lengths than this model's scales, or name no codes.
+        """
+        check_output_type(output_type)
+        count = max(1, min(len(token_ids), self.schedule.num_scales))
+        check_token_ids(token_ids, self.schedule.lengths[:count], self.codebook_size)
+        images = []
+        with torch.no_grad():
+            for part in _parts(token_ids, self._images_at_once()):
+                rows = [ids.long().to(self.device) for ids in part]
+                features = self.image_tokenizer.features_up_to(rows, len(rows) - 1, self.schedule)
+                images.append(features if output_type == "latent" else pixels_of(self.image_tokenizer, features))
+        joined = torch.cat(images)
+        return joined if output_type == "latent" else as_output(joined, output_type)
+
+    def reconstruct(
+        self, images: ImageInput, num_scales: int | None = None, *, output_type: OutputType = "pil"
+    ) -> Pictures:
+        """Images through their own tokens and back; from the first `num_scales` scales only, where that is given.
+
+        Raises:
+            UserError: the images are not usable, or there are fewer scales.
+        """
+        count = self.schedule.num_scales if num_scales is None else num_scales
+        if not 1 <= count <= self.schedule.num_scales:
+            raise UserError(f"num_scales must lie in 1..{self.schedule.num_scales}, got {num_scales}.")
+        return self.decode(self.encode(images)[:count], output_type=output_type)
+
+    def log_prob(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Exact log-likelihood, in nats, of the token pyramids of images (or of `token_ids`) under their labels.
+
+        It is that of the model without guidance and filters, at temperature 1.
+
+        Args:
+            images: the images, or
+            class_labels: names, indices or None (no class), one per image or one for all.
+            token_ids: what `encode` returns.
+
+        Raises:
+            UserError: images or labels are not usable, or both or neither of images and tokens are given.
+        """
+        return self._token_nats(images, class_labels, token_ids).sum(dim=1)
+
+    def elbo(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+    ) -> Float[Tensor, " b"]:
+        """The discrete-diffusion bound on `log_prob`, in nats, stepping scale by scale: the two are equal."""
+        return self._by_parts(
+            images, class_labels, token_ids,
+            lambda part, labels: diffusion_bound(self.image_tokenizer, self.transformer, part, labels).elbo,
+        )  # fmt: skip
+
+    def bits_per_token(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+    ) -> Float[Tensor, "b n"]:
+        """Bits that every token costs, all scales one after the other; arguments as for `log_prob`."""
+        return -self._token_nats(images, class_labels, token_ids) / math.log(2)
+
+    def bits_per_pixel(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Bits of the token pyramid over the number of pixels; arguments as for `log_prob`."""
+        return bits_per_pixel(self.log_prob(images, class_labels, token_ids=token_ids), self.image_size)
+
+    def signal_to_noise(self, images: ImageInput) -> Float[Tensor, " scales"]:
+        """Mean over images of ||f||^2 / ||f - Fhat_n||^2 in dB, after every scale.
+
+        Raises:
+            UserError: the images are not usable.
+        """
+        rows = [signal_to_noise(self.image_tokenizer, part, self.schedule) for part in self._latents(images)]
+        return torch.cat(rows).mean(dim=0).cpu()
+
+    def _latents(self, images: ImageInput) -> list[Tensor]:
+        """Maps (b, d, grid, grid) of a few images each."""
+        given = to_images(images, self.image_size, stride=self.image_tokenizer.stride)
+        return [latents_of(self.image_tokenizer, part) for part in given.split(self._images_at_once())]
+
+    def _images_at_once(self) -> int:
+        """How many images fit, whatever is done with them: pixels, a draw, or all tokens in one teacher-forced pass."""
+        config, size = self.transformer.config, self.transformer.dtype.itemsize
+        block = config["width"] * (10 + 2 * config["mlp_ratio"]) * size
+        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
+        read = self.schedule.num_tokens * (block + 4 * config["codebook_size"] * 4)
+        each = max(int(read), self.bytes_per_image(guided=False))
+        return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
+
+    def _token_nats(
+        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenPyramid | None
+    ) -> Float[Tensor, "b n"]:
+        return self._by_parts(
+            images, class_labels, token_ids,
+            lambda part, labels: token_log_likelihood(self.image_tokenizer, self.transformer, part, labels),
+        )  # fmt: skip
+
+    def _by_parts(
+        self,
+        images: ImageInput | None,
+        class_labels: Labels,
+        token_ids: TokenPyramid | None,
+        measure: Callable[[TokenPyramid, Int[Tensor, " b"]], Tensor],
+    ) -> Tensor:
+        """`measure` of a few images at a time, on the CPU."""
+        if (images is None) == (token_ids is None):
+            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
+        given = label_list(class_labels)
+        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        if token_ids is None:
+            assert images is not None
+            token_ids = self.encode(images)
+        check_token_ids(token_ids, self.schedule.lengths, self.codebook_size)
+        labels = torch.tensor(ids * len(token_ids[0]) if len(ids) == 1 else ids)
+        if len(labels) != len(token_ids[0]):
+            raise UserError(
+                f"a likelihood needs one class label, or one per image ({len(token_ids[0])}), got {len(labels)}."
+            )
+        at_once = self._images_at_once()
+        parts = zip(_parts(token_ids, at_once), labels.split(at_once), strict=True)
+        return torch.cat([measure(part, each).cpu() for part, each in parts])
+
+
+def _parts(token_ids: TokenPyramid, at_once: int) -> list[list[Tensor]]:
+    """The same pyramids, a few at a time."""
+    return [list(part) for part in zip(*(ids.split(at_once) for ids in token_ids), strict=True)]
+
+
+DEFAULT_VIEW_NOISE = 0.1
+_IMAGES_AT_ONCE = 8
+_MOST_TOKENS = 2**16  # larger passes are no faster
+
+
+@dataclass
+class ClassificationOutput:
+    """What `classify` returns.
+
+    Attributes:
+        class_labels: (b, top_k), class ids, the most probable first.
+        names: the same as names.
+        probabilities: (b, top_k), posterior among the classes to choose from, in [0, 1].
+        candidates: class ids that were to choose from, the columns of `scores`.
+        scores: log-likelihoods of every candidate, and what they cost.
+    """
+
+    class_labels: Int[Tensor, "b top_k"]
+    names: list[list[str]]
+    probabilities: Float[Tensor, "b top_k"]
+    candidates: list[int]
+    scores: ClassScores
+
+
+class NextScaleClassification(NextScaleLikelihood):
+    """Generative classification with the likelihood of a next-scale pipeline."""
+
+    def classify(
+        self,
+        images: ImageInput,
+        class_labels: Labels = None,
+        top_k: int = 1,
+        *,
+        prune_nats: float | int | None = 8.0,
+        num_views: int = 1,
+        view_noise: float | int | None = None,
+        seed: SupportsIndex = 0,
+        image_index: int = 0,
+    ) -> ClassificationOutput:
+        """The most probable classes of images, by Bayes' rule with equal priors over unguided log-likelihoods.
+
+        Args:
+            images: as for `encode`.
+            class_labels: classes to choose from, names or indices; None is all of the model.
+            top_k: how many classes to return; at least so many are looked at to the end.
+            prune_nats: after every scale, a class further below the best than this is dropped; None drops none, and is
+                exact.
+            num_views: log-likelihoods are averaged over the image and `num_views` - 1 perturbed copies of its latents.
+            view_noise: standard deviation of the perturbation, as a share of that of the latents, in [0, 1]; None is
+                0.1. It needs more than one view.
+            seed: of the perturbations; image i draws from (seed, image_index + i), whatever the batch.
+            image_index: number of the first image.
+
+        Raises:
+            UserError: images or classes are not usable, there is no class, or a number is out of range.
+        """
+        candidates = self._candidates(class_labels)
+        check_classification(
+            top_k=top_k, num_candidates=len(candidates), num_views=num_views, noise=view_noise, prune_nats=prune_nats
+        )
+        noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
+        parts, first = [], image_index
+        for latents in self._latents(images):
+            seeds = image_seeds(len(latents), seed=seed, image_index=first)
+            first += len(latents)
+            for some, own in zip(latents.split(_IMAGES_AT_ONCE), _chunks(seeds), strict=True):
+                views = perturbed_views(some, own, num_views=num_views, noise=noise)
+                parts.append(
+                    score_classes(
+                        self.image_tokenizer, self.transformer, self._quantized(views), candidates, keep=top_k,
+                        margin_nats=prune_nats, num_views=num_views, tokens_at_once=self._tokens_that_fit(),
+                    )
+                )  # fmt: skip
+        scores = _joined(parts)
+        best = scores.order[:, :top_k]
+        ids = torch.tensor(candidates)[best]
+        names = [[self.label_name(one) for one in row] for row in ids.tolist()]
+        return ClassificationOutput(ids, names, scores.probabilities.gather(1, best), candidates, scores)
+
+    def evidence(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+    ) -> Float[Tensor, "b grid grid"]:
+        """Where an image speaks for its class: nats of pointwise mutual information per cell of the latent grid.
+
+        log p(token | class) - log p(token | no class), each token spread over its cell, all scales added. A map's sum
+        is log p(image's tokens | class) - log p(image's tokens). `isthmus.pictures.heat_map` draws it
+        over the central square of a picture, which is what is read of one.
+
+        Args:
+            images: the images, or
+            class_labels: one class per image, or one for all.
+            token_ids: what `encode` returns.
+
+        Raises:
+            UserError: images or labels are not usable, a label is None, or both or neither of images and tokens are
+                given.
+        """
+        if any(label is None for label in label_list(class_labels)):
+            raise UserError("evidence is evidence for a class, got None. Pass a class for every image.")
+        by_token = self._by_parts(
+            images, class_labels, token_ids,
+            lambda part, labels: token_evidence(self.image_tokenizer, self.transformer, part, labels),
+        )  # fmt: skip
+        return evidence_map(by_token, self.schedule)
+
+    def _candidates(self, class_labels: Labels) -> list[int]:
+        if class_labels is None:
+            return list(range(self.num_classes))
+        given = label_list(class_labels)
+        if any(label is None for label in given):
+            raise UserError("classes to choose from are names or indices, got None. Leave it out.")
+        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        if len(set(ids)) < len(ids):
+            raise UserError(f"every class to choose from is named once, got {given}.")
+        return ids
+
+    def _tokens_that_fit(self) -> int:
+        """Tokens whose keys, activations and logits fit into the memory that is free."""
+        config, size = self.transformer.config, self.transformer.dtype.itemsize
+        # keys and values twice: dropping rows copies those that stay
+        block = config["width"] * (4 * config["num_layers"] + 10 + 2 * config["mlp_ratio"]) * size
+        token = int(block + 4 * config["codebook_size"] * 4)
+        return max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token))
+
+    def _quantized(self, latents: Tensor) -> TokenPyramid:
+        with torch.inference_mode():
+            return self.image_tokenizer.requantize(latents, self.schedule)
+
+
+def _chunks(seeds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    return [seeds[i : i + _IMAGES_AT_ONCE] for i in range(0, len(seeds), _IMAGES_AT_ONCE)]
+
+
+def _joined(parts: list[ClassScores]) -> ClassScores:
+    """All images together, on the CPU, as tensors anybody may use."""
+    names = ("nats", "scales", "below_best", "tokens")
+    return ClassScores(*(torch.cat([getattr(part, name).cpu() for part in parts]).clone() for name in names))
+
 
 _Value = TypeVar("_Value")
 _SEAM_PARTS = 16  # the seam is this part of the image's side: half a cell of the published latent grid
@@ -340,3 +704,208 @@ class _Edited:
     def output(self, images: Pictures) -> NextScalePipelineOutput:
         request = self.request
         return NextScalePipelineOutput(images, self.token_ids, request.class_labels, request.seeds, self.num_forwards)
+
+
+class NextScalePipeline(NextScaleClassification, NextScaleEditing):
+    """An image tokenizer and a next-scale transformer that draw images together.
+
+    Args:
+        image_tokenizer: turns tokens into pixels.
+        transformer: predicts the tokens of a scale; its scales are the tokenizer's, or some of them.
+        scheduler: optional component: which tokens a draw draws again. None draws each once.
+        class_names: one name per class, or index -> name; nothing for models without names.
+        sampling_defaults: options of a call that names none, stored in the folder.
+        preprocessing: how training images were made; None describes the usual way.
+        data: `name` and `attribution` (licence line) of the training data, for the card.
+        protocol: how the model was trained and measured, for the card.
+
+    Raises:
+        UserError: the components do not belong together, or names or defaults do not fit them.
+    """
+
+    parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
+    optional_parts = {"scheduler": ScaleRefinementScheduler}
+
+    def __init__(
+        self,
+        image_tokenizer: MultiScaleVQVAE,
+        transformer: NextScaleTransformer,
+        scheduler: ScaleRefinementScheduler | None = None,
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
+        sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        protocol: str = "",
+    ):
+        self.image_tokenizer, self.transformer, self.scheduler = image_tokenizer, transformer, scheduler
+        self.schedule = shared_schedule(image_tokenizer, transformer)
+        self.num_classes: int = transformer.null_class_id
+        self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
+        if scheduler is not None:
+            scheduler.rounds_of(self.schedule.num_scales)
+
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        num_images: SupportsIndex | None = None,
+        *,
+        num_images_per_class: SupportsIndex = 1,
+        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
+        top_k: int | None | Default = FOLDER_DEFAULT,
+        top_p: float | int | None | Default = FOLDER_DEFAULT,
+        temperature: float | int | Default = FOLDER_DEFAULT,
+        seed: Whole | None = None,
+        generator: Generators = None,
+        image_index: Whole = 0,
+        smooth: bool | Default = FOLDER_DEFAULT,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callable[[GenerationStep], object] | None = None,
+    ) -> NextScalePipelineOutput:
+        """Draw images.
+
+        Args:
+            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
+            num_images: how many images in all, labels taken in turn; None draws one per label.
+            num_images_per_class: images per label, next to each other, where `num_images` is not given.
+            guidance_scale: guided = uncond + s (cond - uncond), 1 = off: a number, one per scale, or a
+                `GuidanceSchedule`. Like every option below it defaults to the value saved with the model.
+            top_k: keep the k likeliest codes; None is off.
+            top_p: keep the likeliest codes that hold this probability together; None is off.
+            temperature: divides the logits.
+            seed: one number for the request, or a list with one per image; None draws a fresh one.
+            generator: makes the list of seeds instead: one generator, or one per image.
+            image_index: number of the first image in the whole request, or one number per image. An image depends
+                on its seed and number alone: not on the batch, nor on its place in it.
+            smooth: mix codes instead of drawing one (softer images; token ids are drawn all the same).
+            output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent" (features).
+            callback_on_step_end: called with a `GenerationStep` (without preview) after every scale.
+
+        Raises:
+            UserError: a label, an option or a seed is not usable; the message says why.
+        """
+        request = self._request(
+            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
+            guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
+        )  # fmt: skip
+        sampler = self._sampler(request)
+        token_ids: list[Tensor] = [torch.empty(0)] * self.schedule.num_scales
+        features = None
+        for scale in refined_scales(sampler, self.scheduler):
+            # a jump draws a scale once more: the last draw counts
+            token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
+            if callback_on_step_end is not None:
+                callback_on_step_end(GenerationStep(scale.index, self.schedule.num_scales, token_ids[scale.index]))
+        assert features is not None
+        images = self._pictures(features, request.output_type)
+        return NextScalePipelineOutput(images, token_ids, request.class_labels, request.seeds, sampler.num_forwards)
+
+    def stream(
+        self,
+        class_labels: Labels = None,
+        num_images: SupportsIndex | None = None,
+        *,
+        num_images_per_class: SupportsIndex = 1,
+        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
+        top_k: int | None | Default = FOLDER_DEFAULT,
+        top_p: float | int | None | Default = FOLDER_DEFAULT,
+        temperature: float | int | Default = FOLDER_DEFAULT,
+        seed: Whole | None = None,
+        generator: Generators = None,
+        image_index: Whole = 0,
+        smooth: bool | Default = FOLDER_DEFAULT,
+        output_type: OutputType = "pil",
+    ) -> Iterator[GenerationStep]:
+        """Draw images and show them while they grow: one `GenerationStep` with a preview per scale.
+
+        Where the scheduler jumps back, the scales that it repeats are shown again, under their own index. The
+        arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the first
+        step is asked for.
+        """
+        request = self._request(
+            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
+            guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
+        )  # fmt: skip
+        scales = refined_scales(self._sampler(request), self.scheduler)
+        return (
+            GenerationStep(
+                scale.index,
+                self.schedule.num_scales,
+                scale.token_ids.cpu(),
+                self._pictures(scale.features, output_type),
+            )
+            for scale in scales
+        )
+
+    def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
+        """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on.
+
+        Raises:
+            UserError: the model is on a CPU without a C++ compiler.
+        """
+        if compiled:
+            self.transformer.compile_blocks()
+        return {}
+
+    def refine_with(self, mode: RefinementMode) -> None:
+        """Draw tokens again from now on, with the rounds that are usual in `mode`; "none" draws each once.
+
+        Sets `scheduler`, which is saved with the model and part of its fingerprint; "none" leaves it out.
+
+        Raises:
+            UserError: there is no such mode, or the model has too few scales for it.
+        """
+        scheduler = ScaleRefinementScheduler(mode=mode)
+        scheduler.rounds_of(self.schedule.num_scales)
+        # left out, not one that does nothing: a model whose images are equal keeps its fingerprint
+        self.scheduler = None if mode == "none" else scheduler
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes a token is drawn from."""
+        return self.image_tokenizer.config["codebook_size"]
+
+    @property
+    def num_guided_steps(self) -> int:
+        """Number of scales."""
+        return self.schedule.num_scales
+
+    @property
+    def kind(self) -> str:
+        """What the model is, in a few words."""
+        markov = self.transformer.is_markov
+        return "SRDD (next-scale transformer, Markov over scales)" if markov else "VAR (next-scale transformer)"
+
+    @property
+    def layout(self) -> str:
+        """The scales, in a sentence for the card."""
+        return f"Scales: {', '.join(map(str, self.schedule.sizes))}."
+
+    def step_names(self, num_steps: int) -> list[str]:
+        """Sides of the scales."""
+        return [f"{side} x {side}" for side in self.schedule.sizes[:num_steps]]
+
+    def bytes_per_image(self, *, guided: bool) -> int:
+        """Peak bytes that one more image in a batch takes, roughly.
+
+        Whichever is larger: the last scale in the transformer (feed-forward, keys and values, logits and their sorted
+        and cumulated copies), or the widest maps of the pixel decoder.
+        """
+        config, schedule = self.transformer.config, self.schedule
+        width, tokens, rows = config["width"], schedule.lengths[-1], 2 if guided else 1
+        size = 2 if self.transformer.dtype == torch.bfloat16 else 4
+        block = tokens * width * (10 + 2 * config["mlp_ratio"]) * size
+        cache = 0 if self.transformer.is_markov else 2 * config["num_layers"] * schedule.num_tokens * width * size
+        logits = tokens * config["codebook_size"] * 4 * 2
+        draw = tokens * config["codebook_size"] * (5 * 4 + 2 * 8)
+        pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
+        return int(max(rows * (block + cache + logits) + draw, pixels))
+
+    def _sampler(self, request: Request, streams: TokenStreams = DRAW_STREAMS) -> ScaleSampler:
+        labels = torch.tensor(request.class_labels, device=self.device)
+        return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams)
+
+    def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
+        return features if output_type == "latent" else as_output(self._decode(features), output_type)
+
+    def _decode(self, features: LatentMap) -> Images:
+        return pixels_of(self.image_tokenizer, features)

@@ -1,10 +1,10 @@
-"""The pyramid of scales: which sides there are, which phi follows each, and how maps move between sides.
+"""The pyramid of scales: which sides there are, which phi follows each, and the residual loop over them.
 
-Source: Tian et al., "Visual Autoregressive Modeling", section 3.2 and algorithm 1.
+Encoding, decoding, teacher forcing and sampling share the loop. Source: Tian et al., "Visual Autoregressive Modeling",
+algorithms 1 and 2.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.functional.shapes import FeatureMap
+from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens
 
 
 def default_phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
@@ -129,10 +129,52 @@ def bicubic_upsample(features: FeatureMap, size: int) -> Float[Tensor, "b d {siz
     return F.interpolate(features, size=(size, size), mode="bicubic", align_corners=False)
 
 
-def nats_to_bits(nats: float) -> float:
-    """Bits of a number of nats.
+@dataclass
+class Scale:
+    """One turn of the residual loop.
 
-    >>> round(nats_to_bits(math.log(2)), 12)
-    1.0
+    Attributes:
+        index: scale k, from 0.
+        token_ids: (b, s_k * s_k), row by row.
+        features: (b, d, grid, grid), the sum over scales 0..k ("Fhat" of the paper).
     """
-    return nats / math.log(2)
+
+    index: int
+    token_ids: ScaleTokens
+    features: LatentMap
+
+
+def residual_scales(
+    start: LatentMap,
+    schedule: ScaleSchedule,
+    choose: Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]],
+    phi: Callable[[int, LatentMap], LatentMap],
+) -> Iterator[Scale]:
+    """Build the features scale by scale, from zero: features += phi_k(upsample(codes_k)).
+
+    Args:
+        start: zeros of (b, d, grid, grid), which fix batch, device and type.
+        schedule: the scales.
+        choose: called with (scale, features so far), returns the scale's token ids and their codes as a map of
+            (b, d, s_k, s_k). Encoding searches them, decoding looks them up, sampling draws them.
+        phi: called with (scale, upsampled codes).
+
+    Yields:
+        One `Scale` per scale, coarse to fine.
+    """
+    features = start
+    for index in range(schedule.num_scales):
+        token_ids, codes = choose(index, features)
+        features = features + phi(index, bicubic_upsample(codes, schedule.grid))
+        yield Scale(index, token_ids, features)
+
+
+def next_scale_input(features: LatentMap, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "b l d"]:
+    """What the transformer reads at `scale` >= 1: the features so far, averaged to its side, one row per token."""
+    return area_downsample(features, schedule.sizes[scale]).flatten(2).transpose(1, 2)
+
+
+def tokens_to_map(rows: Float[Tensor, "b l d"]) -> FeatureMap:
+    """Rows of a square scale as a map (b, d, s, s)."""
+    size = int(rows.shape[1] ** 0.5)
+    return rows.transpose(1, 2).unflatten(2, (size, size))

@@ -1,53 +1,208 @@
-"""Named starting points for runs, with what each must measure. This file imports nothing heavy."""
+"""Runs of the next-scale family, and named ones with what each must measure. This file imports nothing heavy.
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+The command line is derived from it.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 from isthmus.errors import UserError
 from isthmus.training.config import (
+    IMAGENET_IMAGES,
     AugmentConfig,
     OptimConfig,
-    PriorModel,
-    PriorRun,
+    Preset,
     PriorSampling,
     Run,
-    TokenizerLoss,
-    TokenizerModel,
-    TokenizerRun,
+    TokensRun,
+    check_not_negative,
+    check_positive,
+    check_share,
+    find_preset,
+    tied_revival,
 )
-from isthmus.training.distill_config import DistillRun
 
-AnyRun = TypeVar("AnyRun", bound=Run)
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerModel:
+    """Arguments of `MultiScaleVQVAE`; None takes the preset's value, or with --from the model's."""
+
+    codebook_size: int | None = None
+    """Number of codes."""
+    codebook_dim: int | None = None
+    """Width of a code."""
+    scale_sizes: tuple[int, ...] | None = None
+    """Sides of the scales, coarse to fine; the last is the latent grid."""
+    base_channels: int | None = None
+    """Width of the first level, a multiple of 32."""
+    channel_multipliers: tuple[int, ...] | None = None
+    """One factor per level; the stride is 2 ** (levels - 1), times pixel_unshuffle."""
+    num_res_blocks: int | None = None
+    """Residual blocks per encoder level; the decoder has one more."""
+    num_phi: int | None = None
+    """Number of phi convolutions."""
+    dropout: float | None = None
+    """Dropout inside residual blocks."""
+    pixel_unshuffle: int | None = None
+    """Side of the squares of pixels that enter as channels; the stride counts it. 1 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLoss:
+    """Weights of the tokenizer's losses."""
+
+    l1: float = 0.2
+    """Absolute error."""
+    mse: float = 1.0
+    """Squared error."""
+    perceptual: float = 0.0
+    """Distance of frozen features."""
+    perceptual_network: Literal["lite0", "lpips"] = "lite0"
+    """EfficientNet-Lite0 (comes with Isthmus) or LPIPS on VGG16 (needs lpips_weights)."""
+    lpips_weights: tuple[Path, ...] = ()
+    """LPIPS only: files that hold the VGG16 weights and the linear heads."""
+    codebook: float = 1.0
+    """Codebook and commitment loss together."""
+    adversarial: float = 0.0
+    """Patch discriminator; 0 trains without one."""
+    adversarial_start: float = 0.4
+    """Share of the steps after which the discriminator starts."""
+    adversarial_warmup: float = 0.05
+    """Share of the steps over which its weight rises from 0."""
+    discriminator_channels: int = 64
+    """Width of the first layer of the discriminator."""
+    discriminator_learning_rate: float = 3e-4
+    """Peak learning rate of the discriminator."""
+
+    def __post_init__(self):
+        check_not_negative(self, "l1", "mse", "perceptual", "codebook", "adversarial")
+        check_share(self, "adversarial_start", "adversarial_warmup")
+        check_positive(self, "discriminator_channels", "discriminator_learning_rate")
+        if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
+            raise UserError(
+                f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
+                f"{self.perceptual_network}. Pass both or neither."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRun(Run):
+    """`isthmus train tokenizer`."""
+
+    image_size: int | None = None
+    """Side of the images in pixels; None takes the model's."""
+    freeze_encoder: bool = False
+    """Train the decoder alone (with --from): token ids stay what they were."""
+    continuous_steps: int = 100
+    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs. One that goes
+    on from a model (--from) has its codebook."""
+    revive_every: int = 100
+    """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
+    usage_warning: float = 0.2
+    """Share of codes in use under which a warning is printed."""
+    model: TokenizerModel = field(default_factory=TokenizerModel)
+    """Network."""
+    loss: TokenizerLoss = field(default_factory=TokenizerLoss)
+    """Losses."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_not_negative(self, "continuous_steps", "revive_every")
+        check_share(self, "usage_warning")
+        if self.image_size is not None:
+            check_positive(self, "image_size")
+        if self.freeze_encoder and not self.from_model:
+            raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
+
+    def tied_to_length(self, before: int, taken: int) -> list[str]:
+        """Also the end of revival and the start of the discriminator, which are shares of the steps."""
+        tied = super().tied_to_length(before, taken)
+        if not self.freeze_encoder:
+            tied += tied_revival(self.revive_every, before, self.num_steps, taken)
+        if self.loss.adversarial and taken > round(self.loss.adversarial_start * min(before, self.num_steps)):
+            tied.append(f"loss.adversarial {self.loss.adversarial}")
+        return tied
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorModel:
+    """Arguments of `NextScaleTransformer`; None takes the preset's value, or with --from the model's."""
+
+    width: int | None = None
+    """Width of the residual stream."""
+    num_layers: int | None = None
+    """Blocks."""
+    num_heads: int | None = None
+    """Attention heads."""
+    scale_attention: Literal["causal", "markov"] | None = None
+    """causal (VAR) or markov (SRDD)."""
+    shared_adaln: bool | None = None
+    """One modulation for all blocks."""
+    l2_attention: bool | None = None
+    """Unit queries and keys."""
+    mlp_ratio: float | None = None
+    """Hidden width of the feed-forward over the width."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block."""
+    init_gate: float | None = None
+    """Initial size of the gates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRun(TokensRun):
+    """`isthmus train prior`."""
+
+    scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
+    """Loss weights over scales: the same for every token (VAR), or a log-normal bump (SRDD)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    scales_per_step: int | None = None
+    """Train a random subset of this many scales per step (markov only), for memory; None trains all."""
+    refinement_probability: float = 0.0
+    """Share of the scales of training images whose input shows a random part of the scale's own tokens, the loss being
+    on the others: for draws that are refined in masked rounds. Causal: share of the images, at one scale each."""
+    compile: bool = False
+    """torch.compile the blocks, on a CPU too where it has a C++ compiler: faster steps after a wait. Results equal
+    those of other runs within rounding."""
+    model: PriorModel = field(default_factory=PriorModel)
+    """Network."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_share(self, "label_smoothing", "refinement_probability")
+        if self.scales_per_step is not None:
+            check_positive(self, "scales_per_step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRun(TokensRun):
+    """`isthmus distill`; `from_model` is the teacher."""
+
+    scale_sizes: tuple[int, ...] | None = None
+    """Sides of the student's scales: some of the teacher's, with its first and its last; None keeps them all."""
+    scale_attention: Literal["causal", "markov"] | None = None
+    """The student's mask; None keeps the teacher's."""
+    progressive: bool = False
+    """Remove one scale at a time, the finest first; each student teaches the next, num_steps each."""
+    distillation_weight: float = 1.0
+    """Weight of what the teacher says beside the cross-entropy on data tokens; 0 trains without a teacher."""
+    scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
+    """Weights over scales of both losses: the same for every token, or a log-normal bump."""
+    baseline: bool = True
+    """Also train the same student without the teacher, as long: it doubles the cost, and nothing else tells whether the
+    teacher helped. Not done where the student has none itself (distillation_weight 0, all scales removed at once)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_not_negative(self, "distillation_weight")
+
 
 SCALES_32 = (1, 2, 3, 4, 6, 8)
 SCALES_64 = (1, 2, 3, 4, 6, 8, 12, 16)
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 PUBLISHED_SOURCE = "Tian et al. 2024, README of the published code (its own evaluation, guidance 1.5)"
-
-
-@dataclass(frozen=True)
-class Preset(Generic[AnyRun]):
-    """A run to start from.
-
-    Attributes:
-        about: one line.
-        run: the run.
-        expected_params_millions: parameters of the network, checked by a test; None where the model decides.
-        reported_fid: figure that its authors report, if any.
-        source: where that figure comes from.
-    """
-
-    about: str
-    run: AnyRun
-    expected_params_millions: float | None = None
-    reported_fid: float | None = None
-    source: str = ""
-
-
-IMAGENET_IMAGES = 1_281_167
 
 
 def _published_prior(
@@ -342,12 +497,3 @@ def default_prior_preset(*, from_model: bool, scale_attention: str | None) -> st
     if from_model:
         return "finetune-prior"
     return "var-small" if scale_attention == "causal" else "srdd-small"
-
-
-def find_preset(presets: Mapping[str, Preset[AnyRun]], name: str, kind: str) -> Preset[AnyRun]:
-    """The preset of that name. Raises `UserError` for an unknown name, with the nearest known ones."""
-    if name not in presets:
-        near = difflib.get_close_matches(name, presets, n=3, cutoff=0.3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(presets)}."
-        raise UserError(f"{kind} presets have no {name!r}. {hint}")
-    return presets[name]

@@ -11,14 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.functional.draws import DRAW_STREAMS, TokenStreams, token_gumbels, token_uniforms
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.functional.quantization import Scale, next_scale_input, tokens_to_map
-from isthmus.functional.sampling import check_filters, draw_tokens, filter_logits, guided_logits, smooth_weights
-from isthmus.functional.shapes import FeatureMap, LatentMap, ScaleTokens, TokenPyramid
-from isthmus.generation.options import SamplingOptions, guidance_on
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import Conditioning, NextScaleTransformer
+from isthmus.next_scale.pyramid import Scale, ScaleSchedule, next_scale_input, tokens_to_map
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import Conditioning, NextScaleTransformer
+from isthmus.nn.draws import DRAW_STREAMS, TokenStreams, token_gumbels, token_uniforms
+from isthmus.nn.sampling import check_filters, draw_tokens, filter_logits, guided_logits, smooth_weights
+from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens, TokenPyramid
+from isthmus.pipelines.options import SamplingOptions, guidance_on
 
 
 def shared_schedule(image_tokenizer: MultiScaleVQVAE, transformer: NextScaleTransformer) -> ScaleSchedule:

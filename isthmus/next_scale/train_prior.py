@@ -1,38 +1,330 @@
-"""What is particular about training a next-scale prior: VAR and SRDD."""
+"""Training a next-scale prior (VAR, SRDD): cross-entropy of every token, weighted over scales.
 
+For refinement, some inputs show a part of the scale's own tokens and the loss is on the rest (spec of SRDD, 3.2, masked
+resampling; what a masked round of `ScaleRefinementScheduler` asks of a model).
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from accelerate import Accelerator
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.streaming import ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
-from isthmus.functional.pyramid import ScaleSchedule, nats_to_bits
-from isthmus.functional.shapes import TokenPyramid
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.models.saved_model import without_values
-from isthmus.training.config import PriorRun
+from isthmus.next_scale.export import Teacher, export_pipeline, load_teacher, load_tokenizer, save_samples
+from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.runs import PriorRun
+from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
+from isthmus.nn.guidance import guidance_at
+from isthmus.nn.sampling import nats_to_bits
+from isthmus.nn.saved_model import Config, without_values
+from isthmus.nn.shapes import Images, TokenPyramid
+from isthmus.training.config import TokensRun
 from isthmus.training.cost import Cost, report, training_cost, training_source
-from isthmus.training.export import Teacher, load_teacher, load_tokenizer
-from isthmus.training.images import open_splits
-from isthmus.training.next_scale_family import NextScaleFamily
-from isthmus.training.objectives import (
-    PriorLosses,
-    dropped_labels,
-    next_scale_loss,
-    path_factors,
-    scale_subset,
-    scale_weights,
-    select_scales,
-)
-from isthmus.training.partial_inputs import partial_inputs, partly_shown
-from isthmus.training.saved_networks import kept_classes, refuse_contradictions
+from isthmus.training.images import dropped_labels, open_splits
+from isthmus.training.optim import ExponentialMovingAverage
+from isthmus.training.saved_networks import averaged_model, kept_classes, refuse_contradictions, sampling_options
+
+
+def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
+    """Weight of the mean loss of each scale; they add up to 1.
+
+    token-uniform: every token counts the same, so scale k weighs s_k^2 / L and the last scale most (VAR).
+    lognormal: a normal density over the standardised sides in reverse order (spec of SRDD, 6): most weight on the
+    middle scales.
+
+    >>> [round(w, 3) for w in scale_weights("token-uniform", (1, 2, 4))]
+    [0.048, 0.19, 0.762]
+    """
+    sizes = np.array(scale_sizes, dtype=np.float64)
+    if kind == "token-uniform" or len(sizes) == 1:
+        weights = sizes**2
+    else:
+        relative = sizes / sizes[-1]
+        standardised = (relative[::-1] - relative.mean()) / relative.std(ddof=1)
+        weights = np.exp(-(standardised**2) / 2)
+    return tuple(float(w) for w in weights / weights.sum())
+
+
+@dataclass
+class PriorLosses:
+    """What one batch gave.
+
+    Attributes:
+        total: what is minimised.
+        by_scale: mean cross-entropy of each scale that was run, nats per token.
+        scales: which scales those are.
+        logits: (b, l, v), for measurements.
+        counted: (b, l), tokens that the loss is on; None where it is on all.
+    """
+
+    total: Float[Tensor, ""]
+    by_scale: Float[Tensor, " scales"]
+    scales: tuple[int, ...]
+    logits: Float[Tensor, "b l v"]
+    counted: Bool[Tensor, "b l"] | None = None
+
+
+def next_scale_loss(
+    logits: Float[Tensor, "b l v"],
+    token_ids: Int[Tensor, "b l"],
+    schedule: ScaleSchedule,
+    weights: Sequence[float],
+    *,
+    scales: Sequence[int],
+    label_smoothing: float = 0.0,
+    counted: Bool[Tensor, "b l"] | None = None,
+) -> PriorLosses:
+    """Weighted cross-entropy over `scales`; `logits` and `token_ids` hold their tokens only.
+
+    With a random subset of the scales the sum is scaled by all / run, so that its mean over subsets is the full loss.
+    Where only some tokens are `counted` (at least one per image and scale), a scale's loss is their mean per image.
+    """
+    # rows of logits, as they lie: a class axis in the middle would be laid out anew, twice as slow on a CPU
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), token_ids.flatten(), reduction="none", label_smoothing=label_smoothing
+    ).view_as(token_ids)
+    lengths = [schedule.lengths[k] for k in scales]
+    if counted is not None:
+        parts = zip(losses.split(lengths, dim=1), counted.split(lengths, dim=1), strict=True)
+        by_scale = torch.stack([((part * own).sum(dim=1) / own.sum(dim=1)).mean() for part, own in parts])
+    else:
+        by_scale = torch.stack([part.mean() for part in losses.split(lengths, dim=1)])
+    chosen = by_scale.new_tensor([weights[k] for k in scales])
+    total = (chosen * by_scale).sum() * (schedule.num_scales / len(scales))
+    return PriorLosses(total, by_scale.detach(), tuple(scales), logits.detach(), counted)
+
+
+def path_factors(
+    positions: Int[Tensor, " b"], rates: Sequence[float], *, seed: int
+) -> Float[Tensor, "b layers 2"] | None:
+    """Stochastic depth: 0 or 1 / (1 - rate) per image, block and branch, decided per training position."""
+    if not any(rates):
+        return None
+    rate = np.array(rates)[:, None]
+    rows = [
+        (stream(seed, DROP_PATH, int(position)).random((len(rates), 2)) >= rate) / (1 - rate) for position in positions
+    ]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def scale_subset(num_scales: int, count: int | None, *, seed: int, step: int) -> tuple[int, ...]:
+    """Which scales this step runs: all, or `count` drawn without replacement, the same in every process."""
+    if count is None or count >= num_scales:
+        return tuple(range(num_scales))
+    return tuple(sorted(int(k) for k in stream(seed, SCALE_SUBSET, step).permutation(num_scales)[:count]))
+
+
+def select_scales(rows: Tensor, schedule: ScaleSchedule, scales: Sequence[int], *, first: int = 0) -> Tensor:
+    """Columns of `scales` out of a (b, tokens of scales `first`.., ...) tensor."""
+    if len(scales) == schedule.num_scales:
+        return rows
+    parts = rows.split(list(schedule.lengths[first:]), dim=1)
+    return torch.cat([parts[k - first] for k in scales if k >= first] or [rows[:, :0]], dim=1)
+
+
+@dataclass
+class PartlyShown:
+    """What the inputs of a batch show of their own tokens.
+
+    Attributes:
+        counted: (b, L), True where a token is predicted: hidden, or of a scale that shows none of its own.
+        marked: (b, L), True where a token is hidden beside others that are shown.
+        shows: (b, scales), True where a scale shows tokens of its own.
+    """
+
+    counted: Bool[Tensor, "b l"]
+    marked: Bool[Tensor, "b l"]
+    shows: Bool[Tensor, "b scales"]
+
+
+def partly_shown(
+    positions: Int[Tensor, " b"], lengths: Sequence[int], *, probability: float, seed: int, one_scale: bool = False
+) -> PartlyShown:
+    """Which scales show tokens of their own, each with `probability`, and which of these stay hidden.
+
+    The share that is hidden is uniform in (0, 1], at least one token. The first scale shows nothing. Decided per
+    training position and scale, by (seed, position, scale).
+
+    `one_scale` is for causal models: with `probability` an image shows tokens at one of its scales, each as likely.
+    Where several did, a scale would be trained on the keys of many partial inputs, of which a draw holds none: it
+    restores the ordinary keys after the rounds of a scale. Those of the one scale are still read by the later scales
+    of that image, so these learn on them at times; they hold nothing that the features do not.
+    """
+    marked, shows = [], []
+    for position in positions.tolist():
+        rows, flags = [np.zeros(lengths[0], dtype=bool)], [False]
+        chosen = _one_of(len(lengths), stream(seed, HIDDEN_TOKENS, position), probability) if one_scale else None
+        for scale, length in enumerate(lengths[1:], start=1):
+            random = stream(seed, HIDDEN_TOKENS, position, scale)
+            shown = bool(random.random() < probability)
+            if one_scale:
+                shown = scale == chosen
+            count = math.ceil((1 - random.random()) * length)
+            hidden = np.zeros(length, dtype=bool)
+            hidden[random.permutation(length)[:count]] = True
+            rows.append(hidden & shown)
+            flags.append(shown)
+        marked.append(np.concatenate(rows))
+        shows.append(flags)
+    marks, flags = torch.from_numpy(np.stack(marked)), torch.tensor(shows)
+    return PartlyShown(marks | ~flags.repeat_interleave(torch.tensor(lengths), dim=1), marks, flags)
+
+
+def _one_of(num_scales: int, random: np.random.Generator, probability: float) -> int | None:
+    """A scale from 1 on, with this probability; none otherwise, or where there is only the first."""
+    if num_scales < 2 or random.random() >= probability:
+        return None
+    return int(random.integers(1, num_scales))
+
+
+@torch.no_grad()
+def partial_inputs(
+    tokenizer: MultiScaleVQVAE, token_ids: TokenPyramid, drawn: PartlyShown, schedule: ScaleSchedule
+) -> Float[Tensor, "b l d"]:
+    """Teacher-forced inputs of scales 1..K-1, (b, L - s_0^2, d); those of scales that show tokens hold these too."""
+    ordinary = tokenizer.scale_inputs(token_ids, schedule).split(list(schedule.lengths[1:]), dim=1)
+    hidden = drawn.marked.to(token_ids[0].device).split(list(schedule.lengths), dim=1)
+    shows = drawn.shows.to(token_ids[0].device)
+    features = torch.zeros(
+        len(shows), tokenizer.codebook.embedding_dim, schedule.grid, schedule.grid, device=shows.device
+    )
+    parts = [torch.zeros(len(shows), 0, tokenizer.codebook.embedding_dim, device=shows.device)]
+    for scale, ids in enumerate(token_ids):
+        codes = tokenizer.lookup(ids)
+        if scale:
+            # hidden first, then upsampled and through phi: no hidden token reaches an input
+            partial = tokenizer.partial_scale_input(features, codes, hidden[scale], scale, schedule)
+            parts.append(torch.where(shows[:, scale, None, None], partial, ordinary[scale - 1]))
+        features = tokenizer.add_codes(features, codes, scale, schedule)
+    return torch.cat(parts, dim=1)
+
+
+class ScheduleEncoder(nn.Module):
+    """Images to the tokens of one or several schedules, one behind the other.
+
+    `config` names the schedules, so that a cache made under others is told apart by its fingerprint.
+
+    Args:
+        tokenizer: frozen.
+        schedules: derived from the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: MultiScaleVQVAE, schedules: Sequence[ScaleSchedule]):
+        super().__init__()
+        self.tokenizer, self.schedules = tokenizer, tuple(schedules)
+        layout = [[list(schedule.sizes), list(schedule.phi_indices)] for schedule in schedules]
+        self.config = Config({**tokenizer.config, "schedules": layout})
+
+    def encode(self, images: Images) -> EncoderOutput:
+        """`token_ids` holds the scales of the first schedule, then those of the next; the latents are searched once."""
+        latents = self.tokenizer.latents(images)
+        pyramids = [self.tokenizer.requantize(latents, schedule) for schedule in self.schedules]
+        return EncoderOutput([ids for pyramid in pyramids for ids in pyramid], latents)
+
+
+def encoder_for(tokenizer: MultiScaleVQVAE, *schedules: ScaleSchedule) -> MultiScaleVQVAE | ScheduleEncoder:
+    """The tokenizer itself where its own schedule is all that is asked for, so that token caches stay what they are."""
+    return tokenizer if schedules == (tokenizer.schedule,) else ScheduleEncoder(tokenizer, schedules)
+
+
+class NextScaleFamily:
+    """A base to derive from: the networks, what is measured while training, and what is left behind.
+
+    Args:
+        run: the run.
+        tokenizer: frozen.
+        train: images to train on.
+        held_out: images to measure on.
+        network: the transformer in training; its scales are the tokenizer's, or some of them.
+        guided_sizes: sides that a list of guidance values in the run counts on; None is those of the network.
+
+    Attributes:
+        sharded: what FSDP2 gathers one by one: not whole blocks, since all modulations are computed ahead of them.
+        encoder: fills the token cache with the tokens of the transformer's scales.
+        facts: what run.json keeps beside the run, and a continued run must share.
+        options: how previews are drawn, and the defaults of the saved pipeline.
+    """
+
+    sharded = ("BlockModulation", "MultiHeadAttention", "FeedForward")
+
+    def __init__(
+        self,
+        run: TokensRun,
+        tokenizer: MultiScaleVQVAE,
+        train: ImageSource | ImageStream,
+        held_out: ImageSource,
+        network: NextScaleTransformer,
+        *,
+        guided_sizes: Sequence[int] | None = None,
+    ):
+        self.run = run
+        self.tokenizer, self.train, self.held_out, self.network = tokenizer, train, held_out, network
+        self.image_size = tokenizer.image_size
+        # the phi of every side is the tokenizer's, also where the transformer leaves scales out
+        self.schedule = tokenizer.schedule.derive(network.schedule.sizes)
+        self.encoder = encoder_for(tokenizer, self.schedule)
+        self.facts: dict[str, object] = {}
+        guided = self.schedule.sizes if guided_sizes is None else tuple(guided_sizes)
+        options = sampling_options(
+            run.sampling,
+            codebook_size=network.config["codebook_size"],
+            num_classes=network.null_class_id,
+            num_guided_steps=len(guided),
+        )
+        self.options = replace(options, guidance_scale=guidance_at(options.guidance_scale, guided, self.schedule.sizes))
+
+    def place(self, device: torch.device) -> None:
+        """Move the tokenizer to the device of the training."""
+        self.tokenizer.to(device)
+
+    def regularisation(self) -> AbstractContextManager[object]:
+        """Nothing is attached to the network: stochastic depth goes in with the batch."""
+        return nullcontext()
+
+    def averaged(self, ema: ExponentialMovingAverage) -> NextScaleTransformer:
+        """A copy that holds the averages; every process must call it where weights are sharded."""
+        return averaged_model(self.network, ema)
+
+    def token_ids(self, images: Tensor) -> Tensor:
+        """All tokens (b, L) of images."""
+        return torch.cat(self.tokenizer.requantize(self.tokenizer.latents(images), self.schedule), dim=1)
+
+    @torch.no_grad()
+    def held_out_bits(self, model: NextScaleTransformer, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
+        """Bits per token of held-out images, in all and per scale, from their token ids (n, L) and labels (n,)."""
+        tokenizer, schedule = self.tokenizer, self.schedule
+        lengths = list(schedule.lengths)
+        uniform = scale_weights("token-uniform", schedule.sizes)
+        sums = torch.zeros(schedule.num_scales, device=token_ids.device)
+        for ids, label in zip(token_ids.split(32), labels.split(32), strict=True):
+            logits = model(label, tokenizer.scale_inputs(list(ids.split(lengths, dim=1)), schedule)).logits
+            loss = next_scale_loss(logits, ids, schedule, uniform, scales=range(schedule.num_scales))
+            sums += loss.by_scale * len(ids)
+        by_scale = [nats_to_bits(value) for value in (sums / len(token_ids)).tolist()]
+        mean = sum(bits * length for bits, length in zip(by_scale, lengths, strict=True)) / schedule.num_tokens
+        return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}
+
+    def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
+        """A picture of samples at fixed seeds."""
+        save_samples(self.tokenizer, model, self.train.class_names, self.options, folder, step)
+
+    def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
+        """Write the pipeline."""
+        return export_pipeline(accelerator, self.tokenizer, model, self.run, self.train, self.options)
 
 
 class NextScalePrior(NextScaleFamily):

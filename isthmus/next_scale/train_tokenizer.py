@@ -1,38 +1,56 @@
-"""Train a multi-scale tokenizer on images (`isthmus train tokenizer`)."""
+"""Train a multi-scale tokenizer on images (`isthmus train tokenizer`): losses, optional patch GAN, codebook care,
+loop.
+
+The discriminator judges overlapping patches (Isola et al., 2017). The weight of the generator's loss is the ratio of
+the two gradients' norms at the decoder's last weight (Esser et al., 2021), so that neither drowns the other, times a
+factor that starts late and warms up, since a decoder that cannot draw yet learns nothing from a critic.
+
+A codebook that starts at random before the encoder has learnt anything is used by a few codes only and stays so. Here
+the encoder first trains without quantisation, the codebook then starts from what it puts out (k-means over all scales),
+and codes that fall out of use are moved to residuals of current images.
+"""
 
 import logging
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from isthmus.data.batches import EvaluationImages
+from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.streaming import ImageStream
+from isthmus.data.views import Sample
 from isthmus.errors import UserError
 from isthmus.files import alone_in
-from isthmus.layers.convolution import cpu_layout
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.perceptual import perceptual_distance
-from isthmus.models.saved_model import without_values
-from isthmus.training.checkpoints import resume, save_checkpoint
-from isthmus.training.codebook import initialize_codebook, revive_codes
-from isthmus.training.config import LAST_REVIVAL, TokenizerRun
+from isthmus.next_scale.export import export_tokenizer, load_tokenizer, save_reconstructions
+from isthmus.next_scale.pyramid import area_downsample
+from isthmus.next_scale.runs import TokenizerLoss, TokenizerRun
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE, MultiScaleVQVAEOutput, cpu_layout
+from isthmus.nn.draws import KMEANS, REVIVE, stream
+from isthmus.nn.perceptual import perceptual_distance, psnr
+from isthmus.nn.quantization import k_means
+from isthmus.nn.saved_model import without_values
+from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens
+from isthmus.pictures import spread
+from isthmus.training.checkpoints import Progress, resume, save_checkpoint
+from isthmus.training.codebook import CodebookUsage, code_counts
+from isthmus.training.config import LAST_REVIVAL, OptimConfig
 from isthmus.training.cost import report, training_cost
-from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.export import export_tokenizer, load_tokenizer
 from isthmus.training.images import first_images, image_batches, open_splits, stream_states
-from isthmus.training.measures import tokenizer_scores
-from isthmus.training.optim import adamw, set_rates
-from isthmus.training.previews import save_reconstructions
+from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
     Log,
-    Progress,
     StepMeans,
     StopRequest,
     clip_gradients,
@@ -42,8 +60,317 @@ from isthmus.training.run import (
     write_record,
 )
 from isthmus.training.saved_networks import averaged_model, refuse_contradictions
-from isthmus.training.tokenizer_losses import Critic, reconstruction_losses
-from isthmus.training.usage import CodebookUsage, code_counts
+
+_GROUPS = 8
+
+
+class PatchDiscriminator(nn.Module):
+    """Convolutional critic: one logit per patch of the image, high for real.
+
+    GroupNorm instead of BatchNorm: an image's verdict depends on no other image, so neither the batch nor the number of
+    processes matters, and the generator's pass cannot shift any statistics.
+
+    ==================  ===========================================================================================
+    argument            meaning
+    ==================  ===========================================================================================
+    `base_channels`     channels after the first convolution (a multiple of 8); doubled by each further one, at most 8 x
+    `num_downsamples`   stride-2 convolutions (at least 1); a patch is 12 pixels wide for 1, 26 for 2, 54 for 3
+    ==================  ===========================================================================================
+    """
+
+    def __init__(self, *, base_channels: int = 32, num_downsamples: int = 2):
+        super().__init__()
+        if num_downsamples < 1 or base_channels < 8 or base_channels % _GROUPS:
+            raise UserError(
+                f"a patch discriminator needs at least one downsampling and a multiple of {_GROUPS} channels, "
+                f"got num_downsamples={num_downsamples} and base_channels={base_channels}. Try 2 and 32."
+            )
+        widths = [base_channels * min(2**level, 8) for level in range(num_downsamples + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False), nn.GroupNorm(_GROUPS, after), nn.LeakyReLU(0.2)]
+        # stride 1: widens the patch without thinning out the verdicts
+        layers += [
+            nn.Conv2d(widths[-2], widths[-1], 3, 1, 1, bias=False),
+            nn.GroupNorm(_GROUPS, widths[-1]),
+            nn.LeakyReLU(0.2),
+        ]
+        layers.append(nn.Conv2d(widths[-1], 1, 3, 1, 1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 rows columns"]:
+        """Logits per patch of images in [-1, 1]; h and w are divided by 2**num_downsamples."""
+        return self.layers(images)
+
+
+def discriminator_hinge_loss(
+    real_logits: Float[Tensor, "b 1 h w"], fake_logits: Float[Tensor, "b 1 h w"]
+) -> Float[Tensor, ""]:
+    """Hinge loss mean relu(1 - real) + mean relu(1 + fake): 2 for an undecided critic, 0 once both margins are kept."""
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
+def generator_hinge_loss(fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """Hinge loss -mean fake: what the generator lowers by being taken for real."""
+    return -fake_logits.mean()
+
+
+def _unchanged(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def adaptive_weight(
+    reconstruction_loss: Float[Tensor, ""],
+    generator_loss: Float[Tensor, ""],
+    last_weight: Float[Tensor, "..."],
+    *,
+    low: float = 0.015,
+    high: float = 1e4,
+    average: Callable[[Tensor], Tensor] = _unchanged,
+) -> Float[Tensor, ""]:
+    """||grad of reconstruction|| / (||grad of generator loss|| + 1e-6) at the decoder's last weight, in [low, high].
+
+    Both losses must depend on `last_weight`, and their graphs stay alive. No gradient flows through the result.
+    `average` turns a gradient of this process into the mean over all processes, so that every process uses the weight
+    of the global batch. The weight must be whole (single process or DDP), not a shard.
+    """
+    (wanted,) = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
+    (critic,) = torch.autograd.grad(generator_loss, last_weight, retain_graph=True)
+    ratio = average(wanted).norm() / (average(critic).norm() + 1e-6)
+    return ratio.clamp(low, high).detach()
+
+
+def warm_up_factor(step: int, *, start: int, warm_up_steps: int) -> float:
+    """Share of the generator loss at a step: 0 before `start`, then rising evenly to 1 within `warm_up_steps`.
+
+    >>> [warm_up_factor(step, start=10, warm_up_steps=4) for step in (0, 9, 10, 11, 13, 500)]
+    [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
+    """
+    if step < start:
+        return 0.0
+    if warm_up_steps <= 0:
+        return 1.0
+    return min(1.0, (step - start + 1) / warm_up_steps)
+
+
+def reconstruction_losses(
+    output: MultiScaleVQVAEOutput,
+    images: Images,
+    distance: nn.Module | None,
+    config: TokenizerLoss,
+    *,
+    commitment_weight: float,
+) -> dict[str, Tensor]:
+    """Losses of the autoencoder; those under `weighted/` add up to what is minimised."""
+    pixels = output.images.float()
+    l1, mse = F.l1_loss(pixels, images), F.mse_loss(pixels, images)
+    losses = {
+        "l1": l1,
+        "mse": mse,
+        "codebook": output.codebook_loss,
+        "commitment": output.commitment_loss,
+        "weighted/pixels": config.l1 * l1 + config.mse * mse,
+    }
+    if distance is not None:
+        losses["perceptual"] = distance(pixels, images).mean()
+        losses["weighted/pixels"] = losses["weighted/pixels"] + config.perceptual * losses["perceptual"]
+    if output.token_ids:
+        codebook = output.codebook_loss + commitment_weight * output.commitment_loss
+        losses["weighted/codebook"] = config.codebook * codebook
+    return losses
+
+
+@dataclass
+class Critic:
+    """The patch discriminator with its optimizer."""
+
+    discriminator: nn.Module
+    optimizer: torch.optim.Optimizer
+    optim: OptimConfig
+    start: int
+    warm_up_steps: int
+
+    @classmethod
+    def of(cls, run: TokenizerRun) -> "Critic":
+        """A new discriminator, which starts late: a decoder that cannot draw yet learns nothing from it."""
+        discriminator = PatchDiscriminator(base_channels=run.loss.discriminator_channels)
+        start = round(run.loss.adversarial_start * run.num_steps)
+        optim = OptimConfig(
+            learning_rate=run.loss.discriminator_learning_rate, beta1=0.5, beta2=0.9, weight_decay=5e-4, warmup_steps=0
+        )
+        return cls(
+            discriminator, adamw(discriminator, optim), optim, start, round(run.loss.adversarial_warmup * run.num_steps)
+        )
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Hand both to accelerate."""
+        self.discriminator, self.optimizer = accelerator.prepare(self.discriminator, self.optimizer)
+
+    def generator_losses(
+        self,
+        accelerator: Accelerator,
+        model: MultiScaleVQVAE,
+        losses: dict[str, Tensor],
+        fake: Images,
+        run: TokenizerRun,
+        step: int,
+    ) -> dict[str, Tensor]:
+        """What the discriminator asks of the decoder, weighted against the pixel losses; nothing before `start`."""
+        factor = warm_up_factor(step, start=self.start, warm_up_steps=self.warm_up_steps)
+        if factor == 0:
+            return {}
+        judge = accelerator.unwrap_model(self.discriminator)
+        judge.requires_grad_(False)
+        loss = generator_hinge_loss(judge(fake.float()))
+        judge.requires_grad_(True)
+        weight = adaptive_weight(
+            losses["weighted/pixels"],
+            loss,
+            model.decoder.conv_out.weight,
+            average=lambda gradient: accelerator.reduce(gradient, "mean"),  # pyright: ignore[reportArgumentType]
+        )
+        return {
+            "generator": loss,
+            "adversarial_weight": weight,
+            "weighted/generator": run.loss.adversarial * factor * weight * loss,
+        }
+
+    def step(
+        self, accelerator: Accelerator, real: Images, fake: Images, run: TokenizerRun, step: int
+    ) -> dict[str, Tensor]:
+        """One step of the discriminator; nothing before `start`."""
+        if step < self.start:
+            return {}
+        set_rates(self.optimizer, step - self.start, self.optim, max(run.num_steps - self.start, 1))
+        with accelerator.accumulate(self.discriminator):
+            logits = self.discriminator(torch.cat([real, fake.float()]))
+            loss = discriminator_hinge_loss(*logits.chunk(2))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.discriminator.parameters(), run.optim.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return {"discriminator": loss.detach()}
+
+
+@dataclass(frozen=True)
+class TokenizerScores:
+    """How well a tokenizer does on images it has not seen.
+
+    Attributes:
+        num_images: images measured.
+        psnr: mean over images, dB.
+        psnr_by_scale: of the reconstruction from scales 0..k, mean over at most 64 of them.
+        usage: share of the codebook that any scale uses.
+        usage_by_scale, perplexity_by_scale: the same for every scale.
+    """
+
+    num_images: int
+    psnr: float
+    psnr_by_scale: list[float]
+    usage: float
+    usage_by_scale: list[float]
+    perplexity_by_scale: list[float]
+
+    def as_floats(self) -> dict[str, float]:
+        """Flat names for a log line."""
+        values = {"val/psnr": self.psnr, "val/usage": self.usage}
+        for name in ("psnr", "usage", "perplexity"):
+            values |= {f"val/{name}_scale{k}": v for k, v in enumerate(getattr(self, f"{name}_by_scale"))}
+        return values
+
+
+@torch.no_grad()
+def tokenizer_scores(tokenizer: MultiScaleVQVAE, images: "Dataset[Sample]", *, limit: int = 1024) -> TokenizerScores:
+    """Measure a tokenizer on `limit` images of a data set, evenly spread over it."""
+    device = tokenizer.codebook.weight.device
+    chosen = spread(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
+    values, partial = [], []
+    starts = range(0, len(chosen), 32)
+    shown = {starts[i] for i in spread(len(starts), 2)}
+    usage = CodebookUsage(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings, decay=0.0)
+    counts = torch.zeros(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings)
+    for start in starts:
+        batch = _stack(images, chosen[start : start + 32]).to(device)
+        token_ids = tokenizer.encode(batch).token_ids
+        counts += code_counts(token_ids, tokenizer.codebook.num_embeddings).cpu()
+        values.append(psnr(tokenizer.decode(token_ids), batch).cpu())
+        if start in shown:
+            by_scale = [
+                psnr(tokenizer.decode_features(tokenizer.features_up_to(token_ids, k)), batch).cpu()
+                for k in range(tokenizer.schedule.num_scales)
+            ]
+            partial.append(torch.stack(by_scale, dim=1))
+    usage.update(counts)
+    return TokenizerScores(
+        num_images=len(chosen),
+        psnr=float(torch.cat(values).mean()),
+        psnr_by_scale=torch.cat(partial).mean(dim=0).tolist(),
+        usage=float((counts.sum(dim=0) > 0).float().mean()),
+        usage_by_scale=(counts > 0).float().mean(dim=1).tolist(),
+        perplexity_by_scale=usage.perplexity().tolist(),
+    )
+
+
+def _stack(images: "Dataset[Sample]", indices: Sequence[int] | range) -> Images:
+    rows = [images[i]["image"] for i in indices]
+    return torch.stack([torch.as_tensor(row) for row in rows])
+
+
+@torch.no_grad()
+def residual_vectors(model: MultiScaleVQVAE, latents: LatentMap, *, exact: bool) -> list[Float[Tensor, "n d"]]:
+    """What each scale has to code: its residuals, one tensor (b * s_k * s_k, d) per scale.
+
+    `exact` follows a codebook without error (there is none yet); otherwise the present codebook's residuals.
+    """
+    collected: list[Tensor] = []
+
+    def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
+        residual = area_downsample(latents - features, model.schedule.sizes[scale])
+        collected.append(residual.permute(0, 2, 3, 1).flatten(0, 2))
+        if exact:
+            return torch.zeros(len(latents), residual.shape[-1] ** 2, dtype=torch.long), residual
+        token_ids = searched[scale]
+        return token_ids, model.lookup(token_ids)
+
+    searched = [] if exact else model.requantize(latents)
+    for _ in model.residual_scales(choose, latents):
+        pass
+    return collected
+
+
+@torch.no_grad()
+def initialize_codebook(model: MultiScaleVQVAE, images: Images, *, seed: int) -> None:
+    """Start the codebook from the encoder's outputs on `images`: k-means over the residuals of all scales.
+
+    Fine scales have most of the tokens; each scale enters with the square root of its share, so that the few coarse
+    tokens, which decide about the whole image, get codes as well.
+    """
+    latents = torch.cat([model.latents(part) for part in images.split(64)]).float()
+    per_scale = residual_vectors(model, latents, exact=True)
+    weights = np.sqrt([len(rows) for rows in per_scale])
+    budget = min(sum(len(rows) for rows in per_scale), 40 * model.codebook.num_embeddings)
+    generator = stream(seed, KMEANS, 1)
+    picked = []
+    for rows, share in zip(per_scale, weights / weights.sum(), strict=True):
+        wanted = min(len(rows), max(1, int(budget * share)))
+        picked.append(rows[torch.from_numpy(generator.permutation(len(rows))[:wanted])])
+    model.codebook.weight.copy_(k_means(torch.cat(picked), model.codebook.num_embeddings, seed=seed))
+
+
+@torch.no_grad()
+def revive_codes(model: MultiScaleVQVAE, dead: Bool[Tensor, " k"], latents: LatentMap, *, seed: int, step: int) -> int:
+    """Move codes that no scale uses onto residuals of the present batch; returns how many moved."""
+    count = int(dead.sum())
+    if not count:
+        return 0
+    generator = stream(seed, REVIVE, step)
+    per_scale = residual_vectors(model, latents.float(), exact=False)
+    scales = generator.integers(len(per_scale), size=count)
+    rows = torch.stack([per_scale[k][generator.integers(len(per_scale[k]))] for k in scales])
+    model.codebook.weight[dead] = rows.to(model.codebook.weight)
+    return count
+
 
 logger = logging.getLogger("isthmus")
 

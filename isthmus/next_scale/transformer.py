@@ -7,7 +7,7 @@ Diffusion" (the Markovian mask).
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,83 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.functional.compiler import check_compiler
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.layers.attention import Attend, KeyValueCache, MultiHeadAttention, causal_attention, markov_attention
-from isthmus.layers.conditioning import BlockModulation, SharedModulationOffset, modulated_norm
-from isthmus.layers.feed_forward import FeedForward
-from isthmus.models.saved_model import SavedModel, records_arguments
+from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.nn.attention import (
+    Attend,
+    FeedForward,
+    KeyValueCache,
+    MultiHeadAttention,
+    causal_attention,
+    markov_attention,
+    trains_on_cpu,
+)
+from isthmus.nn.precision import check_compiler
+from isthmus.nn.saved_model import SavedModel, records_arguments
+
+
+def modulated_norm(
+    x: Float[Tensor, "b l width"], scale: Float[Tensor, "b 1 width"], shift: Float[Tensor, "b 1 width"], eps: float
+) -> Float[Tensor, "b l width"]:
+    """LayerNorm(x) * (1 + scale) + shift, the norm without parameters of its own."""
+    # a loop over images pays from some kilobytes of tokens on; compilers join the two steps themselves
+    if trains_on_cpu(x) and x[0].numel() >= 2**12 and not torch.compiler.is_compiling():
+        return _ModulatedNorm.apply(x, scale, shift, eps)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """One layer norm per image, whose gain and bias are the image's modulation: one pass over memory each way.
+
+    The result has the type of the modulation, that of the product which reads it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        gain, bias = (1 + scale.float()).squeeze(1), shift.float().squeeze(1)
+        result, statistics = torch.empty_like(x, dtype=scale.dtype), []
+        for i in range(len(x)):
+            result[i], *own = torch.native_layer_norm(x[i], x.shape[-1:], gain[i], bias[i], eps)
+            statistics += own
+        ctx.save_for_backward(x, gain, bias, *statistics)
+        ctx.dtype = scale.dtype
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, bias, *statistics = ctx.saved_tensors
+        of_x, of_gain, of_bias = (torch.empty_like(t) for t in (x, gain, bias))
+        for i in range(len(x)):
+            mean, reciprocal = statistics[2 * i : 2 * i + 2]
+            of_x[i], of_gain[i], of_bias[i] = torch.ops.aten.native_layer_norm_backward(
+                gradient[i].to(x.dtype), x[i], x.shape[-1:], mean, reciprocal, gain[i], bias[i], [True, True, True]
+            )
+        return of_x, of_gain.unsqueeze(1).to(ctx.dtype), of_bias.unsqueeze(1).to(ctx.dtype), None
+
+
+class BlockModulation(nn.Module):
+    """Six vectors of one block from silu(class vector), by a linear layer of the block's own."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, activated: Float[Tensor, "b width"]) -> Float[Tensor, "b 6 width"]:
+        """Gates of attention and feed-forward, their scales, their shifts: in this order."""
+        return self.linear(activated).unflatten(-1, (6, -1))
+
+
+class SharedModulationOffset(nn.Module):
+    """Six vectors of one block as an offset to vectors that all blocks share (`shared_adaln`)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.offset = nn.Parameter(torch.empty(1, 6, width))
+        nn.init.normal_(self.offset, std=1 / math.sqrt(width))
+
+    def forward(self, shared: Float[Tensor, "b 6 width"]) -> Float[Tensor, "b 6 width"]:
+        """Gates of attention and feed-forward, their scales, their shifts: in this order."""
+        return shared + self.offset
+
 
 Stream = Float[Tensor, "b l width"]
 
@@ -327,3 +398,38 @@ class NextScaleTransformer(SavedModel):
                     gates, others = block.modulation.linear.weight.split((2 * width, 4 * width))
                 gates.mul_(init_gate)
                 others.mul_(init_modulation)
+
+
+def visible_pairs(scale_sizes: Sequence[int], *, markov: bool) -> int:
+    """Pairs (token, token it sees): its own scale, and for a causal model all earlier ones.
+
+    >>> visible_pairs((1, 2), markov=True), visible_pairs((1, 2), markov=False)
+    (17, 21)
+    """
+    lengths = [s * s for s in scale_sizes]
+    seen = lengths if markov else [sum(lengths[: k + 1]) for k in range(len(lengths))]
+    return sum(n * m for n, m in zip(lengths, seen, strict=True))
+
+
+def sampling_flops(
+    scale_sizes: Sequence[int],
+    *,
+    markov: bool,
+    width: int,
+    num_layers: int,
+    mlp_ratio: float,
+    codebook_size: int,
+    codebook_dim: int,
+    shared_adaln: bool,
+) -> int:
+    """Multiplications and additions of all forwards of one image, without guidance and without pixels.
+
+    2 (L (n (4 + 2 r) w^2 + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, r the ratio of the
+    feed-forward, d the width of a code, V codes, P visible pairs, and m modulations (n, or 1 where they are shared).
+    Guidance adds the same again for the scales that it is on at.
+    """
+    tokens, squared = sum(s * s for s in scale_sizes), width**2
+    per_token = num_layers * (4 + 2 * mlp_ratio) * squared + codebook_dim * width + width * codebook_size
+    attention = 2 * num_layers * width * visible_pairs(scale_sizes, markov=markov)
+    modulations = (6 * (1 if shared_adaln else num_layers) + 2) * squared
+    return round(2 * (tokens * per_token + attention + modulations))

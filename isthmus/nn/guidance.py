@@ -79,3 +79,28 @@ def _checked(value: float) -> float:
     if not math.isfinite(value):
         raise UserError(f"guidance_scale must be a finite number (1 = off), got {value}. Typical values are 1 to 5.")
     return float(value)
+
+
+def guidance_at(guidance: Guidance, teacher_sizes: Sequence[int], sizes: Sequence[int]) -> Guidance:
+    """Guidance of a student: one value per scale of its teacher is read at the student's sides; other kinds stay.
+
+    Raises:
+        UserError: there are several values, and not one per scale of the teacher.
+
+    >>> guidance_at((1, 2, 3), (1, 2, 4), (1, 4)), guidance_at(2.0, (1, 2, 4), (1, 4))
+    ((1, 3), 2.0)
+    """
+    if isinstance(guidance, (int, float, GuidanceSchedule)):
+        return guidance
+    if len(guidance) != len(teacher_sizes):
+        raise UserError(
+            f"guidance by scale needs one value for each of the teacher's scales ({listed(teacher_sizes)}), got "
+            f"{len(guidance)}. Pass {len(teacher_sizes)} numbers, one number, or a schedule such as linear:1:2.5."
+        )
+    by_side = dict(zip(teacher_sizes, guidance, strict=True))
+    return tuple(by_side[side] for side in sizes)
+
+
+def listed(sizes: Sequence[int]) -> str:
+    """Side lengths with commas between them."""
+    return ",".join(map(str, sizes))

@@ -1,9 +1,11 @@
-"""Which type products are computed in: where rounding matters, and where half the bits pay.
+"""Which type products are computed in, and whether `torch.compile` can work here.
 
 Tokens and features of images should be those of any other device, so they are searched in whole fp32. Elsewhere bf16
 pays where the machine has products of it, which no name of a processor tells: it is measured.
 """
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from time import perf_counter
 
 import torch
 from torch.nn.functional import linear
+
+from isthmus.errors import UserError
 
 # how many times as fast as in float32 products must run in bf16 before its rounding is worth while
 _WORTH_WHILE = 2.0
@@ -72,3 +76,21 @@ def bf16_speedup() -> float:
             linear(x, weight)
         seconds.setdefault(dtype, []).append(perf_counter() - start)
     return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+
+
+def check_compiler(device: torch.device) -> None:
+    """Nothing where `torch.compile` has what it needs: on a CPU that is a C++ compiler.
+
+    Raises:
+        UserError: the device is a CPU, and there is no compiler, or torch is held to another instruction set than the
+            compiler writes for.
+    """
+    held = os.environ.get("ATEN_CPU_CAPABILITY")
+    if device.type == "cpu" and held:
+        # it also keeps what it made, and finds it again whatever this variable says
+        raise UserError(
+            f"torch's compiler takes no notice of ATEN_CPU_CAPABILITY, got {held}: results would be those of neither. "
+            "Unset it, or do not compile."
+        )
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("compiling for a CPU needs g++, or the compiler that CXX names, found none. Leave it out.")

@@ -1,18 +1,11 @@
-"""Residual quantisation over scales: one loop that encoding, decoding, teacher forcing and sampling share.
-
-Source: Tian et al., "Visual Autoregressive Modeling", algorithms 1 and 2.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+"""The nearest code of a codebook, and the means a codebook starts from."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.functional.pyramid import ScaleSchedule, area_downsample, bicubic_upsample
-from isthmus.functional.shapes import FeatureMap, LatentMap, ScaleTokens
+from isthmus.nn.draws import KMEANS, stream
 
 # rows of the distance matrix held at once: 8,192 x 4,096 codes are 128 MiB in fp32
 _SEARCH_CHUNK = 8_192
@@ -42,52 +35,26 @@ def nearest_code(
         return torch.cat(found)
 
 
-@dataclass
-class Scale:
-    """One turn of the residual loop.
+@torch.no_grad()
+def k_means(points: Float[Tensor, "n d"], num_means: int, *, seed: int, num_rounds: int = 10) -> Float[Tensor, "k d"]:
+    """Lloyd's algorithm from a random subset of the points; a mean that loses all its points moves to one of them.
 
-    Attributes:
-        index: scale k, from 0.
-        token_ids: (b, s_k * s_k), row by row.
-        features: (b, d, grid, grid), the sum over scales 0..k ("Fhat" of the paper).
+    With fewer points than means, points repeat with a little noise, so that no two codes are the same.
     """
-
-    index: int
-    token_ids: ScaleTokens
-    features: LatentMap
-
-
-def residual_scales(
-    start: LatentMap,
-    schedule: ScaleSchedule,
-    choose: Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]],
-    phi: Callable[[int, LatentMap], LatentMap],
-) -> Iterator[Scale]:
-    """Build the features scale by scale, from zero: features += phi_k(upsample(codes_k)).
-
-    Args:
-        start: zeros of (b, d, grid, grid), which fix batch, device and type.
-        schedule: the scales.
-        choose: called with (scale, features so far), returns the scale's token ids and their codes as a map of
-            (b, d, s_k, s_k). Encoding searches them, decoding looks them up, sampling draws them.
-        phi: called with (scale, upsampled codes).
-
-    Yields:
-        One `Scale` per scale, coarse to fine.
-    """
-    features = start
-    for index in range(schedule.num_scales):
-        token_ids, codes = choose(index, features)
-        features = features + phi(index, bicubic_upsample(codes, schedule.grid))
-        yield Scale(index, token_ids, features)
-
-
-def next_scale_input(features: LatentMap, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "b l d"]:
-    """What the transformer reads at `scale` >= 1: the features so far, averaged to its side, one row per token."""
-    return area_downsample(features, schedule.sizes[scale]).flatten(2).transpose(1, 2)
-
-
-def tokens_to_map(rows: Float[Tensor, "b l d"]) -> FeatureMap:
-    """Rows of a square scale as a map (b, d, s, s)."""
-    size = int(rows.shape[1] ** 0.5)
-    return rows.transpose(1, 2).unflatten(2, (size, size))
+    generator = stream(seed, KMEANS)
+    order = torch.from_numpy(generator.permutation(len(points)))
+    means = points[order[torch.arange(num_means) % len(points)]].clone()
+    spread = points.std(dim=0, unbiased=False).clamp_min(1e-6)
+    noise = torch.from_numpy(generator.standard_normal((num_means, points.shape[1]))).to(points)
+    if len(points) < num_means:
+        return means + 0.01 * spread * noise
+    for _ in range(num_rounds):
+        nearest = torch.cat([torch.cdist(part, means).argmin(dim=1) for part in points.split(8192)])
+        counts = torch.bincount(nearest, minlength=num_means).to(points).unsqueeze(1)
+        sums = torch.zeros_like(means).index_add_(0, nearest, points)
+        empty = counts.squeeze(1) == 0
+        means = torch.where(counts > 0, sums / counts.clamp_min(1), means)
+        if empty.any():
+            chosen = torch.from_numpy(generator.integers(len(points), size=int(empty.sum())))
+            means[empty] = points[chosen]
+    return means

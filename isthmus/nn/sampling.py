@@ -100,3 +100,12 @@ def smooth_weights(
     """
     noisy = filtered_logits * (1 + ratio) + gumbels.to(filtered_logits.device)
     return (noisy / smooth_temperature(ratio)).softmax(dim=-1)
+
+
+def nats_to_bits(nats: float) -> float:
+    """Bits of a number of nats.
+
+    >>> round(nats_to_bits(math.log(2)), 12)
+    1.0
+    """
+    return nats / math.log(2)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from isthmus.errors import UserError
-from isthmus.models.component_files import CONFIG, DIFFUSERS_WEIGHTS, read_config, stored_shapes, weight_files
+from isthmus.nn.component_files import CONFIG, DIFFUSERS_WEIGHTS, read_config, stored_shapes, weight_files
 
 AnyRecorded = TypeVar("AnyRecorded", bound="Recorded")
 AnyModel = TypeVar("AnyModel", bound="SavedModel")

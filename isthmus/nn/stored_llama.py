@@ -1,9 +1,11 @@
-"""A saved Llama as its settings and weights: all that decoding reads, without importing transformers.
+"""A saved Llama as its settings and weights, and the fingerprint of any model.
 
-transformers takes longer to import than most draws take. Whatever needs the network as a module (training, likelihood,
-export) asks for `module`, which is made then, on the same memory.
+Decoding reads the weights without importing transformers, which takes longer to import than most draws take. Whatever
+needs the network as a module (training, likelihood, export) asks for `module`, which is made then, on the same memory.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +13,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.models.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
-from isthmus.models.saved_model import Config, check_class, check_finite, check_shapes, values_left_out, without_values
+from isthmus.nn.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
+from isthmus.nn.saved_model import (
+    Config,
+    check_class,
+    check_finite,
+    check_shapes,
+    values_left_out,
+    without_values,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -206,3 +215,27 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+# what transformers notes about the file, not about the network
+_WRITER = {"architectures", "dtype", "transformers_version"}
+# settings that came after format 1: at these values a network is what it was before they existed
+_LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
+
+
+def fingerprint(model: nn.Module | StoredLlama) -> str:
+    """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
+
+    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it.
+    """
+    digest = hashlib.sha256()
+    config: Any = getattr(model, "config", {})
+    # transformers' configurations are no mappings; what differs from their defaults is what makes the network
+    values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
+    config = {k: v for k, v in values.items() if not (k.startswith("_") or k in _WRITER)}
+    config = {k: v for k, v in config.items() if k not in _LATER or v != _LATER[k]}
+    digest.update(json.dumps(config, sort_keys=True, default=list).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

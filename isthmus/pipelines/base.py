@@ -1,4 +1,6 @@
-"""What pipelines of every family share: labels and seeds of a call, and a folder written whole and read strictly."""
+"""What pipelines of both families share: the call's labels and seeds, a folder written whole and read strictly, its
+card.
+"""
 
 import hashlib
 import json
@@ -13,18 +15,116 @@ import torch
 import isthmus
 from isthmus.errors import UserError
 from isthmus.files import check_writable
-from isthmus.functional.guidance import guidance_values
-from isthmus.functional.sampling import check_filters
-from isthmus.generation.options import SamplingOptions
-from isthmus.models.fingerprint import fingerprint
-from isthmus.models.saved_model import Config, Recorded, SavedModel, check_settings
-from isthmus.models.stored_llama import StoredLlama
-from isthmus.pipelines.card import model_card
-from isthmus.pipelines.folder import FORGOTTEN, FORMAT, INDEX_NAME, read_index, replaced_within, written_whole
-from isthmus.pipelines.hub import model_folder
-from isthmus.pipelines.labels import names_in_order, resolve_labels
-from isthmus.pipelines.request import Generators, Labels, OutputType, Request, check_output_type, label_list, spread
-from isthmus.pipelines.seeds import Whole, image_seeds
+from isthmus.nn.guidance import guidance_values
+from isthmus.nn.sampling import check_filters
+from isthmus.nn.saved_model import Config, Recorded, SavedModel, check_settings
+from isthmus.nn.stored_llama import StoredLlama, fingerprint
+from isthmus.pipelines.folder import (
+    FORGOTTEN,
+    FORMAT,
+    INDEX_NAME,
+    model_folder,
+    read_index,
+    replaced_within,
+    written_whole,
+)
+from isthmus.pipelines.labels import listed_names, names_in_order, resolve_labels
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.request import (
+    Generators,
+    Labels,
+    OutputType,
+    Request,
+    Whole,
+    check_output_type,
+    image_seeds,
+    label_list,
+    spread,
+)
+
+
+def model_card(
+    *,
+    kind: str,
+    version: str,
+    image_size: int,
+    class_names: Mapping[str, str],
+    num_classes: int,
+    layout: str,
+    num_parameters: Mapping[str, int],
+    sampling: SamplingOptions,
+    data: Mapping[str, Any],
+    protocol: str,
+) -> str:
+    """Markdown with the front matter the hub reads.
+
+    Args:
+        kind: what the model is, in a few words.
+        version: of Isthmus.
+        image_size: pixels.
+        class_names: index (as text) -> name.
+        num_classes: 0 for unlabelled models.
+        layout: how tokens are laid out, as a sentence.
+        num_parameters: per component.
+        sampling: the defaults saved with the model.
+        data: `name` and `attribution` of the training data.
+        protocol: how the model was trained and measured.
+    """
+    names = names_in_order(class_names)
+    shown = listed_names(names) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    classes = f"{num_classes} ({shown})" if names else str(num_classes) if num_classes else "none (unlabelled)"
+    # a JSON string is a Python string, in the quotes that the rest of the card has
+    first = json.dumps(names[0], ensure_ascii=False) if names else "0"
+    argument = f"class_labels=[{first}], " if num_classes else ""
+    sizes = "; ".join(f"{name} {count / 1e6:.2f}M" for name, count in num_parameters.items())
+    attribution = data.get("attribution") or "unknown. Find out before you publish this model or its images."
+    return f"""---
+library_name: isthmus
+pipeline_tag: unconditional-image-generation
+license: other
+tags:
+- isthmus
+- image-generation
+- autoregressive
+---
+
+# {kind}
+
+Images of {image_size} x {image_size} pixels. Classes: {classes}.
+{layout} Parameters: {sizes}.
+
+## Load
+
+```python
+from isthmus import load_pipeline
+
+pipe = load_pipeline("path/to/this/folder")
+pipe({argument}num_images=4, seed=0).images[0].save("sample.png")
+```
+
+or `isthmus sample path/to/this/folder --num 16 --out samples`. Saved with Isthmus {version}.
+
+With diffusers (`pip install "isthmus[diffusers]"`; its own `DiffusionPipeline.from_pretrained` knows no Isthmus):
+
+```python
+from isthmus.diffusers import from_pretrained
+
+pipe = from_pretrained("path/to/this/folder")  # a DiffusionPipeline
+pipe({argument}seed=0).images[0].save("sample.png")
+```
+
+Defaults saved with the model: {sampling.words()}.
+
+## Data and licence
+
+Trained on: {data.get("name") or "unknown"}.
+Licence: {attribution}
+
+## Protocol
+
+{protocol or "Not recorded."}
+"""
+
 
 logger = logging.getLogger("isthmus")
 
@@ -251,14 +351,15 @@ class SavedPipeline:
         check_settings(values, cls, folder / INDEX_NAME)
         present = dict(cls.parts)
         for name, part in cls.parts.items():
-            if values.pop(name, None) != index_entry(part):
-                named = index_entry(part)[1]
+            named = index_entry(part)[1]
+            # the class alone: folders of format 1 name the modules of their time
+            if _class_in(values.pop(name, None)) != named:
                 raise UserError(f"{folder / INDEX_NAME} must name {named} as its {name}. Save the model again.")
         for name, part in cls.optional_parts.items():
-            found = values.pop(name, [None, None])
-            if found == [None, None]:
+            found = _class_in(values.pop(name, None))
+            if found is None:
                 continue
-            if found != index_entry(part):
+            if found != index_entry(part)[1]:
                 raise UserError(f"{folder} has a {name} that this version does not know. Update Isthmus.")
             present[name] = part
         components = {name: _loaded(part, folder / name, dtype) for name, part in present.items()}
@@ -322,6 +423,11 @@ def index_entry(part: Part) -> list[str]:
     if issubclass(part, StoredLlama):
         return [part.library, part.class_name]
     return [part.__module__, part.__name__]
+
+
+def _class_in(entry: Any) -> Any:
+    """The class that an entry of model_index.json names; None where it names no component."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
 
 
 def weights_of(part: torch.nn.Module | StoredLlama) -> dict[str, torch.Tensor]:

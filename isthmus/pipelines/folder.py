@@ -1,6 +1,7 @@
-"""A saved pipeline as files: read and checked without importing torch, written whole or not at all."""
+"""A saved pipeline as files, here or on the hub: found, read and checked without importing torch."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,9 @@ from uuid import uuid4
 
 from isthmus.errors import UserError
 from isthmus.files import check_writable, contents
-from isthmus.models.component_files import CONFIG, read_json
+from isthmus.nn.component_files import CONFIG, read_json
 
-FORMAT = 1
+FORMAT = 2
 INDEX_NAME = "model_index.json"
 FORGOTTEN = {
     "critic": "rounds in which it chose tokens choose them by the model's own probability (mode 'masked')",
@@ -94,3 +95,51 @@ def replaced_within(folder: Path) -> Iterator[Path]:
             new.replace(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def model_folder(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a model: the path itself where it exists, else the hub's files, downloaded or from the cache.
+
+    Raises:
+        UserError: neither exists; offline and not cached is one error.
+    """
+    path = Path(os.path.expanduser(path_or_hub_id))
+    if path.exists():
+        return path
+    name = str(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        raise UserError(
+            f"a model must be a pipeline folder or a hub id (owner/name), got {name}, which does not exist."
+        )
+    return _hub_folder(name, revision, cache_dir, local_files_only)
+
+
+def _hub_folder(name: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", "README.md"],
+        )
+    except (HfHubHTTPError, HFValidationError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the hub has no {name} for us ({first}). Check the name, the revision and your login."
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name} is no folder here, not in the hub's cache, and the hub cannot be asked ({type(error).__name__}). "
+            "Pass an existing folder, or go online once to download it."
+        ) from error
+    return Path(folder)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.functional.shapes import Images
+from isthmus.nn.shapes import Images
 from isthmus.rgb import scaled_crop, shorter_side_to, upright_rgb
 
 ImageInput = PIL.Image.Image | Tensor | Sequence[PIL.Image.Image | Tensor]

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isthmus.errors import UserError
-from isthmus.functional.precision import faster_type
-from isthmus.models.saved_model import values_left_out
-from isthmus.pipelines.folder import read_index
-from isthmus.pipelines.hub import model_folder
-from isthmus.pipelines.saved import check_not_float16
+from isthmus.nn.precision import faster_type
+from isthmus.nn.saved_model import values_left_out
+from isthmus.pipelines.base import check_not_float16
+from isthmus.pipelines.folder import model_folder, read_index
 
 if TYPE_CHECKING:
-    from isthmus.pipelines.dar import DARPipeline
-    from isthmus.pipelines.next_scale import NextScalePipeline
+    from isthmus.dar.pipeline import DARPipeline
+    from isthmus.next_scale.pipeline import NextScalePipeline
 
     AnyPipeline = NextScalePipeline | DARPipeline
 else:
@@ -23,7 +22,7 @@ else:
     AnyPipeline = Any
 
 # class name in model_index.json -> module that has it
-PIPELINES = {"NextScalePipeline": "isthmus.pipelines.next_scale", "DARPipeline": "isthmus.pipelines.dar"}
+PIPELINES = {"NextScalePipeline": "isthmus.next_scale.pipeline", "DARPipeline": "isthmus.dar.pipeline"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

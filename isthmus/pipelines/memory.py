@@ -1,35 +1,69 @@
-"""How many images fit into memory at once: an estimate from the sizes of the networks."""
+"""How many images fit into memory at once, from what is free and from the sizes of the networks."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from isthmus.errors import UserError
-from isthmus.pipelines.free_memory import images_that_fit
-from isthmus.pipelines.saved import SavedPipeline
+from isthmus.pipelines.base import SavedPipeline
 
 if TYPE_CHECKING:
-    from isthmus.models.flow_decoder import FlowDecoder
-    from isthmus.models.stored_llama import StoredLlama
+    pass
+
+_LARGEST = 64  # larger batches are no faster, and progress is seen less often
+_SHARE = 0.5  # of what is free: the allocator and everything else on the machine need the rest
 
 
-def next_token_bytes(transformer: "StoredLlama", *, guided: bool) -> int:
-    """Keys and values of one image's sequence, and the logits of one token with their sorted and cumulated copies."""
-    config, rows = transformer.config, 2 if guided else 1
-    size = 2 if transformer.dtype == torch.bfloat16 else 4
-    cache = 2 * config.num_hidden_layers * config.max_position_embeddings * config.hidden_size * size
-    draw = config.vocab_size * (5 * 4 + 2 * 8)
-    return rows * cache + draw
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device, within what a container may use; 4 GiB for mps and where nothing says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # Windows has no sysconf, macOS not this number
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return min([os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *container_bytes()])
+    return 4 * 2**30
 
 
-def flow_bytes(decoder: "FlowDecoder", image_size: int) -> int:
-    """Rows of one image inside a block of the pixel decoder: stream, modulation, feed-forward, attention."""
-    config = decoder.config
-    size = 2 if decoder.dtype == torch.bfloat16 else 4
-    rows = (image_size // config["patch_size"]) ** 2
-    return rows * config["width"] * (2 + 6 + 2 * 4 + 6) * size + 8 * 3 * image_size**2 * 4
+def container_bytes(root: Path = Path("/")) -> list[int]:
+    """What is left of every memory limit that Linux sets to this process: in a container sysconf tells of the host.
+
+    Files that were read count as use until the memory is wanted for something else, so they are taken off.
+    """
+    left = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # version 2 has one tree for all, version 1 one for memory
+        tree = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        inner = tree / path.lstrip("/")
+        # limits of outer groups hold too; seen from inside a container, its own group is the tree
+        for folder in (inner, *inner.parents):
+            limit, used = (_text(folder / name).strip() for name in names)
+            if limit.isdecimal() and used.isdecimal():
+                files = re.search(r"^(?:total_)?inactive_file (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+                left.append(max(int(limit) - int(used) + (int(files[1]) if files else 0), 0))
+            if folder == tree:
+                break
+    return left
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def images_that_fit(device: torch.device, bytes_each: int) -> int:
+    """Images of so many bytes that fit into the share of the free memory that one call may take: 1..64."""
+    return max(1, min(_LARGEST, int(_SHARE * free_bytes(device)) // bytes_each))
 
 
 def batch_size_that_fits(pipeline: SavedPipeline, *, guided: bool) -> int:

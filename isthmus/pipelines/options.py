@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from isthmus.errors import UserError
-from isthmus.functional.guidance import Guidance, GuidanceSchedule, guidance_values
+from isthmus.nn.guidance import Guidance, GuidanceSchedule, guidance_values
 
 
 class Default(Enum):

@@ -1,28 +1,94 @@
-"""Evaluations of a study: one protocol for all models of a table, and their scores as readings."""
+"""What both studies measure: evaluations under one protocol, held-out images rebuilt or edited, the cost of a step."""
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
 
 from isthmus.data.opening import open_source
 from isthmus.data.source import WantedColumns
 from isthmus.errors import UserError
+from isthmus.evaluation.classes import NearestClassMean
+from isthmus.evaluation.drawing import Balance, SampleClasses, choose_classes
 from isthmus.evaluation.evaluate import evaluate_model
-from isthmus.evaluation.intervals import mean_interval
-from isthmus.evaluation.model_samples import Balance
-from isthmus.evaluation.protocol import EvaluationRecord, read_record
-from isthmus.evaluation.real_side import RealSides
-from isthmus.generation.options import parse_guidance
+from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
+from isthmus.evaluation.guards import check_duplicates, pixel_digest
+from isthmus.evaluation.held_out import HELD_OUT_LIMIT, ReconstructionMeter, as_floats
+from isthmus.evaluation.images import some
+from isthmus.evaluation.record import EvaluationRecord, read_record
+from isthmus.evaluation.reference import DataSplits, RealSide, RealSides, Reference, choose_reference, open_splits
+from isthmus.evaluation.sample_scores import SampleScores, protocol_of, score_samples
+from isthmus.evaluation.scores import Features
+from isthmus.evaluation.statistics import Gaussian, mean_interval
+from isthmus.nn.perceptual import Lite0Distance
+from isthmus.nn.shapes import Images
+from isthmus.pipelines.labels import Label, names_in_order
+from isthmus.pipelines.loading import AnyPipeline, choose_device
+from isthmus.pipelines.options import parse_guidance
 from isthmus.studies.experiments import Values
 from isthmus.studies.options import BALANCE
-from isthmus.studies.readings import Reading, student_95
-from isthmus.studies.tables import Claim
+from isthmus.studies.tables import Claim, Reading, student_95
 from isthmus.training.config import Run
+
+Timed = Callable[[], object]
+
+
+def interleaved_seconds(runs: Mapping[str, Timed], device: torch.device, *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in each round, all runs in turn: what else the machine does hits them alike.
+
+    A first round that does not count warms up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_bytes(run: Timed, device: torch.device) -> int:
+    """Bytes that tensors of a run hold at most beyond those that were there before; run it once before, to warm up.
+
+    On CPU every allocation is counted by torch's profiler, so the number does not depend on what the system's
+    allocator keeps; buffers inside libraries of kernels are not counted. On CUDA it is the allocator's own peak.
+    """
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # the profiler's own library announces its start and end on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None, "the profile has ended"
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  the stub lacks it
+        peak = max(peak, held)
+    return peak
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
 """The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
@@ -233,3 +299,167 @@ def protocol_words(found: Sequence[Values]) -> str:
 def warning_notes(found: Sequence[Values]) -> tuple[str, ...]:
     """What the guards said of these samples, each sentence once."""
     return tuple(f"Warning: {said}" for said in dict.fromkeys(one for values in found for one in values["warnings"]))
+
+
+def splits_of(pipeline: AnyPipeline, setting: EvaluationSetting) -> DataSplits:
+    """Training and held-out images, as `isthmus evaluate` opens them for this model."""
+    names = names_in_order(pipeline.class_names)
+    return open_splits(
+        setting.data,
+        image_size=pipeline.image_size,
+        classes=setting.classes or (),
+        wanted=names,
+        columns=setting.columns,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RealImages:
+    """Everything that samples of one model are scored against, by the protocol of `isthmus evaluate`.
+
+    Attributes:
+        network: whose features are compared.
+        splits: training and held-out images.
+        classes: of the samples, fixed by their numbers.
+        reference: what distances are taken to.
+        measured: the same, measured.
+    """
+
+    network: FeatureNetwork
+    splits: DataSplits
+    classes: SampleClasses
+    reference: Reference
+    measured: RealSide
+
+    @classmethod
+    def of(cls, pipeline: AnyPipeline, setting: EvaluationSetting) -> "RealImages":
+        """Open and measure them.
+
+        Raises:
+            UserError: the data do not fit the model, or there are too few images.
+        """
+        network = feature_network("lite0", device=choose_device(setting.device))
+        splits = splits_of(pipeline, setting)
+        reference = choose_reference(splits, None, size=(pipeline.image_size, pipeline.image_size))
+        n = reference.images_per_measurement(setting.num)
+        return cls(
+            network,
+            splits,
+            choose_classes(pipeline, splits, setting.num, setting.balance),
+            reference,
+            setting.real_sides.measure(reference, splits, network, n),
+        )
+
+    def scored(self, drawn: "DrawnSamples") -> SampleScores:
+        """Scores of samples, and what the guards say of them."""
+        labels, names = (self.classes.labels if self.classes.names else None), self.classes.names
+        found = score_samples(drawn.features(), labels, self.reference, self.measured, self.network, names)
+        warning = check_duplicates(drawn.digests)
+        return found if warning is None else replace(found, warnings=(*found.warnings, warning))
+
+    def values(self, by: str, found: Mapping[str, SampleScores], image_size: int) -> Values:
+        """What tables read of several sets of samples: protocol, warnings, and under `by` the scores of every set."""
+        num, size = len(self.classes.labels), (image_size, image_size)
+        protocol = protocol_of(self.network, self.reference, self.splits, num, size, self.classes.words)
+        said = dict.fromkeys(warning for scored in found.values() for warning in scored.warnings)
+        scores = {name: {score.name: asdict(score) for score in scored.scores} for name, scored in found.items()}
+        return {"protocol": asdict(protocol), "warnings": list(said), by: scores}
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnSamples:
+    """Samples of which features and digests are kept, not the images.
+
+    Attributes:
+        network: whose features.
+        parts: of every batch that was added.
+        digests: of every image.
+    """
+
+    network: FeatureNetwork
+    parts: list[Features] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+
+    def add(self, images: UInt8[np.ndarray, "_ _ _ 3"]) -> None:
+        """Read a batch, 0..255."""
+        self.parts.append(extract_features(self.network, images))
+        self.digests.extend(pixel_digest(image) for image in images)
+
+    def features(self) -> Features:
+        """Of all images by space, in the order in which they came."""
+        return {space: np.concatenate([part[space] for part in self.parts]) for space in self.parts[0]}
+
+
+BATCH = 32
+"""Images that are worked on at once."""
+
+Pictures = UInt8[np.ndarray, "_ _ _ 3"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out images, and a judge of classes fitted on training images.
+
+    Attributes:
+        images: 0..255.
+        labels: class of the data; None where it has none.
+        model_ids: the model's id of every image's class; None where no class is given.
+        network: features of the judge and of the distances.
+        judge: None where there are no classes.
+        headline: features of `images` in the network's first space.
+        perceptual: distance of reconstructions.
+    """
+
+    images: Pictures
+    labels: Int[np.ndarray, " n"] | None
+    model_ids: Sequence[Label]
+    network: FeatureNetwork
+    judge: NearestClassMean | None
+    headline: np.ndarray
+    perceptual: Lite0Distance = field(default_factory=Lite0Distance)
+
+    @classmethod
+    def of(cls, pipeline: AnyPipeline, setting: EvaluationSetting) -> "HeldOut":
+        """The held-out images of a setting, at most `HELD_OUT_LIMIT` of them.
+
+        Raises:
+            UserError: the data do not fit the model.
+        """
+        splits = splits_of(pipeline, setting)
+        network = feature_network("lite0", device=choose_device(setting.device))
+        space = next(iter(network.spaces))
+        chosen = some(splits.held_out, HELD_OUT_LIMIT)
+        images, labels, judge = np.stack(list(chosen)), None, None
+        ids = choose_classes(pipeline, splits, 1, "uniform").ids
+        if splits.class_names and splits.train.labels is not None and chosen.labels is not None:
+            labels = chosen.labels
+            judge = NearestClassMean.fit(extract_features(network, splits.train)[space], splits.train.labels)
+        model_ids = [ids[label] for label in labels] if ids and labels is not None else [None] * len(images)
+        return cls(images, labels, model_ids, network, judge, extract_features(network, images)[space])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self) -> Iterator[tuple[int, Images]]:
+        """Number of the first image and images in [-1, 1]."""
+        for start in range(0, len(self), BATCH):
+            yield start, as_floats(self.images[start : start + BATCH])
+
+    def compared(self, rebuilt: Pictures) -> Values:
+        """What reconstructions of all images keep: means over images with the ends of their 95 % interval, and r-FD."""
+        meter = ReconstructionMeter(self.network, self.perceptual, None)
+        for start in range(0, len(self), BATCH):
+            meter.update(self.images[start : start + BATCH], rebuilt[start : start + BATCH])
+        scores = meter.scores(Gaussian.of(self.headline))
+        space = next(iter(self.network.spaces))
+        values = {
+            "PSNR, dB": mean_and_interval(scores.psnr),
+            "lite0 distance": mean_and_interval(scores.perceptual),
+            f"r-FD-{space}": [scores.frechet],
+        }
+        right = self.right(extract_features(self.network, rebuilt)[space])
+        return values if right is None else values | {"class accuracy (nearest mean)": mean_and_interval(right)}
+
+    def right(self, rows: np.ndarray) -> Bool[np.ndarray, " n"] | None:
+        """Which images the judge puts into their class; None where there are no classes."""
+        return None if self.judge is None or self.labels is None else self.judge.predict(rows) == self.labels

@@ -3,12 +3,33 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isthmus.evaluation.report import joined, markdown_picture, markdown_table, write_pages
-from isthmus.studies.plots import draw_panels
-from isthmus.studies.readings import RULE, Difference
-from isthmus.studies.tables import Finding, StudyTable, TableSpec, number
+from isthmus.pictures import draw_grid
+from isthmus.studies.tables import RULE, Difference, Finding, Panel, StudyTable, TableSpec, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw_panels(panels: Sequence[Panel], path: Path) -> None:
+    """One panel beside the other; a line's bars are 95 % intervals."""
+    draw_grid(panels, _draw_curves, path)
+
+
+def _draw_curves(axis: "Axes", panel: Panel) -> None:
+    for line in panel.lines:
+        bars = list(line.half_widths) or None
+        axis.errorbar(line.x, line.y, yerr=bars, label=line.name, marker="o", markersize=3, capsize=2)
+    if panel.level is not None:
+        name, value = panel.level
+        axis.axhline(value, color="tab:green", linestyle="--", label=name)
+    axis.set_xlabel(panel.along)
+    axis.set_title(panel.title, fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
 
 logger = logging.getLogger("isthmus")
 

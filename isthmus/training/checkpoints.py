@@ -12,8 +12,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from isthmus.errors import UserError
-from isthmus.training.ema import ExponentialMovingAverage
-
-if TYPE_CHECKING:
-    from isthmus.training.run import Progress
+from isthmus.training.optim import ExponentialMovingAverage
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -189,3 +187,19 @@ def _flush_one(path: Path, flags: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts optimizer steps; `images` those seen over all processes."""
+
+    step: int = 0
+    images: int = 0
+    num_steps: int = 0
+    stream_states: list[dict[str, Any]] | None = None
+    """Where a stream stands, one entry per process; None for data read by index."""
+
+    def due(self, every: int, *, ahead: int = 0) -> bool:
+        """Whether something done every so many steps is due after this step (or `ahead` more), the last included."""
+        step = self.step + ahead
+        return step % every == 0 or step == self.num_steps

@@ -1,72 +1,88 @@
-"""Keeping a codebook alive: where it starts from, and what becomes of codes that nothing uses.
+"""How much of the codebook a tokenizer uses, as a moving average over training steps."""
 
-A codebook that starts at random before the encoder has learnt anything is used by a few codes only and stays so. Here
-the encoder first trains without quantisation, the codebook then starts from what it puts out (k-means over all
-scales), and codes that fall out of use are moved to residuals of current images.
-"""
-
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from isthmus.functional.draws import KMEANS, REVIVE, stream
-from isthmus.functional.pyramid import area_downsample
-from isthmus.functional.shapes import FeatureMap, Images, LatentMap, ScaleTokens
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.training.k_means import k_means
+from isthmus.errors import UserError
+from isthmus.nn.shapes import TokenPyramid
+
+_USED_SHARE = 0.08
 
 
-@torch.no_grad()
-def residual_vectors(model: MultiScaleVQVAE, latents: LatentMap, *, exact: bool) -> list[Float[Tensor, "n d"]]:
-    """What each scale has to code: its residuals, one tensor (b * s_k * s_k, d) per scale.
+def code_counts(token_ids: TokenPyramid, codebook_size: int) -> Float[Tensor, "scales k"]:
+    """How often each code was chosen at each scale. With several processes, sum these before `update`.
 
-    `exact` follows a codebook without error (there is none yet); otherwise the present codebook's residuals.
+    >>> code_counts([torch.tensor([[2]]), torch.tensor([[0, 0, 1, 2]])], 3).tolist()
+    [[0.0, 0.0, 1.0], [2.0, 1.0, 1.0]]
     """
-    collected: list[Tensor] = []
-
-    def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
-        residual = area_downsample(latents - features, model.schedule.sizes[scale])
-        collected.append(residual.permute(0, 2, 3, 1).flatten(0, 2))
-        if exact:
-            return torch.zeros(len(latents), residual.shape[-1] ** 2, dtype=torch.long), residual
-        token_ids = searched[scale]
-        return token_ids, model.lookup(token_ids)
-
-    searched = [] if exact else model.requantize(latents)
-    for _ in model.residual_scales(choose, latents):
-        pass
-    return collected
+    return torch.stack([torch.bincount(ids.flatten(), minlength=codebook_size).float() for ids in token_ids])
 
 
-@torch.no_grad()
-def initialize_codebook(model: MultiScaleVQVAE, images: Images, *, seed: int) -> None:
-    """Start the codebook from the encoder's outputs on `images`: k-means over the residuals of all scales.
+class CodebookUsage:
+    """Moving average of the hits per step of every code, one row per scale.
 
-    Fine scales have most of the tokens; each scale enters with the square root of its share, so that the few coarse
-    tokens, which decide about the whole image, get codes as well.
+    The average is free of the bias towards its zero start: after `step` updates it is divided by
+    1 - decay ** step, so the first step already gives the hits of that step.
+
+    Args:
+        num_scales: rows.
+        codebook_size: columns.
+        decay: share of the average that one update keeps, in [0, 1).
+        device: where the average lives.
+
+    >>> usage = CodebookUsage(num_scales=1, codebook_size=4)
+    >>> usage.update(code_counts([torch.tensor([[0, 0, 1, 1]])], 4))
+    >>> usage.perplexity().tolist(), usage.used().tolist()
+    ([2.0], [[True, True, False, False]])
     """
-    latents = torch.cat([model.latents(part) for part in images.split(64)]).float()
-    per_scale = residual_vectors(model, latents, exact=True)
-    weights = np.sqrt([len(rows) for rows in per_scale])
-    budget = min(sum(len(rows) for rows in per_scale), 40 * model.codebook.num_embeddings)
-    generator = stream(seed, KMEANS, 1)
-    picked = []
-    for rows, share in zip(per_scale, weights / weights.sum(), strict=True):
-        wanted = min(len(rows), max(1, int(budget * share)))
-        picked.append(rows[torch.from_numpy(generator.permutation(len(rows))[:wanted])])
-    model.codebook.weight.copy_(k_means(torch.cat(picked), model.codebook.num_embeddings, seed=seed))
 
+    def __init__(self, num_scales: int, codebook_size: int, *, decay: float = 0.99, device: torch.device | str = "cpu"):
+        self.decay = decay
+        self.step = 0
+        self._average = torch.zeros(num_scales, codebook_size, device=device)
 
-@torch.no_grad()
-def revive_codes(model: MultiScaleVQVAE, dead: Bool[Tensor, " k"], latents: LatentMap, *, seed: int, step: int) -> int:
-    """Move codes that no scale uses onto residuals of the present batch; returns how many moved."""
-    count = int(dead.sum())
-    if not count:
-        return 0
-    generator = stream(seed, REVIVE, step)
-    per_scale = residual_vectors(model, latents.float(), exact=False)
-    scales = generator.integers(len(per_scale), size=count)
-    rows = torch.stack([per_scale[k][generator.integers(len(per_scale[k]))] for k in scales])
-    model.codebook.weight[dead] = rows.to(model.codebook.weight)
-    return count
+    @torch.no_grad()
+    def update(self, counts: Float[Tensor, "scales k"]) -> None:
+        """Count one training step; `counts` from `code_counts`, summed over processes."""
+        self._average.lerp_(counts.to(self._average.device), 1 - self.decay)
+        self.step += 1
+
+    def hits(self) -> Float[Tensor, "scales k"]:
+        """Average hits per step; zeros before the first update."""
+        return self._average / (1 - self.decay**self.step) if self.step else self._average.clone()
+
+    def perplexity(self) -> Float[Tensor, " scales"]:
+        """exp(entropy) of the codes of each scale: 1 (one code) to codebook_size (all alike); 1 before any update."""
+        hits = self.hits()
+        shares = hits / hits.sum(dim=1, keepdim=True).clamp_min(torch.finfo(hits.dtype).tiny)
+        return torch.special.entr(shares).sum(dim=1).exp()
+
+    def used(self) -> Bool[Tensor, "scales k"]:
+        """Codes with at least 8 % of the hits that they would have if all codes of that scale were hit alike.
+
+        The threshold of a scale is proportional to its tokens: a 1 x 1 scale is not dead for having few.
+        """
+        hits = self.hits()
+        threshold = _USED_SHARE * hits.mean(dim=1, keepdim=True)
+        return (hits >= threshold) & (hits > 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Average and step counter, for a checkpoint."""
+        return {"average": self._average.clone(), "step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            UserError: the state belongs to another number of scales or codes, or lacks an entry.
+        """
+        found = {key: tuple(value.shape) for key, value in state.items()}
+        expected = {"average": tuple(self._average.shape), "step": ()}
+        if found != expected:
+            raise UserError(
+                f"codebook usage must have the entries {expected}, got {found}. "
+                "Resume with the scale_sizes and codebook_size of the checkpoint."
+            )
+        self._average.copy_(state["average"])
+        self.step = int(state["step"])

@@ -1,12 +1,17 @@
-"""Runs as typed, frozen values: what a training does, said once, written to `run.json`, checked before anything starts.
+"""Runs as typed, frozen values: what a training does, said once, written to `run.json`, checked before anything
+starts.
 
 This file imports nothing heavy: the command line is derived from it.
 """
 
+import difflib
 import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from isthmus.errors import UserError
 
@@ -143,131 +148,6 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerModel:
-    """Arguments of `MultiScaleVQVAE`; None takes the preset's value, or with --from the model's."""
-
-    codebook_size: int | None = None
-    """Number of codes."""
-    codebook_dim: int | None = None
-    """Width of a code."""
-    scale_sizes: tuple[int, ...] | None = None
-    """Sides of the scales, coarse to fine; the last is the latent grid."""
-    base_channels: int | None = None
-    """Width of the first level, a multiple of 32."""
-    channel_multipliers: tuple[int, ...] | None = None
-    """One factor per level; the stride is 2 ** (levels - 1), times pixel_unshuffle."""
-    num_res_blocks: int | None = None
-    """Residual blocks per encoder level; the decoder has one more."""
-    num_phi: int | None = None
-    """Number of phi convolutions."""
-    dropout: float | None = None
-    """Dropout inside residual blocks."""
-    pixel_unshuffle: int | None = None
-    """Side of the squares of pixels that enter as channels; the stride counts it. 1 is off."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerLoss:
-    """Weights of the tokenizer's losses."""
-
-    l1: float = 0.2
-    """Absolute error."""
-    mse: float = 1.0
-    """Squared error."""
-    perceptual: float = 0.0
-    """Distance of frozen features."""
-    perceptual_network: Literal["lite0", "lpips"] = "lite0"
-    """EfficientNet-Lite0 (comes with Isthmus) or LPIPS on VGG16 (needs lpips_weights)."""
-    lpips_weights: tuple[Path, ...] = ()
-    """LPIPS only: files that hold the VGG16 weights and the linear heads."""
-    codebook: float = 1.0
-    """Codebook and commitment loss together."""
-    adversarial: float = 0.0
-    """Patch discriminator; 0 trains without one."""
-    adversarial_start: float = 0.4
-    """Share of the steps after which the discriminator starts."""
-    adversarial_warmup: float = 0.05
-    """Share of the steps over which its weight rises from 0."""
-    discriminator_channels: int = 64
-    """Width of the first layer of the discriminator."""
-    discriminator_learning_rate: float = 3e-4
-    """Peak learning rate of the discriminator."""
-
-    def __post_init__(self):
-        check_not_negative(self, "l1", "mse", "perceptual", "codebook", "adversarial")
-        check_share(self, "adversarial_start", "adversarial_warmup")
-        check_positive(self, "discriminator_channels", "discriminator_learning_rate")
-        if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
-            raise UserError(
-                f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
-                f"{self.perceptual_network}. Pass both or neither."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerRun(Run):
-    """`isthmus train tokenizer`."""
-
-    image_size: int | None = None
-    """Side of the images in pixels; None takes the model's."""
-    freeze_encoder: bool = False
-    """Train the decoder alone (with --from): token ids stay what they were."""
-    continuous_steps: int = 100
-    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs. One that goes
-    on from a model (--from) has its codebook."""
-    revive_every: int = 100
-    """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
-    usage_warning: float = 0.2
-    """Share of codes in use under which a warning is printed."""
-    model: TokenizerModel = field(default_factory=TokenizerModel)
-    """Network."""
-    loss: TokenizerLoss = field(default_factory=TokenizerLoss)
-    """Losses."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_not_negative(self, "continuous_steps", "revive_every")
-        check_share(self, "usage_warning")
-        if self.image_size is not None:
-            check_positive(self, "image_size")
-        if self.freeze_encoder and not self.from_model:
-            raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
-
-    def tied_to_length(self, before: int, taken: int) -> list[str]:
-        """Also the end of revival and the start of the discriminator, which are shares of the steps."""
-        tied = super().tied_to_length(before, taken)
-        if not self.freeze_encoder:
-            tied += tied_revival(self.revive_every, before, self.num_steps, taken)
-        if self.loss.adversarial and taken > round(self.loss.adversarial_start * min(before, self.num_steps)):
-            tied.append(f"loss.adversarial {self.loss.adversarial}")
-        return tied
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorModel:
-    """Arguments of `NextScaleTransformer`; None takes the preset's value, or with --from the model's."""
-
-    width: int | None = None
-    """Width of the residual stream."""
-    num_layers: int | None = None
-    """Blocks."""
-    num_heads: int | None = None
-    """Attention heads."""
-    scale_attention: Literal["causal", "markov"] | None = None
-    """causal (VAR) or markov (SRDD)."""
-    shared_adaln: bool | None = None
-    """One modulation for all blocks."""
-    l2_attention: bool | None = None
-    """Unit queries and keys."""
-    mlp_ratio: float | None = None
-    """Hidden width of the feed-forward over the width."""
-    drop_path: float | None = None
-    """Stochastic depth of the last block."""
-    init_gate: float | None = None
-    """Initial size of the gates."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PriorSampling:
     """How previews are drawn, and the defaults the saved pipeline carries."""
 
@@ -320,32 +200,6 @@ class TokensRun(Run):
                 f"a model to start from brings its own tokenizer, got --tokenizer {self.tokenizer} as well. "
                 "Leave it out."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorRun(TokensRun):
-    """`isthmus train prior`."""
-
-    scale_loss: Literal["token-uniform", "lognormal"] = "token-uniform"
-    """Loss weights over scales: the same for every token (VAR), or a log-normal bump (SRDD)."""
-    label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy."""
-    scales_per_step: int | None = None
-    """Train a random subset of this many scales per step (markov only), for memory; None trains all."""
-    refinement_probability: float = 0.0
-    """Share of the scales of training images whose input shows a random part of the scale's own tokens, the loss being
-    on the others: for draws that are refined in masked rounds. Causal: share of the images, at one scale each."""
-    compile: bool = False
-    """torch.compile the blocks, on a CPU too where it has a C++ compiler: faster steps after a wait. Results equal
-    those of other runs within rounding."""
-    model: PriorModel = field(default_factory=PriorModel)
-    """Network."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_share(self, "label_smoothing", "refinement_probability")
-        if self.scales_per_step is not None:
-            check_positive(self, "scales_per_step")
 
 
 # share of the steps after which codes are revived no more: one that has just moved needs steps to settle
@@ -419,3 +273,86 @@ def check_share(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} must lie in [0, 1], got {getattr(config, name)}.")
+
+
+# settings that name a place
+_PLACES = ("data", "tokenizer", "from_model", "token_cache")
+
+
+def recorded_settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of the training that made the model in a folder; None where it has no record, or none of ours."""
+    return _settings_in(folder / "run.json")
+
+
+def _settings_in(record: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(record.read_text(encoding="utf-8"))
+        return dict(values["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def explaining_places(record: Path | None, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Where relative paths of a record lead nowhere, what is refused inside also says where they came from.
+
+    Args:
+        record: the run.json that the settings were read from; None changes nothing.
+        settings: those that are used, of that record or given instead.
+
+    Raises:
+        UserError: what was raised inside, with that sentence behind it.
+    """
+    try:
+        yield
+    except UserError as error:
+        recorded = {} if record is None else _settings_in(record) or {}
+        lost = [
+            f"{name} {place}"
+            for name, place in ((name, str(settings.get(name) or "")) for name in _PLACES)
+            if place and place == str(recorded.get(name)) and _leads_nowhere(place, str(error))
+        ]
+        if not lost:
+            raise
+        raise UserError(
+            f"{error} ({', '.join(lost)} comes from {record}, where it is relative to the folder that run was started "
+            f"in; here it is looked up from {os.getcwd()}. Start there, or pass it anew.)"
+        ) from error
+
+
+def _leads_nowhere(place: str, error: str) -> bool:
+    """Whether an error is about this relative path, which does not exist here."""
+    kind, _, path = place.partition(":")
+    path = path if kind in ("folder", "npz", "hf") else place
+    return path in error and not os.path.isabs(path) and not os.path.exists(os.path.expanduser(path))
+
+
+IMAGENET_IMAGES = 1_281_167
+
+
+@dataclass(frozen=True)
+class Preset(Generic[AnyRun]):
+    """A run to start from.
+
+    Attributes:
+        about: one line.
+        run: the run.
+        expected_params_millions: parameters of the network, checked by a test; None where the model decides.
+        reported_fid: figure that its authors report, if any.
+        source: where that figure comes from.
+    """
+
+    about: str
+    run: AnyRun
+    expected_params_millions: float | None = None
+    reported_fid: float | None = None
+    source: str = ""
+
+
+def find_preset(presets: Mapping[str, Preset[AnyRun]], name: str, kind: str) -> Preset[AnyRun]:
+    """The preset of that name. Raises `UserError` for an unknown name, with the nearest known ones."""
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=3, cutoff=0.3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(presets)}."
+        raise UserError(f"{kind} presets have no {name!r}. {hint}")
+    return presets[name]

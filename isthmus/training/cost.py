@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-# the meta device knows no autocast, which networks turn off around what must stay fp32; fake CPU tensors do
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.training.config import Run, run_to_json
+
+# the meta device knows no autocast, which networks turn off around what must stay fp32; fake CPU tensors do
+
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -1,21 +1,33 @@
-"""What a run trains on: images by index, or a stream of them, and a held-out part to measure on."""
+"""What a run trains on: images by index, or a stream of them, random views of those, and a held-out part to measure
+on.
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from jaxtyping import Int
+from torch import Tensor
 
 from isthmus.data.batches import TrainingImages, training_batches
+from isthmus.data.huggingface import ImageStream, StreamedBatches, hold_out, open_stream
+from isthmus.data.images import Augmentation
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
-from isthmus.data.streaming import ImageStream, StreamedBatches, hold_out, open_stream
-from isthmus.data.views import Batch
-from isthmus.data.workers import usable_processors
+from isthmus.data.views import Batch, usable_processors
 from isthmus.errors import UserError
-from isthmus.functional.shapes import Images
+from isthmus.nn.draws import LABEL_DROP, stream
+from isthmus.nn.shapes import Images
 from isthmus.training.config import Run
-from isthmus.training.views import augmentation
+
+
+def augmentation(run: Run, source: ImageSource | ImageStream) -> Augmentation:
+    """The augmentation of a run on `source`."""
+    named = {name: value for name, value in asdict(run.augment).items() if value is not None}
+    return replace(source.augmentation, **named)
+
 
 # rows at the start of a stream that are measured on and never trained on
 HELD_OUT_OF_STREAM = 256
@@ -102,3 +114,12 @@ def cache_workers(run: Run, source: ImageSource | ImageStream) -> int:
     if run.num_workers is not None:
         return run.num_workers
     return 0 if source.in_memory else min(8, usable_processors() // 2)
+
+
+def dropped_labels(
+    labels: Int[Tensor, " b"], positions: Int[Tensor, " b"], *, rate: float, null_class_id: int, seed: int
+) -> Int[Tensor, " b"]:
+    """Labels with a share `rate` replaced by the null label; decided per training position."""
+    coins = [stream(seed, LABEL_DROP, int(position)).random() for position in positions]
+    dropped = torch.tensor(coins, dtype=torch.float64, device=labels.device) < rate
+    return torch.where(dropped, null_class_id, labels)

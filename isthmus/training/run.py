@@ -36,11 +36,31 @@ import isthmus
 from isthmus.display import Display
 from isthmus.errors import UserError
 from isthmus.files import check_writable, contents
-from isthmus.functional.draws import weight_seed
-from isthmus.functional.precision import TypeChoice, faster_type
-from isthmus.launcher import launched_processes
-from isthmus.training.checkpoints import newest_checkpoint, step_of, whole
+from isthmus.nn.draws import weight_seed
+from isthmus.nn.precision import TypeChoice, faster_type
+from isthmus.processes import process_count
+from isthmus.training.checkpoints import Progress, newest_checkpoint, step_of, whole
 from isthmus.training.config import Run, run_to_json
+
+LogLines = list[dict[str, float]]
+
+
+def read_log(path: Path) -> LogLines:
+    """Lines of a log.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def column(log: LogLines, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one measurement."""
+    rows = [(line["step"], line[name]) for line in log if name in line]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def last(log: LogLines, name: str) -> float:
+    """The last value of a measurement; NaN where there is none."""
+    values = column(log, name)[1]
+    return values[-1] if values else float("nan")
+
 
 logger = logging.getLogger("isthmus")
 
@@ -80,7 +100,7 @@ def start_run(run: Run, *, find_unused_parameters: bool = False, sharded: Sequen
         UserError: the folder belongs to another run, the batch does not divide over the processes, or accelerate did
             not turn on the processes or the FSDP2 that were asked for; or torch has other defaults than its own.
     """
-    launched = launched_processes()
+    launched = process_count()
     _check_defaults_of_torch()
     _keep_freed_memory()
     # asked for, or accelerate takes the processes of a launcher on CPU for so many single ones
@@ -308,22 +328,6 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `step` counts optimizer steps; `images` those seen over all processes."""
-
-    step: int = 0
-    images: int = 0
-    num_steps: int = 0
-    stream_states: list[dict[str, Any]] | None = None
-    """Where a stream stands, one entry per process; None for data read by index."""
-
-    def due(self, every: int, *, ahead: int = 0) -> bool:
-        """Whether something done every so many steps is due after this step (or `ahead` more), the last included."""
-        step = self.step + ahead
-        return step % every == 0 or step == self.num_steps
 
 
 @dataclass

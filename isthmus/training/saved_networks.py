@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.streaming import ImageStream
 from isthmus.errors import UserError
-from isthmus.functional.guidance import guidance_values
-from isthmus.functional.sampling import check_filters
-from isthmus.generation.options import SamplingOptions, parse_guidance
-from isthmus.models.saved_model import SavedModel, without_values
+from isthmus.nn.guidance import guidance_values
+from isthmus.nn.sampling import check_filters
+from isthmus.nn.saved_model import SavedModel, without_values
+from isthmus.pipelines.options import SamplingOptions, parse_guidance
 from isthmus.training.checkpoints import gathered
 from isthmus.training.config import PriorSampling, Run
-from isthmus.training.ema import ExponentialMovingAverage
+from isthmus.training.optim import ExponentialMovingAverage
 
 AnyModel = TypeVar("AnyModel", bound=SavedModel)
 

@@ -5,31 +5,31 @@ one.
 """
 
 import logging
+from contextlib import AbstractContextManager
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
+from isthmus.data.huggingface import ImageStream
+from isthmus.data.source import ImageSource
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
+from isthmus.data.views import Batch
 from isthmus.files import alone_in
-from isthmus.models.fingerprint import fingerprint
+from isthmus.nn.stored_llama import fingerprint
 from isthmus.pictures import spread
-from isthmus.training.checkpoints import resume, save_checkpoint
-from isthmus.training.config import PriorRun, TokensRun
-from isthmus.training.dar_config import NextTokenPriorRun
-from isthmus.training.distill_config import DistillRun
-from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.images import cache_workers
-from isthmus.training.optim import adamw, set_rates
-from isthmus.training.prior_family import PriorFamily
+from isthmus.training.checkpoints import Progress, resume, save_checkpoint
+from isthmus.training.config import TokensRun
+from isthmus.training.images import augmentation, cache_workers
+from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
     Log,
-    Progress,
     StepMeans,
     StopRequest,
     clip_gradients,
@@ -38,7 +38,83 @@ from isthmus.training.run import (
     start_run,
     write_record,
 )
-from isthmus.training.views import augmentation
+
+
+@runtime_checkable
+class PriorFamily(Protocol):
+    """Tokenizer, prior and images of one run, and what a loss is.
+
+    Attributes:
+        sharded: names of the modules that FSDP2 gathers one by one.
+        tokenizer: frozen.
+        encoder: what fills the token cache: the tokenizer, or the tokenizer under other schedules.
+        network: the prior in training.
+        train, held_out: images.
+        image_size: side of the images in pixels.
+        facts: what run.json keeps beside the run, and a continued run must share.
+    """
+
+    sharded: tuple[str, ...]
+    tokenizer: Any
+    encoder: Any
+    network: Any
+    train: ImageSource | ImageStream
+    held_out: ImageSource
+    image_size: int
+    facts: dict[str, object]
+
+    def __init__(self, run: Any) -> None: ...
+
+    @staticmethod
+    def has_unused_parameters(run: Any) -> bool:
+        """Whether a step may leave parameters without a gradient."""
+        ...
+
+    @staticmethod
+    def is_compiled(run: Any) -> bool:
+        """Whether the blocks of the network go through `torch.compile`."""
+        ...
+
+    def place(self, device: torch.device) -> None:
+        """Move what is frozen, previews included, to the device of the training."""
+        ...
+
+    def regularisation(self) -> AbstractContextManager[object]:
+        """What holds while training and is no part of the network."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch, step: int) -> Any:
+        """Losses of one part of a batch; `total` is minimised."""
+        ...
+
+    def part_values(self, losses: Any, batch: Batch) -> dict[str, Tensor]:
+        """What is averaged over parts and processes for the log."""
+        ...
+
+    def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
+        """One log line from those means."""
+        ...
+
+    def averaged(self, ema: ExponentialMovingAverage) -> Any:
+        """A copy of the network that holds the averages; every process must call it where weights are sharded."""
+        ...
+
+    def token_ids(self, images: Tensor) -> Tensor:
+        """(n, L) token ids of images in [-1, 1]."""
+        ...
+
+    def held_out_bits(self, model: Any, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
+        """Bits per token of held-out images."""
+        ...
+
+    def save_samples(self, model: Any, folder: Path, step: int) -> None:
+        """A picture of samples at fixed seeds."""
+        ...
+
+    def export(self, accelerator: Accelerator, model: Any) -> Path:
+        """Write the pipeline folder."""
+        ...
+
 
 logger = logging.getLogger("isthmus")
 
@@ -46,21 +122,21 @@ logger = logging.getLogger("isthmus")
 _VALIDATION_IMAGES = 1024
 # the only place where the family is asked for; imported when asked, since each costs seconds
 _FAMILIES = {
-    PriorRun: "isthmus.training.next_scale_prior:NextScalePrior",
-    DistillRun: "isthmus.training.scale_distillation:ScaleDistillation",
-    NextTokenPriorRun: "isthmus.training.next_token_prior:NextTokenPrior",
+    "PriorRun": "isthmus.next_scale.train_prior:NextScalePrior",
+    "DistillRun": "isthmus.next_scale.distillation:ScaleDistillation",
+    "NextTokenPriorRun": "isthmus.dar.train_prior:NextTokenPrior",
 }
 
 
 @alone_in("run.out")
-def train_prior(run: PriorRun | DistillRun | NextTokenPriorRun) -> Path:
+def train_prior(run: TokensRun) -> Path:
     """Train until `num_steps`, continuing where an earlier call stopped; returns the pipeline folder.
 
     Raises:
         UserError: data, folder and models do not fit each other (before anything is trained), or a loss is not finite.
         KeyboardInterrupt: Ctrl-C, after a last checkpoint.
     """
-    module, name = _FAMILIES[type(run)].split(":")
+    module, name = _FAMILIES[type(run).__name__].split(":")
     kind: type[PriorFamily] = getattr(import_module(module), name)
     accelerator = start_run(
         run,

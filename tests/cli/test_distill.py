@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from isthmus.cli.distill import taught_by
-from isthmus.distilling import teaching
-from isthmus.presets import DISTILL_PRESETS
+from isthmus.cli.train import taught_by
+from isthmus.next_scale.distillation import teaching
+from isthmus.next_scale.runs import DISTILL_PRESETS
 from isthmus.training.config import run_from_json, run_to_json
 from tests.cli.test_train import resolved
 from tests.pipelines.tiny import tiny_pipeline

@@ -13,10 +13,10 @@ from PIL import Image
 
 from isthmus.evaluation.adm_npz import read_adm_images
 from isthmus.evaluation.guards import BUILT_IN_SENTENCE
-from isthmus.evaluation.protocol import read_record, write_record
+from isthmus.evaluation.record import read_record, write_record
 from isthmus.evaluation.samples import read_chunk
-from isthmus.generation.step import token_hashes
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 

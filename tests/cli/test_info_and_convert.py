@@ -2,9 +2,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.generation.options import SamplingOptions
+from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.options import SamplingOptions
 
 TOKENIZER, PRIOR = "var/vqvae_state.safetensors", "var/var_base_state.safetensors"
 

@@ -8,10 +8,10 @@ import pytest
 
 import isthmus as package
 from isthmus.cli import COMMANDS, main
-from isthmus.cli.parsing import parse
+from isthmus.cli.options import parse
 from isthmus.cli.sample import Sample
 from isthmus.errors import UserError
-from isthmus.training.config import TokenizerRun
+from isthmus.next_scale.runs import TokenizerRun
 
 REPOSITORY = Path(__file__).parents[2]
 

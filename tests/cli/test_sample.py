@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from isthmus.generation.step import token_hashes
+from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from isthmus.cli.train import own_options
-from isthmus.presets import prior_preset, tokenizer_preset
+from isthmus.next_scale.runs import prior_preset, tokenizer_preset
 from isthmus.training.config import run_from_json, run_to_json
 
 pytestmark = pytest.mark.slow

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.dar_presets import diffusion_tokenizer_preset, next_token_prior_preset
+from isthmus.dar.runs import diffusion_tokenizer_preset, next_token_prior_preset
+from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.training.config import run_to_json
-from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import write_images

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from isthmus.conversion.dar_prior import build_next_token_prior, convert_next_token_prior_state
-from isthmus.conversion.reading import read_weights
+from isthmus.dar.conversion import build_next_token_prior, convert_next_token_prior_state
+from isthmus.dar.prior import TokenLayout
 from isthmus.errors import UserError
-from isthmus.models.next_token_prior import TokenLayout
+from isthmus.published import read_weights
 
 
 def published(width=64, num_layers=2, hidden=96, codebook_size=12, num_classes=3):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isthmus.conversion.dar_tokenizer import (
+from isthmus.dar.conversion import (
     PublishedSettings,
     build_diffusion_tokenizer,
     build_flow_decoder,
@@ -11,7 +11,7 @@ from isthmus.conversion.dar_tokenizer import (
     convert_diffusion_tokenizer_state,
 )
 from isthmus.errors import UserError
-from isthmus.models.fingerprint import fingerprint
+from isthmus.nn.stored_llama import fingerprint
 
 
 @pytest.fixture(params=["a", "b"])

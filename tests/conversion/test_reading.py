@@ -9,9 +9,8 @@ import types
 import pytest
 import torch
 
-from isthmus.conversion.reading import read_file, read_weights
-from isthmus.conversion.renaming import load_strict
 from isthmus.errors import UserError
+from isthmus.published import load_strict, read_file, read_weights
 
 RAN = []
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from isthmus.conversion.reading import read_weights
-from isthmus.conversion.renaming import load_strict
-from isthmus.conversion.var import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
 from isthmus.errors import UserError
-from isthmus.models.fingerprint import fingerprint
+from isthmus.next_scale.conversion import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
+from isthmus.nn.stored_llama import fingerprint
+from isthmus.published import load_strict, read_weights
 
 SCALES = (1, 2, 3, 4)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 
 
 def picture(number: int, *, width: int = 24, height: int = 16) -> Image.Image:

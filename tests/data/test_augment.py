@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.augment import Augmentation, augmented_view, centre_view
+from isthmus.data.images import Augmentation, augmented_view, centre_view
 from isthmus.errors import UserError
 
 SIZES = st.integers(1, 60)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.augment import Augmentation
 from isthmus.data.batches import EvaluationImages, TrainingImages, training_batches
+from isthmus.data.images import Augmentation
 from isthmus.data.opening import open_source
-from isthmus.data.workers import worker_batches
+from isthmus.data.views import worker_batches
 from isthmus.errors import UserError
 
 

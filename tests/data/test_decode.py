@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from isthmus.data.decode import UnreadableImage, decode_image
+from isthmus.data.images import UnreadableImage, decode_image
 
 ORANGE = (240, 120, 20)
 

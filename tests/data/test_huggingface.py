@@ -6,10 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from isthmus.data.huggingface import name_and_split
+from isthmus.data.huggingface import StreamedBatches, name_and_split, open_stream
 from isthmus.data.opening import open_source
 from isthmus.data.source import NO_LABELS, WantedColumns
-from isthmus.data.streaming import StreamedBatches, open_stream
 from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
 from tests.data.conftest import picture, save, tiny_tokenizer

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.data.cache import cache_directory, write_whole
 from isthmus.data.opening import open_source, parse_spec
 from isthmus.errors import UserError
+from isthmus.files import cache_directory, write_whole
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_split_and_fraction_are_checked():
 
 def test_the_cache_folder_is_the_callers_then_the_environments(tmp_path):
     assert cache_directory(tmp_path / "mine") == tmp_path / "mine"
-    program = "from isthmus.data.cache import cache_directory; print(cache_directory())"
+    program = "from isthmus.files import cache_directory; print(cache_directory())"
     environment = os.environ | {"ISTHMUS_CACHE": str(tmp_path / "theirs")}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(tmp_path / "theirs")

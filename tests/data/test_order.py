@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.order import SampleOrder
+from isthmus.data.batches import SampleOrder
 from isthmus.errors import UserError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.array)

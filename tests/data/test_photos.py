@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.decode import decode_image
+from isthmus.data.images import decode_image
 from isthmus.data.opening import open_source
 from isthmus.data.photos import LARGEST_CROP, PHOTO_CLASSES, PHOTOS, SMALLEST_CROP
 from isthmus.errors import UserError

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.augment import Augmentation
 from isthmus.data.batches import CachedTokens, training_batches
+from isthmus.data.images import Augmentation
 from isthmus.data.opening import open_source
 from isthmus.data.token_cache import CacheViews, TokenCache
 from isthmus.errors import UserError

@@ -4,11 +4,17 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from isthmus.demo.dar import draw_layouts, draw_previews, draw_reconstructions, reconstructions, shrunk_and_back
+from isthmus.dar.pipeline import DARPipeline
+from isthmus.demo.dar import (
+    draw_layouts,
+    draw_previews,
+    draw_reconstructions,
+    reconstructions,
+    shrunk_and_back,
+)
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.stages import SAMPLES_PER_CLASS
 from isthmus.pictures import to_pil
-from isthmus.pipelines.dar import DARPipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
 pytestmark = pytest.mark.slow

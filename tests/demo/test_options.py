@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.cli.parsing import parse
+from isthmus.cli.options import parse
 from isthmus.demo.options import DemoOptions
 from isthmus.errors import UserError
 

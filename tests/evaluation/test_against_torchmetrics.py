@@ -7,8 +7,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from isthmus.evaluation.distances import squared_mmd
-from isthmus.evaluation.statistics import Gaussian, frechet_distance
+from isthmus.evaluation.statistics import Gaussian, frechet_distance, squared_mmd
 
 
 class Pixels(nn.Module):

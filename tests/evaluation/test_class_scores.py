@@ -2,16 +2,15 @@ import numpy as np
 import pytest
 
 from isthmus.errors import UserError
-from isthmus.evaluation import class_scores
-from isthmus.evaluation.class_scores import (
+from isthmus.evaluation import classes as class_scores
+from isthmus.evaluation.classes import (
     LinearProbe,
     NearestClassMean,
     accuracy_by_class,
     inception_score,
     intra_class_diversity,
 )
-from isthmus.evaluation.feature_networks import feature_network
-from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.features import extract_features, feature_network
 from tests.evaluation.photo_crops import photo_crops
 
 BOTH = pytest.mark.parametrize("kind", [NearestClassMean, LinearProbe])

@@ -5,13 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.evaluation.degradations import blurred, noisy, ruined
-from isthmus.evaluation.distances import kernel_distance
-from isthmus.evaluation.feature_networks import feature_network
-from isthmus.evaluation.features import extract_features
-from isthmus.evaluation.reconstruction import as_floats
-from isthmus.evaluation.statistics import Gaussian, frechet_distance
-from isthmus.models.perceptual import Lite0Distance
+from isthmus.evaluation.features import extract_features, feature_network
+from isthmus.evaluation.held_out import as_floats
+from isthmus.evaluation.images import blurred, noisy, ruined
+from isthmus.evaluation.statistics import Gaussian, frechet_distance, kernel_distance
+from isthmus.nn.perceptual import Lite0Distance
 from tests.evaluation.photo_crops import photo_crops, photo_tiles
 
 pytestmark = pytest.mark.slow

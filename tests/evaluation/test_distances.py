@@ -4,9 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.evaluation import distances
-from isthmus.evaluation.distances import frechet_over_chunks, kernel_distance, squared_mmd
-from isthmus.evaluation.statistics import Gaussian, frechet_distance
+from isthmus.evaluation import statistics as distances
+from isthmus.evaluation.statistics import Gaussian, frechet_distance, frechet_over_chunks, kernel_distance, squared_mmd
 
 
 def normal(count: int, *, seed: int, shift: float = 0.0) -> np.ndarray:

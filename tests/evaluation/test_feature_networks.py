@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 
 from isthmus.errors import UserError
-from isthmus.evaluation.feature_networks import feature_network, score_name
-from isthmus.evaluation.features import extract_features
-from isthmus.functional.precision import whole_fp32
-from isthmus.models.efficientnet_lite import packaged_weights
+from isthmus.evaluation.features import extract_features, feature_network, score_name
+from isthmus.nn.perceptual import packaged_weights
+from isthmus.nn.precision import whole_fp32
 from tests.evaluation.photo_crops import photo_crops
 
 

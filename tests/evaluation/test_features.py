@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
-from isthmus.evaluation.features import extract_features
-from isthmus.models.efficientnet_lite import EfficientNetLite0
+from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
+from isthmus.nn.perceptual import EfficientNetLite0
 from isthmus.pictures import to_uint8
 from tests.evaluation.photo_crops import photo_crops
 

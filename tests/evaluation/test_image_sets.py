@@ -9,9 +9,9 @@ from PIL import Image
 
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import write_adm_images
-from isthmus.evaluation.image_sets import joined, open_images, some
-from isthmus.evaluation.protocol import RECORD
-from isthmus.evaluation.real_side import choose_reference
+from isthmus.evaluation.images import joined, open_images, some
+from isthmus.evaluation.record import RECORD
+from isthmus.evaluation.reference import choose_reference
 from isthmus.evaluation.samples import ChunkStore, SampleChunk
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

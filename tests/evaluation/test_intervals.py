@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.evaluation.intervals import bootstrap_interval, mean_interval, spread, wilson_interval
+from isthmus.evaluation.statistics import bootstrap_interval, mean_interval, spread, wilson_interval
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20), st.integers(0, 3))

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.evaluation.feature_networks import FeatureNetwork
-from isthmus.evaluation.image_sets import ImageSet
-from isthmus.evaluation.model_samples import Balance, choose_classes, model_samples
-from isthmus.evaluation.real_side import DataSplits
+from isthmus.evaluation.drawing import Balance, choose_classes, model_samples
+from isthmus.evaluation.features import FeatureNetwork
+from isthmus.evaluation.images import ImageSet
+from isthmus.evaluation.reference import DataSplits
 from tests.pipelines.tiny import tiny_pipeline
 
 PIPELINE = tiny_pipeline()  # of face, flag and hand

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from isthmus.errors import UserError
-from isthmus.evaluation.compare import compare
-from isthmus.evaluation.evaluation_folder import remove_by_products, scored_record
-from isthmus.evaluation.image_sets import ImageSet
-from isthmus.evaluation.protocol import (
+from isthmus.evaluation.evaluate import remove_by_products, scored_record
+from isthmus.evaluation.images import ImageSet
+from isthmus.evaluation.record import (
     FORMAT,
     RECORD,
     Curve,
@@ -23,8 +22,15 @@ from isthmus.evaluation.protocol import (
     same_protocol,
     write_record,
 )
-from isthmus.evaluation.report import html_page, joined, markdown_table, report_text, write_report
-from isthmus.evaluation.report_pictures import look_at_samples
+from isthmus.evaluation.report import (
+    compare,
+    html_page,
+    joined,
+    look_at_samples,
+    markdown_table,
+    report_text,
+    write_report,
+)
 
 SCORES = (
     Score(

@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 
 from isthmus.data.opening import open_source
-from isthmus.evaluation import real_side
-from isthmus.evaluation.feature_networks import feature_network
-from isthmus.evaluation.features import extract_features
-from isthmus.evaluation.protocol import Score
-from isthmus.evaluation.real_side import RealSides, choose_reference, measure_real_side, open_splits
-from isthmus.evaluation.scoring import score_samples
-from isthmus.evaluation.training_views import training_views, view_words
+from isthmus.evaluation import reference as real_side
+from isthmus.evaluation.features import extract_features, feature_network
+from isthmus.evaluation.record import Score
+from isthmus.evaluation.reference import (
+    RealSides,
+    choose_reference,
+    measure_real_side,
+    open_splits,
+    training_views,
+    view_words,
+)
+from isthmus.evaluation.sample_scores import score_samples
 from tests.evaluation.tiny_evaluation import mean_colour
 from tests.training.tiny_runs import write_images
 

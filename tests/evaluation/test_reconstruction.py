@@ -5,12 +5,17 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.evaluation.feature_networks import FeatureNetwork, feature_network
-from isthmus.evaluation.likelihood_scores import likelihood_scores, stage_lengths
-from isthmus.evaluation.reconstruction import ReconstructionMeter, as_floats, reconstruction_report
-from isthmus.evaluation.reconstruction_stages import reconstructions_by_stage
+from isthmus.evaluation.features import FeatureNetwork, feature_network
+from isthmus.evaluation.held_out import (
+    ReconstructionMeter,
+    as_floats,
+    likelihood_scores,
+    reconstruction_report,
+    reconstructions_by_stage,
+    stage_lengths,
+)
 from isthmus.evaluation.statistics import Gaussian
-from isthmus.models.perceptual import Lite0Distance
+from isthmus.nn.perceptual import Lite0Distance
 from isthmus.pictures import to_uint8
 from tests.evaluation.photo_crops import photo_crops
 from tests.pipelines.tiny import tiny_pipeline

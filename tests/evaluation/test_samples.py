@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from isthmus.errors import UserError
 from isthmus.evaluation import samples
-from isthmus.evaluation.balance import class_balanced_labels, own_frequency_labels
+from isthmus.evaluation.classes import class_balanced_labels, own_frequency_labels
 from isthmus.evaluation.drawing import draw_chunks
-from isthmus.evaluation.likelihood_scores import stage_lengths
-from isthmus.evaluation.processes import Processes
+from isthmus.evaluation.held_out import stage_lengths
 from isthmus.evaluation.samples import ChunkStore
-from isthmus.generation.step import token_hashes
+from isthmus.pipelines.request import token_hashes
+from isthmus.processes import Processes
 from tests.evaluation.tiny_evaluation import NUM, REPOSITORY, SEED, mean_colour, store, tiny_model
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar

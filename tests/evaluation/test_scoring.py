@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin
-from isthmus.evaluation.balance import balance_words, own_frequency_labels
-from isthmus.evaluation.feature_networks import FeatureNetwork
-from isthmus.evaluation.generation_scores import LabelledFeatures, RealFeatures, inception_score_list
-from isthmus.evaluation.image_sets import ImageSet
-from isthmus.evaluation.real_side import RealSide, Reference
-from isthmus.evaluation.reference_facts import fitting
-from isthmus.evaluation.reference_halves import disjoint_halves, images_per_measurement
-from isthmus.evaluation.scoring import score_samples
+from isthmus.evaluation.classes import balance_words, own_frequency_labels
+from isthmus.evaluation.evaluate import code_counts, usage_curves
+from isthmus.evaluation.features import FeatureNetwork
+from isthmus.evaluation.images import ImageSet
+from isthmus.evaluation.reference import RealSide, Reference, disjoint_halves, images_per_measurement
+from isthmus.evaluation.sample_scores import fitting, score_samples
+from isthmus.evaluation.scores import LabelledFeatures, RealFeatures, inception_score_list
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
-from isthmus.evaluation.usage import code_counts, usage_curves
 
 N, WIDTH = 40, 4
 MEMORY = ("memorised share", "nearer than held-out")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from isthmus.evaluation import drawing, samples
-from isthmus.evaluation.balance import class_balanced_labels
-from isthmus.evaluation.feature_networks import FeatureNetwork
+from isthmus.evaluation.classes import class_balanced_labels
+from isthmus.evaluation.features import FeatureNetwork
 from isthmus.evaluation.samples import ChunkStore
 from tests.pipelines.tiny import tiny_pipeline
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.functional import draws
-from isthmus.functional.draws import DRAW_STREAMS, EDIT_STREAMS, stream, token_gumbels, token_uniforms
+from isthmus.nn import draws
+from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, stream, token_gumbels, token_uniforms
 
 SEEDS = st.integers(0, 2**40)
 

@@ -5,13 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.functional.flow import (
-    interpolate,
-    jump_to_image,
-    shift_time,
-    time_waves,
-    velocity_towards,
-)
+from isthmus.dar.scheduler import interpolate, jump_to_image, shift_time, time_waves, velocity_towards
 
 
 def images(seed):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.functional.guidance import GuidanceSchedule, guidance_values
+from isthmus.nn.guidance import GuidanceSchedule, guidance_values
 
 SCALES = st.floats(-5, 10)
 

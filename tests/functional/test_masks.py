@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from isthmus.functional.masks import (
+from isthmus.next_scale.canvas import (
     feathered,
     fill_unknown,
     kept_as_published,

@@ -1,6 +1,6 @@
 import torch
 
-from isthmus.functional.precision import bf16_speedup, faster_type
+from isthmus.nn.precision import bf16_speedup, faster_type
 
 
 def test_auto_is_bf16_where_it_is_twice_as_fast_and_says_so():

@@ -7,13 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.functional.pyramid import (
-    ScaleSchedule,
-    area_downsample,
-    bicubic_upsample,
-    default_phi_indices,
-    nats_to_bits,
-)
+from isthmus.next_scale.pyramid import ScaleSchedule, area_downsample, bicubic_upsample, default_phi_indices
+from isthmus.nn.sampling import nats_to_bits
 
 SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=8, unique=True).map(sorted)
 

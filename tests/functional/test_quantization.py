@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.functional import quantization
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.functional.quantization import nearest_code, next_scale_input, residual_scales, tokens_to_map
+from isthmus.next_scale.pyramid import ScaleSchedule, next_scale_input, residual_scales, tokens_to_map
+from isthmus.nn import quantization
+from isthmus.nn.quantization import nearest_code
 
 
 def normal(*shape, seed=0):

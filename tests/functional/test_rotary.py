@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.dar.attention import grid_rotary_table, rotary_table, rotate, with_unrotated
 from isthmus.errors import UserError
-from isthmus.functional.rotary import grid_rotary_table, rotary_table, rotate, with_unrotated
 
 
 def heads(tokens, width, seed=0):

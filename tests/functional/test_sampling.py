@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.functional.sampling import (
+from isthmus.nn.sampling import (
     check_filters,
     draw_tokens,
     filter_logits,

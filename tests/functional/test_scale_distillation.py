@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.functional.next_scale_cost import sampling_flops, visible_pairs
-from isthmus.functional.scale_distillation import check_student_sizes, nearest_sizes, removal_stages, shared_steps
+from isthmus.next_scale.distillation import check_student_sizes, nearest_sizes, removal_stages, shared_steps
+from isthmus.next_scale.transformer import sampling_flops, visible_pairs
 
 OFFICIAL = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PAPER = (1, 3, 5, 8, 13, 16)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.functional.ssim import ssim
+from isthmus.nn.perceptual import ssim
 
 
 def test_it_is_the_published_index():

@@ -6,16 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.generation.classification import (
+from isthmus.next_scale.likelihood import (
     ClassScores,
     evidence_map,
     perturbed_views,
     score_classes,
     surviving,
     token_evidence,
+    token_log_likelihood,
 )
-from isthmus.generation.next_scale_likelihood import token_log_likelihood
+from isthmus.next_scale.pyramid import ScaleSchedule
 from tests.pipelines.tiny import tiny_pipeline
 
 IMAGES = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.functional.draws import EDIT_STREAMS
-from isthmus.generation.editing import Jumps, KnownPart, edit_scales, known_part, tokens_as_they_are
-from isthmus.generation.next_scale import ScaleSampler, generate_scales
-from isthmus.generation.options import SamplingOptions
+from isthmus.next_scale.editing import Jumps, KnownPart, edit_scales, known_part, tokens_as_they_are
+from isthmus.next_scale.sampling import ScaleSampler, generate_scales
+from isthmus.nn.draws import EDIT_STREAMS
+from isthmus.pipelines.options import SamplingOptions
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_teacher import tiny_teacher
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.decoding import SolverPlan, decode_tokens, flow_steps, image_noise
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.generation.flow_decoding import SolverPlan, decode_tokens, flow_steps, image_noise
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
 from tests.testers import NETWORK
 
 SEEDS = [(7, i) for i in range(3)]

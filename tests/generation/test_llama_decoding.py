@@ -3,16 +3,9 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
+from isthmus.dar.llama_decoding import Int8Product, LlamaDecoder, PackedProduct, WholeProduct, fastest_product
+from isthmus.dar.prior import TokenLayout, llama_config, new_prior, next_token_inputs, next_token_logits
 from isthmus.errors import UserError
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.generation.products import Int8Product, PackedProduct, WholeProduct, fastest_product
-from isthmus.models.next_token_prior import (
-    TokenLayout,
-    llama_config,
-    new_prior,
-    next_token_inputs,
-    next_token_logits,
-)
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
 from tests.testers import NETWORK, needs_compiler, run_compiled
 
@@ -176,10 +169,10 @@ def test_int8_is_refused_where_it_does_not_run(prior):
 COMPILED = """
 import torch
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.generation.next_token import generate_tokens
-from isthmus.generation.options import SamplingOptions
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.sampling import generate_tokens
+from isthmus.pipelines.options import SamplingOptions
 
 prior = tiny_prior(num_layers=1)
 options = SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1, 3, last_guided_step=6), top_k=9)

@@ -3,14 +3,14 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.functional.draws import token_uniforms
-from isthmus.functional.guidance import GuidanceSchedule, guidance_values
-from isthmus.functional.sampling import draw_tokens, filter_logits
-from isthmus.generation.next_scale import ScaleSampler, generate_scales, shared_schedule
-from isthmus.generation.options import SamplingOptions
-from isthmus.generation.step import token_hashes
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.sampling import ScaleSampler, generate_scales, shared_schedule
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.draws import token_uniforms
+from isthmus.nn.guidance import GuidanceSchedule, guidance_values
+from isthmus.nn.sampling import draw_tokens, filter_logits
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 
 SEEDS = [(7, i) for i in range(5)]

@@ -5,14 +5,10 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.functional.quantization import next_scale_input
-from isthmus.generation.next_scale_likelihood import (
-    diffusion_bound,
-    signal_to_noise,
-    token_log_likelihood,
-)
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.likelihood import diffusion_bound, signal_to_noise, token_log_likelihood
+from isthmus.next_scale.pyramid import next_scale_input
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
 from tests.pipelines.tiny import tiny_pipeline
 
 CODES, SIZES = 3, (1, 2)

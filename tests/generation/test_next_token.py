@@ -3,14 +3,14 @@ from itertools import pairwise
 import pytest
 import torch
 
+from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.prior import TokenLayout, next_token_logits
+from isthmus.dar.sampling import generate_tokens
 from isthmus.errors import UserError
-from isthmus.functional.draws import token_uniforms
-from isthmus.functional.guidance import GuidanceSchedule, guidance_values
-from isthmus.functional.sampling import draw_tokens, filter_logits
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.generation.next_token import generate_tokens
-from isthmus.generation.options import SamplingOptions
-from isthmus.models.next_token_prior import TokenLayout, next_token_logits
+from isthmus.nn.draws import token_uniforms
+from isthmus.nn.guidance import GuidanceSchedule, guidance_values
+from isthmus.nn.sampling import draw_tokens, filter_logits
+from isthmus.pipelines.options import SamplingOptions
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
 
 N = LAYOUT.num_tokens

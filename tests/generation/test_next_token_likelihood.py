@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from isthmus.dar.prior import TokenLayout, next_token_logits
+from isthmus.dar.sampling import log_likelihood
 from isthmus.errors import UserError
-from isthmus.generation.next_token_likelihood import log_likelihood
-from isthmus.models.next_token_prior import TokenLayout, next_token_logits
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
 
 

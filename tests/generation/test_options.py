@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.generation.next_scale import null_row_scales
-from isthmus.generation.options import FOLDER_DEFAULT, SamplingOptions, guidance_on, guidance_text, parse_guidance
+from isthmus.next_scale.sampling import null_row_scales
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.pipelines.options import FOLDER_DEFAULT, SamplingOptions, guidance_on, guidance_text, parse_guidance
 
 
 @pytest.mark.parametrize("guidance", [1, 2.5, [1.0, 2.0, 3.0], GuidanceSchedule("cosine", 1.0, 4.0, 1)])

@@ -3,12 +3,11 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.functional.quantization import next_scale_input, tokens_to_map
-from isthmus.generation.next_scale import ScaleSampler, generate_scales
-from isthmus.generation.options import SamplingOptions
-from isthmus.generation.refinement import merged, redraw, refined_scales
-from isthmus.generation.step import token_hashes
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from isthmus.next_scale.pyramid import next_scale_input, tokens_to_map
+from isthmus.next_scale.refinement import ScaleRefinementScheduler, merged, redraw, refined_scales
+from isthmus.next_scale.sampling import ScaleSampler, generate_scales
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_teacher import tiny_teacher
 

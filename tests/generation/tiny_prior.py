@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaForCausalLM
 
-from isthmus.models.next_token_prior import TokenLayout, new_prior
+from isthmus.dar.prior import TokenLayout, new_prior
 
 LAYOUT = TokenLayout(codebook_size=24, num_classes=3, num_tokens=12)
 

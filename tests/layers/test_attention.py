@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.layers.attention import (
+from isthmus.nn.attention import (
     MAX_LOG_SCALE,
     KeyValueCache,
     MultiHeadAttention,

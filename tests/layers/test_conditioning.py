@@ -1,8 +1,8 @@
 import torch
 import torch.nn.functional as F
 
-from isthmus.layers.conditioning import BlockModulation, SharedModulationOffset, modulated_norm
-from isthmus.layers.feed_forward import FeedForward
+from isthmus.next_scale.transformer import BlockModulation, SharedModulationOffset, modulated_norm
+from isthmus.nn.attention import FeedForward
 
 
 def test_modulated_norm_is_norm_then_scale_and_shift():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isthmus.layers.convolution import Downsample, Phi, ResidualBlock, SpatialAttention, Upsample
+from isthmus.next_scale.tokenizer import Downsample, Phi, ResidualBlock, SpatialAttention, Upsample
 
 
 def features(channels: int, side: int = 6) -> torch.Tensor:

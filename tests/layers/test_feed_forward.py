@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from isthmus.layers.feed_forward import tanh_gelu
+from isthmus.nn.attention import tanh_gelu
 
 
 def test_gelu_without_gradient_equals_torch():

@@ -6,16 +6,17 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.errors import UserError
-from isthmus.functional.rotary import grid_rotary_table, rotate
-from isthmus.layers.attention import KeyValueCache, prefix_causal_mask
-from isthmus.layers.rotary_attention import (
+from isthmus.dar.attention import (
     RotaryCrossAttention,
     RotarySelfAttention,
     context_causal_attention,
     full_attention,
+    grid_rotary_table,
+    rotate,
     token_causal_attention,
 )
+from isthmus.errors import UserError
+from isthmus.nn.attention import KeyValueCache, prefix_causal_mask
 from tests.testers import randomized
 
 WIDTH, HEAD = 16, 8

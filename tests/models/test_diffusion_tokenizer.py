@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
 from tests.testers import NETWORK, ModelLaws, randomized
 
 ARGUMENTS = {

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from isthmus.errors import UserError
-from isthmus.models.efficientnet_lite import (
+from isthmus.nn.perceptual import (
     HEAD_WIDTH,
     TAP_BLOCKS,
     TAP_CHANNELS,

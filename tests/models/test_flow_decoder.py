@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
+from isthmus.dar.decoder import FlowDecoder
 from isthmus.errors import UserError
-from isthmus.models.flow_decoder import FlowDecoder
 from tests.testers import NETWORK, ModelLaws, randomized
 
 ARGUMENTS = {"patch_size": 2, "width": 16, "num_layers": 2, "condition_width": 6, "head_width": 8}

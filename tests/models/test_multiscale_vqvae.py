@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from isthmus.errors import UserError
-from isthmus.models.fingerprint import _LATER, fingerprint
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.nn.stored_llama import _LATER, fingerprint
 from tests.testers import TokenizerLaws, randomized
 
 ARGUMENTS = {

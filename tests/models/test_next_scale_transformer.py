@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.transformer import NextScaleTransformer
 from tests.testers import NETWORK, PriorLaws, needs_compiler, randomized, run_compiled
 
 ARGUMENTS = {
@@ -215,7 +215,7 @@ def test_scales_must_increase_and_exist(scales):
 
 COMPILED = """
 import torch
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.transformer import NextScaleTransformer
 from tests.testers import randomized
 
 torch.set_num_threads(1)

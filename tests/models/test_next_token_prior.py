@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from isthmus.errors import UserError
-from isthmus.models.next_token_prior import (
+from isthmus.dar.prior import (
     TokenLayout,
     llama_config,
     new_prior,
@@ -15,6 +14,7 @@ from isthmus.models.next_token_prior import (
     next_token_logits,
     next_token_loss,
 )
+from isthmus.errors import UserError
 from tests.generation.tiny_prior import LAYOUT, tiny_prior
 
 PUBLISHED = TokenLayout(codebook_size=16384, num_classes=1000, num_tokens=256)

@@ -3,8 +3,8 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.errors import UserError
-from isthmus.models.efficientnet_lite import EfficientNetLite0
-from isthmus.models.perceptual import (
+from isthmus.nn.perceptual import (
+    EfficientNetLite0,
     Lite0Distance,
     LPIPSDistance,
     perceptual_distance,

@@ -4,10 +4,10 @@ import pickle
 import pytest
 import torch
 
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.saved_model import Config, Recorded, records_arguments, without_values
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from isthmus.nn.saved_model import Config, Recorded, records_arguments, without_values
 
 SIZES = {
     "image_size": 8, "patch_size": 4, "width": 8, "num_layers": 1, "condition_width": 8, "num_condition_layers": 1,

@@ -5,12 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from isthmus.dar.attention import llama_angles
+from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.prior import TokenLayout, new_prior
 from isthmus.errors import UserError
-from isthmus.functional.rotary import llama_angles
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.models.fingerprint import fingerprint
-from isthmus.models.next_token_prior import TokenLayout, new_prior
-from isthmus.models.stored_llama import StoredLlama, llama_shapes
+from isthmus.nn.stored_llama import StoredLlama, fingerprint, llama_shapes
 
 LAYOUT = TokenLayout(codebook_size=16, num_classes=2, num_tokens=8)
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from isthmus.conversion.dar_tokenizer import (
+from isthmus.dar.conversion import (
     PublishedSettings,
     build_diffusion_tokenizer,
     build_flow_decoder,
     build_scheduler,
     convert_diffusion_tokenizer_state,
 )
-from isthmus.conversion.reading import read_weights
-from isthmus.conversion.var import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
+from isthmus.next_scale.conversion import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
+from isthmus.published import read_weights
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.functional.guidance import GuidanceSchedule, guidance_values
-from isthmus.functional.quantization import next_scale_input
-from isthmus.functional.sampling import guided_logits
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.pyramid import next_scale_input
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.guidance import GuidanceSchedule, guidance_values
+from isthmus.nn.sampling import guided_logits
 from tests.testers import PARITY_ATOL, assert_parity
 
 

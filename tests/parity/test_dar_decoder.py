@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isthmus.functional.flow import time_waves
+from isthmus.dar.scheduler import time_waves
 from tests.testers import assert_parity
 
 ATOL = 1e-4

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from isthmus.converting_dar import convert_dar
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.generation.flow_decoding import SolverPlan, decode_tokens, flow_steps
-from isthmus.generation.next_token import generate_tokens
-from isthmus.generation.options import SamplingOptions
+from isthmus.dar.conversion import convert_dar
+from isthmus.dar.decoding import SolverPlan, decode_tokens, flow_steps
+from isthmus.dar.sampling import generate_tokens
+from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.options import SamplingOptions
 from tests.parity.published_dar_files import write_published_files
 from tests.testers import assert_parity
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from isthmus.conversion.dar_prior import build_next_token_prior, convert_next_token_prior_state, halves_apart
-from isthmus.conversion.reading import read_weights
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.functional.sampling import filter_logits
-from isthmus.generation.llama_decoding import LlamaDecoder
-from isthmus.generation.next_token import generate_tokens
-from isthmus.generation.options import SamplingOptions
-from isthmus.models.next_token_prior import TokenLayout, next_token_inputs, next_token_logits, next_token_loss
+from isthmus.dar.conversion import build_next_token_prior, convert_next_token_prior_state, halves_apart
+from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.prior import TokenLayout, next_token_inputs, next_token_logits, next_token_loss
+from isthmus.dar.sampling import generate_tokens
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.nn.sampling import filter_logits
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.published import read_weights
 from tests.testers import assert_gradient, assert_parity
 
 GUIDANCE = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isthmus.functional.rotary import grid_rotary_table, rotary_table
+from isthmus.dar.attention import grid_rotary_table, rotary_table
 from tests.testers import assert_parity
 
 # the fixtures were made on another machine: their README asks for 1e-4

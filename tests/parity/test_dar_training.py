@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from isthmus.conversion.reading import read_weights
-from isthmus.training.dar_config import DiffusionTokenizerLoss
-from isthmus.training.diffusion_losses import diffusion_losses
-from isthmus.training.tokenizer_with_decoder import AlignmentHead, TokenizerWithDecoder
+from isthmus.dar.runs import DiffusionTokenizerLoss
+from isthmus.dar.tokenizer_losses import diffusion_losses
+from isthmus.dar.train_tokenizer import AlignmentHead, TokenizerWithDecoder
+from isthmus.published import read_weights
 from tests.testers import assert_gradient, assert_parity
 
 # the fixtures were made on another machine: their README asks for 1e-4

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from isthmus.conversion.var import convert_prior_state, convert_tokenizer_state
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.conversion import convert_prior_state, convert_tokenizer_state
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

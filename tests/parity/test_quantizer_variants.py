@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from isthmus.functional.pyramid import default_phi_indices
-from isthmus.functional.quantization import nearest_code
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
+from isthmus.next_scale.pyramid import default_phi_indices
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.nn.quantization import nearest_code
 from tests.testers import assert_parity
 
 SCALES = (1, 2, 3, 5, 6)

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.functional.masks import kept_as_published
-from isthmus.functional.quantization import tokens_to_map
-from isthmus.functional.sampling import filter_logits, smooth_temperature, smooth_weights
-from isthmus.generation.editing import KnownPart, edit_scales, tokens_as_they_are
-from isthmus.generation.next_scale import ScaleSampler
-from isthmus.generation.options import SamplingOptions
+from isthmus.next_scale.canvas import kept_as_published
+from isthmus.next_scale.editing import KnownPart, edit_scales, tokens_as_they_are
+from isthmus.next_scale.pyramid import tokens_to_map
+from isthmus.next_scale.sampling import ScaleSampler
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.nn.sampling import filter_logits, smooth_temperature, smooth_weights
+from isthmus.pipelines.options import SamplingOptions
 from tests.parity.published_loop import assert_turns, generate
 from tests.testers import assert_parity
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.functional.pyramid import ScaleSchedule, default_phi_indices
-from isthmus.functional.sampling import smooth_temperature
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.pyramid import ScaleSchedule, default_phi_indices
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.nn.sampling import smooth_temperature
 
 
 def test_phi_of_every_number_of_scales(golden):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isthmus.conversion.var import build_prior, convert_prior_state
+from isthmus.next_scale.conversion import build_prior, convert_prior_state
 from tests.parity.published_loop import assert_turns, generate
 from tests.testers import assert_gradient_summary, assert_parity, published_names
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.conversion.var import build_tokenizer, convert_tokenizer_state
-from isthmus.functional.pyramid import bicubic_upsample
-from isthmus.functional.quantization import next_scale_input
+from isthmus.next_scale.conversion import build_tokenizer, convert_tokenizer_state
+from isthmus.next_scale.pyramid import bicubic_upsample, next_scale_input
 from tests.testers import assert_parity
 
 SCALES = {

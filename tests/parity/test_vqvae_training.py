@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from isthmus.conversion.reading import read_weights
-from isthmus.conversion.var import build_tokenizer, convert_tokenizer_state
-from isthmus.training.usage import code_counts
+from isthmus.next_scale.conversion import build_tokenizer, convert_tokenizer_state
+from isthmus.published import read_weights
+from isthmus.training.codebook import code_counts
 from tests.testers import assert_gradient, assert_gradient_summary, assert_parity, published_names
 
 STORED_GRADIENTS = [
@@ -56,7 +56,7 @@ def test_whole_gradient(key, golden, trained):
 
 def test_published_usage_follows_from_our_token_ids(golden, tokenizer):
     # The published statistics count scales instead of steps, so only scale 0 starts from a copy, and judge every
-    # scale by the threshold of the finest. Ours (isthmus.training.usage) do neither; the counts are the same.
+    # scale by the threshold of the finest. Ours (isthmus.training.codebook) do neither; the counts are the same.
     io = golden.tensors("var/vqvae_train_io.safetensors")
     num_scales, codebook_size, grid = 4, 64, 4
     average, counter = torch.zeros(num_scales, codebook_size), 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.next_scale.pipeline import NextScalePipeline
 from tests.pipelines.tiny import tiny_pipeline
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from isthmus.cli.info import describe_model
+from isthmus.dar.train_prior import load_dar_model
 from isthmus.errors import UserError
-from isthmus.evaluation.model_samples import choose_classes
-from isthmus.evaluation.real_side import open_splits
+from isthmus.evaluation.drawing import choose_classes
+from isthmus.evaluation.reference import open_splits
+from isthmus.next_scale.export import load_teacher
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.training.dar_prior_export import load_dar_model
-from isthmus.training.export import load_teacher
 from isthmus.training.saved_networks import kept_classes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar

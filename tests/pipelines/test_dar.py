@@ -5,17 +5,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.decoding import image_noise
+from isthmus.dar.pipeline import DARPipeline
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.generation.flow_decoding import image_noise
-from isthmus.generation.options import SamplingOptions
-from isthmus.generation.step import token_hashes
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.pipelines.dar import DARPipeline
+from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 from tests.testers import NETWORK

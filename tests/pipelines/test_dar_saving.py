@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from isthmus.errors import UserError
-from isthmus.generation.options import SamplingOptions
-from isthmus.models.saved_model import Config
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.nn.saved_model import Config
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.pipelines.options import SamplingOptions
 from tests.pipelines.tiny_dar import tiny_dar
 
 WEIGHTS = "model.safetensors"
@@ -56,9 +56,9 @@ def test_the_folder_holds_what_the_design_says(folder):
     index = json.loads((folder / "model_index.json").read_text())
     assert index["isthmus_format"] == 1 and index["isthmus_version"]
     assert index["transformer"] == ["transformers", "LlamaForCausalLM"]
-    assert index["scheduler"] == ["isthmus.schedulers.flow_matching", "FlowMatchingScheduler"]
-    assert index["image_tokenizer"] == ["isthmus.models.diffusion_tokenizer", "DiffusionTokenizer"]
-    assert index["decoder"] == ["isthmus.models.flow_decoder", "FlowDecoder"]
+    assert index["scheduler"] == ["isthmus.dar.scheduler", "FlowMatchingScheduler"]
+    assert index["image_tokenizer"] == ["isthmus.dar.tokenizer", "DiffusionTokenizer"]
+    assert index["decoder"] == ["isthmus.dar.decoder", "FlowDecoder"]
     card = (folder / "README.md").read_text()
     for part in ("drawings", "CC0", "load_pipeline", "16 in 4 groups", 'class_labels=["face"]', "transformer 0.0"):
         assert part in card

@@ -10,13 +10,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.functional.draws import EDIT_STREAMS
-from isthmus.functional.masks import kept_as_published
-from isthmus.generation.next_scale import generate_scales
-from isthmus.pipelines.canvas import extended, place
+from isthmus.next_scale.canvas import extended, kept_as_published, place, to_masks
+from isthmus.next_scale.pipeline import NextScaleEditing
+from isthmus.next_scale.sampling import generate_scales
+from isthmus.nn.draws import EDIT_STREAMS
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.masks import to_masks
-from isthmus.pipelines.next_scale_editing import NextScaleEditing
 from tests.pipelines.tiny import tiny_pipeline
 from tests.testers import NETWORK
 

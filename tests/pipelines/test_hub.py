@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import UserError
-from isthmus.pipelines.hub import model_folder
+from isthmus.pipelines.folder import model_folder
 from isthmus.pipelines.loading import load_pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -35,7 +35,7 @@ def test_a_cached_hub_model_loads_without_network(hub_cache):
 def test_offline_the_cache_is_enough_and_the_rest_is_one_error(hub_cache):
     # a process of its own: the variables are read when the hub's client is imported
     code = (
-        "from isthmus.errors import UserError\nfrom isthmus.pipelines.hub import model_folder\n"
+        "from isthmus.errors import UserError\nfrom isthmus.pipelines.folder import model_folder\n"
         "print((model_folder('someone/tiny') / 'model_index.json').is_file())\n"
         "try:\n    model_folder('someone/else')\nexcept UserError as error:\n    print(error)\n"
     )

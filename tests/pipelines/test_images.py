@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from isthmus.data.augment import centre_view
-from isthmus.data.decode import decode_image
+from isthmus.data.images import centre_view, decode_image
 from isthmus.errors import UserError
 from isthmus.pipelines.images import listed_images, to_images
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.pipelines.free_memory import container_bytes, images_that_fit
-from isthmus.pipelines.memory import naming_next_batch_size
+from isthmus.pipelines.memory import container_bytes, images_that_fit, naming_next_batch_size
 
 
 @pytest.mark.parametrize(("batch_size", "advice"), [(8, "--batch-size 4"), (3, "--batch-size 1"), (1, "bfloat16")])

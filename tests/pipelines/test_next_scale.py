@@ -6,10 +6,10 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.functional.guidance import GuidanceSchedule
-from isthmus.generation.options import SamplingOptions
-from isthmus.generation.step import token_hashes
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.testers import NETWORK
 

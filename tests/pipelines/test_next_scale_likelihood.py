@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.next_scale.pipeline import NextScalePipeline
 from tests.pipelines.tiny import tiny_pipeline
 from tests.testers import NETWORK
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from tests.pipelines.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -5,9 +5,9 @@ import torch
 
 from isthmus.cli.info import describe_model, upload_contents
 from isthmus.errors import UserError
-from isthmus.generation.step import token_hashes
+from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from isthmus.errors import UserError
-from isthmus.generation.options import SamplingOptions
-from isthmus.generation.step import token_hashes
-from isthmus.models.saved_model import Config, check_finite, without_values
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.nn.saved_model import Config, check_finite, without_values
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -98,8 +98,8 @@ def test_an_interrupted_save_leaves_nothing(tmp_path):
 
 
 def test_a_newer_format_is_refused_in_words(copied):
-    edit_json(copied / "model_index.json", isthmus_format=2, isthmus_version="9.1")
-    with pytest.raises(UserError, match="format 2 .*9.1.*Update Isthmus"):
+    edit_json(copied / "model_index.json", isthmus_format=FORMAT + 1, isthmus_version="9.1")
+    with pytest.raises(UserError, match=f"format {FORMAT + 1} .*9.1.*Update Isthmus"):
         load_pipeline(copied)
 
 

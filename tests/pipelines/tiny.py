@@ -2,9 +2,9 @@
 
 import torch
 
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.pipelines.next_scale import NextScalePipeline
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
 
 
 def tiny_pipeline(*, scale_attention: str = "markov", num_classes: int = 3, names: bool = True, **options):

@@ -2,11 +2,11 @@
 
 import torch
 
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.models.next_token_prior import TokenLayout, new_prior
-from isthmus.pipelines.dar import DARPipeline
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.pipeline import DARPipeline
+from isthmus.dar.prior import TokenLayout, new_prior
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
 
 
 def tiny_dar(*, num_classes: int = 3, names: bool = True, **options):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.dar.scheduler import SOLVERS, FlowMatchingScheduler
 from isthmus.errors import UserError
-from isthmus.schedulers.flow_matching import SOLVERS, FlowMatchingScheduler
 
 
 def images(seed=0, batch=2):

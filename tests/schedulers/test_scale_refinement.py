@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.schedulers.scale_refinement import ScaleRefinementScheduler, lowest_share
+from isthmus.next_scale.refinement import ScaleRefinementScheduler, lowest_share
 
 
 @given(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.studies.dar import DAR_STUDY
-from isthmus.studies.dar_options import DAR_BUDGETS, DarStudyOptions, dar_setting
 from isthmus.studies.experiments import RESULT
-from isthmus.studies.srdd import SRDD_STUDY
+from isthmus.studies.options import DAR_BUDGETS, DarStudyOptions, dar_setting
+from isthmus.studies.srdd_tables import SRDD_STUDY
 from tests.studies import tiny_studies
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.studies.readings import Difference, Reading, difference, half_width_of_mean, student_95
+from isthmus.studies.tables import Difference, Reading, difference, half_width_of_mean, student_95
 
 VALUES = st.floats(-1e3, 1e3)
 

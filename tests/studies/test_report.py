@@ -5,9 +5,8 @@ import pytest
 from isthmus.errors import UserError
 from isthmus.studies.experiments import Experiment
 from isthmus.studies.options import chosen_tables
-from isthmus.studies.readings import Reading
 from isthmus.studies.study import Study
-from isthmus.studies.tables import Claim, Line, Panel, Row, StudyTable, TableSpec, line_of
+from isthmus.studies.tables import Claim, Line, Panel, Reading, Row, StudyTable, TableSpec, line_of
 from tests.studies.tiny_studies import run
 
 THREE = {"low": (1.0, 1.1, 1.2), "high": (2.0, 2.1, 2.3), "near": (1.05, 1.0, 1.3)}

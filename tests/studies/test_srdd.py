@@ -12,14 +12,12 @@ import torch
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
 from isthmus.errors import UserError
-from isthmus.studies.evaluations import EvaluationSetting
+from isthmus.next_scale.export import load_tokenizer
 from isthmus.studies.experiments import RESULT, finished
-from isthmus.studies.srdd import SRDD_STUDY
-from isthmus.studies.srdd_editing import holes, psnr_inside
-from isthmus.studies.srdd_experiments import every_second
-from isthmus.studies.srdd_options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting
-from isthmus.studies.srdd_tables import masks
-from isthmus.training.export import load_tokenizer
+from isthmus.studies.measures import EvaluationSetting
+from isthmus.studies.options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting
+from isthmus.studies.srdd import every_second, holes, psnr_inside
+from isthmus.studies.srdd_tables import SRDD_STUDY, masks
 from tests.studies import tiny_studies
 from tests.training.tiny_runs import prior_run, write_images
 

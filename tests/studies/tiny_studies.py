@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from isthmus.evaluation.circumstances import circumstances
-from isthmus.studies.dar_options import DarSetting
+from isthmus.evaluation.record import circumstances
 from isthmus.studies.experiments import Values, finished
-from isthmus.studies.srdd_options import SrddSetting
+from isthmus.studies.options import DarSetting, SrddSetting
 from isthmus.studies.study import Study
 from isthmus.studies.tables import Finding, StudyTable
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.training.adversarial import (
+from isthmus.next_scale.train_tokenizer import (
     PatchDiscriminator,
     adaptive_weight,
     discriminator_hinge_loss,

@@ -2,8 +2,8 @@
 
 import torch
 
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.training.codebook import initialize_codebook, k_means, residual_vectors, revive_codes
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.train_tokenizer import initialize_codebook, k_means, residual_vectors, revive_codes
 
 
 def tiny() -> MultiScaleVQVAE:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from isthmus.functional.psnr import psnr
-from isthmus.training.dar_measures import diffusion_tokenizer_scores
+from isthmus.dar.train_tokenizer import diffusion_tokenizer_scores
+from isthmus.nn.perceptual import psnr
 from tests.pipelines.tiny_dar import tiny_dar
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
+from isthmus.dar.train_prior import averaged_llama
+from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.training.config import run_to_json
-from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
-from isthmus.training.dar_prior_export import averaged_llama
-from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
 from tests.made_once import made_once
 from tests.testers import LOGGED

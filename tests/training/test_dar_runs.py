@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from isthmus import load_pipeline
+from isthmus.dar.prior import TokenLayout, next_token_logits
+from isthmus.dar.runs import DiffusionTokenizerModel, FlowSettings, LlamaModel
+from isthmus.dar.train_prior import NextTokenPrior, with_new_classes
+from isthmus.dar.train_tokenizer import load_parts, train_diffusion_tokenizer
 from isthmus.errors import UserError
-from isthmus.models.next_token_prior import TokenLayout, next_token_logits
+from isthmus.next_scale.train_prior import NextScalePrior
 from isthmus.training.config import PriorSampling, run_from_json
-from isthmus.training.dar_config import DiffusionTokenizerModel, FlowSettings, LlamaModel
-from isthmus.training.dar_export import load_parts
-from isthmus.training.next_scale_prior import NextScalePrior
-from isthmus.training.next_token_prior import NextTokenPrior, with_new_classes
-from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
 from tests.made_once import made_once
 from tests.training.test_processes import assert_same_log, log_lines

@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.errors import UserError
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.models.flow_decoder import FlowDecoder
-from isthmus.schedulers.flow_matching import FlowMatchingScheduler
-from isthmus.training.dar_config import DiffusionTokenizerLoss
-from isthmus.training.diffusion_losses import (
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.runs import DiffusionTokenizerLoss
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
+from isthmus.dar.tokenizer_losses import (
     DiffusionTrainingOutput,
     alignment_loss,
     diffusion_losses,
     flow_loss,
+    group_spans,
     prefix_mean,
+    raw_times,
     readout_loss,
+    training_noise,
 )
-from isthmus.training.flow_draws import group_spans, raw_times, training_noise
-from isthmus.training.tokenizer_with_decoder import PrefixReadout, TokenizerWithDecoder, windows
+from isthmus.dar.train_tokenizer import PrefixReadout, TokenizerWithDecoder, windows
+from isthmus.errors import UserError
 from tests.testers import NETWORK, randomized
 
 SCHEDULER = FlowMatchingScheduler(num_groups=4, num_tokens=8)

@@ -12,15 +12,21 @@ import torch
 from isthmus import load_pipeline
 from isthmus.cli import main
 from isthmus.cli.evaluate import Evaluate
-from isthmus.cli.parsing import parse
-from isthmus.distilling import BASELINE, baseline_run, distill, measuring_commands, stage_runs
+from isthmus.cli.options import parse
 from isthmus.errors import UserError
-from isthmus.generation.options import parse_guidance
-from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.training.config import PriorModel, PriorSampling, run_from_json, run_to_json
-from isthmus.training.distill_config import DistillRun
-from isthmus.training.next_scale_prior import with_new_classes
-from isthmus.training.scale_distillation import ScaleDistillation
+from isthmus.next_scale.distillation import (
+    BASELINE,
+    ScaleDistillation,
+    baseline_run,
+    distill,
+    measuring_commands,
+    stage_runs,
+)
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.runs import DistillRun, PriorModel
+from isthmus.next_scale.train_prior import with_new_classes
+from isthmus.pipelines.options import parse_guidance
+from isthmus.training.config import PriorSampling, run_from_json, run_to_json
 from isthmus.training.train_prior import train_prior
 from tests.made_once import made_once
 from tests.testers import LOGGED, NO_DIVERGENCE

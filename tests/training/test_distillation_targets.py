@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from isthmus.functional.sampling import draw_tokens
-from isthmus.training.distillation_targets import TeacherRollouts, rollout_uniforms, scale_divergence
-from isthmus.training.distilled_weights import student_of
+from isthmus.next_scale.distillation import TeacherRollouts, rollout_uniforms, scale_divergence, student_of
+from isthmus.nn.sampling import draw_tokens
 from tests.testers import NO_DIVERGENCE
 from tests.training.tiny_teacher import CODES, SIZES, tiny_teacher
 

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from isthmus.models.next_token_prior import TokenLayout, new_prior, next_token_logits, next_token_loss
-from isthmus.training.dropout import ResidualDropout, embedding_seeds, residual_seeds, sample_dropout
-from isthmus.training.next_token_objective import NextTokenObjective, nats_by_group
+from isthmus.dar.prior import TokenLayout, new_prior, next_token_logits, next_token_loss
+from isthmus.dar.train_prior import (
+    NextTokenObjective,
+    ResidualDropout,
+    embedding_seeds,
+    nats_by_group,
+    residual_seeds,
+    sample_dropout,
+)
 from tests.testers import NETWORK, randomized
 
 LAYOUT = TokenLayout(codebook_size=16, num_classes=3, num_tokens=6)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from isthmus.training.ema import ExponentialMovingAverage
+from isthmus.training.optim import ExponentialMovingAverage
 
 
 def test_averages_by_hand():

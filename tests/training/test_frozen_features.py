@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig
 
+from isthmus.dar.runs import DiffusionTokenizerLoss
+from isthmus.dar.tokenizer_losses import DINOv2Features, Lite0Features, feature_shape, frozen_features
 from isthmus.errors import UserError
-from isthmus.training.dar_config import DiffusionTokenizerLoss
-from isthmus.training.frozen_features import DINOv2Features, Lite0Features, feature_shape, frozen_features
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isthmus.functional.pyramid import ScaleSchedule
-from isthmus.training.objectives import (
-    dropped_labels,
-    next_scale_loss,
-    path_factors,
-    scale_subset,
-    scale_weights,
-    select_scales,
-)
+from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.train_prior import next_scale_loss, path_factors, scale_subset, scale_weights, select_scales
+from isthmus.training.images import dropped_labels
 
 SCHEDULE = ScaleSchedule((1, 2, 3), (0, 0, 0))
 

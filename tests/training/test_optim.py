@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.training.config import OptimConfig
 from isthmus.training.optim import adamw, decays, learning_rate, set_rates, weight_decay
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
+from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
+from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.train_prior import train_prior
-from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import prior_run, tokenizer_run
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import isthmus
+from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.errors import UserError
 from isthmus.files import claimed
+from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.config import Run
-from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
 from isthmus.training.train_prior import train_prior
-from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.test_runs import assert_same
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run

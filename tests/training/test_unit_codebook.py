@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from isthmus.dar.tokenizer import DiffusionTokenizer
+from isthmus.dar.train_tokenizer import codebook_weight, initialize_unit_codebook, revive_unit_codes
 from isthmus.errors import UserError
-from isthmus.models.diffusion_tokenizer import DiffusionTokenizer
-from isthmus.training.unit_codebook import codebook_weight, initialize_unit_codebook, revive_unit_codes
 from tests.testers import randomized
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.training.usage import CodebookUsage, code_counts
+from isthmus.training.codebook import CodebookUsage, code_counts
 
 
 def one_hot(*hits):

@@ -3,8 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from isthmus.training.config import PriorSampling
-from isthmus.training.dar_config import (
+from isthmus.dar.runs import (
     DiffusionTokenizerLoss,
     DiffusionTokenizerModel,
     DiffusionTokenizerRun,
@@ -12,6 +11,7 @@ from isthmus.training.dar_config import (
     LlamaModel,
     NextTokenPriorRun,
 )
+from isthmus.training.config import PriorSampling
 from tests.training.tiny_runs import OPTIM
 
 # every optional loss but those with frozen networks, which take a while

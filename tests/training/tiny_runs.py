@@ -5,14 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.training.config import (
-    OptimConfig,
-    PriorModel,
-    PriorRun,
-    TokenizerLoss,
-    TokenizerModel,
-    TokenizerRun,
-)
+from isthmus.next_scale.runs import PriorModel, PriorRun, TokenizerLoss, TokenizerModel, TokenizerRun
+from isthmus.training.config import OptimConfig
 
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.01)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from isthmus.models.multiscale_vqvae import MultiScaleVQVAE
-from isthmus.models.next_scale_transformer import NextScaleTransformer
-from isthmus.pipelines.next_scale import NextScalePipeline
-from isthmus.training.distill_config import DistillRun
+from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.runs import DistillRun
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
 from tests.training.tiny_runs import OPTIM
 
 SIZES = (1, 2, 3, 4)

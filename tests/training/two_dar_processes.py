@@ -10,17 +10,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from isthmus.models.next_token_prior import TokenLayout, new_prior
+from isthmus.dar.prior import TokenLayout, new_prior
+from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
+from isthmus.dar.train_prior import (
+    NextTokenObjective,
+    NextTokenPrior,
+    ResidualDropout,
+    averaged_llama,
+    embedding_seeds,
+    residual_seeds,
+)
+from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.training.checkpoints import whole
 from isthmus.training.config import OptimConfig, run_from_json
-from isthmus.training.dar_config import DiffusionTokenizerRun, NextTokenPriorRun
-from isthmus.training.dar_prior_export import averaged_llama
-from isthmus.training.dropout import ResidualDropout, embedding_seeds, residual_seeds
-from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.next_token_objective import NextTokenObjective
-from isthmus.training.next_token_prior import NextTokenPrior
-from isthmus.training.optim import adamw
-from isthmus.training.train_diffusion_tokenizer import train_diffusion_tokenizer
+from isthmus.training.optim import ExponentialMovingAverage, adamw
 from isthmus.training.train_prior import train_prior
 
 LAYOUT = TokenLayout(codebook_size=16, num_classes=3, num_tokens=6)

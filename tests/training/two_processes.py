@@ -14,17 +14,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from isthmus.errors import UserError
-from isthmus.models.next_scale_transformer import NextScaleTransformer
+from isthmus.next_scale.runs import PriorRun, TokenizerRun
+from isthmus.next_scale.train_prior import NextScalePrior, next_scale_loss, scale_weights
+from isthmus.next_scale.train_tokenizer import train_tokenizer
+from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.training.checkpoints import gathered, like, whole
-from isthmus.training.config import OptimConfig, PriorRun, TokenizerRun, run_from_json
-from isthmus.training.ema import ExponentialMovingAverage
-from isthmus.training.next_scale_prior import NextScalePrior
-from isthmus.training.objectives import next_scale_loss, scale_weights
-from isthmus.training.optim import adamw
+from isthmus.training.config import OptimConfig, run_from_json
+from isthmus.training.optim import ExponentialMovingAverage, adamw
 from isthmus.training.run import FiniteGuard, StopRequest
 from isthmus.training.saved_networks import averaged_model
 from isthmus.training.train_prior import train_prior
-from isthmus.training.train_tokenizer import train_tokenizer
 from tests.testers import TRAINED_ATOL
 
 SHARDED_BATCH = 4

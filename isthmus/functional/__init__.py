@@ -1,1 +1,0 @@
-"""The mathematics as pure functions on tensors; no weights."""

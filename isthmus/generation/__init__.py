@@ -1,1 +1,0 @@
-"""Loops that draw tokens and yield a `GenerationStep` each."""

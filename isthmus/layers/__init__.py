@@ -1,1 +1,0 @@
-"""Leaves with weights that several models share: attention, conditioning, convolution."""

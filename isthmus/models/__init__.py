@@ -1,1 +1,0 @@
-"""The networks of the papers, and the frozen network that compares images."""

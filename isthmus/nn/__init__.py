@@ -1,0 +1,1 @@
+"""Leaves that several networks share: draws, attention, filters, distances between images."""
