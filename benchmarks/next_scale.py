@@ -24,8 +24,9 @@ from plain import PlainTransformer, default_adamw, plain_tokenizer
 from torch import Tensor
 
 from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.refinement import refined_scales
 from isthmus.next_scale.runs import TokenizerLoss
-from isthmus.next_scale.sampling import generate_scales
+from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.train_prior import next_scale_loss, scale_weights
 from isthmus.next_scale.train_tokenizer import reconstruction_losses
@@ -217,7 +218,9 @@ def sample(rounds: int) -> None:
         labels, seeds = torch.arange(4), [(0, i) for i in range(4)]
         inputs = torch.randn(8, 129, 32).split([0, *model.schedule.lengths[1:]], dim=1)
         greedy = SamplingOptions(guidance_scale=GUIDANCE, top_k=1)
-        ours = torch.cat([s.token_ids for s in generate_scales(images, model, labels, seeds, greedy)], dim=1)
+        ours = torch.cat(
+            [s.token_ids for s in refined_scales(ScaleSampler(images, model, labels, seeds, greedy))], dim=1
+        )
         theirs = torch.cat(plain.generate(images, labels, guidance=GUIDANCE, top_k=1, top_p=1.0), dim=1)
         if (ours != theirs).float().mean() > 0.02:  # untrained logits are close: a tie may fall either way
             raise SystemExit("sampling: the plain implementation draws other tokens; its times mean nothing.")
@@ -228,7 +231,7 @@ def sample(rounds: int) -> None:
             {
                 "gemm": gemm,
                 "stack": lambda a=(model, labels, inputs): all_scales(*a),
-                "ours": lambda a=(images, model, labels, seeds, options): list(generate_scales(*a)),
+                "ours": lambda a=(images, model, labels, seeds, options): list(refined_scales(ScaleSampler(*a))),
                 "plain": lambda p=plain, a=(images, labels): p.generate(
                     *a, guidance=GUIDANCE, top_k=TOP_K, top_p=TOP_P
                 ),
@@ -328,7 +331,7 @@ def memory_child(what: str, variant: str) -> float:
         model, images = transformer(SMALL, variant).eval(), tokenizer(1024, SCALES_32, 32, (1, 2, 2))
         before = peak_mib()
         options = SamplingOptions(guidance_scale=GUIDANCE, top_k=TOP_K, top_p=TOP_P)
-        list(generate_scales(images, model, torch.arange(32) % 10, [(0, i) for i in range(32)], options))
+        list(refined_scales(ScaleSampler(images, model, torch.arange(32) % 10, [(0, i) for i in range(32)], options)))
         return peak_mib() - before
     model = transformer(SMALL, "markov")
     scales = SUBSETS[variant] or tuple(range(model.schedule.num_scales))

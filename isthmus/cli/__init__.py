@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import isthmus
-from isthmus.errors import UserError
+from isthmus.errors import UserError, nearest
 
 logger = logging.getLogger("isthmus")
 
@@ -108,9 +108,6 @@ def _dispatch(arguments: list[str]) -> int:
             raise UserError(f"there is no isthmus {name} any more: {_REMOVED[name]}")
     if any(name.startswith(arguments[0] + " ") for name in COMMANDS):
         return _incomplete(arguments)
-    # imported here: --help does without
-    from isthmus.cli.options import nearest
-
     what = "option" if arguments[0].startswith("-") else "command"
     names = sorted({name.split()[0] for name in COMMANDS})
     raise UserError(f"there is no {what} {arguments[0]!r}.{nearest(arguments[0], names)} Commands: {', '.join(names)}.")
@@ -118,8 +115,6 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _incomplete(arguments: list[str]) -> int:
     """`isthmus train`, `isthmus train --help` and `isthmus train pryor`."""
-    from isthmus.cli.options import nearest
-
     group = arguments[0]
     kinds = [name.split()[1] for name in COMMANDS if name.startswith(group + " ")]
     if len(arguments) > 1 and arguments[1] in ("-h", "--help"):

@@ -4,18 +4,19 @@ What cannot be parsed is one line with the nearest option.
 """
 
 import contextlib
-import difflib
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import tyro
 
-from isthmus.errors import UserError
+from isthmus.dar.options import DAROptions, Solver
+from isthmus.errors import UserError, nearest
+from isthmus.next_scale.options import NextScaleOptions
 from isthmus.nn.guidance import Guidance
-from isthmus.pipelines.options import FOLDER_DEFAULT, Default, parse_guidance
+from isthmus.pipelines.options import FOLDER_DEFAULT, Default, options_of, parse_guidance
 
 Command = TypeVar("Command")
 
@@ -75,12 +76,6 @@ def parse(
     if unknown:
         raise UserError(unknown + f" `{prog} --help` lists all.")
     raise UserError(_plain(heard.getvalue(), prog))
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of an error message, " Did you mean x?", or nothing where nothing is near."""
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _first_unknown(kind: type, arguments: Sequence[str]) -> str:
@@ -152,6 +147,10 @@ def _options(kind: type, prefix: str = "--") -> dict[str, str]:
     return found
 
 
+# what the help says of an option that is one of a call's: that option's own text
+_CALL = options_of(NextScaleOptions) | options_of(DAROptions)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
     """Options that stand for the model's own where they are not given."""
@@ -160,14 +159,10 @@ class DrawOptions:
     """Image i is drawn from (seed, i)."""
     guidance: str = "default"
     """A number (1 = off), linear:START:END, cosine:START:END, or one number per step; default: the model's."""
-    top_k: Literal["default", "off"] | int = "default"
-    """Keep the k likeliest codes."""
-    top_p: Literal["default", "off"] | float = "default"
-    """Keep the likeliest codes that hold this probability together."""
-    temperature: Literal["default"] | float = "default"
-    """Divides the logits."""
-    smooth: bool = False
-    """Mix codes instead of drawing one: softer images."""
+    top_k: Annotated[Literal["default", "off"] | int, _CALL["top_k"]] = "default"
+    top_p: Annotated[Literal["default", "off"] | float, _CALL["top_p"]] = "default"
+    temperature: Annotated[Literal["default"] | float, _CALL["temperature"]] = "default"
+    smooth: Annotated[bool, _CALL["smooth"]] = False
     batch_size: int | None = None
     """Images at once; None estimates what fits into memory."""
     device: str = "auto"
@@ -195,10 +190,8 @@ class DrawOptions:
 class SteeredDrawOptions(DrawOptions):
     """And those that only some models have."""
 
-    steps: int | None = None
-    """Solver steps of a D-AR model; None takes the model's."""
-    solver: Literal["default", "euler", "adams-bashforth", "adams-bashforth-variable"] = "default"
-    """How a D-AR model goes from step to step."""
+    steps: Annotated[int | None, _CALL["num_inference_steps"]] = None
+    solver: Annotated[Literal["default"] | Solver, _CALL["solver"]] = "default"
 
     def steering(self) -> dict[str, int | str]:
         """Arguments that only some models have, where they were given."""

@@ -9,9 +9,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from isthmus.cli.options import DrawOptions, SteeredDrawOptions, parse
+from isthmus.dar.options import DAROptions
 from isthmus.errors import UserError
+from isthmus.next_scale.options import InpaintOptions
+from isthmus.pipelines.options import options_of
 
 logger = logging.getLogger("isthmus")
+_DAR, _INPAINT = options_of(DAROptions), options_of(InpaintOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,7 @@ class Sample(SteeredDrawOptions):
     """Draw some tokens again (next-scale models), with the rounds usual in this mode; default: as the model says."""
     prefix_image: Path | None = None
     """Image whose first tokens every image keeps (layout control of D-AR models)."""
-    prefix_tokens: int | None = None
-    """How many tokens of --prefix-image are kept: the more, the closer the layout."""
+    prefix_tokens: Annotated[int | None, _DAR["prefix_tokens"]] = None
     int8: bool = False
     """Decode with 8-bit weights (D-AR models on a CPU): large priors are faster, a token now and then is another."""
     compile: bool = False
@@ -122,12 +125,9 @@ class _Keeping(_Edit):
     jumps: tuple[int, ...] = ()
     """Simple resampling: after every scale from the third on (see --jump-scales), go back and draw the last ones again,
     so many times; or one number per scale. None given: no jumps."""
-    jump_scales: int | None = None
-    """How many scales a jump draws again; None is 2. Jumps start behind so many scales. Only with --jumps."""
-    paste: bool = True
-    """Put the known pixels back over the result."""
-    seam_px: int | None = None
-    """Width of the blend beside the mask, in pixels; None is 1/16 of the model's size. Not with --no-paste."""
+    jump_scales: Annotated[int | None, _INPAINT["jump_scales"]] = None
+    paste: Annotated[bool, _INPAINT["paste"]] = True
+    seam_px: Annotated[int | None, _INPAINT["seam_px"]] = None
 
     def keeping(self) -> dict[str, Any]:
         """Arguments of `inpaint` about what is kept."""

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.dar.decoder import Canvas, FlowDecoder, KeysValues, Painted
-from isthmus.dar.scheduler import SOLVERS, FlowMatchingScheduler, Solver
+from isthmus.dar.options import Solver
+from isthmus.dar.scheduler import SOLVERS, FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.draws import NOISE, stream

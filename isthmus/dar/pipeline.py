@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -17,23 +17,21 @@ from torch import Tensor
 from isthmus.dar.decoder import FlowDecoder
 from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, check_preview, decode_tokens, flow_steps, image_noise
 from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.options import DAROptions, Solver
 from isthmus.dar.prior import TokenLayout
-from isthmus.dar.sampling import check_next_token_options, generate_tokens, log_likelihood
-from isthmus.dar.scheduler import FlowMatchingScheduler, Solver
+from isthmus.dar.sampling import Prefix, generate_tokens, log_likelihood, refuse_smooth
+from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.nn.guidance import Guidance
 from isthmus.nn.shapes import Images
 from isthmus.nn.stored_llama import StoredLlama, no_progress_bars
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.labels import resolve_labels
-from isthmus.pipelines.options import FOLDER_DEFAULT, Default, SamplingOptions
+from isthmus.pipelines.options import OutputType, SamplingOptions, saved_options
 from isthmus.pipelines.request import (
     GenerationStep,
-    Generators,
     Labels,
-    OutputType,
     Pictures,
     Request,
     Whole,
@@ -41,10 +39,404 @@ from isthmus.pipelines.request import (
     check_output_type,
     image_seeds,
     label_list,
+    takes,
 )
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+
+TokenInput = Shaped[Tensor, "*dims"] | Sequence[Any]
+"""Tokens (b, n) of several images or (n,) of one: a tensor of integers, or lists as LLM servers return them."""
+PrefixLengths = int | Sequence[int] | None
+
+
+@dataclass
+class DARPipelineOutput:
+    """What a call returns.
+
+    Attributes:
+        images: as `output_type` says; "latent" gives images in [-1, 1] that are not clamped.
+        token_ids: (b, n), on the CPU: the tokens that the solver steps read, prefixes included. With as many steps as
+            groups, or more, these are all tokens of the images.
+        class_labels: class id of every image; `null_class_id` where no class was asked for.
+        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
+    """
+
+    images: Pictures
+    token_ids: Int[Tensor, "b n"]
+    class_labels: list[int]
+    seeds: list[tuple[int, int]]
+
+
+class DARPipeline(SavedPipeline):
+    """An image tokenizer, a pixel decoder and a Llama that draw images together.
+
+    Args:
+        image_tokenizer: turns images into tokens, and tokens into what drives the decoder.
+        decoder: predicts the velocity of noisy pixels.
+        transformer: predicts the next token; a stock Llama, whose vocabulary ends with the classes.
+        scheduler: times, windows of tokens and the solver.
+        class_names: one name per class, or index -> name; nothing for models without names.
+        sampling_defaults: options of a call that names none, stored in the folder.
+        preprocessing: how training images were made; None describes the usual way.
+        data: `name` and `attribution` (licence line) of the training data, for the card.
+        protocol: how the model was trained and measured, for the card.
+
+    Raises:
+        UserError: the components do not belong together, or names or defaults do not fit them.
+    """
+
+    parts = {
+        "image_tokenizer": DiffusionTokenizer,
+        "decoder": FlowDecoder,
+        "transformer": StoredLlama,
+        "scheduler": FlowMatchingScheduler,
+    }
+
+    def __init__(
+        self,
+        image_tokenizer: DiffusionTokenizer,
+        decoder: FlowDecoder,
+        transformer: "LlamaForCausalLM | StoredLlama",
+        scheduler: FlowMatchingScheduler,
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
+        sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        protocol: str = "",
+    ):
+        self.image_tokenizer, self.decoder, self.scheduler = image_tokenizer, decoder, scheduler
+        self.llama = StoredLlama.of(transformer)
+        self.token_layout: TokenLayout = shared_layout(image_tokenizer, decoder, self.llama.config, scheduler)
+        self.num_classes: int = self.token_layout.num_classes
+        self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
+
+    @takes(DAROptions)
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        num_images: SupportsIndex | None = None,
+        *,
+        num_images_per_class: SupportsIndex = 1,
+        callback_on_step_end: Callable[[GenerationStep], object] | None = None,
+        **options: Unpack[DAROptions],
+    ) -> DARPipelineOutput:
+        """Draw images.
+
+        Guidance, filters (None turns one off) and temperature default to the values saved with the model.
+
+        Args:
+            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
+            num_images: how many images in all, labels taken in turn; None draws one per label.
+            num_images_per_class: images per label, next to each other, where `num_images` is not given.
+            callback_on_step_end: called with a `GenerationStep` (without preview) after every solver step.
+            options: see `DAROptions`.
+
+        Raises:
+            UserError: a label, an option, a prefix or a seed is not usable; the message says why.
+        """
+        request = self._request(class_labels, num_images, num_images_per_class, options)
+        token_ids, step = [], None
+        for step in self._steps(request, options, "jump"):
+            token_ids.append(step.token_ids.cpu())
+            if callback_on_step_end is not None:
+                callback_on_step_end(GenerationStep(step.index, step.total, token_ids[-1]))
+        assert step is not None, "a plan has at least one step"
+        images = as_output(step.preview, request.output_type)
+        return DARPipelineOutput(images, torch.cat(token_ids, dim=1), request.class_labels, request.seeds)
+
+    @takes(DAROptions)
+    def stream(
+        self,
+        class_labels: Labels = None,
+        num_images: SupportsIndex | None = None,
+        *,
+        num_images_per_class: SupportsIndex = 1,
+        preview: Preview = "jump",
+        **options: Unpack[DAROptions],
+    ) -> Iterator[GenerationStep]:
+        """Draw images and show them while they grow: one `GenerationStep` with a preview per solver step.
+
+        A step runs, and is yielded, as soon as its tokens are drawn, before later tokens exist. The arguments, the
+        tokens and the last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
+        `preview="solver"` the published rule, the solver's own step to the end.
+
+        Yields:
+            steps in order; `token_ids` are those that the step waited for, on the CPU, and `preview` is as
+            `output_type` says.
+
+        Raises:
+            UserError: a label, an option, a prefix or a seed is not usable: at once, before the first step is asked
+                for.
+        """
+        request = self._request(class_labels, num_images, num_images_per_class, options)
+        check_preview(preview)
+        return (
+            GenerationStep(step.index, step.total, step.token_ids.cpu(), as_output(step.preview, request.output_type))
+            for step in self._steps(request, options, preview)
+        )
+
+    def variations(
+        self,
+        image: ImageInput,
+        num_groups_kept: int,
+        class_labels: Labels = None,
+        num_images: SupportsIndex | None = None,
+        **options: Unpack[DAROptions],
+    ) -> DARPipelineOutput:
+        """Images that share the first groups of tokens with `image`; `options` are those of a call.
+
+        Raises:
+            UserError: there are fewer groups, or another argument is not usable.
+        """
+        groups = self.image_tokenizer.config["num_groups"]
+        if not 0 <= num_groups_kept <= groups:
+            raise UserError(f"num_groups_kept must lie in 0..{groups} (the groups of an image), got {num_groups_kept}.")
+        kept = num_groups_kept * self.image_tokenizer.tokens_per_group
+        others: Any = options  # without a prefix of their own, which Python refuses
+        return self(class_labels, num_images, prefix_image=image, prefix_tokens=kept, **others)
+
+    def encode(self, images: ImageInput) -> Int[Tensor, "b n"]:
+        """All tokens of images, coarse to fine, on the CPU.
+
+        Raises:
+            UserError: the images are not usable, or have sides that the tokenizer's patch does not divide.
+        """
+        return encode_images(self.image_tokenizer, images)
+
+    def decode(
+        self,
+        token_ids: TokenInput,
+        *,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: Whole | None = 0,
+        image_index: Whole = 0,
+        output_type: OutputType = "pil",
+    ) -> Pictures:
+        """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
+
+        Raises:
+            UserError: the tokens are too few, too many or name no codes, or an argument is not usable.
+        """
+        check_output_type(output_type)
+        token_ids = to_token_ids(self.image_tokenizer, token_ids)
+        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
+        seeds = image_seeds(len(token_ids), seed=seed, image_index=image_index)
+        noise = image_noise(seeds, *checked_sides(self.decoder, self.image_size, height, width))
+        return self._decoded(token_ids, noise, plan, output_type)
+
+    def reconstruct(self, images: ImageInput, **options: Any) -> Pictures:
+        """Images through their own tokens and back; `options` are those of `decode`. Tensors keep their size."""
+        pixels = to_images(images, self.image_size)
+        options = {"height": pixels.shape[2], "width": pixels.shape[3], **options}
+        return self.decode(self.encode(pixels), **options)
+
+    def restart(
+        self,
+        image: ImageInput,
+        strength: float | int,
+        *,
+        token_ids: TokenInput | None = None,
+        num_inference_steps: int | None = None,
+        solver: Solver | None = None,
+        seed: Whole | None = 0,
+        image_index: Whole = 0,
+        output_type: OutputType = "pil",
+    ) -> Pictures:
+        """Run the last solver steps again, from `image` with the noise of the first of them.
+
+        Args:
+            image: where the diffusion starts.
+            strength: share of the steps that run, in (0, 1]: small changes little, 1 starts from noise alone.
+            token_ids: what drives the steps: tokens of the images, or of others drawn with their layout; None takes
+                those of `image`.
+            num_inference_steps: steps of the whole way.
+            solver: as for a call; the first step that runs is one of Euler.
+            seed: as for a call.
+            image_index: as for a call.
+            output_type: as for a call.
+
+        Raises:
+            UserError: an argument is not usable.
+        """
+        check_output_type(output_type)
+        pixels = to_images(image, self.image_size)
+        token_ids = self.encode(pixels) if token_ids is None else to_token_ids(self.image_tokenizer, token_ids)
+        rows = len(token_ids)
+        if len(pixels) not in (1, rows):
+            raise UserError(f"a restart needs one image, or one per row of tokens ({rows}), got {len(pixels)}.")
+        times = self.scheduler.times(num_inference_steps)
+        first = first_step(strength, len(times) - 1)
+        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver, first=first)
+        seeds = image_seeds(rows, seed=seed, image_index=image_index)
+        sides = checked_sides(self.decoder, self.image_size, pixels.shape[2], pixels.shape[3])
+        noise, images = image_noise(seeds, *sides), pixels.expand(rows, -1, -1, -1)
+        x = self.scheduler.add_noise(images, noise, times[first].expand(rows))
+        return self._decoded(token_ids, x, plan, output_type)
+
+    def log_prob(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenInput | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
+
+        Raises:
+            UserError: images or labels are not usable, or both or neither of images and tokens are given.
+        """
+        return self._log_likelihood(images, class_labels, token_ids).sum(dim=1)
+
+    def bits_per_token(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenInput | None = None,
+    ) -> Float[Tensor, "b n"]:
+        """Bits that every token costs, by position; arguments as for `log_prob`."""
+        return -self._log_likelihood(images, class_labels, token_ids) / math.log(2)
+
+    @property
+    def transformer(self) -> "LlamaForCausalLM":
+        """The prior as a stock module, made when it is first asked for: drawing reads its weights alone."""
+        return self.llama.module
+
+    @transformer.setter
+    def transformer(self, transformer: "LlamaForCausalLM | StoredLlama") -> None:
+        self.llama = StoredLlama.of(transformer)
+
+    def stored(self, name: str) -> Any:
+        """A component as it is kept, for reading alone."""
+        return self.llama if name == "transformer" else super().stored(name)
+
+    def llama_decoder(self, num_images: int = 1, *, int8: bool = False, compiled: bool = False) -> LlamaDecoder:
+        """The prior's weights laid out for decoding, for many calls: a call lays them out anew where it is given none.
+
+        Args:
+            num_images: images that will be drawn at once; any other number works, if slower.
+            int8: 8-bit weights, for CPUs: a large prior decodes faster, and now and then draws another token.
+            compiled: run through `torch.compile`, which pays on GPUs; the first token waits for the compiler.
+
+        Raises:
+            UserError: 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
+        """
+        # an image that is guided has a row with and one without its class
+        rows = 2 * num_images
+        return LlamaDecoder(self.llama, self.token_layout, num_rows=rows, int8=int8, compiled=compiled)
+
+    def prepared(self, num_images: int, *, int8: bool = False, compiled: bool = False) -> dict[str, Any]:
+        """Arguments for many calls of `num_images` images each: the laid-out weights of the prior."""
+        return {"llama_decoder": self.llama_decoder(num_images, int8=int8, compiled=compiled)}
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images trained on, in pixels."""
+        return self.image_tokenizer.config["image_size"]
+
+    def check_options(self, options: SamplingOptions) -> None:
+        """Raise UserError where this model cannot draw with these options."""
+        refuse_smooth(options)
+        super().check_options(options)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes a token is drawn from."""
+        return self.token_layout.codebook_size
+
+    @property
+    def num_guided_steps(self) -> int:
+        """Number of tokens."""
+        return self.token_layout.num_tokens
+
+    @property
+    def kind(self) -> str:
+        """What the model is, in a few words."""
+        return "D-AR (next-token Llama that drives a pixel diffusion)"
+
+    @property
+    def layout(self) -> str:
+        """Tokens and steps, in a sentence for the card."""
+        config, groups = self.scheduler.config, self.image_tokenizer.config["num_groups"]
+        return (
+            f"Tokens: {self.token_layout.num_tokens} in {groups} groups, which drive {config['num_inference_steps']} "
+            f"solver steps ({config['solver']})."
+        )
+
+    def step_names(self, num_steps: int) -> list[str]:
+        """How many tokens each step waits for."""
+        return [f"{needed} tokens" for needed in SolverPlan.of(self.scheduler, num_inference_steps=num_steps).needed]
+
+    def bytes_per_image(self, *, guided: bool) -> int:
+        """Peak bytes that one more image in a batch takes, roughly; see `isthmus.pipelines.memory`."""
+        return next_token_bytes(self.llama, guided=guided) + flow_bytes(self.decoder, self.image_size)
+
+    def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
+        with no_progress_bars():
+            super()._write(folder, max_shard_size)
+
+    def _steps(self, request: Request, options: Mapping[str, Any], preview: Preview) -> Iterator[FlowStep]:
+        """Solver steps of a request, each as soon as the prior has drawn its tokens.
+
+        `options` holds every one of `DAROptions`. What is not usable is refused at once.
+        """
+        prefix = resolve_prefix(
+            self.image_tokenizer,
+            len(request.seeds),
+            options["prefix_image"],
+            options["prefix_token_ids"],
+            options["prefix_tokens"],
+        )
+        each = [request.options] * len(request.seeds)
+        if options["image_options"] is not None:
+            each = [own.override(**saved_options(options)) for own in options["image_options"]]
+            for own in each:
+                self.check_options(own)
+        plan = SolverPlan.of(
+            self.scheduler, num_inference_steps=options["num_inference_steps"], solver=options["solver"]
+        )
+        noise_sides = checked_sides(self.decoder, self.image_size, options["height"], options["width"])
+        token_ids = generate_tokens(
+            self.llama,
+            self.token_layout,
+            torch.tensor(request.class_labels, device=self.device),
+            request.seeds,
+            each,
+            stops=plan.stops,
+            prefix=prefix,
+            decoder=options["llama_decoder"],
+        )
+        noise = image_noise(request.seeds, *noise_sides)
+        return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
+
+    def _decoded(self, token_ids: Int[Tensor, "b n"], x: Images, plan: SolverPlan, output_type: OutputType) -> Pictures:
+        images = decode_tokens(self.image_tokenizer, self.decoder, self.scheduler, token_ids, x, plan=plan)
+        return as_output(images, output_type)
+
+    def _log_likelihood(
+        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenInput | None
+    ) -> Float[Tensor, "_ n"]:
+        if (images is None) == (token_ids is None):
+            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
+        if token_ids is None:
+            assert images is not None
+            token_ids = self.encode(images)
+        token_ids = to_token_ids(self.image_tokenizer, token_ids)
+        given = label_list(class_labels)
+        labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        rows, length = token_ids.shape
+        each = torch.tensor(labels * rows if len(labels) == 1 else labels, dtype=torch.long)
+        if not length or not rows or len(each) != rows:
+            raise UserError(
+                f"a likelihood needs 1..{self.token_layout.num_tokens} tokens and a class label per image, got {rows} "
+                f"row(s) of {length} token(s) and {len(each)} label(s). Pass the tokens of whole images."
+            )
+        return log_likelihood(self.transformer, self.token_layout, token_ids, each)
 
 
 def shared_layout(
@@ -87,24 +479,6 @@ def shared_layout(
                 "Pass the scheduler that was saved with this tokenizer."
             )
     return TokenLayout.of(llama, tokenizer["codebook_size"], tokenizer["num_tokens"])
-
-
-TokenInput = Shaped[Tensor, "*dims"] | Sequence[Any]
-"""Tokens (b, n) of several images or (n,) of one: a tensor of integers, or lists as LLM servers return them."""
-PrefixLengths = int | Sequence[int] | None
-
-
-@dataclass
-class Prefix:
-    """Tokens that are read and not drawn.
-
-    Attributes:
-        token_ids: (b, p), one row per image.
-        lengths: how many of them hold, per image.
-    """
-
-    token_ids: Int[Tensor, "b p"]
-    lengths: list[int]
 
 
 def encode_images(image_tokenizer: DiffusionTokenizer, images: ImageInput) -> Int[Tensor, "b n"]:
@@ -196,104 +570,6 @@ def _lengths(lengths: PrefixLengths, rows: Int[Tensor, "b p"]) -> list[int]:
     return each
 
 
-class PixelPipeline(SavedPipeline):
-    """What an image tokenizer, its pixel decoder and a scheduler do together; a family's pipeline adds the prior."""
-
-    image_tokenizer: DiffusionTokenizer
-    decoder: FlowDecoder
-    scheduler: FlowMatchingScheduler
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images trained on, in pixels."""
-        return self.image_tokenizer.config["image_size"]
-
-    def encode(self, images: ImageInput) -> Int[Tensor, "b n"]:
-        """All tokens of images, coarse to fine, on the CPU.
-
-        Raises:
-            UserError: the images are not usable, or have sides that the tokenizer's patch does not divide.
-        """
-        return encode_images(self.image_tokenizer, images)
-
-    def decode(
-        self,
-        token_ids: TokenInput,
-        *,
-        num_inference_steps: int | None = None,
-        solver: Solver | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        seed: Whole | None = 0,
-        image_index: Whole = 0,
-        output_type: OutputType = "pil",
-    ) -> Pictures:
-        """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
-
-        Raises:
-            UserError: the tokens are too few, too many or name no codes, or an argument is not usable.
-        """
-        check_output_type(output_type)
-        token_ids = to_token_ids(self.image_tokenizer, token_ids)
-        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
-        seeds = image_seeds(len(token_ids), seed=seed, image_index=image_index)
-        noise = image_noise(seeds, *checked_sides(self.decoder, self.image_size, height, width))
-        return self._decoded(token_ids, noise, plan, output_type)
-
-    def reconstruct(self, images: ImageInput, **options: Any) -> Pictures:
-        """Images through their own tokens and back; `options` are those of `decode`. Tensors keep their size."""
-        pixels = to_images(images, self.image_size)
-        options = {"height": pixels.shape[2], "width": pixels.shape[3], **options}
-        return self.decode(self.encode(pixels), **options)
-
-    def restart(
-        self,
-        image: ImageInput,
-        strength: float | int,
-        *,
-        token_ids: TokenInput | None = None,
-        num_inference_steps: int | None = None,
-        solver: Solver | None = None,
-        seed: Whole | None = 0,
-        image_index: Whole = 0,
-        output_type: OutputType = "pil",
-    ) -> Pictures:
-        """Run the last solver steps again, from `image` with the noise of the first of them.
-
-        Args:
-            image: where the diffusion starts.
-            strength: share of the steps that run, in (0, 1]: small changes little, 1 starts from noise alone.
-            token_ids: what drives the steps: tokens of the images, or of others drawn with their layout; None takes
-                those of `image`.
-            num_inference_steps: steps of the whole way.
-            solver: as for a call; the first step that runs is one of Euler.
-            seed: as for a call.
-            image_index: as for a call.
-            output_type: as for a call.
-
-        Raises:
-            UserError: an argument is not usable.
-        """
-        check_output_type(output_type)
-        pixels = to_images(image, self.image_size)
-        token_ids = self.encode(pixels) if token_ids is None else to_token_ids(self.image_tokenizer, token_ids)
-        rows = len(token_ids)
-        if len(pixels) not in (1, rows):
-            raise UserError(f"a restart needs one image, or one per row of tokens ({rows}), got {len(pixels)}.")
-        times = self.scheduler.times(num_inference_steps)
-        first = first_step(strength, len(times) - 1)
-        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver, first=first)
-        seeds = image_seeds(rows, seed=seed, image_index=image_index)
-        sides = checked_sides(self.decoder, self.image_size, pixels.shape[2], pixels.shape[3])
-        noise, images = image_noise(seeds, *sides), pixels.expand(rows, -1, -1, -1)
-        x = self.scheduler.add_noise(images, noise, times[first].expand(rows))
-        return self._decoded(token_ids, x, plan, output_type)
-
-    def _decoded(self, token_ids: Int[Tensor, "b n"], x: Images, plan: SolverPlan, output_type: OutputType) -> Pictures:
-        images = decode_tokens(self.image_tokenizer, self.decoder, self.scheduler, token_ids, x, plan=plan)
-        return as_output(images, output_type)
-
-
 def checked_sides(decoder: FlowDecoder, image_size: int, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width of the images to make; None is `image_size`.
 
@@ -324,354 +600,6 @@ def first_step(strength: float, num_steps: int) -> int:
     if not 0 < strength <= 1:
         raise UserError(f"strength is the share of the solver steps that run, in (0, 1], got {strength}.")
     return min(round((1 - strength) * num_steps), num_steps - 1)
-
-
-@dataclass
-class DARPipelineOutput:
-    """What a call returns.
-
-    Attributes:
-        images: as `output_type` says; "latent" gives images in [-1, 1] that are not clamped.
-        token_ids: (b, n), on the CPU: the tokens that the solver steps read, prefixes included. With as many steps as
-            groups, or more, these are all tokens of the images.
-        class_labels: class id of every image; `null_class_id` where no class was asked for.
-        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
-    """
-
-    images: Pictures
-    token_ids: Int[Tensor, "b n"]
-    class_labels: list[int]
-    seeds: list[tuple[int, int]]
-
-
-class DARPipeline(PixelPipeline):
-    """An image tokenizer, a pixel decoder and a Llama that draw images together.
-
-    Args:
-        image_tokenizer: turns images into tokens, and tokens into what drives the decoder.
-        decoder: predicts the velocity of noisy pixels.
-        transformer: predicts the next token; a stock Llama, whose vocabulary ends with the classes.
-        scheduler: times, windows of tokens and the solver.
-        class_names: one name per class, or index -> name; nothing for models without names.
-        sampling_defaults: options of a call that names none, stored in the folder.
-        preprocessing: how training images were made; None describes the usual way.
-        data: `name` and `attribution` (licence line) of the training data, for the card.
-        protocol: how the model was trained and measured, for the card.
-
-    Raises:
-        UserError: the components do not belong together, or names or defaults do not fit them.
-    """
-
-    parts = {
-        "image_tokenizer": DiffusionTokenizer,
-        "decoder": FlowDecoder,
-        "transformer": StoredLlama,
-        "scheduler": FlowMatchingScheduler,
-    }
-
-    def __init__(
-        self,
-        image_tokenizer: DiffusionTokenizer,
-        decoder: FlowDecoder,
-        transformer: "LlamaForCausalLM | StoredLlama",
-        scheduler: FlowMatchingScheduler,
-        class_names: Sequence[str] | Mapping[str, str] | None = None,
-        sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
-        preprocessing: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
-        protocol: str = "",
-    ):
-        self.image_tokenizer, self.decoder, self.scheduler = image_tokenizer, decoder, scheduler
-        self.llama = StoredLlama.of(transformer)
-        self.token_layout: TokenLayout = shared_layout(image_tokenizer, decoder, self.llama.config, scheduler)
-        self.num_classes: int = self.token_layout.num_classes
-        self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
-
-    def __call__(
-        self,
-        class_labels: Labels = None,
-        num_images: SupportsIndex | None = None,
-        *,
-        num_images_per_class: SupportsIndex = 1,
-        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
-        top_k: int | None | Default = FOLDER_DEFAULT,
-        top_p: float | int | None | Default = FOLDER_DEFAULT,
-        temperature: float | int | Default = FOLDER_DEFAULT,
-        image_options: Sequence[SamplingOptions] | None = None,
-        num_inference_steps: int | None = None,
-        solver: Solver | None = None,
-        prefix_image: ImageInput | None = None,
-        prefix_token_ids: TokenInput | None = None,
-        prefix_tokens: PrefixLengths = None,
-        llama_decoder: LlamaDecoder | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        seed: Whole | None = None,
-        generator: Generators = None,
-        image_index: Whole = 0,
-        output_type: OutputType = "pil",
-        callback_on_step_end: Callable[[GenerationStep], object] | None = None,
-    ) -> DARPipelineOutput:
-        """Draw images.
-
-        Args:
-            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
-            num_images: how many images in all, labels taken in turn; None draws one per label.
-            num_images_per_class: images per label, next to each other, where `num_images` is not given.
-            guidance_scale: guided = uncond + s (cond - uncond), 1 = off: a number, one per token, or a
-                `GuidanceSchedule` over the tokens. Like the next three it defaults to the value saved with the model.
-            top_k: keep the k likeliest codes; None is off.
-            top_p: keep the likeliest codes that hold this probability together; None is off.
-            temperature: divides the logits.
-            image_options: settings for each image, in place of those saved with the model; the four options above,
-                where given, hold for all images.
-            num_inference_steps: solver steps; None is the number saved with the model.
-            solver: "euler", "adams-bashforth" or "adams-bashforth-variable"; None is the one saved with the model.
-            prefix_image: the images begin with the first tokens of this one (one for all, or one for each), which
-                hold their layout.
-            prefix_token_ids: the same, as tokens: (p,) for all images or (b, p), a tensor or lists.
-            prefix_tokens: how many tokens of the prefix are kept, for all images or for each.
-            llama_decoder: what the method of this name returned, to be used again; None lays the weights out anew.
-            height: of the images in pixels, a multiple of the decoder's patch; None is the size trained on.
-            width: the same.
-            seed: one number for the request, or a list with one per image; None draws a fresh one.
-            generator: makes the list of seeds instead: one generator, or one per image.
-            image_index: number of the first image in the whole request, or one number per image. An image depends
-                on its seed and number alone: not on the batch, nor on its place in it.
-            output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent" (not clamped).
-            callback_on_step_end: called with a `GenerationStep` (without preview) after every solver step.
-
-        Raises:
-            UserError: a label, an option, a prefix or a seed is not usable; the message says why.
-        """
-        given = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
-        request = self._request(
-            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type, **given
-        )
-        prefix = resolve_prefix(self.image_tokenizer, len(request.seeds), prefix_image, prefix_token_ids, prefix_tokens)
-        options = [request.options] * len(request.seeds)
-        if image_options is not None:
-            options = [own.override(**given) for own in image_options]
-        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
-        sides = checked_sides(self.decoder, self.image_size, height, width)
-        steps = self._steps(request, options, plan, prefix, sides, "jump", llama_decoder)
-        token_ids, step = [], None
-        for step in steps:
-            token_ids.append(step.token_ids.cpu())
-            if callback_on_step_end is not None:
-                callback_on_step_end(GenerationStep(step.index, step.total, token_ids[-1]))
-        assert step is not None, "a plan has at least one step"
-        images = as_output(step.preview, output_type)
-        return DARPipelineOutput(images, torch.cat(token_ids, dim=1), request.class_labels, request.seeds)
-
-    def stream(
-        self,
-        class_labels: Labels = None,
-        num_images: SupportsIndex | None = None,
-        *,
-        num_images_per_class: SupportsIndex = 1,
-        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
-        top_k: int | None | Default = FOLDER_DEFAULT,
-        top_p: float | int | None | Default = FOLDER_DEFAULT,
-        temperature: float | int | Default = FOLDER_DEFAULT,
-        image_options: Sequence[SamplingOptions] | None = None,
-        num_inference_steps: int | None = None,
-        solver: Solver | None = None,
-        prefix_image: ImageInput | None = None,
-        prefix_token_ids: TokenInput | None = None,
-        prefix_tokens: PrefixLengths = None,
-        llama_decoder: LlamaDecoder | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        seed: Whole | None = None,
-        generator: Generators = None,
-        image_index: Whole = 0,
-        output_type: OutputType = "pil",
-        preview: Preview = "jump",
-    ) -> Iterator[GenerationStep]:
-        """Draw images and show them while they grow: one `GenerationStep` with a preview per solver step.
-
-        A step runs, and is yielded, as soon as its tokens are drawn, before later tokens exist. The arguments, the
-        tokens and the last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
-        `preview="solver"` the published rule, the solver's own step to the end.
-
-        Yields:
-            steps in order; `token_ids` are those that the step waited for, on the CPU, and `preview` is as
-            `output_type` says.
-
-        Raises:
-            UserError: a label, an option, a prefix or a seed is not usable: at once, before the first step is asked
-                for.
-        """
-        given = {"guidance_scale": guidance_scale, "top_k": top_k, "top_p": top_p, "temperature": temperature}
-        request = self._request(
-            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type, **given
-        )
-        check_preview(preview)
-        prefix = resolve_prefix(self.image_tokenizer, len(request.seeds), prefix_image, prefix_token_ids, prefix_tokens)
-        options = [request.options] * len(request.seeds)
-        if image_options is not None:
-            options = [own.override(**given) for own in image_options]
-        plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
-        sides = checked_sides(self.decoder, self.image_size, height, width)
-        steps = self._steps(request, options, plan, prefix, sides, preview, llama_decoder)
-        return (
-            GenerationStep(step.index, step.total, step.token_ids.cpu(), as_output(step.preview, output_type))
-            for step in steps
-        )
-
-    @property
-    def transformer(self) -> "LlamaForCausalLM":
-        """The prior as a stock module, made when it is first asked for: drawing reads its weights alone."""
-        return self.llama.module
-
-    @transformer.setter
-    def transformer(self, transformer: "LlamaForCausalLM | StoredLlama") -> None:
-        self.llama = StoredLlama.of(transformer)
-
-    def stored(self, name: str) -> Any:
-        """A component as it is kept, for reading alone."""
-        return self.llama if name == "transformer" else super().stored(name)
-
-    def llama_decoder(self, num_images: int = 1, *, int8: bool = False, compiled: bool = False) -> LlamaDecoder:
-        """The prior's weights laid out for decoding, for many calls: a call lays them out anew where it is given none.
-
-        Args:
-            num_images: images that will be drawn at once; any other number works, if slower.
-            int8: 8-bit weights, for CPUs: a large prior decodes faster, and now and then draws another token.
-            compiled: run through `torch.compile`, which pays on GPUs; the first token waits for the compiler.
-
-        Raises:
-            UserError: 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
-        """
-        # an image that is guided has a row with and one without its class
-        rows = 2 * num_images
-        return LlamaDecoder(self.llama, self.token_layout, num_rows=rows, int8=int8, compiled=compiled)
-
-    def prepared(self, num_images: int, *, int8: bool = False, compiled: bool = False) -> dict[str, Any]:
-        """Arguments for many calls of `num_images` images each: the laid-out weights of the prior."""
-        return {"llama_decoder": self.llama_decoder(num_images, int8=int8, compiled=compiled)}
-
-    def variations(
-        self, image: ImageInput, num_groups_kept: int, class_labels: Labels = None, **options: Any
-    ) -> DARPipelineOutput:
-        """Images that share the first groups of tokens with `image`; `options` are those of a call.
-
-        Raises:
-            UserError: there are fewer groups, or another argument is not usable.
-        """
-        groups = self.image_tokenizer.config["num_groups"]
-        if not 0 <= num_groups_kept <= groups:
-            raise UserError(f"num_groups_kept must lie in 0..{groups} (the groups of an image), got {num_groups_kept}.")
-        kept = num_groups_kept * self.image_tokenizer.tokens_per_group
-        return self(class_labels, prefix_image=image, prefix_tokens=kept, **options)
-
-    def log_prob(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenInput | None = None,
-    ) -> Float[Tensor, " b"]:
-        """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
-
-        Raises:
-            UserError: images or labels are not usable, or both or neither of images and tokens are given.
-        """
-        return self._log_likelihood(images, class_labels, token_ids).sum(dim=1)
-
-    def bits_per_token(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenInput | None = None,
-    ) -> Float[Tensor, "b n"]:
-        """Bits that every token costs, by position; arguments as for `log_prob`."""
-        return -self._log_likelihood(images, class_labels, token_ids) / math.log(2)
-
-    def check_options(self, options: SamplingOptions) -> None:
-        """Raise UserError where this model cannot draw with these options."""
-        check_next_token_options(options, self.token_layout)
-        super().check_options(options)
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes a token is drawn from."""
-        return self.token_layout.codebook_size
-
-    @property
-    def num_guided_steps(self) -> int:
-        """Number of tokens."""
-        return self.token_layout.num_tokens
-
-    @property
-    def kind(self) -> str:
-        """What the model is, in a few words."""
-        return "D-AR (next-token Llama that drives a pixel diffusion)"
-
-    @property
-    def layout(self) -> str:
-        """Tokens and steps, in a sentence for the card."""
-        config, groups = self.scheduler.config, self.image_tokenizer.config["num_groups"]
-        return (
-            f"Tokens: {self.token_layout.num_tokens} in {groups} groups, which drive {config['num_inference_steps']} "
-            f"solver steps ({config['solver']})."
-        )
-
-    def step_names(self, num_steps: int) -> list[str]:
-        """How many tokens each step waits for."""
-        return [f"{needed} tokens" for needed in SolverPlan.of(self.scheduler, num_inference_steps=num_steps).needed]
-
-    def bytes_per_image(self, *, guided: bool) -> int:
-        """Peak bytes that one more image in a batch takes, roughly; see `isthmus.pipelines.memory`."""
-        return next_token_bytes(self.llama, guided=guided) + flow_bytes(self.decoder, self.image_size)
-
-    def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
-        with no_progress_bars():
-            super()._write(folder, max_shard_size)
-
-    def _steps(
-        self,
-        request: Request,
-        options: Sequence[SamplingOptions],
-        plan: SolverPlan,
-        prefix: Prefix | None,
-        sides: tuple[int, int],
-        preview: Preview,
-        llama_decoder: LlamaDecoder | None,
-    ) -> Iterator[FlowStep]:
-        """Solver steps of a request, each as soon as the prior has drawn its tokens."""
-        for own in options:
-            self.check_options(own)
-        labels = torch.tensor(request.class_labels, device=self.device)
-        token_ids = generate_tokens(
-            self.llama,
-            self.token_layout,
-            labels,
-            request.seeds,
-            options,
-            stops=plan.stops,
-            prefix_token_ids=None if prefix is None else prefix.token_ids,
-            prefix_lengths=None if prefix is None else prefix.lengths,
-            decoder=llama_decoder,
-        )
-        noise = image_noise(request.seeds, *sides)
-        return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
-
-    def _log_likelihood(
-        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenInput | None
-    ) -> Float[Tensor, "_ n"]:
-        if (images is None) == (token_ids is None):
-            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
-        if token_ids is None:
-            assert images is not None
-            token_ids = self.encode(images)
-        token_ids = to_token_ids(self.image_tokenizer, token_ids)
-        given = label_list(class_labels)
-        labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
-        each = torch.tensor(labels * len(token_ids) if len(labels) == 1 else labels, dtype=torch.long)
-        return log_likelihood(self.transformer, self.token_layout, token_ids, each)
 
 
 def next_token_bytes(transformer: "StoredLlama", *, guided: bool) -> int:

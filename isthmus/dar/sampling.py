@@ -18,12 +18,25 @@ from isthmus.dar.prior import TokenLayout, next_token_inputs, next_token_logits,
 from isthmus.errors import UserError
 from isthmus.nn.draws import token_uniforms
 from isthmus.nn.guidance import guidance_values
-from isthmus.nn.sampling import check_filters, draw_tokens, filter_logits
+from isthmus.nn.sampling import draw_tokens, filter_logits
 from isthmus.nn.stored_llama import StoredLlama
 from isthmus.pipelines.options import SamplingOptions
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+
+@dataclass
+class Prefix:
+    """Tokens that are read and not drawn.
+
+    Attributes:
+        token_ids: (b, p), one row per image.
+        lengths: how many of them hold, per image.
+    """
+
+    token_ids: Int[Tensor, "b p"]
+    lengths: list[int]
 
 
 def generate_tokens(
@@ -34,8 +47,7 @@ def generate_tokens(
     options: SamplingOptions | Sequence[SamplingOptions],
     *,
     stops: Sequence[int],
-    prefix_token_ids: Int[Tensor, "rows p"] | None = None,
-    prefix_lengths: Sequence[int] | None = None,
+    prefix: Prefix | None = None,
     decoder: LlamaDecoder | None = None,
 ) -> Iterator[Int[Tensor, "b _"]]:
     """Draw tokens and yield them up to each stop as soon as they exist.
@@ -51,30 +63,30 @@ def generate_tokens(
             schedule runs over the tokens. All sampling arithmetic is fp32, whatever the type of the weights.
         stops: token counts, not decreasing; item i of the result holds tokens stops[i - 1]..stops[i] - 1. After the
             last one nothing more is computed.
-        prefix_token_ids: known first tokens, which are read and not drawn (layout control).
-        prefix_lengths: how many of them hold, per image; None takes all.
+        prefix: known first tokens (layout control).
         decoder: laid-out weights to use again; None lays them out for this call.
 
     Yields:
         (b, n) token ids, n = stops[i] - stops[i - 1].
 
     Raises:
-        UserError: a label, an option, a stop or a prefix is not usable; the message says why.
+        UserError: a label, an option or a stop is not usable; the message says why. Filters and prefixes are the
+            caller's to check (`SamplingOptions.check`, `resolve_prefix` of the pipeline).
     """
     each = _one_per_image(options, class_labels, image_seeds)
     for one in each:
-        check_next_token_options(one, layout)
+        refuse_smooth(one)
     _check_stops(stops, layout)
     labels = class_labels.tolist()
     if not all(0 <= label <= layout.num_classes for label in labels):
         raise UserError(f"class labels must be 0..{layout.num_classes} (the null label), got {labels}.")
-    lengths = _checked_prefix(prefix_token_ids, prefix_lengths, layout, len(labels))
+    lengths = [0] * len(labels) if prefix is None else prefix.lengths
     plan = _Plan.of(layout, labels, image_seeds, each, transformer.device)
     if decoder is not None:
         decoder.check_belongs(StoredLlama.of(transformer), layout)
     tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=transformer.device)
-    if prefix_token_ids is not None:
-        tokens[:, : prefix_token_ids.shape[1]] = prefix_token_ids.to(transformer.device)
+    if prefix is not None:
+        tokens[:, : prefix.token_ids.shape[1]] = prefix.token_ids.to(transformer.device)
     if all(stop <= min(lengths) for stop in stops):
         return (tokens[:, start:stop].clone() for start, stop in pairwise((0, *stops)))
     if decoder is None:
@@ -201,17 +213,8 @@ def _outside_inference_mode(turns: Iterator[Int[Tensor, "b _"]]) -> Iterator[Int
         yield tokens.clone()
 
 
-def check_next_token_options(options: SamplingOptions, layout: TokenLayout) -> None:
-    """One clear error for options that a next-token prior cannot draw with.
-
-    Raises:
-        UserError: a filter or a guidance value is out of range, guidance has another number of values than the image
-            has tokens, or `smooth` is asked for.
-    """
-    check_filters(
-        top_k=options.top_k, top_p=options.top_p, temperature=options.temperature, codebook_size=layout.codebook_size
-    )
-    guidance_values(options.guidance_scale, layout.num_tokens)
+def refuse_smooth(options: SamplingOptions) -> None:
+    """Raise UserError where codes are to be mixed: a next-token prior draws one at a time."""
     if options.smooth:
         raise UserError(
             "smooth mixes the codes of a whole scale, and a next-token prior draws one token at a time. Leave it out; "
@@ -240,34 +243,6 @@ def _check_stops(stops: Sequence[int], layout: TokenLayout) -> None:
         )
 
 
-def _checked_prefix(
-    token_ids: Int[Tensor, "rows p"] | None, lengths: Sequence[int] | None, layout: TokenLayout, batch: int
-) -> list[int]:
-    """How many tokens of every image are known."""
-    if token_ids is None:
-        if lengths is not None and any(lengths):
-            raise UserError("prefix lengths were given without prefix tokens. Pass both, or neither.")
-        return [0] * batch
-    rows, given = token_ids.shape
-    if rows != batch or given > layout.num_tokens:
-        raise UserError(
-            f"a prefix has one row per image ({batch}) and at most {layout.num_tokens} tokens, got {rows} row(s) of "
-            f"{given}. Shorten it."
-        )
-    lengths = [given] * batch if lengths is None else list(lengths)
-    if len(lengths) != batch or not all(0 <= length <= given for length in lengths):
-        raise UserError(
-            f"prefix lengths must be one number in 0..{given} (the prefix tokens given) per image, got {lengths}."
-        )
-    known = token_ids[torch.arange(given, device="cpu") < torch.tensor(lengths, device="cpu").unsqueeze(1)]
-    if known.numel() and not (0 <= int(known.min()) and int(known.max()) < layout.codebook_size):
-        raise UserError(
-            f"prefix tokens must be 0..{layout.codebook_size - 1} (the codebook), got {int(known.min())}.."
-            f"{int(known.max())}. Encode the prefix with the image tokenizer of this model."
-        )
-    return lengths
-
-
 @torch.no_grad()
 def log_likelihood(
     transformer: "LlamaForCausalLM",
@@ -283,26 +258,8 @@ def log_likelihood(
         token_ids: (b, l), 0..codebook_size - 1, from the first token of the image on; l may be less than all.
         class_labels: one per row, 0..num_classes; num_classes is the null label.
 
-    Raises:
-        UserError: tokens or labels are out of range or do not match in number, or there are too many tokens.
+    Tokens and labels are the caller's to check.
     """
-    _check(layout, token_ids, class_labels)
     token_ids, class_labels = token_ids.to(transformer.device), class_labels.to(transformer.device)
     logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1])
     return -next_token_loss(logits, token_ids)
-
-
-def _check(layout: TokenLayout, token_ids: Int[Tensor, "b l"], class_labels: Int[Tensor, " labels"]) -> None:
-    rows, length = token_ids.shape
-    if not 1 <= length <= layout.num_tokens or len(class_labels) != rows or not rows:
-        raise UserError(
-            f"a likelihood needs 1..{layout.num_tokens} tokens and a class label per image, got {rows} row(s) of "
-            f"{length} token(s) and {len(class_labels)} label(s). Pass the tokens of whole images."
-        )
-    for name, values, largest in (
-        ("token ids", token_ids, layout.codebook_size - 1),
-        ("class labels", class_labels, layout.num_classes),
-    ):
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > largest:
-            raise UserError(f"{name} must be 0..{largest}, got {low}..{high}. Pass those of this model.")

@@ -5,12 +5,13 @@ fp32: a time in bf16 is visibly wrong once it is multiplied by a thousand.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from isthmus.dar.options import Solver
 from isthmus.errors import UserError
 from isthmus.nn.saved_model import Recorded, records_arguments
 from isthmus.nn.shapes import Images
@@ -54,7 +55,6 @@ def time_waves(t: Times, width: int) -> Float[Tensor, "n width"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-Solver = Literal["euler", "adams-bashforth", "adams-bashforth-variable"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
 

@@ -6,19 +6,21 @@ VAR is Secretly Discrete Diffusion" (zero-shot tasks); Lugmayr et al., "RePaint"
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, SupportsIndex, TypeVar, get_args
 
 import torch
 
 from isthmus.errors import UserError
 from isthmus.next_scale.canvas import KeptTokens, Mask, kept_as_published, kept_by_coverage
+from isthmus.next_scale.options import Keeping
 from isthmus.next_scale.pyramid import Scale, ScaleSchedule
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of
 from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
+from isthmus.pipelines.labels import whole_number
 
-Keeping = Literal["coverage", "published"]
-"""Which tokens an edit keeps; see `known_part`."""
+_Value = TypeVar("_Value")
+
 DEFAULT_MAX_UNKNOWN = 0.5
 DEFAULT_JUMP_SCALES = 2
 
@@ -262,3 +264,26 @@ def _shares(max_unknown: float | Sequence[float], num_scales: int) -> tuple[floa
             f"{max_unknown}. 0 keeps a token only where all its pixels are known."
         )
     return shares
+
+
+def num_results(num_images: SupportsIndex | None, **given: Sequence[Any]) -> int:
+    """How many results an edit has: the length of the longest input, or `num_images`; single inputs serve all.
+
+    Raises:
+        UserError: two inputs have different numbers, neither being 1.
+
+    >>> num_results(None, image=[0], mask=[0, 0])
+    2
+    """
+    rows = max(map(len, given.values())) if num_images is None else whole_number(num_images, "num_images")
+    if rows < 1:
+        raise UserError(f"at least one image is needed, got num_images={num_images}.")
+    for name, values in given.items():
+        if len(values) not in (1, rows):
+            raise UserError(f"an edit of {rows} image(s) takes one {name} or {rows}, got {len(values)}.")
+    return rows
+
+
+def one_each(values: Sequence[_Value], rows: int) -> list[_Value]:
+    """One value per row, where there may be a single one for all."""
+    return list(values) * rows if len(values) == 1 else list(values)

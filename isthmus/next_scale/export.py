@@ -15,8 +15,9 @@ from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.refinement import refined_scales
 from isthmus.next_scale.runs import TokenizerRun
-from isthmus.next_scale.sampling import generate_scales
+from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pictures import save_picture, spread, table, to_pil
@@ -65,7 +66,7 @@ def save_samples(
     labels = torch.tensor([label for label in classes for _ in range(per_class)], device=transformer.device)
     seeds = [(_PREVIEW_SEED, i) for i in range(len(labels))]
     features = None
-    for scale in generate_scales(tokenizer, transformer, labels, seeds, options):
+    for scale in refined_scales(ScaleSampler(tokenizer, transformer, labels, seeds, options)):
         features = scale.features
     assert features is not None, "a schedule has at least one scale"
     pictures = to_pil(tokenizer.decode_features(features))

@@ -27,6 +27,8 @@ from isthmus.nn.attention import KeyValueCache
 from isthmus.nn.draws import CLASSIFY, stream
 from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
 
+DEFAULT_VIEW_NOISE = 0.1
+
 
 @dataclass
 class DiffusionBound:
@@ -70,10 +72,11 @@ def token_log_likelihood(
         class_labels: (b,), 0..num_classes; num_classes is the null label.
 
     Raises:
-        UserError: tokens or labels are out of range or do not match in number, or the models are strangers.
+        UserError: the two models do not belong together. Tokens are the caller's to check (`check_token_ids`).
     """
     schedule = shared_schedule(image_tokenizer, transformer)
-    token_ids, class_labels = _checked(transformer, schedule, token_ids, class_labels)
+    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
+    class_labels = class_labels.to(transformer.device)
     inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
     return _nats(transformer(class_labels, inputs).logits, torch.cat(token_ids, dim=1))
 
@@ -90,7 +93,8 @@ def diffusion_bound(
     Arguments and errors are those of `token_log_likelihood`, whose sum it equals: the law of the paper.
     """
     schedule = shared_schedule(image_tokenizer, transformer)
-    token_ids, class_labels = _checked(transformer, schedule, token_ids, class_labels)
+    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
+    class_labels = class_labels.to(transformer.device)
     batch, dim = len(class_labels), image_tokenizer.codebook.embedding_dim
     conditioning, cache = transformer.condition(class_labels), transformer.new_cache(batch)
     shape = (batch, dim, schedule.grid, schedule.grid)
@@ -150,25 +154,6 @@ def check_token_ids(token_ids: Sequence[Tensor], lengths: Sequence[int], codeboo
         raise UserError(f"token ids must be 0..{codebook_size - 1}, got {low}..{high}. Pass those of this model.")
 
 
-def _checked(
-    transformer: NextScaleTransformer,
-    schedule: ScaleSchedule,
-    token_ids: TokenPyramid,
-    class_labels: Int[Tensor, " labels"],
-) -> tuple[list[Tensor], Tensor]:
-    """Tokens and labels on the device of the model."""
-    check_token_ids(token_ids, schedule.lengths, transformer.config["codebook_size"])
-    if len(class_labels) != len(token_ids[0]):
-        raise UserError(
-            f"a likelihood needs one class label per image ({len(token_ids[0])}), got {len(class_labels)}. "
-            "Pass one for each, or a single one."
-        )
-    low, high = int(class_labels.min()), int(class_labels.max())
-    if low < 0 or high > transformer.null_class_id:
-        raise UserError(f"class labels must be 0..{transformer.null_class_id}, got {low}..{high}.")
-    return [ids.long().to(transformer.device) for ids in token_ids], class_labels.to(transformer.device)
-
-
 def _nats(logits: Float[Tensor, "b l v"], token_ids: ScaleTokens) -> Float[Tensor, "b l"]:
     # at least fp32, whatever the type of the weights
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -191,6 +176,12 @@ class ClassScores:
     scales: Int[Tensor, "b candidates"]
     below_best: Float[Tensor, "b candidates"]
     tokens: Int[Tensor, " b"]
+
+    @classmethod
+    def joined(cls, parts: Sequence["ClassScores"]) -> "ClassScores":
+        """All images together, on the CPU, as tensors anybody may use."""
+        names = ("nats", "scales", "below_best", "tokens")
+        return cls(*(torch.cat([getattr(part, name).cpu() for part in parts]).clone() for name in names))
 
     @property
     def order(self) -> Int[Tensor, "b candidates"]:

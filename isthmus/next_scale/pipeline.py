@@ -5,10 +5,9 @@ Diffusion". Edits need no training, and any model of the family will do, importe
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, SupportsIndex, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.next_scale.canvas import Canvas, MaskInput, extended, open_images, place, project_onto_small, to_masks
-from isthmus.next_scale.editing import Jumps, Keeping, KnownPart, edit_scales, known_part
+from isthmus.next_scale.editing import Jumps, KnownPart, edit_scales, known_part, num_results, one_each
 from isthmus.next_scale.likelihood import (
+    DEFAULT_VIEW_NOISE,
     ClassScores,
     bits_per_pixel,
     check_classification,
@@ -30,31 +30,29 @@ from isthmus.next_scale.likelihood import (
     token_evidence,
     token_log_likelihood,
 )
-from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.options import InpaintOptions, NextScaleOptions
+from isthmus.next_scale.pyramid import Scale
 from isthmus.next_scale.refinement import RefinementMode, ScaleRefinementScheduler, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
-from isthmus.nn.guidance import Guidance
 from isthmus.nn.shapes import Images, LatentMap, TokenPyramid
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
-from isthmus.pipelines.labels import resolve_labels, whole_number
+from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.memory import free_bytes, images_that_fit
-from isthmus.pipelines.options import FOLDER_DEFAULT, Default, SamplingOptions
+from isthmus.pipelines.options import OutputType, SamplingOptions
 from isthmus.pipelines.request import (
     GenerationStep,
-    Generators,
     Labels,
-    OutputType,
     Pictures,
     Request,
-    Whole,
     as_output,
     check_output_type,
     image_seeds,
     label_list,
+    takes,
 )
 
 
@@ -77,21 +75,304 @@ class NextScalePipelineOutput:
     num_forwards: int
 
 
+@dataclass
+class ClassificationOutput:
+    """What `classify` returns.
+
+    Attributes:
+        class_labels: (b, top_k), class ids, the most probable first.
+        names: the same as names.
+        probabilities: (b, top_k), posterior among the classes to choose from, in [0, 1].
+        candidates: class ids that were to choose from, the columns of `scores`.
+        scores: log-likelihoods of every candidate, and what they cost.
+    """
+
+    class_labels: Int[Tensor, "b top_k"]
+    names: list[list[str]]
+    probabilities: Float[Tensor, "b top_k"]
+    candidates: list[int]
+    scores: ClassScores
+
+
 _MOST_AT_ONCE = 32  # more images at once are no faster
+_CLASSIFIED_AT_ONCE = 8
+_MOST_TOKENS = 2**16  # larger passes are no faster
+_SEAM_PARTS = 16  # the seam is this part of the image's side: half a cell of the published latent grid
 
 
-class NextScaleLikelihood(SavedPipeline):
-    """Tokens, likelihood and signal-to-noise ratio of images; `NextScalePipeline` adds the draws.
+class NextScalePipeline(SavedPipeline):
+    """An image tokenizer and a next-scale transformer that draw images together.
 
-    Images are PIL pictures (at least as large as the stride, resized and cropped to the model's size), tensors
+    Images to read are PIL pictures (at least as large as the stride, resized and cropped to the model's size), tensors
     (b, 3, h, w) in [-1, 1] of that size, or several of these. So many go through at once as fit into half of the memory
     that is free; results do not depend on it. Tokens and numbers come back on the CPU, pictures as tensors and features
     on the model's device.
+
+    Edits take one image or several; single images, masks and labels serve all of them. Their options are those of a
+    call, and so are the seeds: an edit depends on its own seed and not on its batch. Its random numbers are none of
+    those that draw an image from that seed. Without a class label an edit is not guided. The model's scheduler refines
+    draws, not edits: an edit draws every token once, and `jumps` is its own way to draw some again. A picture of any
+    size is scaled so that its longer side is the model's `image_size`; what the model makes beside the shorter side is
+    cut off again.
+
+    Args:
+        image_tokenizer: turns tokens into pixels.
+        transformer: predicts the tokens of a scale; its scales are the tokenizer's, or some of them.
+        scheduler: optional component: which tokens a draw draws again. None draws each once.
+        class_names: one name per class, or index -> name; nothing for models without names.
+        sampling_defaults: options of a call that names none, stored in the folder.
+        preprocessing: how training images were made; None describes the usual way.
+        data: `name` and `attribution` (licence line) of the training data, for the card.
+        protocol: how the model was trained and measured, for the card.
+
+    Raises:
+        UserError: the components do not belong together, or names or defaults do not fit them.
     """
 
-    image_tokenizer: MultiScaleVQVAE
-    transformer: NextScaleTransformer
-    schedule: ScaleSchedule
+    parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
+    optional_parts = {"scheduler": ScaleRefinementScheduler}
+
+    def __init__(
+        self,
+        image_tokenizer: MultiScaleVQVAE,
+        transformer: NextScaleTransformer,
+        scheduler: ScaleRefinementScheduler | None = None,
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
+        sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        protocol: str = "",
+    ):
+        self.image_tokenizer, self.transformer, self.scheduler = image_tokenizer, transformer, scheduler
+        self.schedule = shared_schedule(image_tokenizer, transformer)
+        self.num_classes: int = transformer.null_class_id
+        self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
+        if scheduler is not None:
+            scheduler.rounds_of(self.schedule.num_scales)
+
+    @takes(NextScaleOptions)
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        num_images: SupportsIndex | None = None,
+        *,
+        num_images_per_class: SupportsIndex = 1,
+        callback_on_step_end: Callable[[GenerationStep], object] | None = None,
+        **options: Unpack[NextScaleOptions],
+    ) -> NextScalePipelineOutput:
+        """Draw images.
+
+        Guidance, filters (None turns one off), temperature and `smooth` default to the values saved with the model.
+
+        Args:
+            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
+            num_images: how many images in all, labels taken in turn; None draws one per label.
+            num_images_per_class: images per label, next to each other, where `num_images` is not given.
+            callback_on_step_end: called with a `GenerationStep` (without preview) after every scale.
+            options: see `NextScaleOptions`.
+
+        Raises:
+            UserError: a label, an option or a seed is not usable; the message says why.
+        """
+        request = self._request(class_labels, num_images, num_images_per_class, options)
+        sampler = self._sampler(request)
+        features, drawn = self._drawn(refined_scales(sampler, self.scheduler), sampler, request, callback_on_step_end)
+        return replace(drawn, images=self._pictures(features, request.output_type))
+
+    @takes(NextScaleOptions)
+    def stream(
+        self,
+        class_labels: Labels = None,
+        num_images: SupportsIndex | None = None,
+        *,
+        num_images_per_class: SupportsIndex = 1,
+        **options: Unpack[NextScaleOptions],
+    ) -> Iterator[GenerationStep]:
+        """Draw images and show them while they grow: one `GenerationStep` with a preview per scale.
+
+        Where the scheduler jumps back, the scales that it repeats are shown again, under their own index. The
+        arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the first
+        step is asked for.
+        """
+        request = self._request(class_labels, num_images, num_images_per_class, options)
+        scales = refined_scales(self._sampler(request), self.scheduler)
+        return (
+            GenerationStep(
+                scale.index,
+                self.schedule.num_scales,
+                scale.token_ids.cpu(),
+                self._pictures(scale.features, request.output_type),
+            )
+            for scale in scales
+        )
+
+    @takes(InpaintOptions)
+    def inpaint(
+        self,
+        image: ImageInput,
+        mask: MaskInput,
+        class_labels: Labels = None,
+        *,
+        num_images: SupportsIndex | None = None,
+        **options: Unpack[InpaintOptions],
+    ) -> NextScalePipelineOutput:
+        """Make the pixels under the mask anew. What lies there now is not read.
+
+        Args:
+            image: what to edit.
+            mask: of the image's size; white (1) is made, black (0) is kept. As images: one, or one each.
+            class_labels: what the whole image is to be; None asks for no class.
+            num_images: results, where images, masks and labels are single ones.
+            options: see `InpaintOptions`.
+
+        Raises:
+            UserError: an image, a mask or an option is not usable, or an option means nothing beside the others; the
+                message says why.
+        """
+        images, masks = open_images(image), to_masks(mask)
+        rows = num_results(num_images, image=images, mask=masks, class_label=label_list(class_labels))
+        return self._inpaint(images, masks, rows, class_labels, options)
+
+    @takes(InpaintOptions)
+    def outpaint(
+        self,
+        image: ImageInput,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        class_labels: Labels = None,
+        *,
+        num_images: SupportsIndex | None = None,
+        **options: Unpack[InpaintOptions],
+    ) -> NextScalePipelineOutput:
+        """Make what lies beyond the edges: the picture with margins of so many of its pixels, at the model's size.
+
+        Whatever the rule of keeping, what is read of a margin is painted from the picture: there is no original.
+
+        Args:
+            image: what to extend.
+            left: pixels to add at the left,
+            top: at the top,
+            right: at the right,
+            bottom: and below.
+            class_labels: what the whole image is to be; None asks for no class.
+            num_images: results, where images and labels are single ones.
+            options: see `InpaintOptions`.
+
+        Raises:
+            UserError: an image, a margin or an option is not usable.
+        """
+        images = open_images(image)
+        rows = num_results(num_images, image=images, class_label=label_list(class_labels))
+        stride, device = self.image_tokenizer.stride, self.device
+        larger, masks = zip(
+            *(extended(one.to(device), stride, left, top, right, bottom) for one in images), strict=True
+        )
+        return self._inpaint(larger, masks, rows, class_labels, options)
+
+    @takes(InpaintOptions)
+    def edit_class(
+        self,
+        image: ImageInput,
+        mask: MaskInput,
+        class_labels: Labels,
+        *,
+        num_images: SupportsIndex | None = None,
+        **options: Unpack[InpaintOptions],
+    ) -> NextScalePipelineOutput:
+        """Make the pixels under the mask anew, as part of an image of another class.
+
+        Arguments and errors are those of `inpaint`, but for the labels, which have to be classes.
+        """
+        if any(label is None for label in label_list(class_labels)):
+            raise UserError("edit_class needs a class for every image, got None. Use inpaint for edits without one.")
+        return self.inpaint(image, mask, class_labels, num_images=num_images, **options)
+
+    @takes(NextScaleOptions)
+    def super_resolve(
+        self,
+        image: ImageInput,
+        class_labels: Labels = None,
+        *,
+        num_images: SupportsIndex | None = None,
+        from_scale: int | None = None,
+        max_unknown: float | Sequence[float] | None = None,
+        paste: bool = True,
+        **options: Unpack[NextScaleOptions],
+    ) -> NextScalePipelineOutput:
+        """A small image at the model's size: it says what the coarse scales are, and the finer ones are drawn.
+
+        Args:
+            image: smaller than the model's images.
+            class_labels: what it shows; None asks for no class.
+            num_images: results, where images and labels are single ones.
+            from_scale: the first scale (from 0) that is drawn; None is the first whose tokens are finer than the small
+                image can tell.
+            max_unknown: as for `inpaint`, beside the shorter side of a picture that is no square.
+            paste: mend the result so that, averaged to the small image's size, it is the small image.
+            options: see `NextScaleOptions`.
+
+        Raises:
+            UserError: an image is not smaller than the model's, or smaller than the stride, or an option is not usable.
+        """
+        images, side, stride = open_images(image), self.image_size, self.image_tokenizer.stride
+        rows = num_results(num_images, image=images, class_label=label_list(class_labels))
+        images = [one.to(self.device) for one in images]
+        largest = {max(one.shape[-2:]) for one in images}
+        if max(largest) >= side:
+            raise UserError(f"super-resolution makes images of {side} pixels out of smaller ones, got {max(largest)}.")
+        if from_scale is None:
+            if len(largest) > 1:
+                raise UserError(
+                    f"small images of several sizes have different scales to keep, got longer sides {sorted(largest)}. "
+                    "Pass images of one size, or from_scale."
+                )
+            from_scale = sum(size * stride <= max(largest) for size in self.schedule.sizes)
+        canvas = place(images, [torch.zeros_like(one[:, :1]) for one in images], side, stride=stride)
+        request = self._request(class_labels, rows, 1, options)
+        canvas.check_output_type(request.output_type)
+        known = self._known(canvas.pixels, canvas.mask, rows, max_unknown=max_unknown, from_scale=from_scale)
+        features, edited = self._edited(known, request)
+        if request.output_type == "latent":
+            return edited
+        # the arithmetic of pixels is fp32, whatever the type of the weights
+        made = pixels_of(self.image_tokenizer, features).float()
+        if paste:
+            for one, small, box in zip(made, one_each(images, rows), one_each(canvas.boxes, rows), strict=True):
+                left, top, right, bottom = box
+                picture = one[None, :, top:bottom, left:right]
+                one[:, top:bottom, left:right] = project_onto_small(picture, small)[0]
+        return replace(edited, images=canvas.cut(made, request.output_type))
+
+    @takes(NextScaleOptions)
+    def variations(
+        self,
+        image: ImageInput,
+        from_scale: int,
+        class_labels: Labels = None,
+        *,
+        num_images: SupportsIndex | None = None,
+        **options: Unpack[NextScaleOptions],
+    ) -> NextScalePipelineOutput:
+        """Images that share the scales before `from_scale` with `image`, which is resized and cropped as by `encode`.
+
+        Args:
+            image: what to vary.
+            from_scale: first scale (from 0) that is drawn; 0 keeps nothing, the number of scales everything.
+            class_labels: what the images are to be; None asks for no class.
+            num_images: variations, where images and labels are single ones.
+            options: see `NextScaleOptions`.
+
+        Raises:
+            UserError: there are fewer scales, an image is smaller than the stride, or another argument is not usable.
+        """
+        images = to_images(image, self.image_size, stride=self.image_tokenizer.stride).to(self.device)
+        rows = num_results(num_images, image=list(images), class_label=label_list(class_labels))
+        request = self._request(class_labels, rows, 1, options)
+        known = self._known(images, torch.zeros_like(images[:, :1]), rows, from_scale=from_scale)
+        features, edited = self._edited(known, request)
+        return replace(edited, images=self._pictures(features, request.output_type))
 
     def encode(self, images: ImageInput) -> TokenPyramid:
         """Token ids of every scale, one int tensor (b, s_k * s_k) each, coarse to fine, on the CPU.
@@ -200,86 +481,6 @@ class NextScaleLikelihood(SavedPipeline):
         rows = [signal_to_noise(self.image_tokenizer, part, self.schedule) for part in self._latents(images)]
         return torch.cat(rows).mean(dim=0).cpu()
 
-    def _latents(self, images: ImageInput) -> list[Tensor]:
-        """Maps (b, d, grid, grid) of a few images each."""
-        given = to_images(images, self.image_size, stride=self.image_tokenizer.stride)
-        return [latents_of(self.image_tokenizer, part) for part in given.split(self._images_at_once())]
-
-    def _images_at_once(self) -> int:
-        """How many images fit, whatever is done with them: pixels, a draw, or all tokens in one teacher-forced pass."""
-        config, size = self.transformer.config, self.transformer.dtype.itemsize
-        block = config["width"] * (10 + 2 * config["mlp_ratio"]) * size
-        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
-        read = self.schedule.num_tokens * (block + 4 * config["codebook_size"] * 4)
-        each = max(int(read), self.bytes_per_image(guided=False))
-        return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
-
-    def _token_nats(
-        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenPyramid | None
-    ) -> Float[Tensor, "b n"]:
-        return self._by_parts(
-            images, class_labels, token_ids,
-            lambda part, labels: token_log_likelihood(self.image_tokenizer, self.transformer, part, labels),
-        )  # fmt: skip
-
-    def _by_parts(
-        self,
-        images: ImageInput | None,
-        class_labels: Labels,
-        token_ids: TokenPyramid | None,
-        measure: Callable[[TokenPyramid, Int[Tensor, " b"]], Tensor],
-    ) -> Tensor:
-        """`measure` of a few images at a time, on the CPU."""
-        if (images is None) == (token_ids is None):
-            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
-        given = label_list(class_labels)
-        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
-        if token_ids is None:
-            assert images is not None
-            token_ids = self.encode(images)
-        check_token_ids(token_ids, self.schedule.lengths, self.codebook_size)
-        labels = torch.tensor(ids * len(token_ids[0]) if len(ids) == 1 else ids)
-        if len(labels) != len(token_ids[0]):
-            raise UserError(
-                f"a likelihood needs one class label, or one per image ({len(token_ids[0])}), got {len(labels)}."
-            )
-        at_once = self._images_at_once()
-        parts = zip(_parts(token_ids, at_once), labels.split(at_once), strict=True)
-        return torch.cat([measure(part, each).cpu() for part, each in parts])
-
-
-def _parts(token_ids: TokenPyramid, at_once: int) -> list[list[Tensor]]:
-    """The same pyramids, a few at a time."""
-    return [list(part) for part in zip(*(ids.split(at_once) for ids in token_ids), strict=True)]
-
-
-DEFAULT_VIEW_NOISE = 0.1
-_IMAGES_AT_ONCE = 8
-_MOST_TOKENS = 2**16  # larger passes are no faster
-
-
-@dataclass
-class ClassificationOutput:
-    """What `classify` returns.
-
-    Attributes:
-        class_labels: (b, top_k), class ids, the most probable first.
-        names: the same as names.
-        probabilities: (b, top_k), posterior among the classes to choose from, in [0, 1].
-        candidates: class ids that were to choose from, the columns of `scores`.
-        scores: log-likelihoods of every candidate, and what they cost.
-    """
-
-    class_labels: Int[Tensor, "b top_k"]
-    names: list[list[str]]
-    probabilities: Float[Tensor, "b top_k"]
-    candidates: list[int]
-    scores: ClassScores
-
-
-class NextScaleClassification(NextScaleLikelihood):
-    """Generative classification with the likelihood of a next-scale pipeline."""
-
     def classify(
         self,
         images: ImageInput,
@@ -316,17 +517,19 @@ class NextScaleClassification(NextScaleLikelihood):
         noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
         parts, first = [], image_index
         for latents in self._latents(images):
-            seeds = image_seeds(len(latents), seed=seed, image_index=first)
-            first += len(latents)
-            for some, own in zip(latents.split(_IMAGES_AT_ONCE), _chunks(seeds), strict=True):
-                views = perturbed_views(some, own, num_views=num_views, noise=noise)
+            for some in latents.split(_CLASSIFIED_AT_ONCE):
+                seeds = image_seeds(len(some), seed=seed, image_index=first)
+                first += len(some)
+                views = perturbed_views(some, seeds, num_views=num_views, noise=noise)
+                with torch.no_grad():
+                    token_ids = self.image_tokenizer.requantize(views, self.schedule)
                 parts.append(
                     score_classes(
-                        self.image_tokenizer, self.transformer, self._quantized(views), candidates, keep=top_k,
+                        self.image_tokenizer, self.transformer, token_ids, candidates, keep=top_k,
                         margin_nats=prune_nats, num_views=num_views, tokens_at_once=self._tokens_that_fit(),
                     )
                 )  # fmt: skip
-        scores = _joined(parts)
+        scores = ClassScores.joined(parts)
         best = scores.order[:, :top_k]
         ids = torch.tensor(candidates)[best]
         names = [[self.label_name(one) for one in row] for row in ids.tolist()]
@@ -361,480 +564,6 @@ class NextScaleClassification(NextScaleLikelihood):
             lambda part, labels: token_evidence(self.image_tokenizer, self.transformer, part, labels),
         )  # fmt: skip
         return evidence_map(by_token, self.schedule)
-
-    def _candidates(self, class_labels: Labels) -> list[int]:
-        if class_labels is None:
-            return list(range(self.num_classes))
-        given = label_list(class_labels)
-        if any(label is None for label in given):
-            raise UserError("classes to choose from are names or indices, got None. Leave it out.")
-        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
-        if len(set(ids)) < len(ids):
-            raise UserError(f"every class to choose from is named once, got {given}.")
-        return ids
-
-    def _tokens_that_fit(self) -> int:
-        """Tokens whose keys, activations and logits fit into the memory that is free."""
-        config, size = self.transformer.config, self.transformer.dtype.itemsize
-        # keys and values twice: dropping rows copies those that stay
-        block = config["width"] * (4 * config["num_layers"] + 10 + 2 * config["mlp_ratio"]) * size
-        token = int(block + 4 * config["codebook_size"] * 4)
-        return max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token))
-
-    def _quantized(self, latents: Tensor) -> TokenPyramid:
-        with torch.inference_mode():
-            return self.image_tokenizer.requantize(latents, self.schedule)
-
-
-def _chunks(seeds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    return [seeds[i : i + _IMAGES_AT_ONCE] for i in range(0, len(seeds), _IMAGES_AT_ONCE)]
-
-
-def _joined(parts: list[ClassScores]) -> ClassScores:
-    """All images together, on the CPU, as tensors anybody may use."""
-    names = ("nats", "scales", "below_best", "tokens")
-    return ClassScores(*(torch.cat([getattr(part, name).cpu() for part in parts]).clone() for name in names))
-
-
-_Value = TypeVar("_Value")
-_SEAM_PARTS = 16  # the seam is this part of the image's side: half a cell of the published latent grid
-
-
-class NextScaleEditing(SavedPipeline):
-    """Edits of images. Every method takes one image or several; single images, masks and labels serve all of them.
-
-    `options` are those of a call (`guidance_scale`, `top_k`, `top_p`, `temperature`, `smooth`, `seed`, `generator`,
-    `image_index`, `output_type`), and so are the seeds: an edit depends on its own seed and not on its batch. Its
-    random numbers are none of those that draw an image from that seed. Without a class label an edit is not guided.
-    The model's scheduler refines draws, not edits: an edit draws every token once, and `jumps` is its own way to draw
-    some again. Pictures as tensors, and features, lie on the model's device.
-
-    A picture of any size is scaled so that its longer side is the model's `image_size`; what the model makes beside the
-    shorter side is cut off again.
-    """
-
-    image_tokenizer: MultiScaleVQVAE
-    schedule: ScaleSchedule
-
-    @abstractmethod
-    def _decode(self, features: LatentMap) -> Images:
-        """Features to images in [-1, 1]."""
-
-    @abstractmethod
-    def _sampler(self, request: Request, streams: TokenStreams) -> ScaleSampler:
-        """What predicts and draws for a request, from the random numbers of `streams`."""
-
-    def inpaint(
-        self,
-        image: ImageInput,
-        mask: MaskInput,
-        class_labels: Labels = None,
-        *,
-        num_images: SupportsIndex | None = None,
-        keeping: Keeping = "coverage",
-        max_unknown: float | Sequence[float] | None = None,
-        jumps: int | Sequence[int] = 0,
-        jump_scales: int | None = None,
-        paste: bool = True,
-        seam_px: int | None = None,
-        **options: Any,
-    ) -> NextScalePipelineOutput:
-        """Make the pixels under the mask anew. What lies there now is not read.
-
-        Args:
-            image: what to edit.
-            mask: of the image's size; white (1) is made, black (0) is kept. As images: one, or one each.
-            class_labels: what the whole image is to be; None asks for no class.
-            num_images: results, where images, masks and labels are single ones.
-            keeping: "coverage", or "published": VAR's procedure, which also reads what lies under the mask.
-            max_unknown: "coverage" keeps a token with at most this share of unknown pixels, in [0, 1); one number, or
-                one per scale; None is one half. More keeps more of the coarse scales.
-            jumps: simple resampling, times per scale (one number for every scale from `jump_scales` on, counted from
-                0, or one each); 0 is off. A jump costs `jump_scales` more forwards.
-            jump_scales: scales that a jump draws anew; None is 2. It needs jumps.
-            paste: put the known pixels back over the result, blended beside the mask.
-            seam_px: width of the blend in pixels of the result, on the known side of the mask; None is 1/16 of the
-                model's size. It needs `paste`.
-            options: those of a call.
-
-        Raises:
-            UserError: an image, a mask or an option is not usable, or an option means nothing beside the others; the
-                message says why.
-        """
-        images, masks = open_images(image), to_masks(mask)
-        rows = _rows(num_images, image=images, mask=masks, class_label=label_list(class_labels))
-        return self._inpaint(
-            images, masks, rows, class_labels, keeping=keeping, max_unknown=max_unknown,
-            jumps=jumps, jump_scales=jump_scales, paste=paste, seam_px=seam_px, **options,
-        )  # fmt: skip
-
-    def outpaint(
-        self,
-        image: ImageInput,
-        left: int = 0,
-        top: int = 0,
-        right: int = 0,
-        bottom: int = 0,
-        class_labels: Labels = None,
-        *,
-        num_images: SupportsIndex | None = None,
-        **options: Any,
-    ) -> NextScalePipelineOutput:
-        """Make what lies beyond the edges: the picture with margins of so many of its pixels, at the model's size.
-
-        Whatever the rule of keeping, what is read of a margin is painted from the picture: there is no original.
-
-        Args:
-            image: what to extend.
-            left: pixels to add at the left,
-            top: at the top,
-            right: at the right,
-            bottom: and below.
-            class_labels: what the whole image is to be; None asks for no class.
-            num_images: results, where images and labels are single ones.
-            options: those of `inpaint`, and of a call.
-
-        Raises:
-            UserError: an image, a margin or an option is not usable.
-        """
-        images = open_images(image)
-        rows = _rows(num_images, image=images, class_label=label_list(class_labels))
-        stride, device = self.image_tokenizer.stride, self.device
-        larger, masks = zip(
-            *(extended(one.to(device), stride, left, top, right, bottom) for one in images), strict=True
-        )
-        return self._inpaint(larger, masks, rows, class_labels, **options)
-
-    def edit_class(
-        self, image: ImageInput, mask: MaskInput, class_labels: Labels, **options: Any
-    ) -> NextScalePipelineOutput:
-        """Make the pixels under the mask anew, as part of an image of another class.
-
-        Arguments and errors are those of `inpaint`, but for the labels, which have to be classes.
-        """
-        if any(label is None for label in label_list(class_labels)):
-            raise UserError("edit_class needs a class for every image, got None. Use inpaint for edits without one.")
-        return self.inpaint(image, mask, class_labels, **options)
-
-    def super_resolve(
-        self,
-        image: ImageInput,
-        class_labels: Labels = None,
-        *,
-        num_images: SupportsIndex | None = None,
-        from_scale: int | None = None,
-        max_unknown: float | Sequence[float] | None = None,
-        paste: bool = True,
-        **options: Any,
-    ) -> NextScalePipelineOutput:
-        """A small image at the model's size: it says what the coarse scales are, and the finer ones are drawn.
-
-        Args:
-            image: smaller than the model's images.
-            class_labels: what it shows; None asks for no class.
-            num_images: results, where images and labels are single ones.
-            from_scale: the first scale (from 0) that is drawn; None is the first whose tokens are finer than the small
-                image can tell.
-            max_unknown: as for `inpaint`, beside the shorter side of a picture that is no square.
-            paste: mend the result so that, averaged to the small image's size, it is the small image.
-            options: those of a call.
-
-        Raises:
-            UserError: an image is not smaller than the model's, or smaller than the stride, or an option is not usable.
-        """
-        images, side, stride = open_images(image), self.image_size, self.image_tokenizer.stride
-        rows = _rows(num_images, image=images, class_label=label_list(class_labels))
-        images = [one.to(self.device) for one in images]
-        largest = {max(one.shape[-2:]) for one in images}
-        if max(largest) >= side:
-            raise UserError(f"super-resolution makes images of {side} pixels out of smaller ones, got {max(largest)}.")
-        if from_scale is None:
-            if len(largest) > 1:
-                raise UserError(
-                    f"small images of several sizes have different scales to keep, got longer sides {sorted(largest)}. "
-                    "Pass images of one size, or from_scale."
-                )
-            from_scale = sum(size * stride <= max(largest) for size in self.schedule.sizes)
-        canvas = place(images, [torch.zeros_like(one[:, :1]) for one in images], side, stride=stride)
-        request = self._edit_request(rows, class_labels, **options)
-        canvas.check_output_type(request.output_type)
-        known = self._known(canvas.pixels, canvas.mask, rows, max_unknown=max_unknown, from_scale=from_scale)
-        edited = self._edited(known, request)
-        if request.output_type == "latent":
-            return edited.output(edited.features)
-        # the arithmetic of pixels is fp32, whatever the type of the weights
-        made = self._decode(edited.features).float()
-        if paste:
-            for one, small, box in zip(made, _spread(images, rows), _spread(canvas.boxes, rows), strict=True):
-                left, top, right, bottom = box
-                picture = one[None, :, top:bottom, left:right]
-                one[:, top:bottom, left:right] = project_onto_small(picture, small)[0]
-        return edited.output(canvas.cut(made, request.output_type))
-
-    def variations(
-        self,
-        image: ImageInput,
-        from_scale: int,
-        class_labels: Labels = None,
-        *,
-        num_images: SupportsIndex | None = None,
-        **options: Any,
-    ) -> NextScalePipelineOutput:
-        """Images that share the scales before `from_scale` with `image`, which is resized and cropped as by `encode`.
-
-        Args:
-            image: what to vary.
-            from_scale: first scale (from 0) that is drawn; 0 keeps nothing, the number of scales everything.
-            class_labels: what the images are to be; None asks for no class.
-            num_images: variations, where images and labels are single ones.
-            options: those of a call.
-
-        Raises:
-            UserError: there are fewer scales, an image is smaller than the stride, or another argument is not usable.
-        """
-        images = to_images(image, self.image_size, stride=self.image_tokenizer.stride).to(self.device)
-        rows = _rows(num_images, image=list(images), class_label=label_list(class_labels))
-        request = self._edit_request(rows, class_labels, **options)
-        known = self._known(images, torch.zeros_like(images[:, :1]), rows, from_scale=from_scale)
-        edited = self._edited(known, request)
-        if request.output_type == "latent":
-            return edited.output(edited.features)
-        return edited.output(as_output(self._decode(edited.features), request.output_type))
-
-    def _inpaint(
-        self,
-        images: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        rows: int,
-        class_labels: Labels,
-        *,
-        keeping: Keeping = "coverage",
-        max_unknown: float | Sequence[float] | None = None,
-        jumps: int | Sequence[int] = 0,
-        jump_scales: int | None = None,
-        paste: bool = True,
-        seam_px: int | None = None,
-        **options: Any,
-    ) -> NextScalePipelineOutput:
-        request = self._edit_request(rows, class_labels, **options)
-        back = Jumps.of(jumps, jump_scales, self.schedule.num_scales)
-        if seam_px is not None and not paste:
-            raise UserError(f"seam_px blends the pasted pixels, got {seam_px} with paste=False. Leave it out.")
-        seam_px = max(1, self.image_size // _SEAM_PARTS) if seam_px is None else seam_px
-        if not 0 <= seam_px <= self.image_size:
-            raise UserError(f"seam_px must lie in 0..{self.image_size} (pixels), got {seam_px}. 0 is a sharp seam.")
-        # one image and one mask are placed and encoded once, however many results they serve
-        sources = max(len(images), len(masks))
-        images, masks = ([one.to(self.device) for one in _spread(given, sources)] for given in (images, masks))
-        canvas: Canvas = place(
-            images, masks, self.image_size, stride=self.image_tokenizer.stride, hide=keeping != "published"
-        )
-        canvas.check_output_type(request.output_type)
-        known = self._known(canvas.pixels, canvas.mask, rows, keeping=keeping, max_unknown=max_unknown)
-        edited = self._edited(known, request, back)
-        if request.output_type == "latent":
-            return edited.output(edited.features)
-        # the arithmetic of pixels is fp32, whatever the type of the weights
-        made = self._decode(edited.features).float()
-        if paste:
-            made = canvas.pasted(made, seam_px)
-        return edited.output(canvas.cut(made, request.output_type))
-
-    def _known(self, pixels: Images, mask: Tensor, rows: int, **rule: Any) -> KnownPart:
-        return known_part(self.image_tokenizer, self.schedule, pixels, mask, num_results=rows, **rule)
-
-    def _edited(self, known: KnownPart, request: Request, jumps: Jumps | None = None) -> "_Edited":
-        sampler = self._sampler(request, EDIT_STREAMS)
-        token_ids, features = [torch.empty(0)] * self.schedule.num_scales, None
-        for scale in edit_scales(self.image_tokenizer, sampler, known, jumps):
-            # a jump draws a scale once more: the last draw counts
-            token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
-        assert features is not None, "there is at least one scale"
-        return _Edited(features, token_ids, sampler.num_forwards, request)
-
-    def _edit_request(
-        self,
-        num_images: int,
-        class_labels: Labels,
-        *,
-        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
-        top_k: int | None | Default = FOLDER_DEFAULT,
-        top_p: float | int | None | Default = FOLDER_DEFAULT,
-        temperature: float | int | Default = FOLDER_DEFAULT,
-        smooth: bool | Default = FOLDER_DEFAULT,
-        seed: Whole | None = None,
-        generator: Generators = None,
-        image_index: Whole = 0,
-        output_type: OutputType = "pil",
-    ) -> Request:
-        return self._request(
-            class_labels, num_images, 1, seed, generator, image_index, output_type,
-            guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
-        )  # fmt: skip
-
-
-def _rows(num_images: SupportsIndex | None, **given: Sequence[Any]) -> int:
-    """Number of results: that of the longest input, or `num_images`; single inputs serve all.
-
-    Raises:
-        UserError: two inputs have different numbers, neither being 1.
-    """
-    rows = max(map(len, given.values())) if num_images is None else whole_number(num_images, "num_images")
-    if rows < 1:
-        raise UserError(f"at least one image is needed, got num_images={num_images}.")
-    for name, values in given.items():
-        if len(values) not in (1, rows):
-            raise UserError(f"an edit of {rows} image(s) takes one {name} or {rows}, got {len(values)}.")
-    return rows
-
-
-def _spread(values: Sequence[_Value], rows: int) -> list[_Value]:
-    return list(values) * rows if len(values) == 1 else list(values)
-
-
-@dataclass(frozen=True)
-class _Edited:
-    """What an edit drew, before it becomes pictures."""
-
-    features: LatentMap
-    token_ids: list[Tensor]
-    num_forwards: int
-    request: Request
-
-    def output(self, images: Pictures) -> NextScalePipelineOutput:
-        request = self.request
-        return NextScalePipelineOutput(images, self.token_ids, request.class_labels, request.seeds, self.num_forwards)
-
-
-class NextScalePipeline(NextScaleClassification, NextScaleEditing):
-    """An image tokenizer and a next-scale transformer that draw images together.
-
-    Args:
-        image_tokenizer: turns tokens into pixels.
-        transformer: predicts the tokens of a scale; its scales are the tokenizer's, or some of them.
-        scheduler: optional component: which tokens a draw draws again. None draws each once.
-        class_names: one name per class, or index -> name; nothing for models without names.
-        sampling_defaults: options of a call that names none, stored in the folder.
-        preprocessing: how training images were made; None describes the usual way.
-        data: `name` and `attribution` (licence line) of the training data, for the card.
-        protocol: how the model was trained and measured, for the card.
-
-    Raises:
-        UserError: the components do not belong together, or names or defaults do not fit them.
-    """
-
-    parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
-    optional_parts = {"scheduler": ScaleRefinementScheduler}
-
-    def __init__(
-        self,
-        image_tokenizer: MultiScaleVQVAE,
-        transformer: NextScaleTransformer,
-        scheduler: ScaleRefinementScheduler | None = None,
-        class_names: Sequence[str] | Mapping[str, str] | None = None,
-        sampling_defaults: SamplingOptions | Mapping[str, Any] | None = None,
-        preprocessing: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
-        protocol: str = "",
-    ):
-        self.image_tokenizer, self.transformer, self.scheduler = image_tokenizer, transformer, scheduler
-        self.schedule = shared_schedule(image_tokenizer, transformer)
-        self.num_classes: int = transformer.null_class_id
-        self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
-        if scheduler is not None:
-            scheduler.rounds_of(self.schedule.num_scales)
-
-    def __call__(
-        self,
-        class_labels: Labels = None,
-        num_images: SupportsIndex | None = None,
-        *,
-        num_images_per_class: SupportsIndex = 1,
-        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
-        top_k: int | None | Default = FOLDER_DEFAULT,
-        top_p: float | int | None | Default = FOLDER_DEFAULT,
-        temperature: float | int | Default = FOLDER_DEFAULT,
-        seed: Whole | None = None,
-        generator: Generators = None,
-        image_index: Whole = 0,
-        smooth: bool | Default = FOLDER_DEFAULT,
-        output_type: OutputType = "pil",
-        callback_on_step_end: Callable[[GenerationStep], object] | None = None,
-    ) -> NextScalePipelineOutput:
-        """Draw images.
-
-        Args:
-            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
-            num_images: how many images in all, labels taken in turn; None draws one per label.
-            num_images_per_class: images per label, next to each other, where `num_images` is not given.
-            guidance_scale: guided = uncond + s (cond - uncond), 1 = off: a number, one per scale, or a
-                `GuidanceSchedule`. Like every option below it defaults to the value saved with the model.
-            top_k: keep the k likeliest codes; None is off.
-            top_p: keep the likeliest codes that hold this probability together; None is off.
-            temperature: divides the logits.
-            seed: one number for the request, or a list with one per image; None draws a fresh one.
-            generator: makes the list of seeds instead: one generator, or one per image.
-            image_index: number of the first image in the whole request, or one number per image. An image depends
-                on its seed and number alone: not on the batch, nor on its place in it.
-            smooth: mix codes instead of drawing one (softer images; token ids are drawn all the same).
-            output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent" (features).
-            callback_on_step_end: called with a `GenerationStep` (without preview) after every scale.
-
-        Raises:
-            UserError: a label, an option or a seed is not usable; the message says why.
-        """
-        request = self._request(
-            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
-            guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
-        )  # fmt: skip
-        sampler = self._sampler(request)
-        token_ids: list[Tensor] = [torch.empty(0)] * self.schedule.num_scales
-        features = None
-        for scale in refined_scales(sampler, self.scheduler):
-            # a jump draws a scale once more: the last draw counts
-            token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
-            if callback_on_step_end is not None:
-                callback_on_step_end(GenerationStep(scale.index, self.schedule.num_scales, token_ids[scale.index]))
-        assert features is not None
-        images = self._pictures(features, request.output_type)
-        return NextScalePipelineOutput(images, token_ids, request.class_labels, request.seeds, sampler.num_forwards)
-
-    def stream(
-        self,
-        class_labels: Labels = None,
-        num_images: SupportsIndex | None = None,
-        *,
-        num_images_per_class: SupportsIndex = 1,
-        guidance_scale: Guidance | Default = FOLDER_DEFAULT,
-        top_k: int | None | Default = FOLDER_DEFAULT,
-        top_p: float | int | None | Default = FOLDER_DEFAULT,
-        temperature: float | int | Default = FOLDER_DEFAULT,
-        seed: Whole | None = None,
-        generator: Generators = None,
-        image_index: Whole = 0,
-        smooth: bool | Default = FOLDER_DEFAULT,
-        output_type: OutputType = "pil",
-    ) -> Iterator[GenerationStep]:
-        """Draw images and show them while they grow: one `GenerationStep` with a preview per scale.
-
-        Where the scheduler jumps back, the scales that it repeats are shown again, under their own index. The
-        arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the first
-        step is asked for.
-        """
-        request = self._request(
-            class_labels, num_images, num_images_per_class, seed, generator, image_index, output_type,
-            guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature, smooth=smooth,
-        )  # fmt: skip
-        scales = refined_scales(self._sampler(request), self.scheduler)
-        return (
-            GenerationStep(
-                scale.index,
-                self.schedule.num_scales,
-                scale.token_ids.cpu(),
-                self._pictures(scale.features, output_type),
-            )
-            for scale in scales
-        )
 
     def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
         """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on.
@@ -905,7 +634,140 @@ class NextScalePipeline(NextScaleClassification, NextScaleEditing):
         return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams)
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
-        return features if output_type == "latent" else as_output(self._decode(features), output_type)
+        if output_type == "latent":
+            return features
+        return as_output(pixels_of(self.image_tokenizer, features), output_type)
 
-    def _decode(self, features: LatentMap) -> Images:
-        return pixels_of(self.image_tokenizer, features)
+    def _drawn(
+        self,
+        scales: Iterator[Scale],
+        sampler: ScaleSampler,
+        request: Request,
+        on_step: Callable[[GenerationStep], object] | None = None,
+    ) -> tuple[LatentMap, NextScalePipelineOutput]:
+        """The features of a request, all scales drawn, and the output whose images they are until they are decoded."""
+        token_ids: list[Tensor] = [torch.empty(0)] * self.schedule.num_scales
+        features = None
+        for scale in scales:
+            # a jump draws a scale once more: the last draw counts
+            token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
+            if on_step is not None:
+                on_step(GenerationStep(scale.index, self.schedule.num_scales, token_ids[scale.index]))
+        assert features is not None, "there is at least one scale"
+        forwards = sampler.num_forwards
+        return features, NextScalePipelineOutput(features, token_ids, request.class_labels, request.seeds, forwards)
+
+    def _inpaint(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        rows: int,
+        class_labels: Labels,
+        options: Mapping[str, Any],
+    ) -> NextScalePipelineOutput:
+        """An edit of placed images; `options` holds every one of `InpaintOptions`."""
+        request = self._request(class_labels, rows, 1, options)
+        back = Jumps.of(options["jumps"], options["jump_scales"], self.schedule.num_scales)
+        paste, seam_px = options["paste"], options["seam_px"]
+        if seam_px is not None and not paste:
+            raise UserError(f"seam_px blends the pasted pixels, got {seam_px} with paste=False. Leave it out.")
+        seam_px = max(1, self.image_size // _SEAM_PARTS) if seam_px is None else seam_px
+        if not 0 <= seam_px <= self.image_size:
+            raise UserError(f"seam_px must lie in 0..{self.image_size} (pixels), got {seam_px}. 0 is a sharp seam.")
+        # one image and one mask are placed and encoded once, however many results they serve
+        sources = max(len(images), len(masks))
+        images, masks = ([one.to(self.device) for one in one_each(given, sources)] for given in (images, masks))
+        keeping = options["keeping"]
+        canvas: Canvas = place(
+            images, masks, self.image_size, stride=self.image_tokenizer.stride, hide=keeping != "published"
+        )
+        canvas.check_output_type(request.output_type)
+        rule = {"keeping": keeping, "max_unknown": options["max_unknown"]}
+        features, edited = self._edited(self._known(canvas.pixels, canvas.mask, rows, **rule), request, back)
+        if request.output_type == "latent":
+            return edited
+        # the arithmetic of pixels is fp32, whatever the type of the weights
+        made = pixels_of(self.image_tokenizer, features).float()
+        if paste:
+            made = canvas.pasted(made, seam_px)
+        return replace(edited, images=canvas.cut(made, request.output_type))
+
+    def _known(self, pixels: Images, mask: Tensor, rows: int, **rule: Any) -> KnownPart:
+        return known_part(self.image_tokenizer, self.schedule, pixels, mask, num_results=rows, **rule)
+
+    def _edited(
+        self, known: KnownPart, request: Request, jumps: Jumps | None = None
+    ) -> tuple[LatentMap, NextScalePipelineOutput]:
+        sampler = self._sampler(request, EDIT_STREAMS)
+        return self._drawn(edit_scales(self.image_tokenizer, sampler, known, jumps), sampler, request)
+
+    def _latents(self, images: ImageInput) -> list[Tensor]:
+        """Maps (b, d, grid, grid) of a few images each."""
+        given = to_images(images, self.image_size, stride=self.image_tokenizer.stride)
+        return [latents_of(self.image_tokenizer, part) for part in given.split(self._images_at_once())]
+
+    def _images_at_once(self) -> int:
+        """How many images fit, whatever is done with them: pixels, a draw, or all tokens in one teacher-forced pass."""
+        config, size = self.transformer.config, self.transformer.dtype.itemsize
+        block = config["width"] * (10 + 2 * config["mlp_ratio"]) * size
+        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
+        read = self.schedule.num_tokens * (block + 4 * config["codebook_size"] * 4)
+        each = max(int(read), self.bytes_per_image(guided=False))
+        return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
+
+    def _token_nats(
+        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenPyramid | None
+    ) -> Float[Tensor, "b n"]:
+        return self._by_parts(
+            images, class_labels, token_ids,
+            lambda part, labels: token_log_likelihood(self.image_tokenizer, self.transformer, part, labels),
+        )  # fmt: skip
+
+    def _by_parts(
+        self,
+        images: ImageInput | None,
+        class_labels: Labels,
+        token_ids: TokenPyramid | None,
+        measure: Callable[[TokenPyramid, Int[Tensor, " b"]], Tensor],
+    ) -> Tensor:
+        """`measure` of a few images at a time, on the CPU."""
+        if (images is None) == (token_ids is None):
+            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
+        given = label_list(class_labels)
+        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        if token_ids is None:
+            assert images is not None
+            token_ids = self.encode(images)
+        check_token_ids(token_ids, self.schedule.lengths, self.codebook_size)
+        labels = torch.tensor(ids * len(token_ids[0]) if len(ids) == 1 else ids)
+        if len(labels) != len(token_ids[0]):
+            raise UserError(
+                f"a likelihood needs one class label, or one per image ({len(token_ids[0])}), got {len(labels)}."
+            )
+        at_once = self._images_at_once()
+        parts = zip(_parts(token_ids, at_once), labels.split(at_once), strict=True)
+        return torch.cat([measure(part, each).cpu() for part, each in parts])
+
+    def _candidates(self, class_labels: Labels) -> list[int]:
+        if class_labels is None:
+            return list(range(self.num_classes))
+        given = label_list(class_labels)
+        if any(label is None for label in given):
+            raise UserError("classes to choose from are names or indices, got None. Leave it out.")
+        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        if len(set(ids)) < len(ids):
+            raise UserError(f"every class to choose from is named once, got {given}.")
+        return ids
+
+    def _tokens_that_fit(self) -> int:
+        """Tokens whose keys, activations and logits fit into the memory that is free."""
+        config, size = self.transformer.config, self.transformer.dtype.itemsize
+        # keys and values twice: dropping rows copies those that stay
+        block = config["width"] * (4 * config["num_layers"] + 10 + 2 * config["mlp_ratio"]) * size
+        token = int(block + 4 * config["codebook_size"] * 4)
+        return max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token))
+
+
+def _parts(token_ids: TokenPyramid, at_once: int) -> list[list[Tensor]]:
+    """The same pyramids, a few at a time."""
+    return [list(part) for part in zip(*(ids.split(at_once) for ids in token_ids), strict=True)]

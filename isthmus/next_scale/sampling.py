@@ -3,7 +3,7 @@
 Source: Tian et al., "Visual Autoregressive Modeling", section 3.2; spec of VAR, 2.7.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.next_scale.pyramid import Scale, ScaleSchedule, next_scale_input, tokens_to_map
+from isthmus.next_scale.pyramid import ScaleSchedule, next_scale_input, tokens_to_map
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import Conditioning, NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, TokenStreams, token_gumbels, token_uniforms
-from isthmus.nn.sampling import check_filters, draw_tokens, filter_logits, guided_logits, smooth_weights
+from isthmus.nn.sampling import draw_tokens, filter_logits, guided_logits, smooth_weights
 from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens, TokenPyramid
 from isthmus.pipelines.options import SamplingOptions, guidance_on
 
@@ -57,39 +57,6 @@ def null_row_scales(guidance: Sequence[float], *, markov: bool) -> tuple[bool, .
     return tuple(guided) if markov else tuple(any(guided[k:]) for k in range(len(guided)))
 
 
-def generate_scales(
-    image_tokenizer: MultiScaleVQVAE,
-    transformer: NextScaleTransformer,
-    class_labels: Int[Tensor, " b"],
-    image_seeds: Sequence[tuple[int, int]],
-    options: SamplingOptions,
-    streams: TokenStreams = DRAW_STREAMS,
-) -> Iterator[Scale]:
-    """Draw the tokens of every scale, coarse to fine.
-
-    Args:
-        image_tokenizer: its codebook and phi build the features.
-        transformer: predicts the tokens of a scale from the features so far.
-        class_labels: (b,), 0..num_classes; num_classes is the null label.
-        image_seeds: one (seed, image index) per image. Every random number of an image follows from its own pair.
-        options: guidance, filters, temperature. All sampling arithmetic is fp32, whatever the type of the weights.
-        streams: which random numbers of an image's pair are read: those of draws, or those of edits.
-
-    Yields:
-        One `Scale` (index, token ids, features so far) per scale.
-
-    Raises:
-        UserError: a filter or guidance value is out of range, or the two models do not belong together.
-    """
-    sampler = ScaleSampler(image_tokenizer, transformer, class_labels, image_seeds, options, streams)
-    features = sampler.start()
-    for scale in range(sampler.schedule.num_scales):
-        drawn = sampler.draw(scale, sampler.predict(scale, features))
-        features = sampler.add(scale, features, drawn.codes)
-        # copied out of inference mode: a caller may go on computing with them
-        yield Scale(scale, drawn.token_ids.clone(), features.clone())
-
-
 @dataclass
 class ScaleDraw:
     """Tokens of one scale, drawn and not yet part of the features.
@@ -113,7 +80,13 @@ class ScaleSampler:
     running a scale forgets it and everything after it first. A loop that changes the tokens of a scale must predict
     the scales after it again, in order.
 
-    Args: those of `generate_scales`.
+    Args:
+        image_tokenizer: its codebook and phi build the features.
+        transformer: predicts the tokens of a scale from the features so far.
+        class_labels: (b,), 0..num_classes; num_classes is the null label.
+        image_seeds: one (seed, image index) per image. Every random number of an image follows from its own pair.
+        options: guidance, filters, temperature. All sampling arithmetic is fp32, whatever the type of the weights.
+        streams: which random numbers of an image's pair are read: those of draws, or those of edits.
 
     Attributes:
         schedule: scales of the transformer, with the phi of the tokenizer.
@@ -123,7 +96,8 @@ class ScaleSampler:
         num_forwards: predictions made so far; labelled and null rows of a scale are one.
 
     Raises:
-        UserError: a filter or guidance value is out of range, or the two models do not belong together.
+        UserError: guidance has another number of values than there are scales, or the two models do not belong
+            together. Filters are the caller's to check (`SamplingOptions.check`).
     """
 
     def __init__(
@@ -140,12 +114,6 @@ class ScaleSampler:
         self._streams = streams
         self._tokenizer, self._transformer = image_tokenizer, transformer
         self._codebook = image_tokenizer.codebook.weight
-        check_filters(
-            top_k=options.top_k,
-            top_p=options.top_p,
-            temperature=options.temperature,
-            codebook_size=self._codebook.shape[0],
-        )
         self.guidance = guidance_on(options.guidance_scale, self.schedule.sizes, image_tokenizer.schedule.sizes)
         if bool((class_labels == transformer.null_class_id).all()):
             self.guidance = (1.0,) * self.schedule.num_scales  # nothing to guide away from

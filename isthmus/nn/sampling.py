@@ -6,28 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.errors import UserError
-
 
 def guided_logits(cond: Float[Tensor, "b l v"], uncond: Float[Tensor, "b l v"], scale: float) -> Float[Tensor, "b l v"]:
     """Classifier-free guidance: uncond + scale * (cond - uncond). scale = 1 returns cond."""
     return cond if scale == 1 else torch.lerp(uncond, cond, scale)
-
-
-def check_filters(*, top_k: int | None, top_p: float | None, temperature: float, codebook_size: int) -> None:
-    """One clear error for filters outside their range.
-
-    Raises:
-        UserError: `top_k` not in 1..codebook_size, `top_p` not in (0, 1], `temperature` not positive and finite.
-    """
-    if top_k is not None and not 1 <= top_k <= codebook_size:
-        raise UserError(
-            f"top_k must be 1..{codebook_size} (the codebook size), got {top_k}. Leave it out to turn it off."
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must lie in (0, 1], got {top_p}. Leave it out to turn it off.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise UserError(f"temperature must be positive and finite, got {temperature}. Use top_k=1 for greedy tokens.")
 
 
 def filter_logits(

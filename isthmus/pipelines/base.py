@@ -16,7 +16,6 @@ import isthmus
 from isthmus.errors import UserError
 from isthmus.files import check_writable
 from isthmus.nn.guidance import guidance_values
-from isthmus.nn.sampling import check_filters
 from isthmus.nn.saved_model import Config, Recorded, SavedModel, check_settings
 from isthmus.nn.stored_llama import StoredLlama, fingerprint
 from isthmus.pipelines.folder import (
@@ -29,13 +28,10 @@ from isthmus.pipelines.folder import (
     written_whole,
 )
 from isthmus.pipelines.labels import listed_names, names_in_order, resolve_labels
-from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.options import SamplingOptions, saved_options
 from isthmus.pipelines.request import (
-    Generators,
     Labels,
-    OutputType,
     Request,
-    Whole,
     check_output_type,
     image_seeds,
     label_list,
@@ -258,12 +254,7 @@ class SavedPipeline:
 
     def check_options(self, options: SamplingOptions) -> None:
         """Raise UserError where this model cannot draw with these options."""
-        check_filters(
-            top_k=options.top_k,
-            top_p=options.top_p,
-            temperature=options.temperature,
-            codebook_size=self.codebook_size,
-        )
+        options.check(codebook_size=self.codebook_size, num_steps=self.num_guided_steps)
         values = guidance_values(options.guidance_scale, self.num_guided_steps)
         if self.num_classes == 0 and any(value != 1 for value in values):
             raise UserError(
@@ -393,19 +384,16 @@ class SavedPipeline:
         class_labels: Labels,
         num_images: SupportsIndex | None,
         num_images_per_class: SupportsIndex,
-        seed: Whole | None,
-        generator: Generators,
-        image_index: Whole,
-        output_type: OutputType,
-        **options: Any,
+        options: Mapping[str, Any],
     ) -> Request:
-        check_output_type(output_type)
-        resolved = self.defaults.override(**options)
+        """The request of a call; `options` holds every one of `CallOptions`."""
+        check_output_type(options["output_type"])
+        resolved = self.defaults.override(**saved_options(options))
         self.check_options(resolved)
         ids = resolve_labels(label_list(class_labels), class_names=self.class_names, num_classes=self.num_classes)
         ids = spread(ids, num_images, num_images_per_class)
-        seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
-        return Request(ids, seeds, resolved, output_type)
+        given = {name: options[name] for name in ("seed", "generator", "image_index")}
+        return Request(ids, image_seeds(len(ids), **given), resolved, options["output_type"])
 
 
 def check_not_float16(*asked: object) -> None:

@@ -1,15 +1,22 @@
-"""How pictures are drawn, as one frozen value that the pipeline, the command line and training previews share.
+"""How pictures are drawn: the options of a call, declared once, and the values that a model carries as its own.
 
-This file does not import torch: the command line is derived from it.
+The options of a family add to `CallOptions` (`next_scale/options.py`, `dar/options.py`). Pipelines, command line and
+documentation read these declarations. This file does not import torch: the command line is derived from it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args
+
+from typing_extensions import Doc
 
 from isthmus.errors import UserError
 from isthmus.nn.guidance import Guidance, GuidanceSchedule, guidance_values
+
+if TYPE_CHECKING:
+    from isthmus.pipelines.request import Generators, Whole
 
 
 class Default(Enum):
@@ -19,19 +26,80 @@ class Default(Enum):
 
 
 FOLDER_DEFAULT = Default.FOLDER
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+class Option(Doc):
+    """What stands beside the type of an option: its default and what it means.
+
+    Attributes:
+        default: value where the option is not given.
+        documentation: a sentence or two, for docstrings and `--help`.
+    """
+
+    def __init__(self, default: Any, documentation: str):
+        super().__init__(documentation)
+        self.default = default
+
+
+class CallOptions(TypedDict, total=False):
+    """Options of a call that both families have."""
+
+    guidance_scale: Annotated[
+        Guidance | Default,
+        Option(
+            FOLDER_DEFAULT,
+            "guided = uncond + s (cond - uncond), 1 is off: a number, one per step (scale or token), or a "
+            "`GuidanceSchedule`.",
+        ),
+    ]
+    top_k: Annotated[int | None | Default, Option(FOLDER_DEFAULT, "Keep the k likeliest codes.")]
+    top_p: Annotated[
+        float | int | None | Default,
+        Option(FOLDER_DEFAULT, "Keep the likeliest codes that hold this probability together."),
+    ]
+    temperature: Annotated[float | int | Default, Option(FOLDER_DEFAULT, "Divides the logits.")]
+    seed: Annotated[
+        "Whole | None",
+        Option(None, "One number for the request, or a list with one per image; None draws a fresh one."),
+    ]
+    generator: Annotated[
+        "Generators", Option(None, "Makes the list of seeds instead: one generator, or one per image.")
+    ]
+    image_index: Annotated[
+        "Whole",
+        Option(
+            0,
+            "Number of the first image in the whole request, or one number per image. An image depends on its seed and "
+            "number alone: not on the batch, nor on its place in it.",
+        ),
+    ]
+    output_type: Annotated[
+        OutputType,
+        Option(
+            "pil",
+            '"pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent": features of a next-scale model, '
+            "images of a D-AR model that are not clamped.",
+        ),
+    ]
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """Default and meaning of every option of a typed dictionary, by name, inherited ones first.
+
+    >>> options_of(CallOptions)["output_type"].default
+    'pil'
+    """
+    # not get_type_hints: types that need torch are written as text
+    hints = kind.__annotations__.items()
+    return {name: option for name, hint in hints for option in get_args(hint) if isinstance(option, Option)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Settings of a draw. `codebook_size` bounds `top_k`, so filters are checked where the model is known.
+    """Values of the options that are saved with a model (`CallOptions`, `NextScaleOptions`); None is off.
 
-    Attributes:
-        guidance_scale: guided = uncond + s (cond - uncond), 1 is off: a number, one value per step (scale or token),
-            or a schedule.
-        top_k: keep the k likeliest codes; None is off.
-        top_p: keep the likeliest codes that hold this probability together; None is off.
-        temperature: divides the guided logits, before the filters.
-        smooth: build the features from a mixture of codes instead of the drawn one (VAR's `more_smooth`).
+    A draw divides the guided logits by the temperature before it filters them.
 
     >>> SamplingOptions.from_dict(SamplingOptions(top_k=3).to_dict()) == SamplingOptions(top_k=3)
     True
@@ -50,6 +118,25 @@ class SamplingOptions:
             guidance_values(guidance, len(guidance))
         else:
             guidance_values(guidance, 1)
+
+    def check(self, *, codebook_size: int, num_steps: int) -> None:
+        """One clear error for what a model of so many codes and guided steps cannot draw with.
+
+        Raises:
+            UserError: `top_k` not in 1..codebook_size, `top_p` not in (0, 1], `temperature` not positive and finite, or
+                guidance with another number of values than the model has steps.
+        """
+        if self.top_k is not None and not 1 <= self.top_k <= codebook_size:
+            raise UserError(
+                f"top_k must be 1..{codebook_size} (the codebook size), got {self.top_k}. Leave it out to turn it off."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}. Leave it out to turn it off.")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UserError(
+                f"temperature must be positive and finite, got {self.temperature}. Use top_k=1 for greedy tokens."
+            )
+        guidance_values(self.guidance_scale, num_steps)
 
     def override(self, **given: Any) -> "SamplingOptions":
         """These options, but for the values given; `FOLDER_DEFAULT` keeps the value that is here.
@@ -95,6 +182,11 @@ class SamplingOptions:
         if isinstance(given.get("guidance_scale"), Mapping):
             given["guidance_scale"] = GuidanceSchedule(**given["guidance_scale"])
         return cls(**given)
+
+
+def saved_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a call's options that are saved with a model."""
+    return {field.name: options[field.name] for field in fields(SamplingOptions) if field.name in options}
 
 
 def parse_guidance(text: str) -> Guidance:

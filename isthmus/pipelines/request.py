@@ -3,10 +3,14 @@
 A server or a studio knows `GenerationStep` only, whatever the family.
 """
 
+import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, SupportsIndex, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 import PIL.Image
@@ -14,10 +18,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from isthmus.errors import UserError
+from isthmus.errors import UserError, nearest
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import Label, whole_number
-from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.options import OutputType, SamplingOptions, options_of
 
 Pictures = list[PIL.Image.Image] | np.ndarray | Tensor
 """Images as a pipeline returns them: PIL, numpy (b, h, w, 3) in [0, 1], torch (b, 3, h, w) in [0, 1] or features."""
@@ -126,15 +130,61 @@ def _draw(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(2**_SEED_BITS - 1, (count,), generator=generator, device=generator.device).tolist()
 
 
-OutputType = Literal["pil", "np", "pt", "latent"]
 Labels = Label | Sequence[Label] | Int[Tensor, "..."] | Shaped[np.ndarray, "..."]
 """Labels as a call takes them: one per image, or a single one."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def takes(kind: type) -> Callable[[_Method], _Method]:
+    """Decorator of a method with `**options: Unpack[kind]`: it is called with every option of the typed dictionary.
+
+    Those that are not given have their default. `inspect.signature` and `help` show all of them, with what the line
+    `options:` of the docstring says in its place.
+
+    Raises:
+        TypeError: an option is unknown (by the method); the nearest is named.
+    """
+    declared = options_of(kind)
+    defaults = {name: option.default for name, option in declared.items()}
+
+    def decorate(method: _Method) -> _Method:
+        written = inspect.signature(method)
+        *own, _ = written.parameters.values()
+        hints = get_type_hints(kind, localns=globals() | vars(sys.modules[method.__module__]))
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        added = [inspect.Parameter(name, keyword, default=defaults[name], annotation=hints[name]) for name in declared]
+        known = {parameter.name for parameter in own} | declared.keys()
+
+        @functools.wraps(method)
+        def with_all(self: Any, *arguments: Any, **given: Any) -> Any:
+            for name in given:
+                if name not in known:
+                    raise TypeError(f"{method.__name__} has no option {name}.{nearest(name, known)}")
+            return method(self, *arguments, **{**defaults, **given})
+
+        cast(Any, with_all).__signature__ = written.replace(parameters=[*own, *added])
+        lines = (method.__doc__ or "").split("\n")
+        for place, line in enumerate(lines):
+            if line.strip().startswith("options:"):
+                indent = line[: len(line) - len(line.lstrip())]
+                entries = [f"{name}: {option.documentation}" for name, option in declared.items()]
+                lines[place : place + 1] = [
+                    part
+                    for entry in entries
+                    for part in textwrap.wrap(entry, 120, initial_indent=indent, subsequent_indent=indent + "    ")
+                ]
+        with_all.__doc__ = "\n".join(lines)
+        return cast(_Method, with_all)
+
+    return decorate
+
+
 @dataclass
 class Request:
-    """A call, made definite.
+    """What a call asks for, once its labels, seeds and options are known.
 
     Attributes:
         class_labels: class id of every image; the null class where none was asked for.

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from isthmus.dar.options import Solver
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
-from isthmus.dar.scheduler import Solver
 from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.evaluation.held_out import reconstructions_by_stage
 from isthmus.evaluation.images import ruined

@@ -6,8 +6,6 @@ from typing import Any, TypeVar
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
-from isthmus.nn.guidance import guidance_values
-from isthmus.nn.sampling import check_filters
 from isthmus.nn.saved_model import SavedModel, without_values
 from isthmus.pipelines.options import SamplingOptions, parse_guidance
 from isthmus.training.checkpoints import gathered
@@ -69,10 +67,15 @@ def sampling_options(
             after days.
     """
     guidance = parse_guidance(settings.guidance) if num_classes else 1.0
-    guidance_values(guidance, num_guided_steps)
-    filters = {"top_k": settings.top_k, "top_p": settings.top_p, "temperature": settings.temperature}
-    check_filters(**filters, codebook_size=codebook_size)
-    return SamplingOptions(guidance_scale=guidance, **filters, smooth=settings.smooth)
+    options = SamplingOptions(
+        guidance_scale=guidance,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        temperature=settings.temperature,
+        smooth=settings.smooth,
+    )
+    options.check(codebook_size=codebook_size, num_steps=num_guided_steps)
+    return options
 
 
 def data_record(source: ImageSource | ImageStream) -> dict[str, Any]:

@@ -5,9 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.errors import UserError
 from isthmus.nn.sampling import (
-    check_filters,
     draw_tokens,
     filter_logits,
     guided_logits,
@@ -178,26 +176,3 @@ def test_smooth_temperature_falls_and_has_a_floor():
     assert smooth_temperature(0.0) == pytest.approx(0.27)
     assert smooth_temperature(1.0) == pytest.approx(0.0135)
     assert smooth_temperature(1.1) == 0.005
-
-
-@pytest.mark.parametrize(
-    "filters, message",
-    [
-        ({"top_k": 0}, "top_k must be 1..16"),
-        ({"top_k": 17}, "top_k must be 1..16"),
-        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
-        ({"top_p": 1.01}, "top_p"),
-        ({"top_p": math.nan}, "top_p"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": math.inf}, "temperature"),
-        ({"temperature": math.nan}, "temperature"),
-    ],
-)
-def test_filters_out_of_range(filters, message):
-    with pytest.raises(UserError, match=message):
-        check_filters(**{"top_k": None, "top_p": None, "temperature": 1.0, "codebook_size": 16} | filters)
-
-
-def test_filters_in_range():
-    check_filters(top_k=16, top_p=1.0, temperature=0.1, codebook_size=16)
-    check_filters(top_k=None, top_p=None, temperature=1.0, codebook_size=16)

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from isthmus.errors import UserError
 from isthmus.next_scale.editing import Jumps, KnownPart, edit_scales, known_part, tokens_as_they_are
-from isthmus.next_scale.sampling import ScaleSampler, generate_scales
+from isthmus.next_scale.refinement import refined_scales
+from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.nn.draws import EDIT_STREAMS
 from isthmus.pipelines.options import SamplingOptions
 from tests.pipelines.tiny import tiny_pipeline
@@ -54,7 +55,9 @@ def pipe(request):
 def test_nothing_known_is_sampling_from_the_numbers_of_edits(pipe, smooth):
     options = SamplingOptions(guidance_scale=2.0, top_k=9, smooth=smooth)
     token_ids, features, forwards = edit(pipe, known_of(pipe, torch.ones(3, 1, 8, 8)), options=options)
-    drawn = list(generate_scales(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options, EDIT_STREAMS))
+    drawn = list(
+        refined_scales(ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options, EDIT_STREAMS))
+    )
     assert all(torch.equal(ours, scale.token_ids) for ours, scale in zip(token_ids, drawn, strict=True))
     assert torch.equal(features, drawn[-1].features) and forwards == 3
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -81,3 +82,27 @@ def test_where_null_rows_run():
 )
 def test_written_guidance_is_read_as_it_was(guidance):
     assert parse_guidance(guidance_text(guidance)) == guidance
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"top_k": 0}, "top_k must be 1..16"),
+        ({"top_k": 17}, "top_k must be 1..16"),
+        ({"guidance_scale": (2.0, 2.0)}, r"one value per step \(3\)"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+    ],
+)
+def test_filters_out_of_range(filters, message):
+    with pytest.raises(UserError, match=message):
+        SamplingOptions(**filters).check(codebook_size=16, num_steps=3)
+
+
+def test_filters_in_range():
+    SamplingOptions(top_k=16, top_p=1.0, temperature=0.1).check(codebook_size=16, num_steps=3)
+    SamplingOptions().check(codebook_size=16, num_steps=3)

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from isthmus.errors import UserError
 from isthmus.next_scale.pyramid import next_scale_input, tokens_to_map
 from isthmus.next_scale.refinement import ScaleRefinementScheduler, merged, redraw, refined_scales
-from isthmus.next_scale.sampling import ScaleSampler, generate_scales
+from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
@@ -42,7 +42,7 @@ def test_without_rounds_nothing_changes(attention, scheduler):
     pipe = tiny_pipeline(scale_attention=attention)
     sampler = sampler_of(pipe)
     tokens, features = drawn(sampler, scheduler)
-    plain = list(generate_scales(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, OPTIONS))
+    plain = list(refined_scales(ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, OPTIONS)))
     assert token_hashes(tokens) == token_hashes([scale.token_ids for scale in plain])
     assert_close(features, plain[-1].features)
     assert sampler.num_forwards == 3
@@ -214,7 +214,7 @@ def test_with_smooth_a_causal_jump_reads_kept_scales_again_also_where_their_toke
         seeds = [(1, index) for index in range(image, image + count)]
         return ScaleSampler(pipe.image_tokenizer, pipe.transformer, labels[:count], seeds, options)
 
-    plain = list(generate_scales(pipe.image_tokenizer, pipe.transformer, labels, fresh(0, 300).image_seeds, options))
+    plain = list(refined_scales(fresh(0, 300)))
     found = pipe.image_tokenizer.requantize(plain[-1].features)
     back = torch.stack([(a == b.token_ids).all(dim=1) for a, b in zip(found[:2], plain[:2], strict=True)]).all(dim=0)
     images = back.nonzero().flatten().tolist()

@@ -6,7 +6,7 @@ import torch
 from isthmus.dar.conversion import build_next_token_prior, convert_next_token_prior_state, halves_apart
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.prior import TokenLayout, next_token_inputs, next_token_logits, next_token_loss
-from isthmus.dar.sampling import generate_tokens
+from isthmus.dar.sampling import Prefix, generate_tokens
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.nn.sampling import filter_logits
 from isthmus.pipelines.options import SamplingOptions
@@ -110,7 +110,7 @@ def test_shared_prefix(io, prior, layout):
     expected = io["gen_sharedprefix8_cfg4_tokens"]
     prefix = expected[:1, :8].expand(4, -1)
     assert torch.equal(prefix, io["gen_cfg4_tokens"][:1, :8].expand(4, -1))
-    assert_parity(greedy(prior, layout, io, 4.0, prefix_token_ids=prefix).int(), expected)
+    assert_parity(greedy(prior, layout, io, 4.0, prefix=Prefix(prefix, [8] * 4)).int(), expected)
 
 
 @pytest.mark.parametrize(

@@ -267,8 +267,16 @@ def test_likelihoods_of_images_are_those_of_their_tokens(pipe, image):
         pipe.log_prob()
     with pytest.raises(UserError, match="both or neither"):
         pipe.log_prob(image, token_ids=pipe.encode(image))
-    with pytest.raises(UserError, match="label"):
-        pipe.log_prob(image, ["face", "flag"])
+    for token_ids, labels, said in (
+        (pipe.encode(image), ["face", "flag"], "a class label per image"),
+        (torch.zeros(2, 16, dtype=torch.long), ["face"] * 3, "a class label per image"),
+        (torch.zeros(1, 0, dtype=torch.long), "face", r"1\.\.16 tokens"),
+        (torch.zeros(1, 17, dtype=torch.long), "face", "16 tokens"),
+        (torch.full((1, 16), 16), "face", r"0\.\.15"),
+        (torch.full((1, 16), -1), "face", r"0\.\.15"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipe.log_prob(token_ids=token_ids, class_labels=labels)
 
 
 def test_unlabelled_models_need_no_labels():
@@ -312,6 +320,8 @@ def test_unlabelled_models_need_no_labels():
         ({"prefix_token_ids": torch.zeros(17, dtype=torch.long)}, "an image has 16 tokens"),
         ({"prefix_token_ids": torch.tensor([16])}, r"0\.\.15"),
         ({"prefix_token_ids": torch.tensor([-1])}, r"0\.\.15"),
+        ({"prefix_token_ids": torch.zeros(2, 3, dtype=torch.long)}, "one for each"),
+        ({"prefix_token_ids": torch.zeros(4, dtype=torch.long), "prefix_tokens": [5]}, r"0\.\.4"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_words(pipe, arguments, said):

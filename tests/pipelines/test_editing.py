@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from isthmus.errors import UserError
 from isthmus.next_scale.canvas import extended, kept_as_published, place, to_masks
-from isthmus.next_scale.pipeline import NextScaleEditing
-from isthmus.next_scale.sampling import generate_scales
+from isthmus.next_scale.refinement import refined_scales
+from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.nn.draws import EDIT_STREAMS
 from isthmus.pipelines.loading import load_pipeline
 from tests.pipelines.tiny import tiny_pipeline
@@ -219,7 +219,9 @@ def test_an_edit_reads_other_numbers_than_the_draw_of_its_seed(pipe):
         edited = pipe.variations(IMAGES, 0, ["face", "flag"], seed=5, smooth=smooth, output_type="latent")
         options = pipe.defaults.override(smooth=smooth)
         scales = list(
-            generate_scales(pipe.image_tokenizer, pipe.transformer, labels, seeds, options, streams=EDIT_STREAMS)
+            refined_scales(
+                ScaleSampler(pipe.image_tokenizer, pipe.transformer, labels, seeds, options, streams=EDIT_STREAMS)
+            )
         )
         assert all(torch.equal(a, b.token_ids) for a, b in zip(edited.token_ids, scales, strict=True))
         assert_close(edited.images, scales[-1].features)
@@ -367,10 +369,10 @@ def test_what_cannot_be_edited_is_refused(said, call):
 
 def test_options_of_a_call_are_taken():
     pipe = tiny_pipeline()
-    known = inspect.signature(NextScaleEditing._edit_request).parameters
-    call = inspect.signature(type(pipe).__call__).parameters
-    assert set(call) - set(known) <= {"num_images_per_class", "callback_on_step_end", "scheduler"}
+    call = set(inspect.signature(type(pipe).__call__).parameters) - {"num_images_per_class", "callback_on_step_end"}
+    for edit in (pipe.inpaint, pipe.outpaint, pipe.edit_class, pipe.super_resolve, pipe.variations):
+        assert call - {"self"} <= set(inspect.signature(edit).parameters)
     greedy = [pipe.inpaint(IMAGES, MASK, top_k=1, seed=s, output_type="pt").images for s in (1, 2)]
     assert torch.equal(*greedy)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="inpaint has no option guidance. Did you mean guidance_scale?"):
         pipe.inpaint(IMAGES, MASK, guidance=2.0)

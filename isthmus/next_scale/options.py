@@ -1,0 +1,55 @@
+"""Options of a next-scale model's call and of its edits, declared once. This file does not import torch."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from isthmus.pipelines.options import FOLDER_DEFAULT, CallOptions, Default, Option
+
+Keeping = Literal["coverage", "published"]
+"""Which tokens an edit keeps; see `isthmus.next_scale.editing.known_part`."""
+
+
+class NextScaleOptions(CallOptions, total=False):
+    """Options of a call of `NextScalePipeline`, and of every edit."""
+
+    smooth: Annotated[
+        bool | Default,
+        Option(FOLDER_DEFAULT, "Mix codes instead of drawing one: softer images (token ids are drawn all the same)."),
+    ]
+
+
+class InpaintOptions(NextScaleOptions, total=False):
+    """Options of the edits that keep what lies outside a mask."""
+
+    keeping: Annotated[
+        Keeping, Option("coverage", '"published" is VAR\'s procedure, which also reads what lies under the mask.')
+    ]
+    max_unknown: Annotated[
+        float | Sequence[float] | None,
+        Option(
+            None,
+            '"coverage" keeps a token with at most this share of unknown pixels, in [0, 1); one number, or one per '
+            "scale; None is one half. More keeps more of the coarse scales.",
+        ),
+    ]
+    jumps: Annotated[
+        int | Sequence[int],
+        Option(
+            0,
+            "Simple resampling, times per scale (one number for every scale from `jump_scales` on, counted from 0, or "
+            "one each); 0 is off. A jump costs `jump_scales` more forwards.",
+        ),
+    ]
+    jump_scales: Annotated[
+        int | None,
+        Option(None, "How many scales a jump draws again; None is 2. Jumps start behind so many. It needs jumps."),
+    ]
+    paste: Annotated[bool, Option(True, "Put the known pixels back over the result, blended beside the mask.")]
+    seam_px: Annotated[
+        int | None,
+        Option(
+            None,
+            "Width of the blend in pixels of the result, on the known side of the mask; None is 1/16 of the model's "
+            "size. It needs paste.",
+        ),
+    ]
