@@ -70,7 +70,8 @@ def token_log_likelihood(
         class_labels: (b,), 0..num_classes; num_classes is the null label.
 
     Raises:
-        UserError: tokens or labels are out of range or do not match in number, or the models are strangers.
+        UserError: tokens or labels are out of range or do not match in number, or tokenizer and transformer do not
+            belong together.
     """
     schedule = shared_schedule(image_tokenizer, transformer)
     token_ids, class_labels = _checked(transformer, schedule, token_ids, class_labels)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.nn.saved_model import Config, check_finite, without_values
+from isthmus.pipelines.folder import FORMAT
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.pipelines.request import token_hashes
