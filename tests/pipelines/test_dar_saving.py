@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.nn.saved_model import Config
+from isthmus.pipelines.folder import FORMAT
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.options import SamplingOptions
 from tests.pipelines.tiny_dar import tiny_dar
@@ -54,7 +55,7 @@ def test_saving_is_quiet(folder, tmp_path, capfd):
 
 def test_the_folder_holds_what_the_design_says(folder):
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["isthmus_format"] == 1 and index["isthmus_version"]
+    assert index["isthmus_format"] == FORMAT and index["isthmus_version"]
     assert index["transformer"] == ["transformers", "LlamaForCausalLM"]
     assert index["scheduler"] == ["isthmus.dar.scheduler", "FlowMatchingScheduler"]
     assert index["image_tokenizer"] == ["isthmus.dar.tokenizer", "DiffusionTokenizer"]

@@ -56,7 +56,7 @@ def test_a_pipeline_loaded_without_values_has_its_shapes_alone(pipeline, tmp_pat
 
 def test_the_folder_holds_what_the_design_says(saved):
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["isthmus_format"] == 1 and index["isthmus_version"] and index["scheduler"] == [None, None]
+    assert index["isthmus_format"] == FORMAT and index["isthmus_version"] and index["scheduler"] == [None, None]
     assert index["class_names"] == {"0": "face", "1": "flag", "2": "hand"}
     assert index["preprocessing"]["image_size"] == 8
     card = (saved / "README.md").read_text()
