@@ -1,17 +1,19 @@
+import itertools
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.prior import TokenLayout, next_token_logits
-from isthmus.dar.sampling import generate_tokens
+from isthmus.dar.sampling import generate_tokens, log_likelihood
 from isthmus.errors import UserError
 from isthmus.nn.draws import token_uniforms
 from isthmus.nn.guidance import GuidanceSchedule, guidance_values
 from isthmus.nn.sampling import draw_tokens, filter_logits
 from isthmus.pipelines.options import SamplingOptions
-from tests.generation.tiny_prior import LAYOUT, tiny_prior
+from tests.dar.tiny_prior import LAYOUT, tiny_prior
 
 N = LAYOUT.num_tokens
 SEEDS = [(7, i) for i in range(5)]
@@ -244,3 +246,37 @@ def test_what_lies_behind_a_shorter_prefix_is_not_looked_at(prior):
         draw(prior, prefix_token_ids=padded.where(torch.arange(N) < 3, -1), prefix_lengths=lengths),
         draw(prior, prefix_token_ids=PREFIX, prefix_lengths=lengths),
     )
+
+
+def test_all_sequences_together_have_probability_one():
+    layout = TokenLayout(codebook_size=3, num_classes=1, num_tokens=3)
+    sequences = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    for label in (0, 1):
+        log_p = log_likelihood(tiny_prior(layout), layout, sequences, torch.full((27,), label)).sum(dim=1)
+        assert_close(log_p.exp().sum(), torch.tensor(1.0))
+
+
+def test_a_token_costs_what_the_logits_before_it_say():
+    prior, labels = tiny_prior(), torch.tensor([1, 3])
+    token_ids = torch.randint(24, (2, 12), generator=torch.Generator().manual_seed(0))
+    log_p = log_likelihood(prior, LAYOUT, token_ids, labels)
+    for p in range(12):
+        logits = next_token_logits(prior, LAYOUT, labels, token_ids[:, :p])[:, -1].log_softmax(dim=-1)
+        assert_close(log_p[:, p], logits.gather(1, token_ids[:, p : p + 1])[:, 0].detach())
+    assert_close(log_likelihood(prior, LAYOUT, token_ids[:, :5], labels), log_p[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "labels", "said"),
+    [
+        (torch.full((1, 12), 24), [0], "0..23"),
+        (torch.full((1, 12), -1), [0], "0..23"),
+        (torch.zeros(1, 13, dtype=torch.long), [0], "1..12 tokens"),
+        (torch.zeros(1, 0, dtype=torch.long), [0], "1..12 tokens"),
+        (torch.zeros(2, 12, dtype=torch.long), [0], "per image"),
+        (torch.zeros(1, 12, dtype=torch.long), [4], "class labels"),
+    ],
+)
+def test_bad_tokens_and_labels_are_refused(token_ids, labels, said):
+    with pytest.raises(UserError, match=said):
+        log_likelihood(tiny_prior(), LAYOUT, token_ids, torch.tensor(labels))
