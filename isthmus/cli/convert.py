@@ -130,7 +130,7 @@ def _read_names(path: Path | None) -> list[str]:
     if path is None:
         return []
     if not path.is_file():
-        raise UserError(f"--class-names must be a text file, got {path}, which is none. Check the path.")
+        raise UserError(f"--class-names must be a text file, got {path}, which is no file. Check the path.")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -53,7 +53,9 @@ class Sample(SteeredDrawOptions):
         if (self.prefix_image is None) != (self.prefix_tokens is None):
             raise UserError("a layout is kept by --prefix-image FILE and --prefix-tokens M together, got one of them.")
         if self.prefix_image is not None and not self.prefix_image.is_file():
-            raise UserError(f"--prefix-image must be an image file, got {self.prefix_image}, which is none.")
+            raise UserError(
+                f"--prefix-image must be an image file, got {self.prefix_image}, which is no file. Check the path."
+            )
 
     def steering(self) -> dict[str, int | str]:
         """Arguments that only some models have, where they were given."""
@@ -112,7 +114,7 @@ class _Edit(DrawOptions):
         if self.num < 1:
             raise UserError(f"--num must be at least 1, got {self.num}.")
         if not self.image.is_file():
-            raise UserError(f"--image must be an image file, got {self.image}, which is none.")
+            raise UserError(f"--image must be an image file, got {self.image}, which is no file. Check the path.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ class Inpaint(_Keeping):
     def __post_init__(self):
         super().__post_init__()
         if not self.mask.is_file():
-            raise UserError(f"--mask must be an image file, got {self.mask}, which is none.")
+            raise UserError(f"--mask must be an image file, got {self.mask}, which is no file. Check the path.")
 
 
 @dataclass(frozen=True, kw_only=True)

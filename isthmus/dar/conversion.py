@@ -466,7 +466,7 @@ def convert_dar(
         class_names=class_names,
         sampling_defaults=SamplingOptions(guidance_scale=guidance),
         data={
-            "name": f"whatever {Path(prior).name} and {Path(tokenizer).name} were trained on",
+            "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
             "attribution": "that of the files this model was converted from, and of their training data.",
         },
         protocol="Converted from published D-AR weights; not trained further.",

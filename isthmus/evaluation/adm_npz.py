@@ -251,7 +251,7 @@ def _header(member: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], bo
 
 def _names(path: Path) -> set[str]:
     if not path.is_file():
-        raise UserError(f"an .npz file is needed, got {path}, which is none. Check the path.")
+        raise UserError(f"an .npz file is needed, got {path}, which is no file. Check the path.")
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}

@@ -190,8 +190,9 @@ def check_balance(
     most = int(np.abs(ours - theirs).argmax())
     return (
         f"Classes are not as frequent as in the reference ({names[most]}: {100 * ours[most]:.0f} % of the samples, "
-        f"{100 * theirs[most]:.0f} % of the reference): a part of every distance is that, and no model can mend it. "
-        "Compare at equal balance only, or draw as often as in the data (--balance data)."
+        f"{100 * theirs[most]:.0f} % of the reference): a part of every distance comes from "
+        "that alone, however good the model. Compare at equal balance only, or draw as often as in the data "
+        "(--balance data)."
     )
 
 

@@ -232,7 +232,7 @@ def convert_var(
         class_names=class_names,
         sampling_defaults=sampling,
         data={
-            "name": f"whatever {Path(prior).name} and {Path(tokenizer).name} were trained on",
+            "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
             "attribution": "that of the files this model was converted from, and of their training data.",
         },
         protocol=f"Converted from published VAR weights, scale_attention {scale_attention}; not trained further.",

@@ -72,7 +72,8 @@ def token_log_likelihood(
         class_labels: (b,), 0..num_classes; num_classes is the null label.
 
     Raises:
-        UserError: the two models do not belong together. Tokens are the caller's to check (`check_token_ids`).
+        UserError: tokenizer and transformer do not belong together. Tokens are the caller's to check
+            (`check_token_ids`).
     """
     schedule = shared_schedule(image_tokenizer, transformer)
     token_ids = [ids.long().to(transformer.device) for ids in token_ids]

@@ -90,7 +90,7 @@ def work(cost: Cost, num_steps: int, batch_size: int) -> str:
 def report(run: Run, network: str, cost: Cost, *, trainings: Mapping[str, str] | None = None) -> str:
     """The run as JSON, then its network, size, cost and memory.
 
-    `trainings` are the rows of a run that consists of several; None is a single one.
+    `trainings`: for a run of several trainings, one row each (name, text); None is a single training.
     """
     part = run.batch_size // run.accumulate
     memory = cost.num_parameters * _BYTES_PER_PARAMETER + part * cost.activation_bytes

@@ -127,7 +127,7 @@ def test_broken_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
         read_adm_images(path)
-    with pytest.raises(UserError, match="which is none"):
+    with pytest.raises(UserError, match="which is no file"):
         read_adm_images(tmp_path / "b.npz")
     np.savez(path, mu=np.zeros(3), sigma=np.eye(2))
     with pytest.raises(UserError, match="sigma must be"):

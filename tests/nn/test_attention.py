@@ -14,6 +14,7 @@ from isthmus.nn.attention import (
     causal_attention,
     markov_attention,
     scale_causal_mask,
+    tanh_gelu,
     unit_heads,
 )
 
@@ -142,3 +143,16 @@ def test_training_under_autocast_is_nearer_to_fp32_than_bf16_resolves(attention)
             torch.cat([g.flatten() for g in torch.autograd.grad(mixed.float().sum(), [x, *layer.parameters()])])
         )
     assert (gradients[1] - gradients[0]).norm() < 8 * 2**-9 * gradients[0].norm()
+
+
+def test_gelu_without_gradient_equals_torch():
+    x = torch.linspace(-12, 12, 4001)
+    torch.testing.assert_close(tanh_gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
+    before = x.clone()
+    tanh_gelu(x)
+    assert torch.equal(x, before)
+
+
+def test_gelu_with_gradient_is_torch():
+    x = torch.randn(50, requires_grad=True)
+    assert torch.equal(tanh_gelu(x), F.gelu(x, approximate="tanh"))

@@ -59,18 +59,29 @@ def parts_of(token_ids, plan):
         yield token_ids[:, start:end]
 
 
-@pytest.mark.parametrize("num_steps", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 16))])
+OVERLAPPING = {"tokens_per_step": 8}
+RAGGED = {"tokens_per_step": 6, "num_condition_layers": 0}
+CANVAS = {"canvas_tokens": 16, "canvas_side": 4, "prediction": "image"}
+
+
+# every number of steps, every layout of windows and every solver, and each solver with each layout
 @pytest.mark.parametrize(
-    "options",
+    ("num_steps", "options", "solver"),
     [
-        {},
-        {"tokens_per_step": 8},
-        {"tokens_per_step": 6, "num_condition_layers": 0},
-        {"canvas_tokens": 16, "canvas_side": 4, "prediction": "image"},
+        (1, {}, "euler"),
+        (4, {}, "adams-bashforth"),
+        (5, {}, "adams-bashforth-variable"),
+        (4, OVERLAPPING, "euler"),
+        (3, OVERLAPPING, "adams-bashforth"),
+        (16, OVERLAPPING, "adams-bashforth-variable"),
+        (16, RAGGED, "euler"),
+        (5, RAGGED, "adams-bashforth"),
+        (3, RAGGED, "adams-bashforth-variable"),
+        (3, CANVAS, "euler"),
+        (16, CANVAS, "adams-bashforth"),
+        (4, CANVAS, "adams-bashforth-variable"),
     ],
-    ids=["plain", "overlapping", "ragged-windows", "canvas"],
 )
-@pytest.mark.parametrize("solver", ["euler", "adams-bashforth", "adams-bashforth-variable"])
 def test_the_stream_equals_the_two_phases(num_steps, options, solver):
     tokenizer, decoder, scheduler, token_ids = tiny(**options)
     plan = SolverPlan.of(scheduler, num_inference_steps=num_steps, solver=solver)

@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 from isthmus.dar.llama_decoding import Int8Product, LlamaDecoder, PackedProduct, WholeProduct, fastest_product
 from isthmus.dar.prior import TokenLayout, llama_config, new_prior, next_token_inputs, next_token_logits
 from isthmus.errors import UserError
-from tests.generation.tiny_prior import LAYOUT, tiny_prior
+from tests.dar.tiny_prior import LAYOUT, tiny_prior
 from tests.testers import NETWORK, needs_compiler, run_compiled
 
 LABELS = torch.tensor([0, 2, 3])
@@ -168,7 +168,7 @@ def test_int8_is_refused_where_it_does_not_run(prior):
 
 COMPILED = """
 import torch
-from tests.generation.tiny_prior import LAYOUT, tiny_prior
+from tests.dar.tiny_prior import LAYOUT, tiny_prior
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.sampling import generate_tokens

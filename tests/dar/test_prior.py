@@ -15,7 +15,7 @@ from isthmus.dar.prior import (
     next_token_loss,
 )
 from isthmus.errors import UserError
-from tests.generation.tiny_prior import LAYOUT, tiny_prior
+from tests.dar.tiny_prior import LAYOUT, tiny_prior
 
 PUBLISHED = TokenLayout(codebook_size=16384, num_classes=1000, num_tokens=256)
 LABELS, TOKENS = torch.tensor([0, 2, 3]), torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(0))
