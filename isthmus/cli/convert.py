@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ import tyro
 from isthmus.cli.options import parse
 from isthmus.errors import UserError
 from isthmus.files import check_writable, contents
+from isthmus.training.arguments import arguments_of
 
 logger = logging.getLogger("isthmus")
 
@@ -36,8 +37,14 @@ class ConvertVar:
     """Text file with one class name per line, in the order of the class ids."""
 
 
+_Tokens = arguments_of(
+    "isthmus.dar.tokenizer:DiffusionTokenizer", ["image_size", "num_tokens", "num_groups", "tokens_per_step"]
+)
+_Flow = arguments_of("isthmus.dar.scheduler:FlowMatchingScheduler", ["num_inference_steps", "time_shift", "data_std"])
+
+
 @dataclass(frozen=True, kw_only=True)
-class ConvertDar:
+class ConvertDar(_Tokens, _Flow):
     """Published D-AR weights (.pt, .safetensors or shards; bare, nested or EMA) to a folder.
 
     Layers and widths are read off the files. What shapes cannot tell comes from the settings in the tokenizer file;
@@ -55,26 +62,6 @@ class ConvertDar:
     """Text file with one class name per line, in the order of the class ids."""
     num_heads: int | None = None
     """Heads of the prior; None takes heads that are 64 wide, as published."""
-    image_size: int | None = None
-    """Side of the training images in pixels."""
-    num_tokens: int | None = None
-    """Tokens of an image."""
-    num_groups: int | None = None
-    """Groups that they fall into."""
-    tokens_per_step: int | None = None
-    """Tokens that drive a solver step; more than a group are overlapping windows."""
-    num_inference_steps: int | None = None
-    """Solver steps."""
-    time_shift: float | None = None
-    """Of the time grid."""
-    data_std: float | None = None
-    """Factor between images and states of the diffusion."""
-
-    def settings(self) -> dict[str, int | float]:
-        """Those of the last options that were given."""
-        names = ("image_size", "num_tokens", "num_groups", "tokens_per_step", "num_inference_steps", "time_shift")
-        given = {name: getattr(self, name) for name in (*names, "data_std")}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 def run_var(arguments: Sequence[str]) -> None:
@@ -103,12 +90,14 @@ def run_dar(arguments: Sequence[str]) -> None:
     # imported here: --help does without
     from isthmus.dar.conversion import convert_dar
 
+    names = [field.name for field in (*fields(_Tokens), *fields(_Flow))]
+    settings = {name: getattr(command, name) for name in names if getattr(command, name) is not None}
     converted = convert_dar(
         command.tokenizer,
         command.prior,
         num_heads=command.num_heads,
         class_names=_read_names(command.class_names),
-        **command.settings(),
+        **settings,
     )
     _report_dropped("tokenizer", converted.dropped_tokenizer_keys)
     _report_dropped("prior", converted.dropped_prior_keys)

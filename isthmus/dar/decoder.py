@@ -161,7 +161,7 @@ class FlowDecoder(SavedModel):
         init_gate: initial gates of all blocks; 0 starts every block as the identity.
         canvas_tokens: `num_tokens` of the tokenizer: all tokens up to the end of the window paint a small image, which
             the network reads beside x_t, and which an "image" prediction only corrects. None has no such image.
-        canvas_side: side of that image in pixels.
+        canvas_side: side of that small image in pixels.
         canvas_rank: rank of the map by which a token paints.
         modulation_std: standard deviation of the initial weights that turn time and tokens into modulation; 0 starts
             with tokens that change nothing.

@@ -124,9 +124,9 @@ def llama_config(
     Args:
         layout: ids and sequence length. `codebook_size` is recorded beside Llama's own settings, so that a prior
             under another tokenizer is noticed; other readers of the file ignore it.
-        width: of the hidden states; a multiple of twice `num_heads`.
+        width: width of the residual stream, a multiple of twice `num_heads`.
         num_layers: blocks.
-        num_heads: heads of each.
+        num_heads: attention heads.
         feed_forward_width: inner width; None is the published rule, int(8 width / 3) rounded up to a multiple of 256.
 
     Raises:

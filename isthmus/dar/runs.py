@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from isthmus.dar.options import Solver
 from isthmus.errors import UserError
+from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
     AugmentConfig,
@@ -24,100 +26,45 @@ from isthmus.training.config import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiffusionTokenizerModel:
+class DiffusionTokenizerModel(
+    arguments_of(
+        "isthmus.dar.tokenizer:DiffusionTokenizer",
+        ["image_size", "patch_size", "width", "num_layers", "condition_width", "num_condition_layers", "head_width"]
+        + ["num_tokens", "num_groups", "tokens_per_step", "codebook_size", "codebook_dim", "table_rows"]
+        + ["low_rank_queries", "query_rank", "query_std", "init_gate", "position_table", "linear_query_rank"]
+        + ["linear_query_side", "latent_norm", "quantized"],
+    )
+):
     """Arguments of `DiffusionTokenizer`; None takes the preset's value, or with --from the model's."""
 
-    image_size: int | None = None
-    """Side of the training images in pixels, a multiple of both patch sizes."""
-    patch_size: int | None = None
-    """Side of the encoder's patches in pixels."""
-    width: int | None = None
-    """Width of the encoder."""
-    num_layers: int | None = None
-    """Blocks of the encoder."""
-    condition_width: int | None = None
-    """Width of the causal stack after the codebook, and of what the decoder reads."""
-    num_condition_layers: int | None = None
-    """Blocks of that stack."""
-    head_width: int | None = None
-    """Width of an attention head in encoder and stack, a multiple of 4."""
-    num_tokens: int | None = None
-    """Tokens of an image, a multiple of the groups."""
-    num_groups: int | None = None
-    """Groups of tokens: each drives its share of the diffusion."""
-    tokens_per_step: int | None = None
-    """Tokens a solver step reads; more than num_tokens / num_groups makes windows that overlap."""
-    codebook_size: int | None = None
-    """Number of codes."""
-    codebook_dim: int | None = None
-    """Width of a code."""
-    table_rows: int | None = None
-    """Rows of the query and position tables, at least num_tokens."""
-    low_rank_queries: bool | None = None
-    """Queries from a narrow table and a linear layer."""
-    query_rank: int | None = None
-    """Width of that narrow table."""
-    query_std: float | None = None
-    """Initial spread of the query table."""
-    init_gate: float | None = None
-    """Initial size of the gates of encoder and stack; 0 starts every block as the identity (published)."""
-    position_table: bool | None = None
-    """Add a learned table of positions to the encoder's patches."""
-    linear_query_rank: int | None = None
-    """Numbers that each query reads off the shrunk image by a linear map; None starts all images alike (published)."""
-    linear_query_side: int | None = None
-    """Side of that shrunk image in pixels."""
-    latent_norm: bool | None = None
-    """Batch normalisation of the latents before they are brought to unit length."""
-    quantized: bool | None = None
-    """Whether tokens are discrete; a prior needs them so."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class FlowDecoderModel:
-    """Arguments of `FlowDecoder`; None takes the preset's value, or with --from the model's."""
+class FlowDecoderModel(
+    arguments_of(
+        "isthmus.dar.decoder:FlowDecoder",
+        ["patch_size", "width", "num_layers", "head_width", "shared_time_embedding", "adaptive_head", "prediction"]
+        + ["canvas_side", "canvas_rank", "init_gate", "modulation_std"],
+    )
+):
+    """Arguments of `FlowDecoder`; None takes the preset's value, or with --from the model's.
 
-    patch_size: int | None = None
-    """Side of the decoder's patches in pixels."""
-    width: int | None = None
-    """Width."""
-    num_layers: int | None = None
-    """Blocks."""
-    head_width: int | None = None
-    """Width of an attention head, a multiple of 4."""
-    shared_time_embedding: bool | None = None
-    """One embedding of the time for all blocks instead of one each."""
-    adaptive_head: bool | None = None
-    """Modulate the last layer by the time as well; needs shared_time_embedding."""
+    Two of them follow from the tokenizer, and a run says whether they are there.
+    """
+
     position_table: bool | None = None
     """Add a learned table of positions to the patches, of the grid of the training images."""
-    prediction: Literal["velocity", "image"] | None = None
-    """What the network puts out: the velocity (published), or the image, from which the velocity follows."""
     canvas: bool | None = None
     """Tokens paint a small image together, which the decoder reads and corrects; False is the published network."""
-    canvas_side: int | None = None
-    """Side of that image in pixels."""
-    canvas_rank: int | None = None
-    """Rank of the map by which a token paints."""
-    init_gate: float | None = None
-    """Initial size of the gates; 0 starts every block as the identity (published)."""
-    modulation_std: float | None = None
-    """Initial spread of the weights that turn time and tokens into modulation; 0 starts deaf to both (published)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowSettings:
+class FlowSettings(
+    arguments_of(
+        "isthmus.dar.scheduler:FlowMatchingScheduler",
+        ["num_inference_steps", "time_shift", "data_std", "solver"],
+        Solver=Solver,
+    )
+):
     """Arguments of `FlowMatchingScheduler`; None takes the preset's value, or with --from the model's."""
-
-    num_inference_steps: int | None = None
-    """Solver steps of a decode."""
-    time_shift: float | None = None
-    """More than 1 spends more of the time near noise."""
-    data_std: float | None = None
-    """Images are multiplied by this before noise of standard deviation 1 is mixed in."""
-    solver: Literal["euler", "adams-bashforth", "adams-bashforth-variable"] | None = None
-    """Solver of a decode; held-out images are measured with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,18 +178,10 @@ class DiffusionTokenizerRun(Run):
         return super().tied_to_length(before, taken) + revival
 
 
-@dataclass(frozen=True, kw_only=True)
-class LlamaModel:
+class LlamaModel(
+    arguments_of("isthmus.dar.prior:llama_config", ["width", "num_layers", "num_heads", "feed_forward_width"])
+):
     """Sizes of the Llama; None takes the preset's value, or with --from the model's."""
-
-    width: int | None = None
-    """Width of the residual stream."""
-    num_layers: int | None = None
-    """Blocks."""
-    num_heads: int | None = None
-    """Attention heads."""
-    feed_forward_width: int | None = None
-    """Hidden width of the feed-forward; None takes 8/3 of the width, rounded up to a multiple of 256."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,12 +65,12 @@ class FlowMatchingScheduler(Recorded):
     where the unshifted time `raw_t` appears. It holds no state: a solver's history is an argument.
 
     Args:
-        num_inference_steps: solver steps of one image, unless a call says otherwise.
+        num_inference_steps: solver steps of an image, where a call does not say.
         num_groups: groups that the tokens fall into.
         num_tokens: tokens of an image.
         tokens_per_step: tokens that drive a step; None is one group, more are overlapping windows.
-        time_shift: t = raw / (raw + shift (1 - raw)).
-        data_std: states are t * data_std * image + (1 - t) * noise.
+        time_shift: more than 1 spends more of the time near noise: t = raw / (raw + shift (1 - raw)).
+        data_std: factor on images before noise is mixed in: states are t * data_std * image + (1 - t) * noise.
         solver: "euler"; "adams-bashforth", the published two-step rule 1.5 v - 0.5 v_previous, whose coefficients are
             those of an even grid; or "adams-bashforth-variable", with the coefficients that the uneven grid asks for.
             The two-step rules begin with a step of Euler.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from isthmus.errors import UserError
+from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
     AugmentConfig,
@@ -24,28 +25,14 @@ from isthmus.training.config import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerModel:
+class TokenizerModel(
+    arguments_of(
+        "isthmus.next_scale.tokenizer:MultiScaleVQVAE",
+        ["codebook_size", "codebook_dim", "scale_sizes", "base_channels", "channel_multipliers", "num_res_blocks"]
+        + ["num_phi", "dropout", "pixel_unshuffle"],
+    )
+):
     """Arguments of `MultiScaleVQVAE`; None takes the preset's value, or with --from the model's."""
-
-    codebook_size: int | None = None
-    """Number of codes."""
-    codebook_dim: int | None = None
-    """Width of a code."""
-    scale_sizes: tuple[int, ...] | None = None
-    """Sides of the scales, coarse to fine; the last is the latent grid."""
-    base_channels: int | None = None
-    """Width of the first level, a multiple of 32."""
-    channel_multipliers: tuple[int, ...] | None = None
-    """One factor per level; the stride is 2 ** (levels - 1), times pixel_unshuffle."""
-    num_res_blocks: int | None = None
-    """Residual blocks per encoder level; the decoder has one more."""
-    num_phi: int | None = None
-    """Number of phi convolutions."""
-    dropout: float | None = None
-    """Dropout inside residual blocks."""
-    pixel_unshuffle: int | None = None
-    """Side of the squares of pixels that enter as channels; the stride counts it. 1 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,28 +112,14 @@ class TokenizerRun(Run):
         return tied
 
 
-@dataclass(frozen=True, kw_only=True)
-class PriorModel:
+class PriorModel(
+    arguments_of(
+        "isthmus.next_scale.transformer:NextScaleTransformer",
+        ["width", "num_layers", "num_heads", "scale_attention", "shared_adaln", "l2_attention", "mlp_ratio"]
+        + ["drop_path", "init_gate"],
+    )
+):
     """Arguments of `NextScaleTransformer`; None takes the preset's value, or with --from the model's."""
-
-    width: int | None = None
-    """Width of the residual stream."""
-    num_layers: int | None = None
-    """Blocks."""
-    num_heads: int | None = None
-    """Attention heads."""
-    scale_attention: Literal["causal", "markov"] | None = None
-    """causal (VAR) or markov (SRDD)."""
-    shared_adaln: bool | None = None
-    """One modulation for all blocks."""
-    l2_attention: bool | None = None
-    """Unit queries and keys."""
-    mlp_ratio: float | None = None
-    """Hidden width of the feed-forward over the width."""
-    drop_path: float | None = None
-    """Stochastic depth of the last block."""
-    init_gate: float | None = None
-    """Initial size of the gates."""
 
 
 @dataclass(frozen=True, kw_only=True)

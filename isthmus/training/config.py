@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
-from isthmus.errors import UserError
+from isthmus.errors import UserError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,8 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise UserError(
-            f"{kind.__name__} has no field {prefix + unknown[0]}. Pass the run.json of such a run, of this version."
+            f"{kind.__name__} has no field {prefix + unknown[0]}.{nearest(unknown[0], hints)} Pass the run.json of "
+            "such a run, of this version."
         )
     made = {}
     for name, value in values.items():

@@ -1,0 +1,54 @@
+import inspect
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import get_args, get_origin, get_type_hints
+
+import pytest
+
+from isthmus.dar.decoder import FlowDecoder
+from isthmus.dar.prior import llama_config
+from isthmus.dar.runs import DiffusionTokenizerModel, FlowDecoderModel, FlowSettings, LlamaModel
+from isthmus.dar.scheduler import FlowMatchingScheduler
+from isthmus.dar.tokenizer import DiffusionTokenizer
+from isthmus.errors import UserError
+from isthmus.next_scale.runs import PriorModel, PriorRun, TokenizerModel
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.training.arguments import arguments_of
+from isthmus.training.config import run_from_json
+
+# of the decoder, a run says whether there are positions and a canvas; their sizes are the tokenizer's
+NOT_READ = {"position_table", "canvas"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "constructor"),
+    [
+        (TokenizerModel, MultiScaleVQVAE),
+        (PriorModel, NextScaleTransformer),
+        (DiffusionTokenizerModel, DiffusionTokenizer),
+        (FlowDecoderModel, FlowDecoder),
+        (FlowSettings, FlowMatchingScheduler),
+        (LlamaModel, llama_config),
+    ],
+)
+def test_what_a_run_sets_is_what_the_constructor_takes(settings, constructor):
+    function = constructor.__init__ if isinstance(constructor, type) else constructor
+    taken, hints = inspect.signature(function).parameters, get_type_hints(settings, include_extras=True)
+    for name in {field.name for field in fields(settings)} - NOT_READ:
+        hint, about = hints[name].__origin__, hints[name].__metadata__[0].documentation
+        wanted = taken[name].annotation
+        if get_origin(wanted) is Sequence:
+            wanted = tuple[get_args(wanted)[0], ...]
+        assert hint == wanted | None
+        assert not about[0].islower() and about.endswith(".")
+    assert all(value is None for value in vars(settings()).values())
+
+
+def test_an_argument_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="has no documented argument widht, it has scale_sizes"):
+        arguments_of("isthmus.next_scale.transformer:NextScaleTransformer", ["widht"])
+    with pytest.raises(TypeError, match="widht"):
+        PriorModel(widht=3)
+    with pytest.raises(UserError, match=r"no field model.widht. Did you mean width\?"):
+        run_from_json(PriorRun, {"model": {"widht": 3}})
