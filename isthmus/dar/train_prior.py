@@ -43,6 +43,7 @@ from isthmus.training.images import dropped_labels, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import save_samples
 from isthmus.training.saved_networks import export_pipeline, kept_classes, sampling_options
+from isthmus.training.train_prior import PriorTask
 
 _SEEDS = 2**63
 
@@ -214,8 +215,8 @@ _SIZES = {
 }
 
 
-class NextTokenPriorTask:
-    """A Llama on the tokens of a D-AR tokenizer, as the training loop asks for it (`PriorTask`).
+class NextTokenPriorTask(PriorTask):
+    """A Llama on the tokens of a D-AR tokenizer, as the training loop asks for it.
 
     Attributes:
         sharded: what FSDP2 gathers one by one.
@@ -265,16 +266,6 @@ class NextTokenPriorTask:
             f"tokens of {layout.codebook_size} codes; {len(source)} images, {len(source.class_names) or 'no'} classes"
         )
         return report(run, about, training_cost(llama, forward))
-
-    @staticmethod
-    def has_unused_parameters(run: NextTokenPriorRun) -> bool:
-        """Every step reaches every weight."""
-        return False
-
-    @staticmethod
-    def is_compiled(run: NextTokenPriorRun) -> bool:
-        """The hooks that drop residuals would break a graph at every layer."""
-        return False
 
     def place(self, device: torch.device) -> None:
         """Move tokenizer and decoder, which previews need too, to the device of the training."""

@@ -46,7 +46,7 @@ from isthmus.training.cost import num_parameters, report, training_cost
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import PREVIEW_SEED, preview_images, save_reconstructions
 from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, export_tokenizer, refuse_contradictions
-from isthmus.training.train_tokenizer import TokenizerLosses
+from isthmus.training.train_tokenizer import TokenizerLosses, TokenizerTask
 
 
 @torch.no_grad()
@@ -529,26 +529,6 @@ def frozen_networks(run: DiffusionTokenizerRun, device: torch.device) -> tuple[n
     return distance, teacher
 
 
-def draw_times(run: DiffusionTokenizerRun, scheduler: FlowMatchingScheduler, positions: Tensor) -> Tensor:
-    """Raw times (b, k) of training positions."""
-    return raw_times(
-        positions,
-        run.loss.noise_levels,
-        kind=run.loss.times,
-        num_groups=scheduler.config["num_groups"],
-        latest=run.loss.latest_time,
-        seed=run.seed,
-    )
-
-
-def mean_counted_tokens(
-    accelerator: Accelerator, scheduler: FlowMatchingScheduler, raw_t: Sequence[Tensor]
-) -> Float[Tensor, ""]:
-    """Tokens that the codebook errors count, mean over the parts of the batch and all processes."""
-    ends = torch.cat([scheduler.window_of(times.flatten()) for times in raw_t]) + scheduler.tokens_per_step
-    return cast(Tensor, accelerator.reduce(ends.sum().float() / len(raw_t), "mean"))
-
-
 @dataclass(frozen=True)
 class NoiseLevels:
     """Levels of noise for one part of a batch.
@@ -562,8 +542,8 @@ class NoiseLevels:
     counted_tokens: Float[Tensor, ""]
 
 
-class DiffusionTokenizerTask:
-    """`DiffusionTokenizer` with its `FlowDecoder`, as the training loop asks for them (`TokenizerTask`)."""
+class DiffusionTokenizerTask(TokenizerTask):
+    """`DiffusionTokenizer` with its `FlowDecoder`, as the training loop asks for them."""
 
     level = "group"
 
@@ -606,14 +586,18 @@ class DiffusionTokenizerTask:
         )
         return report(run, about, training_cost(network, forward))
 
-    def prepare_others(self) -> None:
-        """Nothing is trained beside tokenizer, decoder and heads."""
-
     def draw(self, parts: Sequence[Batch]) -> Sequence[NoiseLevels]:
         """Noise levels; the codebook losses are means over the tokens that those of the whole batch count."""
-        device = self._accelerator.device
-        raw_t = [draw_times(self.run, self._scheduler, part["position"]).to(device) for part in parts]
-        counted = mean_counted_tokens(self._accelerator, self._scheduler, raw_t)
+        run, scheduler, device = self.run, self._scheduler, self._accelerator.device
+        kind, latest, groups = run.loss.times, run.loss.latest_time, self.num_levels
+        raw_t = [
+            raw_times(
+                part["position"], run.loss.noise_levels, kind=kind, num_groups=groups, latest=latest, seed=run.seed
+            ).to(device)
+            for part in parts
+        ]
+        ends = torch.cat([scheduler.window_of(times.flatten()) for times in raw_t]) + scheduler.tokens_per_step
+        counted = cast(Tensor, self._accelerator.reduce(ends.sum().float() / len(raw_t), "mean"))
         return [NoiseLevels(times, counted) for times in raw_t]
 
     def losses(
@@ -635,10 +619,6 @@ class DiffusionTokenizerTask:
         )
         token_ids = [] if output.token_ids is None else by_group(self.tokenizer, output.token_ids)
         return TokenizerLosses(named=named, token_ids=token_ids, latents=output.latents)
-
-    def train_others(self, losses: TokenizerLosses, step: int) -> dict[str, Tensor]:
-        """Nothing is trained beside tokenizer, decoder and heads."""
-        return {}
 
     def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
         """K-means over latents."""

@@ -317,16 +317,6 @@ class ScaleDistillationTask(NextScaleTask):
         largest = replace(costs[-1], activation_bytes=max(cost.activation_bytes for cost in costs))
         return report(run, network, largest, trainings=_trainings(run, configs, costs))
 
-    @staticmethod
-    def has_unused_parameters(run: DistillRun) -> bool:
-        """Every step reaches every weight."""
-        return False
-
-    @staticmethod
-    def is_compiled(run: DistillRun) -> bool:
-        """The student is not compiled."""
-        return False
-
     def losses(self, model: nn.Module, batch: Batch, step: int) -> DistillationLosses:
         """Losses of one part of a batch, on the device of the model."""
         run, schedule, device, positions = self.run, self.schedule, self.tokenizer.device, batch["position"]

@@ -6,7 +6,6 @@ resampling; what a masked round of `ScaleRefinementScheduler` asks of a model).
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +48,7 @@ from isthmus.training.saved_networks import (
     refuse_contradictions,
     sampling_options,
 )
+from isthmus.training.train_prior import PriorTask
 
 
 def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
@@ -253,7 +253,7 @@ def encoder_for(tokenizer: MultiScaleVQVAE, *schedules: ScaleSchedule) -> MultiS
     return tokenizer if schedules == (tokenizer.schedule,) else ScheduleEncoder(tokenizer, schedules)
 
 
-class NextScaleTask:
+class NextScaleTask(PriorTask):
     """A base to derive from: the networks, what is measured while training, and what is left behind.
 
     Args:
@@ -302,10 +302,6 @@ class NextScaleTask:
     def place(self, device: torch.device) -> None:
         """Move the tokenizer to the device of the training."""
         self.tokenizer.to(device)
-
-    def regularisation(self) -> AbstractContextManager[object]:
-        """Nothing is attached to the network: stochastic depth goes in with the batch."""
-        return nullcontext()
 
     def averaged(self, ema: ExponentialMovingAverage) -> NextScaleTransformer:
         """A copy that holds the averages; every process must call it where weights are sharded."""

@@ -43,7 +43,7 @@ from isthmus.training.cost import report, training_cost
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.previews import preview_images, save_reconstructions
 from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, export_tokenizer, refuse_contradictions
-from isthmus.training.train_tokenizer import TokenizerLosses
+from isthmus.training.train_tokenizer import TokenizerLosses, TokenizerTask
 
 _GROUPS = 8
 
@@ -373,8 +373,8 @@ class MultiScaleLosses(TokenizerLosses):
     reconstructed: Images
 
 
-class MultiScaleTokenizerTask:
-    """`MultiScaleVQVAE`, as the training loop asks for it (`isthmus.training.train_tokenizer.TokenizerTask`)."""
+class MultiScaleTokenizerTask(TokenizerTask):
+    """`MultiScaleVQVAE`, as the training loop asks for it."""
 
     level = "scale"
     codebook = "codebook.weight"
@@ -407,10 +407,6 @@ class MultiScaleTokenizerTask:
         """The discriminator, with an optimizer of its own."""
         if self._critic:
             self._critic.prepare()
-
-    def draw(self, parts: Sequence[Batch]) -> Sequence[None]:
-        """Nothing: images become tokens and images again without chance."""
-        return [None] * len(parts)
 
     def losses(self, model: nn.Module, batch: Batch, drawn: None, *, step: int, quantize: bool) -> MultiScaleLosses:
         """Losses of one part of a batch, the discriminator's wish among them."""

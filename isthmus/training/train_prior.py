@@ -5,7 +5,7 @@ The loop is one.
 """
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -42,7 +42,7 @@ from isthmus.training.run import (
 
 @runtime_checkable
 class PriorTask(Protocol):
-    """What a run trains: tokenizer, prior and images, and what a loss is.
+    """What a run trains: tokenizer, prior and images, and what a loss is; to derive from.
 
     Attributes:
         sharded: names of the modules that FSDP2 gathers one by one.
@@ -73,20 +73,20 @@ class PriorTask(Protocol):
     @staticmethod
     def has_unused_parameters(run: Any) -> bool:
         """Whether a step may leave parameters without a gradient."""
-        ...
+        return False
 
     @staticmethod
     def is_compiled(run: Any) -> bool:
         """Whether the blocks of the network go through `torch.compile`."""
-        ...
+        return False
 
     def place(self, device: torch.device) -> None:
         """Move what is frozen, previews included, to the device of the training."""
         ...
 
     def regularisation(self) -> AbstractContextManager[object]:
-        """What holds while training and is no part of the network."""
-        ...
+        """What holds while training and is no part of the network: nothing."""
+        return nullcontext()
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> Any:
         """Losses of one part of a batch; `total` is minimised."""
@@ -177,8 +177,15 @@ def train_prior(run: TokensRun) -> Path:
     logger.info("token accuracy of a few per cent is healthy on natural images; drawings reach more")
     model.train()
 
+    def save() -> None:
+        guard.check(run, progress.step, ema.averages.values())
+        save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
+
     with StopRequest() as stop, bar, task.regularisation():
-        while progress.step < run.num_steps and not stop.agreed(accelerator):
+        while progress.step < run.num_steps:
+            if stop.agreed(accelerator):
+                save()
+                raise KeyboardInterrupt
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
             means = StepMeans()
 
@@ -212,13 +219,7 @@ def train_prior(run: TokensRun) -> Path:
                 if accelerator.is_main_process and progress.due(run.preview_every):
                     task.save_samples(averaged, run.out / "previews", progress.step)
             if progress.due(run.save_every):
-                guard.check(run, progress.step, ema.averages.values())
-                save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
-
-        if progress.step < run.num_steps:
-            guard.check(run, progress.step, ema.averages.values())
-            save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
-            raise KeyboardInterrupt
+                save()
     folder = task.export(accelerator, task.averaged(ema))
     close_trackers(accelerator)
     return folder

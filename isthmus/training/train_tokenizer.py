@@ -72,7 +72,9 @@ class TokenizerLosses:
 
 @runtime_checkable
 class TokenizerTask(Protocol):
-    """What a run trains: its networks, and what a loss is. Made on the device of the training, in training mode.
+    """What a run trains: its networks, and what a loss is; to derive from.
+
+    Made on the device of the training, in training mode.
 
     Attributes:
         network: what the optimizer trains.
@@ -100,12 +102,11 @@ class TokenizerTask(Protocol):
         ...
 
     def prepare_others(self) -> None:
-        """Hand to accelerate what is trained beside the network."""
-        ...
+        """Hand to accelerate what is trained beside the network: nothing."""
 
     def draw(self, parts: Sequence[Batch]) -> Sequence[Any]:
-        """What is drawn at random for each part of a batch, where all parts must be known at once."""
-        ...
+        """What is drawn at random for each part of a batch, where all parts must be known at once: nothing."""
+        return [None] * len(parts)
 
     def losses(self, model: nn.Module, batch: Batch, drawn: Any, *, step: int, quantize: bool) -> Any:
         """`TokenizerLosses` of one part; `model` is the network as accelerate prepared it."""
@@ -113,7 +114,7 @@ class TokenizerTask(Protocol):
 
     def train_others(self, losses: Any, step: int) -> dict[str, Tensor]:
         """A step, on the same part, of what is trained beside the network; returns its losses."""
-        ...
+        return {}
 
     def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
         """A codebook near what the encoder puts out for these images."""
@@ -179,8 +180,16 @@ def train_tokenizer(run: AnyTokenizerRun) -> Path:
     )
     guard, bar = FiniteGuard(accelerator.device), display(accelerator, run, progress, "tokenizer")
 
+    def save() -> None:
+        guard.check(run, progress.step, ema.averages.values())
+        progress.stream_states = stream_states(batches)
+        save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
+
     with StopRequest() as stop, bar:
-        while progress.step < run.num_steps and not stop.agreed(accelerator):
+        while progress.step < run.num_steps:
+            if stop.agreed(accelerator):
+                save()
+                raise KeyboardInterrupt
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
             quantize = task.codebook is not None and (bool(run.from_model) or progress.step >= run.continuous_steps)
             if task.codebook is not None and progress.step == task.starts_codebook_at:
@@ -230,17 +239,7 @@ def train_tokenizer(run: AnyTokenizerRun) -> Path:
                 if progress.due(run.preview_every):
                     task.save_previews(averaged, views, run.out / "previews", progress.step, quantize=quantize)
             if progress.due(run.save_every):
-                guard.check(run, progress.step, ema.averages.values())
-                progress.stream_states = stream_states(batches)
-                save_checkpoint(
-                    accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict()
-                )
-
-        if progress.step < run.num_steps:
-            guard.check(run, progress.step, ema.averages.values())
-            progress.stream_states = stream_states(batches)
-            save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
-            raise KeyboardInterrupt
+                save()
     folder = task.export(task.averaged(ema), train)
     close_trackers(accelerator)
     return folder
