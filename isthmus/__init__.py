@@ -7,8 +7,9 @@ Names are loaded when they are first used, so that ``import isthmus`` and ``isth
 True
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from isthmus.registry import PIPELINES, imported
 
 if TYPE_CHECKING:
     from isthmus.dar.decoder import FlowDecoder
@@ -16,20 +17,19 @@ if TYPE_CHECKING:
     from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
     from isthmus.dar.scheduler import FlowMatchingScheduler
     from isthmus.dar.tokenizer import DiffusionTokenizer
-    from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
     from isthmus.errors import UserError
     from isthmus.next_scale.pipeline import NextScalePipeline
     from isthmus.next_scale.pyramid import ScaleSchedule
     from isthmus.next_scale.refinement import ScaleRefinementScheduler
     from isthmus.next_scale.runs import PriorRun, TokenizerRun
     from isthmus.next_scale.tokenizer import MultiScaleVQVAE
-    from isthmus.next_scale.train_tokenizer import train_tokenizer
     from isthmus.next_scale.transformer import NextScaleTransformer
     from isthmus.nn.guidance import GuidanceSchedule
     from isthmus.pipelines.loading import load_pipeline
     from isthmus.pipelines.options import SamplingOptions
     from isthmus.pipelines.request import GenerationStep
     from isthmus.training.train_prior import train_prior
+    from isthmus.training.train_tokenizer import train_tokenizer
 
 __version__ = "0.1.0"
 
@@ -53,40 +53,38 @@ __all__ = [
     "UserError",
     "__version__",
     "load_pipeline",
-    "train_diffusion_tokenizer",
     "train_prior",
     "train_tokenizer",
 ]
 
+# name -> "module:Name"
 _HOMES = {
-    "DARPipeline": "isthmus.dar.pipeline",
-    "DiffusionTokenizer": "isthmus.dar.tokenizer",
-    "DiffusionTokenizerRun": "isthmus.dar.runs",
-    "FlowDecoder": "isthmus.dar.decoder",
-    "FlowMatchingScheduler": "isthmus.dar.scheduler",
-    "GenerationStep": "isthmus.pipelines.request",
-    "GuidanceSchedule": "isthmus.nn.guidance",
-    "MultiScaleVQVAE": "isthmus.next_scale.tokenizer",
-    "NextScalePipeline": "isthmus.next_scale.pipeline",
-    "NextScaleTransformer": "isthmus.next_scale.transformer",
-    "NextTokenPriorRun": "isthmus.dar.runs",
-    "PriorRun": "isthmus.next_scale.runs",
-    "SamplingOptions": "isthmus.pipelines.options",
-    "ScaleRefinementScheduler": "isthmus.next_scale.refinement",
-    "ScaleSchedule": "isthmus.next_scale.pyramid",
-    "TokenizerRun": "isthmus.next_scale.runs",
-    "UserError": "isthmus.errors",
-    "load_pipeline": "isthmus.pipelines.loading",
-    "train_diffusion_tokenizer": "isthmus.dar.train_tokenizer",
-    "train_prior": "isthmus.training.train_prior",
-    "train_tokenizer": "isthmus.next_scale.train_tokenizer",
+    **PIPELINES,
+    "DiffusionTokenizer": "isthmus.dar.tokenizer:DiffusionTokenizer",
+    "DiffusionTokenizerRun": "isthmus.dar.runs:DiffusionTokenizerRun",
+    "FlowDecoder": "isthmus.dar.decoder:FlowDecoder",
+    "FlowMatchingScheduler": "isthmus.dar.scheduler:FlowMatchingScheduler",
+    "GenerationStep": "isthmus.pipelines.request:GenerationStep",
+    "GuidanceSchedule": "isthmus.nn.guidance:GuidanceSchedule",
+    "MultiScaleVQVAE": "isthmus.next_scale.tokenizer:MultiScaleVQVAE",
+    "NextScaleTransformer": "isthmus.next_scale.transformer:NextScaleTransformer",
+    "NextTokenPriorRun": "isthmus.dar.runs:NextTokenPriorRun",
+    "PriorRun": "isthmus.next_scale.runs:PriorRun",
+    "SamplingOptions": "isthmus.pipelines.options:SamplingOptions",
+    "ScaleRefinementScheduler": "isthmus.next_scale.refinement:ScaleRefinementScheduler",
+    "ScaleSchedule": "isthmus.next_scale.pyramid:ScaleSchedule",
+    "TokenizerRun": "isthmus.next_scale.runs:TokenizerRun",
+    "UserError": "isthmus.errors:UserError",
+    "load_pipeline": "isthmus.pipelines.loading:load_pipeline",
+    "train_prior": "isthmus.training.train_prior:train_prior",
+    "train_tokenizer": "isthmus.training.train_tokenizer:train_tokenizer",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'isthmus' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = imported(_HOMES[name])
     globals()[name] = value
     return value
 

@@ -10,6 +10,7 @@ import tyro
 
 from isthmus.cli.options import parse
 from isthmus.errors import UserError
+from isthmus.registry import DESCRIPTIONS, imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,10 @@ def describe_model(folder: Path) -> str:
 
     index = read_index(folder)
     names = names_in_order(index["class_names"])
-    about = _DESCRIPTIONS.get(index["_class_name"])
+    about = DESCRIPTIONS.get(index["_class_name"])
     if about is None:
         raise UserError(f"{folder} holds a {index['_class_name']}, which this version does not know. Update Isthmus.")
-    rows, num_classes = about(folder)
+    rows, num_classes = imported(about)(folder)
     for name in _components(index):
         if index[name][1].endswith("Scheduler"):
             continue
@@ -66,46 +67,6 @@ def describe_model(folder: Path) -> str:
         "licence": index["data"].get("attribution") or "unknown",
     }
     return _listing(rows)
-
-
-def _describe_next_scale(folder: Path) -> tuple[dict[str, str], int]:
-    """What only this family has, and the number of classes."""
-    from isthmus.nn.component_files import read_config
-
-    tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
-    # folders saved before it existed know nothing of folded pixels
-    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
-    sizes = prior["scale_sizes"]
-    rows = {
-        "model": f"NextScalePipeline, {prior['scale_attention']} over scales",
-        "image size": f"{tokenizer['scale_sizes'][-1] * stride} px (stride {stride})",
-        "scales": f"{', '.join(map(str, sizes))} ({sum(s * s for s in sizes)} tokens)",
-        "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
-        "transformer": f"width {prior['width']}, {prior['num_layers']} layers, {prior['num_heads']} heads",
-    }
-    return rows, prior["num_classes"]
-
-
-def _describe_dar(folder: Path) -> tuple[dict[str, str], int]:
-    """What only this family has, and the number of classes."""
-    from isthmus.nn.component_files import read_config
-
-    tokenizer, decoder, llama = (read_config(folder / n) for n in ("image_tokenizer", "decoder", "transformer"))
-    scheduler = read_config(folder / "scheduler", "scheduler_config.json")
-    tokens, groups = tokenizer["num_tokens"], tokenizer["num_groups"]
-    rows = {
-        "model": "DARPipeline, a Llama whose tokens drive a pixel diffusion",
-        "image size": f"{tokenizer['image_size']} px (patches of {decoder['patch_size']})",
-        "tokens": f"{tokens} in {groups} groups",
-        "steps": f"{scheduler['num_inference_steps']}, {scheduler['solver']}, time shift {scheduler['time_shift']:g}",
-        "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
-        "transformer": f"width {llama['hidden_size']}, {llama['num_hidden_layers']} layers, "
-        f"{llama['num_attention_heads']} heads",
-    }
-    return rows, llama["vocab_size"] - tokenizer["codebook_size"] - 1
-
-
-_DESCRIPTIONS = {"NextScalePipeline": _describe_next_scale, "DARPipeline": _describe_dar}
 
 
 def _components(index: Mapping[str, Any]) -> list[str]:

@@ -2,11 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from isthmus.cli.options import parse
 from isthmus.dar.runs import (
@@ -29,6 +28,7 @@ from isthmus.next_scale.runs import (
 from isthmus.nn.component_files import read_config
 from isthmus.pipelines.folder import model_folder, read_index
 from isthmus.pipelines.options import SamplingOptions, guidance_text
+from isthmus.registry import imported, task_of
 from isthmus.training.config import (
     AugmentConfig,
     Preset,
@@ -42,7 +42,6 @@ from isthmus.training.config import (
 )
 
 logger = logging.getLogger("isthmus")
-AnyRun = TypeVar("AnyRun", bound=Run)
 
 # short forms of options that are asked for often
 _SHORT = {"--from": "--from-model", "--scale-attention": "--model.scale-attention"}
@@ -52,38 +51,23 @@ Start with --preset NAME (`isthmus info presets`), --from MODEL to fine-tune a s
 repeat a run; every option below overrides it. --dry-run prints the resolved run, its size and its cost, and stops.
 The same command again continues a run that was stopped."""
 
-# run -> (what it is, function that describes it, function that trains it); functions by name, as --help does without
-_TRAININGS: dict[type[Run], tuple[str, str, str]] = {
-    TokenizerRun: (
-        "Train the image tokenizer: images to tokens on a pyramid of scales, and back. --preset dar-small-32 (or "
-        "another dar- preset) trains the D-AR tokenizer and its pixel decoder instead, with options of its own.",
-        "isthmus.next_scale.train_tokenizer:describe_tokenizer_run",
-        "isthmus.next_scale.train_tokenizer:train_tokenizer",
-    ),
-    DiffusionTokenizerRun: (
-        "Train the D-AR tokenizer and its decoder: images to groups of tokens that drive a diffusion of pixels.",
-        "isthmus.dar.train_tokenizer:describe_diffusion_tokenizer_run",
-        "isthmus.dar.train_tokenizer:train_diffusion_tokenizer",
-    ),
-    PriorRun: (
-        "Train the transformer that predicts a scale from the coarser ones: VAR (causal) or SRDD (markov). With the "
-        "tokenizer or a model of the D-AR family, train its Llama instead, with options of its own.",
-        "isthmus.next_scale.train_prior:describe_prior_run",
-        "isthmus.training.train_prior:train_prior",
-    ),
-    DistillRun: (
-        "Train a student on fewer scales (--scale-sizes), or under another mask (--scale-attention), from a saved "
-        "next-scale model: isthmus distill MODEL --scale-sizes 1,3,5,8,13,16 --out DIR. Images, classes and sampling "
-        "defaults are the teacher's where they are not given.",
-        "isthmus.next_scale.distillation:describe_distill_run",
-        "isthmus.next_scale.distillation:distill",
-    ),
-    NextTokenPriorRun: (
-        "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
-        "isthmus.dar.train_prior:describe_next_token_prior_run",
-        "isthmus.training.train_prior:train_prior",
-    ),
+# what a run is, in its --help
+_ABOUT: dict[type[Run], str] = {
+    TokenizerRun: "Train the image tokenizer: images to tokens on a pyramid of scales, and back. --preset dar-small-32 "
+    "(or another dar- preset) trains the D-AR tokenizer and its pixel decoder instead, with options of its own.",
+    DiffusionTokenizerRun: "Train the D-AR tokenizer and its decoder: images to groups of tokens that drive a "
+    "diffusion of pixels.",
+    PriorRun: "Train the transformer that predicts a scale from the coarser ones: VAR (causal) or SRDD (markov). With "
+    "the tokenizer or a model of the D-AR family, train its Llama instead, with options of its own.",
+    DistillRun: "Train a student on fewer scales (--scale-sizes), or under another mask (--scale-attention), from a "
+    "saved next-scale model: isthmus distill MODEL --scale-sizes 1,3,5,8,13,16 --out DIR. Images, classes and sampling "
+    "defaults are the teacher's where they are not given.",
+    NextTokenPriorRun: "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
 }
+# functions by name: --help does without what they import
+_TRAIN_TOKENIZER = "isthmus.training.train_tokenizer:train_tokenizer"
+_TRAIN_PRIOR = "isthmus.training.train_prior:train_prior"
+_DISTILL = "isthmus.next_scale.distillation:distill"
 
 
 def run_tokenizer(arguments: Sequence[str]) -> None:
@@ -92,7 +76,7 @@ def run_tokenizer(arguments: Sequence[str]) -> None:
     presets = {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}
     default = _tokenizer_preset_for(words) if not config else ""
     base = base_run(words, config, (TokenizerRun, DiffusionTokenizerRun), presets, "tokenizer", default)
-    run_training(base, words, "isthmus train tokenizer", dry, record=config)
+    run_training(base, words, "isthmus train tokenizer", _TRAIN_TOKENIZER, dry, record=config)
 
 
 def run_prior(arguments: Sequence[str]) -> None:
@@ -101,7 +85,7 @@ def run_prior(arguments: Sequence[str]) -> None:
     presets = {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}
     default = _prior_preset_for(words) if not config else ""
     base = base_run(words, config, (PriorRun, NextTokenPriorRun), presets, "prior", default)
-    run_training(base, words, "isthmus train prior", dry, record=config)
+    run_training(base, words, "isthmus train prior", _TRAIN_PRIOR, dry, record=config)
 
 
 def base_run(
@@ -119,29 +103,25 @@ def base_run(
     return replace(find_preset(presets, name, what).run, preset=name)
 
 
-def run_training(base: Run, words: list[str], prog: str, dry: bool, *, record: str = "") -> None:
+def run_training(base: Run, words: list[str], prog: str, train: str, dry: bool, *, record: str = "") -> None:
     """Train what the base run and the options on top of it say, or print it where `dry`.
 
-    `record` is the run.json that the base run was read from, where it was.
+    `train` is the "module:function" that does it; `record` is the run.json that the base run was read from, where it
+    was.
     """
-    about, describe, train = _TRAININGS[type(base)]
-    run = parse(type(base), words, prog=prog, default=base, description=_DESCRIPTION.format(about=about))
+    about = _DESCRIPTION.format(about=_ABOUT[type(base)])
+    run = parse(type(base), words, prog=prog, default=base, description=about)
     logger.debug("%s", json.dumps(run_to_json(run), indent=2))
     with explaining_places(Path(record) if record else None, run_to_json(run)):
         if dry:
-            print(_function(describe)(run))
+            print(task_of(run).describe(run))
         else:
-            _train(run, _function(train))
+            _train(run, train)
 
 
-def _function(name: str) -> Callable[..., Any]:
-    module, function = name.split(":")
-    return getattr(import_module(module), function)
-
-
-def _train(run: AnyRun, train: Callable[[AnyRun], Path]) -> None:
+def _train(run: Run, train: str) -> None:
     try:
-        logger.info("done: %s", train(run))
+        logger.info("done: %s", imported(train)(run))
     except RuntimeError as error:
         # imported here: it is loaded by now
         from isthmus.pipelines.memory import is_out_of_memory
@@ -249,7 +229,7 @@ def run(arguments: Sequence[str]) -> None:
     if teacher and not config:
         base = taught_by(base, teacher, own_data=bool(option_value(words, "--data")))
     record = config or (str(model_folder(teacher) / "run.json") if teacher else "")
-    run_training(base, words, "isthmus distill", dry, record=record)
+    run_training(base, words, "isthmus distill", _DISTILL, dry, record=record)
 
 
 def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from isthmus.dar.options import Solver
 from isthmus.errors import UserError
+from isthmus.nn.component_files import read_config
 from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
@@ -430,3 +431,20 @@ def diffusion_tokenizer_preset(name: str) -> DiffusionTokenizerRun:
 def next_token_prior_preset(name: str) -> NextTokenPriorRun:
     """The run of a D-AR prior preset. Raises `UserError` for an unknown name."""
     return replace(find_preset(NEXT_TOKEN_PRIOR_PRESETS, name, "D-AR prior").run, preset=name)
+
+
+def describe_folder(folder: Path) -> tuple[dict[str, str], int]:
+    """What `isthmus info` says of a saved pipeline that only this family has, and its number of classes."""
+    tokenizer, decoder, llama = (read_config(folder / n) for n in ("image_tokenizer", "decoder", "transformer"))
+    scheduler = read_config(folder / "scheduler", "scheduler_config.json")
+    tokens, groups = tokenizer["num_tokens"], tokenizer["num_groups"]
+    rows = {
+        "model": "DARPipeline, a Llama whose tokens drive a pixel diffusion",
+        "image size": f"{tokenizer['image_size']} px (patches of {decoder['patch_size']})",
+        "tokens": f"{tokens} in {groups} groups",
+        "steps": f"{scheduler['num_inference_steps']}, {scheduler['solver']}, time shift {scheduler['time_shift']:g}",
+        "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
+        "transformer": f"width {llama['hidden_size']}, {llama['num_hidden_layers']} layers, "
+        f"{llama['num_attention_heads']} heads",
+    }
+    return rows, llama["vocab_size"] - tokenizer["codebook_size"] - 1

@@ -5,7 +5,6 @@ recomputed activations get the same ones.
 """
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -26,7 +26,7 @@ from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.prior import TokenLayout, new_prior, next_token_inputs, next_token_loss
 from isthmus.dar.runs import LlamaModel, NextTokenPriorRun
 from isthmus.dar.sampling import generate_tokens
-from isthmus.dar.train_tokenizer import PREVIEW_SEED, TokenizerParts, load_parts
+from isthmus.dar.train_tokenizer import TokenizerParts, load_parts
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
 from isthmus.data.views import Batch
@@ -34,15 +34,16 @@ from isthmus.errors import UserError
 from isthmus.nn.draws import EMBEDDING_DROPOUT, RESIDUAL_DROPOUT, stream
 from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.saved_model import without_values
-from isthmus.pictures import save_picture, table, to_pil
+from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.options import SamplingOptions
-from isthmus.training.checkpoints import gathered, written_or_explained
+from isthmus.training.checkpoints import gathered
 from isthmus.training.cost import report, training_cost, training_source
 from isthmus.training.images import dropped_labels, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
-from isthmus.training.saved_networks import data_record, kept_classes, protocol, sampling_options
+from isthmus.training.previews import save_samples
+from isthmus.training.saved_networks import export_pipeline, kept_classes, sampling_options
+from isthmus.training.train_prior import PriorTask
 
 _SEEDS = 2**63
 
@@ -177,9 +178,6 @@ def nats_by_group(nats: Float[Tensor, "b l"], num_groups: int) -> Float[Tensor, 
     return nats.mean(dim=0).unflatten(0, (num_groups, -1)).mean(dim=1)
 
 
-logger = logging.getLogger("isthmus")
-
-
 def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM, tuple[str, ...]]:
     """Everything of a saved pipeline, to go on training: tokenizer parts, prior, class names (none without names).
 
@@ -209,64 +207,6 @@ def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> 
     return averaged.eval().requires_grad_(False)
 
 
-def export_dar_pipeline(
-    accelerator: Accelerator,
-    parts: TokenizerParts,
-    transformer: LlamaForCausalLM,
-    options: SamplingOptions,
-    run: NextTokenPriorRun,
-    source: ImageSource | ImageStream,
-) -> Path:
-    """Write the pipeline into the run's folder: a trained run loads like a downloaded model.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
-    """
-    if accelerator.is_main_process:
-        pipeline = DARPipeline(
-            image_tokenizer=parts.image_tokenizer,
-            decoder=parts.decoder,
-            transformer=transformer,
-            scheduler=parts.scheduler,
-            class_names=source.class_names,
-            sampling_defaults=options,
-            data=data_record(source),
-            protocol=protocol(run),
-        )
-        with written_or_explained(run.out):
-            pipeline.save_pretrained(run.out)
-        logger.info("pipeline written to %s", run.out)
-    accelerator.wait_for_everyone()
-    return run.out
-
-
-@torch.no_grad()
-def save_token_samples(
-    parts: TokenizerParts,
-    transformer: LlamaForCausalLM,
-    layout: TokenLayout,
-    class_names: Sequence[str],
-    options: SamplingOptions,
-    folder: Path,
-    step: int,
-    *,
-    per_class: int = 8,
-    num_classes: int = 10,
-) -> Path:
-    """Rows = the first classes, columns = fixed seeds: the same picture at every step, but for the training."""
-    shown = min(layout.num_classes, num_classes)
-    classes = list(range(shown)) or [layout.null_class_id]
-    labels = torch.tensor([label for label in classes for _ in range(per_class)], device=parts.decoder.device)
-    seeds = [(PREVIEW_SEED, i) for i in range(len(labels))]
-    size, plan = parts.image_tokenizer.config["image_size"], SolverPlan.of(parts.scheduler)
-    tokens = generate_tokens(transformer, layout, labels, seeds, options, stops=plan.stops)
-    noise = image_noise(seeds, size, size)
-    *_, last = flow_steps(parts.image_tokenizer, parts.decoder, parts.scheduler, plan, tokens, noise)
-    pictures = to_pil(last.preview.clamp(-1, 1))
-    rows = [pictures[i : i + per_class] for i in range(0, len(pictures), per_class)]
-    return save_picture(table(rows, row_names=list(class_names[:shown])), folder / f"samples-{step:08d}.png")
-
-
 _SIZES = {
     "width": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -275,8 +215,8 @@ _SIZES = {
 }
 
 
-class NextTokenPrior:
-    """The next-token family, as the training loop asks for it.
+class NextTokenPriorTask(PriorTask):
+    """A Llama on the tokens of a D-AR tokenizer, as the training loop asks for it.
 
     Attributes:
         sharded: what FSDP2 gathers one by one.
@@ -308,14 +248,24 @@ class NextTokenPrior:
         )
 
     @staticmethod
-    def has_unused_parameters(run: NextTokenPriorRun) -> bool:
-        """Every step reaches every weight."""
-        return False
+    def describe(run: NextTokenPriorRun) -> str:
+        """Settings, size, cost and memory of a run. No weight is allocated."""
+        with without_values():
+            start = starting_point(run)
+        source = training_source(run, start.image_size)
+        with without_values():
+            llama = build_prior(run, start, source.class_names)
+        layout = layout_of(start.parts.image_tokenizer.config, len(source.class_names))
 
-    @staticmethod
-    def is_compiled(run: NextTokenPriorRun) -> bool:
-        """The hooks that drop residuals would break a graph at every layer."""
-        return False
+        def forward(network: LlamaForCausalLM) -> object:
+            known = torch.zeros(1, layout.num_tokens - 1, dtype=torch.long)
+            return network(input_ids=next_token_inputs(layout, known[:, 0], known), use_cache=False)
+
+        about = (
+            f"Llama, {llama.config.num_hidden_layers} layers of width {llama.config.hidden_size}, {layout.num_tokens} "
+            f"tokens of {layout.codebook_size} codes; {len(source)} images, {len(source.class_names) or 'no'} classes"
+        )
+        return report(run, about, training_cost(llama, forward))
 
     def place(self, device: torch.device) -> None:
         """Move tokenizer and decoder, which previews need too, to the device of the training."""
@@ -370,13 +320,23 @@ class NextTokenPrior:
         nats = [objective(label, ids).nats for ids, label in zip(token_ids.split(32), labels.split(32), strict=True)]
         return bits_by_group("val", nats_by_group(torch.cat(nats), self._groups))
 
+    @torch.no_grad()
     def save_samples(self, model: LlamaForCausalLM, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
-        save_token_samples(self.parts, model, self.layout, self.train.class_names, self.options, folder, step)
+        parts, plan = self.parts, SolverPlan.of(self.parts.scheduler)
+
+        def draw(labels: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
+            labels, noise = labels.to(parts.decoder.device), image_noise(seeds, self.image_size, self.image_size)
+            tokens = generate_tokens(model, self.layout, labels, seeds, self.options, stops=plan.stops)
+            *_, last = flow_steps(parts.image_tokenizer, parts.decoder, parts.scheduler, plan, tokens, noise)
+            return to_pil(last.preview.clamp(-1, 1))
+
+        save_samples(draw, self.train.class_names, self.layout.null_class_id, folder, step)
 
     def export(self, accelerator: Accelerator, model: LlamaForCausalLM) -> Path:
         """Write the pipeline."""
-        return export_dar_pipeline(accelerator, self.parts, model, self.options, self.run, self.train)
+        networks = {**vars(self.parts), "transformer": model}
+        return export_pipeline(accelerator, self.run, self.train, self.options, DARPipeline, **networks)
 
 
 def prepare(
@@ -390,26 +350,6 @@ def prepare(
     start = starting_point(run)
     train, held_out = open_splits(run, start.image_size)
     return start.parts, train, held_out, build_prior(run, start, train.class_names)
-
-
-def describe_next_token_prior_run(run: NextTokenPriorRun) -> str:
-    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated."""
-    with without_values():
-        start = starting_point(run)
-    source = training_source(run, start.image_size)
-    with without_values():
-        llama = build_prior(run, start, source.class_names)
-    layout = layout_of(start.parts.image_tokenizer.config, len(source.class_names))
-
-    def forward(network: LlamaForCausalLM) -> object:
-        known = torch.zeros(1, layout.num_tokens - 1, dtype=torch.long)
-        return network(input_ids=next_token_inputs(layout, known[:, 0], known), use_cache=False)
-
-    about = (
-        f"Llama, {llama.config.num_hidden_layers} layers of width {llama.config.hidden_size}, {layout.num_tokens} "
-        f"tokens of {layout.codebook_size} codes; {len(source)} images, {len(source.class_names) or 'no'} classes"
-    )
-    return report(run, about, training_cost(llama, forward))
 
 
 @dataclass(frozen=True)

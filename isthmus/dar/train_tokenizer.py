@@ -1,19 +1,17 @@
-"""Train a diffusion tokenizer and its pixel decoder on images (`isthmus train tokenizer --preset dar-small-32`)."""
+"""What trains a diffusion tokenizer and its pixel decoder: networks, measures, codes. The loop is that of
+`isthmus.training.train_tokenizer`; `tokenizer_losses` has the losses.
+"""
 
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -34,69 +32,39 @@ from isthmus.dar.tokenizer_losses import (
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.views import Sample
+from isthmus.data.views import Batch, Sample
 from isthmus.errors import UserError
-from isthmus.files import alone_in
 from isthmus.nn.draws import REVIVE, stream
 from isthmus.nn.perceptual import perceptual_distance, psnr
 from isthmus.nn.quantization import k_means
 from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import Images
-from isthmus.pictures import save_picture, spread, table, to_pil
+from isthmus.pictures import spread
 from isthmus.pipelines.folder import model_folder
-from isthmus.training.checkpoints import Progress, resume, save_checkpoint, written_or_explained
 from isthmus.training.codebook import CodebookUsage, code_counts
-from isthmus.training.config import LAST_REVIVAL
 from isthmus.training.cost import num_parameters, report, training_cost
-from isthmus.training.images import first_images, image_batches, open_splits, stream_states
-from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
-from isthmus.training.run import (
-    FiniteGuard,
-    Log,
-    StepMeans,
-    StopRequest,
-    clip_gradients,
-    close_trackers,
-    display,
-    start_run,
-    write_record,
-)
-from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, refuse_contradictions, tokenizer_record
-
-
-def codebook_weight(model: DiffusionTokenizer) -> Tensor:
-    """The raw codes. Raises `UserError` for a tokenizer without a codebook."""
-    if model.codebook is None:
-        raise UserError("this tokenizer keeps its tokens continuous (model.quantized False): it has no codes.")
-    return model.codebook.weight
+from isthmus.training.optim import ExponentialMovingAverage
+from isthmus.training.previews import PREVIEW_SEED, preview_images, save_reconstructions
+from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, export_tokenizer, refuse_contradictions
+from isthmus.training.train_tokenizer import TokenizerLosses, TokenizerTask
 
 
 @torch.no_grad()
-def initialize_unit_codebook(model: DiffusionTokenizer, images: Images, *, seed: int) -> None:
-    """Start the codebook from the encoder's outputs on `images`: k-means, brought back to unit length."""
-    weight = codebook_weight(model)
+def first_codes(model: DiffusionTokenizer, images: Images, count: int, *, seed: int) -> Float[Tensor, "k d"]:
+    """A codebook from the encoder's outputs on `images`: k-means, brought back to unit length."""
     was_training = model.training
     # running statistics, and none are changed
     model.eval()
     latents = torch.cat([model.latents(part).flatten(0, 1) for part in images.split(64)])
     model.train(was_training)
-    weight.copy_(F.normalize(k_means(latents, len(weight), seed=seed), dim=-1))
+    return F.normalize(k_means(latents, count, seed=seed), dim=-1)
 
 
-@torch.no_grad()
-def revive_unit_codes(
-    model: DiffusionTokenizer, dead: Bool[Tensor, " k"], latents: Float[Tensor, "b n d"], *, seed: int, step: int
-) -> int:
-    """Move codes that no group uses onto latents of the present batch; returns how many moved."""
-    count = int(dead.sum())
-    if count:
-        rows = latents.flatten(0, 1)
-        # without replacement: two codes on one latent would stay together
-        order = torch.from_numpy(stream(seed, REVIVE, step).permutation(len(rows))).to(rows.device)
-        chosen = order[torch.arange(count, device=rows.device) % len(rows)]
-        weight = codebook_weight(model)
-        weight[dead] = rows[chosen].to(weight)
-    return count
+def random_latents(latents: Float[Tensor, "b n d"], count: int, *, seed: int, step: int) -> Float[Tensor, "k d"]:
+    """`count` of these latents, each once before one comes twice: two codes on one would stay together."""
+    rows = latents.flatten(0, 1)
+    order = torch.from_numpy(stream(seed, REVIVE, step).permutation(len(rows))).to(rows.device)
+    return rows[order[torch.arange(count, device=rows.device) % len(rows)]]
 
 
 class AlignmentHead(nn.Module):
@@ -290,41 +258,6 @@ def load_parts(path: str) -> TokenizerParts:
     )
 
 
-def averaged_parts(model: TokenizerWithDecoder, ema: ExponentialMovingAverage) -> TokenizerParts:
-    """Copies of tokenizer and decoder that hold the averages; the heads stay behind."""
-    return TokenizerParts(
-        averaged_model(model.image_tokenizer, ema, prefix="image_tokenizer."),
-        averaged_model(model.decoder, ema, prefix="decoder."),
-        model.scheduler,
-    )
-
-
-def export_parts(
-    accelerator: Accelerator, parts: TokenizerParts, run: DiffusionTokenizerRun, source: ImageSource | ImageStream
-) -> Path:
-    """Write tokenizer, decoder and scheduler into the run's folder, the tokenizer last: with it all are there.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
-    """
-    if accelerator.is_main_process:
-        partial = run.out / "export.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        with written_or_explained(run.out / TOKENIZER_FOLDER, partial):
-            parts.scheduler.save_pretrained(partial / SCHEDULER_FOLDER)
-            parts.decoder.save_pretrained(partial / DECODER_FOLDER)
-            parts.image_tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
-            record = json.dumps(tokenizer_record(source), indent=2) + "\n"
-            (partial / TOKENIZER_FOLDER / "training.json").write_text(record, encoding="utf-8")
-        for name in (SCHEDULER_FOLDER, DECODER_FOLDER, TOKENIZER_FOLDER):
-            shutil.rmtree(run.out / name, ignore_errors=True)
-            (partial / name).rename(run.out / name)
-        partial.rmdir()
-        logger.info("tokenizer and decoder written to %s", run.out)
-    accelerator.wait_for_everyone()
-    return run.out
-
-
 # what FlowDecoder takes where nothing is said
 _DECODER_PATCH = 8
 
@@ -355,28 +288,6 @@ def build_networks(run: DiffusionTokenizerRun) -> TokenizerWithDecoder:
         readout=readout_head(run, tokenizer) if run.loss.readout else None,
         reads_condition=run.loss.readout_from == "condition",
     )
-
-
-def describe_diffusion_tokenizer_run(run: DiffusionTokenizerRun) -> str:
-    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated.
-
-    Heads and frozen networks of optional losses are left out.
-    """
-    with without_values():
-        parts = build_parts(run)
-        network = TokenizerWithDecoder(parts.image_tokenizer, parts.decoder, parts.scheduler)
-    config = parts.image_tokenizer.config
-    side, levels = config["image_size"], run.loss.noise_levels
-    tokenizer, decoder = (f"{num_parameters(part) / 1e6:.2f}M" for part in (parts.image_tokenizer, parts.decoder))
-
-    def forward(network: TokenizerWithDecoder) -> object:
-        return network(torch.zeros(1, 3, side, side), torch.zeros(1, levels), torch.zeros(1, levels, 3, side, side))
-
-    about = (
-        f"{config['num_tokens']} tokens in {config['num_groups']} groups, {config['codebook_size']} codes; images of "
-        f"{side} px, {levels} noise level{'s' if levels > 1 else ''} each; tokenizer {tokenizer}, decoder {decoder}"
-    )
-    return report(run, about, training_cost(network, forward))
 
 
 def build_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
@@ -562,26 +473,16 @@ def latents_or_codes(
     return encoded.quantized, encoded.token_ids
 
 
-def group_counts(tokenizer: DiffusionTokenizer, token_ids: Tensor) -> Float[Tensor, "groups k"]:
-    """How often each code was chosen in each group of tokens."""
-    return code_counts(list(token_ids.split(tokenizer.tokens_per_group, dim=1)), tokenizer.config["codebook_size"])
-
-
-def group_usage(tokenizer: DiffusionTokenizer, *, decay: float = 0.99) -> CodebookUsage:
-    """Moving averages of those counts, one row per group."""
-    return CodebookUsage(
-        tokenizer.config["num_groups"], tokenizer.config["codebook_size"], decay=decay, device=tokenizer.device
-    )
+def by_group(tokenizer: DiffusionTokenizer, token_ids: Int[Tensor, "b n"]) -> list[Int[Tensor, "b g"]]:
+    """The token ids of each group."""
+    return list(token_ids.split(tokenizer.tokens_per_group, dim=1))
 
 
 def _usage(tokenizer: DiffusionTokenizer, token_ids: Sequence[Tensor]) -> tuple[float, list[float]]:
-    counts = group_counts(tokenizer, torch.cat(list(token_ids)))
-    usage = group_usage(tokenizer, decay=0.0)
+    counts = code_counts(by_group(tokenizer, torch.cat(list(token_ids))), tokenizer.config["codebook_size"])
+    usage = CodebookUsage(*counts.shape, decay=0.0)
     usage.update(counts)
     return float((counts.sum(dim=0) > 0).float().mean()), usage.perplexity().tolist()
-
-
-PREVIEW_SEED = 0
 
 
 def decoding(parts: TokenizerParts) -> Decode:
@@ -616,153 +517,6 @@ def decode_steps(parts: TokenizerParts, quantized: Float[Tensor, "b n d"], numbe
     yield scheduler.to_image(x)
 
 
-@torch.no_grad()
-def save_decodes(
-    parts: TokenizerParts,
-    views: EvaluationImages,
-    folder: Path,
-    step: int,
-    *,
-    quantize: bool = True,
-    num_images: int = 8,
-) -> Path:
-    """Rows = held-out images; columns = where each solver step would jump to, the result, the image itself."""
-    numbers = spread(len(views), num_images)
-    images = torch.stack([torch.as_tensor(views[i]["image"]) for i in numbers]).to(parts.decoder.device)
-    quantized, _ = latents_or_codes(parts.image_tokenizer, images, quantize=quantize)
-    steps = [to_pil(preview) for preview in decode_steps(parts, quantized, numbers)]
-    names = [f"step {k}" for k in range(1, len(steps))] + ["decoded", "image"]
-    rows = list(zip(*steps, to_pil(images), strict=True))
-    return save_picture(table(rows, column_names=names), folder / f"reconstructions-{step:08d}.png")
-
-
-# images the codebook starts from
-_CODEBOOK_IMAGES = 512
-_CODEBOOK = "image_tokenizer.codebook.weight"
-
-
-@alone_in("run.out")
-def train_diffusion_tokenizer(run: DiffusionTokenizerRun) -> Path:
-    """Train until `num_steps`, continuing where an earlier call stopped; returns the run's folder.
-
-    Raises:
-        UserError: data, folder and model do not fit each other (before anything is trained), or a loss is not finite.
-        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
-    """
-    accelerator = start_run(run, find_unused_parameters=True)
-    bare = build_networks(run).to(accelerator.device)
-    tokenizer, scheduler = bare.image_tokenizer, bare.scheduler
-    image_size = tokenizer.config["image_size"]
-    train, held_out = open_splits(run, image_size)
-    write_record(accelerator, run, data_fingerprint=train.fingerprint)
-
-    model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
-    distance, teacher = frozen_networks(run, accelerator.device)
-    ema = ExponentialMovingAverage(bare, run.ema_decay)
-    usage = group_usage(tokenizer)
-    progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
-    if (extras := resume(accelerator, ema, progress, run.out)) is not None:
-        usage.load_state_dict(extras)
-    log.rewind(progress.step)
-    batches = image_batches(
-        run,
-        train,
-        image_size=image_size,
-        step=progress.step,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        stream_states=progress.stream_states,
-    )
-    guard, bar = FiniteGuard(accelerator.device), display(accelerator, run, progress, "tokenizer")
-    model.train()
-    if run.freeze_encoder and tokenizer.latent_batch_norm is not None:
-        # its running statistics are no parameters, and they decide about token ids as weights do
-        tokenizer.latent_batch_norm.eval()
-
-    with StopRequest() as stop, bar:
-        while progress.step < run.num_steps and not stop.agreed(accelerator):
-            rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
-            warm = bool(run.from_model) or progress.step >= run.continuous_steps
-            quantize = warm and tokenizer.codebook is not None
-            if quantize and not run.from_model and progress.step == run.continuous_steps > 0:
-                start_codebook(run, tokenizer, train, ema)
-
-            parts = list(islice(batches, run.accumulate))
-            raw_t = [draw_times(run, scheduler, part["position"]).to(accelerator.device) for part in parts]
-            counted = mean_counted_tokens(accelerator, scheduler, raw_t)
-            counts, means = torch.zeros_like(usage.hits()), StepMeans()
-            for part, times in zip(parts, raw_t, strict=True):
-                images = part["image"].to(accelerator.device)
-                noise = training_noise(
-                    part["position"],
-                    run.loss.noise_levels,
-                    (image_size, image_size),
-                    seed=run.seed,
-                    device=accelerator.device,
-                )
-                with accelerator.accumulate(model):
-                    output = model(images, times, noise, quantize=quantize)
-                    losses = diffusion_losses(
-                        output,
-                        images,
-                        run.loss,
-                        data_std=scheduler.config["data_std"],
-                        counted_tokens=counted,
-                        distance=distance,
-                        teacher=teacher,
-                    )
-                    total = torch.stack([losses[name] for name in losses if name.startswith("weighted/")]).sum()
-                    accelerator.backward(total)
-                    if accelerator.sync_gradients:
-                        grad_norm = clip_gradients(accelerator, model, run.optim.max_grad_norm)
-                        guard.watch(grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                if output.token_ids is not None:
-                    counts += group_counts(tokenizer, output.token_ids)
-                guard.watch(total)
-                means.add(losses | {"loss": total})
-
-            progress.step += 1
-            progress.images += run.batch_size
-            ema.update(bare)
-            if quantize:
-                usage.update(cast(Tensor, accelerator.reduce(counts, "sum")))
-                if run.revive_every and not run.freeze_encoder and progress.step % run.revive_every == 0:
-                    latents = cast(Tensor, accelerator.gather(output.latents.detach()))
-                    revive(run, tokenizer, usage, latents, ema, progress)
-            bar.update()
-
-            if progress.due(run.log_every):
-                guard.check(run, progress.step)
-                values = step_values(means.over_processes(accelerator), usage if quantize else None)
-                log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
-                bar.measured({"loss": f"{values['train/loss']:.3f}"}, images=progress.images)
-            if (progress.due(run.validate_every) or progress.due(run.preview_every)) and accelerator.is_main_process:
-                averaged, views = averaged_parts(bare, ema), EvaluationImages(held_out, image_size)
-                if progress.due(run.validate_every):
-                    scores = measure(run, averaged, views, quantize)
-                    log.write(progress, scores.as_floats())
-                    warn_of_collapse(run, scores, quantize)
-                if progress.due(run.preview_every):
-                    save_decodes(averaged, views, run.out / "previews", progress.step, quantize=quantize)
-            if progress.due(run.save_every):
-                guard.check(run, progress.step, ema.averages.values())
-                progress.stream_states = stream_states(batches)
-                save_checkpoint(
-                    accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict()
-                )
-
-        if progress.step < run.num_steps:
-            guard.check(run, progress.step, ema.averages.values())
-            progress.stream_states = stream_states(batches)
-            save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
-            raise KeyboardInterrupt
-    folder = export_parts(accelerator, averaged_parts(bare, ema), run, train)
-    close_trackers(accelerator)
-    return folder
-
-
 def frozen_networks(run: DiffusionTokenizerRun, device: torch.device) -> tuple[nn.Module | None, nn.Module | None]:
     """Perceptual distance and alignment features, each where it has a weight."""
     loss = run.loss
@@ -775,93 +529,150 @@ def frozen_networks(run: DiffusionTokenizerRun, device: torch.device) -> tuple[n
     return distance, teacher
 
 
-def draw_times(run: DiffusionTokenizerRun, scheduler: FlowMatchingScheduler, positions: Tensor) -> Tensor:
-    """Raw times (b, k) of training positions."""
-    return raw_times(
-        positions,
-        run.loss.noise_levels,
-        kind=run.loss.times,
-        num_groups=scheduler.config["num_groups"],
-        latest=run.loss.latest_time,
-        seed=run.seed,
-    )
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Levels of noise for one part of a batch.
+
+    Attributes:
+        raw_t: unshifted times.
+        counted_tokens: tokens that the codebook errors count, mean over the parts of the batch and all processes.
+    """
+
+    raw_t: Float[Tensor, "b k"]
+    counted_tokens: Float[Tensor, ""]
 
 
-def mean_counted_tokens(
-    accelerator: Accelerator, scheduler: FlowMatchingScheduler, raw_t: Sequence[Tensor]
-) -> Float[Tensor, ""]:
-    """Tokens that the codebook errors count, mean over the parts of the batch and all processes."""
-    ends = torch.cat([scheduler.window_of(times.flatten()) for times in raw_t]) + scheduler.tokens_per_step
-    return cast(Tensor, accelerator.reduce(ends.sum().float() / len(raw_t), "mean"))
+class DiffusionTokenizerTask(TokenizerTask):
+    """`DiffusionTokenizer` with its `FlowDecoder`, as the training loop asks for them."""
 
+    level = "group"
 
-def start_codebook(
-    run: DiffusionTokenizerRun,
-    tokenizer: DiffusionTokenizer,
-    source: ImageSource | ImageStream,
-    ema: ExponentialMovingAverage,
-) -> None:
-    """K-means start of the codebook, the same in every process."""
-    images = first_images(run, source, image_size=tokenizer.config["image_size"], count=_CODEBOOK_IMAGES)
-    initialize_unit_codebook(tokenizer, images.to(tokenizer.device), seed=run.seed)
-    weight = codebook_weight(tokenizer)
-    # sums on a GPU may differ between processes, and nothing later would bring the copies together again
-    broadcast(weight.data)
-    ema.restart(_CODEBOOK, weight)
+    def __init__(self, run: DiffusionTokenizerRun, accelerator: Accelerator):
+        self.run, self._accelerator = run, accelerator
+        self.network = build_networks(run).to(accelerator.device).train()
+        self.tokenizer, self._scheduler = self.network.image_tokenizer, self.network.scheduler
+        if run.freeze_encoder and self.tokenizer.latent_batch_norm is not None:
+            # its running statistics are no parameters, and they decide about token ids as weights do
+            self.tokenizer.latent_batch_norm.eval()
+        config = self.tokenizer.config
+        self.image_size: int = config["image_size"]
+        self.codebook = "image_tokenizer.codebook.weight" if config["quantized"] else None
+        self.codebook_size: int = config["codebook_size"]
+        self.num_levels: int = config["num_groups"]
+        # after no continuous steps it stays the random one that it is
+        self.starts_codebook_at = None if run.from_model else run.continuous_steps or None
+        self._distance, self._teacher = frozen_networks(run, accelerator.device)
 
+    @staticmethod
+    def describe(run: DiffusionTokenizerRun) -> str:
+        """Settings, size, cost and memory of a run, without heads and frozen networks of optional losses.
 
-def revive(
-    run: DiffusionTokenizerRun,
-    tokenizer: DiffusionTokenizer,
-    usage: CodebookUsage,
-    latents: Tensor,
-    ema: ExponentialMovingAverage,
-    progress: Progress,
-) -> None:
-    """Move dead codes onto latents of the whole batch (its last part), in every process alike."""
-    if progress.step > LAST_REVIVAL * run.num_steps:
-        return
-    dead = ~usage.used().any(dim=0)
-    moved = revive_unit_codes(tokenizer, dead, latents, seed=run.seed, step=progress.step)
-    if moved:
-        weight = codebook_weight(tokenizer)
-        broadcast(weight.data)
-        ema.restart(_CODEBOOK, weight, rows=dead)
-        logger.info("step %d: revived %d of %d codes", progress.step, moved, len(dead))
+        No weight is allocated.
+        """
+        with without_values():
+            parts = build_parts(run)
+            network = TokenizerWithDecoder(parts.image_tokenizer, parts.decoder, parts.scheduler)
+        config = parts.image_tokenizer.config
+        side, levels = config["image_size"], run.loss.noise_levels
+        tokenizer, decoder = (f"{num_parameters(part) / 1e6:.2f}M" for part in (parts.image_tokenizer, parts.decoder))
 
+        def forward(network: TokenizerWithDecoder) -> object:
+            return network(torch.zeros(1, 3, side, side), torch.zeros(1, levels), torch.zeros(1, levels, 3, side, side))
 
-def step_values(means: dict[str, Tensor], usage: CodebookUsage | None) -> dict[str, float]:
-    """What one log line of training says of losses and codes; `usage` None while there is no quantisation."""
-    values = {f"train/{name}": value.item() for name, value in means.items()}
-    if usage is not None:
-        values["train/usage"] = float(usage.used().any(dim=0).float().mean())
-        values |= {f"train/perplexity_group{k}": float(v) for k, v in enumerate(usage.perplexity())}
-    return values
-
-
-def measure(
-    run: DiffusionTokenizerRun, parts: TokenizerParts, views: EvaluationImages, quantize: bool
-) -> DiffusionTokenizerScores:
-    """Scores on held-out images, decoded with the solver that the saved model will have."""
-    return diffusion_tokenizer_scores(
-        parts.image_tokenizer, decoding(parts), views, limit=run.validation_images, quantize=quantize
-    )
-
-
-def warn_of_collapse(run: DiffusionTokenizerRun, scores: DiffusionTokenizerScores, quantize: bool) -> None:
-    """Say in words when the decoder does not listen to the codes, or held-out images use too few of them."""
-    if scores.gap < run.gap_warning:
-        logger.warning(
-            "an image's own codes decode %.2f dB better than another image's (threshold %.2f dB): the decoder hardly "
-            "listens to the codes, whatever the flow loss says. Try more steps, --loss.jump, --loss.readout, more "
-            "--loss.noise-levels or --loss.times balanced.",
-            scores.gap,
-            run.gap_warning,
+        about = (
+            f"{config['num_tokens']} tokens in {config['num_groups']} groups, {config['codebook_size']} codes; images "
+            f"of {side} px, {levels} noise level{'s' if levels > 1 else ''} each; tokenizer {tokenizer}, decoder "
+            f"{decoder}"
         )
-    if quantize and scores.usage < run.usage_warning:
-        logger.warning(
-            "held-out images use %.0f %% of the codes (threshold %.0f %%): the codebook is collapsing. Try more "
-            "--continuous-steps, a smaller --revive-every or a smaller --model.codebook-size.",
-            100 * scores.usage,
-            100 * run.usage_warning,
+        return report(run, about, training_cost(network, forward))
+
+    def draw(self, parts: Sequence[Batch]) -> Sequence[NoiseLevels]:
+        """Noise levels; the codebook losses are means over the tokens that those of the whole batch count."""
+        run, scheduler, device = self.run, self._scheduler, self._accelerator.device
+        kind, latest, groups = run.loss.times, run.loss.latest_time, self.num_levels
+        raw_t = [
+            raw_times(
+                part["position"], run.loss.noise_levels, kind=kind, num_groups=groups, latest=latest, seed=run.seed
+            ).to(device)
+            for part in parts
+        ]
+        ends = torch.cat([scheduler.window_of(times.flatten()) for times in raw_t]) + scheduler.tokens_per_step
+        counted = cast(Tensor, self._accelerator.reduce(ends.sum().float() / len(raw_t), "mean"))
+        return [NoiseLevels(times, counted) for times in raw_t]
+
+    def losses(
+        self, model: nn.Module, batch: Batch, drawn: NoiseLevels, *, step: int, quantize: bool
+    ) -> TokenizerLosses:
+        """Losses of one part of a batch."""
+        run, device, size = self.run, self._accelerator.device, self.image_size
+        images = batch["image"].to(device)
+        noise = training_noise(batch["position"], run.loss.noise_levels, (size, size), seed=run.seed, device=device)
+        output = model(images, drawn.raw_t, noise, quantize=quantize)
+        named = diffusion_losses(
+            output,
+            images,
+            run.loss,
+            data_std=self._scheduler.config["data_std"],
+            counted_tokens=drawn.counted_tokens,
+            distance=self._distance,
+            teacher=self._teacher,
         )
+        token_ids = [] if output.token_ids is None else by_group(self.tokenizer, output.token_ids)
+        return TokenizerLosses(named=named, token_ids=token_ids, latents=output.latents)
+
+    def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
+        """K-means over latents."""
+        return first_codes(self.tokenizer, images, self.codebook_size, seed=self.run.seed)
+
+    def new_codes(self, latents: Float[Tensor, "b n d"], count: int, step: int) -> Float[Tensor, "k d"]:
+        """Some of these latents."""
+        return random_latents(latents, count, seed=self.run.seed, step=step)
+
+    def averaged(self, ema: ExponentialMovingAverage) -> TokenizerParts:
+        """Copies of tokenizer and decoder that hold the averages; the heads stay behind."""
+        return TokenizerParts(
+            averaged_model(self.tokenizer, ema, prefix="image_tokenizer."),
+            averaged_model(self.network.decoder, ema, prefix="decoder."),
+            self._scheduler,
+        )
+
+    def measure(self, model: TokenizerParts, views: EvaluationImages, *, quantize: bool) -> dict[str, float]:
+        """PSNR with the solver that the saved model will have, from the right codes and the wrong ones; usage.
+
+        Says in words when the decoder does not listen to the codes.
+        """
+        limit, threshold = self.run.validation_images, self.run.gap_warning
+        scores = diffusion_tokenizer_scores(
+            model.image_tokenizer, decoding(model), views, limit=limit, quantize=quantize
+        )
+        if scores.gap < threshold:
+            logger.warning(
+                "an image's own codes decode %.2f dB better than another image's (threshold %.2f dB): the decoder "
+                "hardly listens to the codes, whatever the flow loss says. Try more steps, --loss.jump, "
+                "--loss.readout, more --loss.noise-levels or --loss.times balanced.",
+                scores.gap,
+                threshold,
+            )
+        return scores.as_floats()
+
+    @torch.no_grad()
+    def save_previews(
+        self, model: TokenizerParts, views: EvaluationImages, folder: Path, step: int, *, quantize: bool
+    ) -> None:
+        """Held-out images: where each solver step would jump to, then the result."""
+        images, numbers = preview_images(views)
+        images = images.to(model.decoder.device)
+        quantized, _ = latents_or_codes(model.image_tokenizer, images, quantize=quantize)
+        *jumps, decoded = decode_steps(model, quantized, numbers)
+        stages = {f"step {k}": jump for k, jump in enumerate(jumps, 1)}
+        save_reconstructions({**stages, "decoded": decoded}, images, folder, step)
+
+    def export(self, model: TokenizerParts, source: ImageSource | ImageStream) -> Path:
+        """Write scheduler, decoder and tokenizer into the run's folder."""
+        # the tokenizer last
+        parts = {
+            SCHEDULER_FOLDER: model.scheduler,
+            DECODER_FOLDER: model.decoder,
+            TOKENIZER_FOLDER: model.image_tokenizer,
+        }
+        return export_tokenizer(self._accelerator, self.run, source, parts)

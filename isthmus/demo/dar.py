@@ -16,7 +16,6 @@ from torch import Tensor
 import isthmus
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.runs import diffusion_tokenizer_preset, next_token_prior_preset
-from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
@@ -36,6 +35,7 @@ from isthmus.pictures import save_picture, table, to_pil
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.run import LogLines, column, last, read_log, write_atomically
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 
 
 def draw_dar_curves(tokenizer_log: LogLines, prior_log: LogLines, path: Path) -> None:
@@ -204,7 +204,7 @@ def run_dar_demo(options: DemoOptions, train: ImageSource, held_out: ImageSource
     logger.info("2/4 tokenizer: pixels to a sequence of tokens, groups of which drive the steps of a diffusion")
     preset = diffusion_tokenizer_preset("dar-small-32")
     tokenizer_run = stage_run(preset, options, "tokenizer", longer=LONGER)
-    clock.time("tokenizer", lambda: train_diffusion_tokenizer(tokenizer_run))
+    clock.time("tokenizer", lambda: train_tokenizer(tokenizer_run))
 
     logger.info("3/4 prior: a Llama that predicts the next token")
     tokenizer = str(folder / "tokenizer")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import isthmus
+from isthmus.data.batches import EvaluationImages
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
 from isthmus.demo.stages import (
@@ -24,15 +25,15 @@ from isthmus.demo.stages import (
     precisions,
     stage_run,
 )
-from isthmus.next_scale.export import save_reconstructions
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.runs import prior_preset, tokenizer_preset
-from isthmus.next_scale.train_tokenizer import train_tokenizer
+from isthmus.next_scale.train_tokenizer import save_previews
 from isthmus.nn.stored_llama import fingerprint
 from isthmus.pictures import save_picture, table, to_pil
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.run import LogLines, column, last, read_log, write_atomically
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 
 
 def draw_curves(tokenizer_log: LogLines, prior_log: LogLines, scale_sizes: tuple[int, ...], path: Path) -> None:
@@ -208,7 +209,7 @@ def finish(options: DemoOptions, pipeline: NextScalePipeline, train: ImageSource
     names = list(train.class_names)
     save_picture(table([to_pil(row) for row in rows], row_names=names), folder / "samples.png")
     draw_scales(pipeline, names, options)
-    shown = save_reconstructions(pipeline.image_tokenizer, held_out, folder, 0)
+    shown = save_previews(pipeline.image_tokenizer, EvaluationImages(held_out, pipeline.image_size), folder, 0)
     shown.replace(folder / "reconstructions.png")
     scores = DemoScores(
         **asdict(ClassJudge(train, held_out).scores(images, labels)),

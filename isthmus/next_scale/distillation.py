@@ -24,14 +24,14 @@ from isthmus.data.source import ImageSource
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.files import alone_in
-from isthmus.next_scale.export import load_teacher
 from isthmus.next_scale.pyramid import ScaleSchedule, next_scale_input
 from isthmus.next_scale.runs import DistillRun
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.train_prior import (
-    NextScaleFamily,
+    NextScaleTask,
     PriorLosses,
     encoder_for,
+    load_teacher,
     next_scale_loss,
     path_factors,
     prior_cost,
@@ -267,7 +267,7 @@ class DistillationLosses(PriorLosses):
     teacher_by_scale: Float[Tensor, " scales"]
 
 
-class ScaleDistillation(NextScaleFamily):
+class ScaleDistillationTask(NextScaleTask):
     """Scale distillation, as the training loop asks for it.
 
     Attributes:
@@ -291,14 +291,31 @@ class ScaleDistillation(NextScaleFamily):
             self.encoder = encoder_for(tokenizer, self.schedule, self._rollouts.teacher_schedule)
 
     @staticmethod
-    def has_unused_parameters(run: DistillRun) -> bool:
-        """Every step reaches every weight."""
-        return False
+    def describe(run: DistillRun) -> str:
+        """Settings, teacher and student, who is asked what in every training, cost and memory.
 
-    @staticmethod
-    def is_compiled(run: DistillRun) -> bool:
-        """The student is not compiled."""
-        return False
+        No weight is allocated.
+        """
+        stages = stage_runs(run)
+        with without_values():
+            saved = load_teacher(run.from_model)
+        source = training_source(run, saved.tokenizer.image_size)
+        check_classes(source.class_names, saved.class_names, saved.transformer.null_class_id)
+
+        sizes, mask = student_shape(run, saved.transformer.schedule.sizes, saved.transformer.config["scale_attention"])
+        models = [saved.transformer]
+        with without_values():
+            for stage in stages:
+                models.append(student_of(models[-1], stage.scale_sizes or sizes, mask))
+        costs = [prior_cost(student) for student in models[1:]]
+        configs = [model.config for model in models]
+        network = (
+            f"{_described(configs[-1])} per image; teacher {_described(configs[0])}; {len(source)} images, "
+            f"{len(source.class_names) or 'no'} classes"
+        )
+        # the memory is that of the first stage, which has the most scales
+        largest = replace(costs[-1], activation_bytes=max(cost.activation_bytes for cost in costs))
+        return report(run, network, largest, trainings=_trainings(run, configs, costs))
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> DistillationLosses:
         """Losses of one part of a batch, on the device of the model."""
@@ -534,32 +551,6 @@ def baseline_run(run: DistillRun, num_stages: int) -> DistillRun | None:
         progressive=False,
         baseline=False,
     )
-
-
-def describe_distill_run(run: DistillRun) -> str:
-    """What the run would be: its settings as JSON, then teacher and student, who is asked what in every training, cost
-    and memory. No weight is allocated.
-    """
-    stages = stage_runs(run)
-    with without_values():
-        saved = load_teacher(run.from_model)
-    source = training_source(run, saved.tokenizer.image_size)
-    check_classes(source.class_names, saved.class_names, saved.transformer.null_class_id)
-
-    sizes, mask = student_shape(run, saved.transformer.schedule.sizes, saved.transformer.config["scale_attention"])
-    models = [saved.transformer]
-    with without_values():
-        for stage in stages:
-            models.append(student_of(models[-1], stage.scale_sizes or sizes, mask))
-    costs = [prior_cost(student) for student in models[1:]]
-    configs = [model.config for model in models]
-    network = (
-        f"{_described(configs[-1])} per image; teacher {_described(configs[0])}; {len(source)} images, "
-        f"{len(source.class_names) or 'no'} classes"
-    )
-    # the memory is that of the first stage, which has the most scales
-    largest = replace(costs[-1], activation_bytes=max(cost.activation_bytes for cost in costs))
-    return report(run, network, largest, trainings=_trainings(run, configs, costs))
 
 
 def _trainings(run: DistillRun, models: Sequence[Mapping[str, Any]], costs: Sequence[Cost]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from isthmus.errors import UserError
+from isthmus.nn.component_files import read_config
 from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
@@ -470,3 +471,19 @@ def default_prior_preset(*, from_model: bool, scale_attention: str | None) -> st
     if from_model:
         return "finetune-prior"
     return "var-small" if scale_attention == "causal" else "srdd-small"
+
+
+def describe_folder(folder: Path) -> tuple[dict[str, str], int]:
+    """What `isthmus info` says of a saved pipeline that only this family has, and its number of classes."""
+    tokenizer, prior = (read_config(folder / name) for name in ("image_tokenizer", "transformer"))
+    # folders saved before it existed know nothing of folded pixels
+    stride = tokenizer.get("pixel_unshuffle", 1) * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    sizes = prior["scale_sizes"]
+    rows = {
+        "model": f"NextScalePipeline, {prior['scale_attention']} over scales",
+        "image size": f"{tokenizer['scale_sizes'][-1] * stride} px (stride {stride})",
+        "scales": f"{', '.join(map(str, sizes))} ({sum(s * s for s in sizes)} tokens)",
+        "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
+        "transformer": f"width {prior['width']}, {prior['num_layers']} layers, {prior['num_heads']} heads",
+    }
+    return rows, prior["num_classes"]

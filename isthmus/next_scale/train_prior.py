@@ -6,7 +6,6 @@ resampling; what a masked round of `ScaleRefinementScheduler` asks of a model).
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,27 +15,41 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor, nn
 
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
-from isthmus.next_scale.export import Teacher, export_pipeline, load_teacher, load_tokenizer, save_samples
+from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.refinement import refined_scales
 from isthmus.next_scale.runs import PriorRun
+from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
+from isthmus.next_scale.train_tokenizer import load_next_scale_model, load_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import guidance_at
 from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
+from isthmus.pictures import to_pil
+from isthmus.pipelines.labels import names_in_order
 from isthmus.training.config import TokensRun
 from isthmus.training.cost import Cost, report, training_cost, training_source
 from isthmus.training.images import dropped_labels, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
-from isthmus.training.saved_networks import averaged_model, kept_classes, refuse_contradictions, sampling_options
+from isthmus.training.previews import save_samples
+from isthmus.training.saved_networks import (
+    averaged_model,
+    export_pipeline,
+    kept_classes,
+    refuse_contradictions,
+    sampling_options,
+)
+from isthmus.training.train_prior import PriorTask
 
 
 def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
@@ -241,7 +254,7 @@ def encoder_for(tokenizer: MultiScaleVQVAE, *schedules: ScaleSchedule) -> MultiS
     return tokenizer if schedules == (tokenizer.schedule,) else ScheduleEncoder(tokenizer, schedules)
 
 
-class NextScaleFamily:
+class NextScaleTask(PriorTask):
     """A base to derive from: the networks, what is measured while training, and what is left behind.
 
     Args:
@@ -291,10 +304,6 @@ class NextScaleFamily:
         """Move the tokenizer to the device of the training."""
         self.tokenizer.to(device)
 
-    def regularisation(self) -> AbstractContextManager[object]:
-        """Nothing is attached to the network: stochastic depth goes in with the batch."""
-        return nullcontext()
-
     def averaged(self, ema: ExponentialMovingAverage) -> NextScaleTransformer:
         """A copy that holds the averages; every process must call it where weights are sharded."""
         return averaged_model(self.network, ema)
@@ -318,22 +327,43 @@ class NextScaleFamily:
         mean = sum(bits * length for bits, length in zip(by_scale, lengths, strict=True)) / schedule.num_tokens
         return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}
 
+    @torch.no_grad()
     def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
-        save_samples(self.tokenizer, model, self.train.class_names, self.options, folder, step)
+
+        def draw(labels: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
+            *_, last = refined_scales(ScaleSampler(self.tokenizer, model, labels.to(model.device), seeds, self.options))
+            return to_pil(self.tokenizer.decode_features(last.features))
+
+        save_samples(draw, self.train.class_names, model.null_class_id, folder, step)
 
     def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
         """Write the pipeline."""
-        return export_pipeline(accelerator, self.tokenizer, model, self.run, self.train, self.options)
+        networks = {"image_tokenizer": self.tokenizer, "transformer": model}
+        return export_pipeline(accelerator, self.run, self.train, self.options, NextScalePipeline, **networks)
 
 
-class NextScalePrior(NextScaleFamily):
+class NextScalePriorTask(NextScaleTask):
     """VAR and SRDD, as the training loop asks for them; the loss is the cross-entropy of every token."""
 
     def __init__(self, run: PriorRun):
         super().__init__(run, *prepare(run))
         self.run: PriorRun = run
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
+
+    @staticmethod
+    def describe(run: PriorRun) -> str:
+        """Settings, size, cost and memory of a run. No weight is allocated."""
+        with without_values():
+            tokenizer, saved = starting_point(run)
+        source = training_source(run, tokenizer.image_size)
+        with without_values():
+            model = build_prior(run, tokenizer, saved, source.class_names)
+        about = (
+            f"{model.config['scale_attention']}, scales {', '.join(map(str, model.schedule.sizes))}, "
+            f"{model.schedule.num_tokens} tokens; {len(source)} images, {len(source.class_names) or 'no'} classes"
+        )
+        return report(run, about, prior_cost(model))
 
     @staticmethod
     def has_unused_parameters(run: PriorRun) -> bool:
@@ -421,20 +451,6 @@ def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, 
     return tokenizer, train, held_out, build_prior(run, tokenizer, saved, train.class_names)
 
 
-def describe_prior_run(run: PriorRun) -> str:
-    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated."""
-    with without_values():
-        tokenizer, saved = starting_point(run)
-    source = training_source(run, tokenizer.image_size)
-    with without_values():
-        model = build_prior(run, tokenizer, saved, source.class_names)
-    about = (
-        f"{model.config['scale_attention']}, scales {', '.join(map(str, model.schedule.sizes))}, "
-        f"{model.schedule.num_tokens} tokens; {len(source)} images, {len(source.class_names) or 'no'} classes"
-    )
-    return report(run, about, prior_cost(model))
-
-
 def prior_cost(model: NextScaleTransformer) -> Cost:
     """What an image costs in training a transformer that was made without values."""
     num_inputs = model.schedule.num_tokens - model.schedule.lengths[0]
@@ -443,6 +459,27 @@ def prior_cost(model: NextScaleTransformer) -> Cost:
         return network(torch.zeros(1, dtype=torch.long), torch.zeros(1, num_inputs, model.config["codebook_dim"]))
 
     return training_cost(model, forward)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A saved model that another one starts or learns from.
+
+    Attributes:
+        tokenizer: its image tokenizer.
+        transformer: its prior.
+        class_names: in the order of the labels; empty where classes have no names.
+    """
+
+    tokenizer: MultiScaleVQVAE
+    transformer: NextScaleTransformer
+    class_names: tuple[str, ...]
+
+
+def load_teacher(path: str) -> Teacher:
+    """Tokenizer, prior and class names of a saved pipeline."""
+    pipeline = load_next_scale_model(path)
+    return Teacher(pipeline.image_tokenizer, pipeline.transformer, names_in_order(pipeline.class_names))
 
 
 def starting_point(run: PriorRun) -> tuple[MultiScaleVQVAE, Teacher | None]:

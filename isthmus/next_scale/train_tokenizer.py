@@ -1,38 +1,32 @@
-"""Train a multi-scale tokenizer on images (`isthmus train tokenizer`): losses, optional patch GAN, codebook care,
-loop.
+"""What trains a multi-scale tokenizer: losses, optional patch GAN, measures, codes. The loop is that of
+`isthmus.training.train_tokenizer`.
 
 The discriminator judges overlapping patches (Isola et al., 2017). The weight of the generator's loss is the ratio of
 the two gradients' norms at the decoder's last weight (Esser et al., 2021), so that neither drowns the other, times a
 factor that starts late and warms up, since a decoder that cannot draw yet learns nothing from a critic.
 
-A codebook that starts at random before the encoder has learnt anything is used by a few codes only and stays so. Here
-the encoder first trains without quantisation, the codebook then starts from what it puts out (k-means over all scales),
-and codes that fall out of use are moved to residuals of current images.
+The codebook starts from k-means over the residuals of all scales; codes that no scale uses are moved onto residuals of
+current images.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.views import Sample
+from isthmus.data.views import Batch, Sample
 from isthmus.errors import UserError
-from isthmus.files import alone_in
-from isthmus.next_scale.export import export_tokenizer, load_tokenizer, save_reconstructions
+from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.pyramid import area_downsample
 from isthmus.next_scale.runs import TokenizerLoss, TokenizerRun
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, MultiScaleVQVAEOutput, cpu_layout
@@ -42,24 +36,14 @@ from isthmus.nn.quantization import k_means
 from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens
 from isthmus.pictures import spread
-from isthmus.training.checkpoints import Progress, resume, save_checkpoint
+from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.codebook import CodebookUsage, code_counts
-from isthmus.training.config import LAST_REVIVAL, OptimConfig
+from isthmus.training.config import OptimConfig
 from isthmus.training.cost import report, training_cost
-from isthmus.training.images import first_images, image_batches, open_splits, stream_states
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
-from isthmus.training.run import (
-    FiniteGuard,
-    Log,
-    StepMeans,
-    StopRequest,
-    clip_gradients,
-    close_trackers,
-    display,
-    start_run,
-    write_record,
-)
-from isthmus.training.saved_networks import averaged_model, refuse_contradictions
+from isthmus.training.previews import preview_images, save_reconstructions
+from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, export_tokenizer, refuse_contradictions
+from isthmus.training.train_tokenizer import TokenizerLosses, TokenizerTask
 
 _GROUPS = 8
 
@@ -180,74 +164,69 @@ def reconstruction_losses(
     return losses
 
 
-@dataclass
 class Critic:
-    """The patch discriminator with its optimizer."""
+    """The patch discriminator with its optimizer; it starts late (see above).
 
-    discriminator: nn.Module
-    optimizer: torch.optim.Optimizer
-    optim: OptimConfig
-    start: int
-    warm_up_steps: int
+    Attributes:
+        start: step from which it trains, and judges.
+    """
 
-    @classmethod
-    def of(cls, run: TokenizerRun) -> "Critic":
-        """A new discriminator, which starts late: a decoder that cannot draw yet learns nothing from it."""
-        discriminator = PatchDiscriminator(base_channels=run.loss.discriminator_channels)
-        start = round(run.loss.adversarial_start * run.num_steps)
-        optim = OptimConfig(
-            learning_rate=run.loss.discriminator_learning_rate, beta1=0.5, beta2=0.9, weight_decay=5e-4, warmup_steps=0
+    def __init__(self, run: TokenizerRun, accelerator: Accelerator):
+        loss = run.loss
+        self.run, self.accelerator = run, accelerator
+        self.start, self._warm_up_steps = (
+            round(s * run.num_steps) for s in (loss.adversarial_start, loss.adversarial_warmup)
         )
-        return cls(
-            discriminator, adamw(discriminator, optim), optim, start, round(run.loss.adversarial_warmup * run.num_steps)
+        self.optim = OptimConfig(
+            learning_rate=loss.discriminator_learning_rate, beta1=0.5, beta2=0.9, weight_decay=5e-4, warmup_steps=0
         )
+        self.discriminator = PatchDiscriminator(base_channels=loss.discriminator_channels)
 
-    def prepare(self, accelerator: Accelerator) -> None:
-        """Hand both to accelerate."""
-        self.discriminator, self.optimizer = accelerator.prepare(self.discriminator, self.optimizer)
+    def prepare(self) -> None:
+        """Hand discriminator and optimizer to accelerate."""
+        optimizer = adamw(self.discriminator, self.optim)
+        self.discriminator, self.optimizer = self.accelerator.prepare(self.discriminator, optimizer)
 
     def generator_losses(
-        self,
-        accelerator: Accelerator,
-        model: MultiScaleVQVAE,
-        losses: dict[str, Tensor],
-        fake: Images,
-        run: TokenizerRun,
-        step: int,
+        self, pixels: Float[Tensor, ""], fake: Images, last_weight: Float[Tensor, "..."], step: int
     ) -> dict[str, Tensor]:
-        """What the discriminator asks of the decoder, weighted against the pixel losses; nothing before `start`."""
-        factor = warm_up_factor(step, start=self.start, warm_up_steps=self.warm_up_steps)
+        """What the discriminator asks of the decoder, weighed against the pixel losses; nothing before `start`.
+
+        Both `pixels` and `fake` depend on `last_weight`, the last one of the decoder.
+        """
+        factor = warm_up_factor(step, start=self.start, warm_up_steps=self._warm_up_steps)
         if factor == 0:
             return {}
-        judge = accelerator.unwrap_model(self.discriminator)
+        judge = self.accelerator.unwrap_model(self.discriminator)
         judge.requires_grad_(False)
         loss = generator_hinge_loss(judge(fake.float()))
         judge.requires_grad_(True)
         weight = adaptive_weight(
-            losses["weighted/pixels"],
+            pixels,
             loss,
-            model.decoder.conv_out.weight,
-            average=lambda gradient: accelerator.reduce(gradient, "mean"),  # pyright: ignore[reportArgumentType]
+            last_weight,
+            average=lambda gradient: self.accelerator.reduce(gradient, "mean"),  # pyright: ignore[reportArgumentType]
         )
         return {
             "generator": loss,
             "adversarial_weight": weight,
-            "weighted/generator": run.loss.adversarial * factor * weight * loss,
+            "weighted/generator": self.run.loss.adversarial * factor * weight * loss,
         }
 
-    def step(
-        self, accelerator: Accelerator, real: Images, fake: Images, run: TokenizerRun, step: int
-    ) -> dict[str, Tensor]:
-        """One step of the discriminator; nothing before `start`."""
+    def step(self, real: Images, fake: Images, step: int) -> dict[str, Tensor]:
+        """One step of the discriminator, on a part that the tokenizer has just seen; nothing before `start`."""
         if step < self.start:
             return {}
-        set_rates(self.optimizer, step - self.start, self.optim, max(run.num_steps - self.start, 1))
+        accelerator = self.accelerator
+        set_rates(self.optimizer, step - self.start, self.optim, max(self.run.num_steps - self.start, 1))
+        # `accumulate` counts its calls; this one is about the part that the last one was about
+        accelerator.step -= 1
         with accelerator.accumulate(self.discriminator):
             logits = self.discriminator(torch.cat([real, fake.float()]))
             loss = discriminator_hinge_loss(*logits.chunk(2))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.discriminator.parameters(), run.optim.max_grad_norm)
+                accelerator.clip_grad_norm_(self.discriminator.parameters(), self.run.optim.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return {"discriminator": loss.detach()}
@@ -340,8 +319,8 @@ def residual_vectors(model: MultiScaleVQVAE, latents: LatentMap, *, exact: bool)
 
 
 @torch.no_grad()
-def initialize_codebook(model: MultiScaleVQVAE, images: Images, *, seed: int) -> None:
-    """Start the codebook from the encoder's outputs on `images`: k-means over the residuals of all scales.
+def first_codes(model: MultiScaleVQVAE, images: Images, *, seed: int) -> Float[Tensor, "k d"]:
+    """A codebook from the encoder's outputs on `images`: k-means over the residuals of all scales.
 
     Fine scales have most of the tokens; each scale enters with the square root of its share, so that the few coarse
     tokens, which decide about the whole image, get codes as well.
@@ -355,141 +334,158 @@ def initialize_codebook(model: MultiScaleVQVAE, images: Images, *, seed: int) ->
     for rows, share in zip(per_scale, weights / weights.sum(), strict=True):
         wanted = min(len(rows), max(1, int(budget * share)))
         picked.append(rows[torch.from_numpy(generator.permutation(len(rows))[:wanted])])
-    model.codebook.weight.copy_(k_means(torch.cat(picked), model.codebook.num_embeddings, seed=seed))
+    return k_means(torch.cat(picked), model.codebook.num_embeddings, seed=seed)
 
 
-@torch.no_grad()
-def revive_codes(model: MultiScaleVQVAE, dead: Bool[Tensor, " k"], latents: LatentMap, *, seed: int, step: int) -> int:
-    """Move codes that no scale uses onto residuals of the present batch; returns how many moved."""
-    count = int(dead.sum())
-    if not count:
-        return 0
+def random_residuals(
+    model: MultiScaleVQVAE, latents: LatentMap, count: int, *, seed: int, step: int
+) -> Float[Tensor, "n d"]:
+    """`count` residuals of these latents, of every scale as likely."""
     generator = stream(seed, REVIVE, step)
     per_scale = residual_vectors(model, latents.float(), exact=False)
     scales = generator.integers(len(per_scale), size=count)
-    rows = torch.stack([per_scale[k][generator.integers(len(per_scale[k]))] for k in scales])
-    model.codebook.weight[dead] = rows.to(model.codebook.weight)
-    return count
+    return torch.stack([per_scale[k][generator.integers(len(per_scale[k]))] for k in scales])
 
 
-logger = logging.getLogger("isthmus")
+@torch.no_grad()
+def save_previews(tokenizer: MultiScaleVQVAE, views: EvaluationImages, folder: Path, step: int) -> Path:
+    """Rows = held-out images; columns = scales 0..k added up, the image itself last."""
+    images, _ = preview_images(views)
+    images = images.to(tokenizer.device)
+    token_ids = tokenizer.encode(images).token_ids
+    stages = {
+        f"{size} x {size}": tokenizer.decode_features(tokenizer.features_up_to(token_ids, k))
+        for k, size in enumerate(tokenizer.schedule.sizes)
+    }
+    return save_reconstructions(stages, images, folder, step)
 
-# images the codebook starts from
-_CODEBOOK_IMAGES = 512
+
+@dataclass(kw_only=True)
+class MultiScaleLosses(TokenizerLosses):
+    """What one part of a batch gave.
+
+    Attributes:
+        images: that part, on the device of the training.
+        reconstructed: the decoder's images of it.
+    """
+
+    images: Images
+    reconstructed: Images
 
 
-@alone_in("run.out")
-def train_tokenizer(run: TokenizerRun) -> Path:
-    """Train until `num_steps`, continuing where an earlier call stopped; returns the folder of the tokenizer.
+class MultiScaleTokenizerTask(TokenizerTask):
+    """`MultiScaleVQVAE`, as the training loop asks for it."""
+
+    level = "scale"
+    codebook = "codebook.weight"
+
+    def __init__(self, run: TokenizerRun, accelerator: Accelerator):
+        self.run, self._accelerator = run, accelerator
+        network, device = build_tokenizer(run), accelerator.device
+        products = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        self._layout = cpu_layout(products, network.image_size) if device.type == "cpu" else torch.channels_last
+        network = network.to(device, memory_format=self._layout)  # pyright: ignore[reportCallIssue]  torch's overloads miss it
+        self.network: MultiScaleVQVAE = network.train()
+        self.image_size = network.image_size
+        self.codebook_size, self.num_levels = network.codebook.num_embeddings, network.schedule.num_scales
+        self.starts_codebook_at = None if run.from_model else run.continuous_steps
+        self._critic = Critic(run, accelerator) if run.loss.adversarial else None
+        distance = perceptual_distance(run.loss.perceptual_network, lpips_weights=run.loss.lpips_weights)
+        self._distance = distance.to(device) if run.loss.perceptual else None
+
+    @staticmethod
+    def describe(run: TokenizerRun) -> str:
+        """Settings, size, cost and memory of a run. No weight is allocated."""
+        with without_values():
+            model = build_tokenizer(run)
+        side = model.image_size
+        # without the search for codes, a few percent
+        cost = training_cost(model, lambda network: network(torch.zeros(1, 3, side, side), quantize=False))
+        return report(run, f"scales {', '.join(map(str, model.schedule.sizes))}; images of {side} px", cost)
+
+    def prepare_others(self) -> None:
+        """The discriminator, with an optimizer of its own."""
+        if self._critic:
+            self._critic.prepare()
+
+    def losses(self, model: nn.Module, batch: Batch, drawn: None, *, step: int, quantize: bool) -> MultiScaleLosses:
+        """Losses of one part of a batch, the discriminator's wish among them."""
+        images = batch["image"].to(self._accelerator.device, memory_format=self._layout)
+        output = model(images, quantize=quantize)
+        weight = self.network.config["commitment_weight"]
+        named = reconstruction_losses(output, images, self._distance, self.run.loss, commitment_weight=weight)
+        if self._critic:
+            last = self.network.decoder.conv_out.weight
+            named |= self._critic.generator_losses(named["weighted/pixels"], output.images, last, step)
+        return MultiScaleLosses(
+            named=named,
+            token_ids=output.token_ids,
+            latents=output.latents,
+            images=images,
+            reconstructed=output.images.detach(),
+        )
+
+    def train_others(self, losses: MultiScaleLosses, step: int) -> dict[str, Tensor]:
+        """A step of the discriminator on the same part."""
+        return self._critic.step(losses.images, losses.reconstructed, step) if self._critic else {}
+
+    def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
+        """K-means over the residuals of all scales."""
+        return first_codes(self.network, images, seed=self.run.seed)
+
+    def new_codes(self, latents: LatentMap, count: int, step: int) -> Float[Tensor, "n d"]:
+        """Residuals of these latents."""
+        return random_residuals(self.network, latents, count, seed=self.run.seed, step=step)
+
+    def averaged(self, ema: ExponentialMovingAverage) -> MultiScaleVQVAE:
+        """A copy of the tokenizer that holds the averages."""
+        return averaged_model(self.network, ema)
+
+    def measure(self, model: MultiScaleVQVAE, views: EvaluationImages, *, quantize: bool) -> dict[str, float]:
+        """PSNR, usage and perplexity, also by scale."""
+        return tokenizer_scores(model, views).as_floats()
+
+    def save_previews(
+        self, model: MultiScaleVQVAE, views: EvaluationImages, folder: Path, step: int, *, quantize: bool
+    ) -> None:
+        """Held-out images, scale by scale."""
+        save_previews(model, views, folder, step)
+
+    def export(self, model: MultiScaleVQVAE, source: ImageSource | ImageStream) -> Path:
+        """Write the tokenizer into the run's folder."""
+        plain = model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        return export_tokenizer(self._accelerator, self.run, source, {TOKENIZER_FOLDER: plain})
+
+
+def load_tokenizer(path: str) -> MultiScaleVQVAE:
+    """The tokenizer in a run folder, a pipeline folder, a tokenizer folder, or a model on the hub.
 
     Raises:
-        UserError: data, folder and model do not fit each other (before anything is trained), or a loss is not finite.
-        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
+        UserError: there is none, or it does not load strictly.
     """
-    accelerator = start_run(run, find_unused_parameters=True)
-    products = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    bare = build_tokenizer(run)
-    layout = cpu_layout(products, bare.image_size) if accelerator.device.type == "cpu" else torch.channels_last
-    bare = bare.to(accelerator.device, memory_format=layout)  # pyright: ignore[reportCallIssue]  torch's overloads miss it
-    train, held_out = open_splits(run, bare.image_size)
-    write_record(accelerator, run, data_fingerprint=train.fingerprint)
+    folder = Path(path)
+    if not folder.exists():
+        # a hub id brings a whole pipeline
+        return load_next_scale_model(path).image_tokenizer
+    if (folder / TOKENIZER_FOLDER).is_dir():
+        folder = folder / TOKENIZER_FOLDER
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"a tokenizer is the folder of a finished `isthmus train tokenizer` (or of a pipeline), got {path}, which "
+            f"holds no {TOKENIZER_FOLDER}. Finish the run first: the same command continues it."
+        )
+    return MultiScaleVQVAE.from_pretrained(folder)
 
-    critic = Critic.of(run) if run.loss.adversarial else None
-    model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
-    if critic:
-        critic.prepare(accelerator)
-    distance = perceptual_distance(run.loss.perceptual_network, lpips_weights=run.loss.lpips_weights)
-    distance = distance.to(accelerator.device) if run.loss.perceptual else None
-    ema = ExponentialMovingAverage(bare, run.ema_decay)
-    usage = CodebookUsage(bare.schedule.num_scales, bare.codebook.num_embeddings, device=accelerator.device)
-    progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
-    if (extras := resume(accelerator, ema, progress, run.out)) is not None:
-        usage.load_state_dict(extras)
-    log.rewind(progress.step)
 
-    batches = image_batches(
-        run,
-        train,
-        image_size=bare.image_size,
-        step=progress.step,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        stream_states=progress.stream_states,
-    )
-    guard, bar = FiniteGuard(accelerator.device), display(accelerator, run, progress, "tokenizer")
-    model.train()
-
-    with StopRequest() as stop, bar:
-        while progress.step < run.num_steps and not stop.agreed(accelerator):
-            rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
-            quantize = bool(run.from_model) or progress.step >= run.continuous_steps
-            if progress.step == run.continuous_steps and not run.from_model:
-                start_codebook(run, bare, train, ema)
-
-            counts, means = torch.zeros_like(usage.hits()), StepMeans()
-            for part, batch in enumerate(islice(batches, run.accumulate)):
-                images = batch["image"].to(accelerator.device, memory_format=layout)
-                # `accumulate` counts its calls; those for model and discriminator are about the same part
-                accelerator.step = part
-                with accelerator.accumulate(model):
-                    output = model(images, quantize=quantize)
-                    losses = reconstruction_losses(
-                        output, images, distance, run.loss, commitment_weight=bare.config["commitment_weight"]
-                    )
-                    if critic:
-                        losses |= critic.generator_losses(accelerator, bare, losses, output.images, run, progress.step)
-                    total = torch.stack([losses[name] for name in losses if name.startswith("weighted/")]).sum()
-                    accelerator.backward(total)
-                    if accelerator.sync_gradients:
-                        grad_norm = clip_gradients(accelerator, model, run.optim.max_grad_norm)
-                        guard.watch(grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                if critic:
-                    accelerator.step = part
-                    losses |= critic.step(accelerator, images, output.images.detach(), run, progress.step)
-                if quantize:
-                    counts += code_counts(output.token_ids, bare.codebook.num_embeddings)
-                guard.watch(total)
-                means.add(losses | {"loss": total})
-
-            progress.step += 1
-            progress.images += run.batch_size
-            ema.update(bare)
-            if quantize:
-                usage.update(cast(Tensor, accelerator.reduce(counts, "sum")))
-                if run.revive_every and not run.freeze_encoder and progress.step % run.revive_every == 0:
-                    latents = cast(Tensor, accelerator.gather(output.latents.detach()))
-                    revive(run, bare, usage, latents, ema, progress)
-            bar.update()
-
-            if progress.due(run.log_every):
-                guard.check(run, progress.step)
-                values = step_values(means.over_processes(accelerator), usage, rate, grad_norm.item(), quantize)
-                log.write(progress, values)
-                bar.measured({"loss": f"{values['train/loss']:.3f}"}, images=progress.images)
-            if progress.due(run.validate_every) and accelerator.is_main_process:
-                averaged = averaged_model(bare, ema)
-                scores = tokenizer_scores(averaged, EvaluationImages(held_out, bare.image_size))
-                log.write(progress, scores.as_floats())
-                warn_of_collapse(run, scores.usage, quantize)
-            if progress.due(run.preview_every) and accelerator.is_main_process:
-                save_reconstructions(averaged_model(bare, ema), held_out, run.out / "previews", progress.step)
-            if progress.due(run.save_every):
-                guard.check(run, progress.step, ema.averages.values())
-                progress.stream_states = stream_states(batches)
-                save_checkpoint(
-                    accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict()
-                )
-
-        if progress.step < run.num_steps:
-            guard.check(run, progress.step, ema.averages.values())
-            progress.stream_states = stream_states(batches)
-            save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
-            raise KeyboardInterrupt
-    folder = export_tokenizer(accelerator, averaged_model(bare, ema), run, train)
-    close_trackers(accelerator)
-    return folder
+def load_next_scale_model(path: str) -> NextScalePipeline:
+    """A saved model to go on from. Raises `UserError` where it is of another family."""
+    pipeline = load_pipeline(path, device="cpu")
+    if not isinstance(pipeline, NextScalePipeline):
+        raise UserError(
+            f"a next-scale run starts from a next-scale model, got {path}, which is a {type(pipeline).__name__}. "
+            "Choose a preset of its family (`isthmus info presets`)."
+        )
+    return pipeline
 
 
 def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
@@ -514,66 +510,3 @@ def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
         for part in (model.encoder, model.quant_conv, model.codebook, model.phi):
             part.requires_grad_(False)
     return model
-
-
-def describe_tokenizer_run(run: TokenizerRun) -> str:
-    """What the run would be: its settings as JSON, then size, cost and memory. No weight is allocated."""
-    with without_values():
-        model = build_tokenizer(run)
-    side = model.image_size
-    # without the search for codes, a few percent
-    cost = training_cost(model, lambda network: network(torch.zeros(1, 3, side, side), quantize=False))
-    return report(run, f"scales {', '.join(map(str, model.schedule.sizes))}; images of {side} px", cost)
-
-
-def start_codebook(
-    run: TokenizerRun, model: MultiScaleVQVAE, source: ImageSource | ImageStream, ema: ExponentialMovingAverage
-) -> None:
-    """K-means start of the codebook, the same in every process."""
-    images = first_images(run, source, image_size=model.image_size, count=_CODEBOOK_IMAGES)
-    initialize_codebook(model, images.to(model.codebook.weight.device), seed=run.seed)
-    # sums on a GPU may differ between processes, and nothing later would bring the copies together again
-    broadcast(model.codebook.weight.data)
-    ema.restart("codebook.weight", model.codebook.weight)
-
-
-def revive(
-    run: TokenizerRun,
-    model: MultiScaleVQVAE,
-    usage: CodebookUsage,
-    latents: Tensor,
-    ema: ExponentialMovingAverage,
-    progress: Progress,
-) -> None:
-    """Move dead codes onto residuals of the whole batch's latents (its last part), in every process alike."""
-    if progress.step > LAST_REVIVAL * run.num_steps:
-        return
-    dead = ~usage.used().any(dim=0)
-    moved = revive_codes(model, dead, latents, seed=run.seed, step=progress.step)
-    if moved:
-        broadcast(model.codebook.weight.data)
-        ema.restart("codebook.weight", model.codebook.weight, rows=dead)
-        logger.info("step %d: revived %d of %d codes", progress.step, moved, len(dead))
-
-
-def step_values(
-    means: dict[str, Tensor], usage: CodebookUsage, rate: float, grad_norm: float, quantize: bool
-) -> dict[str, float]:
-    """One log line of training."""
-    values = {f"train/{name}": value.item() for name, value in means.items()}
-    values |= {"train/learning_rate": rate, "train/grad_norm": grad_norm}
-    if quantize:
-        values["train/usage"] = float(usage.used().any(dim=0).float().mean())
-        values |= {f"train/perplexity_scale{k}": float(v) for k, v in enumerate(usage.perplexity())}
-    return values
-
-
-def warn_of_collapse(run: TokenizerRun, usage: float, quantize: bool) -> None:
-    """Say in words when held-out images use too few codes."""
-    if quantize and usage < run.usage_warning:
-        logger.warning(
-            "held-out images use %.0f %% of the codes (threshold %.0f %%): the codebook is collapsing. Try more "
-            "--continuous-steps, a smaller --revive-every or a smaller --model.codebook-size.",
-            100 * usage,
-            100 * run.usage_warning,
-        )

@@ -1,6 +1,5 @@
 """One function for any saved pipeline: a trained run, a converted checkpoint, a model on the hub."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from isthmus.nn.precision import faster_type
 from isthmus.nn.saved_model import values_left_out
 from isthmus.pipelines.base import check_not_float16
 from isthmus.pipelines.folder import model_folder, read_index
+from isthmus.registry import PIPELINES, imported
 
 if TYPE_CHECKING:
     from isthmus.dar.pipeline import DARPipeline
@@ -21,8 +21,6 @@ else:
     # the classes are imported when a folder asks for them: each costs seconds
     AnyPipeline = Any
 
-# class name in model_index.json -> module that has it
-PIPELINES = {"NextScalePipeline": "isthmus.next_scale.pipeline", "DARPipeline": "isthmus.dar.pipeline"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,8 +53,7 @@ def load_pipeline(
     name = read_index(folder).get("_class_name")
     if name not in PIPELINES:
         raise UserError(f"{folder} holds a {name}; this version loads {', '.join(PIPELINES)}. Update Isthmus.")
-    kind = getattr(import_module(PIPELINES[name]), name)
-    pipeline = kind.from_pretrained(folder, dtype=choose_dtype(dtype, chosen))
+    pipeline = imported(PIPELINES[name]).from_pretrained(folder, dtype=choose_dtype(dtype, chosen))
     # shapes without values have no place to go to
     return pipeline if values_left_out() else pipeline.to(chosen)
 

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from isthmus.dar.options import Solver
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
-from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.evaluation.held_out import reconstructions_by_stage
 from isthmus.evaluation.images import ruined
 from isthmus.evaluation.record import timing_words
@@ -63,6 +62,7 @@ from isthmus.studies.tables import (
 from isthmus.training.config import Run, run_to_json
 from isthmus.training.run import column, last, read_log
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 
 
 def tokenizer_run(setting: DarSetting, seed: int) -> DiffusionTokenizerRun:
@@ -231,7 +231,7 @@ def dar_work(setting: DarSetting, folder: Path) -> Mapping[str, Work]:
 
     def tokenizer(experiment: Experiment) -> Values:
         run = replace(tokenizer_run(setting, experiment.settings["seed"]), out=model_folder(folder, experiment.name))
-        train_diffusion_tokenizer(run)
+        train_tokenizer(run)
         log = read_log(run.out / "log.jsonl")
         names = ("val/psnr", "val/psnr_shuffled", "val/usage")
         return {name.removeprefix("val/"): last(log, name) for name in names}

@@ -19,14 +19,13 @@ from isthmus.data.source import WantedColumns
 from isthmus.data.token_cache import TokenCache
 from isthmus.evaluation.record import timing_words
 from isthmus.next_scale.canvas import fill_unknown
-from isthmus.next_scale.export import load_tokenizer
 from isthmus.next_scale.likelihood import signal_to_noise
 from isthmus.next_scale.pipeline import NextScalePipeline, NextScalePipelineOutput
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.next_scale.runs import DistillRun, PriorRun
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
-from isthmus.next_scale.train_prior import NextScalePrior
-from isthmus.next_scale.train_tokenizer import train_tokenizer
+from isthmus.next_scale.train_prior import NextScalePriorTask
+from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.nn.component_files import read_config
 from isthmus.nn.shapes import Images
 from isthmus.pictures import to_uint8
@@ -51,6 +50,7 @@ from isthmus.training.optim import adamw
 from isthmus.training.run import column, last, read_log
 from isthmus.training.saved_networks import TOKENIZER_FOLDER
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 
 MODES = ("none", "simple", "masked")
 """Ways to refine a draw."""
@@ -335,7 +335,7 @@ def training_step(run: PriorRun, device: torch.device) -> Callable[[], None]:
 
     Precision is float32, whatever the training uses on a GPU.
     """
-    family = NextScalePrior(run)
+    family = NextScalePriorTask(run)
     family.tokenizer.to(device)
     network = family.network.to(device).train()  # pyright: ignore[reportArgumentType]
     assert run.token_cache is not None, "the study shares its caches"

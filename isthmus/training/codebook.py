@@ -1,11 +1,24 @@
-"""How much of the codebook a tokenizer uses, as a moving average over training steps."""
+"""Care of a codebook in training: how much of it is used, its start from data, the revival of unused codes.
+
+A codebook that starts at random before the encoder has learnt anything is used by a few codes only and stays so. So the
+encoder may train without quantisation first; the codebook then starts from what it puts out, and codes that fall out of
+use are moved onto what the encoder puts out for current images. What that is, residuals of all scales or latents, is up
+to the family.
+"""
+
+import logging
+from collections.abc import Callable
 
 import torch
+from accelerate.utils import broadcast
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.errors import UserError
 from isthmus.nn.shapes import TokenPyramid
+from isthmus.training.optim import ExponentialMovingAverage
+
+logger = logging.getLogger("isthmus")
 
 _USED_SHARE = 0.08
 
@@ -20,7 +33,7 @@ def code_counts(token_ids: TokenPyramid, codebook_size: int) -> Float[Tensor, "s
 
 
 class CodebookUsage:
-    """Moving average of the hits per step of every code, one row per scale.
+    """Moving average of the hits per step of every code, one row per scale (or group of tokens).
 
     The average is free of the bias towards its zero start: after `step` updates it is divided by
     1 - decay ** step, so the first step already gives the hits of that step.
@@ -86,3 +99,31 @@ class CodebookUsage:
             )
         self._average.copy_(state["average"])
         self.step = int(state["step"])
+
+
+@torch.no_grad()
+def start_codebook(network: nn.Module, name: str, codes: Float[Tensor, "k d"], ema: ExponentialMovingAverage) -> None:
+    """Set the codebook, the parameter `name` of the network, in every process alike; its average starts anew."""
+    codebook = network.get_parameter(name)
+    codebook.copy_(codes)
+    # sums on a GPU may differ between processes, and nothing later would bring the copies together again
+    broadcast(codebook.data)
+    ema.restart(name, codebook)
+
+
+@torch.no_grad()
+def revive_codes(
+    network: nn.Module,
+    name: str,
+    dead: Bool[Tensor, " k"],
+    choose: Callable[[int], Float[Tensor, "n d"]],
+    ema: ExponentialMovingAverage,
+) -> int:
+    """Move the codes in `dead` onto as many rows of `choose(count)`, in every process alike; returns how many moved."""
+    count = int(dead.sum())
+    if count:
+        codebook = network.get_parameter(name)
+        codebook[dead] = choose(count).to(codebook)
+        broadcast(codebook.data)
+        ema.restart(name, codebook, rows=dead)
+    return count

@@ -1,17 +1,25 @@
 """What both families do with networks that a run leaves behind, or starts from."""
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
+
+from accelerate import Accelerator
 
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.nn.saved_model import SavedModel, without_values
+from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.options import SamplingOptions, parse_guidance
-from isthmus.training.checkpoints import gathered
+from isthmus.training.checkpoints import gathered, written_or_explained
 from isthmus.training.config import PriorSampling, Run
 from isthmus.training.optim import ExponentialMovingAverage
 
+logger = logging.getLogger("isthmus")
 AnyModel = TypeVar("AnyModel", bound=SavedModel)
 
 TOKENIZER_FOLDER = "image_tokenizer"
@@ -78,14 +86,63 @@ def sampling_options(
     return options
 
 
-def data_record(source: ImageSource | ImageStream) -> dict[str, Any]:
-    """`data` of a pipeline: name and licence line of what it was trained on."""
-    return {"name": source.name, "attribution": source.attribution}
+def export_tokenizer(
+    accelerator: Accelerator, run: Run, source: ImageSource | ImageStream, parts: Mapping[str, Any]
+) -> Path:
+    """Write what makes up a tokenizer, networks and scheduler by the names of their folders; returns the run's folder.
+
+    `TOKENIZER_FOLDER` is the last of `parts`: with it all are there.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    if accelerator.is_main_process:
+        partial = run.out / "export.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        # no pipeline yet, whose index would say this
+        record = {"data": source.name, "attribution": source.attribution, "class_names": list(source.class_names)}
+        with written_or_explained(run.out / TOKENIZER_FOLDER, partial):
+            for name, part in parts.items():
+                part.save_pretrained(partial / name)
+            text = json.dumps(record, indent=2) + "\n"
+            (partial / TOKENIZER_FOLDER / "training.json").write_text(text, encoding="utf-8")
+        for name in parts:
+            shutil.rmtree(run.out / name, ignore_errors=True)
+            (partial / name).rename(run.out / name)
+        partial.rmdir()
+        logger.info("tokenizer written to %s", run.out)
+    accelerator.wait_for_everyone()
+    return run.out
 
 
-def tokenizer_record(source: ImageSource | ImageStream) -> dict[str, Any]:
-    """training.json of a tokenizer, which belongs to no pipeline yet."""
-    return {"data": source.name, "attribution": source.attribution, "class_names": list(source.class_names)}
+def export_pipeline(
+    accelerator: Accelerator,
+    run: Run,
+    source: ImageSource | ImageStream,
+    options: SamplingOptions,
+    kind: Callable[..., SavedPipeline],
+    **networks: object,
+) -> Path:
+    """Write a pipeline of `networks` into the run's folder: a trained run loads like a downloaded model.
+
+    `options` become the defaults of a call.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    if accelerator.is_main_process:
+        pipeline = kind(
+            **networks,
+            class_names=source.class_names,
+            sampling_defaults=options,
+            data={"name": source.name, "attribution": source.attribution},
+            protocol=protocol(run),
+        )
+        with written_or_explained(run.out):
+            pipeline.save_pretrained(run.out)
+        logger.info("pipeline written to %s", run.out)
+    accelerator.wait_for_everyone()
+    return run.out
 
 
 def protocol(run: Run) -> str:

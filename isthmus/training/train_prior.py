@@ -1,12 +1,11 @@
 """Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR.
 
-The families differ in what a loss is; `NextScalePrior`, `ScaleDistillation` and `NextTokenPrior` say so. The loop is
-one.
+The families differ in what a loss is: `NextScalePriorTask`, `ScaleDistillationTask` and `NextTokenPriorTask` say so.
+The loop is one.
 """
 
 import logging
-from contextlib import AbstractContextManager
-from importlib import import_module
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -23,6 +22,7 @@ from isthmus.data.views import Batch
 from isthmus.files import alone_in
 from isthmus.nn.stored_llama import fingerprint
 from isthmus.pictures import spread
+from isthmus.registry import task_of
 from isthmus.training.checkpoints import Progress, resume, save_checkpoint
 from isthmus.training.config import TokensRun
 from isthmus.training.images import augmentation, cache_workers
@@ -41,8 +41,8 @@ from isthmus.training.run import (
 
 
 @runtime_checkable
-class PriorFamily(Protocol):
-    """Tokenizer, prior and images of one run, and what a loss is.
+class PriorTask(Protocol):
+    """What a run trains: tokenizer, prior and images, and what a loss is; to derive from.
 
     Attributes:
         sharded: names of the modules that FSDP2 gathers one by one.
@@ -66,22 +66,27 @@ class PriorFamily(Protocol):
     def __init__(self, run: Any) -> None: ...
 
     @staticmethod
+    def describe(run: Any) -> str:
+        """What a run would be: settings, size, cost and memory, for a dry run. No weight is allocated."""
+        ...
+
+    @staticmethod
     def has_unused_parameters(run: Any) -> bool:
         """Whether a step may leave parameters without a gradient."""
-        ...
+        return False
 
     @staticmethod
     def is_compiled(run: Any) -> bool:
         """Whether the blocks of the network go through `torch.compile`."""
-        ...
+        return False
 
     def place(self, device: torch.device) -> None:
         """Move what is frozen, previews included, to the device of the training."""
         ...
 
     def regularisation(self) -> AbstractContextManager[object]:
-        """What holds while training and is no part of the network."""
-        ...
+        """What holds while training and is no part of the network: nothing."""
+        return nullcontext()
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> Any:
         """Losses of one part of a batch; `total` is minimised."""
@@ -120,12 +125,6 @@ logger = logging.getLogger("isthmus")
 
 # held-out images whose likelihood is measured while training
 _VALIDATION_IMAGES = 1024
-# the only place where the family is asked for; imported when asked, since each costs seconds
-_FAMILIES = {
-    "PriorRun": "isthmus.next_scale.train_prior:NextScalePrior",
-    "DistillRun": "isthmus.next_scale.distillation:ScaleDistillation",
-    "NextTokenPriorRun": "isthmus.dar.train_prior:NextTokenPrior",
-}
 
 
 @alone_in("run.out")
@@ -136,29 +135,28 @@ def train_prior(run: TokensRun) -> Path:
         UserError: data, folder and models do not fit each other (before anything is trained), or a loss is not finite.
         KeyboardInterrupt: Ctrl-C, after a last checkpoint.
     """
-    module, name = _FAMILIES[type(run).__name__].split(":")
-    kind: type[PriorFamily] = getattr(import_module(module), name)
+    kind: type[PriorTask] = task_of(run)
     accelerator = start_run(
         run,
         find_unused_parameters=kind.has_unused_parameters(run),
         sharded=kind.sharded if run.parallel == "fsdp2" else (),
     )
-    family = kind(run)
-    family.place(accelerator.device)
-    bare, train = family.network, family.train
+    task = kind(run)
+    task.place(accelerator.device)
+    bare, train = task.network, task.train
     if run.checkpoint_activations:
         bare.enable_gradient_checkpointing()
     write_record(
         accelerator,
         run,
         data_fingerprint=train.fingerprint,
-        tokenizer_fingerprint=fingerprint(family.tokenizer),
+        tokenizer_fingerprint=fingerprint(task.tokenizer),
         class_names=list(train.class_names),
-        **family.facts,
+        **task.facts,
     )
     with accelerator.main_process_first():
-        cache = open_cache(run, family)
-    validation = held_out_tokens(family) if accelerator.is_main_process else None
+        cache = open_cache(run, task)
+    validation = held_out_tokens(task) if accelerator.is_main_process else None
 
     model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
     if kind.is_compiled(run):
@@ -179,14 +177,21 @@ def train_prior(run: TokensRun) -> Path:
     logger.info("token accuracy of a few per cent is healthy on natural images; drawings reach more")
     model.train()
 
-    with StopRequest() as stop, bar, family.regularisation():
-        while progress.step < run.num_steps and not stop.agreed(accelerator):
+    def save() -> None:
+        guard.check(run, progress.step, ema.averages.values())
+        save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
+
+    with StopRequest() as stop, bar, task.regularisation():
+        while progress.step < run.num_steps:
+            if stop.agreed(accelerator):
+                save()
+                raise KeyboardInterrupt
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
             means = StepMeans()
 
             for batch in islice(batches, run.accumulate):
                 with accelerator.accumulate(model):
-                    losses = family.losses(model, batch, progress.step)
+                    losses = task.losses(model, batch, progress.step)
                     accelerator.backward(losses.total)
                     if accelerator.sync_gradients:
                         grad_norm = clip_gradients(accelerator, model, run.optim.max_grad_norm)
@@ -195,7 +200,7 @@ def train_prior(run: TokensRun) -> Path:
                     optimizer.zero_grad(set_to_none=True)
                 guard.watch(losses.total)
                 if progress.due(run.log_every, ahead=1):
-                    means.add(family.part_values(losses, batch))
+                    means.add(task.part_values(losses, batch))
 
             progress.step += 1
             progress.images += run.batch_size
@@ -204,55 +209,49 @@ def train_prior(run: TokensRun) -> Path:
 
             if progress.due(run.log_every):
                 guard.check(run, progress.step)
-                values = family.step_values(means.over_processes(accelerator), progress.step - 1)
+                values = task.step_values(means.over_processes(accelerator), progress.step - 1)
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
                 bar.measured({"bits": f"{values['train/bits_per_token']:.3f}"}, images=progress.images)
             if progress.due(run.validate_every) or progress.due(run.preview_every):
-                averaged = family.averaged(ema)
+                averaged = task.averaged(ema)
                 if validation is not None and progress.due(run.validate_every):
-                    log.write(progress, family.held_out_bits(averaged, *validation))
+                    log.write(progress, task.held_out_bits(averaged, *validation))
                 if accelerator.is_main_process and progress.due(run.preview_every):
-                    family.save_samples(averaged, run.out / "previews", progress.step)
+                    task.save_samples(averaged, run.out / "previews", progress.step)
             if progress.due(run.save_every):
-                guard.check(run, progress.step, ema.averages.values())
-                save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
-
-        if progress.step < run.num_steps:
-            guard.check(run, progress.step, ema.averages.values())
-            save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints)
-            raise KeyboardInterrupt
-    folder = family.export(accelerator, family.averaged(ema))
+                save()
+    folder = task.export(accelerator, task.averaged(ema))
     close_trackers(accelerator)
     return folder
 
 
-def open_cache(run: TokensRun, family: PriorFamily) -> TokenCache:
+def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
     """The token cache of this run: made at the first start, opened again afterwards."""
     return TokenCache.build(
         run.token_cache or run.out / "tokens",
-        cast(ImageTokenizer, family.encoder),
-        family.train,
+        cast(ImageTokenizer, task.encoder),
+        task.train,
         num_views=run.num_views,
         max_images=run.max_images,
-        num_workers=cache_workers(run, family.train),
-        image_size=family.image_size,
-        augment=augmentation(run, family.train),
+        num_workers=cache_workers(run, task.train),
+        image_size=task.image_size,
+        augment=augmentation(run, task.train),
         seed=run.seed,
         batch_size=64,
-        device=family.tokenizer.device,
+        device=task.tokenizer.device,
     )
 
 
 @torch.no_grad()
-def held_out_tokens(family: PriorFamily) -> tuple[Tensor, Tensor]:
+def held_out_tokens(task: PriorTask) -> tuple[Tensor, Tensor]:
     """Token ids (n, L) and labels (n,) of held-out images, without augmentation."""
-    views = EvaluationImages(family.held_out, family.image_size)
-    device = family.tokenizer.device
+    views = EvaluationImages(task.held_out, task.image_size)
+    device = task.tokenizer.device
     ids, labels = [], []
     chosen = spread(len(views), _VALIDATION_IMAGES)
     for start in range(0, len(chosen), 64):
         rows = [views[i] for i in chosen[start : start + 64]]
         images = torch.stack([torch.as_tensor(row["image"]) for row in rows]).to(device)
-        ids.append(family.token_ids(images))
+        ids.append(task.token_ids(images))
         labels += [int(row["class_label"]) for row in rows]
     return torch.cat(ids), torch.tensor(labels, device=device)

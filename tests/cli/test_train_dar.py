@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.dar.runs import diffusion_tokenizer_preset, next_token_prior_preset
-from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.training.config import run_to_json
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import write_images
 
@@ -28,7 +28,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, data) -> Path:
     run = diffusion_tokenizer_run(data, tmp_path_factory.mktemp("cli-dar") / "tokenizer", num_steps=2)
-    return train_diffusion_tokenizer(run)
+    return train_tokenizer(run)
 
 
 @pytest.fixture(scope="module")

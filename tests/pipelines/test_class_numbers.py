@@ -10,7 +10,7 @@ from isthmus.dar.train_prior import load_dar_model
 from isthmus.errors import UserError
 from isthmus.evaluation.drawing import choose_classes
 from isthmus.evaluation.reference import open_splits
-from isthmus.next_scale.export import load_teacher
+from isthmus.next_scale.train_prior import load_teacher
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.saved_networks import kept_classes

@@ -12,7 +12,7 @@ import torch
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
 from isthmus.errors import UserError
-from isthmus.next_scale.export import load_tokenizer
+from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.studies.experiments import RESULT, finished
 from isthmus.studies.measures import EvaluationSetting
 from isthmus.studies.options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting

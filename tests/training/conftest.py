@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.made_once import made_once
 from tests.training.tiny_runs import prior_run, tokenizer_run, write_images
 

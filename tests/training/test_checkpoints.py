@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from isthmus.cli import main
 from isthmus.errors import UserError
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.checkpoints import newest_checkpoint
 from isthmus.training.config import run_to_json
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.test_processes import assert_same_log
 from tests.training.test_runs import assert_same, forget_after, weights
 from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run

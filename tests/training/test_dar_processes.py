@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
 from isthmus.dar.train_prior import averaged_llama
-from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.training.config import run_to_json
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.made_once import made_once
 from tests.testers import LOGGED
 from tests.training.test_dar_runs import forget_after
@@ -39,7 +39,7 @@ class Runs:
 
 
 def train(run: AnyRun) -> Path:
-    return train_diffusion_tokenizer(run) if isinstance(run, DiffusionTokenizerRun) else train_prior(run)
+    return train_tokenizer(run) if isinstance(run, DiffusionTokenizerRun) else train_prior(run)
 
 
 @pytest.fixture(scope="module")

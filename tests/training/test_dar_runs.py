@@ -15,12 +15,13 @@ from transformers import LlamaForCausalLM
 from isthmus import load_pipeline
 from isthmus.dar.prior import TokenLayout, next_token_logits
 from isthmus.dar.runs import DiffusionTokenizerModel, FlowSettings, LlamaModel
-from isthmus.dar.train_prior import NextTokenPrior, with_new_classes
-from isthmus.dar.train_tokenizer import load_parts, train_diffusion_tokenizer
+from isthmus.dar.train_prior import NextTokenPriorTask, with_new_classes
+from isthmus.dar.train_tokenizer import load_parts
 from isthmus.errors import UserError
-from isthmus.next_scale.train_prior import NextScalePrior
+from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.training.config import PriorSampling, run_from_json
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.made_once import made_once
 from tests.training.test_processes import assert_same_log, log_lines
 from tests.training.test_runs import assert_same, weights
@@ -38,7 +39,7 @@ def trained(tmp_path_factory, images) -> Path:
     """Run folder of a diffusion tokenizer trained for six steps."""
 
     def train(folder: Path) -> Path:
-        return train_diffusion_tokenizer(diffusion_tokenizer_run(images, folder / "run"))
+        return train_tokenizer(diffusion_tokenizer_run(images, folder / "run"))
 
     return made_once(tmp_path_factory, "trained-dar-tokenizer", train)
 
@@ -72,7 +73,7 @@ def test_a_tokenizer_run_goes_on_bit_for_bit(tmp_path, images, trained, step):
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     forget_after(out, step)
-    train_diffusion_tokenizer(diffusion_tokenizer_run(images, out))
+    train_tokenizer(diffusion_tokenizer_run(images, out))
     for part in PARTS:
         assert_same(weights(out / part), weights(trained / part))
     assert (out / "log.jsonl").read_text() == (trained / "log.jsonl").read_text()
@@ -91,7 +92,7 @@ def test_a_prior_run_goes_on_bit_for_bit(tmp_path, images, trained, trained_prio
 def test_accumulation_changes_nothing_but_memory(tmp_path, images, trained):
     tokenizer = diffusion_tokenizer_run(images, tmp_path / "whole", revive_every=0)
     prior = next_token_prior_run(images, tmp_path / "prior", trained, embedding_dropout=0.2)
-    for run, train in ((tokenizer, train_diffusion_tokenizer), (prior, train_prior)):
+    for run, train in ((tokenizer, train_tokenizer), (prior, train_prior)):
         parts = replace(run, out=tmp_path / f"{run.out.name}-parts", accumulate=2)
         train(run), train(parts)
         assert_same_log(run.out, parts.out)
@@ -102,7 +103,7 @@ def test_a_run_of_everything_optional(tmp_path, images):
     model = replace(run.model, latent_norm=True, position_table=True, low_rank_queries=True, tokens_per_step=3)
     decoder = replace(run.decoder, shared_time_embedding=True, adaptive_head=True, modulation_std=0.02)
     flow = FlowSettings(num_inference_steps=5, time_shift=1.5, data_std=0.5, solver="adams-bashforth-variable")
-    train_diffusion_tokenizer(replace(run, model=model, decoder=decoder, flow=flow))
+    train_tokenizer(replace(run, model=model, decoder=decoder, flow=flow))
     parts = load_parts(str(run.out))
     assert parts.decoder.config["position_table"] == 4 and parts.decoder.config["adaptive_head"]
     assert parts.scheduler.config["solver"] == "adams-bashforth-variable" and len(parts.scheduler.windows()) == 5
@@ -114,7 +115,7 @@ def test_a_run_of_everything_optional(tmp_path, images):
 
 def test_recomputed_activations_change_nothing(tmp_path, images, trained):
     run = diffusion_tokenizer_run(images, tmp_path / "a", checkpoint_activations=True)
-    train_diffusion_tokenizer(run)
+    train_tokenizer(run)
     assert_same(weights(run.out / "decoder"), weights(trained / "decoder"))
     prior = next_token_prior_run(images, tmp_path / "b", trained, num_steps=3)
     for out, recomputes in ((tmp_path / "b", False), (tmp_path / "c", True)):
@@ -127,7 +128,7 @@ def test_measurements_name_the_gap_and_a_deaf_decoder_is_reported_in_words(tmp_p
     # nothing of the tokens reaches the pixels before the modulation has learnt
     run = diffusion_tokenizer_run(images, tmp_path / "run", num_steps=3, loss=replace(LOSS, jump=0.0))
     with caplog.at_level(logging.WARNING, "isthmus"):
-        train_diffusion_tokenizer(replace(run, optim=replace(OPTIM, learning_rate=1e-6)))
+        train_tokenizer(replace(run, optim=replace(OPTIM, learning_rate=1e-6)))
     last = log_lines(run.out)[-1]
     assert last["val/gap"] == pytest.approx(last["val/psnr"] - last["val/psnr_shuffled"], abs=1e-5)
     assert abs(last["val/gap"]) < 0.1
@@ -137,7 +138,7 @@ def test_measurements_name_the_gap_and_a_deaf_decoder_is_reported_in_words(tmp_p
 
 def test_continuous_tokens_train_but_no_prior_predicts_them(tmp_path, images):
     run = diffusion_tokenizer_run(images, tmp_path / "run", num_steps=3)
-    train_diffusion_tokenizer(replace(run, model=replace(run.model, quantized=False)))
+    train_tokenizer(replace(run, model=replace(run.model, quantized=False)))
     assert "codebook.weight" not in weights(run.out / "image_tokenizer")
     with pytest.raises(UserError, match="continuous"):
         train_prior(next_token_prior_run(images, tmp_path / "prior", run.out))
@@ -152,7 +153,7 @@ def test_a_trained_run_is_a_pipeline_with_the_names_of_its_classes(trained_prior
 @pytest.mark.parametrize("num_classes, count", [(0, 8), (1, 3)])
 def test_unlabelled_one_class_and_three_images(tmp_path, num_classes, count):
     data = write_images(tmp_path / "d.npz", count=count, num_classes=num_classes)
-    train_diffusion_tokenizer(diffusion_tokenizer_run(data, tmp_path / "t", num_steps=3))
+    train_tokenizer(diffusion_tokenizer_run(data, tmp_path / "t", num_steps=3))
     train_prior(next_token_prior_run(data, tmp_path / "p", tmp_path / "t", num_steps=2))
     pipe = load_pipeline(tmp_path / "p", device="cpu")
     assert pipe.num_classes == num_classes and len(pipe(num_images=2, seed=0).images) == 2
@@ -202,7 +203,7 @@ def test_fine_tuning_learns_new_classes(tmp_path, trained_prior):
 
 def test_tokenizer_fine_tuning_with_a_frozen_encoder_keeps_the_tokens(tmp_path, images, trained):
     run = diffusion_tokenizer_run(images, tmp_path / "f", from_model=str(trained), freeze_encoder=True, num_steps=3)
-    train_diffusion_tokenizer(replace(run, continuous_steps=0, flow=FlowSettings(num_inference_steps=3)))
+    train_tokenizer(replace(run, continuous_steps=0, flow=FlowSettings(num_inference_steps=3)))
     before, after = weights(trained / "image_tokenizer"), weights(run.out / "image_tokenizer")
     for name in before:
         trains = name.startswith(("from_code.", "token_position", "condition_layers."))
@@ -213,10 +214,10 @@ def test_tokenizer_fine_tuning_with_a_frozen_encoder_keeps_the_tokens(tmp_path, 
 def test_a_frozen_encoder_with_latent_norm_keeps_the_tokens_of_other_images(tmp_path, images):
     """Running statistics decide about ids as weights do: fine-tuning on other images must not move them."""
     source = diffusion_tokenizer_run(images, tmp_path / "source")
-    train_diffusion_tokenizer(replace(source, model=replace(source.model, latent_norm=True)))
+    train_tokenizer(replace(source, model=replace(source.model, latent_norm=True)))
     other = write_images(tmp_path / "other.npz", count=24, num_classes=2, seed=7)
     run = diffusion_tokenizer_run(other, tmp_path / "f", from_model=str(source.out), freeze_encoder=True)
-    train_diffusion_tokenizer(replace(run, model=DiffusionTokenizerModel()))
+    train_tokenizer(replace(run, model=DiffusionTokenizerModel()))
     before, after = (load_parts(str(folder)).image_tokenizer for folder in (source.out, run.out))
     pixels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(before.encode(pixels).token_ids, after.encode(pixels).token_ids)
@@ -228,10 +229,10 @@ def test_a_frozen_encoder_with_latent_norm_keeps_the_tokens_of_other_images(tmp_
 
 def test_everything_frozen_goes_to_the_device_of_the_training(tmp_path, images, trained, trained_tokenizer):
     """Previews decode: a decoder that stayed behind would end a run on a GPU at its first one."""
-    dar = NextTokenPrior(next_token_prior_run(images, tmp_path / "dar", trained))
+    dar = NextTokenPriorTask(next_token_prior_run(images, tmp_path / "dar", trained))
     dar.place(torch.device("meta"))
     assert dar.parts.decoder.device.type == dar.parts.image_tokenizer.device.type == "meta"
-    next_scale = NextScalePrior(prior_run(images, tmp_path / "next-scale", trained_tokenizer))
+    next_scale = NextScalePriorTask(prior_run(images, tmp_path / "next-scale", trained_tokenizer))
     next_scale.place(torch.device("meta"))
     assert next_scale.tokenizer.device.type == next_scale.encoder.device.type == "meta"
 
@@ -264,7 +265,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, images, trained,
     ]
     for run, message in refused:
         with pytest.raises(UserError, match=message):
-            train_diffusion_tokenizer(run)
+            train_tokenizer(run)
     prior = next_token_prior_run(images, tmp_path / "out", trained)
     for run, message in [
         (replace(prior, tokenizer=""), "needs a tokenizer"),
@@ -289,4 +290,4 @@ def test_runs_of_the_two_families_do_not_mix(tmp_path, images, trained, trained_
     with pytest.raises(UserError, match="DiffusionTokenizerRun"):
         train_prior(next_token_prior_run(images, trained, trained))
     with pytest.raises(UserError, match="settings"):
-        train_diffusion_tokenizer(diffusion_tokenizer_run(images, trained, seed=1))
+        train_tokenizer(diffusion_tokenizer_run(images, trained, seed=1))

@@ -16,7 +16,7 @@ from isthmus.cli.options import parse
 from isthmus.errors import UserError
 from isthmus.next_scale.distillation import (
     BASELINE,
-    ScaleDistillation,
+    ScaleDistillationTask,
     baseline_run,
     distill,
     measuring_commands,
@@ -182,7 +182,7 @@ def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teache
     folder = distill(run)
     assert load_pipeline(first.out, device="cpu").schedule.sizes == (1, 2, 4)
     # the second student starts as the first one ends
-    family = ScaleDistillation(run)
+    family = ScaleDistillationTask(run)
     assert family.teacher.schedule.sizes == (1, 2, 4)
     # values by scale count on the scales of the model that is distilled, on every stage
     assert load_pipeline(first.out, device="cpu").defaults.guidance_scale == (1, 2, 4)
@@ -201,7 +201,7 @@ def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teache
 
 def test_a_markov_student_of_a_causal_teacher(tmp_path, images, causal_teacher):
     run = distill_run(images, tmp_path / "run", causal_teacher, scale_sizes=None, scale_attention="markov")
-    family = ScaleDistillation(run)
+    family = ScaleDistillationTask(run)
     assert family.asked == (0, 1, 2, 3) and family.rolled == () and family.network.is_markov
     # the images' tokens under one schedule are all that is cached
     assert family.encoder is family.tokenizer
@@ -212,7 +212,7 @@ def test_a_markov_student_of_a_causal_teacher(tmp_path, images, causal_teacher):
 
 def test_a_causal_teacher_draws_behind_its_own_scales(tmp_path, images, causal_teacher):
     run = distill_run(images, tmp_path / "run", causal_teacher)
-    family = ScaleDistillation(run)
+    family = ScaleDistillationTask(run)
     assert family.asked == (0,) and family.rolled == (1, 2)
     distill(run)
     assert load_pipeline(run.out, device="cpu").schedule.sizes == (1, 3, 4)
@@ -231,7 +231,7 @@ def test_the_student_without_a_teacher_is_trained_unless_it_is_left_out(tmp_path
 
 def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
     run = distill_run(images, tmp_path / "run", teacher, distillation_weight=0.0)
-    family = ScaleDistillation(run)
+    family = ScaleDistillationTask(run)
     assert family.asked == family.rolled == ()
     distill(run)
     line = log_lines(run.out)[0]
@@ -260,7 +260,7 @@ def test_a_student_can_be_fine_tuned_like_any_model(tmp_path, images, straight):
 
 def test_guidance_by_scale_is_read_at_the_students_sides(tmp_path, images, teacher):
     run = distill_run(images, tmp_path / "run", teacher, sampling=PriorSampling(guidance="1,2,3,4"))
-    assert ScaleDistillation(run).options.guidance_scale == (1, 3, 4)
+    assert ScaleDistillationTask(run).options.guidance_scale == (1, 3, 4)
 
 
 def test_run_json_repeats_a_distillation(straight):

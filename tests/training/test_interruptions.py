@@ -16,10 +16,10 @@ import pytest
 
 from isthmus.cli import main
 from isthmus.next_scale.runs import PriorRun, TokenizerRun
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.checkpoints import newest_checkpoint
 from isthmus.training.config import Run, run_to_json
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.made_once import made_once
 from tests.training.test_runs import assert_same, forget_after, weights
 from tests.training.tiny_runs import prior_run, tokenizer_run

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from isthmus.next_scale.train_prior import PartlyShown, next_scale_loss, partial_inputs, partly_shown, scale_weights
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_runs import prior_run, tokenizer_run, write_images
 

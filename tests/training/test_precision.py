@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import prior_run, tokenizer_run
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.slow
 TRAININGS = {
     "tokenizer": (tokenizer_run, train_tokenizer),
     "prior": (prior_run, train_prior),
-    "diffusion tokenizer": (diffusion_tokenizer_run, train_diffusion_tokenizer),
+    "diffusion tokenizer": (diffusion_tokenizer_run, train_tokenizer),
     "next-token prior": (next_token_prior_run, train_prior),
 }
 

@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from isthmus.next_scale.runs import PriorRun, TokenizerRun
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.training.config import run_to_json
 from isthmus.training.saved_networks import averaged_model
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.made_once import made_once
 from tests.testers import LOGGED
 from tests.training.test_runs import forget_after

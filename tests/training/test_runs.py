@@ -15,10 +15,10 @@ from isthmus import load_pipeline
 from isthmus.errors import UserError
 from isthmus.next_scale.runs import PriorModel
 from isthmus.next_scale.train_prior import with_new_classes
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.config import run_from_json, run_to_json
 from isthmus.training.run import check_folder
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.testers import TRAINED_ATOL
 from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run, write_images
 

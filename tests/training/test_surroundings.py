@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import isthmus
-from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.errors import UserError
 from isthmus.files import claimed
-from isthmus.next_scale.train_tokenizer import train_tokenizer
 from isthmus.training.config import Run
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.training.test_runs import assert_same
 from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
 from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run
@@ -39,14 +38,14 @@ def training(request) -> Training:
     """How a tokenizer's run of either family is made, and what trains it."""
     if request.param == "next-scale":
         return tokenizer_run, train_tokenizer
-    return diffusion_tokenizer_run, train_diffusion_tokenizer
+    return diffusion_tokenizer_run, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def trained_dar_tokenizer(tmp_path_factory, images) -> Path:
     """Run folder of a D-AR tokenizer trained for six steps."""
     run = diffusion_tokenizer_run(images, tmp_path_factory.mktemp("dar") / "run")
-    return train_diffusion_tokenizer(run)
+    return train_tokenizer(run)
 
 
 def test_any_thread_and_any_seed_trains(tmp_path, images, training):

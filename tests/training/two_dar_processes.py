@@ -14,17 +14,17 @@ from isthmus.dar.prior import TokenLayout, new_prior
 from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
 from isthmus.dar.train_prior import (
     NextTokenObjective,
-    NextTokenPrior,
+    NextTokenPriorTask,
     ResidualDropout,
     averaged_llama,
     embedding_seeds,
     residual_seeds,
 )
-from isthmus.dar.train_tokenizer import train_diffusion_tokenizer
 from isthmus.training.checkpoints import whole
 from isthmus.training.config import OptimConfig, run_from_json
 from isthmus.training.optim import ExponentialMovingAverage, adamw
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 
 LAYOUT = TokenLayout(codebook_size=16, num_classes=3, num_tokens=6)
 BATCH, RATE = 4, 0.25
@@ -63,7 +63,7 @@ def share_out(folder: Path, rank: int, world_size: int) -> None:
     """Train sharded; the main process writes gradient norms and the whole averaged Llama."""
     network, mesh = tiny_objective(), init_device_mesh("cpu", (world_size,))
     for module in network.modules():
-        if type(module).__name__ in NextTokenPrior.sharded:
+        if type(module).__name__ in NextTokenPriorTask.sharded:
             fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
     ema, norms = three_steps(network, rank=rank, world_size=world_size)
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
     """Everything that needs two processes, in one start of them."""
     plan = json.loads((folder / "plan.json").read_text())
     for values in plan["tokenizers"]:
-        train_diffusion_tokenizer(run_from_json(DiffusionTokenizerRun, values))
+        train_tokenizer(run_from_json(DiffusionTokenizerRun, values))
     for values in plan["priors"]:
         train_prior(run_from_json(NextTokenPriorRun, values))
     share_out(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())

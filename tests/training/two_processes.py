@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from isthmus.errors import UserError
 from isthmus.next_scale.runs import PriorRun, TokenizerRun
-from isthmus.next_scale.train_prior import NextScalePrior, next_scale_loss, scale_weights
-from isthmus.next_scale.train_tokenizer import train_tokenizer
+from isthmus.next_scale.train_prior import NextScalePriorTask, next_scale_loss, scale_weights
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.training.checkpoints import gathered, like, whole
 from isthmus.training.config import OptimConfig, run_from_json
@@ -24,6 +23,7 @@ from isthmus.training.optim import ExponentialMovingAverage, adamw
 from isthmus.training.run import FiniteGuard, StopRequest
 from isthmus.training.saved_networks import averaged_model
 from isthmus.training.train_prior import train_prior
+from isthmus.training.train_tokenizer import train_tokenizer
 from tests.testers import TRAINED_ATOL
 
 SHARDED_BATCH = 4
@@ -69,7 +69,7 @@ def share_out(folder: Path, rank: int, world_size: int, *, shared_adaln: bool) -
     """Train sharded; the main process writes the whole averages and what a reloaded EMA holds."""
     model, mesh = tiny_prior(shared_adaln=shared_adaln), init_device_mesh("cpu", (world_size,))
     for module in model.modules():
-        if type(module).__name__ in NextScalePrior.sharded:
+        if type(module).__name__ in NextScalePriorTask.sharded:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     ema, norms, _ = three_steps(model, rank=rank, world_size=world_size)

@@ -1,0 +1,278 @@
+"""Train a tokenizer on images (`isthmus train tokenizer`): a pyramid of scales, or groups of tokens and their decoder.
+
+The families differ in what a loss is, in what the codes are near and in what is trained beside the network:
+`MultiScaleTokenizerTask` and `DiffusionTokenizerTask` say so. The loop is one.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from isthmus.data.batches import EvaluationImages
+from isthmus.data.huggingface import ImageStream
+from isthmus.data.source import ImageSource
+from isthmus.data.views import Batch
+from isthmus.files import alone_in
+from isthmus.nn.shapes import Images, TokenPyramid
+from isthmus.registry import task_of
+from isthmus.training.checkpoints import Progress, resume, save_checkpoint
+from isthmus.training.codebook import CodebookUsage, code_counts, revive_codes, start_codebook
+from isthmus.training.config import LAST_REVIVAL
+from isthmus.training.images import first_images, image_batches, open_splits, stream_states
+from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
+from isthmus.training.run import (
+    FiniteGuard,
+    Log,
+    StepMeans,
+    StopRequest,
+    clip_gradients,
+    close_trackers,
+    display,
+    start_run,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from isthmus.dar.runs import DiffusionTokenizerRun
+    from isthmus.next_scale.runs import TokenizerRun
+
+    AnyTokenizerRun = TokenizerRun | DiffusionTokenizerRun
+else:
+    # the families lie above this folder
+    AnyTokenizerRun = Any
+
+
+@dataclass(kw_only=True)
+class TokenizerLosses:
+    """What one part of a batch gave.
+
+    Attributes:
+        named: losses for the log; those under `weighted/` add up to what is minimised.
+        token_ids: (b, n) of every scale, or group of tokens; empty where nothing was quantised.
+        latents: (b, ...), what the encoder put out.
+        total: what is minimised.
+    """
+
+    named: dict[str, Tensor]
+    token_ids: TokenPyramid
+    latents: Tensor
+    total: Float[Tensor, ""] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = torch.stack([loss for name, loss in self.named.items() if name.startswith("weighted/")]).sum()
+
+
+@runtime_checkable
+class TokenizerTask(Protocol):
+    """What a run trains: its networks, and what a loss is; to derive from.
+
+    Made on the device of the training, in training mode.
+
+    Attributes:
+        network: what the optimizer trains.
+        image_size: side of the images in pixels.
+        codebook: name of the codebook among the network's parameters; None for continuous tokens.
+        codebook_size: number of codes.
+        starts_codebook_at: step before which the codebook starts from the encoder's outputs; None where it never does.
+        level: what usage is counted by.
+        num_levels: how many of them there are.
+    """
+
+    network: Any
+    image_size: int
+    codebook: str | None
+    codebook_size: int
+    starts_codebook_at: int | None
+    level: Literal["scale", "group"]
+    num_levels: int
+
+    def __init__(self, run: Any, accelerator: Accelerator) -> None: ...
+
+    @staticmethod
+    def describe(run: Any) -> str:
+        """What a run would be: settings, size, cost and memory, for a dry run. No weight is allocated."""
+        ...
+
+    def prepare_others(self) -> None:
+        """Hand to accelerate what is trained beside the network: nothing."""
+
+    def draw(self, parts: Sequence[Batch]) -> Sequence[Any]:
+        """What is drawn at random for each part of a batch, where all parts must be known at once: nothing."""
+        return [None] * len(parts)
+
+    def losses(self, model: nn.Module, batch: Batch, drawn: Any, *, step: int, quantize: bool) -> Any:
+        """`TokenizerLosses` of one part; `model` is the network as accelerate prepared it."""
+        ...
+
+    def train_others(self, losses: Any, step: int) -> dict[str, Tensor]:
+        """A step, on the same part, of what is trained beside the network; returns its losses."""
+        return {}
+
+    def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
+        """A codebook near what the encoder puts out for these images."""
+        ...
+
+    def new_codes(self, latents: Tensor, count: int, step: int) -> Float[Tensor, "n d"]:
+        """`count` codes at what these latents need."""
+        ...
+
+    def averaged(self, ema: ExponentialMovingAverage) -> Any:
+        """What is measured and saved: copies that hold the averages."""
+        ...
+
+    def measure(self, model: Any, views: EvaluationImages, *, quantize: bool) -> dict[str, float]:
+        """Measurements on held-out images, `val/usage` among them."""
+        ...
+
+    def save_previews(self, model: Any, views: EvaluationImages, folder: Path, step: int, *, quantize: bool) -> None:
+        """A picture of reconstructions."""
+        ...
+
+    def export(self, model: Any, source: ImageSource | ImageStream) -> Path:
+        """Write the tokenizer into the run's folder."""
+        ...
+
+
+logger = logging.getLogger("isthmus")
+
+# images the codebook starts from
+_CODEBOOK_IMAGES = 512
+
+
+@alone_in("run.out")
+def train_tokenizer(run: AnyTokenizerRun) -> Path:
+    """Train until `num_steps`, continuing where an earlier call stopped; returns the run's folder.
+
+    Raises:
+        UserError: data, folder and model do not fit each other (before anything is trained), or a loss is not finite.
+        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
+    """
+    accelerator = start_run(run, find_unused_parameters=True)
+    task: TokenizerTask = task_of(run)(run, accelerator)
+    bare, image_size = task.network, task.image_size
+    train, held_out = open_splits(run, image_size)
+    write_record(accelerator, run, data_fingerprint=train.fingerprint)
+
+    model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
+    task.prepare_others()
+    ema = ExponentialMovingAverage(bare, run.ema_decay)
+    usage = CodebookUsage(task.num_levels, task.codebook_size, device=accelerator.device)
+    progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
+    if (extras := resume(accelerator, ema, progress, run.out)) is not None:
+        usage.load_state_dict(extras)
+    log.rewind(progress.step)
+    batches = image_batches(
+        run,
+        train,
+        image_size=image_size,
+        step=progress.step,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        stream_states=progress.stream_states,
+    )
+    guard, bar = FiniteGuard(accelerator.device), display(accelerator, run, progress, "tokenizer")
+
+    def save() -> None:
+        guard.check(run, progress.step, ema.averages.values())
+        progress.stream_states = stream_states(batches)
+        save_checkpoint(accelerator, ema, progress, run.out, keep=run.keep_checkpoints, extras=usage.state_dict())
+
+    with StopRequest() as stop, bar:
+        while progress.step < run.num_steps:
+            if stop.agreed(accelerator):
+                save()
+                raise KeyboardInterrupt
+            rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
+            quantize = task.codebook is not None and (bool(run.from_model) or progress.step >= run.continuous_steps)
+            if task.codebook is not None and progress.step == task.starts_codebook_at:
+                images = first_images(run, train, image_size=image_size, count=_CODEBOOK_IMAGES)
+                start_codebook(bare, task.codebook, task.first_codes(images.to(accelerator.device)), ema)
+
+            counts, means = torch.zeros_like(usage.hits()), StepMeans()
+            parts = list(islice(batches, run.accumulate))
+            for batch, drawn in zip(parts, task.draw(parts), strict=True):
+                with accelerator.accumulate(model):
+                    losses = task.losses(model, batch, drawn, step=progress.step, quantize=quantize)
+                    accelerator.backward(losses.total)
+                    if accelerator.sync_gradients:
+                        grad_norm = clip_gradients(accelerator, model, run.optim.max_grad_norm)
+                        guard.watch(grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                others = task.train_others(losses, progress.step)
+                if losses.token_ids:
+                    counts += code_counts(losses.token_ids, task.codebook_size)
+                guard.watch(losses.total)
+                means.add({**losses.named, **others, "loss": losses.total})
+
+            progress.step += 1
+            progress.images += run.batch_size
+            ema.update(bare)
+            if quantize:
+                usage.update(cast(Tensor, accelerator.reduce(counts, "sum")))
+                if revival_is_due(run, progress.step):
+                    # those of the last part of the whole batch
+                    latents = cast(Tensor, accelerator.gather(losses.latents.detach()))
+                    revive(task, latents, usage, ema, progress.step)
+            bar.update()
+
+            if progress.due(run.log_every):
+                guard.check(run, progress.step)
+                values = {f"train/{name}": value.item() for name, value in means.over_processes(accelerator).items()}
+                values |= used_codes(task, usage) if quantize else {}
+                log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
+                bar.measured({"loss": f"{values['train/loss']:.3f}"}, images=progress.images)
+            if (progress.due(run.validate_every) or progress.due(run.preview_every)) and accelerator.is_main_process:
+                averaged, views = task.averaged(ema), EvaluationImages(held_out, image_size)
+                if progress.due(run.validate_every):
+                    values = task.measure(averaged, views, quantize=quantize)
+                    log.write(progress, values)
+                    warn_of_collapse(run, values["val/usage"], quantize)
+                if progress.due(run.preview_every):
+                    task.save_previews(averaged, views, run.out / "previews", progress.step, quantize=quantize)
+            if progress.due(run.save_every):
+                save()
+    folder = task.export(task.averaged(ema), train)
+    close_trackers(accelerator)
+    return folder
+
+
+def revival_is_due(run: AnyTokenizerRun, step: int) -> bool:
+    """Whether unused codes move after this step."""
+    late = step > LAST_REVIVAL * run.num_steps
+    return bool(run.revive_every) and step % run.revive_every == 0 and not (run.freeze_encoder or late)
+
+
+def revive(
+    task: TokenizerTask, latents: Tensor, usage: CodebookUsage, ema: ExponentialMovingAverage, step: int
+) -> None:
+    """Move the codes that no level uses to where these latents need some."""
+    assert task.codebook is not None, "there is no usage without codes"
+    dead = ~usage.used().any(dim=0)
+    if moved := revive_codes(task.network, task.codebook, dead, lambda n: task.new_codes(latents, n, step), ema):
+        logger.info("step %d: revived %d of %d codes", step, moved, len(dead))
+
+
+def used_codes(task: TokenizerTask, usage: CodebookUsage) -> dict[str, float]:
+    """What a log line says of the codes: the share that any level uses, and the perplexity of every level."""
+    values = {"train/usage": float(usage.used().any(dim=0).float().mean())}
+    return values | {f"train/perplexity_{task.level}{k}": float(v) for k, v in enumerate(usage.perplexity())}
+
+
+def warn_of_collapse(run: AnyTokenizerRun, usage: float, quantize: bool) -> None:
+    """Say in words when held-out images use too few codes."""
+    if quantize and usage < run.usage_warning:
+        logger.warning(
+            "held-out images use %.0f %% of the codes (threshold %.0f %%): the codebook is collapsing. Try more "
+            "--continuous-steps, a smaller --revive-every or a smaller --model.codebook-size.",
+            100 * usage,
+            100 * run.usage_warning,
+        )
