@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GAP_PX = 2
+_PLAIN_TEXT = 500  # characters of a PNG's text that are written as they are
 
 
 def to_uint8(images: Images) -> UInt8[np.ndarray, "b h w 3"]:
@@ -102,11 +103,14 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def save_picture(picture: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> Path:
-    """Write a PNG with `text` in its metadata, whole or not at all; makes the folder where it is missing."""
+    """Write a PNG with `text` in its metadata, whole or not at all; makes the folder where it is missing.
+
+    A long text, such as the numbers of a thousand classes, is compressed; PIL reads both alike (`Image.info`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = PngInfo()
     for key, value in (text or {}).items():
-        metadata.add_text(key, value)
+        metadata.add_text(key, value, zip=len(value) > _PLAIN_TEXT)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     try:
         picture.save(temporary, format="PNG", pnginfo=metadata)

@@ -1,31 +1,45 @@
-"""Folders of drawn images: samples and edits, resumable, each with everything needed to draw it again."""
+"""Folders of drawn images: written in batches, resumed image by image, read back.
 
+A folder holds one PNG per image, and samples.json: the settings that decide about all images, how many were asked for,
+and, when they are there, a row for each. The text of a PNG says all that draws its image again, so samples.json can be
+made again from the images:
+
+- `index`, `seed`, `class_id`, `label`: image `index` of the request, drawn from (seed, index);
+- `model` (fingerprint), `settings` (JSON), `Software`: what drew it, and how;
+- `token_ids`: of all steps in a row, little-endian int32, compressed by zlib, in base64; and `token_ids_sha256`, of the
+  same bytes before they were compressed.
+"""
+
+import base64
 import hashlib
-import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from uuid import uuid4
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import isthmus
 from isthmus.data.images import UnreadableImage, decode_image
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import alone_in, contents
+from isthmus.files import alone_in, contents, write_whole
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.refinement import Forwards, RefinementMode, ScaleRefinementScheduler
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
 from isthmus.pipelines.loading import dtype_name, load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, naming_next_batch_size
-from isthmus.pipelines.options import FOLDER_DEFAULT
-from isthmus.pipelines.request import token_hashes
+from isthmus.pipelines.options import FOLDER_DEFAULT, SamplingOptions
+from isthmus.processes import Processes, launched_processes
 
 if TYPE_CHECKING:
     from isthmus.pipelines.loading import AnyPipeline
@@ -33,7 +47,416 @@ if TYPE_CHECKING:
 logger = logging.getLogger("isthmus")
 
 MANIFEST = "samples.json"
+GRID, STRIP, OVERVIEW = "grid.png", "strip.png", "overview.png"
 _GRID_ROWS, _GRID_COLUMNS, _STRIP_ROWS = 20, 8, 8
+
+GROUP = 250
+"""No batch of a draw, and none of an evaluation's features, reaches over a multiple of this number: what is rounded
+together does not depend on how many images follow."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SampleRequest:
+    """The images of a folder: what decides about image i, and the call that draws it.
+
+    Attributes:
+        labels: class id of image 0, 1, ...; the null id where no class is asked for.
+        seed: image i is drawn from (seed, i).
+        sampling: options of the draw, in full.
+        settings: everything that decides about an image, in JSON values; another number of images has the same.
+        arguments: of the call beside labels, seed and numbers.
+        decoding: how tokens are computed (`int8`, `compiled`), where the model has it.
+        method: of the pipeline, that draws.
+        inputs: of the method, before its labels.
+    """
+
+    labels: Sequence[int]
+    seed: int
+    sampling: SamplingOptions
+    settings: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    decoding: Mapping[str, bool] = field(default_factory=dict)
+    method: str = "__call__"
+    inputs: tuple[Image.Image, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: "AnyPipeline",
+        labels: Sequence[int],
+        *,
+        classes: Mapping[str, Any],
+        seed: int,
+        options: Mapping[str, Any] | None = None,
+        steering: Mapping[str, Any] | None = None,
+        decoding: Mapping[str, bool] | None = None,
+        prefix_image: Path | None = None,
+        dtype: str = "float32",
+    ) -> "SampleRequest":
+        """Images of a call of the pipeline.
+
+        Args:
+            pipeline: draws.
+            labels: class id of every image.
+            classes: the rule behind `labels`, whatever their number, in JSON values: `class_ids` and more. Its
+                `class_names`, by class id, stand for those of a model without.
+            seed: image i is drawn from (seed, i).
+            options: sampling options by name; `FOLDER_DEFAULT` and what is left out stand for the model's own.
+            steering: arguments of a call beyond these, such as the number of solver steps, where the model has them.
+            decoding: how tokens are computed, where the model has it.
+            prefix_image: file of the image whose first tokens are kept, where the model has prefixes.
+            dtype: type of the weights.
+
+        Raises:
+            UserError: the model does not take an option, or an argument is not usable.
+        """
+        options, steering, decoding = dict(options or {}), dict(steering or {}), dict(decoding or {})
+        sampling = pipeline.defaults.override(**options)
+        # one refusal for options the model cannot take, before anything is written
+        pipeline.check_options(sampling)
+        arguments = {name: value for name, value in options.items() if value is not FOLDER_DEFAULT} | steering
+        if prefix_image is not None:
+            arguments["prefix_image"] = read_image(prefix_image)
+            steering["prefix_image"] = _sha256(prefix_image)
+        pipeline.check_request({"seed": seed, **arguments}, decoding)
+        settings = _settings(pipeline, classes, seed, sampling, dtype)
+        if steering or decoding:
+            # only where it is given: folders of samples without it stay what they are
+            settings["steering"] = steering | decoding
+        return cls(
+            labels=labels, seed=seed, sampling=sampling, settings=settings, arguments=arguments, decoding=decoding
+        )
+
+
+def _settings(
+    pipeline: "AnyPipeline", classes: Mapping[str, Any], seed: int, sampling: SamplingOptions, dtype: str
+) -> dict[str, Any]:
+    return {
+        "model": pipeline.fingerprint,
+        **classes,
+        "seed": seed,
+        "sampling": sampling.to_dict(),
+        "dtype": dtype,
+        "device": pipeline.device.type,
+    }
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a process did: how many images it drew, and of next-scale models the forwards of each of its batches."""
+
+    count: int
+    forwards: tuple[int, ...]
+
+
+def draw(
+    pipeline: "AnyPipeline",
+    folder: Path,
+    request: SampleRequest,
+    *,
+    batch_size: int | None = None,
+    processes: Processes = Processes(),  # noqa: B008  (frozen)
+    title: str = "drawing",
+) -> Drawn:
+    """Fill a folder with the images of a request; those that are there and whole already stay.
+
+    Args:
+        pipeline: draws.
+        folder: new, empty, or of the same settings.
+        request: its images.
+        batch_size: images drawn at once; None estimates what fits into memory. It changes no token.
+        processes: of a launcher: image i is drawn by process i modulo their number. All wait for each other at the end.
+        title: of the progress bar.
+
+    Raises:
+        UserError: the folder holds something else, or memory ran out (names the next batch size to try). What stops the
+            first batch leaves nothing behind.
+    """
+    check_folder(folder, request)
+    number, forwards = max(len(request), asked_before(folder)), forwards_per_image(pipeline, request)
+    mine = [index for index in range(len(request)) if index % processes.count == processes.rank]
+    rows = {index: row for index in mine if (row := _finished(folder, index, request))}
+    missing = [index for index in mine if index not in rows]
+    size = batch_size or batch_size_that_fits(pipeline, guided=request.sampling.guidance_scale != 1)
+    prepared = pipeline.prepared(size, **request.decoding) if missing else {}
+    took, done = [], 0
+    shown = processes.is_first and logger.isEnabledFor(logging.INFO)
+    with Display(title, len(missing), "image", shown=shown) as bar:
+        while done < len(missing):
+            batch = [index for index in missing[done : done + size] if index // GROUP == missing[done] // GROUP]
+            result = _drawn(pipeline, request, batch, prepared, size)
+            if not done:
+                # before the first image: a folder with images says what they are
+                _write_manifest(folder, request, number, [], forwards)
+            pictures = zip(batch, result.images, _in_a_row(result.token_ids), strict=True)
+            rows |= {index: _saved(pipeline, folder, request, index, *one) for index, *one in pictures}
+            took.append(getattr(result, "num_forwards", 0))
+            done += len(batch)
+            bar.update(len(batch))
+    processes.wait()
+    if processes.is_first:
+        # what others drew, and what an earlier call did that asked for more
+        rows |= {i: row for i in range(number) if i not in rows and (row := _finished(folder, i, request))}
+        _write_manifest(folder, request, number, [rows[index] for index in sorted(rows)], forwards)
+    return Drawn(len(missing), tuple(took))
+
+
+def check_folder(folder: Path, request: SampleRequest) -> None:
+    """Raise UserError unless a folder is new, empty, or holds samples with the settings of a request."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--out must be a folder, got the file {folder}. Choose another name.")
+    if has_chunks(folder):
+        raise UserError(
+            f"{folder} holds samples of an earlier version (chunk_*.npz), which this one does not go on with. Choose "
+            "another --out, or delete the folder to draw them again."
+        )
+    if not (folder / MANIFEST).is_file():
+        if contents(folder):
+            raise UserError(f"--out must be new, empty or a folder of samples, got {folder}. Choose another folder.")
+        return
+    try:
+        earlier = dict(_manifest(folder)["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read ({error}). Choose another folder.") from error
+    ours = dict(request.settings)
+    changed = [name for name in {**ours, **earlier} if _json(ours.get(name)) != _json(earlier.get(name))]
+    if changed:
+        raise UserError(
+            f"{folder} holds samples with other settings ({', '.join(changed)} differ). "
+            "Choose another --out; nothing is overwritten."
+        )
+
+
+def has_chunks(folder: Path) -> bool:
+    """Whether a folder holds the samples of an evaluation by a version that kept them in chunks."""
+    return any(folder.glob("chunk_*.npz"))
+
+
+def asked_before(folder: Path) -> int:
+    """How many images a folder was asked for before; 0 for a new one, and where nothing says."""
+    try:
+        return int(_manifest(folder)["num"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The images of a folder; iterate to read the pictures, as often as you like.
+
+    Attributes:
+        folder: where they lie.
+        settings: that all images share; empty where the folder does not say.
+        rows: of samples.json, in order: `file`, `class_id`, `label` and more.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        return (self.image(index) for index in range(len(self)))
+
+    @cached_property
+    def labels(self) -> Int[np.ndarray, " n"]:
+        """Class ids of the model; its null id where no class was asked for."""
+        return np.array([int(row["class_id"]) for row in self.rows], np.int64)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """A picture, 0..255. Raises UserError where it cannot be read."""
+        path = self.folder / self.rows[index]["file"]
+        try:
+            return decode_image(path.read_bytes())
+        except (OSError, UnreadableImage) as error:
+            raise UserError(f"{path} cannot be read ({error}). Draw the samples again.") from error
+
+    def token_ids(self, index: int) -> Int[np.ndarray, " l"]:
+        """Tokens of an image, all steps in a row. Raises UserError where they cannot be read."""
+        path = self.folder / self.rows[index]["file"]
+        try:
+            with Image.open(path) as image:
+                return _unpacked(_text(image))
+        except (OSError, SyntaxError, ValueError, KeyError, zlib.error) as error:
+            raise UserError(f"{path} holds no token ids ({error}). Draw the samples again.") from error
+
+
+def read(folder: Path, num: int | None = None) -> Samples:
+    """The finished images of a folder; the first `num` of them where that is given.
+
+    Raises:
+        UserError: it is no folder of samples, or there are fewer.
+    """
+    try:
+        manifest = _manifest(folder)
+        rows, settings = list(manifest["images"])[:num], dict(manifest.get("settings", {}))
+        numbers = [int(row["index"]) for row in rows if isinstance(row["file"], str)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read ({error}). Draw the samples again.") from error
+    if not rows:
+        raise UserError(f"{folder} holds no finished samples. Run the command that made it to its end.")
+    wanted = len(rows) if num is None else num
+    if numbers != list(range(wanted)):
+        raise UserError(f"{folder} is not whole: {len(rows)} of {wanted} samples lie in a row. Draw the others first.")
+    return Samples(folder, settings, rows)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _write_manifest(
+    folder: Path,
+    request: SampleRequest,
+    number: int,
+    rows: Sequence[Mapping[str, Any]],
+    forwards: Forwards | None,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # beside the settings, which decide them: folders of versions that did not write them are continued
+    cost = {} if forwards is None else {"forwards_per_image": asdict(forwards)}
+    values = {"isthmus_version": isthmus.__version__, "settings": request.settings, "num": number, **cost}
+    text = json.dumps({**values, "images": rows}, indent=1) + "\n"
+    write_whole(folder / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def forwards_per_image(pipeline: "AnyPipeline", request: SampleRequest) -> Forwards | None:
+    """What an image takes of a next-scale model, rounds included; None for other families, and for edits.
+
+    From the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many. Not so
+    of an edit: scales that all images of a batch keep are not predicted.
+    """
+    if not hasattr(pipeline, "refine_with") or request.method != "__call__":
+        return None
+    model = cast("NextScalePipeline", pipeline)
+    scheduler: ScaleRefinementScheduler = model.scheduler or ScaleRefinementScheduler()
+    cached, scales = not model.transformer.is_markov, model.schedule.num_scales
+    return scheduler.forwards_of(scales, has_cache=cached, smooth=request.sampling.smooth)
+
+
+def _drawn(
+    pipeline: "AnyPipeline", request: SampleRequest, indices: Sequence[int], prepared: Mapping[str, Any], size: int
+) -> Any:
+    """The output of the pipeline for some images of a request."""
+    labels = _asked(pipeline, [request.labels[index] for index in indices])
+    with naming_next_batch_size(size):
+        return getattr(pipeline, request.method)(
+            *request.inputs, class_labels=labels, seed=request.seed, image_index=list(indices),
+            **request.arguments, **prepared,
+        )  # fmt: skip
+
+
+def _asked(pipeline: "AnyPipeline", class_ids: Sequence[int]) -> list[Label]:
+    """Class ids as a call takes them."""
+    return [None if one == pipeline.num_classes else int(one) for one in class_ids]
+
+
+def _in_a_row(token_ids: Tensor | Sequence[Tensor]) -> Int[np.ndarray, "b l"]:
+    """All tokens of every image; a pyramid is a list of scales, a sequence one tensor."""
+    joined = token_ids if isinstance(token_ids, Tensor) else torch.cat(list(token_ids), dim=1)
+    return joined.cpu().numpy()
+
+
+def _saved(
+    pipeline: "AnyPipeline",
+    folder: Path,
+    request: SampleRequest,
+    index: int,
+    picture: Image.Image,
+    token_ids: Int[np.ndarray, " l"],
+) -> dict[str, Any]:
+    """Write an image; returns its row."""
+    label, names = int(request.labels[index]), request.settings.get("class_names", ())
+    named = names and label != pipeline.num_classes
+    text = {
+        "index": str(index),
+        "seed": str(request.seed),
+        "class_id": str(label),
+        "label": names[label] if named else pipeline.label_name(label),
+        **_packed(token_ids),
+        "Software": f"isthmus {isthmus.__version__}",
+        "model": request.settings["model"],
+        "settings": _json(request.settings),
+    }
+    save_picture(picture, folder / file_name(index), text)
+    return _row(text)
+
+
+def _row(text: Mapping[str, str]) -> dict[str, Any]:
+    """What samples.json says of an image, from the text of its PNG."""
+    index = int(text["index"])
+    return {
+        "file": file_name(index),
+        "index": index,
+        "seed": int(text["seed"]),
+        "class_id": int(text["class_id"]),
+        "label": text["label"],
+        "token_ids_sha256": text["token_ids_sha256"],
+    }
+
+
+def _finished(folder: Path, index: int, request: SampleRequest) -> dict[str, Any] | None:
+    """The row of an image that is there, from its metadata; None where it has to be drawn."""
+    path = folder / file_name(index)
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as image:
+            text = _text(image)
+            image.verify()
+        _unpacked(text)
+        same = (text["settings"], text["index"]) == (_json(request.settings), str(index))
+        return _row(text) if same else None
+    # PIL raises a SyntaxError for a damaged file
+    except (OSError, SyntaxError, ValueError, KeyError, zlib.error):
+        return None
+
+
+def _text(image: Image.Image) -> dict[str, str]:
+    return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+
+
+def _packed(token_ids: Int[np.ndarray, " l"]) -> dict[str, str]:
+    """Tokens as the text of a PNG."""
+    values = np.ascontiguousarray(token_ids, "<i4").tobytes()
+    packed = base64.b64encode(zlib.compress(values)).decode()
+    return {"token_ids": packed, "token_ids_sha256": hashlib.sha256(values).hexdigest()}
+
+
+def _unpacked(text: Mapping[str, str]) -> Int[np.ndarray, " l"]:
+    """Tokens from the text of a PNG. Raises KeyError, ValueError or zlib.error where there are none."""
+    values = zlib.decompress(base64.b64decode(text["token_ids"]))
+    if hashlib.sha256(values).hexdigest() != text["token_ids_sha256"]:
+        raise ValueError("their hash is another")
+    return np.frombuffer(values, "<i4").astype(np.int64)
+
+
+def file_name(index: int) -> str:
+    """Name of image `index`."""
+    return f"{index:06d}.png"
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in a file, as RGB. Raises UserError where it cannot be read."""
+    try:
+        return Image.fromarray(decode_image(path.read_bytes()))
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error}. Pass another file.") from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 @alone_in("out")
@@ -55,9 +478,10 @@ def draw_folder(
     device: str,
     dtype: str,
 ) -> None:
-    """Fill `out` with images 0..num_images - 1 of a request; those that are there already stay.
+    """`isthmus sample`: images 0..num_images - 1 of a model, and pictures of them.
 
-    samples.json says what made the images and, of next-scale models, how many forwards each took.
+    A folder that was asked for more images before is filled with these. samples.json also says how many forwards an
+    image of a next-scale model took.
 
     Args:
         model: a pipeline folder or hub id.
@@ -79,256 +503,76 @@ def draw_folder(
     Raises:
         UserError: an argument is not usable, or `out` holds something else than samples with these settings.
     """
-    dtype = dtype_name(dtype, device)
-    pipeline = load_pipeline(model, device=device, dtype=dtype)
-    if refine is not None:
-        if not hasattr(pipeline, "refine_with"):
-            raise UserError(f"this model, a {pipeline.kind}, draws no token again. Leave out --refine.")
-        cast("NextScalePipeline", pipeline).refine_with(cast(RefinementMode, refine))
-    labels = _labels(classes, pipeline)
-    sampling = pipeline.defaults.override(**options)
-    # one refusal for options the model cannot take, before anything is written
-    pipeline.check_options(sampling)
-    request = {name: value for name, value in options.items() if value is not FOLDER_DEFAULT} | dict(steering)
-    settings = {
-        "model": pipeline.fingerprint,
-        "class_ids": labels,
-        "seed": seed,
-        "sampling": sampling.to_dict(),
-        "dtype": dtype,
-        "device": pipeline.device.type,
-    }
-    if prefix_image is not None:
-        request["prefix_image"] = read_image(prefix_image)
-        steering = {**steering, "prefix_image": hashlib.sha256(prefix_image.read_bytes()).hexdigest()}
-    decoding = dict(decoding or {})
-    if unknown := sorted(decoding.keys() - inspect.signature(pipeline.prepared).parameters.keys()):
-        raise UserError(f"this model, a {pipeline.kind}, has no {', '.join(unknown)}. Leave it out.")
-    steering = {**steering, **decoding}
-    if steering:
-        # only where it is given: folders of samples without it stay what they are
-        settings["steering"] = dict(steering)
-    if batch_size is None:
-        batch_size = batch_size_that_fits(pipeline, guided=sampling.guidance_scale != 1)
-    request |= pipeline.prepared(batch_size, **decoding)
-    _check_request(pipeline, request, seed)
-    num_images = max(num_images, _number_in(out, settings))
-    forwards = _forwards(pipeline, smooth=sampling.smooth)
-    _write_manifest(out, settings, num_images, [], forwards)
-    rows = {index: row for index in range(num_images) if (row := _finished(out, index, settings))}
-    missing = [index for index in range(num_images) if index not in rows]
-    with Display("drawing", len(missing), "image", shown=logger.isEnabledFor(logging.INFO)) as bar:
-        for start in range(0, len(missing), batch_size):
-            indices = missing[start : start + batch_size]
-            rows |= _draw_batch(pipeline, out, indices, labels, seed, request, settings, batch_size)
-            bar.update(len(indices))
-    _write_manifest(out, settings, num_images, [rows[index] for index in range(num_images)], forwards)
-    if grid:
-        save_picture(_grid(out, rows), out / "grid.png")
-    if strip:
-        save_picture(_strip(pipeline, rows, labels, seed, request), out / "strip.png")
-    cost = "" if forwards is None else f"; {forwards} forwards each"
-    logger.info("%d images in %s (%d drawn now)%s", num_images, out, len(missing), cost)
-
-
-def _forwards(pipeline: "AnyPipeline", *, smooth: bool) -> Forwards | None:
-    """What an image takes of a next-scale model, rounds included; None for other families.
-
-    From the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many.
-    """
-    if not hasattr(pipeline, "refine_with"):
-        return None
-    model = cast("NextScalePipeline", pipeline)
-    scheduler: ScaleRefinementScheduler = model.scheduler or ScaleRefinementScheduler()
-    return scheduler.forwards_of(model.schedule.num_scales, has_cache=not model.transformer.is_markov, smooth=smooth)
-
-
-def _check_request(pipeline: "AnyPipeline", request: Mapping[str, Any], seed: int) -> None:
-    """Raise UserError, before anything is written, where the model does not take the arguments of a request."""
-    known = inspect.signature(type(pipeline).__call__).parameters
-    unknown = sorted(name for name in request if name not in known)
-    if unknown:
-        raise UserError(f"this model, a {pipeline.kind}, has no {', '.join(unknown)}. Leave it out.")
-    pipeline.stream(seed=seed, **request)  # checks its arguments at once and draws only when it is read
-
-
-def read_image(path: Path) -> Image.Image:
-    """The picture in a file, as RGB. Raises UserError where it cannot be read."""
-    try:
-        return Image.fromarray(decode_image(path.read_bytes()))
-    except UnreadableImage as error:
-        raise UserError(f"{path} cannot be read as an image: {error}. Pass another file.") from error
-
-
-def file_name(index: int) -> str:
-    """Name of image `index`."""
-    return f"{index:06d}.png"
-
-
-def _labels(classes: Sequence[str], pipeline: "AnyPipeline") -> list[int]:
-    """Class ids, taken in turn over the images: those asked for, or all the model has."""
-    names = pipeline.class_names
-    given = labels_from_words(classes, names)
-    if not classes:
-        given = list(range(pipeline.num_classes)) or [None]
-    return resolve_labels(given, class_names=names, num_classes=pipeline.num_classes)
-
-
-def _draw_batch(
-    pipeline: "AnyPipeline",
-    out: Path,
-    indices: Sequence[int],
-    labels: Sequence[int],
-    seed: int,
-    request: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    batch_size: int,
-) -> dict[int, dict[str, Any]]:
-    with naming_next_batch_size(batch_size):
-        result = pipeline(_request_labels(pipeline, indices, labels), seed=seed, image_index=list(indices), **request)
-    assert isinstance(result.images, list), "pictures are asked for"
-    rows = {}
-    for index, picture, digest in zip(indices, result.images, _hashes(result.token_ids), strict=True):
-        label = labels[index % len(labels)]
-        row = {
-            "file": file_name(index),
-            "index": index,
-            "seed": seed,
-            "class_id": label,
-            "label": pipeline.label_name(label),
-            "token_ids_sha256": digest,
-        }
-        text = {name: str(value) for name, value in row.items() if name != "file"}
-        text |= {"Software": f"isthmus {isthmus.__version__}", "model": settings["model"], "settings": _json(settings)}
-        save_picture(picture, out / file_name(index), text)
-        rows[index] = row
-    return rows
-
-
-def _hashes(token_ids: Tensor | Sequence[Tensor]) -> list[str]:
-    """One per image; a pyramid is a list of scales, a sequence one tensor."""
-    return token_hashes([token_ids] if isinstance(token_ids, Tensor) else token_ids)
-
-
-def _request_labels(pipeline: "AnyPipeline", indices: Sequence[int], labels: Sequence[int]) -> list[Label]:
-    ids = [labels[index % len(labels)] for index in indices]
-    return [None if one == pipeline.num_classes else one for one in ids]
-
-
-def _number_in(out: Path, settings: Mapping[str, Any]) -> int:
-    """How many images an earlier run of the same settings was asked for; 0 for a new or empty folder."""
-    if not out.exists():
-        return 0
-    if not out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
-    if not (out / MANIFEST).is_file():
-        if contents(out):
-            raise UserError(f"--out must be new, empty or a folder of samples, got {out}. Choose another folder.")
-        return 0
-    try:
-        before = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        earlier, number = before["settings"], int(before["num"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{out / MANIFEST} cannot be read ({error}). Choose another folder.") from error
-    changed = [name for name in {**settings, **earlier} if _json(settings.get(name)) != _json(earlier.get(name))]
-    if changed:
-        raise UserError(
-            f"{out} holds samples with other settings ({', '.join(changed)} differ). "
-            "Choose another --out; nothing is overwritten."
+    with launched_processes() as processes:
+        # the first process decides for all: a busy core may measure something else
+        dtype = processes.agreed(dtype_name(dtype, processes.device(device)))
+        pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
+        if refine is not None:
+            if not hasattr(pipeline, "refine_with"):
+                raise UserError(f"this model, a {pipeline.kind}, draws no token again. Leave out --refine.")
+            cast("NextScalePipeline", pipeline).refine_with(cast(RefinementMode, refine))
+        names = pipeline.class_names
+        given = labels_from_words(classes, names) if classes else list(range(pipeline.num_classes)) or [None]
+        ids = resolve_labels(given, class_names=names, num_classes=pipeline.num_classes)
+        number = max(num_images, asked_before(out))
+        request = SampleRequest.of(
+            pipeline,
+            [ids[index % len(ids)] for index in range(number)],
+            classes={"class_ids": ids},
+            seed=seed,
+            options=options,
+            steering=steering,
+            decoding=decoding,
+            prefix_image=prefix_image,
+            dtype=dtype,
         )
-    return number
+        drawn = draw(pipeline, out, request, batch_size=batch_size, processes=processes)
+        if not processes.is_first:
+            return
+        samples = read(out, number)
+        if grid:
+            save_picture(_grid(samples), out / GRID)
+        if strip:
+            save_picture(_strip(pipeline, samples, request), out / STRIP)
+        forwards = forwards_per_image(pipeline, request)
+        cost = "" if forwards is None else f"; {forwards} forwards each"
+        by = "" if processes.count == 1 else " by the first process"
+        logger.info("%d images in %s (%d drawn now%s)%s", number, out, drawn.count, by, cost)
 
 
-def _finished(out: Path, index: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row of an image that is there, from its metadata; None where it has to be drawn."""
-    path = out / file_name(index)
-    if not path.is_file():
-        return None
-    try:
-        with Image.open(path) as image:
-            text = dict(image.info)
-    except (UnidentifiedImageError, OSError):
-        return None
-    if text.get("settings") != _json(settings) or text.get("index") != str(index):
-        return None
-    return {
-        "file": path.name,
-        "index": index,
-        "seed": int(text["seed"]),
-        "class_id": int(text["class_id"]),
-        "label": text["label"],
-        "token_ids_sha256": text["token_ids_sha256"],
-    }
-
-
-def _write_manifest(
-    out: Path,
-    settings: Mapping[str, Any],
-    number: int,
-    rows: Sequence[Mapping[str, Any]],
-    forwards: Forwards | None,
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    # beside the settings, which decide them: folders of versions that did not write them are continued
-    cost = {} if forwards is None else {"forwards_per_image": asdict(forwards)}
-    contents = {"isthmus_version": isthmus.__version__, "settings": settings, "num": number, **cost, "images": rows}
-    temporary = out / f".{MANIFEST}.{uuid4().hex[:8]}.partial"
-    try:
-        temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _grid(out: Path, rows: Mapping[int, Mapping[str, Any]]) -> Image.Image:
+def _grid(samples: Samples) -> Image.Image:
     """Rows are classes in the order asked for; the first images of each."""
-    by_label: dict[str, list[Image.Image]] = {}
-    for _, row in sorted(rows.items()):
-        pictures = by_label.setdefault(row["label"], [])
-        if len(pictures) < _GRID_COLUMNS:
-            with Image.open(out / row["file"]) as image:
-                pictures.append(image.convert("RGB"))
+    by_label: dict[str, list[int]] = {}
+    for index, row in enumerate(samples.rows):
+        by_label.setdefault(row["label"], []).append(index)
     if len(by_label) == 1:
         # one class fills the picture
-        chosen = sorted(rows)[: _GRID_ROWS * _GRID_COLUMNS]
-        pictures = []
-        for index in chosen:
-            with Image.open(out / rows[index]["file"]) as image:
-                pictures.append(image.convert("RGB"))
-        parts = [pictures[i : i + _GRID_COLUMNS] for i in range(0, len(pictures), _GRID_COLUMNS)]
-        return table(parts, row_names=[next(iter(by_label))])
-    names = list(by_label)[:_GRID_ROWS]
-    return table([by_label[name] for name in names], row_names=names)
+        ((name, shown),) = by_label.items()
+        shown = shown[: _GRID_ROWS * _GRID_COLUMNS]
+        rows = [shown[start : start + _GRID_COLUMNS] for start in range(0, len(shown), _GRID_COLUMNS)]
+        names = [name]
+    else:
+        names = list(by_label)[:_GRID_ROWS]
+        rows = [by_label[name][:_GRID_COLUMNS] for name in names]
+    return table([[Image.fromarray(samples.image(index)) for index in row] for row in rows], row_names=names)
 
 
-def _strip(
-    pipeline: "AnyPipeline",
-    rows: Mapping[int, Mapping[str, Any]],
-    labels: Sequence[int],
-    seed: int,
-    request: Mapping[str, Any],
-) -> Image.Image:
+def _strip(pipeline: "AnyPipeline", samples: Samples, request: SampleRequest) -> Image.Image:
     """The first images, step by step: drawn once more, from their own random numbers."""
-    indices = sorted(rows)[:_STRIP_ROWS]
+    indices = list(range(min(len(samples), _STRIP_ROWS)))
+    prepared = pipeline.prepared(len(indices), **request.decoding)
     steps = pipeline.stream(
-        _request_labels(pipeline, indices, labels), seed=seed, image_index=indices, output_type="pil", **request
-    )
+        _asked(pipeline, request.labels[: len(indices)]), seed=request.seed, image_index=indices, output_type="pil",
+        **request.arguments, **prepared,
+    )  # fmt: skip
     # a step that was taken again counts as it is in the end
     last = {step.index: step.preview for step in steps if isinstance(step.preview, list)}
     columns = list(last.values())
     return table(
         list(zip(*columns, strict=True)),
-        row_names=[rows[index]["label"] for index in indices],
+        row_names=[samples.rows[index]["label"] for index in indices],
         column_names=pipeline.step_names(len(columns)),
     )
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-OVERVIEW = "overview.png"
-_COLUMNS = 8
 
 
 @alone_in("out")
@@ -348,11 +592,11 @@ def edit_image(
     device: str,
     dtype: str,
 ) -> None:
-    """Draw edits of an image and write them when all are drawn; the log says how many forwards they took.
+    """`isthmus edit`: edits of an image, and overview.png; the log says how many forwards were made now.
 
     Args:
         model: a pipeline folder or hub id.
-        out: new or empty folder.
+        out: folder of edits, new or of the same settings.
         method: name of the method of `NextScalePipeline` that edits.
         image: file to edit.
         mask: file of the mask, for methods that take one.
@@ -366,62 +610,41 @@ def edit_image(
         dtype: see `load_pipeline`.
 
     Raises:
-        UserError: an argument is not usable, or memory ran out (names the next batch size to try); nothing is written
-            then.
+        UserError: an argument is not usable, `out` holds something else, or memory ran out (names the next batch size
+            to try).
     """
-    if contents(out):
-        raise UserError(f"--out must be a new or empty folder, got {out}. Choose another; nothing is overwritten.")
     source = read_image(image)
-    inputs = [source] if mask is None else [source, read_image(mask)]
+    inputs = (source,) if mask is None else (source, read_image(mask))
     dtype = dtype_name(dtype, device)
     pipeline = load_pipeline(model, device=device, dtype=dtype)
     if not isinstance(pipeline, NextScalePipeline):
         raise UserError(f"edits need a next-scale model (VAR, SRDD), got {model}, a {pipeline.kind}.")
     given = labels_from_words(classes, pipeline.class_names) or [None]
-    labels = resolve_labels(given, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
-    if batch_size is None:
-        batch_size = batch_size_that_fits(pipeline, guided=bool(classes))
-    rows: list[tuple[Image.Image, dict[str, Any]]] = []
-    forwards: list[int] = []
-    for start in range(0, num_images, batch_size):
-        indices = list(range(start, min(start + batch_size, num_images)))
-        asked = [given[index % len(given)] for index in indices]
-        with naming_next_batch_size(batch_size):
-            result = getattr(pipeline, method)(
-                *inputs, class_labels=asked, seed=seed, image_index=indices, **settings, **options
-            )
-        forwards.append(result.num_forwards)
-        hashes = token_hashes(result.token_ids)
-        for index, picture, digest in zip(indices, result.images, hashes, strict=True):
-            label = pipeline.label_name(labels[index % len(labels)])
-            rows.append((picture, {"index": index, "seed": seed, "label": label, "token_ids_sha256": digest}))
-    described = {
-        "Software": f"isthmus {isthmus.__version__}",
-        "model": pipeline.fingerprint,
-        "edit": method,
-        "dtype": dtype,
-        "image_sha256": _sha256(image),
-        **({} if mask is None else {"mask_sha256": _sha256(mask)}),
-        "settings": json.dumps({**settings, "sampling": pipeline.defaults.override(**options).to_dict()}),
-    }
-    for picture, row in rows:
-        text = described | {name: str(value) for name, value in row.items()}
-        save_picture(picture, out / file_name(row["index"]), text)
-    save_picture(_overview(inputs, rows), out / OVERVIEW)
-    # in the log and not beside the image: scales that all images of a batch keep are not predicted, so the number is
-    # that of a batch, and images must not depend on it
-    cost = f"{sum(forwards)} forwards in {len(forwards)} batch{'es' if len(forwards) > 1 else ''}"
-    logger.info("%d edits in %s (%s); %s shows them beside the image", len(rows), out, cost, OVERVIEW)
+    ids = resolve_labels(given, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
+    sampling = pipeline.defaults.override(**options)
+    files = {"image_sha256": _sha256(image)} | ({} if mask is None else {"mask_sha256": _sha256(mask)})
+    number = max(num_images, asked_before(out))
+    request = SampleRequest(
+        labels=[ids[index % len(ids)] for index in range(number)],
+        seed=seed,
+        sampling=sampling,
+        settings=_settings(pipeline, {"class_ids": ids}, seed, sampling, dtype) | {"edit": method, **files, **settings},
+        arguments={**settings, **options},
+        method=method,
+        inputs=inputs,
+    )
+    drawn = draw(pipeline, out, request, batch_size=batch_size)
+    samples = read(out, number)
+    save_picture(_overview(inputs, samples), out / OVERVIEW)
+    batches = len(drawn.forwards)
+    cost = f"{sum(drawn.forwards)} forwards in {batches} batch{'' if batches == 1 else 'es'}"
+    logger.info("%d edits in %s (%s); %s shows them beside the image", number, out, cost, OVERVIEW)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _overview(inputs: Sequence[Image.Image], rows: Sequence[tuple[Image.Image, Mapping[str, Any]]]) -> Image.Image:
+def _overview(inputs: Sequence[Image.Image], samples: Samples) -> Image.Image:
     """The image, the mask where there is one, and the first results, named by their labels."""
-    shown = rows[:_COLUMNS]
+    shown = [Image.fromarray(samples.image(index)) for index in range(min(len(samples), _GRID_COLUMNS))]
     # on white where the result has another shape (outpaint, variations): nothing is stretched
-    given = [ImageOps.pad(one, shown[0][0].size, Image.Resampling.LANCZOS, color="white") for one in inputs]
-    names = ["image", "mask"][: len(given)] + [row["label"] for _, row in shown]
-    return table([[*given, *(picture for picture, _ in shown)]], column_names=names)
+    given = [ImageOps.pad(one, shown[0].size, Image.Resampling.LANCZOS, color="white") for one in inputs]
+    names = ["image", "mask"][: len(given)] + [row["label"] for row in samples.rows[: len(shown)]]
+    return table([[*given, *shown]], column_names=names)

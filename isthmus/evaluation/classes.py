@@ -8,6 +8,7 @@ who ask for it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.files import sha256_of_parts
+from isthmus.pipelines.labels import names_in_order, resolve_labels
+
+if TYPE_CHECKING:
+    from isthmus.evaluation.reference import DataSplits
+    from isthmus.pipelines.loading import AnyPipeline
 
 EQUAL, AS_IN_DATA, UNKNOWN = "every class equally often", "classes as often as in the data", "unknown (no classes)"
 
@@ -83,6 +89,76 @@ def balance_words(
         return ", ".join(f"{name} {share:.3g} %" for name, share in zip(names, shares, strict=True))
     digest = sha256_of_parts(*(part for pair in zip(names, found.tolist(), strict=True) for part in pair))
     return f"{len(names)} classes, {shares.min():.3g} % to {shares.max():.3g} % each ({digest[:12]})"
+
+
+Balance = Literal["uniform", "data"]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleClasses:
+    """The class of every sample.
+
+    Attributes:
+        labels: class in the order of the data set; all 0 where either side has no classes.
+        model_ids: the same as ids of the model; its null id where no class is asked for.
+        names: by class of the data set; empty where either side has no classes.
+        ids: of the model, by class of the data set; empty likewise.
+        words: the balance, in words.
+        rule: what decides the class of sample i, however many there are, in JSON values.
+        model_names: names of the model's classes by its ids; empty where they have none.
+    """
+
+    labels: Int[np.ndarray, " n"]
+    model_ids: Int[np.ndarray, " n"]
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    words: str
+    rule: dict[str, Any]
+    model_names: tuple[str, ...]
+
+
+def choose_classes(pipeline: "AnyPipeline", data: "DataSplits", num: int, balance: Balance) -> SampleClasses:
+    """The class of samples 0..num - 1, fixed by their numbers.
+
+    Raises:
+        UserError: the classes of the data are not those of the model, or frequencies are asked for and there are none.
+    """
+    names, nothing = data.class_names, np.zeros(num, np.int64)
+    model_names = names_in_order(pipeline.class_names)
+    if balance == "data" and not names:
+        raise UserError(f"{data.spec} is unlabelled, so it has no class frequencies. Leave out --balance data.")
+    if pipeline.num_classes == 0:
+        if balance == "data":
+            raise UserError(
+                "the model is unlabelled, so it cannot draw classes as often as in the data. Leave out --balance data."
+            )
+        return SampleClasses(nothing, nothing, (), (), balance_words(None, ()), {"class_ids": []}, ())
+    if not names:
+        labels, ids = class_balanced_labels(num, pipeline.num_classes), list(range(pipeline.num_classes))
+        words = balance_words(labels, model_names or list(map(str, ids)))
+        return SampleClasses(nothing, labels, (), (), words, {"class_ids": ids}, model_names)
+    if pipeline.class_names:
+        ids = resolve_labels(names, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
+    elif len(names) == pipeline.num_classes:
+        ids = list(range(len(names)))
+    else:
+        raise UserError(
+            f"the model's {pipeline.num_classes} classes have no names, so the data must have as many, got "
+            f"{len(names)}. Pass the data it was trained on."
+        )
+    counts = data.class_counts()
+    rule: dict[str, Any] = {"class_ids": list(ids)}
+    if not model_names:
+        # it is given data with as many classes, in its own order
+        rule["class_names"] = list(names)
+    if balance == "uniform":
+        labels = class_balanced_labels(num, len(names))
+    else:
+        labels = own_frequency_labels(num, counts)
+        rule["class_counts"] = counts.tolist()
+    words = balance_words(labels, names, counts)
+    model_ids = np.array(ids, np.int64)[labels]
+    return SampleClasses(labels, model_ids, names, tuple(ids), words, rule, model_names or names)
 
 
 # rows in float64 at once: 2,048 of 2,048 columns are 32 MiB

@@ -1,12 +1,14 @@
 """`isthmus evaluate`, as a story: draw samples, measure the real images, score one against the other, write.
 
-Everything on disk is made once: samples in chunks, then evaluation.json, then the report. A second run with all of it
-there only writes the report again.
+`evaluate_images` scores a set of images; `evaluate_model` draws one, scores it likewise, and adds what the model does
+with held-out images. Everything on disk is made once: samples, their features, evaluation.json, then the report. A
+second run with all of it there only writes the report again.
 """
 
+import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,11 @@ from jaxtyping import Float, Int
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_adm_images, write_statistics
-from isthmus.evaluation.classes import UNKNOWN, balance_words
-from isthmus.evaluation.drawing import Balance, ModelSamples, choose_classes, model_samples, model_subject
-from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
+from isthmus.evaluation.classes import UNKNOWN, Balance, SampleClasses, balance_words, choose_classes
+from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
 from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores, stage_lengths
-from isthmus.evaluation.images import ImageSet, Picture, open_images
+from isthmus.evaluation.images import ImageSet, open_images
 from isthmus.evaluation.record import (
     RECORD,
     Curve,
@@ -35,25 +36,18 @@ from isthmus.evaluation.record import (
     read_record,
     write_record,
 )
-from isthmus.evaluation.reference import (
-    DataSplits,
-    RealSide,
-    RealSides,
-    Reference,
-    choose_reference,
-    measure_real_side,
-    open_splits,
-)
+from isthmus.evaluation.reference import DataSplits, RealSides, open_splits
 from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
-from isthmus.evaluation.sample_scores import data_facts, fitting, protocol_of, score_samples
+from isthmus.evaluation.sample_scores import RealImages, data_facts
 from isthmus.evaluation.scores import Features
 from isthmus.evaluation.statistics import GaussianStatistics
 from isthmus.files import alone_in, contents
 from isthmus.nn.guidance import Guidance
 from isthmus.pipelines.labels import names_in_order
-from isthmus.pipelines.loading import choose_device, dtype_name, load_pipeline
+from isthmus.pipelines.loading import AnyPipeline, choose_device, dtype_name, load_pipeline
 from isthmus.pipelines.options import guidance_text
 from isthmus.processes import is_first_process, launched_processes
+from isthmus.samples import SampleRequest, Samples, check_folder, draw, has_chunks, read
 
 
 def code_counts(
@@ -178,6 +172,73 @@ def _line(score: Score) -> str:
     return f"{score.name}: {score.value:.4g}" + (f" ({', '.join(beside)})" if beside else "")
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A set of images with what scores need.
+
+    Attributes:
+        images: read one after the other.
+        features: of the images, by space.
+        labels: their classes, in the order of `names`; None where they cannot be told.
+        names: classes of the data set; empty where labels cannot be told.
+    """
+
+    images: ImageSet
+    features: Features
+    labels: Int[np.ndarray, " n"] | None
+    names: tuple[str, ...]
+
+
+def _score(
+    main: Measured,
+    others: Mapping[str, Measured],
+    real: RealImages,
+    out: Path,
+    *,
+    subject: Subject,
+    balance: str,
+    facts: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+) -> EvaluationRecord:
+    """Every set of images against the real ones; the pictures of the report are saved, the record is written.
+
+    `facts` are circumstances with the `seconds` so far; `others` are those of a sweep, by guidance.
+    """
+    start = time.perf_counter()
+    # before anything is scored: the guard may refuse
+    said = {words: [_duplicates(words, one.images)] for words, one in others.items()}
+    scored = real.scores(main.features, main.labels, main.names)
+    sweep = {}
+    for words, one in others.items():
+        swept = real.scores(one.features, one.labels, one.names)
+        sweep[words] = swept.scores
+        said[words] += [warning for warning in swept.warnings if warning not in scored.warnings]
+    of_sweep = [f"Guidance {words}: {one}" for words, found in said.items() for one in found if one]
+    looked = look_at_samples(main.images, main.labels, main.names, out, scored.neighbours, real.splits)
+    record = EvaluationRecord(
+        protocol=real.protocol(len(main.images), balance),
+        subject=subject,
+        data={} if real.splits is None else data_facts(real.splits),
+        circumstances={**facts, "seconds": {**facts["seconds"], "scoring": time.perf_counter() - start}},
+        warnings=(*scored.warnings, *([looked] if looked else []), *warnings, *of_sweep),
+        scores=scored.scores,
+        class_scores=scored.by_class,
+        measures={},
+        sweep=sweep,
+    )
+    # without measures of held-out images yet: what stops them does not cost the scores
+    write_record(record, out)
+    return record
+
+
+def _duplicates(guidance: str, images: ImageSet) -> str | None:
+    """The warning of samples at one guidance of a sweep. Raises `UserError`, which names it, where most are equal."""
+    try:
+        return check_duplicates([pixel_digest(image) for image in images])
+    except UserError as error:
+        raise UserError(f"guidance {guidance}: {error}") from error
+
+
 @alone_in("out")
 def evaluate_images(
     samples: Path,
@@ -220,38 +281,32 @@ def evaluate_images(
     splits = None
     if data is not None:
         splits = open_splits(data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns)
-    against = fitting(choose_reference(splits, reference, size=size), network, size)
+    real = RealImages.of(network, splits, reference, size=size)
     known = matched_classes(images, splits)
-    protocol = protocol_of(network, against, splits, len(images), size, known.balance)
     subject = Subject(
         name=str(samples), kind="images from elsewhere", fingerprint=images.fingerprint, sampling={}, steering={}
     )
-    done = scored_record(out, protocol, subject, sweep=[])
-    start = time.perf_counter()
-    found = {}
+    done = scored_record(out, real.protocol(len(images), known.balance), subject, sweep=[])
     if done is None or statistics:
+        start = time.perf_counter()
         check_value_range(images)
         found = extract_features(network, images.shown("samples"))
-    if done is None:
-        remove_by_products(out)
-    if statistics:
-        write_sample_statistics(out / STATISTICS, found, network)
-    if done is None:
-        real = measure_real_side(against, splits, network, protocol.chunk_images)
-        scored = score_samples(found, known.labels, against, real, network, known.names)
-        warning = look_at_samples(images, known.labels, known.names, out, scored.neighbours, splits)
-        done = EvaluationRecord(
-            protocol=protocol,
-            subject=subject,
-            data={} if splits is None else data_facts(splits),
-            circumstances=circumstances(where, processes=1) | {"seconds": {"all": time.perf_counter() - start}},
-            warnings=tuple(one for one in (*scored.warnings, warning, known.warning) if one),
-            scores=scored.scores,
-            class_scores=scored.by_class,
-            measures={},
-            sweep={},
-        )
-        write_record(done, out)
+        seconds = {"features": time.perf_counter() - start}
+        if done is None:
+            remove_by_products(out)
+        if statistics:
+            write_sample_statistics(out / STATISTICS, found, network)
+        if done is None:
+            done = _score(
+                Measured(images, found, known.labels, known.names),
+                {},
+                real,
+                out,
+                subject=subject,
+                balance=known.balance,
+                facts=circumstances(where, processes=1) | {"seconds": seconds},
+                warnings=[known.warning] if known.warning else [],
+            )
     finish(done, out)
 
 
@@ -365,126 +420,99 @@ def evaluate_model(
         )
         chosen = choose_classes(pipeline, splits, num, balance)
         size = (pipeline.image_size, pipeline.image_size)
-        against = fitting(choose_reference(splits, reference, size=size), network, size)
+        real = RealImages.of(network, splits, reference, size=size, sides=real_sides)
         measures.check(pipeline)
         lpips, extra = measures.lpips(), measures.facts()
 
-        def prepared(folder: Path, guided: Mapping[str, Any]) -> ModelSamples:
-            return model_samples(
-                pipeline, chosen, folder, network, seed=seed, options=guided, steering=steering, dtype=dtype
-            )
+        def request(guided: Mapping[str, Any]) -> SampleRequest:
+            return SampleRequest.of(
+                pipeline, chosen.model_ids.tolist(), classes=chosen.rule, seed=seed, options=guided, steering=steering,
+                dtype=dtype,
+            )  # fmt: skip
 
-        main = prepared(out / SAMPLES_FOLDER, options)
-        others = {
-            guidance_text(one): prepared(
-                out / SWEEP_FOLDER / guidance_text(one).replace(":", "-"), {**options, "guidance_scale": one}
-            )
-            for one in sweep
-        }
-        protocol = protocol_of(network, against, splits, num, size, chosen.words)
-        subject = model_subject(model, main, steering, dtype)
-        done = scored_record(out, protocol, subject, sweep=list(others))
-
-        # before anything is drawn: the guards of the reference may refuse
-        real = None
-        if done is None and processes.is_first:
-            real = (real_sides or RealSides()).measure(against, splits, network, protocol.chunk_images)
-        start = time.perf_counter()
-        drawn = main.draw(network, batch_size=batch_size, processes=processes)
-        for words, samples in others.items():
-            samples.draw(network, batch_size=batch_size, processes=processes, title=f"guidance {words}")
-        processes.wait()
-        if not processes.is_first:
-            return
-        seconds = {"drawing": time.perf_counter() - start} if drawn else {}
-        if done is None:
-            remove_by_products(out)
-        if npz:
-            labels = main.classes.model_ids if pipeline.num_classes else None
-            write_adm_images(out / NPZ, _images(main), num, labels, chosen.model_names)
-        if statistics:
-            write_sample_statistics(out / STATISTICS, main.store.features(num), network)
-        if done is None:
-            assert real is not None, "the first process has measured them"
-            facts = circumstances(pipeline.device, processes=processes.count)
-            done = _score_samples(
-                main, others, splits, against, real, network, protocol, subject, facts | {"seconds": seconds}, out
-            )
-            # without measures of held-out images yet: what stops them does not cost the scores
-            write_record(done, out)
-        if done.measures != extra:
-            start = time.perf_counter()
-            scores, curves = held_out_scores(
-                pipeline,
-                splits.held_out,
-                network,
-                chosen.ids,
-                lpips=lpips,
-                solver_steps=measures.solver_steps,
-                batch_size=batch_size,
-            )
-            done.circumstances["seconds"]["held-out images"] = time.perf_counter() - start
-            done = replace(done, measures=extra, held_out=tuple(scores), curves=(*curves, *_usage(main)))
-            write_record(done, out)
-        finish(done, out)
-
-
-def _score_samples(
-    main: ModelSamples,
-    others: Mapping[str, ModelSamples],
-    splits: DataSplits,
-    against: Reference,
-    real: RealSide,
-    network: FeatureNetwork,
-    protocol: Protocol,
-    subject: Subject,
-    facts: dict[str, Any],
-    out: Path,
-) -> EvaluationRecord:
-    """Every set of samples against the real images."""
-    num, start = len(main), time.perf_counter()
-    labels, names = (main.classes.labels if main.classes.names else None), main.classes.names
-    # before anything is scored: the guard may refuse
-    said = {words: [_duplicates(words, samples)] for words, samples in others.items()}
-    scored = score_samples(main.store.features(num), labels, against, real, network, names)
-    sweep = {}
-    for words, samples in others.items():
-        swept = score_samples(samples.store.features(num), labels, against, real, network, names)
-        sweep[words] = swept.scores
-        said[words] += [warning for warning in swept.warnings if warning not in scored.warnings]
-    of_sweep = [f"Guidance {words}: {one}" for words, found in said.items() for one in found if one]
-    images = ImageSet(str(main.store.folder), "", labels, names, num, lambda: _images(main))
-    warning = look_at_samples(images, labels, names, out, scored.neighbours, splits)
-    facts["seconds"]["scoring"] = time.perf_counter() - start
-    return EvaluationRecord(
-        protocol=protocol,
-        subject=subject,
-        data=data_facts(splits),
-        circumstances=facts,
-        warnings=(*scored.warnings, *([warning] if warning else []), *of_sweep),
-        scores=scored.scores,
-        class_scores=scored.by_class,
-        measures={},
-        sweep=sweep,
-    )
+        folders, requests = {"": out / SAMPLES_FOLDER}, {"": request(options)}
+        for one in sweep:
+            words = guidance_text(one)
+            folders[words] = out / SWEEP_FOLDER / words.replace(":", "-")
+            requests[words] = request({**options, "guidance_scale": one})
+        # a finished evaluation of an earlier version is read; its chunks are refused where samples are needed
+        if not any(map(has_chunks, folders.values())):
+            for words, folder in folders.items():
+                check_folder(folder, requests[words])
+        subject = Subject(
+            name=model,
+            kind=pipeline.kind,
+            fingerprint=pipeline.fingerprint,
+            seed=seed,
+            sampling=json.loads(json.dumps(requests[""].sampling.to_dict())),
+            steering=dict(steering),
+            dtype=dtype,
+        )
+        swept = [words for words in folders if words]
+        done = scored_record(out, real.protocol(num, chosen.words), subject, sweep=swept)
+        if done is None or done.measures != extra or npz or statistics:
+            # before anything is drawn: the guards of the reference may refuse
+            if done is None and processes.is_first:
+                real.measured(num)
+            start, drawn = time.perf_counter(), 0
+            for words, folder in folders.items():
+                title = f"guidance {words}" if words else "samples"
+                drawn += draw(
+                    pipeline, folder, requests[words], batch_size=batch_size, processes=processes, title=title
+                ).count
+            if not processes.is_first:
+                return
+            seconds = {"drawing": time.perf_counter() - start} if drawn else {}
+            samples = read(folders[""], num)
+            if done is None:
+                remove_by_products(out)
+            if npz:
+                labels = chosen.model_ids if pipeline.num_classes else None
+                write_adm_images(out / NPZ, samples, num, labels, chosen.model_names)
+            if statistics:
+                write_sample_statistics(out / STATISTICS, sample_features(network, samples), network)
+            if done is None:
+                start = time.perf_counter()
+                main, *others = (_measured(read(folder, num), chosen, network) for folder in folders.values())
+                seconds["features"] = time.perf_counter() - start
+                done = _score(
+                    main,
+                    dict(zip(swept, others, strict=True)),
+                    real,
+                    out,
+                    subject=subject,
+                    balance=chosen.words,
+                    facts=circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds},
+                )
+            if done.measures != extra:
+                start = time.perf_counter()
+                scores, curves = held_out_scores(
+                    pipeline,
+                    splits.held_out,
+                    network,
+                    chosen.ids,
+                    lpips=lpips,
+                    solver_steps=measures.solver_steps,
+                    batch_size=batch_size,
+                )
+                done.circumstances["seconds"]["held-out images"] = time.perf_counter() - start
+                curves += _usage(pipeline, samples)
+                done = replace(done, measures=extra, held_out=tuple(scores), curves=tuple(curves))
+                write_record(done, out)
+        if processes.is_first:
+            finish(done, out)
 
 
-def _images(samples: ModelSamples) -> Iterator[Picture]:
-    return (image for chunk in samples.store.read(len(samples)) for image in chunk.images)
+def _measured(samples: Samples, chosen: SampleClasses, network: FeatureNetwork) -> Measured:
+    """Drawn images, whose features are kept beside them."""
+    images = ImageSet(str(samples.folder), "", None, (), len(samples), samples.__iter__, samples.image)
+    labels = chosen.labels if chosen.names else None
+    return Measured(images, sample_features(network, samples), labels, chosen.names)
 
 
-def _duplicates(guidance: str, samples: ModelSamples) -> str | None:
-    """The warning of samples at one guidance of a sweep. Raises `UserError`, which names it, where most are equal."""
-    try:
-        return check_duplicates([pixel_digest(image) for image in _images(samples)])
-    except UserError as error:
-        raise UserError(f"guidance {guidance}: {error}") from error
-
-
-def _usage(samples: ModelSamples) -> list[Curve]:
-    stages, size = stage_lengths(samples.pipeline), samples.pipeline.codebook_size
-    counts = sum(
-        (code_counts(chunk.token_ids, list(stages.values()), size) for chunk in samples.store.read(len(samples))),
-        start=np.zeros((len(stages), size), np.int64),
-    )
+def _usage(pipeline: AnyPipeline, samples: Samples) -> list[Curve]:
+    stages, size = stage_lengths(pipeline), pipeline.codebook_size
+    counts = np.zeros((len(stages), size), np.int64)
+    for index in range(len(samples)):
+        counts += code_counts(samples.token_ids(index)[None], list(stages.values()), size)
     return usage_curves(counts, list(stages), "tokens")

@@ -9,7 +9,9 @@ fidelity (extra `inception`).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import json
+import zipfile
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from isthmus.data.batches import EvaluationImages
-from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
-from isthmus.files import sha256_of_file
+from isthmus.files import sha256_of_file, write_whole
 from isthmus.nn.perceptual import HEAD_WIDTH, TAP_CHANNELS, EfficientNetLite0, packaged_weights
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.stored_llama import no_progress_bars
-from isthmus.pictures import to_uint8
 from isthmus.pipelines.folder import model_folder
+from isthmus.samples import GROUP, Samples
 
 FID_MIN_IMAGES = 10_000
 """Below this many samples nothing is called FID."""
@@ -334,6 +335,60 @@ def extract_features(
     return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
+FEATURES = "features.npz"
+"""What `sample_features` keeps, in the folder of the samples."""
+
+# images per forward of the network, whatever the batch of the draw: sums are rounded alike
+_BATCH = 50
+
+
+def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Float[np.ndarray, "n _"]]:
+    """Features of drawn images by space, from their pictures; those that an earlier call kept are read.
+
+    They are kept in `FEATURES` beside the images, of one network: another one's take their place.
+    """
+    hashes = np.array([row["token_ids_sha256"] for row in samples.rows])
+    made_by = json.dumps(
+        [network.name, network.weights_sha256, network.preprocessing, dict(samples.settings)], sort_keys=True
+    )
+    path = samples.folder / FEATURES
+    known = _kept_features(path, made_by, hashes)
+    start = len(next(iter(known.values()), ()))
+    if start < len(samples):
+        parts = [known] if start else []
+        with tqdm(total=len(samples), initial=start, desc="features", unit="image", disable=None) as bar:
+            for first in range(start, len(samples), GROUP):
+                group = range(first, min(first + GROUP, len(samples)))
+                parts.append(extract_features(network, map(samples.image, group), batch_size=_BATCH))
+                bar.update(len(group))
+        known = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        arrays = {_ROWS + name: rows for name, rows in known.items()}
+        write_whole(
+            path,
+            lambda file: np.savez(file, allow_pickle=False, made_by=np.array(made_by), token_ids=hashes, **arrays),
+        )
+    return known
+
+
+_ROWS = "features/"
+
+
+def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> dict[str, Float[np.ndarray, "n _"]]:
+    """Features that a file has of these images: of all of them, else of the leading whole groups."""
+    try:
+        # opened here: np.load leaves a broken archive open
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if str(archive["made_by"]) != made_by:
+                return {}
+            theirs = archive["token_ids"][: len(hashes)]
+            other = np.flatnonzero(theirs != hashes[: len(theirs)])
+            count = int(other[0]) if len(other) else len(theirs)
+            count -= count % GROUP if count < len(hashes) else 0
+            return {name.removeprefix(_ROWS): archive[name][:count] for name in archive.files if _ROWS in name}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return {}
+
+
 def images_at_once(network: FeatureNetwork, size: tuple[int, ...]) -> int:
     """How many images of `size` pixels (height, width) a network is given at once, at least one.
 
@@ -355,10 +410,3 @@ def _features(network: FeatureNetwork, images: UInt8[np.ndarray, "b h w 3"]) -> 
             f"memory ran out in the feature network {network.name} on {count} image(s) of {height} x {width} px. Free "
             "memory on the device, or use --device cpu."
         ) from error
-
-
-def source_images(source: ImageSource, image_size: int) -> Iterator[UInt8[np.ndarray, "_ _ 3"]]:
-    """The images of a split as they are evaluated: shorter side resized, central square, 8-bit values."""
-    views = EvaluationImages(source, image_size)
-    for index in range(len(views)):
-        yield to_uint8(torch.as_tensor(views[index]["image"]).unsqueeze(0))[0]

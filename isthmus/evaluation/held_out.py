@@ -367,8 +367,7 @@ class Measures:
         if self.solver_steps and not hasattr(pipeline, "decoder"):
             raise UserError(f"solver steps are for D-AR models, this is a {pipeline.kind}. Leave out --solver-steps.")
         for steps in self.solver_steps:
-            # checks its arguments at once and draws only when it is read
-            cast("DARPipeline", pipeline).stream(num_inference_steps=steps, seed=0)
+            pipeline.check_request({"num_inference_steps": steps})
         if self.lpips_weights and pipeline.image_size < _FEWEST_LPIPS_PX:
             raise UserError(
                 f"LPIPS needs images of {_FEWEST_LPIPS_PX} pixels or more, the model's have {pipeline.image_size}. "

@@ -5,14 +5,10 @@ images made worse by a known amount: the ceiling beside every distance, and what
 """
 
 import hashlib
-import json
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -20,19 +16,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from isthmus.data.folder import FolderSource, folder_layout
-from isthmus.data.images import UnreadableImage, centre_view, decode_image
+from isthmus.data.images import centre_view
 from isthmus.data.opening import BUILT_IN
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import read_adm_images
 from isthmus.evaluation.record import number_of_samples
-from isthmus.evaluation.samples import chunk_number, labels_and_names, read_chunk
 from isthmus.files import sha256_of_file, sha256_of_parts
 from isthmus.nn.draws import NOISE, stream
 from isthmus.pictures import spread
+from isthmus.samples import MANIFEST, has_chunks, read
 
 Picture = UInt8[np.ndarray, "h w 3"]
-_SAMPLES = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -174,13 +169,14 @@ def open_images(path: Path, *, size: tuple[int, int] | None = None) -> ImageSet:
         return ImageSet(path.name, sha256_of_file(path), file.labels, file.class_names, len(file), lambda: iter(file))
     if not path.is_dir():
         raise UserError(f"images lie in an .npz file or a folder, got {path}, which is neither. Check the path.")
-    inner = path / "samples"
-    if inner.is_dir() and any(inner.glob("chunk_*.npz")):
-        return _chunks(inner)
-    if any(path.glob("chunk_*.npz")):
-        return _chunks(path)
-    if (path / _SAMPLES).is_file():
-        return _sampled(path)
+    for folder in (path / "samples", path):
+        if (folder / MANIFEST).is_file():
+            return _sampled(folder)
+        if has_chunks(folder):
+            raise UserError(
+                f"{folder} holds samples of an earlier version (chunk_*.npz), which this one does not read. Draw them "
+                "again."
+            )
     layout = folder_layout(path)
     if layout.val is None:
         return _files(FolderSource(path, val_fraction=0.0), size)
@@ -217,61 +213,17 @@ def _size_of(file: Path) -> tuple[int, int] | None:
         return None
 
 
-def _chunks(folder: Path) -> ImageSet:
-    """The samples of an evaluation: the N that its record names, or all where there is no record yet."""
-    numbered = {chunk_number(file): file for file in folder.glob("chunk_*.npz")}
-    wanted = number_of_samples(folder.parent.parent if folder.parent.name == "sweep" else folder.parent)
-    files, labels, names, count = [], [], (), 0
-    # an evaluation with a larger N may have drawn more before
-    while (file := numbered.get(len(files))) is not None and (wanted is None or count < wanted):
-        try:
-            found, names = labels_and_names(file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{file} cannot be read ({error}). Finish the evaluation first.") from error
-        files.append(file)
-        labels.append(found)
-        count += len(found)
-    whole = all(len(one) == len(labels[0]) for one in labels[:-1])
-    if not whole or (count < wanted if wanted is not None else len(files) < len(numbered)):
-        of = "" if wanted is None else f" of {wanted}"
-        raise UserError(
-            f"{folder} is not whole: {count}{of} samples lie in consecutive full chunks. Finish the evaluation that "
-            "draws them first."
-        )
-    count = wanted or count
-    known = np.concatenate(labels)[:count]
-    fingerprint = sha256_of_parts(count, *map(sha256_of_file, files))
-
-    def read() -> Iterator[Picture]:
-        return islice((image for file in files for image in read_chunk(file).images), count)
-
-    return ImageSet(str(folder), fingerprint, known if names else None, names, count, read)
-
-
 def _sampled(folder: Path) -> ImageSet:
-    """The images that samples.json lists: not the grid beside them."""
-    try:
-        rows: list[dict[str, Any]] = json.loads((folder / _SAMPLES).read_text(encoding="utf-8"))["images"]
-        files, ids = [folder / row["file"] for row in rows], np.array([int(row["class_id"]) for row in rows])
-        words = {int(row["class_id"]): str(row["label"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / _SAMPLES} cannot be read ({error}). Draw the samples again.") from error
-    if not files:
-        raise UserError(f"{folder} holds no finished samples. Run the `isthmus sample` that made it to its end.")
-
-    def at(index: int) -> Picture:
-        try:
-            return decode_image(files[index].read_bytes())
-        except (OSError, UnreadableImage) as error:
-            raise UserError(f"{files[index]} cannot be read ({error}). Draw the samples again.") from error
-
+    """Drawn images: of an evaluation the N that its record names, else all that are finished; not the grid beside."""
+    above = folder.parent.parent if folder.parent.name == "sweep" else folder.parent
+    samples = read(folder, number_of_samples(above) if folder.name == "samples" or above != folder.parent else None)
+    words = {int(row["class_id"]): str(row["label"]) for row in samples.rows}
     labels, named = None, ()
     # a model without names of classes writes their numbers, which say nothing to a data set; "null" is no class
     if all(word not in (str(number), "null") for number, word in words.items()):
-        known, labels = np.unique(ids, return_inverse=True)
+        known, labels = np.unique(samples.labels, return_inverse=True)
         named = tuple(words[int(number)] for number in known)
-    fingerprint = _digest_of(at(i) for i in range(len(files)))
-    return ImageSet(str(folder), fingerprint, labels, named, len(files), lambda: (at(i) for i in range(len(files))), at)
+    return ImageSet(str(folder), _digest_of(samples), labels, named, len(samples), samples.__iter__, samples.image)
 
 
 def _digest_of(images: Iterable[Picture]) -> str:

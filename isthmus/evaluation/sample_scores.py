@@ -1,7 +1,8 @@
 """All that is said of a set of samples, from their features: scores in the order to read them, warnings, neighbours."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from isthmus.evaluation.guards import (
 )
 from isthmus.evaluation.neighbours import nearest_neighbours
 from isthmus.evaluation.record import Protocol, Score
-from isthmus.evaluation.reference import DataSplits, RealSide, Reference
+from isthmus.evaluation.reference import DataSplits, RealSide, RealSides, Reference, choose_reference
 from isthmus.evaluation.scores import (
     CopySearch,
     Features,
@@ -225,40 +226,77 @@ def _checked_by_width(against: Reference) -> Reference:
     return replace(against, warnings=(*against.warnings, warning))
 
 
-def protocol_of(
-    network: FeatureNetwork,
-    against: Reference,
-    splits: DataSplits | None,
-    num: int,
-    size: tuple[int, int],
-    balance: str,
-) -> Protocol:
-    """How `num` samples of `size` pixels (height, width) are measured.
+@dataclass(frozen=True, eq=False)
+class RealImages:
+    """What images are measured against, and by which features: one protocol for any number of sets.
 
-    Args:
+    Attributes:
         network: of the features.
-        against: the reference.
         splits: the data set that judges classes and copies; None where there is none.
-        num: N.
-        size: of the samples.
-        balance: how often each class occurs, in words.
+        reference: what distances are taken to.
+        size: height and width in pixels of what is measured.
+        sides: what was measured of real images before.
     """
-    resized = "" if against.images is None else against.images.resized
-    return Protocol(
-        features=network.name,
-        features_sha256=network.weights_sha256,
-        preprocessing=network.preprocessing + (f"; reference images: {resized}" if resized else ""),
-        num_samples=num,
-        chunk_images=against.images_per_measurement(num),
-        balance=balance,
-        image_size=f"{size[0]} x {size[1]}",
-        classes=() if splits is None else splits.class_names,
-        reference=against.words,
-        reference_images=0 if against.images is None else len(against.images),
-        reference_sha256=against.fingerprint,
-        train_sha256="" if splits is None else splits.train.fingerprint,
-        held_out_sha256="" if splits is None else splits.held_out.fingerprint,
-    )
+
+    network: FeatureNetwork
+    splits: DataSplits | None
+    reference: Reference
+    size: tuple[int, int]
+    sides: RealSides = field(default_factory=RealSides)
+
+    @classmethod
+    def of(
+        cls,
+        network: FeatureNetwork,
+        splits: DataSplits | None,
+        reference: Path | None = None,
+        *,
+        size: tuple[int, int],
+        sides: RealSides | None = None,
+    ) -> "RealImages":
+        """Those of a data set, or of `reference`; nothing is measured yet.
+
+        Raises:
+            UserError: there is no reference, or it does not fit images of this size or the features.
+        """
+        fits = fitting(choose_reference(splits, reference, size=size), network, size)
+        return cls(network, splits, fits, size, sides or RealSides())
+
+    def protocol(self, num: int, balance: str) -> Protocol:
+        """How `num` samples with these frequencies of the classes, in words, are measured."""
+        against, splits = self.reference, self.splits
+        resized = "" if against.images is None else against.images.resized
+        return Protocol(
+            features=self.network.name,
+            features_sha256=self.network.weights_sha256,
+            preprocessing=self.network.preprocessing + (f"; reference images: {resized}" if resized else ""),
+            num_samples=num,
+            chunk_images=against.images_per_measurement(num),
+            balance=balance,
+            image_size=f"{self.size[0]} x {self.size[1]}",
+            classes=() if splits is None else splits.class_names,
+            reference=against.words,
+            reference_images=0 if against.images is None else len(against.images),
+            reference_sha256=against.fingerprint,
+            train_sha256="" if splits is None else splits.train.fingerprint,
+            held_out_sha256="" if splits is None else splits.held_out.fingerprint,
+        )
+
+    def measured(self, num: int) -> RealSide:
+        """The real images as `num` samples are measured against them, measured once.
+
+        Raises:
+            UserError: the reference is the training set, or its images cannot be used.
+        """
+        n = self.reference.images_per_measurement(num)
+        return self.sides.measure(self.reference, self.splits, self.network, n)
+
+    def scores(
+        self, samples: Features, labels: Int[np.ndarray, " n"] | None, names: Sequence[str] = ()
+    ) -> SampleScores:
+        """What is said of samples; arguments as for `score_samples`."""
+        num = len(next(iter(samples.values())))
+        return score_samples(samples, labels, self.reference, self.measured(num), self.network, names)
 
 
 def data_facts(splits: DataSplits) -> dict[str, Any]:

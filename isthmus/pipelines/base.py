@@ -3,6 +3,7 @@ card.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 from abc import abstractmethod
@@ -261,6 +262,20 @@ class SavedPipeline:
                 "this model has no classes, so there is nothing to guide towards: guidance_scale must be 1, got "
                 f"{options.guidance_scale}. Leave it out."
             )
+
+    def check_request(self, arguments: Mapping[str, Any], decoding: Mapping[str, bool] | None = None) -> None:
+        """Raise UserError where a call of this model cannot take these arguments; nothing is drawn.
+
+        Args:
+            arguments: of a call, by name.
+            decoding: how tokens are computed, as for `prepared`.
+        """
+        for call, given in ((type(self).__call__, arguments), (type(self).prepared, decoding or {})):
+            unknown = sorted(given.keys() - inspect.signature(call).parameters.keys())
+            if unknown:
+                raise UserError(f"this model, a {self.kind}, has no {', '.join(unknown)}. Leave it out.")
+        # checks its arguments at once and draws only when it is read
+        cast(Any, self).stream(**{"seed": 0, **arguments})
 
     def prepared(self, num_images: int) -> dict[str, Any]:
         """Arguments worth computing once for many calls of `num_images` images each."""

@@ -19,9 +19,12 @@ from tqdm.auto import tqdm
 from isthmus.dar.options import Solver
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
+from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.guards import pixel_digest
 from isthmus.evaluation.held_out import reconstructions_by_stage
 from isthmus.evaluation.images import ruined
 from isthmus.evaluation.record import timing_words
+from isthmus.evaluation.scores import Features
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import choose_device, load_pipeline
@@ -30,11 +33,10 @@ from isthmus.studies.experiments import Experiment, Results, Values, Work, resul
 from isthmus.studies.measures import (
     BATCH,
     FRECHET,
-    DrawnSamples,
     EvaluationSetting,
     HeldOut,
     Pictures,
-    RealImages,
+    SampleProtocol,
     by_both_distances,
     evaluation_values,
     mean_and_interval,
@@ -293,21 +295,27 @@ def preview_values(pipeline: DARPipeline, setting: EvaluationSetting, *, seed: i
 
     A preview is the jump from the state to the image (`pipeline.stream`), in 8-bit values; the last is the image.
     """
-    real = RealImages.of(pipeline, setting)
-    labels = real.classes.model_ids
+    protocol = SampleProtocol.of(pipeline, setting)
+    network, labels = protocol.real.network, protocol.classes.model_ids
     size = setting.batch_size or batch_size_that_fits(pipeline, guided=pipeline.defaults.guidance_scale != 1)
     names = pipeline.step_names(pipeline.scheduler.config["num_inference_steps"])
-    samples = [DrawnSamples(real.network) for _ in names]
+    features: list[list[Features]] = [[] for _ in names]
+    digests: list[list[str]] = [[] for _ in names]
     with tqdm(total=len(labels), desc="previews", unit="image", disable=None) as bar:
         for start in range(0, len(labels), size):
             chosen = labels[start : start + size]
             ids: list[Label] = [None if label == pipeline.num_classes else int(label) for label in chosen]
             for step in pipeline.stream(ids, seed=seed, image_index=start, output_type="latent"):
-                samples[step.index].add(to_uint8(torch.as_tensor(step.preview)))
+                pictures = to_uint8(torch.as_tensor(step.preview))
+                features[step.index].append(extract_features(network, pictures))
+                digests[step.index] += map(pixel_digest, pictures)
             bar.update(len(chosen))
+    by_step = {}
     # where two steps wait for the same tokens, the later one stands for them
-    by_step = {name: real.scored(found) for name, found in zip(names, samples, strict=True)}
-    return real.values("by_step", by_step, pipeline.image_size)
+    for name, parts, digest in zip(names, features, digests, strict=True):
+        whole = {space: np.concatenate([part[space] for part in parts]) for space in parts[0]}
+        by_step[name] = protocol.scored(whole, digest)
+    return protocol.values("by_step", by_step)
 
 
 REBUILT, CLASS, BITS = "r-FD-lite0-192", "class accuracy (nearest mean)", "bits per token"

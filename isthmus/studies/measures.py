@@ -15,16 +15,15 @@ from jaxtyping import Bool, Float, Int, UInt8
 from isthmus.data.opening import open_source
 from isthmus.data.source import WantedColumns
 from isthmus.errors import UserError
-from isthmus.evaluation.classes import NearestClassMean
-from isthmus.evaluation.drawing import Balance, SampleClasses, choose_classes
+from isthmus.evaluation.classes import Balance, NearestClassMean, SampleClasses, choose_classes
 from isthmus.evaluation.evaluate import evaluate_model
 from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
-from isthmus.evaluation.guards import check_duplicates, pixel_digest
+from isthmus.evaluation.guards import check_duplicates
 from isthmus.evaluation.held_out import HELD_OUT_LIMIT, ReconstructionMeter, as_floats
 from isthmus.evaluation.images import some
 from isthmus.evaluation.record import EvaluationRecord, read_record
-from isthmus.evaluation.reference import DataSplits, RealSide, RealSides, Reference, choose_reference, open_splits
-from isthmus.evaluation.sample_scores import SampleScores, protocol_of, score_samples
+from isthmus.evaluation.reference import DataSplits, RealSides, open_splits
+from isthmus.evaluation.sample_scores import RealImages, SampleScores
 from isthmus.evaluation.scores import Features
 from isthmus.evaluation.statistics import Gaussian, mean_interval
 from isthmus.nn.perceptual import Lite0Distance
@@ -314,80 +313,41 @@ def splits_of(pipeline: AnyPipeline, setting: EvaluationSetting) -> DataSplits:
 
 
 @dataclass(frozen=True, eq=False)
-class RealImages:
-    """Everything that samples of one model are scored against, by the protocol of `isthmus evaluate`.
+class SampleProtocol:
+    """How samples of one model are scored, by the protocol of `isthmus evaluate`.
 
     Attributes:
-        network: whose features are compared.
-        splits: training and held-out images.
+        real: what they are measured against.
         classes: of the samples, fixed by their numbers.
-        reference: what distances are taken to.
-        measured: the same, measured.
     """
 
-    network: FeatureNetwork
-    splits: DataSplits
+    real: RealImages
     classes: SampleClasses
-    reference: Reference
-    measured: RealSide
 
     @classmethod
-    def of(cls, pipeline: AnyPipeline, setting: EvaluationSetting) -> "RealImages":
-        """Open and measure them.
+    def of(cls, pipeline: AnyPipeline, setting: EvaluationSetting) -> "SampleProtocol":
+        """That of a setting.
 
         Raises:
             UserError: the data do not fit the model, or there are too few images.
         """
         network = feature_network("lite0", device=choose_device(setting.device))
-        splits = splits_of(pipeline, setting)
-        reference = choose_reference(splits, None, size=(pipeline.image_size, pipeline.image_size))
-        n = reference.images_per_measurement(setting.num)
-        return cls(
-            network,
-            splits,
-            choose_classes(pipeline, splits, setting.num, setting.balance),
-            reference,
-            setting.real_sides.measure(reference, splits, network, n),
-        )
+        splits, size = splits_of(pipeline, setting), (pipeline.image_size, pipeline.image_size)
+        real = RealImages.of(network, splits, size=size, sides=setting.real_sides)
+        return cls(real, choose_classes(pipeline, splits, setting.num, setting.balance))
 
-    def scored(self, drawn: "DrawnSamples") -> SampleScores:
-        """Scores of samples, and what the guards say of them."""
-        labels, names = (self.classes.labels if self.classes.names else None), self.classes.names
-        found = score_samples(drawn.features(), labels, self.reference, self.measured, self.network, names)
-        warning = check_duplicates(drawn.digests)
+    def scored(self, features: Features, digests: Sequence[str]) -> SampleScores:
+        """Scores of samples, and what the guards say of them and of their `pixel_digest`s."""
+        labels = self.classes.labels if self.classes.names else None
+        found, warning = self.real.scores(features, labels, self.classes.names), check_duplicates(digests)
         return found if warning is None else replace(found, warnings=(*found.warnings, warning))
 
-    def values(self, by: str, found: Mapping[str, SampleScores], image_size: int) -> Values:
+    def values(self, by: str, found: Mapping[str, SampleScores]) -> Values:
         """What tables read of several sets of samples: protocol, warnings, and under `by` the scores of every set."""
-        num, size = len(self.classes.labels), (image_size, image_size)
-        protocol = protocol_of(self.network, self.reference, self.splits, num, size, self.classes.words)
+        protocol = self.real.protocol(len(self.classes.labels), self.classes.words)
         said = dict.fromkeys(warning for scored in found.values() for warning in scored.warnings)
         scores = {name: {score.name: asdict(score) for score in scored.scores} for name, scored in found.items()}
         return {"protocol": asdict(protocol), "warnings": list(said), by: scores}
-
-
-@dataclass(frozen=True, eq=False)
-class DrawnSamples:
-    """Samples of which features and digests are kept, not the images.
-
-    Attributes:
-        network: whose features.
-        parts: of every batch that was added.
-        digests: of every image.
-    """
-
-    network: FeatureNetwork
-    parts: list[Features] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-
-    def add(self, images: UInt8[np.ndarray, "_ _ _ 3"]) -> None:
-        """Read a batch, 0..255."""
-        self.parts.append(extract_features(self.network, images))
-        self.digests.extend(pixel_digest(image) for image in images)
-
-    def features(self) -> Features:
-        """Of all images by space, in the order in which they came."""
-        return {space: np.concatenate([part[space] for part in self.parts]) for space in self.parts[0]}
 
 
 BATCH = 32

@@ -17,6 +17,8 @@ from isthmus.data.batches import CachedTokens, EvaluationImages, training_batche
 from isthmus.data.opening import open_source
 from isthmus.data.source import WantedColumns
 from isthmus.data.token_cache import TokenCache
+from isthmus.evaluation.features import sample_features
+from isthmus.evaluation.guards import pixel_digest
 from isthmus.evaluation.record import timing_words
 from isthmus.next_scale.canvas import fill_unknown
 from isthmus.next_scale.likelihood import signal_to_noise
@@ -31,14 +33,13 @@ from isthmus.nn.shapes import Images
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import choose_device, load_pipeline
-from isthmus.pipelines.memory import batch_size_that_fits
+from isthmus.samples import SampleRequest, draw, forwards_per_image, read
 from isthmus.studies.experiments import Experiment, Values, Work
 from isthmus.studies.measures import (
     BATCH,
-    DrawnSamples,
     EvaluationSetting,
     HeldOut,
-    RealImages,
+    SampleProtocol,
     evaluation_values,
     interleaved_seconds,
     mean_and_interval,
@@ -472,23 +473,28 @@ def equal_schedulers(num_scales: int) -> Mapping[str, ScaleRefinementScheduler]:
 
 
 def refined_values(
-    pipeline: NextScalePipeline, setting: EvaluationSetting, *, seed: int, modes: Sequence[str]
+    pipeline: NextScalePipeline, setting: EvaluationSetting, folder: Path, *, seed: int, modes: Sequence[str]
 ) -> Values:
-    """Scores of samples that were drawn in each of `modes`, and the forwards of a draw; image i is the same request."""
-    real = RealImages.of(pipeline, setting)
+    """Scores of samples that were drawn in each of `modes`, and the forwards of a draw; image i is the same request.
+
+    The samples lie in a folder per mode; what was drawn earlier is used again.
+    """
+    protocol = SampleProtocol.of(pipeline, setting)
     schedulers = equal_schedulers(pipeline.schedule.num_scales)
-    labels: list[Label] = [None if one == pipeline.num_classes else int(one) for one in real.classes.model_ids]
-    size = setting.batch_size or batch_size_that_fits(pipeline, guided=pipeline.defaults.guidance_scale != 1)
     by_mode, forwards = {}, {}
     for mode in modes:
         pipeline.scheduler = schedulers[mode]
-        samples = DrawnSamples(real.network)
-        for start in range(0, len(labels), size):
-            drawn = pipeline(labels[start : start + size], seed=seed, image_index=start, output_type="pt")
-            forwards[mode] = drawn.num_forwards
-            samples.add(to_uint8(torch.as_tensor(drawn.images) * 2 - 1))
-        by_mode[mode] = real.scored(samples)
-    return real.values("by_mode", by_mode, pipeline.image_size) | {"forwards": forwards}
+        labels, rule = protocol.classes.model_ids.tolist(), protocol.classes.rule
+        request = SampleRequest.of(pipeline, labels, classes=rule, seed=seed)
+        draw(pipeline, folder / mode, request, batch_size=setting.batch_size, title=mode)
+        samples = read(folder / mode, len(request))
+        cost = forwards_per_image(pipeline, request)
+        assert cost is not None, "it is known of next-scale models"
+        forwards[mode] = cost.most
+        by_mode[mode] = protocol.scored(
+            sample_features(protocol.real.network, samples), [pixel_digest(image) for image in samples]
+        )
+    return protocol.values("by_mode", by_mode) | {"forwards": forwards}
 
 
 _TIMED_IMAGES, _ROUNDS = 8, 7
@@ -575,7 +581,8 @@ def srdd_work(setting: SrddSetting, folder: Path) -> Mapping[str, Work]:
         facts = experiment.settings
         model = model_folder(folder, f"prior-{facts['variant']}-seed{facts['seed']}")
         pipeline = load_next_scale(model, setting.device)
-        return refined_values(pipeline, evaluations, seed=facts["seed"], modes=facts["modes"])
+        place = folder / experiment.name / "samples"
+        return refined_values(pipeline, evaluations, place, seed=facts["seed"], modes=facts["modes"])
 
     def student(experiment: Experiment) -> Values:
         facts = experiment.settings

@@ -47,7 +47,7 @@ def test_inpainting_does_not_depend_on_the_batch_size(isthmus, model, image, mas
         )
         result = isthmus("edit", "inpaint", model, "--image", image, "--mask", mask, *words)
         assert result.code == 0 and "3 edits" in result.err, result
-    assert names(tmp_path / "o1") == ["000000.png", "000001.png", "000002.png", "overview.png"]
+    assert names(tmp_path / "o1") == ["000000.png", "000001.png", "000002.png", "overview.png", "samples.json"]
     texts = []
     for folder in ("o1", "o4"):
         with Image.open(tmp_path / folder / "000002.png") as picture:
@@ -56,8 +56,24 @@ def test_inpainting_does_not_depend_on_the_batch_size(isthmus, model, image, mas
     assert (
         texts[0] == texts[1] and texts[0]["label"] == "flag" and texts[0]["model"] == load_pipeline(model).fingerprint
     )
-    assert texts[0]["mask_sha256"] == hashlib.sha256(mask.read_bytes()).hexdigest()
-    assert texts[0]["dtype"] == "float32"
+    settings = json.loads(texts[0]["settings"])
+    assert settings["mask_sha256"] == hashlib.sha256(mask.read_bytes()).hexdigest()
+    assert (settings["edit"], settings["dtype"]) == ("inpaint", "float32")
+
+
+def test_running_again_makes_what_is_missing_of_the_same_edit(isthmus, refused, model, image, mask, tmp_path):
+    words = ("edit", "inpaint", model, "--image", image, "--mask", mask, "--num", 3, "--out", tmp_path / "o")
+    assert isthmus(*words).code == 0
+    with Image.open(tmp_path / "o" / "000001.png") as picture:
+        before = np.asarray(picture)
+    (tmp_path / "o" / "000001.png").unlink()
+    again = isthmus(*words, "--batch-size", 1)
+    assert "3 edits" in again.err and "in 1 batch)" in again.err
+    with Image.open(tmp_path / "o" / "000001.png") as picture:
+        assert np.array_equal(np.asarray(picture), before)
+    assert "jumps differ" in refused("-q", *words, "--jumps", 1)
+    Image.new("L", (8, 8), 255).save(mask)
+    assert "mask_sha256 differ" in refused("-q", *words)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +92,7 @@ def test_every_edit_writes_its_pictures(words, isthmus, model, image, mask, tmp_
         "edit", words[0], model, "--image", image, *masked, "--num", 2, "--out", tmp_path / "o", *words[1:]
     )
     assert result.code == 0, result
-    assert names(tmp_path / "o") == ["000000.png", "000001.png", "overview.png"]
+    assert names(tmp_path / "o") == ["000000.png", "000001.png", "overview.png", "samples.json"]
 
 
 def test_one_number_serves_all_scales_and_forwards_are_said(isthmus, model, image, mask, tmp_path):
@@ -138,4 +154,6 @@ def test_bad_input_is_one_line_and_writes_nothing(refused, model, image, mask, t
     assert "from_scale" in refused("edit", "variations", model, "--image", image, "--from-scale", 9, "--out", out)
     assert "edit needs one of" in refused("edit", "erase")
     assert not out.exists()
-    assert "new or empty" in refused("edit", "outpaint", model, "--image", image, "--left", 1, "--out", tmp_path)
+    assert "new, empty or a folder of samples" in refused(
+        "edit", "outpaint", model, "--image", image, "--left", 1, "--out", tmp_path
+    )

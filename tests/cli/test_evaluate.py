@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from isthmus.evaluation.adm_npz import read_adm_images
 from isthmus.evaluation.guards import BUILT_IN_SENTENCE
 from isthmus.evaluation.record import read_record, write_record
-from isthmus.evaluation.samples import read_chunk
 from isthmus.next_scale.pipeline import NextScalePipeline
-from isthmus.pipelines.request import token_hashes
+from isthmus.pictures import save_picture
+from isthmus.samples import read
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -58,8 +57,7 @@ def scores(folder):
 
 
 def hashes(folder):
-    files = sorted((folder / "samples").iterdir())
-    return token_hashes([torch.from_numpy(np.concatenate([read_chunk(file).token_ids for file in files]))])
+    return [row["token_ids_sha256"] for row in read(folder / "samples").rows]
 
 
 def same_scores(first, second):
@@ -76,9 +74,7 @@ def test_batch_size_and_processes_change_nothing(evaluate, isthmus, model, image
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["evaluate", str(model), "--data", f"folder:{images}", "--num", str(NUM), "--out", str(tmp_path / "c")]
     # after "--", or torchrun takes our --num for its --numa-binding
-    module = ["-m", "--", "tests.evaluation.small_chunks"]
-    subprocess.run([*launch, *module, *words], cwd=REPOSITORY, check=True)
-    assert len(list((tmp_path / "c" / "samples").iterdir())) == 3
+    subprocess.run([*launch, "-m", "--", "isthmus", *words], cwd=REPOSITORY, check=True)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b") == hashes(tmp_path / "c")
     same_scores(tmp_path / "a", tmp_path / "b")
     same_scores(tmp_path / "a", tmp_path / "c")
@@ -112,11 +108,10 @@ def test_samples_npz_scored_as_anyones_images_gives_the_same_numbers(evaluate, i
     assert isthmus("evaluate", *words).code == 0
     assert scores(tmp_path / "d")["FD-lite0-192"] == pytest.approx(0, abs=1e-6)
     # an image of the sweep that equals another one is said with its guidance
-    (chunk,) = (tmp_path / "a" / "sweep" / "3").iterdir()
-    with np.load(chunk) as archive:
-        arrays = dict(archive)
-    arrays["images"][1] = arrays["images"][0]
-    np.savez(chunk, **arrays)
+    swept = read(tmp_path / "a" / "sweep" / "3")
+    with Image.open(swept.folder / "000001.png") as image:
+        text = {name: value for name, value in image.info.items()}
+    save_picture(Image.fromarray(swept.image(0)), swept.folder / "000001.png", text)
     (tmp_path / "a" / "evaluation.json").unlink()
     evaluate(tmp_path / "a", "--sweep-guidance", "1,3")
     assert [one for one in read_record(tmp_path / "a").warnings if one.startswith("Guidance 3: 1 of 12 images")]
@@ -125,16 +120,34 @@ def test_samples_npz_scored_as_anyones_images_gives_the_same_numbers(evaluate, i
 def test_a_finished_evaluation_is_not_done_again(evaluate, refused, model, images, tmp_path):
     evaluate(tmp_path / "a")
     before = (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns
-    samples = (tmp_path / "a" / "samples" / "chunk_00000.npz").stat().st_mtime_ns
+    samples = (tmp_path / "a" / "samples" / "000000.png").stat().st_mtime_ns
     (tmp_path / "a" / "report.md").unlink()
     evaluate(tmp_path / "a", "--batch-size", 2)
     assert (tmp_path / "a" / "report.md").is_file()
     assert (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns == before
-    assert (tmp_path / "a" / "samples" / "chunk_00000.npz").stat().st_mtime_ns == samples
+    assert (tmp_path / "a" / "samples" / "000000.png").stat().st_mtime_ns == samples
     # -q: the folder's own notice is no part of the refusal
     words = ("-q", "evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", tmp_path / "a")
     assert "seed" in refused(*words, "--seed", 1)
     assert "sampling" in refused(*words, "--guidance", 1)
+
+
+def test_an_evaluation_with_chunks_of_an_earlier_version(evaluate, refused, model, images, tmp_path):
+    """A finished one is read as it is; where samples are needed, words say what to do."""
+    evaluate(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "samples")
+    (tmp_path / "a" / "samples").mkdir()
+    (tmp_path / "a" / "samples" / "chunk_00000.npz").write_bytes(b"")
+    before = (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns
+    (tmp_path / "a" / "report.md").unlink()
+    evaluate(tmp_path / "a")
+    assert (tmp_path / "a" / "report.md").is_file()
+    assert (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns == before
+    words = ("-q", "evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", tmp_path / "a")
+    assert "other weights or options" in refused(*words, "--seed", 1)
+    assert "an earlier version" in refused(*words, "--npz")
+    (tmp_path / "a" / "evaluation.json").unlink()
+    assert "delete the folder to draw them again" in refused(*words)
 
 
 def test_samples_of_an_earlier_number_do_not_stay(evaluate, tmp_path):
@@ -185,7 +198,7 @@ def test_more_training_images_are_another_protocol(isthmus, model, images, tmp_p
     data = Path(shutil.copytree(images, tmp_path / "data"))
     command = ("evaluate", model, "--data", f"folder:{data}", "--num", NUM, "--out", tmp_path / "a")
     assert isthmus(*command).code == 0
-    samples = tmp_path / "a" / "samples" / "chunk_00000.npz"
+    samples = tmp_path / "a" / "samples" / "000000.png"
     before, drawn = read_record(tmp_path / "a"), samples.stat().st_mtime_ns
     Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(data / "train" / "face" / "new.png")
     assert isthmus(*command).code == 0

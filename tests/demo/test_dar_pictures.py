@@ -5,15 +5,16 @@ from PIL import Image
 from torch.testing import assert_close
 
 from isthmus.dar.pipeline import DARPipeline
-from isthmus.demo.dar import (
+from isthmus.demo.options import DemoOptions
+from isthmus.demo.run import (
+    SAMPLES_PER_CLASS,
+    draw_dar_previews,
     draw_layouts,
-    draw_previews,
     draw_reconstructions,
+    draw_samples,
     reconstructions,
     shrunk_and_back,
 )
-from isthmus.demo.options import DemoOptions
-from isthmus.demo.stages import SAMPLES_PER_CLASS
 from isthmus.pictures import to_pil
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -83,12 +84,21 @@ def test_reconstructions_stand_below_their_images(pipe, images, options):
 
 
 def test_previews_end_with_the_first_sample_of_every_class(pipe, options):
-    share = draw_previews(pipe, ["face", "flag", "hand"], options)
+    share = draw_dar_previews(pipe, ["face", "flag", "hand"], options)
     assert 0 < share < 1
     rows = cells(options, "previews.png", 4, 3)
     first = pipe([0, 1, 2], seed=SEED, image_index=[label * SAMPLES_PER_CLASS for label in range(3)])
     assert_same_pictures([row[-1] for row in rows], first.images)
     assert not np.array_equal(rows[0][0], rows[0][-1])
+
+
+def test_samples_are_drawn_into_a_folder_by_class(pipe, options):
+    samples = draw_samples(pipe, options)
+    assert samples.labels.tolist() == [label for label in range(3) for _ in range(SAMPLES_PER_CLASS)]
+    rows = cells(options, "samples.png", 10, 3)
+    for label, row in enumerate(rows):
+        assert np.array_equal(row[4], samples.image(label * SAMPLES_PER_CLASS + 4))
+        assert_same_pictures([row[4]], pipe(label, seed=SEED, image_index=label * SAMPLES_PER_CLASS + 4).images)
 
 
 def test_layouts_go_from_no_token_of_the_reference_to_half_of_them(pipe, images, options):

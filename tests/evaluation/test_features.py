@@ -3,10 +3,14 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
+from isthmus.evaluation.features import FEATURES, FeatureNetwork, extract_features, feature_network, sample_features
 from isthmus.nn.perceptual import EfficientNetLite0
 from isthmus.pictures import to_uint8
+from isthmus.samples import draw, read
 from tests.evaluation.photo_crops import photo_crops
+from tests.evaluation.tiny_evaluation import mean_colour
+from tests.pipelines.tiny import tiny_pipeline
+from tests.tiny_samples import tiny_request
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +63,28 @@ def test_large_images_come_in_small_batches():
         image = np.zeros((side, side, 3), np.uint8)
         assert extract_features(own, (image for _ in range(5)))["net-1"].shape == (5, 1)
         assert [shape[0] for shape in seen] == batches
+
+
+def test_features_of_samples_are_kept_beside_them(tmp_path, monkeypatch):
+    # not a mock: the constant alone is smaller, so that a few images fill several groups
+    monkeypatch.setattr("isthmus.evaluation.features.GROUP", 4)
+    pipeline, network, seen = tiny_pipeline(), mean_colour(), []
+    run = network._run
+    network._run = lambda images: seen.append(len(images)) or run(images)
+
+    def features(num: int, network=network):
+        draw(pipeline, tmp_path, tiny_request(pipeline, num))
+        seen.clear()
+        return sample_features(network, read(tmp_path, num))["colour"]
+
+    first = features(10)
+    expected = [image.astype(np.float64).mean(axis=(0, 1)) for image in read(tmp_path)]
+    np.testing.assert_allclose(first, expected, rtol=1e-5)
+    assert seen == [4, 4, 2]
+    assert np.array_equal(features(10), first) and seen == []
+    assert np.array_equal(features(5), first[:5]) and seen == []
+    assert np.array_equal(features(13)[:10], first) and seen == [4, 1], "the last group was not full"
+    (tmp_path / FEATURES).write_bytes((tmp_path / FEATURES).read_bytes()[:100])
+    assert np.array_equal(features(10), first) and seen == [4, 4, 2]
+    features(10, mean_colour("another"))
+    assert np.array_equal(features(10), first) and seen == [4, 4, 2], "one network's at a time"

@@ -12,7 +12,6 @@ from isthmus.evaluation.adm_npz import write_adm_images
 from isthmus.evaluation.images import joined, open_images, some
 from isthmus.evaluation.record import RECORD
 from isthmus.evaluation.reference import choose_reference
-from isthmus.evaluation.samples import ChunkStore, SampleChunk
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 LABELS = np.array([0, 1, 0, 1, 0, 1])
@@ -23,22 +22,19 @@ def write_npz(folder):
     return folder / "a.npz"
 
 
-def write_chunks(folder):
-    for chunk, start in enumerate((0, 4)):
-        rows = slice(start, start + 4)
-        nothing = np.empty((len(PICTURES[rows]), 0), np.int64)
-        settings = {"class_names": ["face", "flag"]}
-        ChunkStore(folder / "samples", settings).write(chunk, SampleChunk(PICTURES[rows], LABELS[rows], nothing, {}))
-    return folder
-
-
 def write_samples(folder):
     rows = []
     for index, (picture, label) in enumerate(zip(PICTURES, LABELS, strict=True)):
         Image.fromarray(picture).save(folder / f"{index}.png")
-        rows.append({"file": f"{index}.png", "class_id": int(label), "label": ["face", "flag"][label]})
+        rows.append({"file": f"{index}.png", "index": index, "class_id": int(label), "label": ["face", "flag"][label]})
     (folder / "samples.json").write_text(json.dumps({"images": rows}))
     Image.fromarray(PICTURES[0]).save(folder / "grid.png")
+    return folder
+
+
+def write_evaluation(folder):
+    (folder / "samples").mkdir(exist_ok=True)
+    write_samples(folder / "samples")
     return folder
 
 
@@ -49,7 +45,7 @@ def write_files(folder):
     return folder
 
 
-@pytest.mark.parametrize("write", [write_npz, write_chunks, write_samples, write_files])
+@pytest.mark.parametrize("write", [write_npz, write_evaluation, write_samples, write_files])
 def test_the_same_images_come_out(tmp_path, write):
     images = open_images(write(tmp_path))
     found, labels = np.stack(list(images)), images.labels
@@ -81,17 +77,26 @@ def test_images_of_two_sizes_are_refused_or_brought_to_one(tmp_path):
         open_images(tmp_path / "nowhere")
 
 
-def test_a_missing_or_left_over_chunk_is_no_sample(tmp_path):
-    folder = write_chunks(tmp_path)
-    chunks = folder / "samples"
+def test_a_missing_or_left_over_sample_is_none(tmp_path):
+    folder = write_evaluation(tmp_path)
+    manifest = folder / "samples" / "samples.json"
     # the record says five: the sixth was drawn for a larger evaluation
     (folder / RECORD).write_text(json.dumps({"format": 1, "protocol": {"num_samples": 5}}))
     assert len(open_images(folder)) == len(list(open_images(folder))) == 5
-    (chunks / "chunk_00001.npz").rename(chunks / "chunk_00002.npz")
+    rows = json.loads(manifest.read_text())["images"]
+    manifest.write_text(json.dumps({"images": rows[:4]}))
     with pytest.raises(UserError, match="4 of 5 samples"):
         open_images(folder)
     (folder / RECORD).unlink()
+    manifest.write_text(json.dumps({"images": rows[:2] + rows[3:]}))
     with pytest.raises(UserError, match="is not whole"):
+        open_images(folder)
+    manifest.write_text(json.dumps({"images": []}))
+    with pytest.raises(UserError, match="no finished samples"):
+        open_images(folder)
+    manifest.unlink()
+    (folder / "samples" / "chunk_00000.npz").write_bytes(b"")
+    with pytest.raises(UserError, match="an earlier version"):
         open_images(folder)
 
 

@@ -8,7 +8,7 @@ import pytest
 from isthmus.cli.info import describe_model
 from isthmus.dar.train_prior import load_dar_model
 from isthmus.errors import UserError
-from isthmus.evaluation.drawing import choose_classes
+from isthmus.evaluation.classes import choose_classes
 from isthmus.evaluation.reference import open_splits
 from isthmus.next_scale.train_prior import load_teacher
 from isthmus.pipelines.labels import names_in_order
