@@ -59,12 +59,7 @@ _OTHER_KINDS = (
 
 @dataclass
 class PublishedFile:
-    """What `read_file` found.
-
-    Attributes:
-        weights: tensors by their published keys.
-        config: settings stored beside the weights, as plain values; empty where the file has none.
-    """
+    """What `read_file` found: tensors by their published keys, and the settings stored beside them as plain values."""
 
     weights: dict[str, Tensor]
     config: dict[str, Any]
@@ -82,10 +77,7 @@ def read_file(path: str | Path, *, nested: tuple[str, ...] = ()) -> PublishedFil
     (preferred where a file has both) and the prefixes that wrappers put before every key (`module.`, `_orig_mod.`,
     `model.` and the like) are understood. Of a sharded checkpoint, the listing (`*.index.json`) or its folder stands
     for all shards. Objects of `argparse.Namespace` and `config_util.Config` become inert stand-ins; any other object is
-    refused.
-
-    Raises:
-        UserError: the file is absent, truncated, or holds something else than tensors and settings.
+    refused. Raises UserError where the file is absent, truncated, or holds something else than tensors and settings.
     """
     path = Path(path)
     files = _files(path)
@@ -247,12 +239,8 @@ _KINDS = {
 
 @dataclass
 class Converted:
-    """One converted file.
-
-    Attributes:
-        arguments: constructor arguments read off the file.
-        state: weights under our names.
-        dropped: published key -> why it is not needed.
+    """One converted file: constructor arguments read off it, weights under our names, and why the keys that were
+    dropped are not needed.
     """
 
     arguments: dict[str, Any]
@@ -261,11 +249,7 @@ class Converted:
 
 
 def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
-    """Load weights of which none may be missing, unexpected or of another shape.
-
-    Raises:
-        UserError: names the first few keys that do not fit, or a weight that is not finite.
-    """
+    """Load weights, none missing, unexpected, of another shape or not finite; UserError names the first of these."""
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
@@ -296,7 +280,6 @@ def rename(
     """Weights under our names (floats as fp32), and every dropped key with its reason.
 
     Args:
-        raw: the published file.
         rules: (published key, our key) as regular expression and replacement; the first that matches the whole key
             decides.
         droppable: pattern of keys that are not needed -> why.
@@ -304,8 +287,7 @@ def rename(
         landmark: a key by which such a file is known.
         seen: keys of the file, where `raw` is a part of it.
 
-    Raises:
-        UserError: the landmark is absent, or a key matches nothing.
+    Raises UserError where the landmark is absent, or a key matches nothing.
     """
     if landmark not in raw:
         raise UserError(
@@ -347,11 +329,7 @@ def _seen(keys: Iterable[str], landmark: str) -> str:
 
 
 def require(state: StateDict, keys: tuple[str, ...], what: str) -> None:
-    """Nothing where `state` has all of `keys`.
-
-    Raises:
-        UserError: one is missing.
-    """
+    """Raise UserError unless `state` has all of `keys`."""
     missing = [key for key in keys if key not in state]
     if missing:
         raise UserError(f"a {what} file must be complete, this one lacks what becomes {missing}. Pass the whole file.")

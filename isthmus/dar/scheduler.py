@@ -67,7 +67,6 @@ class FlowMatchingScheduler(Recorded):
     Args:
         num_inference_steps: solver steps of one image, unless a call says otherwise.
         num_groups: groups that the tokens fall into.
-        num_tokens: tokens of an image.
         tokens_per_step: tokens that drive a step; None is one group, more are overlapping windows.
         time_shift: t = raw / (raw + shift (1 - raw)).
         data_std: states are t * data_std * image + (1 - t) * noise.
@@ -75,8 +74,7 @@ class FlowMatchingScheduler(Recorded):
             those of an even grid; or "adams-bashforth-variable", with the coefficients that the uneven grid asks for.
             The two-step rules begin with a step of Euler.
 
-    Raises:
-        UserError: an argument is out of its range.
+    Raises UserError where an argument is out of its range.
 
     >>> FlowMatchingScheduler(num_inference_steps=5, num_tokens=32).windows()
     ((0, 4), (8, 12), (12, 16), (20, 24), (24, 28))
@@ -112,19 +110,11 @@ class FlowMatchingScheduler(Recorded):
         return shift_time(raw_t, self.config["time_shift"])
 
     def times(self, num_inference_steps: int | None = None) -> Float[Tensor, " steps_and_end"]:
-        """Shifted time of every step, and 1 at the end: (S + 1,), fp32, on the CPU.
-
-        Raises:
-            UserError: fewer than one step.
-        """
+        """Shifted time of every step, and 1 at the end: (S + 1,), fp32, on the CPU."""
         return torch.tensor(self._grid(num_inference_steps), dtype=torch.float32, device="cpu")
 
     def windows(self, num_inference_steps: int | None = None) -> tuple[tuple[int, int], ...]:
-        """The tokens [start, end) that drive each step: the group nearest in raw time, rounded up in the middle.
-
-        Raises:
-            UserError: fewer than one step.
-        """
+        """The tokens [start, end) that drive each step: the group nearest in raw time, rounded up in the middle."""
         steps, groups = self._steps(num_inference_steps), self.config["num_groups"]
         # in integers: raw_t * groups + 1/2 = (2 i groups + steps) / (2 steps), with nothing rounded
         starts = [self._start((2 * i * groups + steps) // (2 * steps)) for i in range(steps)]
@@ -161,19 +151,12 @@ class FlowMatchingScheduler(Recorded):
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
     ) -> Images:
-        """The state after step `index`.
+        """The state after step `index` (from 0), from the state before it and the decoder's velocity at
+        `times()[index]`.
 
-        Args:
-            velocity: of the decoder at `x_t` and `times()[index]`.
-            previous_velocity: that of the step before; None takes a step of Euler, as the first step that is executed
-                must, wherever it starts.
-            index: step, from 0.
-            x_t: state before the step.
-            num_inference_steps: steps of the whole way; None is the configured number.
-            solver: None is the configured one.
-
-        Raises:
-            UserError: no such step, or no such solver.
+        `previous_velocity` is that of the step before; None takes a step of Euler, as the first step that is executed
+        must, wherever it starts. Number of steps and solver are those of the whole way; None takes the configured ones.
+        Raises UserError where there is no such step or solver.
         """
         grid = self._grid(num_inference_steps)
         self._check_index(index, grid)

@@ -250,12 +250,7 @@ class FolderSource(ImageSource):
         self.fingerprint = sha256_of_parts("folder", *self.class_names, *self.files, *contents)
 
     def _readable(
-        self,
-        pairs: list[tuple[str, int]],
-        bad_names: list[str],
-        strict: bool,
-        level: int,
-        cache_dir: str | Path | None,
+        self, pairs: list[tuple[str, int]], bad_names: list[str], strict: bool, level: int, cache_dir: str | Path | None
     ) -> tuple[list[str], np.ndarray, list[str]]:
         """Files, labels and content hashes of the images that can be read."""
         index_folder = cache_directory(cache_dir) / "checked"

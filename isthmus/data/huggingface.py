@@ -51,13 +51,10 @@ def name_and_split(text: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a table is read from.
+    """What a table is read from: columns of images and of labels (None: unlabelled).
 
-    Attributes:
-        image: column of the images.
-        label: column of the labels; None: unlabelled.
-        class_names: value in the label column -> name of the class, in the order of the classes. None: the values of
-            the column tell, which are texts, whole numbers or truth values.
+    `class_names` maps values of the label column to names of classes, in the order of the classes. None: the values of
+    the column tell, which are texts, whole numbers or truth values.
     """
 
     image: str
@@ -69,10 +66,8 @@ def find_columns(features: "datasets.Features | None", *, source: str, wanted: W
     """The columns asked for; else the first of images, and the first whose values are classes.
 
     Classes are a ClassLabel column, of which one named label or labels goes first. Where there is none, a column of
-    that name with texts, whole numbers or truth values. What else could be meant is said.
-
-    Raises:
-        UserError: there is no such column, or it holds something else.
+    that name with texts, whole numbers or truth values. What else could be meant is said. Raises UserError where there
+    is no such column, or it holds something else.
     """
     import datasets
 
@@ -425,11 +420,7 @@ class ImageStream:
 
 
 def open_stream(
-    spec: str,
-    *,
-    strict: bool = False,
-    cache_dir: str | Path | None = None,
-    columns: WantedColumns = ANY_COLUMNS,
+    spec: str, *, strict: bool = False, cache_dir: str | Path | None = None, columns: WantedColumns = ANY_COLUMNS
 ) -> ImageStream:
     """`hf:NAME_OR_PATH[:SPLIT]` as a stream (split train unless one is named). Raises UserError in words."""
     prefix, _, name = spec.partition(":")

@@ -46,11 +46,8 @@ class ImageTokenizer(Protocol):
 class TokenCache:
     """A folder of token ids, read through a memory map: no RAM is needed, whatever its size.
 
-    token_ids   (N * V, L) uint16 (int32 for more than 65536 codes): row i * V + v is view v of image i
-    labels      (N,) int64
-    num_views   V, augmented views per image
-    class_names names of the labels
-    fingerprint sha256 (hex) over tokenizer, images and settings
+    Row i * num_views + v of `token_ids` (uint16; int32 for more than 65536 codes) is view v of image i. `fingerprint`
+    is a sha256 (hex) over tokenizer, images and settings.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -287,10 +284,7 @@ def _encode(
     was_training = network.training
     network.eval()
     try:
-        with (
-            file_path.open("wb") as file,
-            Display("encoding images", rows, "view") as bar,
-        ):
+        with file_path.open("wb") as file, Display("encoding images", rows, "view") as bar:
             # of one length whatever its shape, which is filled in at the end
             header = {"descr": kind.str, "fortran_order": False, "shape": (0, 0)}
             np.lib.format.write_array_header_1_0(file, header)

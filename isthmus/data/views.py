@@ -131,8 +131,7 @@ class _Worker:
 def worker_batches(dataset: Dataset[Sample], slices: Iterator[list[int]], num_workers: int) -> Iterator[Batch]:
     """The batches that `dataset.__getitems__` makes of these lists, in order, made by `num_workers` fresh processes.
 
-    Raises:
-        UserError: a process died.
+    Raises UserError where a process died.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)

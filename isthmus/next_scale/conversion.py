@@ -43,9 +43,7 @@ _TOKENIZER_KEYS = [
     (r"quantize\.quant_resi\.qresi\.(\w+)", r"phi.0.conv.\1"),
     (r"quantize\.quant_resi\.(\d+)\.(\w+)", r"phi.\1.conv.\2"),
 ]
-_TOKENIZER_DROPPED = {
-    r"quantize\.ema_vocab_hit_SV": "usage statistics of training; nothing at inference reads them",
-}
+_TOKENIZER_DROPPED = {r"quantize\.ema_vocab_hit_SV": "usage statistics of training; nothing at inference reads them"}
 _PRIOR_KEYS = [
     (r"word_embed\.(weight|bias)", r"word_embedding.\1"),
     (r"class_emb\.weight", r"class_embedding.weight"),
@@ -74,10 +72,8 @@ _PRIOR_DROPPED = {
 def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, ...]) -> Converted:
     """Published VQVAE weights to `MultiScaleVQVAE` arguments and weights; sizes come from the shapes.
 
-    The schedule is not in the file (the network is fully convolutional): it comes from the prior.
-
-    Raises:
-        UserError: a key is unknown or missing.
+    The schedule is not in the file (the network is fully convolutional): it comes from the prior. Raises UserError
+    where a key is unknown or missing.
     """
     state, dropped = rename(raw, _TOKENIZER_KEYS, _TOKENIZER_DROPPED, "VAR tokenizer", "quantize.embedding.weight")
     first = ("encoder.conv_in.weight", "encoder.levels.0.blocks.0.conv1.weight")
@@ -109,8 +105,7 @@ def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, .
 def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causal") -> Converted:
     """Published VAR weights to `NextScaleTransformer` arguments and weights; every size comes from the file.
 
-    Raises:
-        UserError: a key is unknown or missing.
+    Raises UserError where a key is unknown or missing.
     """
     state, dropped = rename(raw, _PRIOR_KEYS, _PRIOR_DROPPED, "VAR prior", "pos_1LC")
     if "lvl_1L" not in raw:
@@ -170,13 +165,7 @@ _HITS = "quantize.ema_vocab_hit_SV"
 
 @dataclass
 class ConvertedVar:
-    """What `convert_var` returns.
-
-    Attributes:
-        pipeline: ready to draw and to save.
-        dropped_tokenizer_keys: published key -> why it is not needed.
-        dropped_prior_keys: the same for the prior's file.
-    """
+    """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
 
     pipeline: NextScalePipeline
     dropped_tokenizer_keys: dict[str, str]
@@ -192,11 +181,9 @@ def convert_var(
 ) -> ConvertedVar:
     """Published VAR files to a pipeline; the tokenizer gets the prior's scales.
 
-    Sampling defaults are those of the published evaluation: guidance linear from 1 to 2.5 over the scales (its
-    cfg = 1.5), top_k 900 (or the whole codebook where that is smaller), top_p 0.96.
-
-    Raises:
-        UserError: a file is unreadable or of another kind, or the two do not belong together.
+    Sampling defaults are those of the published evaluation: guidance linear from 1 to 2.5 over the scales (its cfg =
+    1.5), top_k 900 (or the whole codebook where that is smaller), top_p 0.96. Raises UserError where a file is
+    unreadable or of another kind, or the two do not belong together.
     """
     raw_tokenizer = read_weights(tokenizer, nested=("vae_local", "vae_wo_ddp", "vae"))
     raw_prior = read_weights(prior, nested=("var_wo_ddp", "var"))

@@ -36,9 +36,9 @@ class DiffusionBound:
     so its posterior q(x_{n+1} | x_n, image) is a point mass, and its KL to the model is -log p(x_{n+1} | x_n).
 
     Attributes:
-        prior: (b,), KL of the last state of the forward process to where generation starts: both are x_0, so 0.
+        prior: KL of the last state of the forward process to where generation starts: both are x_0, so 0.
         steps: (b, K - 1), KL of every step from x_0 up to x_{K-1}.
-        reconstruction: (b,), -log p(x_K | x_{K-1}).
+        reconstruction: -log p(x_K | x_{K-1}).
     """
 
     prior: Float[Tensor, " b"]
@@ -63,15 +63,8 @@ def token_log_likelihood(
     The model is unguided and unfiltered, at temperature 1. Tokens of one scale are independent given the coarser ones,
     so a row's sum is log p(pyramid | class), for both kinds of attention.
 
-    Args:
-        image_tokenizer: its codebook and phi make the inputs.
-        transformer: the model in question.
-        token_ids: one (b, s_k * s_k) per scale of the transformer.
-        class_labels: (b,), 0..num_classes; num_classes is the null label.
-
-    Raises:
-        UserError: tokens or labels are out of range or do not match in number, or tokenizer and transformer do not
-            belong together.
+    Labels are 0..num_classes, the last being the null label. Raises UserError where tokens or labels are out of range
+    or do not match in number, or tokenizer and transformer do not belong together.
     """
     schedule = shared_schedule(image_tokenizer, transformer)
     token_ids, class_labels = _checked(transformer, schedule, token_ids, class_labels)
@@ -181,11 +174,11 @@ class ClassScores:
     """How probable the candidate classes make images.
 
     Attributes:
-        nats: (b, candidates), log p(tokens | class) of the scales that were looked at; a mean over the views.
-        scales: (b, candidates), how many scales these are. A class that was dropped has fewer than the others.
-        below_best: (b, candidates), nats below the best class, both taken at the last scale at which the class was
-            looked at; 0 for the best.
-        tokens: (b,), tokens that ran through the network for this image, all classes and views together.
+        nats: log p(tokens | class) of the scales that were looked at; a mean over the views.
+        scales: how many scales these are. A class that was dropped has fewer than the others.
+        below_best: nats below the best class, both taken at the last scale at which the class was looked at; 0 for the
+            best.
+        tokens: tokens that ran through the network for this image, all classes and views together.
     """
 
     nats: Float[Tensor, "b candidates"]
@@ -250,8 +243,6 @@ def score_classes(
     classes that go on, once these are few enough.
 
     Args:
-        image_tokenizer: makes the inputs.
-        transformer: the model.
         token_ids: one (b * num_views, s_k * s_k) per scale; the views of an image lie next to each other.
         candidates: class ids.
         keep: at least so many classes per image go on to the last scale. With 1, an image is decided as soon as one

@@ -22,14 +22,11 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class MultiHeadAttention(nn.Module):
-    """Projections around an attention that the caller passes in.
+    """Projections around an attention that the caller passes in; each head is width / num_heads wide.
 
-    Args:
-        width: width in and out.
-        num_heads: heads; each is width / num_heads wide.
-        l2_attention: normalise queries and keys to unit length, and multiply queries by a learned factor per head
-            (stored as a log, at most log 100). Otherwise the scores are scaled by 0.25 / sqrt(head width), as the
-            published network without the normalisation does.
+    With `l2_attention`, queries and keys have unit length and queries are multiplied by a learned factor per head
+    (stored as a log, at most log 100). Without, the scores are scaled by 0.25 / sqrt(head width), as in the published
+    network.
     """
 
     def __init__(self, width: int, num_heads: int, *, l2_attention: bool):
@@ -251,12 +248,7 @@ def prefix_causal_mask(new: int, total: int, device: torch.device) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the scales generated so far, allocated once; passed in by the caller, owned by no module.
-
-    Args:
-        num_layers, batch, num_heads, num_tokens, head_width: sizes of the two buffers.
-        device, dtype: where and how they are stored.
-    """
+    """Keys and values of the scales generated so far, allocated once; passed in by the caller, owned by no module."""
 
     def __init__(
         self,
@@ -315,13 +307,7 @@ class KeyValueCache:
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, Linear.
-
-    Args:
-        width: width in and out.
-        hidden: width between.
-        activation: applied between the two; None is GELU in its tanh approximation.
-    """
+    """Linear, activation (None is GELU in its tanh approximation), Linear."""
 
     def __init__(self, width: int, hidden: int, *, activation: Callable[[Tensor], Tensor] | None = None):
         super().__init__()

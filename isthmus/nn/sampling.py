@@ -15,11 +15,7 @@ def guided_logits(cond: Float[Tensor, "b l v"], uncond: Float[Tensor, "b l v"], 
 
 
 def check_filters(*, top_k: int | None, top_p: float | None, temperature: float, codebook_size: int) -> None:
-    """One clear error for filters outside their range.
-
-    Raises:
-        UserError: `top_k` not in 1..codebook_size, `top_p` not in (0, 1], `temperature` not positive and finite.
-    """
+    """Raise UserError unless `top_k` is in 1..codebook_size, `top_p` in (0, 1], `temperature` positive and finite."""
     if top_k is not None and not 1 <= top_k <= codebook_size:
         raise UserError(
             f"top_k must be 1..{codebook_size} (the codebook size), got {top_k}. Leave it out to turn it off."

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import UserError
 from isthmus.nn.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
-from isthmus.nn.saved_model import (
-    Config,
-    check_class,
-    check_finite,
-    check_shapes,
-    values_left_out,
-    without_values,
-)
+from isthmus.nn.saved_model import Config, check_class, check_finite, check_shapes, values_left_out, without_values
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -47,10 +40,8 @@ _EXTRAS = {"architectures", "codebook_size", "dtype", "model_type", "transformer
 class StoredLlama:
     """A stock Llama, as settings and weights by name; the module is made when it is asked for.
 
-    Args:
-        config: `LlamaConfig`, or the same settings as a mapping with attributes.
-        tensors: weights by the names of `LlamaForCausalLM`; left out where there is a module.
-        module: the network, where it has been made already.
+    `config` is a `LlamaConfig`, or the same settings as a mapping with attributes; `tensors` are named as in
+    `LlamaForCausalLM`, and left out where there is a `module`.
     """
 
     library: ClassVar[str] = "transformers"
@@ -64,11 +55,7 @@ class StoredLlama:
 
     @classmethod
     def of(cls, llama: "LlamaForCausalLM | StoredLlama") -> "StoredLlama":
-        """A module as a stored Llama; one that is stored stays what it is.
-
-        Raises:
-            UserError: the module is compiled.
-        """
+        """A module as a stored Llama; one that is stored stays what it is. Raises UserError for a compiled one."""
         if hasattr(llama, "_orig_mod"):
             raise UserError(
                 "drawing reads the weights of a Llama and never calls it, so torch.compile(llama) makes nothing "
@@ -80,14 +67,8 @@ class StoredLlama:
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> "StoredLlama":
         """The Llama in a folder that transformers wrote, on the CPU, as strictly read as our own models.
 
-        Inside `without_values` it has shapes alone.
-
-        Args:
-            folder: config.json and model.safetensors.
-            dtype: type of the weights; None is float32.
-
-        Raises:
-            UserError: the folder is incomplete, or its settings or weights do not fit a Llama.
+        Inside `without_values` it has shapes alone; `dtype` None is float32. Raises UserError where the folder is
+        incomplete, or its settings or weights do not fit a Llama.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -188,11 +169,7 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _read_by_transformers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings that another version of transformers wrote, as the installed one understands them.
-
-    Raises:
-        UserError: there are settings that no Llama knows.
-    """
+    """Settings that another version of transformers wrote, as the installed one reads them; UserError for unknown."""
     from transformers import LlamaConfig
     from transformers import __version__ as installed
 
