@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.nn.saved_model import check_finite
+from isthmus.nn.saved_model import check_finite, misfits, shapes_of
 
 logger = logging.getLogger("isthmus")
 
@@ -250,19 +250,9 @@ class Converted:
 
 def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
     """Load weights, none missing, unexpected, of another shape or not finite; UserError names the first of these."""
-    own = model.state_dict()
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    if problems := misfits(shapes_of(model.state_dict()), shapes_of(state)):
         raise UserError(
-            f"{what} does not fit the network: {'; '.join(problems[:4])}{more}. It is incomplete, or of another "
-            "network: pass another file."
+            f"{what} does not fit the network: {problems}. It is incomplete, or of another network: pass another file."
         )
     check_finite(state, what)
     model.load_state_dict(state)

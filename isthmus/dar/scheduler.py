@@ -4,7 +4,6 @@ Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (
 fp32: a time in bf16 is visibly wrong once it is multiplied by a thousand.
 """
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -54,6 +53,19 @@ def time_waves(t: Times, width: int) -> Float[Tensor, "n width"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def tokens_of_step(num_tokens: int, num_groups: int, tokens_per_step: int | None) -> int:
+    """Tokens that drive a solver step (None: one group); UserError where the numbers do not fit each other."""
+    if num_groups <= 0 or num_tokens % num_groups:
+        raise UserError(f"num_tokens must be a multiple of num_groups, got {num_tokens} and {num_groups}.")
+    group = num_tokens // num_groups
+    if tokens_per_step is not None and not group <= tokens_per_step <= num_tokens:
+        raise UserError(
+            f"tokens_per_step must lie in {group}..{num_tokens} (a group .. all tokens), got {tokens_per_step}. "
+            "None takes one group."
+        )
+    return group if tokens_per_step is None else tokens_per_step
+
+
 Solver = Literal["euler", "adams-bashforth", "adams-bashforth-variable"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
@@ -92,14 +104,7 @@ class FlowMatchingScheduler(Recorded):
         data_std: float = 0.6,
         solver: Solver = "adams-bashforth",
     ):
-        if num_groups <= 0 or num_tokens % num_groups:
-            raise UserError(f"num_tokens must be a multiple of num_groups, got {num_tokens} and {num_groups}.")
-        self.tokens_per_step = num_tokens // num_groups if tokens_per_step is None else tokens_per_step
-        if not num_tokens // num_groups <= self.tokens_per_step <= num_tokens:
-            raise UserError(
-                f"tokens_per_step must lie in {num_tokens // num_groups}..{num_tokens} (a group .. all tokens), "
-                f"got {tokens_per_step}. None takes one group."
-            )
+        self.tokens_per_step = tokens_of_step(num_tokens, num_groups, tokens_per_step)
         if time_shift <= 0 or data_std <= 0:
             raise UserError(f"time_shift and data_std must be positive, got {time_shift} and {data_std}.")
         self._steps(num_inference_steps)
@@ -115,9 +120,10 @@ class FlowMatchingScheduler(Recorded):
 
     def windows(self, num_inference_steps: int | None = None) -> tuple[tuple[int, int], ...]:
         """The tokens [start, end) that drive each step: the group nearest in raw time, rounded up in the middle."""
-        steps, groups = self._steps(num_inference_steps), self.config["num_groups"]
+        steps, groups, tokens = self._steps(num_inference_steps), self.config["num_groups"], self.config["num_tokens"]
         # in integers: raw_t * groups + 1/2 = (2 i groups + steps) / (2 steps), with nothing rounded
-        starts = [self._start((2 * i * groups + steps) // (2 * steps)) for i in range(steps)]
+        nearest = ((2 * i * groups + steps) // (2 * steps) for i in range(steps))
+        starts = [min(group * (tokens // groups), tokens - self.tokens_per_step) for group in nearest]
         return tuple((start, start + self.tokens_per_step) for start in starts)
 
     def window_of(self, raw_t: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
@@ -158,9 +164,7 @@ class FlowMatchingScheduler(Recorded):
         must, wherever it starts. Number of steps and solver are those of the whole way; None takes the configured ones.
         Raises UserError where there is no such step or solver.
         """
-        grid = self._grid(num_inference_steps)
-        self._check_index(index, grid)
-        return self._move(velocity, previous_velocity, index, x_t, grid, grid[index + 1], solver)
+        return self._move(velocity, previous_velocity, index, x_t, num_inference_steps, solver)
 
     def solver_preview(
         self,
@@ -176,9 +180,9 @@ class FlowMatchingScheduler(Recorded):
 
         With a two-step rule it differs from `jump`. Arguments and errors as `step`.
         """
-        grid = self._grid(num_inference_steps)
-        self._check_index(index, grid)
-        return self.to_image(self._move(velocity, previous_velocity, index, x_t, grid, 1.0, solver))
+        return self.to_image(
+            self._move(velocity, previous_velocity, index, x_t, num_inference_steps, solver, to_end=True)
+        )
 
     def to_image(self, x: Images) -> Images:
         """State at t = 1 to an image in [-1, 1], not clamped."""
@@ -190,11 +194,15 @@ class FlowMatchingScheduler(Recorded):
         previous_velocity: Images | None,
         index: int,
         x_t: Images,
-        grid: Sequence[float],
-        end: float,
+        num_inference_steps: int | None,
         solver: Solver | None,
+        *,
+        to_end: bool = False,
     ) -> Images:
-        solver, length = self._solver(solver), end - grid[index]
+        grid = self._grid(num_inference_steps)
+        if not 0 <= index < len(grid) - 1:
+            raise UserError(f"index must be a step in 0..{len(grid) - 2}, got {index}.")
+        solver, length = self._solver(solver), (1.0 if to_end else grid[index + 1]) - grid[index]
         if solver == "euler" or previous_velocity is None:
             return x_t.float() + length * velocity.float()
         # v extrapolated to the middle of the step: v + (v - v_previous) * half this step / the step before
@@ -207,10 +215,6 @@ class FlowMatchingScheduler(Recorded):
         raw_t = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         return tuple(self.shift(raw_t).tolist())
 
-    def _start(self, group: int) -> int:
-        tokens, groups = self.config["num_tokens"], self.config["num_groups"]
-        return min(group * (tokens // groups), tokens - self.tokens_per_step)
-
     def _steps(self, num_inference_steps: int | None) -> int:
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         if steps < 1:
@@ -222,7 +226,3 @@ class FlowMatchingScheduler(Recorded):
         if solver not in SOLVERS:
             raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
         return solver
-
-    def _check_index(self, index: int, grid: Sequence[float]) -> None:
-        if not 0 <= index < len(grid) - 1:
-            raise UserError(f"index must be a step in 0..{len(grid) - 2}, got {index}.")

@@ -24,6 +24,7 @@ from isthmus.dar.attention import (
     token_causal_attention,
     with_unrotated,
 )
+from isthmus.dar.scheduler import tokens_of_step
 from isthmus.errors import UserError
 from isthmus.nn.attention import Attend, FeedForward, KeyValueCache
 from isthmus.nn.precision import whole_fp32
@@ -174,9 +175,14 @@ class DiffusionTokenizer(SavedModel):
         quantized: bool = True,
     ):
         super().__init__()
-        _check_sizes(image_size, patch_size, num_tokens, num_groups, tokens_per_step, table_rows)
+        if image_size % patch_size:
+            raise UserError(f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}.")
+        self.tokens_per_step = tokens_of_step(num_tokens, num_groups, tokens_per_step)
         self.tokens_per_group = num_tokens // num_groups
-        self.tokens_per_step = self.tokens_per_group if tokens_per_step is None else tokens_per_step
+        if table_rows is not None and table_rows < num_tokens:
+            raise UserError(
+                f"table_rows must be at least num_tokens ({num_tokens}), got {table_rows}. None takes num_tokens."
+            )
         rows, patches = num_tokens if table_rows is None else table_rows, (image_size // patch_size) ** 2
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.patch_position = nn.Parameter(torch.empty(patches, width)) if position_table else None
@@ -367,19 +373,3 @@ class DiffusionTokenizer(SavedModel):
             nn.init.uniform_(self.codebook.weight, -1, 1)
             with torch.no_grad():
                 self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
-
-
-def _check_sizes(
-    image_size: int, patch_size: int, num_tokens: int, num_groups: int, tokens_per_step: int | None, rows: int | None
-) -> None:
-    if image_size % patch_size:
-        raise UserError(f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}.")
-    if num_groups <= 0 or num_tokens % num_groups:
-        raise UserError(f"num_tokens must be a multiple of num_groups, got {num_tokens} and {num_groups}.")
-    if tokens_per_step is not None and not num_tokens // num_groups <= tokens_per_step <= num_tokens:
-        raise UserError(
-            f"tokens_per_step must lie in {num_tokens // num_groups}..{num_tokens} (a group .. all tokens), "
-            f"got {tokens_per_step}. None takes one group."
-        )
-    if rows is not None and rows < num_tokens:
-        raise UserError(f"table_rows must be at least num_tokens ({num_tokens}), got {rows}. None takes num_tokens.")

@@ -191,6 +191,14 @@ def held_out(
     return mask
 
 
+def rows_of_split(
+    hashes: list[str], labels: Int[np.ndarray, " n"], val_fraction: float, split: str, *, source: str
+) -> Int[np.ndarray, " rows"]:
+    """Rows of the images that belong to `split` by `held_out`; all of them where nothing can be held out."""
+    mask = held_out(hashes, labels, val_fraction, source=source)
+    return np.flatnonzero(mask == (split == "val")) if mask.any() else np.arange(len(hashes))
+
+
 def _hold_out_one(hashes: list[str], labels: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     contents = np.array(hashes)
     spare = [set(contents[labels == label]) for label in np.unique(labels)]

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.images import Augmentation, augmented_view
 from isthmus.data.source import ImageSource, logger
-from isthmus.data.views import Batch, Sample, collate, random_view, worker_batches
+from isthmus.data.views import Batch, Sample, collate, random_views, worker_batches
 from isthmus.display import Display
 from isthmus.errors import UserError
 from isthmus.files import contents, sha256_of_parts, waited_for, writing_advice
@@ -132,8 +133,9 @@ class TokenCache:
             with waited_for(path, "the token cache"):
                 if not contents(path):
                     views = _views(source, image_size, augment, seed, num_views, batch_size, num_workers, max_images)
-                    rows = len(source) if not isinstance(source, ImageStream) else None
-                    rows = None if rows is None else min(rows, max_images or rows) * num_views
+                    rows = None
+                    if not isinstance(source, ImageStream):
+                        rows = min(len(source), max_images or len(source)) * num_views
                     _make(path, tokenizer, source, views, made_from, device, num_views, rows)
                     return cls(path)
         cache = cls(path)
@@ -163,12 +165,7 @@ class CacheViews(Dataset[Sample]):
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         numbers = np.asarray(rows, dtype=np.int64)
-        indices = numbers // self.num_views
-        views = [
-            random_view(self.source, int(index), self.image_size, self.augment, stream(self.seed, AUGMENT, int(row)))
-            for index, row in zip(indices, numbers, strict=True)
-        ]
-        return collate(views, self.source.labels[indices], indices, numbers)
+        return random_views(self.source, numbers // self.num_views, numbers, self.image_size, self.augment, self.seed)
 
 
 def _make(
@@ -253,23 +250,20 @@ def _streamed_views(
     batch_size: int,
     max_images: int,
 ) -> Iterator[Batch]:
-    views, labels, row = [], [], 0
-    for index, (image, label) in enumerate(source.images()):
-        for _ in range(num_views):
-            generator = stream(seed, AUGMENT, row)
-            views.append(augmented_view(image, image_size, augment, generator, may_flip=bool(source.flip[label])))
-            labels.append(label)
-            row += 1
-        last = index + 1 == max_images
-        if last or len(views) >= batch_size:
-            numbers = np.arange(row - len(views), row)
-            yield collate(views, np.array(labels), numbers // num_views, numbers)
-            views, labels = [], []
-        if last:
-            return
-    if views:
-        numbers = np.arange(row - len(views), row)
-        yield collate(views, np.array(labels), numbers // num_views, numbers)
+    made = (
+        (
+            augmented_view(image, image_size, augment, stream(seed, AUGMENT, row), may_flip=bool(source.flip[label])),
+            label,
+        )
+        for index, (image, label) in enumerate(islice(source.images(), max_images))
+        for row in range(index * num_views, (index + 1) * num_views)
+    )
+    start, whole_images = 0, -(-batch_size // num_views) * num_views
+    while batch := list(islice(made, whole_images)):
+        views, labels = zip(*batch, strict=True)
+        rows = np.arange(start, start + len(views))
+        yield collate(views, np.array(labels), rows // num_views, rows)
+        start += len(views)
 
 
 @torch.no_grad()

@@ -349,8 +349,7 @@ class _Pairs:
         for scale in range(start, end):
             logits = self.transformer.forward_scale(scale, self.inputs[scale][rows], modulation, cache)
             if scale >= first:
-                losses = F.cross_entropy(logits.float().transpose(1, 2), self.token_ids[scale][rows], reduction="none")
-                gained -= losses.sum(dim=1)
+                gained += _nats(logits, self.token_ids[scale][rows]).sum(dim=1)
         return gained.view(-1, self.num_views).mean(dim=1)
 
 
@@ -405,9 +404,8 @@ def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Flo
 
 def _overlaps(size: int, grid: int) -> Float[Tensor, "{size} {grid}"]:
     """Which part of each of `size` equal intervals lies in each of `grid` equal intervals; rows sum to 1."""
-    edges = (
-        torch.arange(size + 1, dtype=torch.float64, device="cpu") * grid
-    )  # both divisions in units of 1 / (size * grid)
+    # both divisions in units of 1 / (size * grid)
+    edges = torch.arange(size + 1, dtype=torch.float64, device="cpu") * grid
     cells = torch.arange(grid + 1, dtype=torch.float64, device="cpu") * size
     low = torch.maximum(edges[:-1, None], cells[None, :-1])
     high = torch.minimum(edges[1:, None], cells[None, 1:])

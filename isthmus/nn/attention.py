@@ -183,8 +183,7 @@ def causal_attention(lengths: Sequence[int], *, smallest_alone: int = 64) -> Att
     """
     grouped = _leading_group(lengths, smallest_alone)
     cuts = [sum(lengths[:grouped]), *lengths[grouped:]]
-    mask = scale_causal_mask(lengths[:grouped]) if grouped > 1 else None
-    masks = [mask, *[None] * (len(cuts) - 1)]
+    masks = [scale_causal_mask(lengths[:grouped]) if grouped > 1 else None, *[None] * (len(cuts) - 1)]
     return _attention_of_parts(
         [(end - n, end, 0, mask) for n, end, mask in zip(cuts, accumulate(cuts), masks, strict=True)]
     )
@@ -198,25 +197,15 @@ def _attention_of_parts(parts: Sequence[Part]) -> Attend:
         if trains_on_cpu(q) and q.shape[0] * q.shape[1] * most <= _MOST_SCORES:
             return _AttentionOfParts.apply(q, k, v, softmax_scale, here)
         outputs = []
-        for queries, (_, end, first, mask) in zip(_cut(q, [b - a for a, b, _, _ in here]), here, strict=True):
+        for queries, (_, end, first, mask) in zip(q.split([b - a for a, b, _, _ in here], dim=2), here, strict=True):
             keys, values = (x if end - first == x.shape[2] else x[:, :, first:end] for x in (k, v))
             outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=softmax_scale))
-        return _join(outputs)
+        # the projection behind reads (b, l, heads, c): joined along l there, nothing has to be laid out anew
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.cat([part.transpose(1, 2) for part in outputs], dim=1).transpose(1, 2)
 
     return attend
-
-
-def _cut(x: Heads, lengths: Sequence[int]) -> list[Float[Tensor, "b heads _ c"]]:
-    return list(x.split(list(lengths), dim=2))
-
-
-# The projection behind reads token by token, (b, l, heads, c): joined along l there, nothing has to be laid out anew.
-
-
-def _join(parts: Sequence[Float[Tensor, "b heads _ c"]]) -> Heads:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def _leading_group(lengths: Sequence[int], limit: int) -> int:

@@ -205,8 +205,7 @@ class SavedModel(nn.Module, Recorded):
         settings = cls.load_config(folder)
         with without_values():
             model = cls(**settings)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_shapes(shapes, stored_shapes(folder), folder)
+        check_shapes(shapes_of(model.state_dict()), stored_shapes(folder), folder)
         return model
 
 
@@ -245,13 +244,26 @@ def check_settings(settings: Mapping[str, Any], kind: type, source: Path) -> Non
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Raise UserError unless a folder holds exactly the weights that its network has."""
-    problems = [f"missing {name}" for name in expected if name not in stored]
-    problems += [f"unexpected {name}" for name in stored if name not in expected]
+    if problems := misfits(expected, stored):
+        raise UserError(f"the weights in {folder} do not fit its config.json: {problems}.")
+
+
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Which weights are missing, unexpected or of another shape, the first four in words; "" where all fit.
+
+    >>> misfits({"a": (1,), "b": (2,)}, {"b": (3,)})
+    'missing a; b is (3,), expected (2,)'
+    """
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
-        f"{name} is {stored[name]}, expected {shape}"
+        f"{name} is {found[name]}, expected {shape}"
         for name, shape in expected.items()
-        if name in stored and stored[name] != shape
+        if found.get(name, shape) != shape
     ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:4])}{more}.")
+    return "; ".join(problems[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

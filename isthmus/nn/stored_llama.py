@@ -28,13 +28,14 @@ _SETTINGS = frozenset(
     "hidden_act max_position_embeddings rms_norm_eps rope_parameters attention_bias mlp_bias "
     "tie_word_embeddings".split()
 )
-# what else transformers writes for a Llama, and what a prior of ours adds
+# what transformers notes about the file, not about the network
+_WRITER = {"architectures", "dtype", "transformers_version"}
+# what it writes beside the settings of the network, and what a prior of ours adds
+_EXTRAS = _WRITER | {"codebook_size", "model_type"}
+# settings that decoding does not read
 _OTHERS = frozenset(
-    "architectures attention_dropout bos_token_id codebook_size dtype eos_token_id initializer_range model_type "
-    "pad_token_id pretraining_tp transformers_version use_cache".split()
+    "attention_dropout bos_token_id eos_token_id initializer_range pad_token_id pretraining_tp use_cache".split()
 )
-# what transformers writes beside the settings of the network, and what a prior of ours adds
-_EXTRAS = {"architectures", "codebook_size", "dtype", "model_type", "transformers_version"}
 
 
 class StoredLlama:
@@ -73,7 +74,7 @@ class StoredLlama:
         folder = Path(folder)
         config = read_config(folder)
         check_class(next(iter(config.get("architectures") or ()), None), cls.class_name, folder)
-        if not config.keys() >= _SETTINGS or config.keys() - _SETTINGS - _OTHERS:
+        if not config.keys() >= _SETTINGS or config.keys() - _SETTINGS - _OTHERS - _EXTRAS:
             config = _read_by_transformers(config, folder)
         shapes = llama_shapes(config)
         check_shapes(shapes, stored_shapes(folder, TRANSFORMERS_WEIGHTS), folder)
@@ -194,8 +195,6 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# what transformers notes about the file, not about the network
-_WRITER = {"architectures", "dtype", "transformers_version"}
 # settings that came after format 1: at these values a network is what it was before they existed
 _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 
