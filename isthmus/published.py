@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -316,6 +316,32 @@ def _seen(keys: Iterable[str], landmark: str) -> str:
     return (
         f"its keys begin with {shown}, such as {keys[:2]}. Pass a published file, or its state dict under those keys."
     )
+
+
+def check_belong(name: str, of_tokenizer: int, of_prior: int, tokenizer: object, prior: object) -> None:
+    """Raise UserError where the files of a tokenizer and a prior do not have the same number of something."""
+    if of_tokenizer != of_prior:
+        raise UserError(
+            f"tokenizer and prior must have the same {name}, got {of_tokenizer} in {tokenizer} and {of_prior} in "
+            f"{prior}. Pass the tokenizer that the prior was trained with."
+        )
+
+
+def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
+    """Raise UserError where there are names, and another number of them than a prior has classes."""
+    if class_names and len(class_names) != num_classes:
+        raise UserError(
+            f"the prior has {num_classes} classes, got {len(class_names)} names. "
+            "Pass one name per class, in the order of the class ids."
+        )
+
+
+def data_of(tokenizer: str | Path, prior: str | Path) -> dict[str, str]:
+    """What the card of a converted pipeline says of its data."""
+    return {
+        "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
+        "attribution": "that of the files this model was converted from, and of their training data.",
+    }
 
 
 def require(state: StateDict, keys: tuple[str, ...], what: str) -> None:

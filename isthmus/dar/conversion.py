@@ -28,7 +28,19 @@ from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.published import Converted, StateDict, indexed, load_strict, read_file, read_weights, rename, require
+from isthmus.published import (
+    Converted,
+    StateDict,
+    check_belong,
+    check_class_names,
+    data_of,
+    indexed,
+    load_strict,
+    read_file,
+    read_weights,
+    rename,
+    require,
+)
 
 _NET = r"diff_decoder\.net\."
 _ATTENTION = r"(qkv|kv|q|q_norm|k_norm|proj)\.(weight|bias)"
@@ -154,9 +166,8 @@ def convert_diffusion_tokenizer_state(
     of_tokenizer = {key: tensor for key, tensor in joined.items() if key not in of_decoder}
     tokenizer = _convert_tokenizer(of_tokenizer, settings)
     decoder = _convert_decoder(of_decoder, settings, seen=joined)
-    scheduler = asdict(settings)
-    for name in ("image_size", "rotary_base", "decoder_rotary_base", "quantized"):
-        del scheduler[name]
+    of_networks = ("image_size", "rotary_base", "decoder_rotary_base", "quantized")
+    scheduler = {name: value for name, value in asdict(settings).items() if name not in of_networks}
     return ConvertedDiffusionTokenizer(tokenizer, decoder, scheduler)
 
 
@@ -296,7 +307,12 @@ def convert_next_token_prior_state(
     first = ("<codes>", "<classes>", "<head>", "<qkv>.0", "model.layers.0.mlp.gate_proj.weight")
     require(state, first, _WHAT)
     codebook_size, width = state["<codes>"].shape
-    num_heads = num_heads or _published_heads(width)
+    if not num_heads and width % PUBLISHED_HEAD_WIDTH:
+        raise UserError(
+            f"the heads of a {_WHAT} are {PUBLISHED_HEAD_WIDTH} wide unless num_heads says otherwise, got width "
+            f"{width}. Pass num_heads."
+        )
+    num_heads = num_heads or width // PUBLISHED_HEAD_WIDTH
     codes, classes, head = (state.pop(name) for name in ("<codes>", "<classes>", "<head>"))
     if head.shape != codes.shape or classes.shape[1] != width or len(classes) < 1:
         raise UserError(
@@ -360,15 +376,6 @@ def _split_qkv(weight: Tensor | None, index: int, width: int, num_heads: int) ->
     }
 
 
-def _published_heads(width: int) -> int:
-    if width % PUBLISHED_HEAD_WIDTH:
-        raise UserError(
-            f"the heads of a {_WHAT} are {PUBLISHED_HEAD_WIDTH} wide unless num_heads says otherwise, got width "
-            f"{width}. Pass num_heads."
-        )
-    return width // PUBLISHED_HEAD_WIDTH
-
-
 @dataclass
 class ConvertedDar:
     """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
@@ -405,18 +412,10 @@ def convert_dar(
             f"a prior predicts codes, and the tokenizer in {tokenizer} keeps its tokens continuous. Pass one with a "
             "codebook."
         )
-    ours, theirs = parts.tokenizer.arguments.get("codebook_size"), prior_parts.arguments["codebook_size"]
-    if ours != theirs:
-        raise UserError(
-            f"tokenizer and prior must have the same codebook_size, got {ours} in {tokenizer} and {theirs} in {prior}. "
-            "Pass the tokenizer that the prior was trained with."
-        )
+    ours, theirs = parts.tokenizer.arguments["codebook_size"], prior_parts.arguments["codebook_size"]
+    check_belong("codebook_size", ours, theirs, tokenizer, prior)
     num_classes = prior_parts.arguments["num_classes"]
-    if class_names and len(class_names) != num_classes:
-        raise UserError(
-            f"the prior has {num_classes} classes, got {len(class_names)} names. "
-            "Pass one name per class, in the order of the class ids."
-        )
+    check_class_names(class_names, num_classes)
     guidance = GuidanceSchedule("linear", 1.2, 8.0) if num_classes else 1.0
     pipeline = DARPipeline(
         build_diffusion_tokenizer(parts),
@@ -425,10 +424,7 @@ def convert_dar(
         build_scheduler(parts),
         class_names=class_names,
         sampling_defaults=SamplingOptions(guidance_scale=guidance),
-        data={
-            "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
-            "attribution": "that of the files this model was converted from, and of their training data.",
-        },
+        data=data_of(tokenizer, prior),
         protocol="Converted from published D-AR weights; not trained further.",
     )
     return ConvertedDar(pipeline, parts.dropped, prior_parts.dropped)

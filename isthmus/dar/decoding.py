@@ -134,28 +134,9 @@ def flow_steps(
     Raises UserError for an unknown preview, or sides that the decoder's patch does not divide.
     """
     check_preview(preview)
-    steps = _steps(image_tokenizer, decoder, scheduler, plan, iter(token_ids), x, preview)
-    while True:
-        # entered for each turn: around the yield it would also hold for whoever reads the steps
-        with torch.inference_mode():
-            step = next(steps, None)
-        if step is None:
-            return
-        # copied out of inference mode: a caller may go on computing with them
-        yield FlowStep(step.index, step.total, step.token_ids.clone(), step.x.clone(), step.preview.clone())
-
-
-def _steps(
-    image_tokenizer: DiffusionTokenizer,
-    decoder: FlowDecoder,
-    scheduler: FlowMatchingScheduler,
-    plan: SolverPlan,
-    token_ids: Iterator[Int[Tensor, "b _"]],
-    x: Images,
-    preview: Preview,
-) -> Iterator[FlowStep]:
-    times = scheduler.times(plan.total)
-    embedded = decoder.embed_times(times[:-1])
+    parts, times = iter(token_ids), scheduler.times(plan.total)
+    with torch.no_grad():
+        embedded = decoder.embed_times(times[:-1])
     x, times = x.to(decoder.device).float(), times.to(decoder.device)
     cache, keys, canvas = image_tokenizer.new_cache(len(x)), WindowKeys(decoder), None
     rule = {"num_inference_steps": plan.total, "solver": plan.solver}
@@ -164,21 +145,23 @@ def _steps(
         start, end = plan.windows[index]
         keys.forget_before(start)
         arrived = [torch.empty(len(x), 0, dtype=torch.long, device=decoder.device)]
-        while cache.length < plan.needed[index]:
-            arrived.append(next(token_ids).to(decoder.device))
-            first, condition = cache.length, image_tokenizer.condition(arrived[-1], cache)
-            keys.add(condition)
-            canvas = added(canvas, decoder.paint(condition, first))
-        velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
-        following = scheduler.step(velocity, previous_velocity, index, x, **rule)
-        if index == plan.total - 1:
-            shown = scheduler.to_image(following)
-        elif preview == "jump":
-            shown = scheduler.jump(x, velocity, times[index : index + 1])
-        else:
-            shown = scheduler.solver_preview(velocity, previous_velocity, index, x, **rule)
+        # left before the yield: around it, it would also hold for whoever reads the steps
+        with torch.no_grad():
+            while cache.length < plan.needed[index]:
+                arrived.append(next(parts).to(decoder.device))
+                first, condition = cache.length, image_tokenizer.condition(arrived[-1], cache)
+                keys.add(condition)
+                canvas = added(canvas, decoder.paint(condition, first))
+            velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
+            following = scheduler.step(velocity, previous_velocity, index, x, **rule)
+            if index == plan.total - 1:
+                shown = scheduler.to_image(following)
+            elif preview == "jump":
+                shown = scheduler.jump(x, velocity, times[index : index + 1])
+            else:
+                shown = scheduler.solver_preview(velocity, previous_velocity, index, x, **rule)
         previous_velocity, x = velocity, following
-        yield FlowStep(index, plan.total, torch.cat(arrived, dim=1), x, shown)
+        yield FlowStep(index, plan.total, torch.cat(arrived, dim=1), x.clone(), shown)
 
 
 def added(canvas: Canvas | None, painted: Painted | None) -> Canvas | None:

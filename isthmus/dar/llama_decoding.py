@@ -256,10 +256,7 @@ class LlamaDecoder:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=grouped)
             return mixed.transpose(1, 2).reshape(b * length, -1)
 
-        x = F.embedding(ids.flatten(), self._embedding)
-        for layer, stored in zip(self._layers, cache.layers, strict=True):
-            x = layer.out.added(x, attend(layer.qkv(self._normed(x, layer.attention_norm)), stored))
-            x = self._fed_forward(x, layer)
+        x = self._through(ids.flatten(), cache.layers, attend)
         cache.length = end
         return self._head(self._normed(x.view(b, length, -1)[:, -1], self._norm)).float()
 
@@ -289,15 +286,15 @@ class LlamaDecoder:
             )
             return mixed.reshape(b, -1)
 
+        return self._head(self._normed(self._through(ids, stored, attend), self._norm)).float()
+
+    def _through(self, ids: Int[Tensor, " rows"], stored: list[Tensor], attend: Callable[[Rows, Tensor], Rows]) -> Rows:
         x = F.embedding(ids, self._embedding)
         for layer, buffers in zip(self._layers, stored, strict=True):
             x = layer.out.added(x, attend(layer.qkv(self._normed(x, layer.attention_norm)), buffers))
-            x = self._fed_forward(x, layer)
-        return self._head(self._normed(x, self._norm)).float()
-
-    def _fed_forward(self, x: Rows, layer: _Layer) -> Rows:
-        gate, up = layer.gate_up(self._normed(x, layer.feed_forward_norm)).chunk(2, dim=-1)
-        return layer.down.added(x, F.silu(gate).mul_(up))
+            gate, up = layer.gate_up(self._normed(x, layer.feed_forward_norm)).chunk(2, dim=-1)
+            x = layer.down.added(x, F.silu(gate).mul_(up))
+        return x
 
     def _normed(self, x: Rows, weight: Tensor) -> Rows:
         return F.rms_norm(x, weight.shape, weight, self.norm_eps)

@@ -132,10 +132,9 @@ class TokenCache:
         if not contents(path):
             with waited_for(path, "the token cache"):
                 if not contents(path):
-                    views = _views(source, image_size, augment, seed, num_views, batch_size, num_workers, max_images)
-                    rows = None
-                    if not isinstance(source, ImageStream):
-                        rows = min(len(source), max_images or len(source)) * num_views
+                    views, rows = _views(
+                        source, image_size, augment, seed, num_views, batch_size, num_workers, max_images
+                    )
                     _make(path, tokenizer, source, views, made_from, device, num_views, rows)
                     return cls(path)
         cache = cls(path)
@@ -228,17 +227,17 @@ def _views(
     batch_size: int,
     num_workers: int,
     max_images: int | None,
-) -> Iterator[Batch]:
-    """Batches of views in the order of the cache's rows."""
+) -> tuple[Iterator[Batch], int | None]:
+    """Batches of views in the order of the cache's rows, and the number of these (None: of a stream nobody knows)."""
     if isinstance(source, ImageStream):
         assert max_images is not None, "checked by build"
-        return _streamed_views(source, image_size, augment, seed, num_views, batch_size, max_images)
+        return _streamed_views(source, image_size, augment, seed, num_views, batch_size, max_images), None
     dataset = CacheViews(source, image_size, augment, seed, num_views)
     rows = min(len(source), max_images or len(source)) * num_views
     slices = (list(range(first, min(first + batch_size, rows))) for first in range(0, rows, batch_size))
     if num_workers:
-        return worker_batches(dataset, slices, num_workers)
-    return (dataset.__getitems__(chosen) for chosen in slices)
+        return worker_batches(dataset, slices, num_workers), rows
+    return (dataset.__getitems__(chosen) for chosen in slices), rows
 
 
 def _streamed_views(

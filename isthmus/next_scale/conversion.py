@@ -15,7 +15,17 @@ from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.published import Converted, indexed, load_strict, read_weights, rename, require
+from isthmus.published import (
+    Converted,
+    check_belong,
+    check_class_names,
+    data_of,
+    indexed,
+    load_strict,
+    read_weights,
+    rename,
+    require,
+)
 
 # (published key, our key); the first pattern that matches the whole key decides
 _TOKENIZER_KEYS = [
@@ -192,24 +202,11 @@ def convert_var(
     # the file says for how many scales it counted code usage; phi is chosen by their number
     num_scales = len(wanted["scale_sizes"])
     counted = len(raw_tokenizer.get(_HITS, ())) or num_scales
-    if counted != num_scales:
-        raise UserError(
-            f"tokenizer and prior must have the same number of scales K, got {counted} in {tokenizer} and "
-            f"{num_scales} in {prior}. Pass the tokenizer that the prior was trained with."
-        )
+    check_belong("number of scales K", counted, num_scales, tokenizer, prior)
     tokenizer_parts = convert_tokenizer_state(raw_tokenizer, wanted["scale_sizes"])
     for name in ("codebook_size", "codebook_dim"):
-        ours = tokenizer_parts.arguments[name]
-        if ours != wanted[name]:
-            raise UserError(
-                f"tokenizer and prior must have the same {name}, got {ours} in {tokenizer} and {wanted[name]} in "
-                f"{prior}. Pass the tokenizer that the prior was trained with."
-            )
-    if class_names and len(class_names) != wanted["num_classes"]:
-        raise UserError(
-            f"the prior has {wanted['num_classes']} classes, got {len(class_names)} names. "
-            "Pass one name per class, in the order of the class ids."
-        )
+        check_belong(name, tokenizer_parts.arguments[name], wanted[name], tokenizer, prior)
+    check_class_names(class_names, wanted["num_classes"])
     sampling = SamplingOptions(
         guidance_scale=GuidanceSchedule("linear", 1.0, 2.5), top_k=min(900, wanted["codebook_size"]), top_p=0.96
     )
@@ -218,10 +215,7 @@ def convert_var(
         build_prior(prior_parts),
         class_names=class_names,
         sampling_defaults=sampling,
-        data={
-            "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
-            "attribution": "that of the files this model was converted from, and of their training data.",
-        },
+        data=data_of(tokenizer, prior),
         protocol=f"Converted from published VAR weights, scale_attention {scale_attention}; not trained further.",
     )
     return ConvertedVar(pipeline, tokenizer_parts.dropped, prior_parts.dropped)

@@ -263,8 +263,8 @@ class ScaleDistillation(NextScaleFamily):
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
         sizes, markov = self.teacher.schedule.sizes, self.teacher.is_markov
         self.asked = shared_steps(sizes, self.schedule.sizes, markov=markov) if run.distillation_weight else ()
-        self.rolled = tuple(k for k in range(self.schedule.num_scales) if k not in self.asked)
-        self.rolled = self.rolled if run.distillation_weight else ()
+        taught = range(self.schedule.num_scales if run.distillation_weight else 0)
+        self.rolled = tuple(k for k in taught if k not in self.asked)
         self._rollouts = TeacherRollouts(tokenizer, self.teacher, self.schedule, self.rolled)
         if self.rolled:
             self.encoder = encoder_for(tokenizer, self.schedule, self._rollouts.teacher_schedule)
@@ -299,10 +299,8 @@ class ScaleDistillation(NextScaleFamily):
             parts = logits.split(list(schedule.lengths), dim=1)
             for k, theirs in zip(self.asked, self._teacher_logits(labels, inputs), strict=True):
                 said[k] = scale_divergence(theirs, parts[k])
-            rollouts = (
-                self._rollouts.targets(labels, token_ids, teacher_ids, positions, seed=seed) if self.rolled else []
-            )
-            for k, targets in zip(self.rolled, rollouts, strict=True):
+            drawn = self._rollouts.targets(labels, token_ids, teacher_ids, positions, seed=seed) if self.rolled else []
+            for k, targets in zip(self.rolled, drawn, strict=True):
                 said[k] = F.cross_entropy(parts[k].float().transpose(1, 2), targets)
         by_scale = torch.stack(said)
         total = data.total + run.distillation_weight * (by_scale.new_tensor(self._weights) * by_scale).sum()
@@ -355,9 +353,7 @@ def prepare(
     The sides are those of the model that the run names: at the end of a progressive distillation the teacher has fewer.
     Raises UserError where there is no teacher, it cannot teach this student, or it was trained on other classes.
     """
-    if not run.from_model:
-        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
-    source = load_teacher(run.from_model)
+    source = load_teacher(teacher_named_in(run))
     sizes, mask = student_shape(run, source.transformer.schedule.sizes, source.transformer.config["scale_attention"])
     teacher = source
     stages = removal_stages(source.transformer.schedule.sizes, sizes)
@@ -373,6 +369,13 @@ def prepare(
     return source.tokenizer, train, held_out, frozen, student, source.transformer.schedule.sizes
 
 
+def teacher_named_in(run: DistillRun) -> str:
+    """The model that a run distils; UserError where it names none."""
+    if not run.from_model:
+        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
+    return run.from_model
+
+
 def student_shape(
     run: DistillRun, teacher_sizes: tuple[int, ...], teacher_attention: str
 ) -> tuple[tuple[int, ...], str]:
@@ -381,7 +384,7 @@ def student_shape(
     mask = run.scale_attention or teacher_attention
     if (sizes, mask) == (tuple(teacher_sizes), teacher_attention):
         raise UserError(
-            f"a student needs fewer scales or another mask than its teacher ({','.join(map(str, sizes))}, {mask}), got "
+            f"a student needs fewer scales or another mask than its teacher ({listed(sizes)}, {mask}), got "
             "the same. Pass --scale-sizes with some of them, or --scale-attention."
         )
     return sizes, mask
@@ -406,7 +409,6 @@ logger = logging.getLogger("isthmus")
 
 BASELINE, SCORES = "without_teacher", "scores"
 
-
 _SIZES = ("width", "num_layers", "mlp_ratio", "codebook_size", "codebook_dim", "shared_adaln")
 
 
@@ -423,7 +425,7 @@ def distill(run: DistillRun) -> Path:
     check_folder(run)
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
-            logger.info("stage %d/%d: scales %s", number, len(stages), ", ".join(map(str, stage.scale_sizes or ())))
+            logger.info("stage %d/%d: scales %s", number, len(stages), _listed(stage.scale_sizes or ()))
         train_prior(stage)
     without_teacher = baseline_run(run, len(stages))
     if without_teacher is not None:
@@ -456,9 +458,7 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
 
     Raises UserError where there is no teacher, or its scales do not allow this student, or this guidance.
     """
-    if not run.from_model:
-        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
-    saved = read_config(model_folder(run.from_model) / "transformer")
+    saved = read_config(model_folder(teacher_named_in(run)) / "transformer")
     if "scale_sizes" not in saved:
         raise UserError(
             f"only next-scale models (VAR, SRDD) have scales to leave out, {run.from_model} is of another family."
