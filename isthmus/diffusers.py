@@ -135,13 +135,8 @@ def _part(name: str) -> Any:
 class IsthmusPipeline(DiffusionPipeline):
     """Base of the two families; `from_pretrained` and `from_pipeline` pick the one that a model needs.
 
-    Attributes:
-        native: our own pipeline, with the same components; editing, likelihood and streams are called there. Setting a
-            component makes a new one.
-        labels: class name -> class id, as `DiTPipeline` has them: also each part of a name that has commas, where only
-            one class has it.
-        interrupt: whether the call that runs ends after the step that runs; a callback sets `pipe._interrupt = True`.
-        num_timesteps: steps of the latest call.
+    `native` is our own pipeline, with the same components; editing, likelihood and streams are called there. Setting a
+    component makes a new one.
     """
 
     native_class: ClassVar[type[SavedPipeline]]
@@ -156,8 +151,7 @@ class IsthmusPipeline(DiffusionPipeline):
     def from_pipeline(cls, pipeline: SavedPipeline) -> "IsthmusPipeline":
         """A `DiffusionPipeline` of a pipeline of ours; both share one memory and every later change.
 
-        Raises:
-            UserError: it is none of ours, or of the other family than this class.
+        Raises UserError where it is none of ours, or of the other family than this class.
         """
         kinds = {kind.native_class: kind for kind in _FAMILIES if issubclass(kind, cls)}
         if type(pipeline) not in kinds:
@@ -186,19 +180,14 @@ class IsthmusPipeline(DiffusionPipeline):
         """The pipeline of a folder that Isthmus saved, or of the hub.
 
         Args:
-            pretrained_model_name_or_path: folder or hub id.
-            torch_dtype: type of the weights, float32 (the default), bfloat16 or "auto"; one for all parts.
-            dtype: newer name of the same.
+            torch_dtype: type of the weights, float32 (the default), bfloat16 or "auto"; one for all parts. `dtype` is
+                the newer name of the same.
             device_map: None loads to the CPU; the name of a device, "auto" (CUDA where there is one), or "balanced",
                 which on a machine with one accelerator is that one.
-            revision: branch, tag or commit on the hub.
-            cache_dir: where hub files are kept.
-            local_files_only: never ask the network.
             others: components by name, which take the place of the saved ones.
 
-        Raises:
-            UserError: there is no such model or device, or an argument belongs to other pipelines; the message names
-                ours.
+        Raises UserError where there is no such model or device, or an argument belongs to other pipelines; the message
+        names ours.
         """
         given = {name: others.pop(name) for name in list(others) if name in cls._part_names()}
         for name, value in _ALWAYS.items():
@@ -258,8 +247,7 @@ class IsthmusPipeline(DiffusionPipeline):
                 preview) and "token_ids" (those of the step), both copies.
             options: what else a call of our own pipeline takes (`top_k`, `temperature`, `num_images`, ...).
 
-        Raises:
-            UserError: an argument is not usable, or belongs to other pipelines; the message names ours.
+        Raises UserError where an argument is not usable, or belongs to other pipelines; the message names ours.
         """
         options = self._own_options(options, num_inference_steps, num_images_per_prompt)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -306,12 +294,14 @@ class IsthmusPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call that runs ends after the step that runs."""
+        """Whether the call that runs ends after the step that runs; a callback sets `pipe._interrupt = True`."""
         return self._interrupt
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class name -> class id, as `DiTPipeline` has them; empty where classes have no names."""
+        """Class name -> class id, as `DiTPipeline` has them: also each part of a name that has commas, where only one
+        class has it; empty where classes have no names.
+        """
         ids_of: dict[str, set[int]] = {}
         for index, name in self.native.class_names.items():
             for word in {name, *(part.strip() for part in name.split(","))}:
@@ -319,11 +309,7 @@ class IsthmusPipeline(DiffusionPipeline):
         return {word: next(iter(ids)) for word, ids in sorted(ids_of.items()) if len(ids) == 1}
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class ids of names, or of one name.
-
-        Raises:
-            UserError: there is no such class, or there are several; the nearest names are named.
-        """
+        """Class ids of names, or of one name; UserError, with the nearest names, where no class or several have it."""
         known, words = self.labels, [label] if isinstance(label, str) else label
         names, number = self.native.class_names, self.native.num_classes
         return [
@@ -332,11 +318,7 @@ class IsthmusPipeline(DiffusionPipeline):
         ]
 
     def to(self, *args: Any, **kwargs: Any) -> "IsthmusPipeline":
-        """Move or cast the weights of all components, in place: a device, a type or both.
-
-        Raises:
-            UserError: the type is none that this model computes in.
-        """
+        """Move or cast the weights of all components, in place: a device, a type that we compute in, or both."""
         for asked in (*args, kwargs.get("dtype")):
             if isinstance(asked, torch.dtype):
                 choose_dtype(asked)
@@ -346,11 +328,7 @@ class IsthmusPipeline(DiffusionPipeline):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  what it does not take is said
         self, save_directory: str | Path, *, max_shard_size: int | str | None = None, **others: Any
     ) -> None:
-        """Write the folder that our own pipeline writes; `load_pipeline` and `from_pretrained` here read it.
-
-        Raises:
-            UserError: an argument belongs to other pipelines; the message names ours.
-        """
+        """Write the folder that our own pipeline writes; `load_pipeline` and `from_pretrained` here read it."""
         if others.get("safe_serialization") is True:
             del others["safe_serialization"]
         if others.get("push_to_hub") is False:
@@ -408,10 +386,8 @@ class IsthmusPipeline(DiffusionPipeline):
     def _own_options(
         self, options: dict[str, Any], num_inference_steps: int | None, num_images_per_prompt: SupportsIndex | None
     ) -> dict[str, Any]:
-        """Arguments of `native.stream` that were given under its names or under diffusers'.
-
-        Raises:
-            UserError: one belongs to other pipelines.
+        """Arguments of `native.stream`, given under its names or under diffusers'; UserError for those of other
+        pipelines.
         """
         known = set(inspect.signature(type(self.native).stream).parameters)
         options = options | {"num_inference_steps": num_inference_steps}
@@ -559,11 +535,7 @@ from_pipeline = IsthmusPipeline.from_pipeline
 
 
 def _rebuilt(pipeline: SavedPipeline, given: Mapping[str, Any]) -> SavedPipeline:
-    """A pipeline with other components, on the memory of those that stay.
-
-    Raises:
-        UserError: a component is none of its kind, or they do not belong together.
-    """
+    """A pipeline with other components, on the memory of those that stay; UserError where they do not fit together."""
     _check_parts(type(pipeline), given)
     made: Any = type(pipeline)
     return made(**{**pipeline.components, **given}, **pipeline.config)
@@ -589,11 +561,7 @@ def _check_parts(kind: type[SavedPipeline], parts: Mapping[str, Any]) -> None:
 
 
 def _mapped_device(device_map: str | torch.device | None) -> torch.device:
-    """The device that a `device_map` of diffusers names.
-
-    Raises:
-        UserError: it is absent, or "balanced" over several.
-    """
+    """The device that a `device_map` of diffusers names; UserError where it is absent, or "balanced" over many."""
     if device_map is None:
         return torch.device("cpu")
     if device_map == "balanced":

@@ -16,15 +16,10 @@ _WITHOUT_NEWS = 300
 
 
 class Display:
-    """Counts what is done. Lines go to the logger `isthmus`, at the level INFO.
+    """Counts `unit`s that are done (`initial` earlier), of `total` (None: nobody knows), behind the word `what`.
 
-    Args:
-        what: a word in front.
-        total: number of things to do; None where nobody knows.
-        unit: what is counted.
-        initial: how many were done earlier.
-        images_each: images per thing; lines tell images per second.
-        shown: whether to show anything: of several processes one does.
+    Lines go to the logger `isthmus`, at the level INFO, and tell images per second, `images_each` per unit. Of several
+    processes one is `shown`.
     """
 
     def __init__(

@@ -40,11 +40,7 @@ def contents(folder: Path) -> list[Path]:
 
 
 def check_writable(folder: Path, what: str = "--out") -> None:
-    """Try to write where `folder` is or will be: before the work, not after it.
-
-    Raises:
-        UserError: it cannot be made there, or nothing can be written into it.
-    """
+    """Try to write where `folder` is or will be, before the work and not after it; UserError where that fails."""
     # a link may lead to what does not exist yet
     real = Path(os.path.realpath(folder))
     place = next(path for path in (real, *real.parents) if path.exists())
@@ -65,10 +61,8 @@ def claimed(folder: Path) -> Iterator[None]:
     """Make the folder, and keep others out of it meanwhile; the claims of one thread nest.
 
     The kernel holds the lock, so it ends with the process, however that ends. Nothing of it is left behind, nor the
-    folder where nothing has come to lie in it.
-
-    Raises:
-        UserError: somebody else is at work there, or nothing can be written there.
+    folder where nothing has come to lie in it. Raises UserError where somebody else is at work there, or nothing can be
+    written there.
     """
     real = Path(os.path.realpath(folder))
     mine: set[Path] = _own.__dict__.setdefault("folders", set())
@@ -120,11 +114,7 @@ def alone_in(argument: str) -> Callable[[Callable[Arguments, Result]], Callable[
 
 @contextmanager
 def waited_for(path: Path, what: str) -> Iterator[None]:
-    """One process at a time makes the folder `path`: others wait here until it is done, or its process has ended.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
+    """One process at a time makes the folder `path`: others wait here until it is done, or its process has ended."""
     check_writable(path, what)
     real = Path(os.path.realpath(path))
     lock = real / _LOCK if real.is_dir() else real.with_name(f".{real.name}{_LOCK}")

@@ -15,8 +15,7 @@ from isthmus.errors import UserError
 def process_count() -> int:
     """Processes that work together; one without a launcher.
 
-    Raises:
-        UserError: the variables say that there are several but not which of them this is, or are no numbers.
+    Raises UserError where its variables are no numbers, or say that there are several but not which of them this is.
     """
     variables = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     said = ", ".join(f"{name}={value}" for name, value in variables.items() if value)
@@ -69,11 +68,7 @@ def is_first_process() -> bool:
 
 @contextmanager
 def launched_processes() -> Iterator[Processes]:
-    """The processes that torchrun (or another launcher that sets its variables) started; one where there is none.
-
-    Raises:
-        UserError: the variables contradict each other.
-    """
+    """The processes that torchrun (or another launcher that sets its variables) started; one where there is none."""
     count = process_count()
     if count == 1:
         yield Processes()

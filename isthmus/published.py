@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.nn.saved_model import check_finite
+from isthmus.nn.saved_model import check_finite, misfits, shapes_of
 
 logger = logging.getLogger("isthmus")
 
@@ -59,12 +59,7 @@ _OTHER_KINDS = (
 
 @dataclass
 class PublishedFile:
-    """What `read_file` found.
-
-    Attributes:
-        weights: tensors by their published keys.
-        config: settings stored beside the weights, as plain values; empty where the file has none.
-    """
+    """What `read_file` found: tensors by their published keys, and the settings stored beside them as plain values."""
 
     weights: dict[str, Tensor]
     config: dict[str, Any]
@@ -82,10 +77,7 @@ def read_file(path: str | Path, *, nested: tuple[str, ...] = ()) -> PublishedFil
     (preferred where a file has both) and the prefixes that wrappers put before every key (`module.`, `_orig_mod.`,
     `model.` and the like) are understood. Of a sharded checkpoint, the listing (`*.index.json`) or its folder stands
     for all shards. Objects of `argparse.Namespace` and `config_util.Config` become inert stand-ins; any other object is
-    refused.
-
-    Raises:
-        UserError: the file is absent, truncated, or holds something else than tensors and settings.
+    refused. Raises UserError where the file is absent, truncated, or holds something else than tensors and settings.
     """
     path = Path(path)
     files = _files(path)
@@ -247,12 +239,8 @@ _KINDS = {
 
 @dataclass
 class Converted:
-    """One converted file.
-
-    Attributes:
-        arguments: constructor arguments read off the file.
-        state: weights under our names.
-        dropped: published key -> why it is not needed.
+    """One converted file: constructor arguments read off it, weights under our names, and why the keys that were
+    dropped are not needed.
     """
 
     arguments: dict[str, Any]
@@ -261,24 +249,10 @@ class Converted:
 
 
 def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
-    """Load weights of which none may be missing, unexpected or of another shape.
-
-    Raises:
-        UserError: names the first few keys that do not fit, or a weight that is not finite.
-    """
-    own = model.state_dict()
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    """Load weights, none missing, unexpected, of another shape or not finite; UserError names the first of these."""
+    if problems := misfits(shapes_of(model.state_dict()), shapes_of(state)):
         raise UserError(
-            f"{what} does not fit the network: {'; '.join(problems[:4])}{more}. It is incomplete, or of another "
-            "network: pass another file."
+            f"{what} does not fit the network: {problems}. It is incomplete, or of another network: pass another file."
         )
     check_finite(state, what)
     model.load_state_dict(state)
@@ -296,7 +270,6 @@ def rename(
     """Weights under our names (floats as fp32), and every dropped key with its reason.
 
     Args:
-        raw: the published file.
         rules: (published key, our key) as regular expression and replacement; the first that matches the whole key
             decides.
         droppable: pattern of keys that are not needed -> why.
@@ -304,8 +277,7 @@ def rename(
         landmark: a key by which such a file is known.
         seen: keys of the file, where `raw` is a part of it.
 
-    Raises:
-        UserError: the landmark is absent, or a key matches nothing.
+    Raises UserError where the landmark is absent, or a key matches nothing.
     """
     if landmark not in raw:
         raise UserError(
@@ -346,12 +318,34 @@ def _seen(keys: Iterable[str], landmark: str) -> str:
     )
 
 
-def require(state: StateDict, keys: tuple[str, ...], what: str) -> None:
-    """Nothing where `state` has all of `keys`.
+def check_belong(name: str, of_tokenizer: int, of_prior: int, tokenizer: object, prior: object) -> None:
+    """Raise UserError where the files of a tokenizer and a prior do not have the same number of something."""
+    if of_tokenizer != of_prior:
+        raise UserError(
+            f"tokenizer and prior must have the same {name}, got {of_tokenizer} in {tokenizer} and {of_prior} in "
+            f"{prior}. Pass the tokenizer that the prior was trained with."
+        )
 
-    Raises:
-        UserError: one is missing.
-    """
+
+def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
+    """Raise UserError where there are names, and another number of them than a prior has classes."""
+    if class_names and len(class_names) != num_classes:
+        raise UserError(
+            f"the prior has {num_classes} classes, got {len(class_names)} names. "
+            "Pass one name per class, in the order of the class ids."
+        )
+
+
+def data_of(tokenizer: str | Path, prior: str | Path) -> dict[str, str]:
+    """What the card of a converted pipeline says of its data."""
+    return {
+        "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
+        "attribution": "that of the files this model was converted from, and of their training data.",
+    }
+
+
+def require(state: StateDict, keys: tuple[str, ...], what: str) -> None:
+    """Raise UserError unless `state` has all of `keys`."""
     missing = [key for key in keys if key not in state]
     if missing:
         raise UserError(f"a {what} file must be complete, this one lacks what becomes {missing}. Pass the whole file.")

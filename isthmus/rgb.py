@@ -41,10 +41,8 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
     """A picture as RGB: its first frame, upright by its EXIF tag, transparency on white.
 
     Grey is repeated over the channels; 16-bit grey is scaled from 65535 = white, float grey from 1 = white. CMYK and
-    palettes are converted, colour profiles are not applied.
-
-    Raises:
-        UserError: it cannot be read, is too long a strip, or has grey values beyond white.
+    palettes are converted, colour profiles are not applied. Raises UserError where it cannot be read, is too long a
+    strip, or has grey values beyond white.
     """
     check_shape(*picture.size)
     try:

@@ -53,8 +53,7 @@ def grid_rotary_table(
 ) -> RotaryTable:
     """Table of a grid of patches, row by row: half the pairs turn with the row, half with the column (not normalised).
 
-    Raises:
-        UserError: `width` is not a multiple of 4.
+    Raises UserError where `width` is not a multiple of 4.
     """
     if width % 4:
         raise UserError(f"a head must be a multiple of 4 wide (pairs of channels for two axes), got {width}.")
@@ -93,9 +92,6 @@ class SharedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation without parameters; in training its statistics are those of all processes' rows together.
 
     torch's own `SyncBatchNorm` does the same on GPUs alone. Two processes must see what one would.
-
-    Args:
-        width: of the rows.
     """
 
     def __init__(self, width: int):
@@ -150,12 +146,8 @@ def context_causal_attention(context: int) -> Attend:
 class RotarySelfAttention(nn.Module):
     """Projections around an attention that the caller passes in; scores are scaled by 1 / sqrt(head width).
 
-    Args:
-        width: width in and out.
-        head_width: width of a head; queries and keys are normalised over it, by one affine norm for all heads.
-
-    Raises:
-        UserError: `width` is not a multiple of `head_width`, or that is not a multiple of 4.
+    Queries and keys are normalised over the head, by one affine norm for all heads. Raises UserError as
+    `check_head_width`.
     """
 
     def __init__(self, width: int, head_width: int = 64):
@@ -175,16 +167,9 @@ class RotarySelfAttention(nn.Module):
 
 
 class RotaryCrossAttention(nn.Module):
-    """Queries from one sequence, keys and values from another; only the queries have a position.
+    """Queries from one sequence, keys and values from another of the same width; only the queries have a position.
 
     The two halves are separate, because keys and values of a token group serve every solver step of that group.
-
-    Args:
-        width: width of both sequences.
-        head_width: as in `RotarySelfAttention`.
-
-    Raises:
-        UserError: `width` is not a multiple of `head_width`, or that is not a multiple of 4.
     """
 
     def __init__(self, width: int, head_width: int = 64):
@@ -210,11 +195,7 @@ class RotaryCrossAttention(nn.Module):
 
 
 def check_head_width(width: int, head_width: int) -> int:
-    """`head_width`, once it is known to fit.
-
-    Raises:
-        UserError: `width` is not a multiple of `head_width`, or that is not a multiple of 4.
-    """
+    """`head_width`; UserError unless it divides `width` and is a multiple of 4."""
     if head_width <= 0 or width % head_width or head_width % 4:
         raise UserError(
             f"width must be a multiple of head_width, and head_width of 4 (rotary pairs for two axes), got width "

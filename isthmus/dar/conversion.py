@@ -28,7 +28,19 @@ from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.published import Converted, StateDict, indexed, load_strict, read_file, read_weights, rename, require
+from isthmus.published import (
+    Converted,
+    StateDict,
+    check_belong,
+    check_class_names,
+    data_of,
+    indexed,
+    load_strict,
+    read_file,
+    read_weights,
+    rename,
+    require,
+)
 
 _NET = r"diff_decoder\.net\."
 _ATTENTION = r"(qkv|kv|q|q_norm|k_norm|proj)\.(weight|bias)"
@@ -85,17 +97,8 @@ _DECODER_DROPPED = {
 class PublishedSettings:
     """What a tokenizer's shapes cannot tell; the defaults are those of the published model (tokenizer_v1).
 
-    Attributes:
-        image_size: side of the training images in pixels.
-        num_tokens: tokens of an image.
-        num_groups: groups that they fall into.
-        tokens_per_step: tokens that drive a step; None is one group.
-        num_inference_steps: solver steps.
-        time_shift: of the time grid.
-        data_std: factor between images and states.
-        rotary_base: base of the encoder's rotary angles.
-        decoder_rotary_base: base of the pixel decoder's.
-        quantized: whether there is a codebook; without one tokens are continuous.
+    They are arguments of `DiffusionTokenizer` and `FlowMatchingScheduler`; `decoder_rotary_base` is the `rotary_base`
+    of `FlowDecoder`.
     """
 
     image_size: int = 256
@@ -113,8 +116,7 @@ class PublishedSettings:
     def of(cls, config: Mapping[str, Any], **overrides: Any) -> "PublishedSettings":
         """Settings of a published configuration (its keys are those of tokenizer_v1.yaml); `overrides` win.
 
-        Raises:
-            UserError: an override that is no setting.
+        Raises UserError where an override is no setting.
         """
         unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
         if unknown:
@@ -139,13 +141,7 @@ class PublishedSettings:
 
 @dataclass
 class ConvertedDiffusionTokenizer:
-    """One converted tokenizer file, which holds two networks.
-
-    Attributes:
-        tokenizer: arguments, weights and dropped keys of `DiffusionTokenizer`.
-        decoder: those of `FlowDecoder`.
-        scheduler: arguments of `FlowMatchingScheduler`.
-    """
+    """One converted tokenizer file, which holds two networks, and the arguments of `FlowMatchingScheduler`."""
 
     tokenizer: Converted
     decoder: Converted
@@ -162,12 +158,7 @@ def convert_diffusion_tokenizer_state(
 ) -> ConvertedDiffusionTokenizer:
     """Published tokenizer weights to arguments and weights of both networks.
 
-    Args:
-        raw: weights by their published keys.
-        settings: what shapes cannot tell; None is the published model's.
-
-    Raises:
-        UserError: a key is unknown or missing.
+    `settings` None is the published model's. Raises UserError where a key is unknown or missing.
     """
     settings = settings or PublishedSettings()
     joined = _join_projections(raw)
@@ -175,9 +166,8 @@ def convert_diffusion_tokenizer_state(
     of_tokenizer = {key: tensor for key, tensor in joined.items() if key not in of_decoder}
     tokenizer = _convert_tokenizer(of_tokenizer, settings)
     decoder = _convert_decoder(of_decoder, settings, seen=joined)
-    scheduler = asdict(settings)
-    for name in ("image_size", "rotary_base", "decoder_rotary_base", "quantized"):
-        del scheduler[name]
+    of_networks = ("image_size", "rotary_base", "decoder_rotary_base", "quantized")
+    scheduler = {name: value for name, value in asdict(settings).items() if name not in of_networks}
     return ConvertedDiffusionTokenizer(tokenizer, decoder, scheduler)
 
 
@@ -310,20 +300,19 @@ def convert_next_token_prior_state(
 ) -> Converted:
     """Published prior weights to arguments of `TokenLayout` and `llama_config`, and Llama's weights.
 
-    Args:
-        raw: weights by their published keys.
-        num_tokens: tokens of an image, which the file does not tell.
-        num_heads: the file does not tell them either; None takes heads that are 64 wide, as in every published size up
-            to XXXL.
-
-    Raises:
-        UserError: a key is unknown or missing, or a shape is none of this network's.
+    The file tells neither `num_tokens` nor `num_heads`; None takes heads that are 64 wide, as in every published size
+    up to XXXL. Raises UserError where a key is unknown or missing, or a shape is none of this network's.
     """
     state, dropped = rename(raw, _KEYS, _DROPPED, _WHAT, "cls_embedding.embedding_table.weight")
     first = ("<codes>", "<classes>", "<head>", "<qkv>.0", "model.layers.0.mlp.gate_proj.weight")
     require(state, first, _WHAT)
     codebook_size, width = state["<codes>"].shape
-    num_heads = num_heads or _published_heads(width)
+    if not num_heads and width % PUBLISHED_HEAD_WIDTH:
+        raise UserError(
+            f"the heads of a {_WHAT} are {PUBLISHED_HEAD_WIDTH} wide unless num_heads says otherwise, got width "
+            f"{width}. Pass num_heads."
+        )
+    num_heads = num_heads or width // PUBLISHED_HEAD_WIDTH
     codes, classes, head = (state.pop(name) for name in ("<codes>", "<classes>", "<head>"))
     if head.shape != codes.shape or classes.shape[1] != width or len(classes) < 1:
         raise UserError(
@@ -387,24 +376,9 @@ def _split_qkv(weight: Tensor | None, index: int, width: int, num_heads: int) ->
     }
 
 
-def _published_heads(width: int) -> int:
-    if width % PUBLISHED_HEAD_WIDTH:
-        raise UserError(
-            f"the heads of a {_WHAT} are {PUBLISHED_HEAD_WIDTH} wide unless num_heads says otherwise, got width "
-            f"{width}. Pass num_heads."
-        )
-    return width // PUBLISHED_HEAD_WIDTH
-
-
 @dataclass
 class ConvertedDar:
-    """What `convert_dar` returns.
-
-    Attributes:
-        pipeline: ready to draw and to save.
-        dropped_tokenizer_keys: published key -> why it is not needed.
-        dropped_prior_keys: the same for the prior's file.
-    """
+    """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
 
     pipeline: DARPipeline
     dropped_tokenizer_keys: dict[str, str]
@@ -419,20 +393,13 @@ def convert_dar(
     class_names: Sequence[str] = (),
     **settings: Any,
 ) -> ConvertedDar:
-    """Published D-AR files to a pipeline.
+    """Published D-AR files to a pipeline; the tokenizer's also holds the pixel decoder.
 
     Sampling defaults are those of the published evaluation: guidance linear from 1.2 to 8 over the tokens, no filters.
-
-    Args:
-        tokenizer: the tokenizer file, which also holds the pixel decoder.
-        prior: the Llama's file.
-        num_heads: of the prior; None takes heads that are 64 wide, as published.
-        class_names: one per class, in the order of the class ids.
-        settings: what neither shapes nor the tokenizer file tell, by the names of `PublishedSettings`; what is left
-            out comes from the settings in the file, else is that of the published model.
-
-    Raises:
-        UserError: a file is unreadable or of another kind, or the two do not belong together.
+    `num_heads` None takes heads that are 64 wide, as published. `settings` are what neither shapes nor the tokenizer
+    file tell, by the names of `PublishedSettings`; what is left out comes from the settings in the file, else is that
+    of the published model. Raises UserError where a file is unreadable or of another kind, or the two do not belong
+    together.
     """
     file = read_file(tokenizer)
     published = PublishedSettings.of(file.config, **settings)
@@ -445,18 +412,10 @@ def convert_dar(
             f"a prior predicts codes, and the tokenizer in {tokenizer} keeps its tokens continuous. Pass one with a "
             "codebook."
         )
-    ours, theirs = parts.tokenizer.arguments.get("codebook_size"), prior_parts.arguments["codebook_size"]
-    if ours != theirs:
-        raise UserError(
-            f"tokenizer and prior must have the same codebook_size, got {ours} in {tokenizer} and {theirs} in {prior}. "
-            "Pass the tokenizer that the prior was trained with."
-        )
+    ours, theirs = parts.tokenizer.arguments["codebook_size"], prior_parts.arguments["codebook_size"]
+    check_belong("codebook_size", ours, theirs, tokenizer, prior)
     num_classes = prior_parts.arguments["num_classes"]
-    if class_names and len(class_names) != num_classes:
-        raise UserError(
-            f"the prior has {num_classes} classes, got {len(class_names)} names. "
-            "Pass one name per class, in the order of the class ids."
-        )
+    check_class_names(class_names, num_classes)
     guidance = GuidanceSchedule("linear", 1.2, 8.0) if num_classes else 1.0
     pipeline = DARPipeline(
         build_diffusion_tokenizer(parts),
@@ -465,10 +424,7 @@ def convert_dar(
         build_scheduler(parts),
         class_names=class_names,
         sampling_defaults=SamplingOptions(guidance_scale=guidance),
-        data={
-            "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
-            "attribution": "that of the files this model was converted from, and of their training data.",
-        },
+        data=data_of(tokenizer, prior),
         protocol="Converted from published D-AR weights; not trained further.",
     )
     return ConvertedDar(pipeline, parts.dropped, prior_parts.dropped)

@@ -31,16 +31,10 @@ Painted = Float[Tensor, "b n 3 side side"]
 
 
 class TokenCanvas(nn.Module):
-    """Every token adds to a small image through a linear map of its own, of low rank.
+    """Every token adds to a small image of `side` pixels through a linear map of its own, of low rank.
 
     In the published decoder a step knows the earlier tokens only through the few vectors of its own group; a causal
     stack that is trained for minutes does not gather them there. A sum does so from the first step of training on.
-
-    Args:
-        num_tokens: tokens of an image.
-        condition_width: width of their conditions.
-        side: side of the small image in pixels.
-        rank: rank of each token's map.
     """
 
     def __init__(self, num_tokens: int, condition_width: int, *, side: int, rank: int):
@@ -76,12 +70,9 @@ KeysValues = tuple[Float[Tensor, "b heads seen c"], Float[Tensor, "b heads seen 
 
 @dataclass
 class TimeEmbeddings:
-    """Everything that depends on the time alone: computed once for the fixed steps of a solver.
+    """Everything that depends on the time alone, in fp32: computed once for the fixed steps of a solver.
 
-    Attributes:
-        t: (n,), the times, fp32.
-        blocks: per block (n, width), fp32.
-        head: (n, width), fp32, what an adaptive head reads; None where the head is plain.
+    `head` is what an adaptive head reads; None where the head is plain.
     """
 
     t: Float[Tensor, " n"]
@@ -97,12 +88,7 @@ class TimeEmbeddings:
 
 @dataclass
 class FlowDecoderOutput:
-    """What training reads where it also looks inside.
-
-    Attributes:
-        velocity: (b, 3, h, w).
-        features: (b, width, h / patch, w / patch), the state between two blocks.
-    """
+    """What training reads where it also looks inside: `features` is the state between two blocks, patch by patch."""
 
     velocity: Images
     features: Float[Tensor, "b width rows columns"]
@@ -111,10 +97,7 @@ class FlowDecoderOutput:
 class FlowBlock(nn.Module):
     """Self-attention and feed-forward, modulated patch by patch by time plus what cross-attention found in the tokens.
 
-    Args:
-        width: width of the residual stream; the feed-forward is four times as wide.
-        head_width: width of a head.
-        own_time: whether the block embeds the time itself.
+    `own_time` says whether the block embeds the time itself.
     """
 
     def __init__(self, width: int, head_width: int, own_time: bool):
@@ -146,18 +129,15 @@ class FlowDecoder(SavedModel):
     """Velocity of noisy pixels, driven by one group of token conditions.
 
     Args:
-        patch_size: side of a patch in pixels.
-        width: width of the residual stream.
-        num_layers: blocks.
         condition_width: width of the conditions (`condition_width` of the tokenizer).
-        head_width: width of an attention head; divides `width`.
+        head_width: divides `width`.
         rotary_base: base of the rotary angles of the patches.
         shared_time_embedding: one time embedding for all blocks, instead of one for each.
         adaptive_head: the time scales and shifts before the last layer; needs `shared_time_embedding`.
-        position_table: side of the grid of patches that get a learned position each (images are then square and of
-            this one size); None has none.
-        prediction: what the last layer stands for: the "velocity", or the clean "image" in the scale of x_t, from
-            which the velocity follows as (image - x_t) / max(1 - t, 0.1).
+        position_table: side of the grid of patches that get a learned position each (images are then square and of this
+            one size); None has none.
+        prediction: what the last layer stands for: the "velocity", or the clean "image" in the scale of x_t, from which
+            the velocity follows as (image - x_t) / max(1 - t, 0.1).
         init_gate: initial gates of all blocks; 0 starts every block as the identity.
         canvas_tokens: `num_tokens` of the tokenizer: all tokens up to the end of the window paint a small image, which
             the network reads beside x_t, and which an "image" prediction only corrects. None has no such image.
@@ -166,8 +146,7 @@ class FlowDecoder(SavedModel):
         modulation_std: standard deviation of the initial weights that turn time and tokens into modulation; 0 starts
             with tokens that change nothing.
 
-    Raises:
-        UserError: arguments that do not fit each other.
+    Raises UserError for arguments that do not fit each other.
 
     >>> decoder = FlowDecoder(patch_size=2, width=8, num_layers=1, condition_width=6, head_width=4)
     >>> decoder(torch.randn(2, 3, 4, 6), torch.tensor([0.0, 0.5]), torch.randn(2, 5, 6)).shape
@@ -252,16 +231,14 @@ class FlowDecoder(SavedModel):
         condition: Float[Tensor, "b seen condition_width"],
         canvas: Canvas | None = None,
     ) -> Images:
-        """Velocity (image - noise, both in the scale of x_t) at shifted time t.
+        """Velocity (image - noise, both in the scale of x_t) at shifted time t in [0, 1], one per image.
 
         Args:
             x_t: t * data_std * image + (1 - t) * noise, of any sides that the patch divides.
-            t: in [0, 1], one per image.
             condition: rows of `DiffusionTokenizer.condition`: the window of tokens that drives this time.
             canvas: sum of what `paint` returned for the tokens so far; None for decoders without `canvas_tokens`.
 
-        Raises:
-            UserError: a side is no multiple of the patch, or has another size than the learned positions.
+        Raises UserError where a side is no multiple of the patch, or has another size than the learned positions.
         """
         return self.velocity(x_t, self.embed_times(t), self.attend_to(condition), canvas)
 
@@ -280,11 +257,7 @@ class FlowDecoder(SavedModel):
         *,
         layer: int,
     ) -> FlowDecoderOutput:
-        """`velocity`, and the state after the first `layer` blocks, which training compares with other features.
-
-        Raises:
-            UserError: `layer` is not in 0..num_layers.
-        """
+        """`velocity`, and the state after the first `layer` blocks (0..num_layers), to compare with other features."""
         if not 0 <= layer <= len(self.blocks):
             raise UserError(f"layer must lie in 0..{len(self.blocks)} (the blocks of the decoder), got {layer}.")
         velocity, features = self._run(x_t, times, keys, canvas, layer)
@@ -292,12 +265,7 @@ class FlowDecoder(SavedModel):
         return FlowDecoderOutput(velocity, features)
 
     def _run(
-        self,
-        x_t: Images,
-        times: TimeEmbeddings,
-        keys: tuple[KeysValues, ...],
-        canvas: Canvas | None,
-        layer: int | None,
+        self, x_t: Images, times: TimeEmbeddings, keys: tuple[KeysValues, ...], canvas: Canvas | None, layer: int | None
     ) -> tuple[Images, Float[Tensor, "b width rows columns"] | None]:
         rows, columns = self._grid(x_t)
         self._check_canvas(canvas)

@@ -29,12 +29,10 @@ Columns = tuple[tuple[Float[Tensor, "b heads _ c"], Float[Tensor, "b heads _ c"]
 
 @dataclass
 class FlowStep:
-    """One finished solver step.
+    """One finished solver step of `total`, from 0.
 
     Attributes:
-        index: step, from 0.
-        total: number of steps of the whole way.
-        token_ids: (b, n), the tokens that came in since the step before; n may be 0.
+        token_ids: the tokens that came in since the step before; n may be 0.
         x: state after the step, in the scale of the scheduler, fp32.
         preview: the images as they would be if this step were the last, in [-1, 1] but not clamped, fp32; after the
             last step, the images.
@@ -55,7 +53,6 @@ class SolverPlan:
         windows: tokens [start, end) that drive each step of the whole way.
         needed: tokens that exist when a step runs: the end of its window, in whole groups.
         first: the step that runs first; later than 0 where the diffusion starts from an image.
-        solver: rule of the scheduler.
     """
 
     windows: tuple[tuple[int, int], ...]
@@ -84,8 +81,7 @@ class SolverPlan:
     ) -> "SolverPlan":
         """The plan of a scheduler; None takes its own number of steps and its own rule.
 
-        Raises:
-            UserError: no such number of steps, first step or rule.
+        Raises UserError where there is no such number of steps, first step or rule.
 
         >>> plan = SolverPlan.of(FlowMatchingScheduler(num_tokens=32), num_inference_steps=5)
         >>> plan.windows[:3], plan.stops
@@ -131,44 +127,17 @@ def flow_steps(
     fixed times are computed once.
 
     Args:
-        image_tokenizer: turns token ids into conditions.
-        decoder: predicts velocities.
-        scheduler: times, windows and the rule of a step.
-        plan: which steps run, and what they wait for.
-        token_ids: parts of the sequence, one for each of `plan.stops`, from token 0 on. The next part is asked for
-            only when a step needs it.
+        token_ids: parts of the sequence, one for each of `plan.stops`, from token 0 on. The next part is asked for only
+            when a step needs it.
         x: state at the time of the first step: noise, or `scheduler.add_noise` of images.
         preview: "jump" shows x_t + (1 - t) velocity; "solver" the published rule, the solver's own step to t = 1.
 
-    Yields:
-        One `FlowStep` per step.
-
-    Raises:
-        UserError: an unknown preview, or sides that the decoder's patch does not divide.
+    Raises UserError for an unknown preview, or sides that the decoder's patch does not divide.
     """
     check_preview(preview)
-    steps = _steps(image_tokenizer, decoder, scheduler, plan, iter(token_ids), x, preview)
-    while True:
-        # entered for each turn: around the yield it would also hold for whoever reads the steps
-        with torch.inference_mode():
-            step = next(steps, None)
-        if step is None:
-            return
-        # copied out of inference mode: a caller may go on computing with them
-        yield FlowStep(step.index, step.total, step.token_ids.clone(), step.x.clone(), step.preview.clone())
-
-
-def _steps(
-    image_tokenizer: DiffusionTokenizer,
-    decoder: FlowDecoder,
-    scheduler: FlowMatchingScheduler,
-    plan: SolverPlan,
-    token_ids: Iterator[Int[Tensor, "b _"]],
-    x: Images,
-    preview: Preview,
-) -> Iterator[FlowStep]:
-    times = scheduler.times(plan.total)
-    embedded = decoder.embed_times(times[:-1])
+    parts, times = iter(token_ids), scheduler.times(plan.total)
+    with torch.no_grad():
+        embedded = decoder.embed_times(times[:-1])
     x, times = x.to(decoder.device).float(), times.to(decoder.device)
     cache, keys, canvas = image_tokenizer.new_cache(len(x)), WindowKeys(decoder), None
     rule = {"num_inference_steps": plan.total, "solver": plan.solver}
@@ -177,21 +146,23 @@ def _steps(
         start, end = plan.windows[index]
         keys.forget_before(start)
         arrived = [torch.empty(len(x), 0, dtype=torch.long, device=decoder.device)]
-        while cache.length < plan.needed[index]:
-            arrived.append(next(token_ids).to(decoder.device))
-            first, condition = cache.length, image_tokenizer.condition(arrived[-1], cache)
-            keys.add(condition)
-            canvas = added(canvas, decoder.paint(condition, first))
-        velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
-        following = scheduler.step(velocity, previous_velocity, index, x, **rule)
-        if index == plan.total - 1:
-            shown = scheduler.to_image(following)
-        elif preview == "jump":
-            shown = scheduler.jump(x, velocity, times[index : index + 1])
-        else:
-            shown = scheduler.solver_preview(velocity, previous_velocity, index, x, **rule)
+        # left before the yield: around it, it would also hold for whoever reads the steps
+        with torch.no_grad():
+            while cache.length < plan.needed[index]:
+                arrived.append(next(parts).to(decoder.device))
+                first, condition = cache.length, image_tokenizer.condition(arrived[-1], cache)
+                keys.add(condition)
+                canvas = added(canvas, decoder.paint(condition, first))
+            velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
+            following = scheduler.step(velocity, previous_velocity, index, x, **rule)
+            if index == plan.total - 1:
+                shown = scheduler.to_image(following)
+            elif preview == "jump":
+                shown = scheduler.jump(x, velocity, times[index : index + 1])
+            else:
+                shown = scheduler.solver_preview(velocity, previous_velocity, index, x, **rule)
         previous_velocity, x = velocity, following
-        yield FlowStep(index, plan.total, torch.cat(arrived, dim=1), x, shown)
+        yield FlowStep(index, plan.total, torch.cat(arrived, dim=1), x.clone(), shown)
 
 
 def added(canvas: Canvas | None, painted: Painted | None) -> Canvas | None:
@@ -202,11 +173,7 @@ def added(canvas: Canvas | None, painted: Painted | None) -> Canvas | None:
 
 
 class WindowKeys:
-    """Keys and values of the decoder's cross-attention: computed once for every group, put together to windows.
-
-    Args:
-        decoder: whose blocks read them.
-    """
+    """Keys and values of the decoder's cross-attention: computed once for every group, put together to windows."""
 
     def __init__(self, decoder: FlowDecoder):
         self.decoder = decoder
@@ -250,18 +217,9 @@ def decode_tokens(
     *,
     plan: SolverPlan,
 ) -> Images:
-    """The second of two phases: images, not clamped, from tokens that all exist.
+    """The second of two phases: images, not clamped, from tokens that all exist; arguments as in `flow_steps`.
 
-    Args:
-        image_tokenizer: see `flow_steps`.
-        decoder: see `flow_steps`.
-        scheduler: see `flow_steps`.
-        token_ids: at least as many as the last step of the plan needs.
-        x: state at the time of the first step.
-        plan: which steps run.
-
-    Raises:
-        UserError: the tokens are too few, or the sides of `x` do not fit the decoder.
+    Raises UserError where the tokens are fewer than the last step needs, or the sides of `x` do not fit the decoder.
     """
     if token_ids.shape[1] < plan.stops[-1]:
         raise UserError(

@@ -18,14 +18,8 @@ def export_llama(model: str | Path | DARPipeline, out: str | Path) -> Path:
     """Write the Llama of a D-AR pipeline for readers that know nothing of Isthmus; the folder appears whole or not.
 
     Beside the weights it holds a generation_config.json (as many tokens as an image has, no class ever drawn, the
-    filters saved with the model) and a README.md with the exact flags for transformers, vLLM and SGLang.
-
-    Args:
-        model: a pipeline, its folder, or a hub id.
-        out: the folder to write; new or empty.
-
-    Raises:
-        UserError: there is no such model, it is of the other family, or `out` is neither new nor empty.
+    filters saved with the model) and a README.md with the exact flags for transformers, vLLM and SGLang. Raises
+    UserError where there is no such model, it is of the other family, or `out` is neither new nor empty.
     """
     out = Path(out)
     with written_whole(out) as folder:

@@ -31,13 +31,10 @@ if TYPE_CHECKING:
 
 
 class WholeProduct:
-    """The matrix as it is.
+    """The matrix as it is; `weight` is laid out as in `torch.nn.Linear`.
 
     On a CPU, a matrix with more outputs than inputs is stored (in, out), which MKL reads 1.2 to 1.6 times as fast; with
     fewer outputs than inputs the module's own layout is as fast, and nothing is copied.
-
-    Args:
-        weight: as in `torch.nn.Linear`.
     """
 
     def __init__(self, weight: Float[Tensor, "out in"]):
@@ -57,9 +54,6 @@ class PackedProduct:
     """The matrix in the order in which oneDNN's own kernel reads it, for large fp32 matrices on a CPU.
 
     From 2 to 8 rows it takes 1.3 to 2.9 times less time than the module's layout, for one row more.
-
-    Args:
-        weight: as in `torch.nn.Linear`.
     """
 
     SMALLEST = 2**18
@@ -91,9 +85,6 @@ class Int8Product:
     Rows are multiplied in bf16 by torch's own kernel for 8-bit weights, however many they are: a row's result depends
     on no other, so neither batch size nor the length of a prefix changes an image. From some hundred rows on (a long
     prefix of many images) the matrix written out in fp32 would be twice as fast.
-
-    Args:
-        weight: as in `torch.nn.Linear`.
     """
 
     def __init__(self, weight: Float[Tensor, "out in"]):
@@ -128,9 +119,7 @@ Rows = Float[Tensor, "rows _"]
 class LlamaCache:
     """Keys and values of a request, owned by nobody else; two requests with a cache each may take turns.
 
-    Attributes:
-        layers: per layer (sequences, 2, heads, positions, head width): keys, then values.
-        length: positions that are filled.
+    Each of `layers` is (sequences, 2, heads, positions, head width): keys, then values. `length` positions are filled.
     """
 
     layers: list[Float[Tensor, "b 2 heads l c"]]
@@ -152,7 +141,6 @@ class LlamaDecoder:
 
     Args:
         transformer: the prior, whose weights must not change while the decoder is in use.
-        layout: of its vocabulary.
         num_rows: sequences that will run at once (two per guided image), for which the weights are laid out; any other
             number works, if slower.
         int8: store the blocks' matrices in 8 bits (the head stays whole). On a CPU a token then reads about a quarter
@@ -161,9 +149,8 @@ class LlamaDecoder:
         compiled: run each token through `torch.compile` (on a GPU: one CUDA graph per token). Pays on GPUs, where
             starting kernels is what takes the time; the first token waits for the compiler.
 
-    Raises:
-        UserError: the Llama is of a kind that priors never are, 8 bits are asked for on another device than a CPU, or
-            a CPU has no compiler.
+    Raises UserError where the Llama is of a kind that priors never are, 8 bits are asked for on another device than a
+    CPU, or a CPU has no compiler.
     """
 
     def __init__(
@@ -207,11 +194,7 @@ class LlamaDecoder:
             self._fixed_step = torch.compile(self._at_position, dynamic=False, fullgraph=True, mode=mode)
 
     def check_belongs(self, transformer: StoredLlama, layout: TokenLayout) -> None:
-        """Nothing where these are the weights of this prior, where it is now.
-
-        Raises:
-            UserError: they are another prior's, or were laid out before it was moved or cast.
-        """
+        """Raise UserError unless these are the weights of this prior, laid out where it is now and in its type."""
         source = self._source()
         if self.layout != layout or source is None or not StoredLlama.of(source).is_same(transformer):
             raise UserError(
@@ -273,10 +256,7 @@ class LlamaDecoder:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=grouped)
             return mixed.transpose(1, 2).reshape(b * length, -1)
 
-        x = F.embedding(ids.flatten(), self._embedding)
-        for layer, stored in zip(self._layers, cache.layers, strict=True):
-            x = layer.out.added(x, attend(layer.qkv(self._normed(x, layer.attention_norm)), stored))
-            x = self._fed_forward(x, layer)
+        x = self._through(ids.flatten(), cache.layers, attend)
         cache.length = end
         return self._head(self._normed(x.view(b, length, -1)[:, -1], self._norm)).float()
 
@@ -306,15 +286,15 @@ class LlamaDecoder:
             )
             return mixed.reshape(b, -1)
 
+        return self._head(self._normed(self._through(ids, stored, attend), self._norm)).float()
+
+    def _through(self, ids: Int[Tensor, " rows"], stored: list[Tensor], attend: Callable[[Rows, Tensor], Rows]) -> Rows:
         x = F.embedding(ids, self._embedding)
         for layer, buffers in zip(self._layers, stored, strict=True):
             x = layer.out.added(x, attend(layer.qkv(self._normed(x, layer.attention_norm)), buffers))
-            x = self._fed_forward(x, layer)
-        return self._head(self._normed(x, self._norm)).float()
-
-    def _fed_forward(self, x: Rows, layer: _Layer) -> Rows:
-        gate, up = layer.gate_up(self._normed(x, layer.feed_forward_norm)).chunk(2, dim=-1)
-        return layer.down.added(x, F.silu(gate).mul_(up))
+            gate, up = layer.gate_up(self._normed(x, layer.feed_forward_norm)).chunk(2, dim=-1)
+            x = layer.down.added(x, F.silu(gate).mul_(up))
+        return x
 
     def _normed(self, x: Rows, weight: Tensor) -> Rows:
         return F.rms_norm(x, weight.shape, weight, self.norm_eps)

@@ -25,12 +25,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Which id of a Llama's vocabulary means what.
-
-    Attributes:
-        codebook_size: image tokens; ids 0..codebook_size - 1.
-        num_classes: classes, whose ids follow; 0 for unlabelled models.
-        num_tokens: tokens of one image.
+    """Which id of a Llama's vocabulary means what: codes, then classes (0 for unlabelled models), then the null class.
 
     >>> layout = TokenLayout(codebook_size=16384, num_classes=1000, num_tokens=256)
     >>> layout.vocab_size, layout.class_token(torch.tensor([0, layout.null_class_id]))
@@ -65,15 +60,10 @@ class TokenLayout:
 
     @classmethod
     def of(cls, config: Any, codebook_size: int, num_tokens: int | None = None) -> "TokenLayout":
-        """The layout of a Llama that predicts the tokens of a tokenizer with these sizes.
+        """The layout of a Llama (its config, as `LlamaConfig` or stored) that predicts the tokens of a tokenizer.
 
-        Args:
-            config: of the Llama, as `LlamaConfig` or stored.
-            codebook_size: codes of the image tokenizer.
-            num_tokens: tokens per image of the image tokenizer; None takes what the Llama has room for.
-
-        Raises:
-            UserError: the two do not belong together, or the Llama is of a kind that priors here never are.
+        `num_tokens` None takes what the Llama has room for. Raises UserError where the two do not belong together, or
+        the Llama is of a kind that priors here never are.
         """
         check_architecture(config)
         other = "Pass the image tokenizer that the prior was trained on."
@@ -121,16 +111,9 @@ def llama_config(
 ) -> "LlamaConfig":
     """Configuration of a prior: positions for one class and all tokens, no biases, untied, no bos, eos or pad.
 
-    Args:
-        layout: ids and sequence length. `codebook_size` is recorded beside Llama's own settings, so that a prior
-            under another tokenizer is noticed; other readers of the file ignore it.
-        width: width of the residual stream, a multiple of twice `num_heads`.
-        num_layers: blocks.
-        num_heads: attention heads.
-        feed_forward_width: inner width; None is the published rule, int(8 width / 3) rounded up to a multiple of 256.
-
-    Raises:
-        UserError: the heads do not divide the width into even parts.
+    `codebook_size` is recorded beside Llama's own settings, so that a prior under another tokenizer is noticed; other
+    readers of the file ignore it. `feed_forward_width` None is the published rule, int(8 width / 3) rounded up to a
+    multiple of 256. Raises UserError unless `width` is a multiple of twice `num_heads`.
     """
     if width % (2 * num_heads):
         raise UserError(
@@ -202,18 +185,10 @@ def codebook_logits(logits: Float[Tensor, "b l vocab"], layout: TokenLayout) -> 
 
 
 def next_token_logits(
-    transformer: "LlamaForCausalLM",
-    layout: TokenLayout,
-    class_labels: Int[Tensor, " b"],
-    token_ids: Int[Tensor, "b l"],
+    transformer: "LlamaForCausalLM", layout: TokenLayout, class_labels: Int[Tensor, " b"], token_ids: Int[Tensor, "b l"]
 ) -> Float[Tensor, "b l+1 v"]:
-    """Teacher-forced logits: entry p predicts token p from the class and tokens 0..p - 1.
-
-    Args:
-        transformer: the prior.
-        layout: of its vocabulary.
-        class_labels: (b,), 0..num_classes; num_classes is the null label.
-        token_ids: (b, l), the known tokens from the first on; the last entry of the result predicts what follows.
+    """Teacher-forced logits: entry p predicts token p from the class (0..num_classes, the last being the null label)
+    and tokens 0..p - 1; the last entry predicts what follows the known tokens.
     """
     output = transformer(input_ids=next_token_inputs(layout, class_labels, token_ids), use_cache=False)
     return codebook_logits(output.logits, layout)

@@ -50,14 +50,10 @@ def generate_tokens(
     prefix: Prefix | None = None,
     decoder: LlamaDecoder | None = None,
 ) -> Iterator[Int[Tensor, "b _"]]:
-    """Draw tokens and yield them up to each stop as soon as they exist.
-
-    Bad arguments raise at once, before the first tokens are asked for.
+    """Draw tokens and yield them, (b, n), up to each stop as soon as they exist.
 
     Args:
-        transformer: the prior.
-        layout: of its vocabulary.
-        class_labels: (b,), 0..num_classes; num_classes is the null label, for which guidance is off.
+        class_labels: 0..num_classes; num_classes is the null label, for which guidance is off.
         image_seeds: one (seed, image index) per image. Every random number of an image follows from its own pair.
         options: guidance, filters, temperature: for all images, or one per image. Guidance given as a sequence or a
             schedule runs over the tokens. All sampling arithmetic is fp32, whatever the type of the weights.
@@ -66,12 +62,8 @@ def generate_tokens(
         prefix: known first tokens (layout control).
         decoder: laid-out weights to use again; None lays them out for this call.
 
-    Yields:
-        (b, n) token ids, n = stops[i] - stops[i - 1].
-
-    Raises:
-        UserError: a label, an option or a stop is not usable; the message says why. Filters and prefixes are the
-            caller's to check (`SamplingOptions.check`, `resolve_prefix` of the pipeline).
+    Raises UserError, before the first tokens are asked for, where a label, an option or a stop is not usable. Filters
+    and prefixes are the caller's to check (`SamplingOptions.check`, `resolve_prefix` of the pipeline).
     """
     each = _one_per_image(options, class_labels, image_seeds)
     for one in each:
@@ -100,12 +92,11 @@ class _Plan:
     """Everything about the draws that is known before the first token.
 
     Attributes:
-        class_labels: (b,).
         guidance: (b, tokens), 1 = off.
         guided: per token, whether any image is guided there.
-        temperature: (b, 1), or None where it is 1 for all.
+        temperature: None where it is 1 for all.
         filters: (top_k, top_p, rows that use them); rows None stands for all.
-        uniforms: (b, tokens), one number in [0, 1) per token.
+        uniforms: one number in [0, 1) per token.
     """
 
     class_labels: Int[Tensor, " b"]
@@ -252,13 +243,8 @@ def log_likelihood(
 ) -> Float[Tensor, "b l"]:
     """Nats of every token, log p(token | class, tokens before it); a row's sum is log p of its tokens together.
 
-    Args:
-        transformer: the prior.
-        layout: of its vocabulary.
-        token_ids: (b, l), 0..codebook_size - 1, from the first token of the image on; l may be less than all.
-        class_labels: one per row, 0..num_classes; num_classes is the null label.
-
-    Tokens and labels are the caller's to check.
+    Tokens count from the first of the image on, and may be fewer than all; labels are 0..num_classes, the last being
+    the null label. Both are the caller's to check.
     """
     token_ids, class_labels = token_ids.to(transformer.device), class_labels.to(transformer.device)
     logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1])

@@ -4,7 +4,6 @@ Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (
 fp32: a time in bf16 is visibly wrong once it is multiplied by a thousand.
 """
 
-from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -55,6 +54,19 @@ def time_waves(t: Times, width: int) -> Float[Tensor, "n width"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def tokens_of_step(num_tokens: int, num_groups: int, tokens_per_step: int | None) -> int:
+    """Tokens that drive a solver step (None: one group); UserError where the numbers do not fit each other."""
+    if num_groups <= 0 or num_tokens % num_groups:
+        raise UserError(f"num_tokens must be a multiple of num_groups, got {num_tokens} and {num_groups}.")
+    group = num_tokens // num_groups
+    if tokens_per_step is not None and not group <= tokens_per_step <= num_tokens:
+        raise UserError(
+            f"tokens_per_step must lie in {group}..{num_tokens} (a group .. all tokens), got {tokens_per_step}. "
+            "None takes one group."
+        )
+    return group if tokens_per_step is None else tokens_per_step
+
+
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
 
@@ -67,7 +79,6 @@ class FlowMatchingScheduler(Recorded):
     Args:
         num_inference_steps: solver steps of an image, where a call does not say.
         num_groups: groups that the tokens fall into.
-        num_tokens: tokens of an image.
         tokens_per_step: tokens that drive a step; None is one group, more are overlapping windows.
         time_shift: more than 1 spends more of the time near noise: t = raw / (raw + shift (1 - raw)).
         data_std: factor on images before noise is mixed in: states are t * data_std * image + (1 - t) * noise.
@@ -75,8 +86,7 @@ class FlowMatchingScheduler(Recorded):
             those of an even grid; or "adams-bashforth-variable", with the coefficients that the uneven grid asks for.
             The two-step rules begin with a step of Euler.
 
-    Raises:
-        UserError: an argument is out of its range.
+    Raises UserError where an argument is out of its range.
 
     >>> FlowMatchingScheduler(num_inference_steps=5, num_tokens=32).windows()
     ((0, 4), (8, 12), (12, 16), (20, 24), (24, 28))
@@ -94,14 +104,7 @@ class FlowMatchingScheduler(Recorded):
         data_std: float = 0.6,
         solver: Solver = "adams-bashforth",
     ):
-        if num_groups <= 0 or num_tokens % num_groups:
-            raise UserError(f"num_tokens must be a multiple of num_groups, got {num_tokens} and {num_groups}.")
-        self.tokens_per_step = num_tokens // num_groups if tokens_per_step is None else tokens_per_step
-        if not num_tokens // num_groups <= self.tokens_per_step <= num_tokens:
-            raise UserError(
-                f"tokens_per_step must lie in {num_tokens // num_groups}..{num_tokens} (a group .. all tokens), "
-                f"got {tokens_per_step}. None takes one group."
-            )
+        self.tokens_per_step = tokens_of_step(num_tokens, num_groups, tokens_per_step)
         if time_shift <= 0 or data_std <= 0:
             raise UserError(f"time_shift and data_std must be positive, got {time_shift} and {data_std}.")
         self._steps(num_inference_steps)
@@ -112,22 +115,15 @@ class FlowMatchingScheduler(Recorded):
         return shift_time(raw_t, self.config["time_shift"])
 
     def times(self, num_inference_steps: int | None = None) -> Float[Tensor, " steps_and_end"]:
-        """Shifted time of every step, and 1 at the end: (S + 1,), fp32, on the CPU.
-
-        Raises:
-            UserError: fewer than one step.
-        """
+        """Shifted time of every step, and 1 at the end: (S + 1,), fp32, on the CPU."""
         return torch.tensor(self._grid(num_inference_steps), dtype=torch.float32, device="cpu")
 
     def windows(self, num_inference_steps: int | None = None) -> tuple[tuple[int, int], ...]:
-        """The tokens [start, end) that drive each step: the group nearest in raw time, rounded up in the middle.
-
-        Raises:
-            UserError: fewer than one step.
-        """
-        steps, groups = self._steps(num_inference_steps), self.config["num_groups"]
+        """The tokens [start, end) that drive each step: the group nearest in raw time, rounded up in the middle."""
+        steps, groups, tokens = self._steps(num_inference_steps), self.config["num_groups"], self.config["num_tokens"]
         # in integers: raw_t * groups + 1/2 = (2 i groups + steps) / (2 steps), with nothing rounded
-        starts = [self._start((2 * i * groups + steps) // (2 * steps)) for i in range(steps)]
+        nearest = ((2 * i * groups + steps) // (2 * steps) for i in range(steps))
+        starts = [min(group * (tokens // groups), tokens - self.tokens_per_step) for group in nearest]
         return tuple((start, start + self.tokens_per_step) for start in starts)
 
     def window_of(self, raw_t: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
@@ -161,23 +157,14 @@ class FlowMatchingScheduler(Recorded):
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
     ) -> Images:
-        """The state after step `index`.
+        """The state after step `index` (from 0), from the state before it and the decoder's velocity at
+        `times()[index]`.
 
-        Args:
-            velocity: of the decoder at `x_t` and `times()[index]`.
-            previous_velocity: that of the step before; None takes a step of Euler, as the first step that is executed
-                must, wherever it starts.
-            index: step, from 0.
-            x_t: state before the step.
-            num_inference_steps: steps of the whole way; None is the configured number.
-            solver: None is the configured one.
-
-        Raises:
-            UserError: no such step, or no such solver.
+        `previous_velocity` is that of the step before; None takes a step of Euler, as the first step that is executed
+        must, wherever it starts. Number of steps and solver are those of the whole way; None takes the configured ones.
+        Raises UserError where there is no such step or solver.
         """
-        grid = self._grid(num_inference_steps)
-        self._check_index(index, grid)
-        return self._move(velocity, previous_velocity, index, x_t, grid, grid[index + 1], solver)
+        return self._move(velocity, previous_velocity, index, x_t, num_inference_steps, solver)
 
     def solver_preview(
         self,
@@ -193,9 +180,9 @@ class FlowMatchingScheduler(Recorded):
 
         With a two-step rule it differs from `jump`. Arguments and errors as `step`.
         """
-        grid = self._grid(num_inference_steps)
-        self._check_index(index, grid)
-        return self.to_image(self._move(velocity, previous_velocity, index, x_t, grid, 1.0, solver))
+        return self.to_image(
+            self._move(velocity, previous_velocity, index, x_t, num_inference_steps, solver, to_end=True)
+        )
 
     def to_image(self, x: Images) -> Images:
         """State at t = 1 to an image in [-1, 1], not clamped."""
@@ -207,11 +194,15 @@ class FlowMatchingScheduler(Recorded):
         previous_velocity: Images | None,
         index: int,
         x_t: Images,
-        grid: Sequence[float],
-        end: float,
+        num_inference_steps: int | None,
         solver: Solver | None,
+        *,
+        to_end: bool = False,
     ) -> Images:
-        solver, length = self._solver(solver), end - grid[index]
+        grid = self._grid(num_inference_steps)
+        if not 0 <= index < len(grid) - 1:
+            raise UserError(f"index must be a step in 0..{len(grid) - 2}, got {index}.")
+        solver, length = self._solver(solver), (1.0 if to_end else grid[index + 1]) - grid[index]
         if solver == "euler" or previous_velocity is None:
             return x_t.float() + length * velocity.float()
         # v extrapolated to the middle of the step: v + (v - v_previous) * half this step / the step before
@@ -224,10 +215,6 @@ class FlowMatchingScheduler(Recorded):
         raw_t = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         return tuple(self.shift(raw_t).tolist())
 
-    def _start(self, group: int) -> int:
-        tokens, groups = self.config["num_tokens"], self.config["num_groups"]
-        return min(group * (tokens // groups), tokens - self.tokens_per_step)
-
     def _steps(self, num_inference_steps: int | None) -> int:
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         if steps < 1:
@@ -239,7 +226,3 @@ class FlowMatchingScheduler(Recorded):
         if solver not in SOLVERS:
             raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
         return solver
-
-    def _check_index(self, index: int, grid: Sequence[float]) -> None:
-        if not 0 <= index < len(grid) - 1:
-            raise UserError(f"index must be a step in 0..{len(grid) - 2}, got {index}.")

@@ -24,6 +24,7 @@ from isthmus.dar.attention import (
     token_causal_attention,
     with_unrotated,
 )
+from isthmus.dar.scheduler import tokens_of_step
 from isthmus.errors import UserError
 from isthmus.nn.attention import Attend, FeedForward, KeyValueCache
 from isthmus.nn.precision import whole_fp32
@@ -36,13 +37,8 @@ class LinearQueries(nn.Module):
     """One vector per token, read off the whole image by a linear map of low rank.
 
     Attention from queries that start alike takes long to tell places apart. With this, tokens differ between images
-    from the first step of training on, as those of a linear autoencoder do.
-
-    Args:
-        num_tokens: tokens of an image.
-        width: width of the vectors.
-        side: side that the image is averaged to, in pixels.
-        rank: numbers that are read off for each token.
+    from the first step of training on, as those of a linear autoencoder do. The image is averaged to `side` pixels, and
+    `rank` numbers are read off for each token.
     """
 
     def __init__(self, num_tokens: int, width: int, *, side: int, rank: int):
@@ -65,12 +61,9 @@ Condition = Float[Tensor, "b n condition_width"]
 
 @dataclass
 class DiffusionTokenizerEncoding:
-    """What `DiffusionTokenizer.encode` returns.
+    """What `DiffusionTokenizer.encode` returns, tokens coarse to fine.
 
-    Attributes:
-        token_ids: (b, num_tokens), coarse to fine.
-        latents: (b, num_tokens, d), unit vectors before quantisation, fp32.
-        quantized: (b, num_tokens, d), the unit codes that were found, fp32.
+    Latents (before quantisation) and quantized (the codes that were found) are unit vectors in fp32.
     """
 
     token_ids: TokenIds
@@ -83,12 +76,12 @@ class DiffusionTokenizerOutput:
     """What training reads.
 
     Attributes:
-        condition: (b, num_tokens, condition_width), what the decoder attends to.
-        token_ids: (b, num_tokens); None where quantisation was left out.
-        latents: (b, num_tokens, d), unit vectors before quantisation, fp32.
-        quantized: (b, num_tokens, d), the codes with the straight-through gradient; the latents where left out.
-        codebook_errors: (b, num_tokens), mean over channels of (code - sg(latent))^2, not yet averaged over tokens.
-        commitment_errors: (b, num_tokens), the same of (sg(code) - latent)^2, not yet weighted.
+        condition: what the decoder attends to.
+        token_ids: None where quantisation was left out.
+        latents: unit vectors before quantisation, fp32.
+        quantized: the codes with the straight-through gradient; the latents where left out.
+        codebook_errors: mean over channels of (code - sg(latent))^2, not yet averaged over tokens.
+        commitment_errors: the same of (sg(code) - latent)^2, not yet weighted.
     """
 
     condition: Condition
@@ -125,22 +118,15 @@ class DiffusionTokenizer(SavedModel):
 
     Args:
         image_size: side of the images that the tokenizer was trained on, in pixels; others are encoded as well.
-        patch_size: side of an encoder patch in pixels.
-        width: width of the encoder.
-        num_layers: blocks of the encoder.
         condition_width: width of the causal stack, which is what the decoder attends to.
         num_condition_layers: blocks of the causal stack; 0 leaves position and norm.
-        num_tokens: tokens of an image.
         num_groups: groups that the tokens fall into; a solver step is driven by one of them.
         tokens_per_step: tokens that drive a solver step; None is one group, more are overlapping windows.
-        codebook_size: number of codes.
-        codebook_dim: width of a code.
         table_rows: rows of the tables of queries and positions, of which the first `num_tokens` are used; None is
             `num_tokens`.
         low_rank_queries: queries are a table of `query_rank` columns and a linear layer, not a whole table.
-        query_rank: columns of that table.
         rotary_base: base of the rotary angles of the patches.
-        head_width: width of an attention head; divides both widths.
+        head_width: divides both widths.
         query_std: standard deviation of the initial query table.
         init_gate: initial gates of all blocks; 0 starts every block as the identity.
         position_table: add a learned vector per patch, which ties the tokenizer to `image_size`.
@@ -150,8 +136,7 @@ class DiffusionTokenizer(SavedModel):
         latent_norm: batch normalisation (without parameters) of the latents before they are made unit vectors.
         quantized: False keeps the tokens continuous: no codebook, no token ids.
 
-    Raises:
-        UserError: sizes that do not fit each other.
+    Raises UserError for sizes that do not fit each other.
 
     >>> tokenizer = DiffusionTokenizer(
     ...     image_size=8, patch_size=4, width=8, num_layers=1, condition_width=8, num_condition_layers=1, num_tokens=4,
@@ -190,9 +175,14 @@ class DiffusionTokenizer(SavedModel):
         quantized: bool = True,
     ):
         super().__init__()
-        _check_sizes(image_size, patch_size, num_tokens, num_groups, tokens_per_step, table_rows)
+        if image_size % patch_size:
+            raise UserError(f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}.")
+        self.tokens_per_step = tokens_of_step(num_tokens, num_groups, tokens_per_step)
         self.tokens_per_group = num_tokens // num_groups
-        self.tokens_per_step = self.tokens_per_group if tokens_per_step is None else tokens_per_step
+        if table_rows is not None and table_rows < num_tokens:
+            raise UserError(
+                f"table_rows must be at least num_tokens ({num_tokens}), got {table_rows}. None takes num_tokens."
+            )
         rows, patches = num_tokens if table_rows is None else table_rows, (image_size // patch_size) ** 2
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.patch_position = nn.Parameter(torch.empty(patches, width)) if position_table else None
@@ -218,8 +208,7 @@ class DiffusionTokenizer(SavedModel):
     def latents(self, images: Images) -> Codes:
         """Images in [-1, 1], of any sides that the patch divides, to unit vectors, in fp32.
 
-        Raises:
-            UserError: a side is no multiple of the patch, or not `image_size` where patches have learned positions.
+        Raises UserError for other sides than that, and than `image_size` where patches have learned positions.
         """
         x = self._embed_patches(images)
         context = x.shape[1]
@@ -245,8 +234,7 @@ class DiffusionTokenizer(SavedModel):
     def encode(self, images: Images) -> DiffusionTokenizerEncoding:
         """Images in [-1, 1] to token ids, unit latents and unit codes.
 
-        Raises:
-            UserError: the images do not fit (see `latents`), or the tokenizer has no codebook.
+        Raises UserError where the images do not fit (see `latents`), or the tokenizer has no codebook.
         """
         codebook = self._codebook()
         latents = self.latents(images)
@@ -259,11 +247,7 @@ class DiffusionTokenizer(SavedModel):
         return F.normalize(self._codebook()(token_ids).float(), dim=-1)
 
     def check_token_ids(self, token_ids: TokenIds) -> None:
-        """Nothing where every id names a code; waits for the device.
-
-        Raises:
-            UserError: an id is negative or not below `codebook_size`.
-        """
+        """Raise UserError unless every id names a code; waits for the device."""
         size = self.config["codebook_size"]
         if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < size:
             raise UserError(
@@ -274,23 +258,18 @@ class DiffusionTokenizer(SavedModel):
     def condition(self, token_ids: TokenIds, cache: KeyValueCache | None = None) -> Condition:
         """What the decoder attends to, for a prefix of whole groups; see `condition_vectors`.
 
-        Raises:
-            UserError: the tokens are no whole groups, or more than `num_tokens`, or an id names no code. The last is
-                looked at on a CPU alone; on a GPU, where it would wait for the device, `check_token_ids` does.
+        On a CPU an id that names no code raises UserError; on a GPU, where looking would wait for the device, it does
+        not: `check_token_ids` looks.
         """
         if token_ids.device.type == "cpu":
             self.check_token_ids(token_ids)
         return self.condition_vectors(self.lookup(token_ids), cache)
 
     def condition_vectors(self, quantized: Codes, cache: KeyValueCache | None = None) -> Condition:
-        """The same for unit vectors instead of ids (training, continuous tokens).
+        """The same for unit vectors instead of ids (training, continuous tokens), from the first token on.
 
-        Args:
-            quantized: (b, n, codebook_dim), n tokens from the first one on, or after those in the cache.
-            cache: from `new_cache`; the new tokens are stored in it, so that a new group costs only itself.
-
-        Raises:
-            UserError: the tokens are no whole groups, or more than `num_tokens`.
+        With a `cache` (from `new_cache`) they are the tokens after those in it, and are stored, so that a new group
+        costs only itself. Raises UserError where the tokens are no whole groups, or more than `num_tokens`.
         """
         start = 0 if cache is None else cache.length
         end = start + quantized.shape[1]
@@ -394,19 +373,3 @@ class DiffusionTokenizer(SavedModel):
             nn.init.uniform_(self.codebook.weight, -1, 1)
             with torch.no_grad():
                 self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
-
-
-def _check_sizes(
-    image_size: int, patch_size: int, num_tokens: int, num_groups: int, tokens_per_step: int | None, rows: int | None
-) -> None:
-    if image_size % patch_size:
-        raise UserError(f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}.")
-    if num_groups <= 0 or num_tokens % num_groups:
-        raise UserError(f"num_tokens must be a multiple of num_groups, got {num_tokens} and {num_groups}.")
-    if tokens_per_step is not None and not num_tokens // num_groups <= tokens_per_step <= num_tokens:
-        raise UserError(
-            f"tokens_per_step must lie in {num_tokens // num_groups}..{num_tokens} (a group .. all tokens), "
-            f"got {tokens_per_step}. None takes one group."
-        )
-    if rows is not None and rows < num_tokens:
-        raise UserError(f"table_rows must be at least num_tokens ({num_tokens}), got {rows}. None takes num_tokens.")

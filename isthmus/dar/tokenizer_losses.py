@@ -38,11 +38,9 @@ def raw_times(
 
     uniform: over [0, latest). A group answers for the times nearest to its own (g / G), so the first of G groups gets
     half a share and the last one and a half (spec of D-AR, 1.6).
-    balanced: any G noise levels in a row, beginning at a multiple of G, visit every group once, in random order; within
-    its group's times a level is uniform.
 
-    Raises:
-        UserError: balanced, and `latest` leaves the last group nothing.
+    balanced: any G noise levels in a row, beginning at a multiple of G, visit every group once, in random order; within
+    its group's times a level is uniform. Raises UserError as `group_spans`.
     """
     numbers = [int(position) for position in positions]
     if kind == "uniform":
@@ -65,11 +63,10 @@ def raw_times(
 def group_spans(num_groups: int, latest: float = 1.0) -> list[tuple[float, float]]:
     """Raw times [low, high) that each group answers for: those that round to it, up to `latest`.
 
+    Raises UserError where `latest` leaves the last group nothing.
+
     >>> group_spans(4)
     [(0.0, 0.125), (0.125, 0.375), (0.375, 0.625), (0.625, 1.0)]
-
-    Raises:
-        UserError: `latest` leaves the last group nothing.
     """
     edges = [0.0, *((g + 0.5) / num_groups for g in range(num_groups - 1)), latest]
     if edges[-2] >= latest:
@@ -104,10 +101,8 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Lite0Features(nn.Module):
-    """Taps of `EfficientNetLite0`, each of unit length over its channels, on the grid of the finest one.
-
-    Args:
-        taps: increasing block numbers.
+    """Taps (increasing block numbers) of `EfficientNetLite0`, each of unit length over its channels, on the grid of the
+    finest one.
     """
 
     def __init__(self, taps: Sequence[int]):
@@ -126,9 +121,7 @@ class DINOv2Features(nn.Module):
     """Normalised patch features of a DINOv2 that `transformers` saved in a folder; nothing is downloaded.
 
     The image goes in as 16 x 16 patches (224 px where they are 14 wide), resized bicubically without antialiasing.
-
-    Raises:
-        UserError: the folder holds no DINOv2, or not all of its weights as safetensors.
+    Raises UserError where the folder holds no DINOv2, or not all of its weights as safetensors.
     """
 
     mean: Tensor
@@ -195,15 +188,15 @@ class DiffusionTrainingOutput:
     """What one pass of tokenizer and decoder gives; row i * k + j of `rows` is noise level j of image i.
 
     Attributes:
-        velocity, target: (rows, 3, h, w), the decoder's velocity and the true one, fp32.
-        jump: (rows, 3, h, w), the image that one straight step to the end would give.
-        token_ids: (b, n); None where quantisation was left out.
-        latents: (b, n, d), unit vectors before quantisation.
-        codebook_errors, commitment_errors: (b, n), squared errors of each token.
-        ends: (b, k), number of tokens up to the end of the window that drives each noise level.
-        aligned: (rows, c, r, r), inner features of the decoder as the frozen network's; None where left out.
-        readout: (b, groups, 3, s, s), small images read off the first groups of tokens; None where left out.
-        canvas: (rows, 3, h, w), what the tokens so far have painted, as images; None for decoders without a canvas.
+        velocity, target: the decoder's velocity and the true one, fp32.
+        jump: the image that one straight step to the end would give.
+        token_ids: None where quantisation was left out.
+        latents: unit vectors before quantisation.
+        codebook_errors, commitment_errors: squared errors of each token.
+        ends: number of tokens up to the end of the window that drives each noise level.
+        aligned: inner features of the decoder as the frozen network's; None where left out.
+        readout: small images read off the first groups of tokens; None where left out.
+        canvas: what the tokens so far have painted, as images; None for decoders without a canvas.
     """
 
     velocity: Float[Tensor, "rows 3 h w"]
@@ -229,13 +222,9 @@ def diffusion_losses(
     distance: nn.Module | None = None,
     teacher: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Losses of one part of a batch; those under `weighted/` add up to what is minimised.
+    """Losses of one part of a batch, images in [-1, 1]; those under `weighted/` add up to what is minimised.
 
     Args:
-        output: of `TokenizerWithDecoder`.
-        images: (b, 3, h, w) in [-1, 1].
-        config: weights.
-        data_std: factor between images and diffusion states.
         counted_tokens: what the codebook errors are divided by; None takes the tokens that this part counts. With
             several parts or processes it is the mean over all of them, so that all together give the loss of the whole.
         distance: perceptual distance, where it has a weight.

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from isthmus.data.images import Augmentation, centre_view
 from isthmus.data.source import ImageSource
 from isthmus.data.token_cache import TokenCache
-from isthmus.data.views import Batch, Sample, check_share, collate, random_view, usable_processors, worker_batches
+from isthmus.data.views import Batch, Sample, check_share, collate, random_views, usable_processors, worker_batches
 from isthmus.errors import UserError
-from isthmus.nn.draws import AUGMENT, ORDER, stream
+from isthmus.nn.draws import ORDER, stream
 
 _EPOCHS, _ROTATIONS, _MEMBERS = 0, 1, 2
 
@@ -93,12 +93,9 @@ class TrainingImages(Dataset[Sample]):
         return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        indices, _ = self._order.locate(np.asarray(positions, dtype=np.int64))
-        views = [
-            random_view(self.source, int(index), self.image_size, self.augment, stream(self.seed, AUGMENT, position))
-            for index, position in zip(indices, positions, strict=True)
-        ]
-        return collate(views, self.source.labels[indices], indices, np.asarray(positions))
+        asked = np.asarray(positions, dtype=np.int64)
+        indices, _ = self._order.locate(asked)
+        return random_views(self.source, indices, asked, self.image_size, self.augment, self.seed)
 
 
 class EvaluationImages(Dataset[Sample]):

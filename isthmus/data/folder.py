@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from isthmus.data.images import Augmentation, ImageUint8, UnreadableImage, decode_image
-from isthmus.data.source import ImageSource, choose_classes, held_out, logger, printable, report_skipped
+from isthmus.data.source import ImageSource, choose_classes, logger, printable, report_skipped, rows_of_split
 from isthmus.data.views import usable_processors
 from isthmus.display import Display
 from isthmus.errors import UserError
@@ -29,12 +29,17 @@ class Finding:
     reason: str
 
 
-def examine(keys: Sequence[str], read: Callable[[int], bytes], *, index_file: Path, what: str) -> list[Finding]:
-    """Decode image i from `read(i)` for every key, in threads; what was readable is remembered in `index_file`.
+def examine(
+    keys: Sequence[str], read: Callable[[int], bytes], *, place: object, cache_dir: str | Path | None, what: str
+) -> list[Finding]:
+    """Decode image i from `read(i)` for every key, in threads; what was readable at `place` is remembered.
 
     `keys` name contents: a key that changes with the file (its size and time) is examined again. Images that were
     broken are examined at every start, since they may have been mended in place. Interrupted work is kept.
     """
+    folder = cache_directory(cache_dir) / "checked"
+    folder.mkdir(exist_ok=True)
+    index_file = folder / f"{sha256_of_parts(place)[:16]}.json"
     known = _read_index(index_file)
     findings = {key: Finding(known[key], "") for key in keys if key in known}
     unknown = [i for i, key in enumerate(keys) if key not in findings]
@@ -239,32 +244,23 @@ class FolderSource(ImageSource):
                 f"{self.name}: no held-out image can be used. Fill or remove the folder of held-out images."
             )
 
+        chosen = np.arange(len(files))
         if layout.val is None:
-            mask = held_out(digests, labels, val_fraction, source=self.name)
-            chosen = np.flatnonzero(mask == (split == "val")) if mask.any() else np.arange(len(files))
-        else:
-            chosen = np.arange(len(files))
+            chosen = rows_of_split(digests, labels, val_fraction, split, source=self.name)
         self.files = [files[i] for i in chosen]
         self.labels = labels[chosen]
         contents = (f"{label}/{digests[i]}" for i, label in zip(chosen, self.labels, strict=True))
         self.fingerprint = sha256_of_parts("folder", *self.class_names, *self.files, *contents)
 
     def _readable(
-        self,
-        pairs: list[tuple[str, int]],
-        bad_names: list[str],
-        strict: bool,
-        level: int,
-        cache_dir: str | Path | None,
+        self, pairs: list[tuple[str, int]], bad_names: list[str], strict: bool, level: int, cache_dir: str | Path | None
     ) -> tuple[list[str], np.ndarray, list[str]]:
         """Files, labels and content hashes of the images that can be read."""
-        index_folder = cache_directory(cache_dir) / "checked"
-        index_folder.mkdir(exist_ok=True)
-        keys = [_content_key(self.root, file) for file, _ in pairs]
         findings = examine(
-            keys,
+            [_content_key(self.root, file) for file, _ in pairs],
             lambda i: (self.root / pairs[i][0]).read_bytes(),
-            index_file=index_folder / f"{sha256_of_parts(self.root.resolve())[:16]}.json",
+            place=self.root.resolve(),
+            cache_dir=cache_dir,
             what=self.name,
         )
         broken = [(name, "its name is not valid text") for name in bad_names]

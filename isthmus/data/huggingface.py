@@ -21,15 +21,15 @@ from isthmus.data.source import (
     ImageSource,
     WantedColumns,
     choose_classes,
-    held_out,
     logger,
     missing_extra,
     nearest,
     report_skipped,
+    rows_of_split,
 )
 from isthmus.data.views import Batch, check_share, collate
 from isthmus.errors import UserError
-from isthmus.files import cache_directory, sha256_of_parts, writing_advice
+from isthmus.files import sha256_of_parts, writing_advice
 from isthmus.nn.draws import AUGMENT, stream
 
 if TYPE_CHECKING:
@@ -51,13 +51,10 @@ def name_and_split(text: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a table is read from.
+    """What a table is read from: columns of images and of labels (None: unlabelled).
 
-    Attributes:
-        image: column of the images.
-        label: column of the labels; None: unlabelled.
-        class_names: value in the label column -> name of the class, in the order of the classes. None: the values of
-            the column tell, which are texts, whole numbers or truth values.
+    `class_names` maps values of the label column to names of classes, in the order of the classes. None: the values of
+    the column tell, which are texts, whole numbers or truth values.
     """
 
     image: str
@@ -69,10 +66,8 @@ def find_columns(features: "datasets.Features | None", *, source: str, wanted: W
     """The columns asked for; else the first of images, and the first whose values are classes.
 
     Classes are a ClassLabel column, of which one named label or labels goes first. Where there is none, a column of
-    that name with texts, whole numbers or truth values. What else could be meant is said.
-
-    Raises:
-        UserError: there is no such column, or it holds something else.
+    that name with texts, whole numbers or truth values. What else could be meant is said. Raises UserError where there
+    is no such column, or it holds something else.
     """
     import datasets
 
@@ -122,7 +117,7 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, image: str, s
                 f"{_type(features[wanted])}.{_others('--label-column', usable)}"
             )
         return wanted
-    named = sorted((name for name in usable), key=lambda name: name not in _LABEL_NAMES)
+    named = sorted(usable, key=lambda name: name not in _LABEL_NAMES)
     chosen = [name for name in named if isinstance(features[name], datasets.ClassLabel)]
     chosen += [name for name in named if name in _LABEL_NAMES and name not in chosen]
     if chosen:
@@ -130,13 +125,12 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, image: str, s
         if rest:
             logger.info("%s: classes are those of %s.%s", source, chosen[0], _others("--label-column", rest))
         return chosen[0]
-    for name in (name for name in _LABEL_NAMES if name in features and name != image):
+    if name := next((name for name in _LABEL_NAMES if name in features and name != image), None):
         logger.warning(
             "%s: the column %s is %s, which cannot be classes: the images are read without labels.%s",
             source, name, _type(features[name]), _others("--label-column", usable),
         )  # fmt: skip
-        return None
-    if usable:
+    elif usable:
         logger.info(
             "%s: no column of classes, the images are read without labels.%s", source, _others("--label-column", usable)
         )
@@ -200,15 +194,18 @@ class HuggingFaceSource(ImageSource):
         self._table = as_bytes(table, self._columns)
 
         rows, labels = self._wanted_rows(table, names)
-        digests, reasons = self._examined(rows, cache_dir)
+        findings = examine(
+            [str(row) for row in rows],
+            lambda i: self._bytes(int(rows[i])),
+            place=self._table._fingerprint,
+            cache_dir=cache_dir,
+            what=self.name,
+        )
+        digests, reasons = [found.digest for found in findings], [found.reason for found in findings]
         broken = [(f"row {row}", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
         # both splits are opened in a row: what was said about shared rows need not be said twice
-        report_skipped(
-            self.name,
-            broken,
-            strict=strict,
-            level=logging.INFO if split == "val" and not is_own_split else logging.WARNING,
-        )
+        level = logging.INFO if split == "val" and not is_own_split else logging.WARNING
+        report_skipped(self.name, broken, strict=strict, level=level)
         good = np.flatnonzero([not reason for reason in reasons])
         rows, labels, digests = rows[good], labels[good], [digests[i] for i in good]
         missing = set(range(max(self.num_classes, 1))) - set(labels.tolist())
@@ -216,8 +213,7 @@ class HuggingFaceSource(ImageSource):
             empty = f"class {self.class_names[min(missing)]!r}" if self.class_names else "the data set"
             raise UserError(f"{self.name}: every class needs an image, but {empty} has none. Name the classes to use.")
         if not is_own_split:
-            mask = held_out(digests, labels, val_fraction, source=self.name)
-            chosen = np.flatnonzero(mask == (split == "val")) if mask.any() else np.arange(len(rows))
+            chosen = rows_of_split(digests, labels, val_fraction, split, source=self.name)
             rows, labels, digests = rows[chosen], labels[chosen], [digests[i] for i in chosen]
         self._rows, self.labels = rows, labels
         self.fingerprint = sha256_of_parts("hf", *self.class_names, *labels, *digests)
@@ -255,17 +251,6 @@ class HuggingFaceSource(ImageSource):
         labels = np.array([place.get(names[value], -1) for value in found], dtype=np.int64)
         rows = np.flatnonzero(labels >= 0)
         return rows, labels[rows]
-
-    def _examined(self, rows: np.ndarray, cache_dir: str | Path | None) -> tuple[list[str], list[str]]:
-        folder = cache_directory(cache_dir) / "checked"
-        folder.mkdir(exist_ok=True)
-        findings = examine(
-            [str(row) for row in rows],
-            lambda i: self._bytes(int(rows[i])),
-            index_file=folder / f"{sha256_of_parts(self._table._fingerprint)[:16]}.json",
-            what=self.name,
-        )
-        return [found.digest for found in findings], [found.reason for found in findings]
 
     def _bytes(self, row: int) -> bytes:
         return image_bytes(self._table[row][self._columns.image])
@@ -311,13 +296,8 @@ def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path
 
 
 def _loading_advice(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    ):
+    cannot_write = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    if isinstance(error, OSError) and error.errno in cannot_write:
         return writing_advice(error)
     if isinstance(error, ConnectionError):
         return "Check the connection, or download the data before and name their folder."
@@ -387,7 +367,7 @@ class ImageStream:
             )
         self.dataset = as_bytes(dataset, self.columns)
         self.class_names = tuple(self.columns.class_names.values())
-        self.flip: Bool[np.ndarray, " classes"] = np.ones(max(len(self.class_names), 1), dtype=bool)
+        self.flip: Bool[np.ndarray, " classes"] = np.ones(max(self.num_classes, 1), dtype=bool)
         self.fingerprint = sha256_of_parts("stream", name, *self.class_names)
         self.num_skipped = 0
 
@@ -425,11 +405,7 @@ class ImageStream:
 
 
 def open_stream(
-    spec: str,
-    *,
-    strict: bool = False,
-    cache_dir: str | Path | None = None,
-    columns: WantedColumns = ANY_COLUMNS,
+    spec: str, *, strict: bool = False, cache_dir: str | Path | None = None, columns: WantedColumns = ANY_COLUMNS
 ) -> ImageStream:
     """`hf:NAME_OR_PATH[:SPLIT]` as a stream (split train unless one is named). Raises UserError in words."""
     prefix, _, name = spec.partition(":")

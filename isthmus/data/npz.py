@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from isthmus.data.images import Augmentation, ImageUint8
-from isthmus.data.source import ImageSource, choose_classes, held_out
+from isthmus.data.source import ImageSource, choose_classes, rows_of_split
 from isthmus.errors import UserError
 from isthmus.files import sha256_of_parts
 
@@ -45,8 +45,7 @@ class NpzSource(ImageSource):
         wanted = np.flatnonzero(new_label[all_labels] >= 0)
         labels = new_label[all_labels[wanted]].astype(np.int64)
         digests = [hashlib.sha256(images[i].tobytes()).hexdigest() for i in wanted]
-        mask = held_out(digests, labels, val_fraction, source=self.name)
-        chosen = np.flatnonzero(mask == (split == "val")) if mask.any() else np.arange(len(wanted))
+        chosen = rows_of_split(digests, labels, val_fraction, split, source=self.name)
         self._images = images[wanted[chosen]]
         self.labels = labels[chosen]
         self.fingerprint = sha256_of_parts("npz", *self.class_names, *self.labels, *(digests[i] for i in chosen))

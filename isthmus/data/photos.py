@@ -66,15 +66,8 @@ class Photos(ImageSource):
         count = TRAINING_CROPS_PER_PHOTO if split == "train" else HELD_OUT_CROPS_PER_PHOTO
         self.labels = np.tile(np.arange(self.num_classes, dtype=np.int64), count)
         self.flip = np.ones(self.num_classes, dtype=bool)
-        self.fingerprint = sha256_of_parts(
-            self.name,
-            split,
-            count,
-            SMALLEST_CROP,
-            LARGEST_CROP,
-            *self.class_names,
-            *(r.tobytes() for r in self.regions),
-        )
+        settings = (self.name, split, count, SMALLEST_CROP, LARGEST_CROP)
+        self.fingerprint = sha256_of_parts(*settings, *self.class_names, *(r.tobytes() for r in self.regions))
 
     def load(self, index: int) -> ImageUint8:
         """Crop `index`, the same at every call: uint8 (side, side, 3)."""

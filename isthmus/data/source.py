@@ -24,12 +24,7 @@ NO_LABELS = "none"
 
 @dataclass(frozen=True)
 class WantedColumns:
-    """Columns of a table that somebody asks for; None lets the table decide.
-
-    Attributes:
-        image: name of the column of images.
-        label: name of the column of labels, or `NO_LABELS`.
-    """
+    """Columns of images and labels (or `NO_LABELS`) that somebody asks for; None lets the table decide."""
 
     image: str | None = None
     label: str | None = None
@@ -41,15 +36,15 @@ ANY_COLUMNS = WantedColumns()
 class ImageSource(ABC):
     """One split of one data set. Subclasses fill the attributes and say how an image is read.
 
-    name         "openmoji", "folder:cats", ...
-    class_names  one name per class; () when unlabelled (num_classes = 0)
-    labels       (N,) int64, below num_classes; all zeros when unlabelled
-    flip         (max(num_classes, 1),) bool: classes whose meaning survives a horizontal flip
-    balanced     whether training draws all classes equally often
-    attribution  licence lines to print and to write into model cards ("" when unknown)
-    fingerprint  sha256 (hex) of the contents, the split and the settings that change pixels
-    in_memory    reading an image is so quick that worker processes would only cost time
-    augmentation the augmentation that suits these images
+    Attributes:
+        class_names: one name per class; () when unlabelled (num_classes = 0).
+        labels: below num_classes; all zeros when unlabelled.
+        flip: (max(num_classes, 1),): classes whose meaning survives a horizontal flip.
+        balanced: whether training draws all classes equally often.
+        attribution: licence lines to print and to write into model cards ("" when unknown).
+        fingerprint: sha256 (hex) of the contents, the split and the settings that change pixels.
+        in_memory: reading an image is so quick that worker processes would only cost time.
+        augmentation: the one that suits these images.
     """
 
     name: str
@@ -194,6 +189,14 @@ def held_out(
             "%s: too few images to hold any out; held-out figures will be those of the training images", source
         )
     return mask
+
+
+def rows_of_split(
+    hashes: list[str], labels: Int[np.ndarray, " n"], val_fraction: float, split: str, *, source: str
+) -> Int[np.ndarray, " rows"]:
+    """Rows of the images that belong to `split` by `held_out`; all of them where nothing can be held out."""
+    mask = held_out(hashes, labels, val_fraction, source=source)
+    return np.flatnonzero(mask == (split == "val")) if mask.any() else np.arange(len(hashes))
 
 
 def _hold_out_one(hashes: list[str], labels: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.images import Augmentation, augmented_view
 from isthmus.data.source import ImageSource, logger
-from isthmus.data.views import Batch, Sample, collate, random_view, worker_batches
+from isthmus.data.views import Batch, Sample, collate, random_views, worker_batches
 from isthmus.display import Display
 from isthmus.errors import UserError
 from isthmus.files import contents, sha256_of_parts, waited_for, writing_advice
@@ -46,11 +47,8 @@ class ImageTokenizer(Protocol):
 class TokenCache:
     """A folder of token ids, read through a memory map: no RAM is needed, whatever its size.
 
-    token_ids   (N * V, L) uint16 (int32 for more than 65536 codes): row i * V + v is view v of image i
-    labels      (N,) int64
-    num_views   V, augmented views per image
-    class_names names of the labels
-    fingerprint sha256 (hex) over tokenizer, images and settings
+    Row i * num_views + v of `token_ids` (uint16; int32 for more than 65536 codes) is view v of image i. `fingerprint`
+    is a sha256 (hex) over tokenizer, images and settings.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -134,9 +132,9 @@ class TokenCache:
         if not contents(path):
             with waited_for(path, "the token cache"):
                 if not contents(path):
-                    views = _views(source, image_size, augment, seed, num_views, batch_size, num_workers, max_images)
-                    rows = len(source) if not isinstance(source, ImageStream) else None
-                    rows = None if rows is None else min(rows, max_images or rows) * num_views
+                    views, rows = _views(
+                        source, image_size, augment, seed, num_views, batch_size, num_workers, max_images
+                    )
                     _make(path, tokenizer, source, views, made_from, device, num_views, rows)
                     return cls(path)
         cache = cls(path)
@@ -166,12 +164,7 @@ class CacheViews(Dataset[Sample]):
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         numbers = np.asarray(rows, dtype=np.int64)
-        indices = numbers // self.num_views
-        views = [
-            random_view(self.source, int(index), self.image_size, self.augment, stream(self.seed, AUGMENT, int(row)))
-            for index, row in zip(indices, numbers, strict=True)
-        ]
-        return collate(views, self.source.labels[indices], indices, numbers)
+        return random_views(self.source, numbers // self.num_views, numbers, self.image_size, self.augment, self.seed)
 
 
 def _make(
@@ -234,17 +227,17 @@ def _views(
     batch_size: int,
     num_workers: int,
     max_images: int | None,
-) -> Iterator[Batch]:
-    """Batches of views in the order of the cache's rows."""
+) -> tuple[Iterator[Batch], int | None]:
+    """Batches of views in the order of the cache's rows, and the number of these (None: of a stream nobody knows)."""
     if isinstance(source, ImageStream):
         assert max_images is not None, "checked by build"
-        return _streamed_views(source, image_size, augment, seed, num_views, batch_size, max_images)
+        return _streamed_views(source, image_size, augment, seed, num_views, batch_size, max_images), None
     dataset = CacheViews(source, image_size, augment, seed, num_views)
     rows = min(len(source), max_images or len(source)) * num_views
     slices = (list(range(first, min(first + batch_size, rows))) for first in range(0, rows, batch_size))
     if num_workers:
-        return worker_batches(dataset, slices, num_workers)
-    return (dataset.__getitems__(chosen) for chosen in slices)
+        return worker_batches(dataset, slices, num_workers), rows
+    return (dataset.__getitems__(chosen) for chosen in slices), rows
 
 
 def _streamed_views(
@@ -256,23 +249,20 @@ def _streamed_views(
     batch_size: int,
     max_images: int,
 ) -> Iterator[Batch]:
-    views, labels, row = [], [], 0
-    for index, (image, label) in enumerate(source.images()):
-        for _ in range(num_views):
-            generator = stream(seed, AUGMENT, row)
-            views.append(augmented_view(image, image_size, augment, generator, may_flip=bool(source.flip[label])))
-            labels.append(label)
-            row += 1
-        last = index + 1 == max_images
-        if last or len(views) >= batch_size:
-            numbers = np.arange(row - len(views), row)
-            yield collate(views, np.array(labels), numbers // num_views, numbers)
-            views, labels = [], []
-        if last:
-            return
-    if views:
-        numbers = np.arange(row - len(views), row)
-        yield collate(views, np.array(labels), numbers // num_views, numbers)
+    made = (
+        (
+            augmented_view(image, image_size, augment, stream(seed, AUGMENT, row), may_flip=bool(source.flip[label])),
+            label,
+        )
+        for index, (image, label) in enumerate(islice(source.images(), max_images))
+        for row in range(index * num_views, (index + 1) * num_views)
+    )
+    start, whole_images = 0, -(-batch_size // num_views) * num_views
+    while batch := list(islice(made, whole_images)):
+        views, labels = zip(*batch, strict=True)
+        rows = np.arange(start, start + len(views))
+        yield collate(views, np.array(labels), rows // num_views, rows)
+        start += len(views)
 
 
 @torch.no_grad()
@@ -287,10 +277,7 @@ def _encode(
     was_training = network.training
     network.eval()
     try:
-        with (
-            file_path.open("wb") as file,
-            Display("encoding images", rows, "view") as bar,
-        ):
+        with file_path.open("wb") as file, Display("encoding images", rows, "view") as bar:
             # of one length whatever its shape, which is filled in at the end
             header = {"descr": kind.str, "fortran_order": False, "shape": (0, 0)}
             np.lib.format.write_array_header_1_0(file, header)

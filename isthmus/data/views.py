@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from isthmus.data.images import Augmentation, SquareView, augmented_view
 from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
+from isthmus.nn.draws import AUGMENT, stream
 
 Sample = dict[str, Tensor]
 """One sample: "image" float (3, S, S) in [-1, 1] or "token_ids" (L,); "class_label", "index", "position"."""
@@ -38,6 +39,22 @@ def random_view(
     """One training view of image `index`; the generator first draws the raw material, then the augmentation."""
     raw = source.draw(index, generator)
     return augmented_view(raw, image_size, augment, generator, may_flip=bool(source.flip[source.labels[index]]))
+
+
+def random_views(
+    source: ImageSource,
+    indices: Int[np.ndarray, " b"],
+    positions: Int[np.ndarray, " b"],
+    image_size: int,
+    augment: Augmentation,
+    seed: int,
+) -> Batch:
+    """One training view of each of these images; its random numbers follow from (seed, position)."""
+    views = [
+        random_view(source, int(index), image_size, augment, stream(seed, AUGMENT, int(position)))
+        for index, position in zip(indices, positions, strict=True)
+    ]
+    return collate(views, source.labels[indices], indices, positions)
 
 
 def collate(
@@ -131,8 +148,7 @@ class _Worker:
 def worker_batches(dataset: Dataset[Sample], slices: Iterator[list[int]], num_workers: int) -> Iterator[Batch]:
     """The batches that `dataset.__getitems__` makes of these lists, in order, made by `num_workers` fresh processes.
 
-    Raises:
-        UserError: a process died.
+    Raises UserError where a process died.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)

@@ -135,14 +135,10 @@ _Plane = Float[Tensor, "1 1 h w"]
 def to_masks(masks: object) -> list[_Plane]:
     """One (1, 1, h, w) mask of zeros and ones per image, on the CPU; 1 = unknown.
 
-    Args:
-        masks: as `MaskInput` says; anything else is refused in words. Values lie in 0..1, 0..255 or 0..65535, the
-            smallest of these that holds them, and what is above one half is white: soft edges and the traces of JPEG
-            are said and cut there. Pictures of any mode are read as grey, as images are: upright by their EXIF tag,
-            transparency on white, which is made.
-
-    Raises:
-        UserError: there is no mask, it is of another kind or shape, has other values, or is empty or full.
+    Values lie in 0..1, 0..255 or 0..65535, the smallest of these that holds them, and what is above one half is white:
+    soft edges and the traces of JPEG are said and cut there. Pictures of any mode are read as grey, as images are:
+    upright by their EXIF tag, transparency on white, which is made. Raises UserError for anything that `MaskInput` does
+    not name, and for a mask that is empty or full.
     """
     if isinstance(masks, (PIL.Image.Image, np.ndarray, Tensor)) or not isinstance(masks, Iterable):
         masks = [masks]
@@ -207,13 +203,8 @@ class Canvas:
     """Pictures on squares of one size, with masks of what is unknown.
 
     A picture is scaled so that its longer side is the square's, and centred; the border beside a shorter side is
-    unknown.
-
-    Attributes:
-        pixels: (b, 3, side, side) in [-1, 1].
-        mask: (b, 1, side, side), 1 = unknown, the border included.
-        hole: (b, 1, side, side), the same without the border: what is unknown of the pictures themselves.
-        boxes: where the picture lies, one per image.
+    unknown. `mask` (1 = unknown) includes the border, `hole` is the same without it; `boxes` say where each picture
+    lies.
     """
 
     pixels: Images
@@ -248,11 +239,7 @@ class Canvas:
 
 
 def open_images(images: ImageInput) -> list[Float[Tensor, "1 3 h w"]]:
-    """Every image at its own size, in [-1, 1], on the CPU.
-
-    Raises:
-        UserError: there is no image, it is neither picture nor tensor, or a tensor is none of images in [-1, 1].
-    """
+    """Every image at its own size, in [-1, 1], on the CPU; UserError where there is none, or something else."""
     opened: list[Tensor] = []
     for one in listed_images(images):
         batch = checked_images(one) if isinstance(one, Tensor) else from_pictures([upright_rgb(one)])
@@ -268,21 +255,11 @@ def place(
     stride: int,
     hide: bool = True,
 ) -> Canvas:
-    """Pictures and their masks on squares of `side` pixels.
+    """Pictures and their masks (1 = unknown) on squares of `side` pixels, on the device of both.
 
-    Args:
-        images: each (1, 3, h, w).
-        masks: one per image, of its size; zeros alone where all is known.
-        side: that of the model's images.
-        stride: pixels per latent cell, the smallest picture that says anything.
-        hide: what lies under the mask is painted over from around, before scaling, so that nothing of it is read. The
-            border always is.
-
-    Images and masks lie on one device, and so does the canvas.
-
-    Raises:
-        UserError: a mask has another size than its image, a picture is smaller than the stride, or scaling leaves
-            nothing known.
+    `stride` is pixels per latent cell, the smallest picture that says anything. With `hide`, what lies under the mask
+    is painted over from around, before scaling, so that nothing of it is read; the border always is. Raises UserError
+    where a mask has another size than its image, a picture is smaller than the stride, or scaling leaves nothing known.
     """
     placed = [_place(image, mask, side, stride, hide) for image, mask in zip(images, masks, strict=True)]
     return Canvas(
@@ -328,10 +305,8 @@ def extended(
     """A picture with unknown margins of so many pixels, and the mask of these, on its device.
 
     The margins are painted from the picture: there is nothing of an original under them that a rule of keeping could
-    read, and what is encoded should not be a grey frame.
-
-    Raises:
-        UserError: the picture is smaller than the stride, a margin is negative, or all are 0.
+    read, and what is encoded should not be a grey frame. Raises UserError where the picture is smaller than the stride,
+    a margin is negative, or all are 0.
     """
     check_size(image.shape[-1], image.shape[-2], stride)
     margins = {"left": left, "top": top, "right": right, "bottom": bottom}

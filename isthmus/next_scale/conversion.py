@@ -15,7 +15,17 @@ from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.published import Converted, indexed, load_strict, read_weights, rename, require
+from isthmus.published import (
+    Converted,
+    check_belong,
+    check_class_names,
+    data_of,
+    indexed,
+    load_strict,
+    read_weights,
+    rename,
+    require,
+)
 
 # (published key, our key); the first pattern that matches the whole key decides
 _TOKENIZER_KEYS = [
@@ -43,9 +53,7 @@ _TOKENIZER_KEYS = [
     (r"quantize\.quant_resi\.qresi\.(\w+)", r"phi.0.conv.\1"),
     (r"quantize\.quant_resi\.(\d+)\.(\w+)", r"phi.\1.conv.\2"),
 ]
-_TOKENIZER_DROPPED = {
-    r"quantize\.ema_vocab_hit_SV": "usage statistics of training; nothing at inference reads them",
-}
+_TOKENIZER_DROPPED = {r"quantize\.ema_vocab_hit_SV": "usage statistics of training; nothing at inference reads them"}
 _PRIOR_KEYS = [
     (r"word_embed\.(weight|bias)", r"word_embedding.\1"),
     (r"class_emb\.weight", r"class_embedding.weight"),
@@ -74,10 +82,8 @@ _PRIOR_DROPPED = {
 def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, ...]) -> Converted:
     """Published VQVAE weights to `MultiScaleVQVAE` arguments and weights; sizes come from the shapes.
 
-    The schedule is not in the file (the network is fully convolutional): it comes from the prior.
-
-    Raises:
-        UserError: a key is unknown or missing.
+    The schedule is not in the file (the network is fully convolutional): it comes from the prior. Raises UserError
+    where a key is unknown or missing.
     """
     state, dropped = rename(raw, _TOKENIZER_KEYS, _TOKENIZER_DROPPED, "VAR tokenizer", "quantize.embedding.weight")
     first = ("encoder.conv_in.weight", "encoder.levels.0.blocks.0.conv1.weight")
@@ -109,8 +115,7 @@ def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, .
 def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causal") -> Converted:
     """Published VAR weights to `NextScaleTransformer` arguments and weights; every size comes from the file.
 
-    Raises:
-        UserError: a key is unknown or missing.
+    Raises UserError where a key is unknown or missing.
     """
     state, dropped = rename(raw, _PRIOR_KEYS, _PRIOR_DROPPED, "VAR prior", "pos_1LC")
     if "lvl_1L" not in raw:
@@ -170,13 +175,7 @@ _HITS = "quantize.ema_vocab_hit_SV"
 
 @dataclass
 class ConvertedVar:
-    """What `convert_var` returns.
-
-    Attributes:
-        pipeline: ready to draw and to save.
-        dropped_tokenizer_keys: published key -> why it is not needed.
-        dropped_prior_keys: the same for the prior's file.
-    """
+    """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
 
     pipeline: NextScalePipeline
     dropped_tokenizer_keys: dict[str, str]
@@ -192,11 +191,9 @@ def convert_var(
 ) -> ConvertedVar:
     """Published VAR files to a pipeline; the tokenizer gets the prior's scales.
 
-    Sampling defaults are those of the published evaluation: guidance linear from 1 to 2.5 over the scales (its
-    cfg = 1.5), top_k 900 (or the whole codebook where that is smaller), top_p 0.96.
-
-    Raises:
-        UserError: a file is unreadable or of another kind, or the two do not belong together.
+    Sampling defaults are those of the published evaluation: guidance linear from 1 to 2.5 over the scales (its cfg =
+    1.5), top_k 900 (or the whole codebook where that is smaller), top_p 0.96. Raises UserError where a file is
+    unreadable or of another kind, or the two do not belong together.
     """
     raw_tokenizer = read_weights(tokenizer, nested=("vae_local", "vae_wo_ddp", "vae"))
     raw_prior = read_weights(prior, nested=("var_wo_ddp", "var"))
@@ -205,24 +202,11 @@ def convert_var(
     # the file says for how many scales it counted code usage; phi is chosen by their number
     num_scales = len(wanted["scale_sizes"])
     counted = len(raw_tokenizer.get(_HITS, ())) or num_scales
-    if counted != num_scales:
-        raise UserError(
-            f"tokenizer and prior must have the same number of scales K, got {counted} in {tokenizer} and "
-            f"{num_scales} in {prior}. Pass the tokenizer that the prior was trained with."
-        )
+    check_belong("number of scales K", counted, num_scales, tokenizer, prior)
     tokenizer_parts = convert_tokenizer_state(raw_tokenizer, wanted["scale_sizes"])
     for name in ("codebook_size", "codebook_dim"):
-        ours = tokenizer_parts.arguments[name]
-        if ours != wanted[name]:
-            raise UserError(
-                f"tokenizer and prior must have the same {name}, got {ours} in {tokenizer} and {wanted[name]} in "
-                f"{prior}. Pass the tokenizer that the prior was trained with."
-            )
-    if class_names and len(class_names) != wanted["num_classes"]:
-        raise UserError(
-            f"the prior has {wanted['num_classes']} classes, got {len(class_names)} names. "
-            "Pass one name per class, in the order of the class ids."
-        )
+        check_belong(name, tokenizer_parts.arguments[name], wanted[name], tokenizer, prior)
+    check_class_names(class_names, wanted["num_classes"])
     sampling = SamplingOptions(
         guidance_scale=GuidanceSchedule("linear", 1.0, 2.5), top_k=min(900, wanted["codebook_size"]), top_p=0.96
     )
@@ -231,10 +215,7 @@ def convert_var(
         build_prior(prior_parts),
         class_names=class_names,
         sampling_defaults=sampling,
-        data={
-            "name": f"the training data of {Path(prior).name} and {Path(tokenizer).name}",
-            "attribution": "that of the files this model was converted from, and of their training data.",
-        },
+        data=data_of(tokenizer, prior),
         protocol=f"Converted from published VAR weights, scale_attention {scale_attention}; not trained further.",
     )
     return ConvertedVar(pipeline, tokenizer_parts.dropped, prior_parts.dropped)

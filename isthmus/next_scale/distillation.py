@@ -55,13 +55,11 @@ from isthmus.training.train_prior import train_prior
 
 
 def check_student_sizes(teacher_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sides of a student's scales, as a tuple: some of the teacher's, its first and its last among them.
+    """The sides of a student's scales, as a tuple: some of the teacher's, its first and its last among them. Others
+    raise UserError.
 
     The first scale is drawn from the class alone, from a table that belongs to that side; the last is the latent grid;
     and the tokenizer quantises a side with the phi that the parent schedule gives it.
-
-    Raises:
-        UserError: a side is not the teacher's, an end is missing, or the sides do not increase.
 
     >>> check_student_sizes((1, 2, 3, 4, 6, 8), [1, 3, 8])
     (1, 3, 8)
@@ -142,22 +140,15 @@ class TeacherRollouts:
     """The teacher draws what lies between two scales of the student, from the image's own coarser scales.
 
     With a < b two sides that follow each other in the student's schedule: the teacher takes the image's tokens of its
-    own schedule up to a and draws its scales in (a, b]. The step from the student's features after a to the teacher's
-    after b is then quantised at b: a target for the student, whose input at b are its own features after a.
+    own schedule up to a and draws its scales in (a, b], without guidance and filters. The step from the student's
+    features after a to the teacher's after b is then quantised at b: a target for the student, whose input at b are its
+    own features after a.
 
-    Args:
-        tokenizer: frozen.
-        teacher: frozen; draws without guidance and filters.
-        schedule: the student's.
-        scales: the student's scales to make targets for, increasing, none of them the first.
+    `schedule` is the student's, `scales` those of its scales to make targets for, increasing, none of them the first.
     """
 
     def __init__(
-        self,
-        tokenizer: MultiScaleVQVAE,
-        teacher: NextScaleTransformer,
-        schedule: ScaleSchedule,
-        scales: Sequence[int],
+        self, tokenizer: MultiScaleVQVAE, teacher: NextScaleTransformer, schedule: ScaleSchedule, scales: Sequence[int]
     ):
         self.tokenizer, self.teacher, self.schedule, self.scales = tokenizer, teacher, schedule, tuple(scales)
         self.teacher_schedule = tokenizer.schedule.derive(teacher.schedule.sizes)
@@ -172,14 +163,9 @@ class TeacherRollouts:
         *,
         seed: int,
     ) -> list[ScaleTokens]:
-        """Token ids for each of `scales`.
+        """Token ids for each of `scales`, from the images under the student's schedule and under the teacher's.
 
-        Args:
-            labels: class ids; the teacher gets the label that the student gets.
-            token_ids: the images under the student's schedule.
-            teacher_ids: the images under the teacher's.
-            positions: training positions, which the draws depend on.
-            seed: of the run.
+        The teacher gets the label that the student gets. Draws follow from the run's seed and the training positions.
         """
         tokenizer, theirs = self.tokenizer, self.teacher_schedule
         ours = [scale.features for scale in tokenizer.token_scales(token_ids, self.schedule)]
@@ -232,11 +218,7 @@ class _TeacherContext:
 
 
 def student_of(teacher: NextScaleTransformer, scale_sizes: Sequence[int], scale_attention: str) -> NextScaleTransformer:
-    """A transformer on `scale_sizes` with the teacher's weights.
-
-    Raises:
-        UserError: the sides are not some of the teacher's with its first and its last.
-    """
+    """A transformer on `scale_sizes` with the teacher's weights; UserError as `check_student_sizes`."""
     sizes = check_student_sizes(teacher.schedule.sizes, scale_sizes)
     arguments: dict[str, Any] = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
     student = NextScaleTransformer(**(arguments | {"scale_sizes": sizes, "scale_attention": scale_attention}))
@@ -259,9 +241,8 @@ def rows_by_side(weights: Mapping[str, Tensor], schedule: ScaleSchedule, shorter
 class DistillationLosses(PriorLosses):
     """What one batch gave; `by_scale` is the cross-entropy on data tokens.
 
-    Attributes:
-        teacher_by_scale: nats per token beside it: the divergence from the teacher where it can be asked about the
-            student's input, the cross-entropy on its rollouts elsewhere; zeros without a teacher.
+    `teacher_by_scale` stands beside it, in nats per token: the divergence from the teacher where it can be asked about
+    the student's input, the cross-entropy on its rollouts elsewhere; zeros without a teacher.
     """
 
     teacher_by_scale: Float[Tensor, " scales"]
@@ -270,10 +251,8 @@ class DistillationLosses(PriorLosses):
 class ScaleDistillationTask(NextScaleTask):
     """Scale distillation, as the training loop asks for it.
 
-    Attributes:
-        teacher: frozen.
-        asked: scales of the student at which the teacher is asked about the student's own input.
-        rolled: the others, whose targets are drawn by the teacher on its own scales.
+    The frozen teacher is asked about the student's own input at the scales in `asked`; at the others, `rolled`, it
+    draws targets on its own scales.
     """
 
     def __init__(self, run: DistillRun):
@@ -284,8 +263,8 @@ class ScaleDistillationTask(NextScaleTask):
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
         sizes, markov = self.teacher.schedule.sizes, self.teacher.is_markov
         self.asked = shared_steps(sizes, self.schedule.sizes, markov=markov) if run.distillation_weight else ()
-        self.rolled = tuple(k for k in range(self.schedule.num_scales) if k not in self.asked)
-        self.rolled = self.rolled if run.distillation_weight else ()
+        taught = range(self.schedule.num_scales if run.distillation_weight else 0)
+        self.rolled = tuple(k for k in taught if k not in self.asked)
         self._rollouts = TeacherRollouts(tokenizer, self.teacher, self.schedule, self.rolled)
         if self.rolled:
             self.encoder = encoder_for(tokenizer, self.schedule, self._rollouts.teacher_schedule)
@@ -337,10 +316,8 @@ class ScaleDistillationTask(NextScaleTask):
             parts = logits.split(list(schedule.lengths), dim=1)
             for k, theirs in zip(self.asked, self._teacher_logits(labels, inputs), strict=True):
                 said[k] = scale_divergence(theirs, parts[k])
-            rollouts = (
-                self._rollouts.targets(labels, token_ids, teacher_ids, positions, seed=seed) if self.rolled else []
-            )
-            for k, targets in zip(self.rolled, rollouts, strict=True):
+            drawn = self._rollouts.targets(labels, token_ids, teacher_ids, positions, seed=seed) if self.rolled else []
+            for k, targets in zip(self.rolled, drawn, strict=True):
                 said[k] = F.cross_entropy(parts[k].float().transpose(1, 2), targets)
         by_scale = torch.stack(said)
         total = data.total + run.distillation_weight * (by_scale.new_tensor(self._weights) * by_scale).sum()
@@ -391,13 +368,9 @@ def prepare(
     """Tokenizer, training images, held-out images, teacher, student (which starts as the teacher), and some sides.
 
     The sides are those of the model that the run names: at the end of a progressive distillation the teacher has fewer.
-
-    Raises:
-        UserError: there is no teacher, it cannot teach this student, or it was trained on other classes.
+    Raises UserError where there is no teacher, it cannot teach this student, or it was trained on other classes.
     """
-    if not run.from_model:
-        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
-    source = load_teacher(run.from_model)
+    source = load_teacher(teacher_named_in(run))
     sizes, mask = student_shape(run, source.transformer.schedule.sizes, source.transformer.config["scale_attention"])
     teacher = source
     stages = removal_stages(source.transformer.schedule.sizes, sizes)
@@ -413,30 +386,29 @@ def prepare(
     return source.tokenizer, train, held_out, frozen, student, source.transformer.schedule.sizes
 
 
+def teacher_named_in(run: DistillRun) -> str:
+    """The model that a run distils; UserError where it names none."""
+    if not run.from_model:
+        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
+    return run.from_model
+
+
 def student_shape(
     run: DistillRun, teacher_sizes: tuple[int, ...], teacher_attention: str
 ) -> tuple[tuple[int, ...], str]:
-    """Sides of the student's scales and its mask.
-
-    Raises:
-        UserError: the sides are not some of the teacher's, or nothing would change.
-    """
+    """Sides of the student's scales and its mask; UserError where they are no student's, or the teacher's own."""
     sizes = check_student_sizes(teacher_sizes, run.scale_sizes or teacher_sizes)
     mask = run.scale_attention or teacher_attention
     if (sizes, mask) == (tuple(teacher_sizes), teacher_attention):
         raise UserError(
-            f"a student needs fewer scales or another mask than its teacher ({','.join(map(str, sizes))}, {mask}), got "
+            f"a student needs fewer scales or another mask than its teacher ({listed(sizes)}, {mask}), got "
             "the same. Pass --scale-sizes with some of them, or --scale-attention."
         )
     return sizes, mask
 
 
 def check_classes(found: Sequence[str], teacher_names: Sequence[str], num_classes: int) -> None:
-    """Refuse images of other classes than the teacher's; a teacher may have `num_classes` without names.
-
-    Raises:
-        UserError: names, order or number differ.
-    """
+    """Raise UserError for images of other classes than the teacher's, which may have `num_classes` without names."""
     if len(found) != num_classes or (teacher_names and tuple(found) != tuple(teacher_names)):
         known = ", ".join(teacher_names) or f"{num_classes} without names"
         raise UserError(
@@ -454,7 +426,6 @@ logger = logging.getLogger("isthmus")
 
 BASELINE, SCORES = "without_teacher", "scores"
 
-
 _SIZES = ("width", "num_layers", "mlp_ratio", "codebook_size", "codebook_dim", "shared_adaln")
 
 
@@ -463,17 +434,15 @@ def distill(run: DistillRun) -> Path:
     """Train the student, continuing where an earlier call stopped; returns its pipeline folder.
 
     With `progressive` the students on the way lie in `out`/stages, with `baseline` the one without a teacher in
-    `out`/without_teacher. At the end the log has the commands that measure them beside each other.
-
-    Raises:
-        UserError: teacher, schedule, images and folder do not fit each other (before anything is trained).
-        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
+    `out`/without_teacher. At the end the log has the commands that measure them beside each other. Raises UserError,
+    before anything is trained, where teacher, schedule, images and folder do not fit each other; Ctrl-C raises
+    KeyboardInterrupt after a last checkpoint.
     """
     stages = stage_runs(run)
     check_folder(run)
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
-            logger.info("stage %d/%d: scales %s", number, len(stages), ", ".join(map(str, stage.scale_sizes or ())))
+            logger.info("stage %d/%d: scales %s", number, len(stages), _listed(stage.scale_sizes or ()))
         train_prior(stage)
     without_teacher = baseline_run(run, len(stages))
     if without_teacher is not None:
@@ -504,12 +473,9 @@ def measuring_commands(run: DistillRun, *, with_baseline: bool) -> list[str]:
 def stage_runs(run: DistillRun) -> list[DistillRun]:
     """The runs of a distillation in order; the last is `run` itself.
 
-    Raises:
-        UserError: there is no teacher, or its scales do not allow this student, or this guidance.
+    Raises UserError where there is no teacher, or its scales do not allow this student, or this guidance.
     """
-    if not run.from_model:
-        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
-    saved = read_config(model_folder(run.from_model) / "transformer")
+    saved = read_config(model_folder(teacher_named_in(run)) / "transformer")
     if "scale_sizes" not in saved:
         raise UserError(
             f"only next-scale models (VAR, SRDD) have scales to leave out, {run.from_model} is of another family."
@@ -569,13 +535,7 @@ def _trainings(run: DistillRun, models: Sequence[Mapping[str, Any]], costs: Sequ
 
 
 def teaching(teacher: Mapping[str, Any], student: Mapping[str, Any], *, weight: float) -> str:
-    """What a student learns from its teacher, in words.
-
-    Args:
-        teacher: settings of its transformer.
-        student: settings of the student's.
-        weight: distillation weight.
-    """
+    """What a student learns from its teacher, in words, from the settings of both transformers."""
     if weight == 0:
         return "no teacher is asked (distillation weight 0)"
     sizes = student["scale_sizes"]

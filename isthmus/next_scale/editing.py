@@ -27,12 +27,10 @@ DEFAULT_JUMP_SCALES = 2
 
 @dataclass(frozen=True)
 class KnownPart:
-    """What an edit takes from its source.
+    """What an edit takes from its source: per scale, which tokens (`kept`), and which codes these are.
 
-    Attributes:
-        kept: per scale (b, s * s), which tokens are the source's.
-        token_ids: called with (scale, features so far), the source's tokens of that scale. Those that are not kept do
-            not matter.
+    `token_ids`, called with (scale, features so far), returns the source's tokens of that scale; those that are not
+    kept do not matter.
     """
 
     kept: KeptTokens
@@ -43,17 +41,12 @@ class KnownPart:
 class Jumps:
     """Simple resampling: how often, and how far, an edit goes back.
 
-    After a scale n, the features are quantised again, the tokens of all but the last `num_scales` scales up to n are
-    those found (the tokens an edit keeps stay the source's), and these last scales are drawn anew, with random numbers
-    of their own. What the coarse scales say thus learns from the finer ones that were drawn under them.
+    After a scale n, the features are quantised again, the tokens of all but the last `num_scales` (>= 1) scales up to n
+    are those found (the tokens an edit keeps stay the source's), and these last scales are drawn anew, with random
+    numbers of their own. What the coarse scales say thus learns from the finer ones that were drawn under them.
 
-    Attributes:
-        per_scale: number of jumps after each scale, >= 0; a scale may have none. The first `num_scales` scales have
-            none: a jump from there would keep nothing.
-        num_scales: scales drawn anew, >= 1.
-
-    Raises:
-        UserError: a number is out of range.
+    `per_scale` has the number of jumps after each scale. The first `num_scales` scales have none: a jump from there
+    would keep nothing.
     """
 
     per_scale: tuple[int, ...]
@@ -74,14 +67,11 @@ class Jumps:
     def of(cls, jumps: int | Sequence[int], jump_scales: int | None, num_scales: int) -> "Jumps":
         """One number for every scale from which a jump leaves a scale before it as it is, or one number per scale.
 
-        `jump_scales` None is 2.
+        `jump_scales` None is 2. Raises UserError where a number is out of range, `jump_scales` is given without jumps,
+        or there are no scales to jump from.
 
         >>> Jumps.of(2, 1, 3)
         Jumps(per_scale=(0, 2, 2), num_scales=1)
-
-        Raises:
-            UserError: a number is out of range, `jump_scales` is given without jumps, or there are no scales to jump
-                from.
         """
         back = DEFAULT_JUMP_SCALES if jump_scales is None else jump_scales
         if isinstance(jumps, int):
@@ -118,22 +108,20 @@ def known_part(
     """What an edit keeps of images.
 
     Args:
-        image_tokenizer: encodes the images.
         schedule: scales of the model.
         images: in [-1, 1], of the tokenizer's size. What lies under the mask is read like the rest: fill it first
             (`fill_unknown`) where it is not to be seen.
         mask: (b, 1, h, w), 1 = unknown.
-        keeping: "coverage" keeps a token with at most the share `max_unknown` of unknown pixels, and finds it anew
-            from what the features so far leave of the image, so that what a drawn coarse token spills over known pixels
-            is mended by finer ones. "published" is VAR's procedure: tokens of the image as they are, kept where the
-            mask, resized bilinearly, says so; the 1 x 1 scale always.
+        keeping: "coverage" keeps a token with at most the share `max_unknown` of unknown pixels, and finds it anew from
+            what the features so far leave of the image, so that what a drawn coarse token spills over known pixels is
+            mended by finer ones. "published" is VAR's procedure: tokens of the image as they are, kept where the mask,
+            resized bilinearly, says so; the 1 x 1 scale always.
         max_unknown: in [0, 1), one share for all scales or one per scale; None is one half. It belongs to "coverage".
         from_scale: nothing is kept from this scale on; None keeps on every scale.
         num_results: rows of the edit. A single image serves any number and is encoded once; None is one per image.
 
-    Raises:
-        UserError: a value is out of range, `max_unknown` is given to "published", or there are several images and
-            another number of results.
+    Raises UserError where a value is out of range, `max_unknown` is given to "published", or there are several images
+    and another number of results.
     """
     if keeping not in get_args(Keeping):
         raise UserError(f"keeping must be one of {', '.join(get_args(Keeping))}, got {keeping!r}.")
@@ -170,16 +158,8 @@ def edit_scales(
 ) -> Iterator[Scale]:
     """Draw every scale, coarse to fine, but for the tokens that are kept.
 
-    A scale that is kept whole is not predicted, unless the model is causal and its keys are needed later.
-
-    Args:
-        image_tokenizer: that of the sampler.
-        sampler: predicts and draws.
-        known: what is kept.
-        jumps: simple resampling; None is none.
-
-    Yields:
-        One `Scale` per visit. A scale that is visited again comes again: its last visit counts.
+    A scale that is kept whole is not predicted, unless the model is causal and its keys are needed later. After a jump
+    (None: no jumps) a scale comes again: its last visit counts.
     """
     loop = _EditLoop(image_tokenizer, sampler, known)
     jumps = jumps or Jumps((0,) * sampler.schedule.num_scales)
@@ -201,10 +181,8 @@ def _visits(loop: "_EditLoop", jumps: Jumps) -> Iterator[Scale]:
 class _EditLoop:
     """One edit as it stands.
 
-    Attributes:
-        states: features before scale 0, 1, ...; states[k + 1] are those after scale k.
-        token_ids: of every scale as it stands.
-        rounds: how often each scale was drawn: the round of its next random numbers.
+    `states[k + 1]` are the features after scale k. `rounds` counts how often each scale was drawn, which is the round
+    of its next random numbers.
     """
 
     def __init__(self, image_tokenizer: MultiScaleVQVAE, sampler: ScaleSampler, known: KnownPart):

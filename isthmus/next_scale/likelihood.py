@@ -38,9 +38,9 @@ class DiffusionBound:
     so its posterior q(x_{n+1} | x_n, image) is a point mass, and its KL to the model is -log p(x_{n+1} | x_n).
 
     Attributes:
-        prior: (b,), KL of the last state of the forward process to where generation starts: both are x_0, so 0.
+        prior: KL of the last state of the forward process to where generation starts: both are x_0, so 0.
         steps: (b, K - 1), KL of every step from x_0 up to x_{K-1}.
-        reconstruction: (b,), -log p(x_K | x_{K-1}).
+        reconstruction: -log p(x_K | x_{K-1}).
     """
 
     prior: Float[Tensor, " b"]
@@ -65,15 +65,8 @@ def token_log_likelihood(
     The model is unguided and unfiltered, at temperature 1. Tokens of one scale are independent given the coarser ones,
     so a row's sum is log p(pyramid | class), for both kinds of attention.
 
-    Args:
-        image_tokenizer: its codebook and phi make the inputs.
-        transformer: the model in question.
-        token_ids: one (b, s_k * s_k) per scale of the transformer.
-        class_labels: (b,), 0..num_classes; num_classes is the null label.
-
-    Raises:
-        UserError: tokenizer and transformer do not belong together. Tokens are the caller's to check
-            (`check_token_ids`).
+    Labels are 0..num_classes, the last being the null label; tokens are the caller's to check (`check_token_ids`).
+    Raises UserError where tokenizer and transformer do not belong together.
     """
     schedule = shared_schedule(image_tokenizer, transformer)
     token_ids = [ids.long().to(transformer.device) for ids in token_ids]
@@ -166,11 +159,11 @@ class ClassScores:
     """How probable the candidate classes make images.
 
     Attributes:
-        nats: (b, candidates), log p(tokens | class) of the scales that were looked at; a mean over the views.
-        scales: (b, candidates), how many scales these are. A class that was dropped has fewer than the others.
-        below_best: (b, candidates), nats below the best class, both taken at the last scale at which the class was
-            looked at; 0 for the best.
-        tokens: (b,), tokens that ran through the network for this image, all classes and views together.
+        nats: log p(tokens | class) of the scales that were looked at; a mean over the views.
+        scales: how many scales these are. A class that was dropped has fewer than the others.
+        below_best: nats below the best class, both taken at the last scale at which the class was looked at; 0 for the
+            best.
+        tokens: tokens that ran through the network for this image, all classes and views together.
     """
 
     nats: Float[Tensor, "b candidates"]
@@ -241,8 +234,6 @@ def score_classes(
     classes that go on, once these are few enough.
 
     Args:
-        image_tokenizer: makes the inputs.
-        transformer: the model.
         token_ids: one (b * num_views, s_k * s_k) per scale; the views of an image lie next to each other.
         candidates: class ids.
         keep: at least so many classes per image go on to the last scale. With 1, an image is decided as soon as one
@@ -349,8 +340,7 @@ class _Pairs:
         for scale in range(start, end):
             logits = self.transformer.forward_scale(scale, self.inputs[scale][rows], modulation, cache)
             if scale >= first:
-                losses = F.cross_entropy(logits.float().transpose(1, 2), self.token_ids[scale][rows], reduction="none")
-                gained -= losses.sum(dim=1)
+                gained += _nats(logits, self.token_ids[scale][rows]).sum(dim=1)
         return gained.view(-1, self.num_views).mean(dim=1)
 
 
@@ -405,9 +395,8 @@ def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Flo
 
 def _overlaps(size: int, grid: int) -> Float[Tensor, "{size} {grid}"]:
     """Which part of each of `size` equal intervals lies in each of `grid` equal intervals; rows sum to 1."""
-    edges = (
-        torch.arange(size + 1, dtype=torch.float64, device="cpu") * grid
-    )  # both divisions in units of 1 / (size * grid)
+    # both divisions in units of 1 / (size * grid)
+    edges = torch.arange(size + 1, dtype=torch.float64, device="cpu") * grid
     cells = torch.arange(grid + 1, dtype=torch.float64, device="cpu") * size
     low = torch.maximum(edges[:-1, None], cells[None, :-1])
     high = torch.minimum(edges[1:, None], cells[None, 1:])

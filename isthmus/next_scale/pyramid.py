@@ -91,8 +91,7 @@ class ScaleSchedule:
     def derive(self, sizes: Sequence[int], phi_indices: Sequence[int] | None = None) -> "ScaleSchedule":
         """A schedule on the same tokenizer: every side keeps the phi this schedule gives it (spec of SRDD, 3.3).
 
-        Raises:
-            UserError: a side is unknown here and `phi_indices` is not given, or the last side is not the grid.
+        Raises UserError where a side is unknown here and `phi_indices` is not given, or the last side is not the grid.
 
         >>> official = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), default_phi_indices(10, 4))
         >>> official.derive((1, 3, 5, 8, 13, 16)).phi_indices
@@ -131,12 +130,8 @@ def bicubic_upsample(features: FeatureMap, size: int) -> Float[Tensor, "b d {siz
 
 @dataclass
 class Scale:
-    """One turn of the residual loop.
-
-    Attributes:
-        index: scale k, from 0.
-        token_ids: (b, s_k * s_k), row by row.
-        features: (b, d, grid, grid), the sum over scales 0..k ("Fhat" of the paper).
+    """One turn of the residual loop: the tokens of scale k = `index`, row by row, and the features, which are the sum
+    over scales 0..k ("Fhat" of the paper).
     """
 
     index: int
@@ -150,17 +145,11 @@ def residual_scales(
     choose: Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]],
     phi: Callable[[int, LatentMap], LatentMap],
 ) -> Iterator[Scale]:
-    """Build the features scale by scale, from zero: features += phi_k(upsample(codes_k)).
+    """Build the features scale by scale, coarse to fine: features += phi_k(upsample(codes_k)).
 
-    Args:
-        start: zeros of (b, d, grid, grid), which fix batch, device and type.
-        schedule: the scales.
-        choose: called with (scale, features so far), returns the scale's token ids and their codes as a map of
-            (b, d, s_k, s_k). Encoding searches them, decoding looks them up, sampling draws them.
-        phi: called with (scale, upsampled codes).
-
-    Yields:
-        One `Scale` per scale, coarse to fine.
+    `start` holds zeros, which fix batch, device and type. `choose`, called with (scale, features so far), returns the
+    scale's token ids and their codes as a map (b, d, s_k, s_k): encoding searches them, decoding looks them up,
+    sampling draws them. `phi` is called with (scale, upsampled codes).
     """
     features = start
     for index in range(schedule.num_scales):

@@ -28,10 +28,8 @@ DEFAULT_JUMP_SCALES = 2
 
 @dataclass(frozen=True)
 class Forwards:
-    """Predictions of a scale in one draw, rounds included; labelled and null rows of a scale are one.
-
-    Attributes:
-        least, most: the same number, unless it depends on what is drawn.
+    """Predictions of a scale in one draw, rounds included; labelled and null rows of a scale are one. `least` is `most`
+    unless the number depends on what is drawn.
     """
 
     least: int
@@ -45,20 +43,19 @@ class ScaleRefinementScheduler(Recorded):
     """Rounds of redrawing per scale. It holds no state and no random numbers.
 
     Args:
-        mode: "none" draws every token once. "masked" hides the least likely tokens of a scale after they are drawn
-            and draws them again beside those that stay; a round costs one forward of its scale. "simple" jumps back:
-            the features after a scale are quantised anew, all but the last `jump_scales` scales of that are kept and
-            the others drawn again (RePaint's jump); a jump costs the forwards of the scales it repeats.
-        rounds: one number per scale, coarse to fine, 0 for what is left out; None is one round at the second to
-            fourth scale (simple: from the first scale that a jump can start from, `jump_scales` counted from 0, to
-            the fourth: with 2 the third and fourth). The first scale has no context and none.
+        mode: "none" draws every token once. "masked" hides the least likely tokens of a scale after they are drawn and
+            draws them again beside those that stay; a round costs one forward of its scale. "simple" jumps back: the
+            features after a scale are quantised anew, all but the last `jump_scales` scales of that are kept and the
+            others drawn again (RePaint's jump); a jump costs the forwards of the scales it repeats.
+        rounds: one number per scale, coarse to fine, 0 for what is left out; None is one round at the second to fourth
+            scale (simple: from the first scale that a jump can start from, `jump_scales` counted from 0, to the fourth:
+            with 2 the third and fourth). The first scale has no context and none.
         share: masked only: share of a scale's tokens that a round draws again, in (0, 1]; None is 0.3, where `p_min`
             does not say otherwise.
         p_min: masked only, instead of a share: tokens less probable than this are drawn again, in (0, 1).
         jump_scales: simple only: how many scales a jump repeats, the one it starts from included; None is 2.
 
-    Raises:
-        UserError: an argument is out of its range or means nothing in this mode.
+    Raises UserError where an argument is out of its range or means nothing in this mode.
 
     >>> ScaleRefinementScheduler(mode="masked", rounds=(0, 2)).rounds_of(3)
     (0, 2, 0)
@@ -108,10 +105,8 @@ class ScaleRefinementScheduler(Recorded):
         return settings | {"mode": "masked"} if settings.get("mode") == "critic" else settings
 
     def rounds_of(self, num_scales: int) -> tuple[int, ...]:
-        """Rounds (or jumps) after every scale of a model.
-
-        Raises:
-            UserError: there are rounds for a scale that the model does not have, or no round at all.
+        """Rounds (or jumps) after every scale of a model; UserError for rounds at a scale that it lacks, or none at
+        all.
         """
         if self.mode == "none":
             return (0,) * num_scales
@@ -124,18 +119,11 @@ class ScaleRefinementScheduler(Recorded):
         return rounds
 
     def forwards_of(self, num_scales: int, *, has_cache: bool, smooth: bool) -> Forwards:
-        """What a draw costs, whatever the batch it is part of.
+        """What a draw costs, whatever the batch it is part of; `has_cache` for a causal model.
 
         Two things depend on what is drawn: a round by `p_min` in which no token is less probable is left out, and a
-        jump of a causal model reads the kept scales again where their tokens changed.
-
-        Args:
-            num_scales: of the model.
-            has_cache: whether the model is causal.
-            smooth: codes are mixed, which a jump always changes.
-
-        Raises:
-            UserError: as `rounds_of`.
+        jump of a causal model reads the kept scales again where their tokens changed (with `smooth`, which mixes codes,
+        always).
 
         >>> scheduler = ScaleRefinementScheduler(mode="simple")
         >>> str(scheduler.forwards_of(6, has_cache=False, smooth=False))
@@ -172,11 +160,7 @@ class ScaleRefinementScheduler(Recorded):
         return probabilities < p_min if p_min is not None else lowest_share(probabilities, self.share)
 
     def _refuse_unused(self, **given: object) -> None:
-        used = {
-            "none": (),
-            "simple": ("rounds", "jump_scales"),
-            "masked": ("rounds", "share", "p_min"),
-        }[self.mode]
+        used = {"none": (), "simple": ("rounds", "jump_scales"), "masked": ("rounds", "share", "p_min")}[self.mode]
         for name, value in given.items():
             if value is not None and name not in used:
                 raise UserError(f"mode {self.mode!r} has no {name}, got {value}. Leave it out, or choose another mode.")
@@ -197,12 +181,8 @@ def lowest_share(values: Float[Tensor, "b l"], share: float) -> Bool[Tensor, "b 
 def refined_scales(sampler: ScaleSampler, scheduler: ScaleRefinementScheduler | None = None) -> Iterator[Scale]:
     """Draw the tokens of every scale, with the rounds that `scheduler` asks for; None draws every token once.
 
-    Yields:
-        One `Scale` per scale when it is drawn, and after a jump once more each scale that has changed or was drawn
-        again: the last one of an index counts.
-
-    Raises:
-        UserError: rounds for a scale that does not exist.
+    A scale comes when it is drawn, and after a jump once more where it has changed or was drawn again: the last one of
+    an index counts. Raises UserError as `rounds_of`.
     """
     num_scales = sampler.schedule.num_scales
     rounds = (0,) * num_scales if scheduler is None else scheduler.rounds_of(num_scales)
@@ -226,12 +206,8 @@ def _refined(
 
 @dataclass
 class _State:
-    """What has been drawn.
-
-    Attributes:
-        features: sum of the scales in `token_ids`.
-        token_ids: of scales 0.. up to the last one drawn.
-        visits: how often each scale was drawn: the round of its next random numbers.
+    """What has been drawn: the scales up to the last one drawn, their summed features, and how often each scale was
+    drawn (`visits`), which is the round of its next random numbers.
     """
 
     features: LatentMap
@@ -272,15 +248,10 @@ def redraw(
     hidden: Bool[Tensor, "b l"],
     round_index: int,
 ) -> ScaleDraw:
-    """A draw of the whole scale that has seen the codes that are not hidden; one forward.
+    """A draw of the whole scale (from 1) that has seen the codes that are not hidden; one forward.
 
-    Args:
-        sampler: has predicted this scale already.
-        scale: the scale, from 1.
-        before: features before the scale.
-        codes: (b, d, s, s) of the scale as it stands.
-        hidden: True where a token is to be drawn again.
-        round_index: of the random numbers, from 1.
+    The sampler has predicted this scale already. `before` are the features before it, `codes` those of the scale as it
+    stands; `hidden` is True where a token is to be drawn again; `round_index` counts random numbers from 1.
     """
     logits = sampler.predict_again(scale, before, codes, hidden)
     return sampler.draw(scale, logits, round_index=round_index)

@@ -52,12 +52,8 @@ def cpu_layout(dtype: torch.dtype, image_size: int) -> torch.memory_format:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes.
-
-    Args:
-        in_channels: width of the input, a multiple of 32.
-        out_channels: width of the output, a multiple of 32.
-        dropout: rate before the second convolution.
+    """x + conv(silu(norm(conv(silu(norm(x)))))), dropout before the second convolution, with a 1x1 convolution on x
+    where the width changes. Widths are multiples of 32.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
@@ -141,12 +137,7 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 @dataclass
 class EncoderOutput:
-    """What `MultiScaleVQVAE.encode` returns.
-
-    Attributes:
-        token_ids: one int tensor (b, s_k * s_k) per scale.
-        latents: (b, d, grid, grid), the map before quantisation.
-    """
+    """What `MultiScaleVQVAE.encode` returns: token ids (b, s_k * s_k) per scale, and the map before quantisation."""
 
     token_ids: TokenPyramid
     latents: LatentMap
@@ -157,9 +148,9 @@ class MultiScaleVQVAEOutput:
     """What training reads.
 
     Attributes:
-        images: (b, 3, h, w) reconstruction, not clamped.
-        token_ids: one int tensor (b, s_k * s_k) per scale; empty where quantisation was left out.
-        latents: (b, d, grid, grid), the map before quantisation.
+        images: the reconstruction, not clamped.
+        token_ids: empty where quantisation was left out.
+        latents: the map before quantisation.
         codebook_loss: mean over scales of mse(features_k, sg(latents)).
         commitment_loss: mean over scales of mse(sg(features_k), latents), not yet weighted.
     """
@@ -265,26 +256,21 @@ class MultiScaleVQVAE(SavedModel):
     """Convolutional autoencoder whose latent map is quantised residually over a pyramid of scales.
 
     Args:
-        codebook_size: number of codes.
-        codebook_dim: width of a code.
         scale_sizes: sides of the scales, coarse to fine; the last is the side of the latent map.
         phi_indices: which phi follows each scale; None takes the published rule.
         num_phi: number of phi convolutions (1: one for all scales).
         phi_ratio: share of the convolution in phi, in [0, 1]; 0 leaves phi out.
-        base_channels: width of the first level, a multiple of 32.
+        base_channels: width of the first level; every width is a multiple of 32.
         channel_multipliers: one factor on `base_channels` per level; the stride is 2 ** (levels - 1), times
             `pixel_unshuffle`.
         num_res_blocks: residual blocks per encoder level; the decoder has one more.
         normalize_codes: compare directions instead of positions (the vector looked up stays the raw row).
         commitment_weight: weight of the commitment loss beside the codebook loss ("beta").
-        dropout: rate inside residual blocks.
         pixel_unshuffle: side of the squares of pixels that enter as channels of one place, and come back as pixels at
-            the exit. Convolutions at full resolution have few channels, so that memory bounds them, not arithmetic;
-            2 leaves a quarter of the places. 1 is off, as in the published network.
+            the exit. Convolutions at full resolution have few channels, so that memory bounds them, not arithmetic; 2
+            leaves a quarter of the places. 1 is off, as in the published network.
 
-    Raises:
-        UserError: the schedule does not increase, a phi index has no convolution, `phi_ratio` is outside [0, 1], a
-            width is no multiple of 32, or `pixel_unshuffle` is below 1.
+    Raises UserError where the schedule does not increase, or an argument is out of its range.
 
     >>> tokenizer = MultiScaleVQVAE(
     ...     codebook_size=16, codebook_dim=4, scale_sizes=(1, 2), base_channels=32, channel_multipliers=(1, 1),
@@ -337,11 +323,7 @@ class MultiScaleVQVAE(SavedModel):
         self.decoder = Decoder(widths, num_res_blocks, codebook_dim, dropout, pixel_unshuffle)
 
     def latents(self, images: Images) -> LatentMap:
-        """Images in [-1, 1] of side `image_size` to the map before quantisation.
-
-        Raises:
-            UserError: the images have another side than the schedule's latent grid times the stride.
-        """
+        """Images in [-1, 1] to the map before quantisation; UserError for any other side than `image_size`."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"images must be {self.image_size} x {self.image_size} (latent grid {self.schedule.grid} x stride "
@@ -351,11 +333,7 @@ class MultiScaleVQVAE(SavedModel):
 
     @whole_fp32()
     def encode(self, images: Images) -> EncoderOutput:
-        """Images in [-1, 1] of side `image_size` to token ids of every scale and the latents.
-
-        Raises:
-            UserError: the images have another side than the schedule's latent grid times the stride.
-        """
+        """Images in [-1, 1] to token ids of every scale and the latents; UserError as `latents`."""
         latents = self.latents(images)
         return EncoderOutput(self.requantize(latents), latents)
 
@@ -456,8 +434,7 @@ class MultiScaleVQVAE(SavedModel):
     def token_scales(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None = None) -> Iterator[Scale]:
         """The residual loop over tokens that are there: one `Scale` with the features so far for each of them.
 
-        Raises:
-            UserError: the numbers of tokens are not those of the first scales of the schedule.
+        Raises UserError where the numbers of tokens are not those of the first scales of the schedule.
         """
         expected, found = (schedule or self.schedule).lengths, tuple(ids.shape[1] for ids in token_ids)
         if found != expected[: len(found)]:
@@ -526,9 +503,6 @@ def latents_of(image_tokenizer: MultiScaleVQVAE, images: Images) -> LatentMap:
 
     The encoder computes in the type of its weights: with those of a bfloat16 model the latents are others than in
     float32, and so are tokens that lie near the border of two codes.
-
-    Raises:
-        UserError: the images have another side than the tokenizer's.
     """
     device, dtype = image_tokenizer.device, image_tokenizer.dtype
     images = images.to(device, dtype).contiguous(memory_format=_layout(image_tokenizer, device))

@@ -98,11 +98,7 @@ Stream = Float[Tensor, "b l width"]
 
 @dataclass
 class NextScaleTransformerOutput:
-    """What `NextScaleTransformer.forward` returns.
-
-    Attributes:
-        logits: (b, l, codebook_size); the row of token j of scale k predicts token j of scale k.
-    """
+    """Logits, whose row of token j of scale k predicts token j of scale k."""
 
     logits: Float[Tensor, "b l v"]
 
@@ -111,10 +107,8 @@ class NextScaleTransformerOutput:
 class Conditioning:
     """Everything that depends on the class label alone: computed once per image, not once per scale.
 
-    Attributes:
-        start: (b, width), the class vector, which is also the token of scale 0.
-        blocks: per block (b, 6, width): gates, scales, shifts.
-        head: (b, 2, width): scale and shift before the logits.
+    `start` is the class vector, which is also the token of scale 0; `blocks` holds gates, scales and shifts of each
+    block, `head` scale and shift before the logits.
     """
 
     start: Float[Tensor, "b width"]
@@ -157,26 +151,18 @@ class NextScaleTransformer(SavedModel):
     """Predict all tokens of a scale at once, from the features that the coarser scales have built.
 
     Args:
-        scale_sizes: sides of the scales, coarse to fine (those of the tokenizer).
-        codebook_size: number of codes, hence logits per token.
-        codebook_dim: width of a code.
-        width: width of the residual stream.
-        num_layers: blocks.
-        num_heads: attention heads.
         num_classes: classes; row `null_class_id` = num_classes of the table stands for "no class".
         scale_attention: "causal" (VAR: own and earlier scales) or "markov" (SRDD: own scale only, no cache).
         shared_adaln: one modulation for all blocks plus an offset per block, instead of one linear layer per block.
         l2_attention: unit queries and keys with a learned temperature per head.
         mlp_ratio: hidden width of the feed-forward over `width`.
-        norm_eps: epsilon of the norms.
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         init_gate: factor on the initial weights that make the gates ("alng"): small values start near identity.
         init_modulation: factor on the initial weights that make scales and shifts.
         has_mask_embedding: learn a vector, zero at the start, that marks hidden tokens: for models trained for
             refinement (spec of SRDD, 3.2). Without it hidden tokens are not marked.
 
-    Raises:
-        UserError: `width` is not a multiple of `num_heads`, or the scales do not increase.
+    Raises UserError where `width` is not a multiple of `num_heads`, or the scales do not increase.
     """
 
     @records_arguments
@@ -281,9 +267,7 @@ class NextScaleTransformer(SavedModel):
             keep: stochastic depth factors per image, block and branch; None keeps everything.
             hidden: True at inputs whose own token is hidden (`partial_scale_input`); None where none shows any.
 
-        Raises:
-            UserError: `scales` is empty or does not increase, `scale_inputs` does not hold its tokens, or it is no
-                prefix and the model is causal.
+        Raises UserError where `scales` or the number of inputs do not fit.
         """
         known = tuple(range(self.schedule.num_scales))
         scales = known if scales is None else tuple(scales)
@@ -318,15 +302,10 @@ class NextScaleTransformer(SavedModel):
         *,
         hidden: Bool[Tensor, "b inputs"] | None = None,
     ) -> Float[Tensor, "b l v"]:
-        """Logits of one scale during generation.
+        """Logits of one scale (from 0) during generation; causal models go through the scales in order.
 
-        Args:
-            scale: scale index, from 0. Causal models go through the scales in order.
-            scale_input: (b, s * s, codebook_dim), `next_scale_input` of the features so far; (b, 0, codebook_dim)
-                at scale 0.
-            conditioning: from `condition`.
-            cache: from `new_cache`; None for a Markov model, which never reads another scale.
-            hidden: as for `forward`.
+        `scale_input` is `next_scale_input` of the features so far, (b, 0, codebook_dim) at scale 0. `cache` is from
+        `new_cache`; None for a Markov model, which never reads another scale. `hidden` is as for `forward`.
         """
         if (cache is None) != self.is_markov:
             raise UserError(
@@ -347,23 +326,14 @@ class NextScaleTransformer(SavedModel):
         heads = self.config["num_heads"]
         tokens = self.schedule.offsets[self.schedule.num_scales if num_scales is None else num_scales]
         return KeyValueCache(
-            len(self.blocks),
-            batch,
-            heads,
-            tokens,
-            self.config["width"] // heads,
-            device=self.device,
-            dtype=self.dtype,
+            len(self.blocks), batch, heads, tokens, self.config["width"] // heads, device=self.device, dtype=self.dtype
         )
 
     def compile_blocks(self) -> None:
         """Run the blocks through `torch.compile` from now on, one compiled block for all of them and for each length.
 
         Results equal those of before within rounding (1e-5 in fp32), so tokens near a tie may differ: one seed is one
-        image among compiled models, and among others.
-
-        Raises:
-            UserError: the model is on a CPU without a C++ compiler.
+        image among compiled models, and among others. Raises UserError as `check_compiler`.
         """
         check_compiler(self.device)
         # one entry per length and number of rows; the default of 8 would leave later scales uncompiled

@@ -22,14 +22,11 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class MultiHeadAttention(nn.Module):
-    """Projections around an attention that the caller passes in.
+    """Projections around an attention that the caller passes in; each head is width / num_heads wide.
 
-    Args:
-        width: width in and out.
-        num_heads: heads; each is width / num_heads wide.
-        l2_attention: normalise queries and keys to unit length, and multiply queries by a learned factor per head
-            (stored as a log, at most log 100). Otherwise the scores are scaled by 0.25 / sqrt(head width), as the
-            published network without the normalisation does.
+    With `l2_attention`, queries and keys have unit length and queries are multiplied by a learned factor per head
+    (stored as a log, at most log 100). Without, the scores are scaled by 0.25 / sqrt(head width), as in the published
+    network.
     """
 
     def __init__(self, width: int, num_heads: int, *, l2_attention: bool):
@@ -186,8 +183,7 @@ def causal_attention(lengths: Sequence[int], *, smallest_alone: int = 64) -> Att
     """
     grouped = _leading_group(lengths, smallest_alone)
     cuts = [sum(lengths[:grouped]), *lengths[grouped:]]
-    mask = scale_causal_mask(lengths[:grouped]) if grouped > 1 else None
-    masks = [mask, *[None] * (len(cuts) - 1)]
+    masks = [scale_causal_mask(lengths[:grouped]) if grouped > 1 else None, *[None] * (len(cuts) - 1)]
     return _attention_of_parts(
         [(end - n, end, 0, mask) for n, end, mask in zip(cuts, accumulate(cuts), masks, strict=True)]
     )
@@ -201,25 +197,15 @@ def _attention_of_parts(parts: Sequence[Part]) -> Attend:
         if trains_on_cpu(q) and q.shape[0] * q.shape[1] * most <= _MOST_SCORES:
             return _AttentionOfParts.apply(q, k, v, softmax_scale, here)
         outputs = []
-        for queries, (_, end, first, mask) in zip(_cut(q, [b - a for a, b, _, _ in here]), here, strict=True):
+        for queries, (_, end, first, mask) in zip(q.split([b - a for a, b, _, _ in here], dim=2), here, strict=True):
             keys, values = (x if end - first == x.shape[2] else x[:, :, first:end] for x in (k, v))
             outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=softmax_scale))
-        return _join(outputs)
+        # the projection behind reads (b, l, heads, c): joined along l there, nothing has to be laid out anew
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.cat([part.transpose(1, 2) for part in outputs], dim=1).transpose(1, 2)
 
     return attend
-
-
-def _cut(x: Heads, lengths: Sequence[int]) -> list[Float[Tensor, "b heads _ c"]]:
-    return list(x.split(list(lengths), dim=2))
-
-
-# The projection behind reads token by token, (b, l, heads, c): joined along l there, nothing has to be laid out anew.
-
-
-def _join(parts: Sequence[Float[Tensor, "b heads _ c"]]) -> Heads:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def _leading_group(lengths: Sequence[int], limit: int) -> int:
@@ -251,12 +237,7 @@ def prefix_causal_mask(new: int, total: int, device: torch.device) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the scales generated so far, allocated once; passed in by the caller, owned by no module.
-
-    Args:
-        num_layers, batch, num_heads, num_tokens, head_width: sizes of the two buffers.
-        device, dtype: where and how they are stored.
-    """
+    """Keys and values of the scales generated so far, allocated once; passed in by the caller, owned by no module."""
 
     def __init__(
         self,
@@ -315,13 +296,7 @@ class KeyValueCache:
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, Linear.
-
-    Args:
-        width: width in and out.
-        hidden: width between.
-        activation: applied between the two; None is GELU in its tanh approximation.
-    """
+    """Linear, activation (None is GELU in its tanh approximation), Linear."""
 
     def __init__(self, width: int, hidden: int, *, activation: Callable[[Tensor], Tensor] | None = None):
         super().__init__()

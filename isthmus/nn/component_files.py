@@ -12,11 +12,7 @@ TRANSFORMERS_WEIGHTS = "model.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
+    """The JSON object in a file; UserError where it holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -27,22 +23,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """`config.json` (or the file `name`) of a component's folder.
-
-    Raises:
-        UserError: it is missing, or no JSON object.
-    """
+    """`config.json` (or the file `name`) of a component's folder; UserError where it is missing, or no JSON object."""
     if not (folder / name).is_file():
         raise UserError(f"a saved model needs {folder / name}, which is missing. Copy or download it whole.")
     return read_json(folder / name)
 
 
 def weight_files(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> list[Path]:
-    """The safetensors files of a component: one, or all shards that its listing names.
-
-    Raises:
-        UserError: one is missing.
-    """
+    """The safetensors files of a component: one, or all shards that its listing names; UserError if one is missing."""
     files, listing = [folder / weights], folder / f"{weights}.index.json"
     if listing.is_file():
         files = [folder / name for name in sorted(set(read_json(listing)["weight_map"].values()))]
@@ -55,12 +43,8 @@ def weight_files(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> list[Path]:
 def stored_shapes(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every stored weight of a component, from the headers of its safetensors files (all shards).
 
-    Args:
-        folder: of the component.
-        weights: name of the file, `TRANSFORMERS_WEIGHTS` for components of transformers.
-
-    Raises:
-        UserError: a file is missing, truncated, or holds something else.
+    `weights` is `TRANSFORMERS_WEIGHTS` for components of transformers. Raises UserError where a file is missing,
+    truncated, or holds something else.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in weight_files(folder, weights):

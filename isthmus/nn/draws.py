@@ -54,12 +54,7 @@ def weight_seed(seed: int) -> int:
 
 
 class TokenStreams(NamedTuple):
-    """Purposes of the numbers that draw tokens.
-
-    Attributes:
-        uniforms: of the number that draws a token.
-        gumbels: of the noise per code, for `smooth=True`.
-    """
+    """Purposes of the numbers that draw tokens (`uniforms`) and of the noise per code for `smooth=True` (`gumbels`)."""
 
     uniforms: int
     gumbels: int

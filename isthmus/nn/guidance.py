@@ -59,8 +59,7 @@ Guidance = float | int | Sequence[float] | GuidanceSchedule
 def guidance_values(guidance_scale: Guidance, num_steps: int) -> tuple[float, ...]:
     """One guidance value per step from a number, a sequence with one value per step, or a `GuidanceSchedule`.
 
-    Raises:
-        UserError: a value is not finite, or a sequence has another length than `num_steps`.
+    Raises UserError where a value is not finite, or a sequence has another length than `num_steps`.
     """
     if isinstance(guidance_scale, GuidanceSchedule):
         return guidance_scale.values(num_steps)
@@ -84,8 +83,7 @@ def _checked(value: float) -> float:
 def guidance_at(guidance: Guidance, teacher_sizes: Sequence[int], sizes: Sequence[int]) -> Guidance:
     """Guidance of a student: one value per scale of its teacher is read at the student's sides; other kinds stay.
 
-    Raises:
-        UserError: there are several values, and not one per scale of the teacher.
+    Raises UserError where there are several values, and not one per scale of the teacher.
 
     >>> guidance_at((1, 2, 3), (1, 2, 4), (1, 4)), guidance_at(2.0, (1, 2, 4), (1, 4))
     ((1, 3), 2.0)

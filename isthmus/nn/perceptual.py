@@ -46,10 +46,8 @@ def ssim(images: Images, targets: Images) -> Float[Tensor, " b"]:
     """Mean SSIM over places and channels of each image, for values in [-1, 1]; 1 for equal images.
 
     Source: Wang et al. 2004, "Image Quality Assessment", equation 13, with its Gaussian window of 11 x 11 pixels and
-    deviation 1.5, at the places where the window lies inside the image.
-
-    Raises:
-        UserError: images of different shapes, or smaller than the window.
+    deviation 1.5, at the places where the window lies inside the image. Raises UserError for images of different
+    shapes, or smaller than the window.
 
     >>> ssim(torch.zeros(1, 3, 11, 11), torch.zeros(1, 3, 11, 11))
     tensor([1.])

@@ -79,11 +79,8 @@ def bf16_speedup() -> float:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Nothing where `torch.compile` has what it needs: on a CPU that is a C++ compiler.
-
-    Raises:
-        UserError: the device is a CPU, and there is no compiler, or torch is held to another instruction set than the
-            compiler writes for.
+    """Raise UserError where `torch.compile` lacks what it needs on a CPU: a C++ compiler, and no `ATEN_CPU_CAPABILITY`
+    that holds torch to another instruction set than the compiler writes for.
     """
     held = os.environ.get("ATEN_CPU_CAPABILITY")
     if device.type == "cpu" and held:

@@ -98,12 +98,7 @@ def records_arguments(constructor: Constructor) -> Constructor:
 
 
 class Recorded:
-    """Something whose recorded arguments are all there is to know of it; schedulers are nothing more.
-
-    Attributes:
-        config_name: file that the arguments are written to.
-        config: the arguments.
-    """
+    """Something whose recorded arguments (`config`) are all there is to know of it; schedulers are nothing more."""
 
     config_name: ClassVar[str] = SCHEDULER_CONFIG
     config: Config
@@ -123,8 +118,7 @@ class Recorded:
     def load_config(cls, folder: str | Path) -> dict[str, Any]:
         """The arguments that a folder holds for this class.
 
-        Raises:
-            UserError: the file is missing, of another class, or has settings that this class does not know.
+        Raises UserError where the file is missing, of another class, or has settings that this class does not know.
         """
         folder = Path(folder)
         config = read_config(folder, cls.config_name)
@@ -135,11 +129,7 @@ class Recorded:
 
     @classmethod
     def from_pretrained(cls: type[AnyRecorded], folder: str | Path) -> AnyRecorded:
-        """What was saved in a folder.
-
-        Raises:
-            UserError: the folder is incomplete, or its settings do not fit the class.
-        """
+        """What was saved in a folder; UserError as `load_config`."""
         return cls(**cls.load_config(folder))
 
 
@@ -148,9 +138,6 @@ class SavedModel(nn.Module, Recorded):
 
     A constructor never computes from the values of parameters, and fills them only where they have values: it also runs
     on the meta device (`without_values`).
-
-    Attributes:
-        gradient_checkpointing: whether blocks are computed once more in the backward pass instead of being kept.
     """
 
     config_name: ClassVar[str] = CONFIG
@@ -167,7 +154,7 @@ class SavedModel(nn.Module, Recorded):
         return next(self.parameters()).dtype
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade time for memory in training."""
+        """Trade time for memory in training: what blocks hold inside is computed once more in the backward pass."""
         self.gradient_checkpointing = True
 
     def run_block(self, block: nn.Module, *arguments: Any) -> Any:
@@ -177,12 +164,7 @@ class SavedModel(nn.Module, Recorded):
         return block(*arguments)
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str | None = None) -> None:
-        """Write config.json and the weights.
-
-        Args:
-            save_directory: folder, made where it does not exist.
-            max_shard_size: bytes of a file at most, or a text such as "2GB"; None writes files of 10 GB.
-        """
+        """Write config.json and the weights, in files of at most `max_shard_size` (bytes, or "2GB"; None: 10 GB)."""
         self.save_config(save_directory)
         # safetensors stores rows as they are read: weights of convolutions may lie channels-last
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
@@ -198,13 +180,7 @@ class SavedModel(nn.Module, Recorded):
     def from_pretrained(cls: type[AnyModel], folder: str | Path, *, dtype: torch.dtype | None = None) -> AnyModel:
         """The model saved in a folder, in eval mode on the CPU; its shapes alone inside `without_values`.
 
-        Args:
-            folder: what `save_pretrained` wrote.
-            dtype: type of the weights; None keeps the stored one.
-
-        Raises:
-            UserError: the folder is incomplete, or its settings or weights do not fit the class, found from the headers
-                of the files before anything is loaded.
+        `dtype` None keeps the stored type. Raises UserError as `on_meta`, before any weight is loaded.
         """
         folder = Path(folder)
         model = cls.on_meta(folder)
@@ -221,16 +197,15 @@ class SavedModel(nn.Module, Recorded):
 
     @classmethod
     def on_meta(cls: type[AnyModel], folder: Path) -> AnyModel:
-        """The model of a folder without values, once its settings and the shapes of its weights are known to fit.
+        """The model of a folder without values.
 
-        Raises:
-            UserError: the folder is incomplete, or its settings or weights do not fit the class.
+        Raises UserError where the folder is incomplete, or its settings or the shapes of its weights do not fit the
+        class.
         """
         settings = cls.load_config(folder)
         with without_values():
             model = cls(**settings)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_shapes(shapes, stored_shapes(folder), folder)
+        check_shapes(shapes_of(model.state_dict()), stored_shapes(folder), folder)
         return model
 
 
@@ -269,13 +244,26 @@ def check_settings(settings: Mapping[str, Any], kind: type, source: Path) -> Non
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Raise UserError unless a folder holds exactly the weights that its network has."""
-    problems = [f"missing {name}" for name in expected if name not in stored]
-    problems += [f"unexpected {name}" for name in stored if name not in expected]
+    if problems := misfits(expected, stored):
+        raise UserError(f"the weights in {folder} do not fit its config.json: {problems}.")
+
+
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Which weights are missing, unexpected or of another shape, the first four in words; "" where all fit.
+
+    >>> misfits({"a": (1,), "b": (2,)}, {"b": (3,)})
+    'missing a; b is (3,), expected (2,)'
+    """
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [
-        f"{name} is {stored[name]}, expected {shape}"
+        f"{name} is {found[name]}, expected {shape}"
         for name, shape in expected.items()
-        if name in stored and stored[name] != shape
+        if found.get(name, shape) != shape
     ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:4])}{more}.")
+    return "; ".join(problems[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import UserError
 from isthmus.nn.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
-from isthmus.nn.saved_model import (
-    Config,
-    check_class,
-    check_finite,
-    check_shapes,
-    values_left_out,
-    without_values,
-)
+from isthmus.nn.saved_model import Config, check_class, check_finite, check_shapes, values_left_out, without_values
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -35,22 +28,21 @@ _SETTINGS = frozenset(
     "hidden_act max_position_embeddings rms_norm_eps rope_parameters attention_bias mlp_bias "
     "tie_word_embeddings".split()
 )
-# what else transformers writes for a Llama, and what a prior of ours adds
+# what transformers notes about the file, not about the network
+_WRITER = {"architectures", "dtype", "transformers_version"}
+# what it writes beside the settings of the network, and what a prior of ours adds
+_EXTRAS = _WRITER | {"codebook_size", "model_type"}
+# settings that decoding does not read
 _OTHERS = frozenset(
-    "architectures attention_dropout bos_token_id codebook_size dtype eos_token_id initializer_range model_type "
-    "pad_token_id pretraining_tp transformers_version use_cache".split()
+    "attention_dropout bos_token_id eos_token_id initializer_range pad_token_id pretraining_tp use_cache".split()
 )
-# what transformers writes beside the settings of the network, and what a prior of ours adds
-_EXTRAS = {"architectures", "codebook_size", "dtype", "model_type", "transformers_version"}
 
 
 class StoredLlama:
     """A stock Llama, as settings and weights by name; the module is made when it is asked for.
 
-    Args:
-        config: `LlamaConfig`, or the same settings as a mapping with attributes.
-        tensors: weights by the names of `LlamaForCausalLM`; left out where there is a module.
-        module: the network, where it has been made already.
+    `config` is a `LlamaConfig`, or the same settings as a mapping with attributes; `tensors` are named as in
+    `LlamaForCausalLM`, and left out where there is a `module`.
     """
 
     library: ClassVar[str] = "transformers"
@@ -64,11 +56,7 @@ class StoredLlama:
 
     @classmethod
     def of(cls, llama: "LlamaForCausalLM | StoredLlama") -> "StoredLlama":
-        """A module as a stored Llama; one that is stored stays what it is.
-
-        Raises:
-            UserError: the module is compiled.
-        """
+        """A module as a stored Llama; one that is stored stays what it is. Raises UserError for a compiled one."""
         if hasattr(llama, "_orig_mod"):
             raise UserError(
                 "drawing reads the weights of a Llama and never calls it, so torch.compile(llama) makes nothing "
@@ -80,19 +68,13 @@ class StoredLlama:
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> "StoredLlama":
         """The Llama in a folder that transformers wrote, on the CPU, as strictly read as our own models.
 
-        Inside `without_values` it has shapes alone.
-
-        Args:
-            folder: config.json and model.safetensors.
-            dtype: type of the weights; None is float32.
-
-        Raises:
-            UserError: the folder is incomplete, or its settings or weights do not fit a Llama.
+        Inside `without_values` it has shapes alone; `dtype` None is float32. Raises UserError where the folder is
+        incomplete, or its settings or weights do not fit a Llama.
         """
         folder = Path(folder)
         config = read_config(folder)
         check_class(next(iter(config.get("architectures") or ()), None), cls.class_name, folder)
-        if not config.keys() >= _SETTINGS or config.keys() - _SETTINGS - _OTHERS:
+        if not config.keys() >= _SETTINGS or config.keys() - _SETTINGS - _OTHERS - _EXTRAS:
             config = _read_by_transformers(config, folder)
         shapes = llama_shapes(config)
         check_shapes(shapes, stored_shapes(folder, TRANSFORMERS_WEIGHTS), folder)
@@ -188,11 +170,7 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _read_by_transformers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings that another version of transformers wrote, as the installed one understands them.
-
-    Raises:
-        UserError: there are settings that no Llama knows.
-    """
+    """Settings that another version of transformers wrote, as the installed one reads them; UserError for unknown."""
     from transformers import LlamaConfig
     from transformers import __version__ as installed
 
@@ -217,8 +195,6 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# what transformers notes about the file, not about the network
-_WRITER = {"architectures", "dtype", "transformers_version"}
 # settings that came after format 1: at these values a network is what it was before they existed
 _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 
