@@ -39,7 +39,7 @@ from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
 from isthmus.pipelines.loading import dtype_name, load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, naming_next_batch_size
 from isthmus.pipelines.options import FOLDER_DEFAULT, SamplingOptions
-from isthmus.processes import Processes, launched_processes
+from isthmus.processes import Processes, is_first_process, launched_processes
 
 if TYPE_CHECKING:
     from isthmus.pipelines.loading import AnyPipeline
@@ -154,7 +154,7 @@ class Drawn:
 
 def draw(
     pipeline: "AnyPipeline",
-    folder: Path,
+    folder: Path | str,
     request: SampleRequest,
     *,
     batch_size: int | None = None,
@@ -175,6 +175,7 @@ def draw(
         UserError: the folder holds something else, or memory ran out (names the next batch size to try). What stops the
             first batch leaves nothing behind.
     """
+    folder = Path(folder)
     check_folder(folder, request)
     number, forwards = max(len(request), asked_before(folder)), forwards_per_image(pipeline, request)
     mine = [index for index in range(len(request)) if index % processes.count == processes.rank]
@@ -288,12 +289,13 @@ class Samples:
             raise UserError(f"{path} holds no token ids ({error}). Draw the samples again.") from error
 
 
-def read(folder: Path, num: int | None = None) -> Samples:
+def read(folder: Path | str, num: int | None = None) -> Samples:
     """The finished images of a folder; the first `num` of them where that is given.
 
     Raises:
         UserError: it is no folder of samples, or there are fewer.
     """
+    folder = Path(folder)
     try:
         manifest = _manifest(folder)
         rows, settings = list(manifest["images"])[:num], dict(manifest.get("settings", {}))
@@ -613,6 +615,8 @@ def edit_image(
         UserError: an argument is not usable, `out` holds something else, or memory ran out (names the next batch size
             to try).
     """
+    if not is_first_process():
+        return  # a few images: nothing to share
     source = read_image(image)
     inputs = (source,) if mask is None else (source, read_image(mask))
     dtype = dtype_name(dtype, device)

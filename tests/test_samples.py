@@ -45,6 +45,7 @@ def test_any_batch_size_and_any_number_of_processes(pipeline, tmp_path):
     whole, drawn = filled(pipeline, tmp_path / "whole", batch_size=64)
     assert drawn == NUM == len(whole)
     reference = everything(whole)
+    assert len({row["token_ids_sha256"] for row in whole.rows}) > NUM // 2
     assert reference["images"].shape == (NUM, pipeline.image_size, pipeline.image_size, 3)
     for size in (1, 3):
         same(reference, everything(filled(pipeline, tmp_path / f"by{size}", batch_size=size)[0]))

@@ -103,7 +103,7 @@ class _Edit(DrawOptions):
     image: Path
     """The image to edit."""
     out: Path
-    """New folder for the results and overview.png."""
+    """Folder for the results, samples.json and overview.png."""
     classes: tuple[str, ...] = ()
     """What the results are to be, names or numbers as for `isthmus sample`, taken in turn; none asks for no class."""
     num: int = 4

@@ -38,19 +38,6 @@ def hashes(folder):
     return [row["token_ids_sha256"] for row in manifest(folder)["images"]]
 
 
-@pytest.mark.slow
-def test_images_do_not_depend_on_the_batch_size(isthmus, dar_model, tmp_path):
-    for size in (1, 3, 64):
-        out = tmp_path / f"by{size}"
-        result = isthmus("sample", dar_model, "--num", 5, "--seed", 5, "--out", out, "--batch-size", size)
-        assert result.code == 0 and result.out == "" and result.err.splitlines()[-1].startswith("5 images")
-    assert hashes(tmp_path / "by1") == hashes(tmp_path / "by3") == hashes(tmp_path / "by64")
-    assert len(set(hashes(tmp_path / "by1"))) > 1
-    first = Image.open(tmp_path / "by1" / "000004.png")
-    with first, Image.open(tmp_path / "by64" / "000004.png") as same:
-        assert np.abs(np.asarray(first, dtype=int) - np.asarray(same, dtype=int)).max() <= 1
-
-
 def test_grid_and_strip_of_solver_steps(isthmus, dar_model, tmp_path):
     words = ("--grid", "--strip", "--steps", 6, "--solver", "euler")
     assert isthmus("sample", dar_model, "--num", 3, "--out", tmp_path / "o", *words).code == 0
