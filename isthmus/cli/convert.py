@@ -12,7 +12,7 @@ import tyro
 from isthmus.cli.options import parse
 from isthmus.errors import UserError
 from isthmus.files import check_writable, contents
-from isthmus.training.arguments import arguments_of
+from isthmus.training.arguments import arguments_of, given
 
 logger = logging.getLogger("isthmus")
 
@@ -90,8 +90,8 @@ def run_dar(arguments: Sequence[str]) -> None:
     # imported here: --help does without
     from isthmus.dar.conversion import convert_dar
 
-    names = [field.name for field in (*fields(_Tokens), *fields(_Flow))]
-    settings = {name: getattr(command, name) for name in names if getattr(command, name) is not None}
+    names = {field.name for field in (*fields(_Tokens), *fields(_Flow))}
+    settings = {name: value for name, value in given(command).items() if name in names}
     converted = convert_dar(
         command.tokenizer,
         command.prior,

@@ -7,7 +7,7 @@ recomputed activations get the same ones.
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ from isthmus.nn.saved_model import without_values
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.training.arguments import given
 from isthmus.training.checkpoints import gathered
 from isthmus.training.cost import report, training_cost, training_source
 from isthmus.training.images import dropped_labels, open_splits
@@ -415,7 +416,7 @@ def build_llama(run: NextTokenPriorRun, layout: TokenLayout) -> LlamaForCausalLM
     Raises:
         UserError: a size is missing or does not fit.
     """
-    wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
+    wanted = given(run.model)
     missing = [name for name in ("width", "num_layers", "num_heads") if name not in wanted]
     if missing:
         raise UserError(f"a new prior needs model.{missing[0]}, got none. Name it, or start from a --preset.")
@@ -455,9 +456,9 @@ def config_with_classes(source: LlamaConfig, layout: TokenLayout, wanted: LlamaM
     Raises:
         UserError: an argument contradicts them, or they are no prior's of these tokens.
     """
-    for option, value in asdict(wanted).items():
+    for option, value in given(wanted).items():
         present = getattr(source, _SIZES[option])
-        if value is not None and value != present:
+        if value != present:
             raise UserError(
                 f"model.{option} is {present} in {name}, got {value}. Leave it out: a model that is fine-tuned keeps "
                 "its network."

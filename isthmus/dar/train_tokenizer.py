@@ -4,7 +4,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import Images
 from isthmus.pictures import spread
 from isthmus.pipelines.folder import model_folder
+from isthmus.training.arguments import given
 from isthmus.training.codebook import CodebookUsage, code_counts
 from isthmus.training.cost import num_parameters, report, training_cost
 from isthmus.training.optim import ExponentialMovingAverage
@@ -303,21 +304,21 @@ def build_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
 
 def new_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
     """Untrained networks."""
-    tokenizer = DiffusionTokenizer(**named(run.model))
+    tokenizer = DiffusionTokenizer(**given(run.model))
     arguments = decoder_arguments(run.decoder, tokenizer)
     decoder = FlowDecoder(condition_width=tokenizer.config["condition_width"], **arguments)
-    return TokenizerParts(tokenizer, decoder, scheduler_for(tokenizer, named(run.flow)))
+    return TokenizerParts(tokenizer, decoder, scheduler_for(tokenizer, given(run.flow)))
 
 
 def saved_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
     """The networks of `from_model`; what the run says of the diffusion takes the place of what is saved."""
     parts = load_parts(run.from_model)
-    refuse_contradictions(parts.image_tokenizer, named(run.model), run.from_model)
+    refuse_contradictions(parts.image_tokenizer, given(run.model), run.from_model)
     wanted = decoder_arguments(run.decoder, parts.image_tokenizer, parts.decoder)
     refuse_contradictions(parts.decoder, wanted, run.from_model, options="decoder")
     saved = {name: parts.scheduler.config[name] for name in ("num_inference_steps", "time_shift", "data_std", "solver")}
     return TokenizerParts(
-        parts.image_tokenizer, parts.decoder, scheduler_for(parts.image_tokenizer, saved | named(run.flow))
+        parts.image_tokenizer, parts.decoder, scheduler_for(parts.image_tokenizer, saved | given(run.flow))
     )
 
 
@@ -339,18 +340,13 @@ def decoder_arguments(
     settings: FlowDecoderModel, tokenizer: DiffusionTokenizer, saved: FlowDecoder | None = None
 ) -> dict[str, Any]:
     """Named arguments of `FlowDecoder`; positions and canvas are those of the tokenizer's patches and tokens."""
-    arguments, image_size = named(settings), tokenizer.config["image_size"]
+    arguments, image_size = given(settings), tokenizer.config["image_size"]
     if "canvas" in arguments:
         arguments["canvas_tokens"] = tokenizer.config["num_tokens"] if arguments.pop("canvas") else None
     if "position_table" in arguments:
         patch = saved.config["patch_size"] if saved else arguments.get("patch_size", _DECODER_PATCH)
         arguments["position_table"] = image_size // patch if arguments["position_table"] else None
     return arguments
-
-
-def named(settings: object) -> dict[str, Any]:
-    """The fields of a dataclass that say something."""
-    return {name: value for name, value in asdict(settings).items() if value is not None}  # pyright: ignore
 
 
 def check_fit(run: DiffusionTokenizerRun, image_size: int, decoder: FlowDecoder) -> None:

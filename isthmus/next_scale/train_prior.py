@@ -6,7 +6,7 @@ resampling; what a masked round of `ScaleRefinementScheduler` asks of a model).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
+from isthmus.training.arguments import given
 from isthmus.training.config import TokensRun
 from isthmus.training.cost import Cost, report, training_cost, training_source
 from isthmus.training.images import dropped_labels, open_splits
@@ -506,7 +507,7 @@ def build_prior(
     Raises:
         UserError: an argument contradicts the saved model, or another one.
     """
-    wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
+    wanted = given(run.model)
     num_classes, refined = len(class_names), run.refinement_probability > 0
     if saved is not None:
         kept = kept_classes(class_names, saved.class_names)

@@ -10,7 +10,7 @@ current images.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens
 from isthmus.pictures import spread
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.training.arguments import given
 from isthmus.training.codebook import CodebookUsage, code_counts
 from isthmus.training.config import OptimConfig
 from isthmus.training.cost import report, training_cost
@@ -494,7 +495,7 @@ def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
     Raises:
         UserError: an argument contradicts the saved model or the image size.
     """
-    wanted = {name: value for name, value in asdict(run.model).items() if value is not None}
+    wanted = given(run.model)
     if run.from_model:
         model = load_tokenizer(run.from_model)
         refuse_contradictions(model, wanted, run.from_model)

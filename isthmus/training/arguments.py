@@ -7,7 +7,7 @@ command line are derived from runs.
 import ast
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import make_dataclass
+from dataclasses import asdict, make_dataclass
 from importlib.util import find_spec
 from textwrap import dedent
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -45,6 +45,11 @@ def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
         hint = tuple[get_args(hint)[0], ...] if get_origin(hint) is Sequence else hint
         fields.append((name, Annotated[hint | None, Doc(about)], None))
     return make_dataclass(place.split(":")[1], fields, frozen=True, kw_only=True)
+
+
+def given(settings: Any) -> dict[str, Any]:
+    """The arguments that a run sets."""
+    return {name: value for name, value in asdict(settings).items() if value is not None}
 
 
 def _declared(place: str) -> Iterator[tuple[str, tuple[str, str]]]:

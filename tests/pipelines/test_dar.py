@@ -1,5 +1,3 @@
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -12,11 +10,7 @@ from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.guidance import GuidanceSchedule
-from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.memory import batch_size_that_fits
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.pipelines.request import token_hashes
-from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 from tests.testers import NETWORK
 
@@ -38,19 +32,6 @@ def test_labels_images_and_tokens(pipe):
     assert [picture.size for picture in result.images] == [(8, 8)] * 3
     assert result.token_ids.shape == (3, 16) and 0 <= result.token_ids.min() and result.token_ids.max() < 16
     assert pipe("face", num_images=2, seed=1, height=4, width=12).images[0].size == (12, 4)
-
-
-def test_an_image_is_the_same_in_any_batch(pipe):
-    labels = ["face", 1, None, 2, 0]
-    together = pipe(labels, seed=7, image_index=10, output_type="pt")
-    assert together.seeds == [(7, 10 + i) for i in range(5)]
-    for i, label in enumerate(labels):
-        alone = pipe(label, seed=7, image_index=10 + i, output_type="pt")
-        assert torch.equal(alone.token_ids, together.token_ids[i : i + 1])
-        assert_close(alone.images[0], together.images[i], atol=1e-4, rtol=0)
-    order = [3, 0, 4]
-    shuffled = pipe([labels[i] for i in order], seed=7, image_index=[10 + i for i in order])
-    assert torch.equal(shuffled.token_ids, together.token_ids[order])
 
 
 @pytest.mark.slow
@@ -138,29 +119,6 @@ def test_tokens_may_be_lists_as_servers_return_them(pipe):
         pipe.image_tokenizer.condition(torch.full((1, 16), 16))
 
 
-def test_the_callback_sees_every_step(pipe):
-    seen = []
-    result = pipe(0, seed=3, callback_on_step_end=seen.append)
-    assert [s.index for s in seen] == [0, 1, 2, 3] and all(s.preview is None for s in seen)
-    assert token_hashes([s.token_ids for s in seen]) == token_hashes([result.token_ids])
-
-
-def test_output_types_agree(pipe):
-    pt, array, pil, latent = (pipe([0, 1], seed=1, output_type=kind).images for kind in ("pt", "np", "pil", "latent"))
-    assert pt.shape == (2, 3, 8, 8) and 0 <= pt.min() and pt.max() <= 1
-    assert np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
-    assert np.abs(np.asarray(pil[0]) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
-    assert_close(latent.clamp(-1, 1).add(1).div(2), pt)
-    latent.requires_grad_().sum().backward()  # the caller may go on computing with it
-
-
-def test_defaults_come_from_the_model_and_none_turns_them_off(pipe):
-    saved = {"guidance_scale": 2.0, "top_k": 8}
-    assert torch.equal(pipe(0, seed=1, **saved).token_ids, pipe(0, seed=1).token_ids)
-    off = pipe([0, 1, 2], seed=1, guidance_scale=1, top_k=None)
-    assert torch.equal(off.token_ids, tiny_dar()([0, 1, 2], seed=1).token_ids)
-
-
 def test_options_may_differ_from_image_to_image(pipe):
     schedule = GuidanceSchedule("linear", 1.0, 4.0, last_guided_step=9)
     each = [SamplingOptions(guidance_scale=schedule), SamplingOptions(top_k=2, temperature=0.7), SamplingOptions()]
@@ -172,12 +130,6 @@ def test_options_may_differ_from_image_to_image(pipe):
     assert torch.equal(
         narrowed.token_ids[1:2], pipe("flag", seed=5, image_index=1, guidance_scale=1, top_k=1).token_ids
     )
-
-
-def test_call_and_stream_take_the_same_options():
-    call, stream = (inspect.signature(f).parameters for f in (DARPipeline.__call__, DARPipeline.stream))
-    shared = [(p.name, p.default, p.kind) for p in call.values() if p.name != "callback_on_step_end"]
-    assert shared == [(p.name, p.default, p.kind) for p in stream.values() if p.name != "preview"]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 16])
@@ -279,32 +231,13 @@ def test_likelihoods_of_images_are_those_of_their_tokens(pipe, image):
             pipe.log_prob(token_ids=token_ids, class_labels=labels)
 
 
-def test_unlabelled_models_need_no_labels():
-    pipe = tiny_dar(num_classes=0)
-    assert pipe(num_images=2, seed=0).class_labels == [0, 0]
-    with pytest.raises(UserError, match="nothing to guide towards"):
-        pipe(num_images=2, guidance_scale=2.0)
-    with pytest.raises(UserError, match="no classes"):
-        pipe("face")
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"class_labels": "fcae"}, "Did you mean face"),
-        ({"class_labels": 3}, r"0\.\.2, got 3"),
-        ({"num_images": 0}, "at least one"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_k": 17}, r"1\.\.16"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"temperature": float("inf")}, "temperature"),
-        ({"guidance_scale": float("nan")}, "finite"),
-        ({"guidance_scale": [1.0, 2.0]}, r"one value per step \(16\)"),
         ({"image_options": []}, "per image, got 0"),
         ({"image_options": [SamplingOptions(smooth=True)]}, "smooth"),
         ({"image_options": [SamplingOptions(top_k=17)]}, r"1\.\.16"),
         ({"num_inference_steps": 0}, "at least 1"),
-        ({"seed": -1}, "negative"),
         ({"height": 7}, "multiples of 2"),
         ({"height": 0}, "multiples of 2"),
         ({"width": 3}, "multiples of 2"),
@@ -324,7 +257,7 @@ def test_unlabelled_models_need_no_labels():
         ({"prefix_token_ids": torch.zeros(4, dtype=torch.long), "prefix_tokens": [5]}, r"0\.\.4"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_words(pipe, arguments, said):
+def test_options_of_this_family_are_refused_in_words(pipe, arguments, said):
     for function in (pipe, pipe.stream):
         with pytest.raises(UserError, match=said):
             function(**arguments)  # at once, not at the first step
@@ -365,11 +298,6 @@ def test_components_that_do_not_belong_together():
         })  # fmt: skip
 
 
-def test_the_memory_estimate_grows_with_the_work(pipe):
-    assert 1 <= batch_size_that_fits(pipe, guided=True) <= 64
-    assert pipe.bytes_per_image(guided=True) >= pipe.bytes_per_image(guided=False) > 0
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_images_on_a_gpu_follow_the_same_law():
     pipe = tiny_dar(sampling_defaults={"guidance_scale": 2.0}).to("cuda")
@@ -378,34 +306,6 @@ def test_images_on_a_gpu_follow_the_same_law():
         alone = pipe(label, seed=7, image_index=i, output_type="pt")
         assert torch.equal(alone.token_ids, together.token_ids[i : i + 1])
         assert_close(alone.images[0], together.images[i], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("make", [tiny_dar, tiny_pipeline])
-def test_what_a_caller_sets_as_torchs_defaults_changes_nothing(make):
-    pipeline = make()
-    options = {"seed": 3, "guidance_scale": 1.5, "temperature": 0.9, "output_type": "pt"}
-    before = pipeline([0, 1], **options).images
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    try:
-        after = pipeline([0, 1], **options).images
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-    assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("make", [tiny_dar, tiny_pipeline])
-def test_what_would_not_be_faster_or_not_be_exact_is_refused(make, tmp_path):
-    pipeline = make()
-    with pytest.raises(UserError, match="got a compiled"):
-        pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
-    pipeline.save_pretrained(tmp_path / "model")
-    asked = (lambda: pipeline.to("cpu", torch.float16), lambda: load_pipeline(tmp_path / "model", dtype="float16"))
-    for ask in asked:
-        with pytest.raises(UserError, match="65504.*bfloat16"):
-            ask()
-    assert pipeline.dtype == torch.float32
 
 
 def test_a_compiled_llama_is_refused_from_the_start():
