@@ -51,7 +51,7 @@ def generate_tokens(
         prefix_lengths: how many of them hold, per image; None takes all.
         decoder: laid-out weights to use again; None lays them out for this call.
 
-    Raises UserError, before the first tokens are asked for, where a label, an option, a stop or a prefix is not usable.
+    Raises UserError at once, before the first tokens are asked for, where an argument is not usable.
     """
     each = _one_per_image(options, class_labels, image_seeds)
     for one in each:
