@@ -97,7 +97,7 @@ _DECODER_DROPPED = {
 class PublishedSettings:
     """What a tokenizer's shapes cannot tell; the defaults are those of the published model (tokenizer_v1).
 
-    They are arguments of `DiffusionTokenizer` and `FlowMatchingScheduler`; `decoder_rotary_base` is the `rotary_base`
+    The names are those of `DiffusionTokenizer` and `FlowMatchingScheduler`; `decoder_rotary_base` is the `rotary_base`
     of `FlowDecoder`.
     """
 
