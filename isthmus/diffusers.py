@@ -386,9 +386,7 @@ class IsthmusPipeline(DiffusionPipeline):
     def _own_options(
         self, options: dict[str, Any], num_inference_steps: int | None, num_images_per_prompt: SupportsIndex | None
     ) -> dict[str, Any]:
-        """Arguments of `native.stream`, given under its names or under diffusers'; UserError for those of other
-        pipelines.
-        """
+        """Arguments of `native.stream`, given under its names or under diffusers'; UserError for those of others."""
         known = set(inspect.signature(type(self.native).stream).parameters)
         options = options | {"num_inference_steps": num_inference_steps}
         if num_images_per_prompt is not None:

@@ -16,10 +16,10 @@ _WITHOUT_NEWS = 300
 
 
 class Display:
-    """Counts `unit`s that are done (`initial` earlier), of `total` (None: nobody knows), behind the word `what`.
+    """Counts what is done, of `total` things (None: nobody knows), of which `initial` were done earlier.
 
-    Lines go to the logger `isthmus`, at the level INFO, and tell images per second, `images_each` per unit. Of several
-    processes one is `shown`.
+    Lines go to the logger `isthmus`, at the level INFO. They begin with the word `what` and tell images per second,
+    with `images_each` in every `unit`. Of several processes one is `shown`.
     """
 
     def __init__(

@@ -119,11 +119,10 @@ def waited_for(path: Path, what: str) -> Iterator[None]:
     real = Path(os.path.realpath(path))
     lock = real / _LOCK if real.is_dir() else real.with_name(f".{real.name}{_LOCK}")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    file, said = _locked(lock), False
+    file = _locked(lock)
+    if isinstance(file, str):
+        logger.info("waiting for %s, which makes %s %s", file, what, path)
     while isinstance(file, str):
-        if not said:
-            logger.info("waiting for %s, which makes %s %s", file, what, path)
-        said = True
         time.sleep(0.5)
         file = _locked(lock)
     with _until_done(file, lock):

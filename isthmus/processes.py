@@ -15,7 +15,7 @@ from isthmus.errors import UserError
 def process_count() -> int:
     """Processes that work together; one without a launcher.
 
-    Raises UserError where its variables are no numbers, or say that there are several but not which of them this is.
+    Raises UserError where the variables are no numbers, or say that there are several but not which of them this is.
     """
     variables = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     said = ", ".join(f"{name}={value}" for name, value in variables.items() if value)

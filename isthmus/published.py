@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -228,6 +228,7 @@ def _first_line(error: Exception) -> str:
 
 
 StateDict = dict[str, Tensor]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 # by what a file is known, the most telling key first
 _KINDS = {
     "cls_embedding.embedding_table.weight": "D-AR prior",
@@ -239,23 +240,22 @@ _KINDS = {
 
 @dataclass
 class Converted:
-    """One converted file: constructor arguments read off it, weights under our names, and why the keys that were
-    dropped are not needed.
-    """
+    """One converted file: constructor arguments, weights under our names, and why each dropped key is not needed."""
 
     arguments: dict[str, Any]
     state: StateDict
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-def load_strict(model: nn.Module, state: StateDict, what: str) -> None:
-    """Load weights, none missing, unexpected, of another shape or not finite; UserError names the first of these."""
+def load_strict(model: AnyModule, state: StateDict, what: str) -> AnyModule:
+    """The model with these weights, all of them and no others; UserError names the first that do not fit."""
     if problems := misfits(shapes_of(model.state_dict()), shapes_of(state)):
         raise UserError(
             f"{what} does not fit the network: {problems}. It is incomplete, or of another network: pass another file."
         )
     check_finite(state, what)
     model.load_state_dict(state)
+    return model
 
 
 def rename(

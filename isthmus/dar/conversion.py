@@ -97,7 +97,7 @@ _DECODER_DROPPED = {
 class PublishedSettings:
     """What a tokenizer's shapes cannot tell; the defaults are those of the published model (tokenizer_v1).
 
-    They are arguments of `DiffusionTokenizer` and `FlowMatchingScheduler`; `decoder_rotary_base` is the `rotary_base`
+    The names are those of `DiffusionTokenizer` and `FlowMatchingScheduler`; `decoder_rotary_base` is the `rotary_base`
     of `FlowDecoder`.
     """
 
@@ -255,16 +255,14 @@ def _join_projections(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build_diffusion_tokenizer(converted: ConvertedDiffusionTokenizer) -> DiffusionTokenizer:
     """A tokenizer with the converted weights, in eval mode."""
-    model = DiffusionTokenizer(**converted.tokenizer.arguments)
-    load_strict(model, converted.tokenizer.state, "the tokenizer file")
-    return model.eval()
+    part = converted.tokenizer
+    return load_strict(DiffusionTokenizer(**part.arguments), part.state, "the tokenizer file").eval()
 
 
 def build_flow_decoder(converted: ConvertedDiffusionTokenizer) -> FlowDecoder:
     """A pixel decoder with the converted weights, in eval mode."""
-    model = FlowDecoder(**converted.decoder.arguments)
-    load_strict(model, converted.decoder.state, "the tokenizer file")
-    return model.eval()
+    part = converted.decoder
+    return load_strict(FlowDecoder(**part.arguments), part.state, "the tokenizer file").eval()
 
 
 def build_scheduler(converted: ConvertedDiffusionTokenizer) -> FlowMatchingScheduler:
@@ -345,9 +343,7 @@ def build_next_token_prior(converted: Converted) -> LlamaForCausalLM:
     """A prior with the converted weights, in eval mode."""
     shape = dict(converted.arguments)
     layout = TokenLayout(**{name: shape.pop(name) for name in ("codebook_size", "num_classes", "num_tokens")})
-    prior = LlamaForCausalLM(llama_config(layout, **shape))
-    load_strict(prior, converted.state, "the prior file")
-    return prior.eval()
+    return load_strict(LlamaForCausalLM(llama_config(layout, **shape)), converted.state, "the prior file").eval()
 
 
 def halves_apart(weight: Float[Tensor, "heads_c width"], num_heads: int) -> Float[Tensor, "heads_c width"]:

@@ -88,7 +88,7 @@ class TimeEmbeddings:
 
 @dataclass
 class FlowDecoderOutput:
-    """What training reads where it also looks inside: `features` is the state between two blocks, patch by patch."""
+    """What training reads where it also looks inside: the velocity, and the state between two blocks (`features`)."""
 
     velocity: Images
     features: Float[Tensor, "b width rows columns"]

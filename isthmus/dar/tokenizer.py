@@ -63,7 +63,7 @@ Condition = Float[Tensor, "b n condition_width"]
 class DiffusionTokenizerEncoding:
     """What `DiffusionTokenizer.encode` returns, tokens coarse to fine.
 
-    Latents (before quantisation) and quantized (the codes that were found) are unit vectors in fp32.
+    `latents` (before quantisation) and `quantized` (the codes that were found) are unit vectors in fp32.
     """
 
     token_ids: TokenIds

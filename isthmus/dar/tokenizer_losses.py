@@ -101,9 +101,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Lite0Features(nn.Module):
-    """Taps (increasing block numbers) of `EfficientNetLite0`, each of unit length over its channels, on the grid of the
-    finest one.
-    """
+    """Taps of `EfficientNetLite0`, each of unit length over its channels, on the grid of the finest (the first)."""
 
     def __init__(self, taps: Sequence[int]):
         super().__init__()

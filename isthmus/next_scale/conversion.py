@@ -158,16 +158,12 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
 
 def build_tokenizer(converted: Converted) -> MultiScaleVQVAE:
     """A tokenizer with the converted weights, in eval mode."""
-    model = MultiScaleVQVAE(**converted.arguments)
-    load_strict(model, converted.state, "the tokenizer file")
-    return model.eval()
+    return load_strict(MultiScaleVQVAE(**converted.arguments), converted.state, "the tokenizer file").eval()
 
 
 def build_prior(converted: Converted) -> NextScaleTransformer:
     """A prior with the converted weights, in eval mode."""
-    model = NextScaleTransformer(**converted.arguments)
-    load_strict(model, converted.state, "the prior file")
-    return model.eval()
+    return load_strict(NextScaleTransformer(**converted.arguments), converted.state, "the prior file").eval()
 
 
 _HITS = "quantize.ema_vocab_hit_SV"

@@ -55,8 +55,8 @@ from isthmus.training.train_prior import train_prior
 
 
 def check_student_sizes(teacher_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sides of a student's scales, as a tuple: some of the teacher's, its first and its last among them. Others
-    raise UserError.
+    """The sides of a student's scales, as a tuple; UserError unless they are some of the teacher's, with its first and
+    last.
 
     The first scale is drawn from the class alone, from a table that belongs to that side; the last is the latent grid;
     and the tokenizer quantises a side with the phi that the parent schedule gives it.

@@ -105,9 +105,7 @@ class ScaleRefinementScheduler(Recorded):
         return settings | {"mode": "masked"} if settings.get("mode") == "critic" else settings
 
     def rounds_of(self, num_scales: int) -> tuple[int, ...]:
-        """Rounds (or jumps) after every scale of a model; UserError for rounds at a scale that it lacks, or none at
-        all.
-        """
+        """Rounds (or jumps) after every scale of a model; UserError for one at a scale it lacks, or none at all."""
         if self.mode == "none":
             return (0,) * num_scales
         rounds = self._rounds_on(num_scales)
@@ -153,9 +151,7 @@ class ScaleRefinementScheduler(Recorded):
         return tuple(given[:num_scales]) + (0,) * (num_scales - len(given))
 
     def hidden_by_probability(self, probabilities: Float[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
-        """Which tokens a masked round draws again, from their probabilities: guided, at the draw's temperature, before
-        filters.
-        """
+        """What a masked round draws again, from guided probabilities at the draw's temperature, before filters."""
         p_min = self.config["p_min"]
         return probabilities < p_min if p_min is not None else lowest_share(probabilities, self.share)
 
@@ -250,8 +246,8 @@ def redraw(
 ) -> ScaleDraw:
     """A draw of the whole scale (from 1) that has seen the codes that are not hidden; one forward.
 
-    The sampler has predicted this scale already. `before` are the features before it, `codes` those of the scale as it
-    stands; `hidden` is True where a token is to be drawn again; `round_index` counts random numbers from 1.
+    The sampler has predicted this scale already, `before` are the features before it, `hidden` is True where a token is
+    to be drawn again, and `round_index` counts its random numbers from 1.
     """
     logits = sampler.predict_again(scale, before, codes, hidden)
     return sampler.draw(scale, logits, round_index=round_index)

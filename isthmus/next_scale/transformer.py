@@ -267,7 +267,7 @@ class NextScaleTransformer(SavedModel):
             keep: stochastic depth factors per image, block and branch; None keeps everything.
             hidden: True at inputs whose own token is hidden (`partial_scale_input`); None where none shows any.
 
-        Raises UserError where `scales` or the number of inputs do not fit.
+        Raises UserError where `scales` are none of these, or the inputs are not those of `scales`.
         """
         known = tuple(range(self.schedule.num_scales))
         scales = known if scales is None else tuple(scales)
