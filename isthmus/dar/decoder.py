@@ -129,8 +129,11 @@ class FlowDecoder(SavedModel):
     """Velocity of noisy pixels, driven by one group of token conditions.
 
     Args:
+        patch_size: side of a patch in pixels.
+        width: width of the residual stream.
+        num_layers: blocks.
         condition_width: width of the conditions (`condition_width` of the tokenizer).
-        head_width: divides `width`.
+        head_width: width of an attention head; divides `width`.
         rotary_base: base of the rotary angles of the patches.
         shared_time_embedding: one time embedding for all blocks, instead of one for each.
         adaptive_head: the time scales and shifts before the last layer; needs `shared_time_embedding`.
@@ -138,11 +141,11 @@ class FlowDecoder(SavedModel):
             one size); None has none.
         prediction: what the last layer stands for: the "velocity", or the clean "image" in the scale of x_t, from which
             the velocity follows as (image - x_t) / max(1 - t, 0.1).
-        init_gate: initial gates of all blocks; 0 starts every block as the identity.
         canvas_tokens: `num_tokens` of the tokenizer: all tokens up to the end of the window paint a small image, which
             the network reads beside x_t, and which an "image" prediction only corrects. None has no such image.
         canvas_side: side of that small image in pixels.
         canvas_rank: rank of the map by which a token paints.
+        init_gate: initial gates of all blocks; 0 starts every block as the identity.
         modulation_std: standard deviation of the initial weights that turn time and tokens into modulation; 0 starts
             with tokens that change nothing.
 

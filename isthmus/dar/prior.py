@@ -112,8 +112,13 @@ def llama_config(
     """Configuration of a prior: positions for one class and all tokens, no biases, untied, no bos, eos or pad.
 
     `codebook_size` is recorded beside Llama's own settings, so that a prior under another tokenizer is noticed; other
-    readers of the file ignore it. `feed_forward_width` None is the published rule, int(8 width / 3) rounded up to a
-    multiple of 256. Raises UserError unless `width` is a multiple of twice `num_heads`.
+    readers of the file ignore it. Raises UserError unless `width` is a multiple of twice `num_heads`.
+
+    Args:
+        width: width of the residual stream, a multiple of twice `num_heads`.
+        num_layers: blocks.
+        num_heads: attention heads.
+        feed_forward_width: inner width; None is the published rule, int(8 width / 3) rounded up to a multiple of 256.
     """
     if width % (2 * num_heads):
         raise UserError(

@@ -118,15 +118,22 @@ class DiffusionTokenizer(SavedModel):
 
     Args:
         image_size: side of the images that the tokenizer was trained on, in pixels; others are encoded as well.
+        patch_size: side of an encoder patch in pixels.
+        width: width of the encoder.
+        num_layers: blocks of the encoder.
         condition_width: width of the causal stack, which is what the decoder attends to.
         num_condition_layers: blocks of the causal stack; 0 leaves position and norm.
+        num_tokens: tokens of an image.
         num_groups: groups that the tokens fall into; a solver step is driven by one of them.
         tokens_per_step: tokens that drive a solver step; None is one group, more are overlapping windows.
+        codebook_size: number of codes.
+        codebook_dim: width of a code.
         table_rows: rows of the tables of queries and positions, of which the first `num_tokens` are used; None is
             `num_tokens`.
         low_rank_queries: queries are a table of `query_rank` columns and a linear layer, not a whole table.
+        query_rank: columns of that table.
         rotary_base: base of the rotary angles of the patches.
-        head_width: divides both widths.
+        head_width: width of an attention head; divides both widths.
         query_std: standard deviation of the initial query table.
         init_gate: initial gates of all blocks; 0 starts every block as the identity.
         position_table: add a learned vector per patch, which ties the tokenizer to `image_size`.

@@ -256,6 +256,8 @@ class MultiScaleVQVAE(SavedModel):
     """Convolutional autoencoder whose latent map is quantised residually over a pyramid of scales.
 
     Args:
+        codebook_size: number of codes.
+        codebook_dim: width of a code.
         scale_sizes: sides of the scales, coarse to fine; the last is the side of the latent map.
         phi_indices: which phi follows each scale; None takes the published rule.
         num_phi: number of phi convolutions (1: one for all scales).
@@ -266,6 +268,7 @@ class MultiScaleVQVAE(SavedModel):
         num_res_blocks: residual blocks per encoder level; the decoder has one more.
         normalize_codes: compare directions instead of positions (the vector looked up stays the raw row).
         commitment_weight: weight of the commitment loss beside the codebook loss ("beta").
+        dropout: rate inside residual blocks.
         pixel_unshuffle: side of the squares of pixels that enter as channels of one place, and come back as pixels at
             the exit. Convolutions at full resolution have few channels, so that memory bounds them, not arithmetic; 2
             leaves a quarter of the places. 1 is off, as in the published network.

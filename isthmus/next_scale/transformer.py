@@ -151,6 +151,9 @@ class NextScaleTransformer(SavedModel):
     """Predict all tokens of a scale at once, from the features that the coarser scales have built.
 
     Args:
+        width: width of the residual stream.
+        num_layers: blocks.
+        num_heads: attention heads.
         num_classes: classes; row `null_class_id` = num_classes of the table stands for "no class".
         scale_attention: "causal" (VAR: own and earlier scales) or "markov" (SRDD: own scale only, no cache).
         shared_adaln: one modulation for all blocks plus an offset per block, instead of one linear layer per block.

@@ -21,15 +21,15 @@ def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
     """A frozen dataclass to derive from: those arguments of a constructor that a run may set, all None at first.
 
     None leaves an argument to the constructor, or to the model that is gone on from. Sequences are tuples, as they are
-    on the command line, which shows what the docstring says of an argument.
+    on the command line, whose help is what the docstring says of an argument: each of these needs its line there.
 
     Args:
-        place: module, colon, class or function; its docstring describes the arguments.
+        place: module, colon, class or function.
         names: arguments to take, in this order.
         types: what names in annotations mean, beside those of Python.
 
     Raises:
-        ValueError: there is no such argument, or nothing is said of it.
+        ValueError: there is no such argument.
 
     >>> sizes = arguments_of("isthmus.next_scale.tokenizer:MultiScaleVQVAE", ["codebook_size", "scale_sizes"])
     >>> sizes(scale_sizes=(1, 2))
@@ -37,7 +37,7 @@ def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
     """
     declared = dict(_declared(place))
     if unknown := [name for name in names if name not in declared]:
-        raise ValueError(f"{place} has no documented argument {unknown[0]}, it has {', '.join(declared)}.")
+        raise ValueError(f"{place} has no argument {unknown[0]}, it has {', '.join(declared)}.")
     fields = []
     for name in names:
         annotation, about = declared[name]
@@ -53,7 +53,7 @@ def given(settings: Any) -> dict[str, Any]:
 
 
 def _declared(place: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Name of every documented argument, its type as it is written, and what is said of it."""
+    """Name of every argument, its type as it is written, and what is said of it."""
     module, name = place.split(":")
     spec = find_spec(module)
     source: Any = spec.loader if spec else None
@@ -63,8 +63,8 @@ def _declared(place: str) -> Iterator[tuple[str, tuple[str, str]]]:
     function = found if isinstance(found, ast.FunctionDef) else next(n for n in inner if n.name == "__init__")
     about = _args_section(ast.get_docstring(found) or "")
     for argument in (*function.args.args, *function.args.kwonlyargs):
-        if argument.annotation is not None and argument.arg in about:
-            yield argument.arg, (ast.unparse(argument.annotation), about[argument.arg])
+        if argument.annotation is not None:
+            yield argument.arg, (ast.unparse(argument.annotation), about.get(argument.arg, ""))
 
 
 def _args_section(docstring: str) -> dict[str, str]:

@@ -41,12 +41,12 @@ def test_what_a_run_sets_is_what_the_constructor_takes(settings, constructor):
         if get_origin(wanted) is Sequence:
             wanted = tuple[get_args(wanted)[0], ...]
         assert hint == wanted | None
-        assert not about[0].islower() and about.endswith(".")
+        assert about.endswith(".") and not about[0].islower(), f"{name} has no help"
     assert all(value is None for value in vars(settings()).values())
 
 
 def test_an_argument_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="has no documented argument widht, it has scale_sizes"):
+    with pytest.raises(ValueError, match="has no argument widht, it has scale_sizes"):
         arguments_of("isthmus.next_scale.transformer:NextScaleTransformer", ["widht"])
     with pytest.raises(TypeError, match="widht"):
         PriorModel(widht=3)
