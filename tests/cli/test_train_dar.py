@@ -9,8 +9,7 @@ from isthmus.dar.runs import diffusion_tokenizer_preset, next_token_prior_preset
 from isthmus.training.config import run_to_json
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
-from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
-from tests.training.tiny_runs import write_images
+from tests.training.tiny_runs import diffusion_tokenizer_run, next_token_prior_run, write_images
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,13 @@ from isthmus.studies.experiments import Values, finished
 from isthmus.studies.options import DarSetting, SrddSetting
 from isthmus.studies.study import Study
 from isthmus.studies.tables import Finding, StudyTable
-from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
-from tests.training.tiny_runs import prior_run, tokenizer_run, write_images
+from tests.training.tiny_runs import (
+    diffusion_tokenizer_run,
+    next_token_prior_run,
+    prior_run,
+    tokenizer_run,
+    write_images,
+)
 from tests.training.tiny_teacher import distill_run
 
 

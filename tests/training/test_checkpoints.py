@@ -12,11 +12,16 @@ from isthmus.cli import main
 from isthmus.errors import UserError
 from isthmus.training.checkpoints import newest_checkpoint
 from isthmus.training.config import run_to_json
-from isthmus.training.train_prior import train_prior
-from isthmus.training.train_tokenizer import train_tokenizer
-from tests.training.test_processes import assert_same_log
-from tests.training.test_runs import assert_same, forget_after, weights
-from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run
+from tests.training.tiny_runs import (
+    OPTIM,
+    assert_same,
+    assert_same_log,
+    killed_after,
+    prior_run,
+    tokenizer_run,
+    train,
+    weights,
+)
 
 FILES = ["model.safetensors", "optimizer.bin", "ema.safetensors", "extras.safetensors", "progress.json"]
 
@@ -36,7 +41,7 @@ def test_the_newest_few_are_kept(tmp_path, images, trained_tokenizer):
     # all that a run killed in its first second leaves
     run.out.mkdir()
     (run.out / "run.json.partial").write_text("{")
-    train_prior(run)
+    train(run)
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == [
         "checkpoint-00000005",
         "checkpoint-00000006",
@@ -49,9 +54,7 @@ def test_the_newest_few_are_kept(tmp_path, images, trained_tokenizer):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
     tmp_path, capsys, images, trained_tokenizer, trained_prior, name, keep
 ):
-    run = prior_run(images, tmp_path / "run", trained_tokenizer)
-    shutil.copytree(trained_prior, run.out)
-    forget_after(run.out, 4)
+    run = killed_after(4, prior_run(images, trained_prior, trained_tokenizer), tmp_path / "run")
     newest = run.out / "checkpoints" / "checkpoint-00000004"
     whole = (newest / name).read_bytes()
     (newest / name).write_bytes(whole[: int(keep * len(whole))])
@@ -69,21 +72,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, images, trained_tokenizer, trained_prior):
-    run = prior_run(images, tmp_path / "run", trained_tokenizer)
-    shutil.copytree(trained_prior, run.out)
-    forget_after(run.out, 4)
+    run = killed_after(4, prior_run(images, trained_prior, trained_tokenizer), tmp_path / "run")
     newest = run.out / "checkpoints" / "checkpoint-00000004"
     for name in ("model.safetensors", "ema.safetensors", "optimizer.bin"):
         shutil.copy(trained_tokenizer / "checkpoints" / "checkpoint-00000004" / name, newest / name)
     with pytest.raises(UserError, match="checkpoint-00000004"):
-        train_prior(run)
+        train(run)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kind": "PriorRun"}', '{"kind": "PriorRun", "run": 3}'])
 def test_a_foreign_record_is_refused(tmp_path, images, trained_tokenizer, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match="not the record of a run"):
-        train_prior(prior_run(images, tmp_path, trained_tokenizer))
+        train(prior_run(images, tmp_path, trained_tokenizer))
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, trained_tok
     run = prior_run(images, tmp_path / "run", trained_tokenizer, optim=optim, save_every=1)
     good = run.out / "checkpoints" / "checkpoint-00000001"
     with pytest.raises(UserError, match=f"must be finite.*the last good checkpoint is {good}"):
-        train_prior(run)
+        train(run)
     assert newest_checkpoint(run.out) == good
     assert all(value.isfinite().all() for value in load_file(good / "model.safetensors").values())
 
@@ -102,7 +103,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, trained_tok
 def test_every_part_of_a_batch_counts_and_makes_one_step(tmp_path, images):
     """Two networks take turns; each takes one step per batch, not one per part or none."""
     run = tokenizer_run(images, tmp_path / "run", accumulate=2)
-    train_tokenizer(run)
+    train(run)
     newest = newest_checkpoint(run.out)
     assert newest is not None
     start = round(run.loss.adversarial_start * run.num_steps)
@@ -117,5 +118,5 @@ def test_a_log_line_is_about_the_whole_batch(tmp_path, images, trained_tokenizer
     whole = prior_run(images, tmp_path / "whole", trained_tokenizer, num_steps=2)
     parts = replace(whole, out=tmp_path / "parts", accumulate=4)
     for run in (whole, parts):
-        train_prior(run)
+        train(run)
     assert_same_log(whole.out, parts.out)

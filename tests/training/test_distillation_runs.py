@@ -30,8 +30,7 @@ from isthmus.training.config import PriorSampling, run_from_json, run_to_json
 from isthmus.training.train_prior import train_prior
 from tests.made_once import made_once
 from tests.testers import LOGGED, NO_DIVERGENCE
-from tests.training.test_runs import assert_same, forget_after, weights
-from tests.training.tiny_runs import prior_run, write_images
+from tests.training.tiny_runs import assert_same, forget_after, prior_run, weights, write_images
 from tests.training.tiny_teacher import distill_run, tiny_teacher
 
 pytestmark = pytest.mark.slow
@@ -182,12 +181,12 @@ def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teache
     folder = distill(run)
     assert load_pipeline(first.out, device="cpu").schedule.sizes == (1, 2, 4)
     # the second student starts as the first one ends
-    family = ScaleDistillationTask(run)
-    assert family.teacher.schedule.sizes == (1, 2, 4)
+    task = ScaleDistillationTask(run)
+    assert task.teacher.schedule.sizes == (1, 2, 4)
     # values by scale count on the scales of the model that is distilled, on every stage
     assert load_pipeline(first.out, device="cpu").defaults.guidance_scale == (1, 2, 4)
     assert load_pipeline(run.out, device="cpu").defaults.guidance_scale == (1, 4)
-    assert_same(family.teacher.state_dict(), weights(first.out / "transformer"))
+    assert_same(task.teacher.state_dict(), weights(first.out / "transformer"))
     record = json.loads((folder / BASELINE / "run.json").read_text())["run"]
     assert (record["distillation_weight"], record["num_steps"]) == (0.0, 4)
     for model in (folder, folder / BASELINE):
@@ -201,10 +200,10 @@ def test_scale_by_scale_and_beside_it_without_a_teacher(tmp_path, images, teache
 
 def test_a_markov_student_of_a_causal_teacher(tmp_path, images, causal_teacher):
     run = distill_run(images, tmp_path / "run", causal_teacher, scale_sizes=None, scale_attention="markov")
-    family = ScaleDistillationTask(run)
-    assert family.asked == (0, 1, 2, 3) and family.rolled == () and family.network.is_markov
+    task = ScaleDistillationTask(run)
+    assert task.asked == (0, 1, 2, 3) and task.rolled == () and task.network.is_markov
     # the images' tokens under one schedule are all that is cached
-    assert family.encoder is family.tokenizer
+    assert task.encoder is task.tokenizer
     distill(run)
     assert load_pipeline(run.out, device="cpu").transformer.is_markov
     assert log_lines(run.out)[0]["train/teacher_divergence_scale0"] < NO_DIVERGENCE
@@ -212,8 +211,8 @@ def test_a_markov_student_of_a_causal_teacher(tmp_path, images, causal_teacher):
 
 def test_a_causal_teacher_draws_behind_its_own_scales(tmp_path, images, causal_teacher):
     run = distill_run(images, tmp_path / "run", causal_teacher)
-    family = ScaleDistillationTask(run)
-    assert family.asked == (0,) and family.rolled == (1, 2)
+    task = ScaleDistillationTask(run)
+    assert task.asked == (0,) and task.rolled == (1, 2)
     distill(run)
     assert load_pipeline(run.out, device="cpu").schedule.sizes == (1, 3, 4)
 
@@ -231,8 +230,8 @@ def test_the_student_without_a_teacher_is_trained_unless_it_is_left_out(tmp_path
 
 def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
     run = distill_run(images, tmp_path / "run", teacher, distillation_weight=0.0)
-    family = ScaleDistillationTask(run)
-    assert family.asked == family.rolled == ()
+    task = ScaleDistillationTask(run)
+    assert task.asked == task.rolled == ()
     distill(run)
     line = log_lines(run.out)[0]
     assert not any("teacher" in name for name in line)

@@ -3,7 +3,6 @@
 import io
 import json
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +17,8 @@ from isthmus.cli import main
 from isthmus.next_scale.runs import PriorRun, TokenizerRun
 from isthmus.training.checkpoints import newest_checkpoint
 from isthmus.training.config import Run, run_to_json
-from isthmus.training.train_prior import train_prior
-from isthmus.training.train_tokenizer import train_tokenizer
 from tests.made_once import made_once
-from tests.training.test_runs import assert_same, forget_after, weights
-from tests.training.tiny_runs import prior_run, tokenizer_run
+from tests.training.tiny_runs import assert_same, killed_after, prior_run, tokenizer_run, train, weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = {"tokenizer": "image_tokenizer", "prior": "transformer"}
@@ -72,8 +68,7 @@ def straight_runs(folder: Path, images: str, trained_tokenizer: Path) -> dict[st
     first = tokenizer_run(images, folder / "tokenizer", num_steps=14, **often)
     first = replace(first, loss=replace(first.loss, adversarial_start=0.15))
     second = prior_run(images, folder / "prior", trained_tokenizer, num_steps=30, **often)
-    train_tokenizer(first)
-    train_prior(second)
+    train(first), train(second)
     return {"tokenizer": first, "prior": second}
 
 
@@ -135,12 +130,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path, images, trained_to
     prior = prior_run(images, tmp_path / "prior", trained_tokenizer, num_steps=3)
     # finished runs that have lost their models, to be exported again
     finished = [
-        tokenizer_run(images, tmp_path / "finished-tokenizer"),
-        prior_run(images, tmp_path / "finished-prior", trained_tokenizer),
+        killed_after(6, tokenizer_run(images, trained_tokenizer), tmp_path / "finished-tokenizer"),
+        killed_after(6, prior_run(images, trained_prior, trained_tokenizer), tmp_path / "finished-prior"),
     ]
-    for run, source in zip(finished, (trained_tokenizer, trained_prior), strict=True):
-        shutil.copytree(source, run.out)
-        forget_after(run.out, run.num_steps)
     # bytes: the tokenizer's weights take 0.9 MB and its optimizer's state 2 MB, those of the prior 47 and 116 kB
     limits = [
         (tokenizer, 500_000), (tokenizer, 1_500_000), (tokenizer, None),

@@ -1,7 +1,6 @@
 """Two processes train what one trains, on the same global batch, whatever is shared out."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -10,29 +9,28 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from isthmus.next_scale.runs import PriorRun, TokenizerRun
+from isthmus.dar.train_prior import averaged_llama
 from isthmus.next_scale.transformer import NextScaleTransformer
-from isthmus.training.config import run_to_json
+from isthmus.training.config import Run, run_to_json
 from isthmus.training.saved_networks import averaged_model
-from isthmus.training.train_prior import train_prior
-from isthmus.training.train_tokenizer import train_tokenizer
 from tests.made_once import made_once
 from tests.testers import LOGGED
-from tests.training.test_runs import forget_after
-from tests.training.tiny_runs import prior_run, tokenizer_run
-from tests.training.two_processes import same_tensors, three_steps, tiny_prior
+from tests.training.tiny_runs import (
+    assert_same_log,
+    diffusion_tokenizer_run,
+    killed_after,
+    log_lines,
+    next_token_prior_run,
+    prior_run,
+    tokenizer_run,
+    train,
+)
+from tests.training.two_processes import same_tensors, three_llama_steps, three_steps, tiny_objective, tiny_prior
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+TRAININGS = ("tokenizer", "prior", "diffusion-tokenizer", "next-token-prior")
 
-
-def log_lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_log(first: Path, second: Path) -> None:
-    """Every number of every step, measurements on held-out images included."""
-    for a, b in zip(log_lines(first), log_lines(second), strict=True):
-        assert b == pytest.approx(a, **LOGGED), f"step {a['step']}"
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
@@ -40,76 +38,73 @@ class Runs:
     """Runs of this process (`one`) and of two (`two`), by name, and what the two said."""
 
     folder: Path
-    one: dict[str, TokenizerRun | PriorRun]
-    two: dict[str, TokenizerRun | PriorRun]
+    one: dict[str, Run]
+    two: dict[str, Run]
     said: list[dict[str, object]]
 
 
-def train(run: TokenizerRun | PriorRun) -> None:
-    train_tokenizer(run) if isinstance(run, TokenizerRun) else train_prior(run)
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, images, trained_tokenizer) -> Runs:
+def runs(tmp_path_factory, images, trained_tokenizer, trained_dar_tokenizer) -> Runs:
     """Train everything once with one process and once with two (started together, since a start takes seconds)."""
-    return made_once(tmp_path_factory, "processes", lambda folder: trained_runs(folder, images, trained_tokenizer))
+    return made_once(
+        tmp_path_factory,
+        "processes",
+        lambda folder: trained_runs(folder, images, trained_tokenizer, trained_dar_tokenizer),
+    )
 
 
-def trained_runs(folder: Path, images: str, trained_tokenizer: Path) -> Runs:
-    long = {"num_steps": 20, "save_every": 10, "preview_every": 20, "validate_every": 10}
-    one = {
+def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) -> Runs:
+    long = {"num_steps": 12, "save_every": 6, "preview_every": 12, "validate_every": 6}
+    dar = diffusion_tokenizer_run(images, folder / "one-diffusion-tokenizer", revive_every=2, **long)
+    one: dict[str, Run] = {
         # usage, revival, the discriminator and its adaptive weight
         "tokenizer": tokenizer_run(images, folder / "one-tokenizer", revive_every=2, **long),
         # stochastic depth, label dropout, a batch in two parts
-        "prior": prior_run(images, folder / "one-prior", trained_tokenizer, accumulate=2, **long),
+        "prior": prior_run(images, folder / "one-prior", multi_scale, accumulate=2, **long),
         # steps that leave some weights without a gradient
-        "scales": prior_run(images, folder / "one-scales", trained_tokenizer, scales_per_step=1),
+        "scales": prior_run(images, folder / "one-scales", multi_scale, scales_per_step=1),
+        # codebook start, uneven counts of tokens, statistics of the whole batch
+        "diffusion-tokenizer": replace(
+            dar, loss=replace(dar.loss, times="uniform"), model=replace(dar.model, latent_norm=True)
+        ),
+        # every dropout of the Llama
+        "next-token-prior": next_token_prior_run(
+            images, folder / "one-next-token-prior", diffusion, accumulate=2, **long
+        ),
     }
     for run in one.values():
         train(run)
     two = {name: replace(run, out=folder / f"two-{name}") for name, run in one.items()}
     # one process's run, stopped half-way, to be continued by two
-    for name in ("tokenizer", "prior"):
-        two[f"continued-{name}"] = replace(one[name], out=folder / f"continued-{name}")
-        shutil.copytree(one[name].out, folder / f"continued-{name}")
-        forget_after(folder / f"continued-{name}", 10)
-    sharded = prior_run(images, folder / "no-gpu", trained_tokenizer, parallel="fsdp2")
+    two |= {f"continued-{name}": killed_after(6, one[name], folder / f"continued-{name}") for name in TRAININGS}
+    sharded = prior_run(images, folder / "no-gpu", multi_scale, parallel="fsdp2")
+    refused = (sharded, replace(one["prior"], batch_size=2, out=folder / "odd"))
     plan = {
-        "tokenizers": [run_to_json(run) for run in two.values() if isinstance(run, TokenizerRun)],
-        "priors": [run_to_json(run) for run in two.values() if isinstance(run, PriorRun)],
-        "refused": [run_to_json(run) for run in (sharded, replace(one["prior"], batch_size=2, out=folder / "odd"))],
+        name: [(type(run).__name__, run_to_json(run)) for run in planned]
+        for name, planned in (("trained", two.values()), ("refused", refused))
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launch, "-m", "tests.training.two_processes", str(folder)],
-        cwd=REPOSITORY,
-        check=True,
-        timeout=300,
-    )
+    command = [*launch, "-m", "tests.training.two_processes", str(folder)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
     said = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1)]
     return Runs(folder, one, two, said)
 
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "prior", "scales"])
+@pytest.mark.parametrize("name", [*TRAININGS, "scales"])
 def test_two_processes_train_what_one_trains(runs, name):
     assert len([line for line in log_lines(runs.two[name].out) if "train/loss" in line]) == runs.one[name].num_steps
     assert_same_log(runs.one[name].out, runs.two[name].out)
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "prior"])
+@pytest.mark.parametrize("name", TRAININGS)
 def test_two_processes_continue_what_one_began(runs, name):
     assert_same_log(runs.one[name].out, runs.two[f"continued-{name}"].out)
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "prior"])
+@pytest.mark.parametrize("name", TRAININGS)
 def test_one_process_continues_what_two_began(runs, tmp_path, name):
-    run = replace(runs.two[name], out=tmp_path / "run")
-    shutil.copytree(runs.two[name].out, run.out)
-    forget_after(run.out, 10)
+    run = killed_after(6, runs.two[name], tmp_path / "run")
     train(run)
     assert_same_log(runs.one[name].out, run.out)
 
@@ -136,3 +131,10 @@ def test_a_sharded_network_ends_as_its_whole_twin(runs, shared_adaln):
         same_tensors(ema.state_dict(), load_file(folder / f"{name}.safetensors"))
     exported = NextScaleTransformer.from_pretrained(folder / "averaged")
     same_tensors(averaged_model(twin, ema).state_dict(), exported.state_dict())
+
+
+def test_a_sharded_llama_ends_as_its_whole_twin(runs):
+    twin = tiny_objective()
+    ema, norms = three_llama_steps(twin)
+    assert json.loads((runs.folder / "llama-norms.json").read_text()) == pytest.approx(norms, **LOGGED)
+    same_tensors(averaged_llama(twin, ema).state_dict(), load_file(runs.folder / "llama.safetensors"))

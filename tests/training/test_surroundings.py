@@ -3,76 +3,50 @@
 import logging
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import isthmus
 from isthmus.errors import UserError
 from isthmus.files import claimed
-from isthmus.training.config import Run
-from isthmus.training.train_prior import train_prior
-from isthmus.training.train_tokenizer import train_tokenizer
-from tests.training.test_runs import assert_same
-from tests.training.tiny_dar_runs import diffusion_tokenizer_run, next_token_prior_run
-from tests.training.tiny_runs import OPTIM, prior_run, tokenizer_run
+from tests.training.tiny_runs import FAMILIES, OPTIM, Family, assert_same, prior_run, tokenizer_run, train, weights
 
 pytestmark = pytest.mark.slow
 
 BRIEF = {"num_steps": 2, "save_every": 2, "validate_every": 2, "preview_every": 2}
 
 
-def tokenizer_weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.out / "image_tokenizer/diffusion_pytorch_model.safetensors")
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Family:
+    """Of the two, in turn."""
+    return FAMILIES[request.param]
 
 
-Training = tuple[Callable[..., Run], Callable[..., Path]]
-
-
-@pytest.fixture(params=["next-scale", "D-AR"])
-def training(request) -> Training:
-    """How a tokenizer's run of either family is made, and what trains it."""
-    if request.param == "next-scale":
-        return tokenizer_run, train_tokenizer
-    return diffusion_tokenizer_run, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def trained_dar_tokenizer(tmp_path_factory, images) -> Path:
-    """Run folder of a D-AR tokenizer trained for six steps."""
-    run = diffusion_tokenizer_run(images, tmp_path_factory.mktemp("dar") / "run")
-    return train_tokenizer(run)
-
-
-def test_any_thread_and_any_seed_trains(tmp_path, images, training):
-    made, train = training
-    run = made(images, tmp_path / "main", seed=2**70, **BRIEF)
+def test_any_thread_and_any_seed_trains(tmp_path, images, family):
+    run = family.tokenizer_run(images, tmp_path / "main", seed=2**70, **BRIEF)
     train(run)
-    other = made(images, tmp_path / "thread", seed=2**70, **BRIEF)
+    other = family.tokenizer_run(images, tmp_path / "thread", seed=2**70, **BRIEF)
     thread = threading.Thread(target=train, args=(other,))
     thread.start()
     thread.join()
-    assert_same(tokenizer_weights(run), tokenizer_weights(other))
+    assert_same(weights(run.out), weights(other.out))
 
 
-def test_changed_defaults_of_torch_are_refused(tmp_path, images, training):
-    made, train = training
+def test_changed_defaults_of_torch_are_refused(tmp_path, images, family):
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.raises(UserError, match="set_default_dtype"):
-            train(made(images, tmp_path / "run", **BRIEF))
+            train(family.tokenizer_run(images, tmp_path / "run", **BRIEF))
     finally:
         torch.set_default_dtype(torch.float32)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_in_a_folder_where_another_is_at_work_is_refused(tmp_path, images, training):
-    made, train = training
-    run = made(images, tmp_path / "run", **BRIEF)
+def test_a_run_in_a_folder_where_another_is_at_work_is_refused(tmp_path, images, family):
+    run = family.tokenizer_run(images, tmp_path / "run", **BRIEF)
     refused: list[UserError] = []
 
     def start_again() -> None:
@@ -91,43 +65,35 @@ def test_a_run_in_a_folder_where_another_is_at_work_is_refused(tmp_path, images,
     assert not (run.out / ".lock").exists()
 
 
-def test_a_run_fills_an_empty_disk_at_the_end_of_a_link(tmp_path, images, training, monkeypatch):
-    made, train = training
+def test_a_run_fills_an_empty_disk_at_the_end_of_a_link(tmp_path, images, family, monkeypatch):
     (tmp_path / "disk/lost+found").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     monkeypatch.chdir(tmp_path / "disk")
-    assert train(made(images, tmp_path / "link", **BRIEF)).exists()
+    assert train(family.tokenizer_run(images, tmp_path / "link", **BRIEF)).exists()
     assert (tmp_path / "disk/run.json").is_file()
     # the folder that the shell stands in
-    train(made(images, Path("."), **BRIEF))
+    train(family.tokenizer_run(images, Path("."), **BRIEF))
 
 
-@pytest.mark.parametrize("family", ["next-scale", "D-AR"])
 def test_a_finished_run_goes_on_as_if_it_had_been_asked_for_at_once(tmp_path, images, family, request):
-    tokenizer = request.getfixturevalue("trained_tokenizer" if family == "next-scale" else "trained_dar_tokenizer")
-    made = prior_run if family == "next-scale" else next_token_prior_run
     constant = {**BRIEF, "optim": replace(OPTIM, schedule="constant")}
-    short = made(images, tmp_path / "run", tokenizer, **constant)
+    short = family.prior_run(images, tmp_path / "run", request.getfixturevalue(family.tokenizer), **constant)
     long = replace(short, num_steps=4)
-    train_prior(short)
-    train_prior(long)
+    train(short), train(long)
     straight = replace(long, out=tmp_path / "straight")
-    train_prior(straight)
-    first, second = (load_file(next((run.out / "transformer").glob("*.safetensors"))) for run in (long, straight))
-    assert_same(first, second)
+    train(straight)
+    assert_same(weights(long.out), weights(straight.out))
 
     # what is only about how a step is computed may change on the way, too
     parts = replace(long, num_steps=6, accumulate=2, checkpoint_activations=True, log_every=3, save_every=3)
-    train_prior(parts)
-    train_prior(replace(straight, num_steps=6))
-    first, second = (load_file(next((run.out / "transformer").glob("*.safetensors"))) for run in (parts, straight))
+    train(parts), train(replace(straight, num_steps=6))
+    first, second = (weights(run.out / "transformer") for run in (parts, straight))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_whose_steps_depend_on_their_number_is_not_made_longer(tmp_path, images, training):
-    made, train = training
-    run = made(images, tmp_path / "run", **BRIEF)
+def test_a_run_whose_steps_depend_on_their_number_is_not_made_longer(tmp_path, images, family):
+    run = family.tokenizer_run(images, tmp_path / "run", **BRIEF)
     train(run)
     with pytest.raises(UserError, match=f"optim.schedule linear.*--from {run.out}"):
         train(replace(run, num_steps=4))
