@@ -221,8 +221,10 @@ def _own_cache() -> Path:
     return fallback
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name, flush it to the disk, then rename it: readers see all of it or none.
+def write_whole(path: Path, content: str | Callable[[BinaryIO], object], *, flush: bool = True) -> None:
+    """Write a file under a temporary name, then rename it: readers see all of it or none.
+
+    `content` is a text, or writes into the open file. Flushed to the disk it also outlasts a power cut.
 
     Raises UserError where the disk is full or the folder cannot be written; nothing is left behind.
     """
@@ -230,9 +232,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     try:
         with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"Could not write {path}: {error.strerror or error}. {writing_advice(error)}") from error

@@ -326,7 +326,7 @@ def _write_manifest(
     cost = {} if forwards is None else {"forwards_per_image": asdict(forwards)}
     values = {"isthmus_version": isthmus.__version__, "settings": request.settings, "num": number, **cost}
     text = json.dumps({**values, "images": rows}, indent=1) + "\n"
-    write_whole(folder / MANIFEST, lambda file: file.write(text.encode()))
+    write_whole(folder / MANIFEST, text)
 
 
 def forwards_per_image(pipeline: "AnyPipeline", request: SampleRequest) -> Forwards | None:

@@ -167,4 +167,4 @@ def run_compare(arguments: Sequence[str]) -> None:
     print(text, end="")
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(command.out, lambda file: file.write(text.encode()))
+        write_whole(command.out, text)

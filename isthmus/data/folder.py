@@ -54,7 +54,7 @@ def examine(
                     bar.update(len(chunk))
         finally:
             readable = {key: finding.digest for key, finding in findings.items() if not finding.reason}
-            write_whole(index_file, lambda file: file.write(json.dumps(readable).encode()))
+            write_whole(index_file, json.dumps(readable))
     return [findings[key] for key in keys]
 
 

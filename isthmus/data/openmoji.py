@@ -154,7 +154,7 @@ def rendered_openmoji(image_size: int, cache_dir: str | Path | None = None) -> t
 
     write_whole(pixels_path, draw_all)
     digest = sha256_of_file(pixels_path)
-    write_whole(digest_path, lambda file: file.write(json.dumps({"sha256": digest}).encode()))
+    write_whole(digest_path, json.dumps({"sha256": digest}))
     return pixels_path, digest
 
 

@@ -190,7 +190,7 @@ isthmus demo --family dar
 
 {train.attribution}
 """
-    write_whole(options.folder / "report.md", lambda file: file.write(text.encode()))
+    write_whole(options.folder / "report.md", text)
 
 
 def dar_report(
@@ -264,7 +264,7 @@ isthmus demo --family dar --budget long
 
 {train.attribution}
 """
-    write_whole(options.folder / "report.md", lambda file: file.write(text.encode()))
+    write_whole(options.folder / "report.md", text)
 
 
 def _parameters(pipeline: Any, *parts: str) -> dict[str, int]:

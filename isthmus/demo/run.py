@@ -192,7 +192,7 @@ class Clock:
         result = work()
         self.seconds[phase] = round(max(time.perf_counter() - start, self.seconds.get(phase, 0.0)), 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, lambda file: file.write(json.dumps(self.seconds).encode()))
+        write_whole(self.path, json.dumps(self.seconds))
         return result
 
 
@@ -227,7 +227,7 @@ def finished_scores(options: DemoOptions, kind: type[Scores]) -> Scores | None:
 def kept(options: DemoOptions, scores: Scores) -> Scores:
     """Scores, written for later runs."""
     text = json.dumps(asdict(scores), indent=2)
-    write_whole(options.folder / "scores.json", lambda file: file.write(text.encode()))
+    write_whole(options.folder / "scores.json", text)
     return scores
 
 

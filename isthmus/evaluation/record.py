@@ -222,7 +222,7 @@ def write_record(record: EvaluationRecord, folder: Path) -> None:
     """Write evaluation.json, whole or not at all."""
     text = json.dumps(_finite(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RECORD, lambda file: file.write(text.encode()))
+    write_whole(folder / RECORD, text)
 
 
 def read_record(folder: Path) -> EvaluationRecord:

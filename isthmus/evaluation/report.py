@@ -169,8 +169,8 @@ def write_pages(folder: Path, text: str, *, title: str) -> None:
         title: of the page.
     """
     page = html_page(text, folder, title=title)
-    write_whole(folder / "report.md", lambda file: file.write(text.encode()))
-    write_whole(folder / "report.html", lambda file: file.write(page.encode()))
+    write_whole(folder / "report.md", text)
+    write_whole(folder / "report.html", page)
 
 
 def html_page(text: str, folder: Path, *, title: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import UserError
-from isthmus.training.run import write_atomically
+from isthmus.files import write_whole
 
 logger = logging.getLogger("isthmus")
 
@@ -158,7 +158,7 @@ def _write(path: Path, experiment: Experiment, values: Values, seconds: float, m
         "made": made,
         "values": values,
     }
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -13,13 +13,12 @@ import torch
 from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.evaluation.record import circumstances
-from isthmus.files import alone_in, contents
+from isthmus.files import alone_in, contents, write_whole
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Facts, Work, facts_of, ordered, run_experiments
 from isthmus.studies.options import Budget, StudyOptions, chosen_tables, study_folder
 from isthmus.studies.report import write_study_report
 from isthmus.studies.tables import TableSpec
-from isthmus.training.run import write_atomically
 
 logger = logging.getLogger("isthmus")
 
@@ -121,7 +120,7 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
     if folder.exists() and any(path.suffix != ".partial" for path in contents(folder)):
         raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(now) + "\n")
+    write_whole(record, json.dumps(now) + "\n")
 
 
 Options = TypeVar("Options", bound=StudyOptions)

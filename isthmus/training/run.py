@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 import isthmus
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import check_writable, contents
+from isthmus.files import check_writable, contents, write_whole
 from isthmus.nn.draws import weight_seed
 from isthmus.nn.precision import TypeChoice, faster_type
 from isthmus.processes import process_count
@@ -300,7 +300,7 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
             "precision": asdict(precision),
             **facts,
         }
-        write_atomically(run.out / "run.json", json.dumps(record, indent=2) + "\n")
+        write_whole(run.out / "run.json", json.dumps(record, indent=2) + "\n")
         if run.mixed_precision == "auto":
             logger.info("%s", precision.why)
     if run.track:
@@ -321,16 +321,6 @@ def _refuse_changed_facts(run: Run, facts: dict[str, Any]) -> None:
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: readers see the old one or the new one."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 @dataclass
 class Log:
     """log.jsonl, one line per measurement, beside the trackers of accelerate."""
@@ -344,7 +334,7 @@ class Log:
             return
         lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) is not None]
         kept = [line for line in lines if (_step_of(line) or 0) <= step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
+        write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         """Add one line."""
