@@ -372,6 +372,30 @@ class DARPipeline(SavedPipeline):
         """How many tokens each step waits for."""
         return [f"{needed} tokens" for needed in SolverPlan.of(self.scheduler, num_inference_steps=num_steps).needed]
 
+    @property
+    def stage_lengths(self) -> dict[str, int]:
+        """Tokens of every group, by their places."""
+        size = self.image_tokenizer.tokens_per_group
+        return {f"tokens {start + 1} to {start + size}": size for start in range(0, self.token_layout.num_tokens, size)}
+
+    def reconstruct_by_stage(self, images: Images, *, first_index: int = 0) -> dict[str, Images]:
+        """The preview after every solver step, which has seen the tokens of the steps before it.
+
+        Where several steps wait for the same tokens, the last of them.
+        """
+        # every token is given, so the prior draws none: the steps are those of the reconstruction
+        steps = self.stream(
+            [None] * len(images),
+            prefix_token_ids=self.encode(images),
+            height=images.shape[2],
+            width=images.shape[3],
+            seed=0,
+            image_index=first_index,
+            guidance_scale=1.0,
+            output_type="latent",
+        )
+        return {self.step_names(step.total)[step.index]: torch.as_tensor(step.preview) for step in steps}
+
     def bytes_per_image(self, *, guided: bool) -> int:
         """Peak bytes that one more image in a batch takes, roughly; see `isthmus.pipelines.memory`."""
         return next_token_bytes(self.llama, guided=guided) + flow_bytes(self.decoder, self.image_size)

@@ -22,7 +22,7 @@ from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_ad
 from isthmus.evaluation.classes import UNKNOWN, Balance, SampleClasses, balance_words, choose_classes
 from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
-from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores, stage_lengths
+from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
 from isthmus.evaluation.images import ImageSet, open_images
 from isthmus.evaluation.record import (
     RECORD,
@@ -511,7 +511,7 @@ def _measured(samples: Samples, chosen: SampleClasses, network: FeatureNetwork) 
 
 
 def _usage(pipeline: AnyPipeline, samples: Samples) -> list[Curve]:
-    stages, size = stage_lengths(pipeline), pipeline.codebook_size
+    stages, size = pipeline.stage_lengths, pipeline.codebook_size
     counts = np.zeros((len(stages), size), np.int64)
     for index in range(len(samples)):
         counts += code_counts(samples.token_ids(index)[None], list(stages.values()), size)

@@ -33,33 +33,14 @@ from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
 
 if TYPE_CHECKING:
     from isthmus.dar.pipeline import DARPipeline
-    from isthmus.next_scale.pipeline import NextScalePipeline
-
-Pictures = UInt8[np.ndarray, "b h w 3"]
 
 
 def reconstructions_by_stage(
     pipeline: AnyPipeline, images: Images, *, first_index: int = 0
 ) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
-    """8-bit reconstructions by the name of the stage, in order; the last is the whole reconstruction.
-
-    Next-scale: from the first scale, the first two, and so on. D-AR: the preview after every solver step, which has
-    seen the tokens of the steps before it; where several steps wait for the same tokens, the last of them.
-
-    Args:
-        pipeline: of either family.
-        images: in [-1, 1], of the model's size.
-        first_index: number of the first image in the whole set; image i starts from the noise of (0, i) (D-AR).
-
-    Raises:
-        UserError: the images do not fit the model.
-    """
-    # imported here: reading a D-AR model needs nothing of the other family but this name
-    from isthmus.next_scale.pipeline import NextScalePipeline
-
-    if isinstance(pipeline, NextScalePipeline):
-        return _by_scale(pipeline, images)
-    return _by_tokens(pipeline, images, first_index)
+    """`reconstruct_by_stage` of the pipeline, as 8-bit pictures."""
+    stages = pipeline.reconstruct_by_stage(images, first_index=first_index)
+    return {name: to_uint8(drawn) for name, drawn in stages.items()}
 
 
 def reconstruction_with_steps(
@@ -74,35 +55,6 @@ def reconstruction_with_steps(
         images, num_inference_steps=num_inference_steps, seed=0, image_index=first_index, output_type="latent"
     )
     return to_uint8(torch.as_tensor(found))
-
-
-def _by_scale(pipeline: "NextScalePipeline", images: Images) -> dict[str, Pictures]:
-    token_ids = pipeline.encode(images)
-    found = {}
-    for scale, name in enumerate(pipeline.step_names(len(token_ids))):
-        drawn = torch.as_tensor(pipeline.decode(token_ids[: scale + 1], output_type="pt"))
-        found[f"up to {name}"] = to_uint8(drawn * 2 - 1)
-    return found
-
-
-def _by_tokens(pipeline: "DARPipeline", images: Images, first_index: int) -> dict[str, Pictures]:
-    token_ids = pipeline.encode(images)
-    # every token is given, so the prior draws none: the steps are those of the reconstruction
-    steps = pipeline.stream(
-        [None] * len(images),
-        prefix_token_ids=token_ids,
-        height=images.shape[2],
-        width=images.shape[3],
-        seed=0,
-        image_index=first_index,
-        guidance_scale=1.0,
-        output_type="latent",
-    )
-    found = {}
-    for step in steps:
-        name = pipeline.step_names(step.total)[step.index]
-        found[name] = to_uint8(torch.as_tensor(step.preview))
-    return found
 
 
 AnyPictures = UInt8[np.ndarray, "_ _ _ 3"]
@@ -316,23 +268,10 @@ def likelihood_scores(
         )
     table = np.concatenate(bits)
     by_position, by_stage, start = table.mean(axis=0), {}, 0
-    for name, length in stage_lengths(pipeline).items():
+    for name, length in pipeline.stage_lengths.items():
         by_stage[name] = float(by_position[start : start + length].mean())
         start += length
     return LikelihoodScores(table.sum(axis=1) * math.log(2), table.mean(axis=1), by_position, by_stage)
-
-
-def stage_lengths(pipeline: AnyPipeline) -> dict[str, int]:
-    """Tokens of every scale, or of every group of tokens, by name, in the order of generation."""
-    # imported here: see reconstruction_stages
-    from isthmus.next_scale.pipeline import NextScalePipeline
-
-    if isinstance(pipeline, NextScalePipeline):
-        names = pipeline.step_names(pipeline.schedule.num_scales)
-        return dict(zip(names, pipeline.schedule.lengths, strict=True))
-    size = pipeline.image_tokenizer.tokens_per_group
-    total = pipeline.token_layout.num_tokens
-    return {f"tokens {start + 1} to {start + size}": size for start in range(0, total, size)}
 
 
 HELD_OUT_LIMIT = 1_000

@@ -613,6 +613,19 @@ class NextScalePipeline(SavedPipeline):
         """Sides of the scales."""
         return [f"{side} x {side}" for side in self.schedule.sizes[:num_steps]]
 
+    @property
+    def stage_lengths(self) -> dict[str, int]:
+        """Tokens of every scale, by its side."""
+        return dict(zip(self.step_names(self.schedule.num_scales), self.schedule.lengths, strict=True))
+
+    def reconstruct_by_stage(self, images: Images, *, first_index: int = 0) -> dict[str, Images]:
+        """From the first scale, the first two, and so on."""
+        token_ids, found = self.encode(images), {}
+        for scale, name in enumerate(self.step_names(len(token_ids))):
+            drawn = torch.as_tensor(self.decode(token_ids[: scale + 1], output_type="pt"))
+            found[f"up to {name}"] = drawn * 2 - 1
+        return found
+
     def bytes_per_image(self, *, guided: bool) -> int:
         """Peak bytes that one more image in a batch takes, roughly.
 

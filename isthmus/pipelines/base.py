@@ -18,6 +18,7 @@ from isthmus.errors import UserError
 from isthmus.files import check_writable
 from isthmus.nn.guidance import guidance_values
 from isthmus.nn.saved_model import Config, Recorded, SavedModel, check_settings
+from isthmus.nn.shapes import Images
 from isthmus.nn.stored_llama import StoredLlama, fingerprint
 from isthmus.pipelines.folder import (
     FORGOTTEN,
@@ -182,6 +183,19 @@ class SavedPipeline:
     @abstractmethod
     def step_names(self, num_steps: int) -> list[str]:
         """A short name for each step of a stream, for the columns of a picture."""
+
+    @property
+    @abstractmethod
+    def stage_lengths(self) -> dict[str, int]:
+        """Tokens of every stage (scale, or group of tokens) by its name, in the order of generation."""
+
+    @abstractmethod
+    def reconstruct_by_stage(self, images: Images, *, first_index: int = 0) -> dict[str, Images]:
+        """Reconstructions in [-1, 1], not clamped, by the name of the stage, in order; the last is the whole one.
+
+        `images` are in [-1, 1] and of the model's size. Image i of them starts from the noise of (0, first_index + i),
+        where a reconstruction starts from noise. Raises UserError where the images do not fit the model.
+        """
 
     @abstractmethod
     def bytes_per_image(self, *, guided: bool) -> int:

@@ -12,7 +12,6 @@ from isthmus.evaluation.held_out import (
     likelihood_scores,
     reconstruction_report,
     reconstructions_by_stage,
-    stage_lengths,
 )
 from isthmus.evaluation.statistics import Gaussian
 from isthmus.nn.perceptual import Lite0Distance
@@ -84,7 +83,7 @@ def test_the_last_stage_is_the_whole_reconstruction(pipe):
     else:
         whole = pipe.image_tokenizer.decode(pipe.image_tokenizer.encode(images).token_ids)
     assert np.abs(last.astype(int) - to_uint8(torch.as_tensor(whole))).max() <= 1
-    assert len(stages) == len(stage_lengths(pipe))
+    assert len(stages) == len(pipe.stage_lengths)
 
 
 def test_a_report_does_not_depend_on_the_batch(pipe, network):
@@ -116,7 +115,7 @@ def test_likelihoods_are_the_pipelines_own(pipe):
     scores = likelihood_scores(pipe, images, labels, batch_size=2)
     expected = pipe.log_prob(as_floats(images), labels)
     np.testing.assert_allclose(scores.nats_per_image, -expected.numpy(), rtol=1e-4)
-    lengths = stage_lengths(pipe)
+    lengths = pipe.stage_lengths
     assert sum(lengths.values()) == len(scores.by_position) and list(scores.by_stage) == list(lengths)
     weighted = sum(scores.by_stage[name] * length for name, length in lengths.items())
     np.testing.assert_allclose(weighted / len(scores.by_position), scores.bits_per_token.mean(), rtol=1e-6)
