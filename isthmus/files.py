@@ -25,8 +25,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _LOCK = ".lock"
-# an empty disk has the first, a folder in use the second, and the third is left by who was killed while writing
-_NOT_CONTENTS = ("lost+found", _LOCK, ".partial")
+# an empty disk has the first, a folder in use the second
+_NOT_CONTENTS = ("lost+found", _LOCK)
 # what a file system without locks says
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -35,8 +35,12 @@ _own = threading.local()
 
 
 def contents(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted; nothing where it is missing, or an empty disk."""
-    return sorted(path for path in folder.iterdir() if path.name not in _NOT_CONTENTS) if folder.exists() else []
+    """What lies in a folder, sorted; nothing where it is missing, or an empty disk.
+
+    Left out is what a process leaves that is killed while it writes: names that end in `.partial`.
+    """
+    present = folder.iterdir() if folder.exists() else ()
+    return sorted(path for path in present if path.name not in _NOT_CONTENTS and not path.name.endswith(".partial"))
 
 
 def check_writable(folder: Path, what: str = "--out") -> None:

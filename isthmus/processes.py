@@ -32,14 +32,14 @@ def process_count() -> int:
 
 @dataclass(frozen=True)
 class Processes:
-    """Process `rank` of `count`; the first one scores and writes."""
+    """Process `rank` of `count`; the first one writes what they share."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process scores."""
+        """Whether this process writes."""
         return self.rank == 0
 
     def wait(self) -> None:

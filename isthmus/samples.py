@@ -177,6 +177,8 @@ def draw(
     """
     folder = Path(folder)
     check_folder(folder, request)
+    # nobody writes before everybody has looked
+    processes.wait()
     number, forwards = max(len(request), asked_before(folder)), forwards_per_image(pipeline, request)
     mine = [index for index in range(len(request)) if index % processes.count == processes.rank]
     rows = {index: row for index in mine if (row := _finished(folder, index, request))}
@@ -189,9 +191,9 @@ def draw(
         while done < len(missing):
             batch = [index for index in missing[done : done + size] if index // GROUP == missing[done] // GROUP]
             result = _drawn(pipeline, request, batch, prepared, size)
-            if not done:
+            if not done and asked_before(folder) < number:
                 # before the first image: a folder with images says what they are
-                _write_manifest(folder, request, number, [], forwards)
+                _write_manifest(folder, request, number, _earlier_rows(folder), forwards)
             pictures = zip(batch, result.images, _in_a_row(result.token_ids), strict=True)
             rows |= {index: _saved(pipeline, folder, request, index, *one) for index, *one in pictures}
             took.append(getattr(result, "num_forwards", 0))
@@ -244,6 +246,14 @@ def asked_before(folder: Path) -> int:
         return int(_manifest(folder)["num"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def _earlier_rows(folder: Path) -> list[Any]:
+    """Rows that samples.json has; none where there is none, or it cannot be read."""
+    try:
+        return list(_manifest(folder)["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,7 +347,7 @@ def forwards_per_image(pipeline: "AnyPipeline", request: SampleRequest) -> Forwa
     """
     if not hasattr(pipeline, "refine_with") or request.method != "__call__":
         return None
-    model = cast("NextScalePipeline", pipeline)
+    model = cast(NextScalePipeline, pipeline)
     scheduler: ScaleRefinementScheduler = model.scheduler or ScaleRefinementScheduler()
     cached, scales = not model.transformer.is_markov, model.schedule.num_scales
     return scheduler.forwards_of(scales, has_cache=cached, smooth=request.sampling.smooth)
@@ -449,7 +459,7 @@ def read_image(path: Path) -> Image.Image:
     """The picture in a file, as RGB. Raises UserError where it cannot be read."""
     try:
         return Image.fromarray(decode_image(path.read_bytes()))
-    except UnreadableImage as error:
+    except (OSError, UnreadableImage) as error:
         raise UserError(f"{path} cannot be read as an image: {error}. Pass another file.") from error
 
 
@@ -512,7 +522,7 @@ def draw_folder(
         if refine is not None:
             if not hasattr(pipeline, "refine_with"):
                 raise UserError(f"this model, a {pipeline.kind}, draws no token again. Leave out --refine.")
-            cast("NextScalePipeline", pipeline).refine_with(cast(RefinementMode, refine))
+            cast(NextScalePipeline, pipeline).refine_with(cast(RefinementMode, refine))
         names = pipeline.class_names
         given = labels_from_words(classes, names) if classes else list(range(pipeline.num_classes)) or [None]
         ids = resolve_labels(given, class_names=names, num_classes=pipeline.num_classes)

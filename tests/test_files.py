@@ -94,3 +94,11 @@ def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path):
             check_writable(Path("/proc/isthmus"))
     check_writable(tmp_path / "a" / "b")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_leaves_is_no_contents(tmp_path):
+    (tmp_path / ".samples.json.0a1b2c3d.partial").write_text("{")
+    (tmp_path / ".partial").mkdir()
+    assert contents(tmp_path) == []
+    (tmp_path / "mine.txt").touch()
+    assert [path.name for path in contents(tmp_path)] == ["mine.txt"]

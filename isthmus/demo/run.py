@@ -5,6 +5,7 @@ What is finished is used again: every stage looks for what an earlier run of the
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -100,6 +101,7 @@ def run_next_scale_demo(options: DemoOptions, train: ImageSource, held_out: Imag
     assert isinstance(pipeline, NextScalePipeline), "the prior's run writes one"
     scores = finished_scores(options, DemoScores)
     if scores is None or scores.model != fingerprint(pipeline.transformer):
+        forget_samples(options, scores)
         samples = clock.time("drawing", lambda: draw_samples(pipeline, options))
         scores = clock.time("samples", lambda: finish(options, pipeline, samples, held_out, clock))
     tokenizer_log, prior_log = (read_log(folder / name / "log.jsonl") for name in ("tokenizer", "model"))
@@ -138,6 +140,7 @@ def run_dar_demo(options: DemoOptions, train: ImageSource, held_out: ImageSource
     assert isinstance(pipeline, DARPipeline), "the prior's run writes one"
     scores = finished_scores(options, DARScores)
     if scores is None or scores.model != pipeline.fingerprint:
+        forget_samples(options, scores)
         samples = clock.time("drawing", lambda: draw_samples(pipeline, options))
         scores = clock.time("samples", lambda: finish_dar(options, pipeline, samples, clock))
     tokenizer_log, prior_log = (read_log(folder / name / "log.jsonl") for name in ("tokenizer", "model"))
@@ -229,6 +232,12 @@ def kept(options: DemoOptions, scores: Scores) -> Scores:
     text = json.dumps(asdict(scores), indent=2)
     write_whole(options.folder / "scores.json", text)
     return scores
+
+
+def forget_samples(options: DemoOptions, scores: DemoScores | DARScores | None) -> None:
+    """Delete the samples of another model, whose scores these are."""
+    if scores is not None:
+        shutil.rmtree(options.folder / "samples", ignore_errors=True)
 
 
 def draw_samples(pipeline: AnyPipeline, options: DemoOptions) -> Samples:

@@ -105,9 +105,7 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     if not (out / RECORD).is_file():
-        names = [path.name for path in contents(out)]
-        # a killed process may have left a .partial
-        foreign = [name for name in names if name not in _OURS and not name.endswith(".partial")]
+        foreign = [path.name for path in contents(out) if path.name not in _OURS]
         if foreign:
             raise UserError(
                 f"--out must be new, empty or the folder of an evaluation, got {out} with {foreign[0]} in it. "

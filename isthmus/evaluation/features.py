@@ -29,6 +29,7 @@ from isthmus.nn.perceptual import HEAD_WIDTH, TAP_CHANNELS, EfficientNetLite0, p
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.stored_llama import no_progress_bars
 from isthmus.pipelines.folder import model_folder
+from isthmus.pipelines.memory import is_out_of_memory
 from isthmus.samples import GROUP, Samples
 
 FID_MIN_IMAGES = 10_000
@@ -404,9 +405,11 @@ def images_at_once(network: FeatureNetwork, size: tuple[int, ...]) -> int:
 def _features(network: FeatureNetwork, images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, torch.Tensor]:
     try:
         return network(torch.from_numpy(images).permute(0, 3, 1, 2))
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         count, height, width, _ = images.shape
         raise UserError(
             f"memory ran out in the feature network {network.name} on {count} image(s) of {height} x {width} px. Free "
-            "memory on the device, or use --device cpu."
+            f"memory on {network.device.type}{', or use --device cpu' if network.device.type != 'cpu' else ''}."
         ) from error

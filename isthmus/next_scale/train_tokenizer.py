@@ -391,8 +391,10 @@ class MultiScaleTokenizerTask(TokenizerTask):
         self.codebook_size, self.num_levels = network.codebook.num_embeddings, network.schedule.num_scales
         self.starts_codebook_at = None if run.from_model else run.continuous_steps
         self._critic = Critic(run, accelerator) if run.loss.adversarial else None
-        distance = perceptual_distance(run.loss.perceptual_network, lpips_weights=run.loss.lpips_weights)
-        self._distance = distance.to(device) if run.loss.perceptual else None
+        self._distance = None
+        if run.loss.perceptual:
+            distance = perceptual_distance(run.loss.perceptual_network, lpips_weights=run.loss.lpips_weights)
+            self._distance = distance.to(device)
 
     @staticmethod
     def describe(run: TokenizerRun) -> str:

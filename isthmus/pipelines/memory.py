@@ -5,15 +5,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from isthmus.errors import UserError
 from isthmus.pipelines.base import SavedPipeline
-
-if TYPE_CHECKING:
-    pass
 
 _LARGEST = 64  # larger batches are no faster, and progress is seen less often
 _SHARE = 0.5  # of what is free: the allocator and everything else on the machine need the rest

@@ -117,7 +117,7 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
         if before != now:
             raise UserError(f"{folder} holds a study of other images than --data has now. Choose another --out.")
         return
-    if folder.exists() and any(path.suffix != ".partial" for path in contents(folder)):
+    if contents(folder):
         raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(record, json.dumps(now) + "\n")

@@ -230,8 +230,8 @@ def check_folder(run: Run) -> None:
     check_writable(run.out)
     record = run.out / "run.json"
     if not record.is_file():
-        # a run killed while it wrote its first record leaves a partial one; earlier stages have records of their own
-        if any(path.suffix != ".partial" and path.name != STAGES for path in contents(run.out)):
+        # earlier stages have records of their own
+        if any(path.name != STAGES for path in contents(run.out)):
             raise UserError(
                 f"--out must be new, empty or the folder of this run, got {run.out}. Choose another folder."
             )
