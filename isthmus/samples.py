@@ -31,7 +31,7 @@ import isthmus
 from isthmus.data.images import UnreadableImage, decode_image
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import alone_in, contents, write_whole
+from isthmus.files import alone_in, contents, sha256_of_file, write_whole
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.refinement import Forwards, RefinementMode, ScaleRefinementScheduler
 from isthmus.pictures import save_picture, table
@@ -120,7 +120,7 @@ class SampleRequest:
         arguments = {name: value for name, value in options.items() if value is not FOLDER_DEFAULT} | steering
         if prefix_image is not None:
             arguments["prefix_image"] = read_image(prefix_image)
-            steering["prefix_image"] = _sha256(prefix_image)
+            steering["prefix_image"] = sha256_of_file(prefix_image)
         pipeline.check_request({"seed": seed, **arguments}, decoding)
         settings = _settings(pipeline, classes, seed, sampling, dtype)
         if steering or decoding:
@@ -463,10 +463,6 @@ def read_image(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image: {error}. Pass another file.") from error
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
@@ -636,7 +632,7 @@ def edit_image(
     given = labels_from_words(classes, pipeline.class_names) or [None]
     ids = resolve_labels(given, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
     sampling = pipeline.defaults.override(**options)
-    files = {"image_sha256": _sha256(image)} | ({} if mask is None else {"mask_sha256": _sha256(mask)})
+    files = {"image_sha256": sha256_of_file(image)} | ({} if mask is None else {"mask_sha256": sha256_of_file(mask)})
     number = max(num_images, asked_before(out))
     request = SampleRequest(
         labels=[ids[index % len(ids)] for index in range(number)],

@@ -186,7 +186,7 @@ class HuggingFaceSource(ImageSource):
         path, asked = name_and_split(name)
         self.name = f"hf:{name}"
         tables = load(path, asked, streaming=False, cache_dir=cache_dir)
-        table, is_own_split = _table_of_split(tables, asked, split, source=self.name)
+        table, is_own_split = _table_of_split(tables, split, source=self.name)
         self._columns = find_columns(table.features, source=self.name, wanted=columns)
         names = self._names_of_classes(tables)
         self.class_names = choose_classes(tuple(names.values()), classes, source=self.name)
@@ -312,7 +312,7 @@ def _as_streams(loaded: Any) -> Any:
     return loaded.to_iterable_dataset(num_shards=min(64, max(1, len(loaded))))
 
 
-def _table_of_split(tables: Any, asked: str | None, split: str, *, source: str) -> tuple[Any, bool]:
+def _table_of_split(tables: Any, split: str, *, source: str) -> tuple[Any, bool]:
     """The table to read and whether it is wholly of this split."""
     if not isinstance(tables, dict):
         return tables, False

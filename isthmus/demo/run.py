@@ -78,8 +78,10 @@ def run_demo(options: DemoOptions) -> Path:
         ),
     )
     logger.info("    %d images to train on, %d held out: %s", len(train), len(held_out), ", ".join(train.class_names))
-    family = run_dar_demo if options.family == "dar" else run_next_scale_demo
-    family(options, train, held_out, clock)
+    if options.family == "dar":
+        run_dar_demo(options, train, clock)
+    else:
+        run_next_scale_demo(options, train, held_out, clock)
     logger.info("done in %.0f s: see %s", sum(clock.seconds.values()), options.folder / "report.md")
     return options.folder
 
@@ -121,7 +123,7 @@ def finish(
     return kept(options, DemoScores(**figures, model=fingerprint(pipeline.transformer)))
 
 
-def run_dar_demo(options: DemoOptions, train: ImageSource, held_out: ImageSource, clock: "Clock") -> None:
+def run_dar_demo(options: DemoOptions, train: ImageSource, clock: "Clock") -> None:
     """Train a diffusion tokenizer and a Llama prior, sample and report."""
     folder = options.folder
     logger.info("2/4 tokenizer: pixels to a sequence of tokens, groups of which drive the steps of a diffusion")
