@@ -1,0 +1,370 @@
+"""Drawings without end, with captions: DiceBear's styles under CC0, rendered here and kept in the user's cache.
+
+A drawing follows from its style, its split and its number. Its attributes ("body: dome", "body colour: teal") are what
+the generator chose, its caption says them in words, and nothing else was decided: they can be read back from pixels.
+"""
+
+import colorsys
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import resources
+from importlib.metadata import version
+from itertools import combinations, count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isthmus.data.images import Augmentation, ImageUint8, decode_image
+from isthmus.data.source import ImageSource, choose_classes, logger, missing_extra
+from isthmus.data.views import usable_processors
+from isthmus.display import Display
+from isthmus.errors import UserError
+from isthmus.files import cache_directory, sha256_of_file, sha256_of_parts, write_whole
+
+# style: what it shows, its parts and its colours, in the order of a caption; the first four make combinations
+_STYLES = {
+    "critters": ("a critter", "body top eyes mouth pattern cheeks", "body accent background"),
+    "clay": ("a clay creature", "body top eyes mouth pattern", "body accent background"),
+    "sprouts": ("a potted plant", "plant pot eyes mouth pattern cheeks", "plant bloom pot background"),
+    "moods": ("a round face", "face eyes mouth cheeks", "face background"),
+    "planets": ("a planet", "surface ring moons", "planet background"),
+    "voxel-art": (
+        "a voxel person",
+        "top outfit eyes mouth eyebrows nose beard glasses cheeks",
+        "skin hair hat shirt jacket pants shoes background",
+    ),
+    "voxel-bot": ("a voxel robot", "top eyes mouth chest", "body glow accent background"),
+    "open-peeps": ("an ink person", "head expression accessories facialHair mask", "skin clothing"),
+    "landscape": ("a landscape", "hill1 hill4 orb hill2 hill3", "hill1 hill2 hill3 hill4 orb background"),
+    "cutouts": ("a paper face", "head hair eyes mouth nose brows cheeks", "paperFace paperHair background"),
+    "gaze": ("a shape with eyes", "shape eyes spacing", "body"),
+    "marbles": ("a marble face", "top eyes mouth blend nose", "sphere blend"),
+    "stack": ("a stack of stones", "piles stone cap", "stoneDeep stoneMid stoneLight"),
+    "pixel-art": ("a pixel person", "mouth hair glasses", "clothing hair skin mouth"),
+}
+AVATAR_STYLES = tuple(_STYLES)
+_NOUNS = {
+    "hill1": "far hill", "hill2": "second hill", "hill3": "third hill", "hill4": "near hill", "orb": "sun",
+    "paperFace": "face", "paperHair": "hair", "stoneDeep": "dark stones", "stoneMid": "medium stones",
+    "stoneLight": "light stones", "facialHair": "facial hair", "sphere": "marble",
+}  # fmt: skip
+# variants whose own names say little
+_WORDS = {"wedgeInv": "upturned wedge", "uu": "curly", "smileLOL": "laughing", "o": "round", "sun": "plain round"}
+_NO_WORDS = ("none", "default", "standard", "normal", "plain", "variant")
+_COMBINED = 4
+_HELD_OUT_SHARE = 0.02
+# one with which every style has pairs to hold out: 5 to 16 % of its drawings have such a pair
+_SALT = "9"
+AVATAR_SPLITS = ("train", "val", "combinations")
+"""`combinations` are drawings with a pair of attributes that no drawing of the other splits has."""
+DEFAULT_AVATARS = 20_000
+MIN_SIZE, MAX_SIZE = 8, 512
+_CHUNK = 128
+Attributes = dict[str, str]
+"""What a drawing shows, such as {"style": "critters", "body": "dome", "body colour": "teal"}."""
+
+AVATARS_ATTRIBUTION = (
+    "Drawings made by DiceBear (https://www.dicebear.com) in styles under CC0 1.0 "
+    "(https://creativecommons.org/publicdomain/zero/1.0/)."
+)
+
+
+class Avatars(ImageSource):
+    """Rendered drawings of some styles, as many of each, one class per style; captions and attributes beside them."""
+
+    balanced = True
+    attribution = AVATARS_ATTRIBUTION
+    in_memory = True
+    # as they are: a moved or mirrored drawing shows nothing that another number would not
+    augmentation = Augmentation(resize_ratio=1.0)
+
+    def __init__(
+        self,
+        styles: Sequence[str] = AVATAR_STYLES,
+        *,
+        image_size: int,
+        split: str = "train",
+        classes: Sequence[str] | None = None,
+        num_images: int = DEFAULT_AVATARS,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        """Render (or find) the drawings.
+
+        Args:
+            styles: some of `AVATAR_STYLES`.
+            image_size: pixels.
+            split: one of `AVATAR_SPLITS`; whatever is not trained on has a tenth of `num_images`.
+            classes: styles to keep, of `styles`.
+            num_images: of the training split, over all styles.
+            cache_dir: see `cache_directory`.
+
+        Raises:
+            UserError: unknown styles, a size that cannot be drawn, fewer than one image per style, a missing extra.
+        """
+        check_styles(styles)
+        if not MIN_SIZE <= image_size <= MAX_SIZE:
+            raise UserError(
+                f"avatars are drawn at {MIN_SIZE} to {MAX_SIZE} pixels, got {image_size}. Choose an --image-size there."
+            )
+        self.class_names = choose_classes(tuple(styles), classes, source="avatars")
+        chosen = "" if tuple(styles) == AVATAR_STYLES else ":" + ",".join(styles)
+        self.name = f"avatars{chosen}"
+        number = num_images if split == "train" else num_images // 10
+        each = -(-number // len(self.class_names))
+        if number < len(self.class_names):
+            raise UserError(
+                f"avatars need an image per style and ten times as many to train on, got {num_images} for "
+                f"{len(self.class_names)} styles. Raise --max-images."
+            )
+        self.labels = np.arange(each * self.num_classes, dtype=np.int64) % self.num_classes
+        self.flip = np.zeros(self.num_classes, dtype=bool)
+        self._files = _rendered(self.class_names, split, -(-each // _CHUNK), image_size, cache_dir)
+        notes = [[_note(file) for file in files] for files in self._files]
+        shown = [[one for note in chunks for one in note["attributes"]] for chunks in notes]
+        self.attributes: list[Attributes] = [shown[label][i // self.num_classes] for i, label in enumerate(self.labels)]
+        """What every drawing shows, by index."""
+        self.fingerprint = sha256_of_parts(
+            "avatars", split, each, *self.class_names, *(note["sha256"] for chunks in notes for note in chunks)
+        )
+        self._open()
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """What every drawing shows in words, by index, its parts in the order of its style."""
+        return [caption(attributes) for attributes in self.attributes]
+
+    def load(self, index: int) -> ImageUint8:
+        """Drawing `index` as uint8 (image_size, image_size, 3)."""
+        chunk, row = divmod(index // self.num_classes, _CHUNK)
+        return np.array(self._pixels[index % self.num_classes][chunk][row])
+
+    def _open(self) -> None:
+        self._pixels = [[np.load(file, mmap_mode="r") for file in files] for files in self._files]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Worker processes open the files again: a pickled memory map would be a copy of all pixels."""
+        return {key: value for key, value in vars(self).items() if key != "_pixels"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """See __getstate__."""
+        vars(self).update(state)
+        self._open()
+
+
+def caption(attributes: Attributes, generator: np.random.Generator | None = None) -> str:
+    """A drawing in words; with a generator in another order and with some left out, so that short prompts are learned.
+
+    >>> caption({"style": "critters", "body": "dome", "eyes": "sleepy", "body colour": "light blue"})
+    'a critter, dome body, sleepy eyes, light blue body'
+    """
+    noun = _STYLES[attributes["style"]][0]
+    words = [f"{value} {name.removesuffix(' colour')}" for name, value in attributes.items() if name != "style"]
+    if generator is not None:
+        kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
+        words = [words[i] for i in generator.permutation(len(words)) if kept[i]]
+    return ", ".join([noun, *words])
+
+
+def check_styles(styles: Sequence[str]) -> None:
+    """Raise UserError unless every style is one of `AVATAR_STYLES`, under CC0, and named once."""
+    for style in styles:
+        if style in _STYLES:
+            continue
+        if style in ("avataaars", "avataaars-neutral", "bottts", "bottts-neutral"):
+            raise UserError(f"avatars take styles under CC0, got {style}, which has terms of its own. {_choice()}")
+        raise UserError(f"avatars have no style {style!r}. {_choice()}")
+    if not styles or len(set(styles)) < len(styles):
+        raise UserError(f"avatars need styles that are each named once, got {', '.join(styles) or 'none'}.")
+
+
+def _choice() -> str:
+    return f"Choose among {', '.join(AVATAR_STYLES)}."
+
+
+def attributes_of(style: str, options: Mapping[str, Any]) -> Attributes:
+    """What a drawing shows, from the options that the generator chose: parts, then colours.
+
+    Parts that are absent, or whose variant has a number and no name, are left out.
+    """
+    _, parts, colours = _STYLES[style]
+    shown = {"style": style}
+    for part in parts.split():
+        if words := _variant_words(options.get(f"{part}Variant")):
+            shown[_NOUNS.get(part, part)] = words
+    for colour in colours.split():
+        if values := options.get(f"{colour}Color"):
+            named = skin_name(values[0]) if colour == "skin" else colour_name(values[0])
+            shown[f"{_NOUNS.get(colour, colour)} colour"] = named
+    return shown
+
+
+def _variant_words(variant: str | None) -> str:
+    """The name of a variant as words, "" where it says nothing.
+
+    >>> _variant_words("earsDroop"), _variant_words("bangs2"), _variant_words("variant07")
+    ('ears droop', 'bangs', '')
+    """
+    if variant is None:
+        return ""
+    words = _WORDS.get(variant) or re.sub(r"(?<=[a-z])([A-Z]+)", r" \1", re.sub(r"\d+$", "", variant)).lower()
+    words = words.replace("gray", "grey")
+    return "" if words in _NO_WORDS else words
+
+
+def colour_name(colour: str) -> str:
+    """A plain name of a colour in hexadecimal: its hue, and light or dark.
+
+    >>> [colour_name(one) for one in ("#0f766e", "#fda4af", "#7b4a2d", "#e2e8f0")]
+    ['dark teal', 'light pink', 'brown', 'white']
+    """
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+    chroma, degrees = max(red, green, blue) - min(red, green, blue), 360 * hue
+    if chroma < 0.12 and (saturation < 0.45 or lightness > 0.9):
+        return next(name for limit, name in _GREYS if lightness <= limit)
+    if 12 <= degrees < 50 and lightness < 0.42:
+        return "brown"
+    name = next(name for limit, name in _HUES if degrees < limit)
+    if lightness < 0.36:
+        return f"dark {name.removeprefix('sky ')}"
+    return f"light {name}" if lightness > 0.74 else name
+
+
+_GREYS = ((0.12, "black"), (0.4, "dark grey"), (0.65, "grey"), (0.87, "light grey"), (1.0, "white"))
+_HUES = (
+    (12, "red"), (42, "orange"), (66, "yellow"), (90, "lime"), (158, "green"), (188, "teal"), (208, "sky blue"),
+    (248, "blue"), (288, "purple"), (318, "magenta"), (354, "pink"), (360, "red"),
+)  # fmt: skip
+
+
+def skin_name(colour: str) -> str:
+    """A skin colour by its lightness.
+
+    >>> skin_name("#ffdbb4"), skin_name("#ae5d29"), skin_name("#694d3d")
+    ('light', 'medium', 'dark')
+    """
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+    return "light" if luminance > 0.68 else "dark" if luminance < 0.38 else "medium"
+
+
+def held_out_pairs(attributes: Attributes) -> list[tuple[str, str]]:
+    """The pairs of attributes ("body dome", "top fin") of a drawing that no training image has: 2 % of all pairs."""
+    style = attributes["style"]
+    shown = [f"{name} {attributes[name]}" for name in _combined(style) if name in attributes]
+    return [pair for pair in combinations(shown, 2) if _is_held_out(style, *pair)]
+
+
+def _combined(style: str) -> list[str]:
+    """The attributes whose pairs count: parts, and colours where a style has fewer than four parts."""
+    _, parts, colours = _STYLES[style]
+    names = [_NOUNS.get(part, part) for part in parts.split()]
+    return [*names, *(f"{_NOUNS.get(colour, colour)} colour" for colour in colours.split())][:_COMBINED]
+
+
+def _is_held_out(style: str, one: str, other: str) -> bool:
+    digest = hashlib.sha256("|".join((_SALT, style, one, other)).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48 < _HELD_OUT_SHARE
+
+
+@cache
+def _style(name: str) -> Any:
+    try:
+        import dicebear
+    except ImportError as error:
+        raise missing_extra("demo", error.name or "dicebear-core", error) from error
+    definition = json.loads((resources.files("dicebear_styles") / f"{name}.json").read_text(encoding="utf-8"))
+    if (licence := definition["meta"]["license"]["name"]) != "CC0 1.0":
+        raise UserError(f"avatars take styles under CC0 1.0, got {name}, which is under {licence} here. Leave it out.")
+    return dicebear.Style(definition)
+
+
+def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
+    """Drawing `index` of a style and a split, as SVG, and what it shows."""
+    import dicebear
+
+    for attempt in count():
+        made = dicebear.Avatar(_style(style), {"seed": f"{split}/{index}/{attempt}"})
+        attributes = attributes_of(style, made.to_json()["options"])
+        if bool(held_out_pairs(attributes)) == (split == "combinations"):
+            return made.to_string(), attributes
+    raise AssertionError("counting never ends")
+
+
+def _rendered(
+    styles: Sequence[str], split: str, chunks: int, image_size: int, cache_dir: str | Path | None
+) -> list[list[Path]]:
+    """The files of the first chunks of every style, rendered where they are missing or damaged."""
+    for style in styles:
+        _style(style)
+    made_with = "-".join(version(name) for name in ("dicebear-core", "dicebear-styles", "resvg-py"))
+    folder = cache_directory(cache_dir) / "avatars" / made_with / f"{image_size}px"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [[folder / f"{style}-{split}-{chunk}.npy" for chunk in range(chunks)] for style in styles]
+    missing = [file for of_style in files for file in of_style if not _is_whole(file)]
+    if missing:
+        _render_all(missing, image_size)
+    return files
+
+
+def _render_all(files: Sequence[Path], image_size: int) -> None:
+    """Render chunks in processes of their own: the generator is Python, which threads do not speed up.
+
+    They are started as programs, so that a script need not be written for it. Raises UserError where one fails.
+    """
+    number = min(len(files), usable_processors())
+    program = "import sys; from isthmus.data.avatars import render; render(int(sys.argv[1]), sys.argv[2:])"
+    command = [sys.executable, "-c", program, str(image_size)]
+    workers = [
+        subprocess.Popen([*command, *map(str, files[i::number])], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for i in range(number)
+    ]
+    try:
+        with Display("drawing avatars", len(files) * _CHUNK, "image") as bar:
+            for worker in workers:
+                assert worker.stdout is not None and worker.stderr is not None
+                for _ in worker.stdout:
+                    bar.update(_CHUNK)
+                words = worker.stderr.read().decode(errors="replace").strip().splitlines()
+                if worker.wait():
+                    raise UserError(f"drawing avatars failed: {words[-1] if words else worker.returncode}.")
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def render(image_size: int, files: Sequence[str]) -> None:
+    """Render chunks of drawings into files STYLE-SPLIT-CHUNK.npy, and say a line for each."""
+    import resvg_py
+
+    for file in map(Path, files):
+        style, split, chunk = file.stem.rsplit("-", 2)
+        made = [drawing(style, split, int(chunk) * _CHUNK + row) for row in range(_CHUNK)]
+        size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
+        pixels = np.stack([decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size)) for svg, _ in made])
+        write_whole(file, lambda opened, pixels=pixels: np.save(opened, pixels), flush=False)
+        note = {"sha256": sha256_of_file(file), "attributes": [attributes for _, attributes in made]}
+        write_whole(file.with_suffix(".json"), json.dumps(note), flush=False)
+        print(file.name, flush=True)
+
+
+def _note(file: Path) -> dict[str, Any]:
+    return json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def _is_whole(file: Path) -> bool:
+    if not file.exists():
+        return False
+    with suppress(OSError, ValueError, KeyError):
+        if _note(file)["sha256"] == sha256_of_file(file):
+            return True
+    logger.warning("The cached drawings %s are damaged; they are drawn again.", file)
+    return False
