@@ -1,0 +1,1 @@
+"""Prompts in numbers: a small encoder that is trained here, or any frozen one of transformers."""

@@ -1,0 +1,204 @@
+"""What a prior reads of a prompt, and a small encoder that is trained together with it.
+
+The encoder's words are pieces of bytes (byte-level BPE), so no prompt fails; a prior learns what they mean from the
+captions of its images.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from isthmus.errors import UserError
+from isthmus.nn.attention import FeedForward, MultiHeadAttention
+from isthmus.nn.saved_model import SavedModel, records_arguments
+
+logger = logging.getLogger("isthmus")
+
+_START = 0  # begins every prompt, and fills rows up
+
+
+@dataclass
+class TextFeatures:
+    """What a prior is told of a prompt: a vector per word, which of them count, and one vector of the whole."""
+
+    hidden: Float[Tensor, "b words text_width"]
+    mask: Bool[Tensor, "b words"]
+    pooled: Float[Tensor, "b pooled_width"]
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def rows(self, index: Int[Tensor, " rows"] | slice) -> "TextFeatures":
+        """The prompts of these rows, in their order."""
+        return TextFeatures(self.hidden[index], self.mask[index], self.pooled[index])
+
+    def where(self, chosen: Bool[Tensor, " b"], other: "TextFeatures") -> "TextFeatures":
+        """These prompts, and the single one of `other` where `chosen` is False."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        one, two = self.padded(length), other.padded(length)
+        return TextFeatures(
+            torch.where(chosen[:, None, None], one.hidden, two.hidden),
+            torch.where(chosen[:, None], one.mask, two.mask),
+            torch.where(chosen[:, None], one.pooled, two.pooled),
+        )
+
+    def padded(self, length: int) -> "TextFeatures":
+        """The same with rows of `length` words; what was added does not count."""
+        more = length - self.mask.shape[1]
+        return TextFeatures(F.pad(self.hidden, (0, 0, 0, more)), F.pad(self.mask, (0, more)), self.pooled)
+
+    @staticmethod
+    def joined(parts: "Sequence[TextFeatures]") -> "TextFeatures":
+        """All prompts of the parts, one after the other."""
+        length = max(part.mask.shape[1] for part in parts)
+        whole = [part.padded(length) for part in parts]
+        return TextFeatures(
+            torch.cat([part.hidden for part in whole]),
+            torch.cat([part.mask for part in whole]),
+            torch.cat([part.pooled for part in whole]),
+        )
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = MultiHeadAttention(width, num_heads, l2_attention=True)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, 4 * width)
+
+    def forward(
+        self, x: Float[Tensor, "b words width"], mask: Bool[Tensor, "b words"]
+    ) -> Float[Tensor, "b words width"]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask[:, None, None], scale=scale)
+
+        x = x + self.attention(self.attention_norm(x), attend)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class SmallTextEncoder(SavedModel):
+    """A few transformer blocks over byte-level words; every word sees every other.
+
+    Args:
+        merges: pairs of pieces that are joined to words, in order, as `learned_merges` finds them; without any a
+            word is a byte.
+        width: of the vector of a word, and of the whole prompt.
+        num_layers: blocks.
+        num_heads: attention heads.
+        max_length: words that are read of a prompt.
+    """
+
+    @records_arguments
+    def __init__(
+        self,
+        *,
+        merges: Sequence[Sequence[str]] = (),
+        width: int = 192,
+        num_layers: int = 3,
+        num_heads: int = 3,
+        max_length: int = 48,
+    ):
+        super().__init__()
+        if width % num_heads:
+            raise UserError(f"width must be a multiple of num_heads, got width {width} and {num_heads} heads.")
+        if max_length < 1:
+            raise UserError(f"max_length must be at least 1, got {max_length}.")
+        self.word_embedding = nn.Embedding(257 + len(merges), width)
+        self.position = nn.Parameter(torch.empty(1, 1 + max_length, width))
+        self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        if self.device.type != "meta":
+            for table in (self.word_embedding.weight, self.position):
+                nn.init.normal_(table, std=0.02)
+
+    @property
+    def text_width(self) -> int:
+        """Width of the vector of a word."""
+        return self.config["width"]
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the vector of a prompt."""
+        return self.config["width"]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Byte-level BPE of the `tokenizers` library; ids of its words count from 0."""
+        from tokenizers.models import BPE
+
+        merges = [tuple(pair) for pair in self.config["merges"]]
+        words = [*_alphabet(), *(one + other for one, other in merges)]
+        return _bpe(BPE({word: number for number, word in enumerate(words)}, cast("list[tuple[str, str]]", merges)))
+
+    def word_ids(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b words"], Bool[Tensor, "b words"]]:
+        """Numbers of the words of each prompt behind the start word, and True where there is one.
+
+        A prompt that is too long is cut, with a warning that says where.
+        """
+        encoded = self.tokenizer.encode_batch(list(prompts))
+        limit = self.config["max_length"]
+        for prompt, one in zip(prompts, encoded, strict=True):
+            if len(one.ids) > limit:
+                logger.warning(
+                    "a prompt is read up to %r: %s", prompt[: one.offsets[limit][0]][-40:], _shortened(prompt)
+                )
+        length = 1 + min(limit, max((len(one.ids) for one in encoded), default=0))
+        ids = torch.full((len(encoded), length), _START)
+        mask = torch.zeros((len(encoded), length), dtype=torch.bool)
+        for row, one in enumerate(encoded):
+            words = torch.tensor(one.ids[:limit], dtype=torch.int64) + 1
+            ids[row, 1 : 1 + len(words)] = words
+            mask[row, : 1 + len(words)] = True
+        return ids.to(self.device), mask.to(self.device)
+
+    def forward(self, ids: Int[Tensor, "b words"], mask: Bool[Tensor, "b words"]) -> TextFeatures:
+        """Features of words by number; where `mask` is False nothing is seen. The start word stands for the whole."""
+        x = self.word_embedding(ids) + self.position[:, : ids.shape[1]]
+        for block in self.blocks:
+            x = self.run_block(block, x, mask)
+        hidden = self.norm(x)
+        return TextFeatures(hidden, mask, hidden[:, 0])
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of prompts; the empty one stands for no prompt."""
+        return self(*self.word_ids(prompts))
+
+
+def learned_merges(captions: Iterable[str], *, num_words: int = 2000) -> list[list[str]]:
+    """The pairs that make the commonest words of captions, for a vocabulary of `num_words` beside the start word."""
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = _bpe(BPE())
+    trainer = BpeTrainer(vocab_size=num_words, initial_alphabet=_alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    return [list(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def _alphabet() -> list[str]:
+    """A letter for each of the 256 bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def _bpe(model: Any) -> Any:
+    """A tokenizer that reads capitals as small letters and a word at the start as one behind a space."""
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import NFKC, Lowercase
+    from tokenizers.normalizers import Sequence as InTurn
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = InTurn([NFKC(), Lowercase()])  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
