@@ -148,8 +148,10 @@ class SmallTextEncoder(SavedModel):
         limit = self.config["max_length"]
         for prompt, one in zip(prompts, encoded, strict=True):
             if len(one.ids) > limit:
+                first, end = one.offsets[limit]
                 logger.warning(
-                    "a prompt is read up to %r: %s", prompt[: one.offsets[limit][0]][-40:], _shortened(prompt)
+                    "a prompt has %d words and only %d are read: it is cut before %r, after %r",
+                    *(len(one.ids), limit, prompt[first:end].strip(), prompt[max(first - 40, 0) : first]),
                 )
         length = 1 + min(limit, max((len(one.ids) for one in encoded), default=0))
         ids = torch.full((len(encoded), length), _START)
