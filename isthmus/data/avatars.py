@@ -62,8 +62,8 @@ _COMBINED = 4
 _HELD_OUT_SHARE = 0.02
 # one with which every style has pairs to hold out: 5 to 16 % of its drawings have such a pair
 _SALT = "9"
-AVATAR_SPLITS = ("train", "val", "combinations")
-"""`combinations` are drawings with a pair of attributes that no drawing of the other splits has."""
+AVATAR_SPLITS = ("train", "val", "combinations", "reader", "reader-val")
+"""`combinations` are drawings with a pair of attributes that no drawing of `train` and `val` has; `reader` has both."""
 DEFAULT_AVATARS = 20_000
 MIN_SIZE, MAX_SIZE = 8, 512
 _CHUNK = 128
@@ -116,7 +116,7 @@ class Avatars(ImageSource):
         self.class_names = choose_classes(tuple(styles), classes, source="avatars")
         chosen = "" if tuple(styles) == AVATAR_STYLES else ":" + ",".join(styles)
         self.name = f"avatars{chosen}"
-        number = num_images if split == "train" else num_images // 10
+        number = num_images if split in ("train", "reader") else num_images // 10
         each = -(-number // len(self.class_names))
         if number < len(self.class_names):
             raise UserError(
@@ -293,7 +293,7 @@ def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
     for attempt in count():
         made = dicebear.Avatar(_style(style), {"seed": f"{split}/{index}/{attempt}"})
         attributes = attributes_of(style, made.to_json()["options"])
-        if bool(held_out_pairs(attributes)) == (split == "combinations"):
+        if split.startswith("reader") or bool(held_out_pairs(attributes)) == (split == "combinations"):
             return made.to_string(), attributes
     raise AssertionError("counting never ends")
 
@@ -307,7 +307,7 @@ def _rendered(
     made_with = "-".join(version(name) for name in ("dicebear-core", "dicebear-styles", "resvg-py"))
     folder = cache_directory(cache_dir) / "avatars" / made_with / f"{image_size}px"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [[folder / f"{style}-{split}-{chunk}.npy" for chunk in range(chunks)] for style in styles]
+    files = [[folder / f"{style}+{split}+{chunk}.npy" for chunk in range(chunks)] for style in styles]
     missing = [file for of_style in files for file in of_style if not _is_whole(file)]
     if missing:
         _render_all(missing, image_size)
@@ -342,11 +342,11 @@ def _render_all(files: Sequence[Path], image_size: int) -> None:
 
 
 def render(image_size: int, files: Sequence[str]) -> None:
-    """Render chunks of drawings into files STYLE-SPLIT-CHUNK.npy, and say a line for each."""
+    """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and say a line for each."""
     import resvg_py
 
     for file in map(Path, files):
-        style, split, chunk = file.stem.rsplit("-", 2)
+        style, split, chunk = file.stem.split("+")
         made = [drawing(style, split, int(chunk) * _CHUNK + row) for row in range(_CHUNK)]
         size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
         pixels = np.stack([decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size)) for svg, _ in made])
