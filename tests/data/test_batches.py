@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from isthmus.data.batches import EvaluationImages, TrainingImages, training_batches
 from isthmus.data.images import Augmentation
 from isthmus.data.opening import open_source
-from isthmus.data.views import worker_batches
+from isthmus.data.views import BatchedDataset, worker_batches
 from isthmus.errors import UserError
 
 
@@ -91,7 +91,7 @@ def test_workers_change_nothing_and_no_global_state_is_touched(source):
     assert torch.equal(torch.get_rng_state(), before[0]) and pickle.dumps(np.random.get_state()) == before[1]
 
 
-class Ending(torch.utils.data.Dataset):
+class Ending(BatchedDataset):
     """Samples that end the process that makes them: at position 4 killed, at position 8 by an error."""
 
     in_memory = False

@@ -170,7 +170,7 @@ def test_refusals(cats_and_dogs, cache_dir, tmp_path):
     (cats_and_dogs / "fish").mkdir()
     assert "fish" in refusal(cats_and_dogs, cache_dir)
     (cats_and_dogs / "fish" / "a.png").write_bytes(b"broken")
-    assert "no image of fish can be read" in refusal(cats_and_dogs, cache_dir)
+    assert "class fish needs an image that can be read" in refusal(cats_and_dogs, cache_dir)
 
 
 def test_ambiguous_trees_are_refused(tmp_path, cache_dir):

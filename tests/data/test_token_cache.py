@@ -139,7 +139,7 @@ def test_damaged_caches_are_refused(tokenizer, source, tmp_path):
     path = built(tmp_path / "tokens", tokenizer, source).path
     whole = (path / "tokens.npy").read_bytes()
     (path / "tokens.npy").write_bytes(whole[:-10])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="no token cache that is whole"):
         TokenCache.open(path, tokenizer)
     (path / "tokens.npy").write_bytes(whole)
     record = json.loads((path / "cache.json").read_text())
