@@ -70,7 +70,7 @@ class Sample(SteeredDrawOptions):
 def run(arguments: Sequence[str]) -> None:
     """Draw and save."""
     command = parse(Sample, arguments, prog="isthmus sample")
-    options = command.options()  # guidance that cannot be read is refused before the slow imports
+    draw = command.draw()  # guidance that cannot be read is refused before the slow imports
     # imported here: --help does without
     from isthmus.samples import draw_folder
 
@@ -79,17 +79,13 @@ def run(arguments: Sequence[str]) -> None:
         command.out,
         classes=command.classes,
         num_images=command.num,
-        seed=command.seed,
-        options=options,
         steering=command.steering(),
         decoding=command.decoding(),
         refine=None if command.refine == "default" else command.refine,
         prefix_image=command.prefix_image,
         grid=command.grid,
         strip=command.strip,
-        batch_size=command.batch_size,
-        device=command.device,
-        dtype=command.dtype,
+        **draw,
     )
 
 
@@ -236,7 +232,7 @@ def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[
 
 
 def _run(command: _Edit, method: str, settings: dict[str, Any], *, mask: Path | None = None) -> None:
-    options = command.options()  # guidance that cannot be read is refused before the slow imports
+    draw = command.draw()  # guidance that cannot be read is refused before the slow imports
     # imported here: --help does without
     from isthmus.samples import edit_image
 
@@ -248,10 +244,6 @@ def _run(command: _Edit, method: str, settings: dict[str, Any], *, mask: Path | 
         mask=mask,
         classes=command.classes,
         num_images=command.num,
-        seed=command.seed,
         settings=settings,
-        options=options,
-        batch_size=command.batch_size,
-        device=command.device,
-        dtype=command.dtype,
+        **draw,
     )
