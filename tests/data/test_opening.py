@@ -10,35 +10,21 @@ from isthmus.errors import UserError
 from isthmus.files import cache_directory, write_whole
 
 
-@pytest.mark.parametrize(
-    "spec, word",
-    [
+def test_unknown_data_are_refused_with_the_nearest(tmp_path):
+    assert parse_spec("folder:/a:b/c") == ("folder", "/a:b/c")
+    for spec, said in [
         ("openmojis", "Did you mean openmoji"),
         ("foto", "Did you mean photos"),
         ("foldr:here", "Did you mean folder:"),
         ("folder:", "needs a place"),
         ("", "must be one of"),
-    ],
-)
-def test_unknown_data_are_refused_with_the_nearest(spec, word):
-    with pytest.raises(UserError, match=word):
-        parse_spec(spec)
-
-
-def test_a_bare_path_gets_its_prefix(tmp_path):
-    with pytest.raises(UserError, match=f"Write folder:{tmp_path}"):
-        parse_spec(str(tmp_path))
-
-
-def test_paths_may_have_colons():
-    assert parse_spec("folder:/a:b/c") == ("folder", "/a:b/c")
-
-
-def test_split_and_fraction_are_checked():
-    with pytest.raises(UserError, match="train, val, got 'test'"):
-        open_source("photos", image_size=8, split="test")
-    with pytest.raises(UserError, match="val_fraction"):
-        open_source("photos", image_size=8, val_fraction=1.0)
+        (str(tmp_path), f"Write folder:{tmp_path}"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            parse_spec(spec)
+    for options, said in [({"split": "test"}, "train, val, got 'test'"), ({"val_fraction": 1.0}, "val_fraction")]:
+        with pytest.raises(UserError, match=said):
+            open_source("photos", image_size=8, **options)
 
 
 def test_the_cache_folder_is_the_callers_then_the_environments(tmp_path):

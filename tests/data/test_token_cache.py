@@ -1,7 +1,6 @@
 import json
 import logging
 import pickle
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -87,11 +86,6 @@ def test_batches_of_tokens_obey_the_same_laws(cache, start, balanced, world):
         assert torch.equal(torch.cat([part[name] for part in parts]), rows)
         assert torch.equal(torch.stack([tokens[start + i][name] for i in range(8)]), rows)
     assert alone["token_ids"].dtype == torch.int64
-
-
-def test_balanced_batches_hold_every_class_equally(cache):
-    batch = next(iter(islice(training_batches(CachedTokens(cache, seed=1, balanced=True), batch_size=8), 1)))
-    assert torch.bincount(batch["class_label"]).tolist() == [4, 4]
 
 
 def test_size_and_time_are_said_and_a_second_build_reads(tokenizer, source, tmp_path, caplog):
