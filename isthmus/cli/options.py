@@ -117,17 +117,13 @@ def _split_commas(arguments: list[str], kind: type) -> list[str]:
     result: list[str] = []
     current = ""
     for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            current = name.replace("_", "-")
-            if equals and current in several:
-                result += [name, *values(current, value)]
-            else:
-                result.append(argument)
-        elif current in several:
-            result += values(current, argument)
-        else:
+        is_name = argument.startswith("--")
+        name, equals, value = argument.partition("=") if is_name else ("", "", argument)
+        current = name.replace("_", "-") if is_name else current
+        if current not in several or (is_name and not equals):
             result.append(argument)
+        else:
+            result += [name] * is_name + values(current, value)
     return result
 
 
