@@ -78,10 +78,6 @@ class TrainingImages(BatchedDataset):
         self.in_memory = source.in_memory
         self._order = SampleOrder(source.labels, seed=seed, balanced=source.balanced)
 
-    def __len__(self) -> int:
-        """Images in an epoch; positions go on for ever."""
-        return len(self.source)
-
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         asked = np.asarray(positions, dtype=np.int64)
         indices, _ = self._order.locate(asked)
@@ -117,10 +113,6 @@ class CachedTokens(BatchedDataset):
     def __init__(self, cache: TokenCache, *, seed: int, balanced: bool) -> None:
         self.cache, self.seed = cache, seed
         self._order = SampleOrder(cache.labels, seed=seed, balanced=balanced)
-
-    def __len__(self) -> int:
-        """Images in an epoch; positions go on for ever."""
-        return self.cache.num_images
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         asked = np.asarray(positions, dtype=np.int64)

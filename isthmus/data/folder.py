@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from isthmus.data.images import ImageUint8, UnreadableImage, decode_image
-from isthmus.data.source import ImageSource, choose_classes, logger, printable, report_skipped, rows_of_split
+from isthmus.data.source import ImageSource, choose_classes, first_names, logger, rows_of_split
 from isthmus.data.views import usable_processors
 from isthmus.display import Display
 from isthmus.errors import UserError
@@ -45,9 +46,16 @@ def usable_images(
     """
     found = examine(keys, read, place=place, cache_dir=cache_dir, what=source.name)
     broken = [*unreadable, *((name, reason) for name, (_, reason) in zip(names, found, strict=True) if reason)]
-    # Both splits are opened in a row: what was said about shared files need not be said twice.
-    level = logging.INFO if split == "val" and not has_own_split else logging.WARNING
-    report_skipped(source.name, broken, strict=strict, level=level)
+    if broken and strict:
+        raise UserError(
+            f"{source.name}: every image must be readable, but {len(broken)} cannot be used: {_by_reason(broken)}. "
+            "Mend or remove them, or leave out --strict to skip them."
+        )
+    if broken:
+        # Both splits are opened in a row: what was said about shared files need not be said twice.
+        level = logging.INFO if split == "val" and not has_own_split else logging.WARNING
+        said = "%s: skipped %d images that cannot be used: %s"
+        logger.log(level, said, source.name, len(broken), _by_reason(broken))
     rows = np.flatnonzero([not reason for _, reason in found])
     # a held-out part of its own may lack classes, but not every image
     present = set(labels[rows].tolist())
@@ -61,6 +69,26 @@ def usable_images(
         hashes = [found[i][0] for i in rows]
         rows = rows[rows_of_split(hashes, labels[rows], val_fraction, split, source=source.name)]
     return rows, [found[i][0] for i in rows]
+
+
+def _by_reason(broken: Sequence[tuple[str, str]]) -> str:
+    """Every reason once, with the first names that it holds for.
+
+    >>> _by_reason([("a", "empty"), ("b", "HEIC"), ("c", "HEIC"), ("d", "HEIC"), ("e", "HEIC")])
+    'a (empty); b, c, d and 1 more (HEIC)'
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in broken:
+        names[reason].append(_printable(name))
+    shown = list(names.items())[:5]
+    rest = len(broken) - sum(len(some) for _, some in shown)
+    parts = [f"{first_names(some, 3)} ({reason})" for reason, some in shown]
+    return "; ".join(parts) + (f"; and {rest} more for other reasons" if rest else "")
+
+
+def _printable(name: str) -> str:
+    """A file name that any terminal and any JSON file can hold."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def examine(
@@ -281,7 +309,7 @@ class FolderSource(ImageSource):
             return decode_image(path.read_bytes())
         except (OSError, UnreadableImage) as error:
             raise UserError(
-                f"{printable(str(path))} could be read at the start and cannot be read now ({error}). "
+                f"{_printable(str(path))} could be read at the start and cannot be read now ({error}). "
                 "Restore it, or start again to leave it out."
             ) from error
 

@@ -372,15 +372,13 @@ class ImageStream:
         return image, int(label)
 
 
-def open_stream(
-    spec: str, *, strict: bool = False, cache_dir: str | Path | None = None, columns: WantedColumns = ANY_COLUMNS
-) -> ImageStream:
+def open_stream(spec: str, *, strict: bool = False, columns: WantedColumns = ANY_COLUMNS) -> ImageStream:
     """`hf:NAME_OR_PATH[:SPLIT]` as a stream (split train unless one is named)."""
     prefix, _, name = spec.partition(":")
     if prefix != "hf" or not name:
         raise UserError(f"only hf:NAME[:SPLIT] can be streamed, got {spec!r}. Leave out --stream.")
     path, split = name_and_split(name)
-    dataset = train_split(load(path, split, streaming=True, cache_dir=cache_dir), source=spec)
+    dataset = train_split(load(path, split, streaming=True), source=spec)
     if hasattr(dataset, "to_iterable_dataset"):  # a table on disk
         dataset = dataset.to_iterable_dataset(num_shards=min(64, max(1, len(dataset))))
     return ImageStream(dataset, name=spec, strict=strict, columns=columns)

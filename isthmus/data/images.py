@@ -30,17 +30,17 @@ class UnreadableImage(UserError):
     """An image that cannot be used; the message is the reason."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageUint8:
+def decode_image(data: bytes) -> ImageUint8:
     """The image in these bytes as uint8 RGB, as `upright_rgb` makes it of any picture.
 
     Raises UnreadableImage for broken, truncated or foreign bytes, and, from the header alone, for images of more than
-    `max_pixels` pixels and for strips that are too long.
+    `MAX_PIXELS` pixels and for strips that are too long.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise UnreadableImage(f"{width} x {height} pixels are more than the limit of {max_pixels}")
+            if width * height > MAX_PIXELS:
+                raise UnreadableImage(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
             check_shape(width, height)
             image.load()
             return np.ascontiguousarray(np.asarray(upright_rgb(image)))

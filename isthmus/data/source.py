@@ -5,7 +5,6 @@ Splits go by content: the same image lands on the same side wherever it lies and
 
 import logging
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,54 +86,20 @@ def choose_classes(available: Sequence[str], wanted: Sequence[str] | None, *, so
     if not available:
         raise UserError(f"{source} is unlabelled, so it has no classes to choose, got {', '.join(wanted)}.")
     if not wanted:
-        raise UserError(f"at least one class is needed, got none. {source} has {_first(available, 12)}.")
+        raise UserError(f"at least one class is needed, got none. {source} has {first_names(available, 12)}.")
     for name in wanted:
         if name not in available:
             raise UserError(
-                f"{source} has no class {name!r}, it has {_first(available, 12)}.{nearest(name, available)}"
+                f"{source} has no class {name!r}, it has {first_names(available, 12)}.{nearest(name, available)}"
             )
     if len(set(wanted)) < len(wanted):
         raise UserError(f"every class may be named once, got {', '.join(wanted)}.")
     return tuple(wanted)
 
 
-def report_skipped(
-    source: str, broken: Sequence[tuple[str, str]], *, strict: bool, level: int = logging.WARNING
-) -> None:
-    """Say once which images cannot be used: (name, reason) pairs. `strict` refuses them (UserError)."""
-    if not broken:
-        return
-    shown = _by_reason(broken)
-    if strict:
-        raise UserError(
-            f"{source}: every image must be readable, but {len(broken)} cannot be used: {shown}. "
-            "Mend or remove them, or leave out --strict to skip them."
-        )
-    logger.log(level, "%s: skipped %d images that cannot be used: %s", source, len(broken), shown)
-
-
-def _by_reason(broken: Sequence[tuple[str, str]]) -> str:
-    """Every reason once, with the first names that it holds for.
-
-    >>> _by_reason([("a", "empty"), ("b", "HEIC"), ("c", "HEIC"), ("d", "HEIC"), ("e", "HEIC")])
-    'a (empty); b, c, d and 1 more (HEIC)'
-    """
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, reason in broken:
-        names[reason].append(printable(name))
-    shown = list(names.items())[:5]
-    rest = len(broken) - sum(len(some) for _, some in shown)
-    parts = [f"{_first(some, 3)} ({reason})" for reason, some in shown]
-    return "; ".join(parts) + (f"; and {rest} more for other reasons" if rest else "")
-
-
-def _first(names: Sequence[str], count: int) -> str:
+def first_names(names: Sequence[str], count: int) -> str:
+    """Names in a sentence, no more than `count` of them."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def printable(name: str) -> str:
-    """A file name that any terminal and any JSON file can hold."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def missing_extra(extra: str, package: str, error: ImportError | None = None) -> UserError:
