@@ -37,7 +37,7 @@ class _Convert:
         try:
             lines = self.class_names.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--class-names must be a text file, got {self.class_names} ({error}).") from error
+            raise UserError(f"--class-names must be a text file in UTF-8, got {self.class_names} ({error}).") from error
         return [line.strip() for line in lines if line.strip()]
 
 

@@ -225,9 +225,9 @@ class HuggingFaceSource(ImageSource):
         if label is None:
             return np.arange(len(table)), np.zeros(len(table), dtype=np.int64)
         found = table[label][:]
-        strange = next((value for value in found if value not in names), None) if set(found) - set(names) else None
-        if strange is not None or None in found:
-            what = "none" if strange is None or strange == -1 else f"{strange!r}, which the split train has not"
+        if set(found) - set(names):
+            strange = next(value for value in found if value not in names)
+            what = "none" if strange in (None, -1) else f"{strange!r}, which the split train has not"
             raise UserError(f"{self.name}: every image needs a label, but some have {what}. Use another split.")
         place = {name: index for index, name in enumerate(self.class_names)}
         labels = np.array([place.get(names[value], -1) for value in found], dtype=np.int64)
@@ -328,8 +328,8 @@ class ImageStream:
         self.columns = find_columns(dataset.features, source=name, wanted=columns)
         if self.columns.class_names is None:
             raise UserError(
-                f"{name}: the classes of a stream are known before it is read, but {self.columns.label} only holds "
-                f"their values. Read it without --stream, cast it to datasets.ClassLabel, or pass --label-column "
+                f"{name}: the classes of a stream must be known before it is read, but {self.columns.label} holds "
+                f"values alone. Read it without --stream, cast it to datasets.ClassLabel, or pass --label-column "
                 f"{NO_LABELS} to train without labels."
             )
         self.dataset = as_bytes(dataset, self.columns)

@@ -100,7 +100,7 @@ class TokenCache:
         augment: Augmentation | None = None,
         batch_size: int = 64,
         device: torch.device | str = "cpu",
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         max_images: int | None = None,
     ) -> "TokenCache":
         """Encode every image `num_views` times and write the result at `path`, or open it where that was done before.
