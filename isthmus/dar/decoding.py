@@ -7,24 +7,22 @@ come from is the caller's: from a prior that draws them while the pixels form, o
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.dar.decoder import Canvas, FlowDecoder, KeysValues, Painted
+from isthmus.dar.decoder import FlowDecoder, KeysValues
 from isthmus.dar.options import Solver
-from isthmus.dar.scheduler import SOLVERS, FlowMatchingScheduler
+from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.draws import NOISE, stream
 from isthmus.nn.shapes import Images
 
 Preview = Literal["jump", "solver"]
-# a part and what is cut from it differ in length, so that may not be bound to a letter
-Columns = tuple[tuple[Float[Tensor, "b heads _ c"], Float[Tensor, "b heads _ c"]], ...]
 
 
 @dataclass
@@ -34,8 +32,7 @@ class FlowStep:
     Attributes:
         token_ids: the tokens that came in since the step before; n may be 0.
         x: state after the step, in the scale of the scheduler, fp32.
-        preview: the images as they would be if this step were the last, in [-1, 1] but not clamped, fp32; after the
-            last step, the images.
+        preview: the images if this step were the last, in [-1, 1] but not clamped, fp32.
     """
 
     index: int
@@ -92,10 +89,7 @@ class SolverPlan:
         if not 0 <= first < len(windows):
             raise UserError(f"the first step must lie in 0..{len(windows) - 1}, got {first}. 0 starts from noise.")
         needed = tuple(-(-end // group) * group for _, end in windows)
-        chosen = scheduler.config["solver"] if solver is None else solver
-        if chosen not in SOLVERS:
-            raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {chosen!r}.")
-        return cls(windows, needed, first, chosen)
+        return cls(windows, needed, first, scheduler.chosen(solver))
 
 
 def image_noise(image_seeds: Sequence[tuple[int, int]], height: int, width: int) -> Images:
@@ -103,12 +97,6 @@ def image_noise(image_seeds: Sequence[tuple[int, int]], height: int, width: int)
     shape = (3, height, width)
     rows = [stream(seed, NOISE, index).standard_normal(shape, dtype=np.float32) for seed, index in image_seeds]
     return torch.from_numpy(np.stack(rows))
-
-
-def check_preview(preview: Preview) -> None:
-    """Raise UserError unless `preview` is one of `Preview`."""
-    if preview not in get_args(Preview):
-        raise UserError(f"preview must be one of {', '.join(get_args(Preview))}, got {preview!r}.")
 
 
 def flow_steps(
@@ -123,8 +111,7 @@ def flow_steps(
 ) -> Iterator[FlowStep]:
     """Walk from `x` to images, each step as soon as its tokens have come.
 
-    A new group costs the causal stack and the decoder's keys and values on that group alone; the embeddings of the
-    fixed times are computed once.
+    A new group costs the causal stack and the decoder's keys and values on that group alone.
 
     Args:
         token_ids: parts of the sequence, one for each of `plan.stops`, from token 0 on. The next part is asked for only
@@ -132,9 +119,8 @@ def flow_steps(
         x: state at the time of the first step: noise, or `scheduler.add_noise` of images.
         preview: "jump" shows x_t + (1 - t) velocity; "solver" the published rule, the solver's own step to t = 1.
 
-    Raises UserError for an unknown preview, or sides that the decoder's patch does not divide.
+    Raises UserError for sides that the decoder's patch does not divide.
     """
-    check_preview(preview)
     parts, times = iter(token_ids), scheduler.times(plan.total)
     with torch.no_grad():
         embedded = decoder.embed_times(times[:-1])
@@ -152,7 +138,9 @@ def flow_steps(
                 arrived.append(next(parts).to(decoder.device))
                 first, condition = cache.length, image_tokenizer.condition(arrived[-1], cache)
                 keys.add(condition)
-                canvas = added(canvas, decoder.paint(condition, first))
+                painted = decoder.paint(condition, first)
+                if painted is not None:
+                    canvas = painted.sum(dim=1) + (0 if canvas is None else canvas)
             velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
             following = scheduler.step(velocity, previous_velocity, index, x, **rule)
             if index == plan.total - 1:
@@ -160,16 +148,9 @@ def flow_steps(
             elif preview == "jump":
                 shown = scheduler.jump(x, velocity, times[index : index + 1])
             else:
-                shown = scheduler.solver_preview(velocity, previous_velocity, index, x, **rule)
+                shown = scheduler.to_image(scheduler.step(velocity, previous_velocity, index, x, **rule, to_end=True))
         previous_velocity, x = velocity, following
         yield FlowStep(index, plan.total, torch.cat(arrived, dim=1), x.clone(), shown)
-
-
-def added(canvas: Canvas | None, painted: Painted | None) -> Canvas | None:
-    """The canvas with what new tokens painted; None for decoders without one."""
-    if painted is None:
-        return None
-    return painted.sum(dim=1) if canvas is None else canvas + painted.sum(dim=1)
 
 
 class WindowKeys:
@@ -195,17 +176,14 @@ class WindowKeys:
 
     def window(self, start: int, end: int) -> tuple[KeysValues, ...]:
         """Per block, keys and values of the tokens [start, end)."""
-        cut = [_columns(part, max(start - first, 0), end - first) for first, part in self.parts if first < end]
-        if len(cut) == 1:
-            return cut[0]
-        return tuple(
-            (torch.cat([keys for keys, _ in block], dim=2), torch.cat([values for _, values in block], dim=2))
-            for block in zip(*cut, strict=True)
-        )
+        within = [(part, slice(max(start - first, 0), end - first)) for first, part in self.parts if first < end]
+        blocks = zip(*([(k[:, :, own], v[:, :, own]) for k, v in part] for part, own in within), strict=True)
+        return tuple((_joined([k for k, _ in block]), _joined([v for _, v in block])) for block in blocks)
 
 
-def _columns(part: Columns, start: int, end: int) -> Columns:
-    return tuple((keys[:, :, start:end], values[:, :, start:end]) for keys, values in part)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tokens of several parts; those of one are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
 
 
 def decode_tokens(
@@ -226,7 +204,6 @@ def decode_tokens(
             f"{plan.total} solver steps need {plan.stops[-1]} tokens, got {token_ids.shape[1]}. "
             "Pass all tokens of the images."
         )
-    cuts = (0, *plan.stops)
-    parts = (token_ids[:, a:b] for a, b in pairwise(cuts))
+    parts = (token_ids[:, start:end] for start, end in pairwise((0, *plan.stops)))
     *_, last = flow_steps(image_tokenizer, decoder, scheduler, plan, parts, x)
     return last.preview
