@@ -106,13 +106,9 @@ _SAVE_ADVICE = {
 
 @dataclass
 class IsthmusPipelineOutput(ImagePipelineOutput):
-    """diffusers' output of image pipelines, and what draws the same images again.
+    """diffusers' output of image pipelines, and what our own pipeline returns beside them.
 
-    Attributes:
-        images: as `output_type` says; "latent" gives what `decode_latents` takes.
-        token_ids: as our own pipeline returns them; those of the finished steps after an interruption.
-        class_labels: class id of every image; `num_classes` where no class was asked for.
-        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
+    After an interruption these are the images and tokens of the finished steps.
     """
 
     images: Pictures  # pyright: ignore[reportIncompatibleVariableOverride]  tensors too
@@ -188,8 +184,7 @@ class IsthmusPipeline(DiffusionPipeline):
                 which on a machine with one accelerator is that one.
             others: components by name, which take the place of the saved ones.
 
-        Raises UserError where there is no such model or device, or an argument belongs to other pipelines; the message
-        names ours.
+        Raises UserError where there is no such model or device, or an argument belongs to other pipelines.
         """
         given = {name: others.pop(name) for name in list(others) if name in cls._part_names()}
         _refuse(others, cls._load_advice, f"{cls.__name__}.from_pretrained")
@@ -227,7 +222,7 @@ class IsthmusPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> IsthmusPipelineOutput | tuple[Pictures]:
-        """Draw images, called as `DiTPipeline` is.
+        """Draw images, called as `DiTPipeline` is; what is not said here is as in a call of our own pipeline.
 
         Args:
             class_labels: names, indices or None (no class), one per image; a single one may stand alone.
@@ -236,14 +231,14 @@ class IsthmusPipeline(DiffusionPipeline):
             num_inference_steps: solver steps of a D-AR model; the steps of a next-scale model are its scales.
             output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent".
             return_dict: False gives the tuple (images,).
-            seed: instead of a generator: one number for the request, or one per image.
+            seed: instead of a generator.
             image_index: number of the first image in the whole request, or one number per image.
             num_images_per_prompt: images per label, next to each other.
             callback_on_step_end: called with (pipe, step, t, kwargs) after every step: t is the side of the scale, or
-                the flow time at which the solver step began. What is drawn stays: it returns None, or the kwargs as
-                they came.
-            callback_on_step_end_tensor_inputs: what kwargs holds: "latents" (what `decode_latents` turns into a
-                preview) and "token_ids" (those of the step), both copies.
+                the flow time at which the solver step began. It changes nothing: it returns None, or the kwargs as they
+                came.
+            callback_on_step_end_tensor_inputs: what kwargs holds: "latents" (for `decode_latents`) and "token_ids"
+                (those of the step), both copies.
             options: what else a call of our own pipeline takes (`top_k`, `temperature`, `num_images`, ...).
 
         Raises UserError where an argument is not usable, or belongs to other pipelines; the message names ours.
@@ -295,7 +290,7 @@ class IsthmusPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call that runs ends after the step that runs; a callback sets `pipe._interrupt = True`."""
+        """Whether the call ends after the step that runs; a callback sets `pipe._interrupt = True`."""
         return self._interrupt
 
     @property
@@ -334,11 +329,11 @@ class IsthmusPipeline(DiffusionPipeline):
         self.native.save_pretrained(save_directory, max_shard_size=max_shard_size)
 
     def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Refused: a folder is uploaded by the hub's own command."""
+        """Refused."""
         raise UserError(f"uploading is not done here, got push_to_hub(). {_SAVE_ADVICE['push_to_hub']}")
 
     def _read_by_name(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: hooks of single layers, or of groups of them, would miss weights that are read by name."""
+        """Refused."""
         raise UserError(
             "layers cannot go to the device one by one or in groups here, because steps read weights by name; got "
             "enable_sequential_cpu_offload() or enable_group_offload(). Use enable_model_cpu_offload()."
@@ -347,7 +342,7 @@ class IsthmusPipeline(DiffusionPipeline):
     enable_sequential_cpu_offload = enable_group_offload = _read_by_name
 
     def _own_attention(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: torch's own kernel is used, and there is nothing to slice."""
+        """Refused."""
         raise UserError(
             "attention runs in torch's scaled_dot_product_attention, which takes a memory-saving kernel itself; got "
             "enable_attention_slicing() or enable_xformers_memory_efficient_attention(). Leave it out."

@@ -31,8 +31,8 @@ class FlowStep:
 
     Attributes:
         token_ids: the tokens that came in since the step before; n may be 0.
-        x: state after the step, in the scale of the scheduler, fp32.
-        preview: the images if this step were the last, in [-1, 1] but not clamped, fp32.
+        x: state after the step, in the scale of the scheduler.
+        preview: the images if this step were the last, not clamped.
     """
 
     index: int
@@ -141,7 +141,7 @@ def flow_steps(
                 painted = decoder.paint(condition, first)
                 if painted is not None:
                     canvas = painted.sum(dim=1) + (0 if canvas is None else canvas)
-            velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
+            velocity = decoder.velocity(x, embedded.at(index), keys.window(end), canvas).float()
             following = scheduler.step(velocity, previous_velocity, index, x, **rule)
             if index == plan.total - 1:
                 shown = scheduler.to_image(following)
@@ -154,36 +154,32 @@ def flow_steps(
 
 
 class WindowKeys:
-    """Keys and values of the decoder's cross-attention: computed once for every group, put together to windows."""
+    """Keys and values of the decoder's cross-attention for the tokens [start, length), each computed once."""
 
     def __init__(self, decoder: FlowDecoder):
-        self.decoder = decoder
-        self.parts: list[tuple[int, tuple[KeysValues, ...]]] = []  # first token of the part, per block (keys, values)
-        self.start = 0
-        self.length = 0
+        self.decoder, self.start, self.length = decoder, 0, 0
+        self.blocks: tuple[KeysValues, ...] = ()
 
     def forget_before(self, start: int) -> None:
         """Tokens before `start` drive no later step."""
+        held = slice(start - self.start, None)
+        self.blocks = tuple((k[:, :, held], v[:, :, held]) for k, v in self.blocks) if start < self.length else ()
         self.start = start
-        self.parts = [(first, part) for first, part in self.parts if first + part[0][0].shape[2] > start]
 
     def add(self, condition: Float[Tensor, "b n condition_width"]) -> None:
         """Conditions of the next tokens; those that no later step reads cost nothing."""
-        skipped = min(max(self.start - self.length, 0), condition.shape[1])
-        if skipped < condition.shape[1]:
-            self.parts.append((self.length + skipped, self.decoder.attend_to(condition[:, skipped:])))
-        self.length += condition.shape[1]
+        unread, self.length = max(self.start - self.length, 0), self.length + condition.shape[1]
+        if self.start < self.length:
+            new = self.decoder.attend_to(condition[:, unread:])
+            if self.blocks:
+                pairs = zip(self.blocks, new, strict=True)
+                new = tuple((torch.cat([k, a], dim=2), torch.cat([v, b], dim=2)) for (k, v), (a, b) in pairs)
+            self.blocks = new
 
-    def window(self, start: int, end: int) -> tuple[KeysValues, ...]:
+    def window(self, end: int) -> tuple[KeysValues, ...]:
         """Per block, keys and values of the tokens [start, end)."""
-        within = [(part, slice(max(start - first, 0), end - first)) for first, part in self.parts if first < end]
-        blocks = zip(*([(k[:, :, own], v[:, :, own]) for k, v in part] for part, own in within), strict=True)
-        return tuple((_joined([k for k, _ in block]), _joined([v for _, v in block])) for block in blocks)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tokens of several parts; those of one are not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
+        held = slice(end - self.start)
+        return tuple((k[:, :, held], v[:, :, held]) for k, v in self.blocks)
 
 
 def decode_tokens(

@@ -175,16 +175,12 @@ class LlamaDecoder:
 
     def check_belongs(self, transformer: StoredLlama, layout: TokenLayout) -> None:
         """Raise UserError unless these are the weights of this prior, laid out where it is now and in its type."""
-        source = self._source()
-        if self.layout != layout or source is None or not StoredLlama.of(source).is_same(transformer):
+        source, here = self._source(), (self.layout, self.device, self.dtype)
+        there = (layout, transformer.device, transformer.dtype)
+        if here != there or source is None or not StoredLlama.of(source).is_same(transformer):
             raise UserError(
-                f"the laid-out weights are those of another prior (for {self.layout}), this one is for {layout}. Lay "
-                "out its own: pipe.llama_decoder()."
-            )
-        if (self.device, self.dtype) != (transformer.device, transformer.dtype):
-            raise UserError(
-                f"the weights were laid out on {self.device} in {self.dtype}, and the prior is on {transformer.device} "
-                f"in {transformer.dtype} now. Lay them out again: pipe.llama_decoder()."
+                "the laid-out weights are those of another prior, or of this one before it was moved or cast: got "
+                f"{here}, and the prior is {there}. Lay out its own: pipe.llama_decoder()."
             )
 
     @torch.inference_mode()

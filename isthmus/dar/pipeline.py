@@ -193,7 +193,9 @@ class DARPipeline(SavedPipeline):
 
         Raises UserError where the images are not usable, or have sides that the tokenizer's patch does not divide.
         """
-        return encode_images(self.image_tokenizer, images)
+        pixels = to_images(images, self.image_size).to(self.image_tokenizer.device)
+        with torch.no_grad():
+            return self.image_tokenizer.encode(pixels).token_ids.cpu()
 
     def decode(
         self,
@@ -212,7 +214,7 @@ class DARPipeline(SavedPipeline):
         Raises UserError where the tokens are too few, too many or name no codes, or an argument is not usable.
         """
         check_output_type(output_type)
-        token_ids = to_token_ids(self.image_tokenizer, token_ids)
+        token_ids = self._token_ids(token_ids)
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
         seeds = image_seeds(len(token_ids), seed=seed, image_index=image_index)
         noise = image_noise(seeds, *self._sides(height, width))
@@ -250,7 +252,7 @@ class DARPipeline(SavedPipeline):
         """
         check_output_type(output_type)
         pixels = to_images(image, self.image_size)
-        token_ids = self.encode(pixels) if token_ids is None else to_token_ids(self.image_tokenizer, token_ids)
+        token_ids = self.encode(pixels) if token_ids is None else self._token_ids(token_ids)
         rows = len(token_ids)
         if len(pixels) not in (1, rows):
             raise UserError(f"a restart needs one image, or one per row of tokens ({rows}), got {len(pixels)}.")
@@ -398,13 +400,8 @@ class DARPipeline(SavedPipeline):
 
     def _steps(self, request: Request, options: Mapping[str, Any], preview: Preview) -> Iterator[FlowStep]:
         """Solver steps of a request, whose `options` are all of `DAROptions`. What is not usable is refused at once."""
-        prefix = resolve_prefix(
-            self.image_tokenizer,
-            len(request.seeds),
-            options["prefix_image"],
-            options["prefix_token_ids"],
-            options["prefix_tokens"],
-        )
+        given = (options[name] for name in ("prefix_image", "prefix_token_ids", "prefix_tokens"))
+        prefix = self._prefix(len(request.seeds), *given)
         each = [request.options] * len(request.seeds)
         if options["image_options"] is not None:
             each = [own.override(**saved_options(options)) for own in options["image_options"]]
@@ -427,6 +424,59 @@ class DARPipeline(SavedPipeline):
         noise = image_noise(request.seeds, *sides)
         return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
 
+    def _token_ids(self, token_ids: TokenInput) -> Int[Tensor, "b n"]:
+        """Tokens as people and servers give them, one row per image; UserError where they are none of this model's."""
+        try:
+            token_ids = torch.as_tensor(token_ids)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"token_ids must be integers, equally many per image, got {type(token_ids).__name__} ({error}). "
+                "Pass a tensor (b, n) or lists of equal lengths."
+            ) from error
+        rows = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
+        if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+            raise UserError(
+                f"token_ids must be integers of shape (n,) or (b, n), got {token_ids.dtype} of shape "
+                f"{tuple(token_ids.shape)}. Pass what encode returned."
+            )
+        most = self.image_tokenizer.config["num_tokens"]
+        if rows.shape[1] > most:
+            raise UserError(f"an image has {most} tokens, got {rows.shape[1]}. Leave out the class, and what follows.")
+        self.image_tokenizer.check_token_ids(rows)
+        return rows
+
+    def _prefix(
+        self, num_images: int, image: ImageInput | None, token_ids: TokenInput | None, lengths: PrefixLengths
+    ) -> Prefix | None:
+        """The prefix of every image of a request, from an image or from tokens; None where none was asked for.
+
+        `lengths` says how many tokens are kept; None keeps all of `token_ids`. Raises UserError where both sources are
+        given, or lengths without one, a number is out of range, or an id names no code.
+        """
+        if image is None and token_ids is None:
+            if lengths is not None:
+                raise UserError("prefix_tokens is how much of a prefix is kept, and there is none. Pass prefix_image.")
+            return None
+        if image is not None and token_ids is not None:
+            raise UserError("a prefix comes from an image or is given as tokens, got both. Pass one of them.")
+        if image is not None:
+            if lengths is None:
+                raise UserError("prefix_image needs prefix_tokens: how many tokens of the image are kept.")
+            token_ids = self.encode(image)
+        assert token_ids is not None
+        rows = self._token_ids(token_ids)
+        if len(rows) not in (1, num_images):
+            raise UserError(f"a prefix is one for all images or one for each ({num_images}), got {len(rows)}.")
+        rows = rows.expand(num_images, -1)
+        given = rows.shape[1]
+        kept = given if lengths is None else lengths
+        each = [kept] * num_images if isinstance(kept, int) else list(kept)
+        if len(each) != num_images:
+            raise UserError(f"prefix_tokens is one number, or one per image ({num_images}), got {len(each)}.")
+        if not all(0 <= length <= given for length in each):
+            raise UserError(f"prefix_tokens must lie in 0..{given} (the tokens there are), got {each}.")
+        return Prefix(rows, each)
+
     def _sides(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the images to make; None is `image_size`. UserError where the decoder cannot."""
         sides = (self.image_size if height is None else height, self.image_size if width is None else width)
@@ -445,7 +495,7 @@ class DARPipeline(SavedPipeline):
         if token_ids is None:
             assert images is not None
             token_ids = self.encode(images)
-        token_ids = to_token_ids(self.image_tokenizer, token_ids)
+        token_ids = self._token_ids(token_ids)
         given = label_list(class_labels)
         labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
         rows, length = token_ids.shape
@@ -465,27 +515,22 @@ def shared_layout(
 
     Raises UserError where two of the four do not belong together, or the tokenizer has no token ids to draw.
     """
-    tokenizer = image_tokenizer.config
-    if not tokenizer["quantized"]:
+    tokenizer, pixels = image_tokenizer.config, decoder.config
+    if not tokenizer.quantized:
         raise UserError(
             "a prior draws token ids, and this image tokenizer keeps its tokens continuous (quantized=False). "
             "Pass a tokenizer with a codebook."
         )
-    if decoder.config["condition_width"] != tokenizer["condition_width"]:
-        raise UserError(
-            f"image tokenizer and decoder must have the same condition_width, got {tokenizer['condition_width']} and "
-            f"{decoder.config['condition_width']}. Pass the decoder that was trained with this tokenizer."
-        )
-    if tokenizer["image_size"] % decoder.config["patch_size"]:
-        raise UserError(
-            f"the decoder's patch_size ({decoder.config['patch_size']}) must divide the tokenizer's image_size "
-            f"({tokenizer['image_size']}). Pass the decoder that was trained with this tokenizer."
-        )
-    if decoder.config["canvas_tokens"] not in (None, tokenizer["num_tokens"]):
-        raise UserError(
-            f"a decoder's canvas_tokens are the tokenizer's num_tokens ({tokenizer['num_tokens']}), got "
-            f"{decoder.config['canvas_tokens']}. Pass the decoder that was trained with this tokenizer."
-        )
+    advice = "Pass the decoder that was trained with this tokenizer."
+    ours, theirs = tokenizer.condition_width, pixels.condition_width
+    if ours != theirs:
+        raise UserError(f"tokenizer and decoder must have the same condition_width, got {ours} and {theirs}. {advice}")
+    ours, theirs = tokenizer.image_size, pixels.patch_size
+    if ours % theirs:
+        raise UserError(f"the decoder's patch_size ({theirs}) must divide image_size ({ours}). {advice}")
+    ours, theirs = tokenizer.num_tokens, pixels.canvas_tokens
+    if theirs not in (None, ours):
+        raise UserError(f"a decoder's canvas_tokens are the tokenizer's num_tokens ({ours}), got {theirs}. {advice}")
     for name in ("num_tokens", "num_groups", "tokens_per_step"):
         # None of tokens_per_step is one group: what it stands for is an attribute
         ours, theirs = (getattr(part, name, None) or part.config[name] for part in (image_tokenizer, scheduler))
@@ -494,75 +539,4 @@ def shared_layout(
                 f"image tokenizer and scheduler must have the same {name}, got {ours} and {theirs}. "
                 "Pass the scheduler that was saved with this tokenizer."
             )
-    return TokenLayout.of(llama, tokenizer["codebook_size"], tokenizer["num_tokens"])
-
-
-def encode_images(image_tokenizer: DiffusionTokenizer, images: ImageInput) -> Int[Tensor, "b n"]:
-    """All tokens of images, coarse to fine, on the CPU; UserError where the images do not fit."""
-    pixels = to_images(images, image_tokenizer.config["image_size"]).to(image_tokenizer.device)
-    with torch.no_grad():
-        return image_tokenizer.encode(pixels).token_ids.cpu()
-
-
-def to_token_ids(image_tokenizer: DiffusionTokenizer, token_ids: TokenInput) -> Int[Tensor, "b n"]:
-    """Tokens as people and servers give them, one row per image.
-
-    Raises UserError where they are no integers, rows have different lengths, there are more than an image has, or an id
-    names no code.
-    """
-    if not isinstance(token_ids, Tensor):
-        try:
-            token_ids = torch.tensor(token_ids)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"token_ids must be integers, equally many per image, got {type(token_ids).__name__} ({error}). Pass a "
-                "tensor (b, n) or lists of equal lengths."
-            ) from error
-    rows = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
-    if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
-        raise UserError(
-            f"token_ids must be integers of shape (n,) or (b, n), got {token_ids.dtype} of shape "
-            f"{tuple(token_ids.shape)}. Pass what encode returned."
-        )
-    most = image_tokenizer.config["num_tokens"]
-    if rows.shape[1] > most:
-        raise UserError(f"an image has {most} tokens, got {rows.shape[1]}. Leave out the class, and what follows.")
-    image_tokenizer.check_token_ids(rows)
-    return rows
-
-
-def resolve_prefix(
-    image_tokenizer: DiffusionTokenizer,
-    num_images: int,
-    image: ImageInput | None,
-    token_ids: TokenInput | None,
-    lengths: PrefixLengths,
-) -> Prefix | None:
-    """The prefix of every image of a request, from an image or from tokens; None where none was asked for.
-
-    `lengths` says how many tokens are kept; None keeps all of `token_ids`. Raises UserError where both sources are
-    given, or lengths without one, a number is out of range, or an id names no code.
-    """
-    if image is None and token_ids is None:
-        if lengths is not None:
-            raise UserError("prefix_tokens says how much of a prefix is kept, but there is none. Pass prefix_image.")
-        return None
-    if image is not None and token_ids is not None:
-        raise UserError("a prefix comes from an image or is given as tokens, got both. Pass one of them.")
-    if image is not None:
-        if lengths is None:
-            raise UserError("prefix_image needs prefix_tokens: how many tokens of the image are kept.")
-        token_ids = encode_images(image_tokenizer, image)
-    assert token_ids is not None
-    rows = to_token_ids(image_tokenizer, token_ids)
-    if len(rows) not in (1, num_images):
-        raise UserError(f"a prefix is one for all images or one for each ({num_images}), got {len(rows)}.")
-    rows = rows.expand(num_images, -1)
-    given = rows.shape[1]
-    kept = given if lengths is None else lengths
-    each = [kept] * num_images if isinstance(kept, int) else list(kept)
-    if len(each) != num_images:
-        raise UserError(f"prefix_tokens is one number, or one per image ({num_images}), got {len(each)}.")
-    if not all(0 <= length <= given for length in each):
-        raise UserError(f"prefix_tokens must lie in 0..{given} (the tokens there are), got {each}.")
-    return Prefix(rows, each)
+    return TokenLayout.of(llama, tokenizer.codebook_size, tokenizer.num_tokens)

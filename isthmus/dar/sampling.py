@@ -57,7 +57,7 @@ def generate_tokens(
         decoder: laid-out weights to use again; None lays them out for this call.
 
     Raises UserError, before the first tokens are asked for, where a label, an option or a stop is not usable. Filters
-    and prefixes are the caller's to check (`SamplingOptions.check`, `resolve_prefix` of the pipeline).
+    and prefixes are the caller's to check (`SamplingOptions.check`).
     """
     batch = len(class_labels)
     each = [options] * batch if isinstance(options, SamplingOptions) else list(options)

@@ -10,6 +10,7 @@ is averaged over space and the taps are summed. LPIPS (Zhang et al., 2018) weigh
 first. Gradients flow to the first image only; the second is the target.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ _BATCH_NORM_EPSILON = 1e-3
 
 # channels out of VGG16's 13 convolutions; a new row begins after each 2x2 max pooling, and its last output is a tap
 _VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# their numbers among the published layers, which count activations and poolings
+_VGG16_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 _LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 _LPIPS_SCALE = (0.458, 0.448, 0.450)
 
@@ -328,12 +331,6 @@ class LPIPSDistance(nn.Module):
 
     def _published_names(self) -> dict[str, str]:
         """Our weight -> the documented name."""
-        names: dict[str, str] = {}
-        layer = count = 0
-        for row in _VGG16:
-            for _ in row:
-                for part in ("weight", "bias"):
-                    names[f"convolutions.{count}.{part}"] = f"features.{layer}.{part}"
-                count, layer = count + 1, layer + 2  # a convolution and its ReLU
-            layer += 1  # the max pooling
+        parts = itertools.product(enumerate(_VGG16_LAYERS), ("weight", "bias"))
+        names = {f"convolutions.{index}.{part}": f"features.{layer}.{part}" for (index, layer), part in parts}
         return names | {f"channel_weights.{index}": f"lin{index}.model.1.weight" for index in range(len(_VGG16))}
