@@ -1,7 +1,6 @@
 """Laws that every model keeps, as mixins: a test class gives `model` and `inputs`, and inherits the tests."""
 
 import copy
-import json
 import math
 import os
 import shutil
@@ -105,25 +104,22 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compili
 class ModelLaws:
     """A subclass has fixtures `model` (in eval mode) and `inputs` (arguments of forward), and `floats(output)`."""
 
+    without_gradient: tuple[str, ...] = ()
+    """How names of parameters end whose gradient is zero in exact arithmetic."""
+
     def floats(self, output: Any) -> Tensor:
         """The float tensor of an output that depends on every weight."""
         raise AssertionError("a test class says which tensor of its output is compared")
 
-    def test_save_and_load_gives_the_same_output(self, model, inputs, tmp_path):
+    def test_save_and_load_gives_the_same_output_each_time(self, model, inputs, tmp_path):
+        before = self.floats(model(*inputs))
         model.save_pretrained(tmp_path)
         assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
         loaded = type(model).from_pretrained(tmp_path).eval()
-        assert torch.equal(self.floats(loaded(*inputs)), self.floats(model(*inputs)))
+        for one in (loaded, model):
+            assert torch.equal(self.floats(one(*inputs)), before)
+        # settings and weights
         assert fingerprint(loaded) == fingerprint(model)
-
-    def test_config_round_trip(self, model, tmp_path):
-        model.save_config(tmp_path)
-        again = type(model)(**type(model).load_config(tmp_path))
-        plain = [json.dumps({k: v for k, v in m.config.items() if k[0] != "_"}, default=list) for m in (model, again)]
-        assert plain[0] == plain[1]
-        assert {k: v.shape for k, v in again.state_dict().items()} == {
-            k: v.shape for k, v in model.state_dict().items()
-        }
 
     def test_fingerprint_sees_the_weights(self, model):
         before, names = fingerprint(model), list(model.state_dict())
@@ -135,15 +131,12 @@ class ModelLaws:
     def test_gradients_reach_every_parameter(self, model, inputs):
         model.zero_grad()
         self.loss(model(*inputs)).backward()
-        silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not silent
+        silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+        assert not {name for name in silent if not name.endswith(self.without_gradient)}
 
     def loss(self, output: Any) -> Tensor:
         """A scalar that depends on every weight."""
         return self.floats(output).square().mean()
-
-    def test_same_input_same_output(self, model, inputs):
-        assert torch.equal(self.floats(model(*inputs)), self.floats(model(*inputs)))
 
 
 class TokenizerLaws(ModelLaws):
