@@ -1,13 +1,14 @@
 """Laws that every model keeps, as mixins: a test class gives `model` and `inputs`, and inherits the tests."""
 
 import copy
+import hashlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ def published_names(raw: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> di
     """Our key -> published key, found by the memory that the converter passed through unchanged."""
     home = {tensor.data_ptr(): key for key, tensor in raw.items() if tensor.numel()}
     return {key: home[tensor.data_ptr()] for key, tensor in ours.items()}
+
+
+def token_hashes(token_ids: Sequence[Tensor]) -> list[str]:
+    """SHA-256 (hex) of the token ids of every image, over all steps (b, l), as little-endian int32."""
+    rows = zip(*(ids.cpu().numpy().astype("<i4") for ids in token_ids), strict=True)
+    return [hashlib.sha256(b"".join(step.tobytes() for step in row)).hexdigest() for row in rows]
 
 
 def randomized(model: nn.Module, seed: int = 0) -> Any:

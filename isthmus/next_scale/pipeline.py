@@ -40,7 +40,7 @@ from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
 from isthmus.nn.shapes import Images, LatentMap, TokenPyramid
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
-from isthmus.pipelines.labels import resolve_labels
+from isthmus.pipelines.labels import label_list
 from isthmus.pipelines.memory import free_bytes, images_that_fit
 from isthmus.pipelines.options import OutputType, SamplingOptions
 from isthmus.pipelines.request import (
@@ -51,7 +51,6 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
-    label_list,
     takes,
 )
 
@@ -746,8 +745,7 @@ class NextScalePipeline(SavedPipeline):
         """`measure` of a few images at a time, on the CPU."""
         if (images is None) == (token_ids is None):
             raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
-        given = label_list(class_labels)
-        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        ids = self.class_ids(class_labels)
         if token_ids is None:
             assert images is not None
             token_ids = self.encode(images)
@@ -767,7 +765,7 @@ class NextScalePipeline(SavedPipeline):
         given = label_list(class_labels)
         if any(label is None for label in given):
             raise UserError("classes to choose from are names or indices, got None. Leave it out.")
-        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        ids = self.class_ids(given)
         if len(set(ids)) < len(ids):
             raise UserError(f"every class to choose from is named once, got {given}.")
         return ids

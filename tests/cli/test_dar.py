@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.request import token_hashes
 from tests.parity.published_dar_files import write_published_files
 from tests.pipelines.tiny_dar import tiny_dar
+from tests.testers import token_hashes
 
 
 @pytest.fixture(scope="module")

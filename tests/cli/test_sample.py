@@ -9,8 +9,8 @@ from PIL import Image
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import token_hashes
 
 
 def manifest(folder):

@@ -11,8 +11,8 @@ from isthmus.next_scale.pyramid import next_scale_input, tokens_to_map
 from isthmus.next_scale.refinement import ScaleRefinementScheduler, lowest_share, merged, redraw, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import token_hashes
 from tests.training.tiny_teacher import tiny_teacher
 
 

@@ -11,8 +11,8 @@ from isthmus.nn.draws import token_uniforms
 from isthmus.nn.guidance import GuidanceSchedule, guidance_values
 from isthmus.nn.sampling import draw_tokens, filter_logits
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import token_hashes
 
 SEEDS = [(7, i) for i in range(5)]
 LABELS = torch.tensor([0, 2, 3, 1, 0])

@@ -20,10 +20,9 @@ from isthmus.pipelines.folder import FORMAT
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.memory import batch_size_that_fits
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
-from tests.testers import NETWORK
+from tests.testers import NETWORK, token_hashes
 
 SAVED = {"guidance_scale": 2.0, "top_k": 8}
 
@@ -172,7 +171,7 @@ class PipelineLaws:
             ({"seed": [1, 2]}, r"one number per image \(1\)"),
             ({"seed": -1}, "negative"),
             ({"seed": [1], "image_index": 3}, "image_index"),
-            ({"generator": [torch.Generator()] * 2}, "one per image"),
+            ({"generator": [torch.Generator()] * 2}, "one number per image"),
         ],
     )
     def test_what_cannot_be_used_is_refused_in_words(self, subject, arguments, said):

@@ -5,8 +5,8 @@ from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import token_hashes
 
 
 def test_labels_by_name_index_or_null(pipe):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from isthmus.errors import UserError
-from isthmus.pipelines.labels import labels_from_words, resolve_labels
-from isthmus.pipelines.request import image_seeds, label_list, spread
+from isthmus.pipelines.labels import label_list, labels_from_words, resolve_labels
+from isthmus.pipelines.request import image_seeds, spread
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 

@@ -7,8 +7,8 @@ from isthmus.cli.info import describe_model, upload_contents
 from isthmus.errors import UserError
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import token_hashes
 
 
 @pytest.mark.parametrize("attention", ["markov", "causal"])

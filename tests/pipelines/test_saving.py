@@ -10,7 +10,7 @@ from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.nn.saved_model import check_finite
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
-from isthmus.pipelines.request import token_hashes
+from tests.testers import token_hashes
 
 HERE = Path(__file__).parent
 
