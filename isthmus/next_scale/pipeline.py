@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.next_scale.canvas import Canvas, MaskInput, extended, open_images, place, project_onto_small, to_masks
-from isthmus.next_scale.editing import Jumps, KnownPart, edit_scales, known_part, num_results, one_each
+from isthmus.next_scale.editing import jumps_of, known_part, num_results, one_each
 from isthmus.next_scale.likelihood import (
     DEFAULT_VIEW_NOISE,
     ClassScores,
@@ -32,7 +32,7 @@ from isthmus.next_scale.likelihood import (
 )
 from isthmus.next_scale.options import InpaintOptions, NextScaleOptions
 from isthmus.next_scale.pyramid import Scale
-from isthmus.next_scale.refinement import RefinementMode, ScaleRefinementScheduler, refined_scales
+from isthmus.next_scale.refinement import KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
@@ -679,7 +679,7 @@ class NextScalePipeline(SavedPipeline):
     ) -> NextScalePipelineOutput:
         """An edit of placed images; `options` holds every one of `InpaintOptions`."""
         request = self._request(class_labels, rows, 1, options)
-        back = Jumps.of(options["jumps"], options["jump_scales"], self.schedule.num_scales)
+        back = jumps_of(options["jumps"], options["jump_scales"], self.schedule.num_scales)
         paste, seam_px = options["paste"], options["seam_px"]
         if seam_px is not None and not paste:
             raise UserError(f"seam_px blends the pasted pixels, got {seam_px} with paste=False. Leave it out.")
@@ -708,10 +708,10 @@ class NextScalePipeline(SavedPipeline):
         return known_part(self.image_tokenizer, self.schedule, pixels, mask, num_results=rows, **rule)
 
     def _edited(
-        self, known: KnownPart, request: Request, jumps: Jumps | None = None
+        self, known: KnownPart, request: Request, jumps: ScaleRefinementScheduler | None = None
     ) -> tuple[LatentMap, NextScalePipelineOutput]:
         sampler = self._sampler(request, EDIT_STREAMS)
-        return self._drawn(edit_scales(self.image_tokenizer, sampler, known, jumps), sampler, request)
+        return self._drawn(refined_scales(sampler, jumps, known), sampler, request)
 
     def _latents(self, images: ImageInput) -> list[Tensor]:
         """Maps (b, d, grid, grid) of a few images each."""

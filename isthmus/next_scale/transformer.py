@@ -115,9 +115,9 @@ class Conditioning:
     blocks: tuple[Float[Tensor, "b 6 width"], ...]
     head: Float[Tensor, "b 2 width"]
 
-    def leading(self, rows: int) -> "Conditioning":
-        """The first `rows` images."""
-        return Conditioning(self.start[:rows], tuple(m[:rows] for m in self.blocks), self.head[:rows])
+    def rows(self, chosen: slice | Int[Tensor, " rows"]) -> "Conditioning":
+        """Some of the images, or one several times."""
+        return Conditioning(self.start[chosen], tuple(block[chosen] for block in self.blocks), self.head[chosen])
 
 
 class NextScaleBlock(nn.Module):
@@ -269,8 +269,6 @@ class NextScaleTransformer(SavedModel):
             scales: the scales to run, increasing; None runs all. Causal models take a prefix 0..k, Markov models any.
             keep: stochastic depth factors per image, block and branch; None keeps everything.
             hidden: True at inputs whose own token is hidden (`partial_scale_input`); None where none shows any.
-
-        Raises UserError where `scales` are none of these, or the inputs are not those of `scales`.
         """
         known = tuple(range(self.schedule.num_scales))
         scales = known if scales is None else tuple(scales)
@@ -292,8 +290,7 @@ class NextScaleTransformer(SavedModel):
         attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
         x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
-            factors = None if keep is None else keep[:, i]
-            x = self.run_block(block, x, conditioning.blocks[i], attend, factors)
+            x = self.run_block(block, x, conditioning.blocks[i], attend, None if keep is None else keep[:, i])
         return NextScaleTransformerOutput(self._logits(x, conditioning.head))
 
     def forward_scale(
@@ -308,7 +305,7 @@ class NextScaleTransformer(SavedModel):
         """Logits of one scale (from 0) during generation; causal models go through the scales in order.
 
         `scale_input` is `next_scale_input` of the features so far, (b, 0, codebook_dim) at scale 0. `cache` is from
-        `new_cache`; None for a Markov model, which never reads another scale. `hidden` is as for `forward`.
+        `new_cache`. `hidden` is as for `forward`.
         """
         if (cache is None) != self.is_markov:
             raise UserError(
@@ -327,7 +324,7 @@ class NextScaleTransformer(SavedModel):
         if self.is_markov:
             return None
         heads = self.config["num_heads"]
-        tokens = self.schedule.offsets[self.schedule.num_scales if num_scales is None else num_scales]
+        tokens = self.schedule.offsets[-1 if num_scales is None else num_scales]
         return KeyValueCache(
             len(self.blocks), batch, heads, tokens, self.config["width"] // heads, device=self.device, dtype=self.dtype
         )

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from isthmus.errors import UserError
 from isthmus.next_scale.pyramid import next_scale_input, tokens_to_map
-from isthmus.next_scale.refinement import ScaleRefinementScheduler, lowest_share, merged, redraw, refined_scales
+from isthmus.next_scale.refinement import ScaleRefinementScheduler, lowest_share, merged, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.pipelines.options import SamplingOptions
 from tests.pipelines.tiny import tiny_pipeline
@@ -249,7 +249,7 @@ def test_greedy_rounds_draw_the_tokens_again_that_the_unfiltered_model_finds_lea
     lowest = logits.softmax(-1).amax(-1).argsort(dim=1)[:, :5]  # ceil(0.3 * 16) of the likeliest code's probabilities
     hidden = torch.zeros_like(first.token_ids, dtype=torch.bool).scatter(1, lowest, True)
     assert bool((~hidden[:, :5]).any()), "other tokens than the first ones"
-    again = redraw(sampler, 2, state, first.codes, hidden, 1)
+    again = sampler.draw(2, sampler.predict_again(2, state, first.codes, hidden), round_index=1)
     tokens, _ = drawn(
         sampler_of(tiny_pipeline(), options=sampler.options),
         ScaleRefinementScheduler(mode="masked", rounds=(0, 0, 1)),
@@ -264,11 +264,11 @@ def test_greedy_rounds_by_p_min_take_place():
 
 
 def test_the_first_scales_can_be_searched_alone():
-    sampler = sampler_of(tiny_pipeline())
+    tokenizer = tiny_pipeline().image_tokenizer
     features = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    whole = sampler.requantize(features)
+    whole = tokenizer.requantize(features)
     for count in range(4):
-        assert token_hashes(sampler.requantize(features, count)) == token_hashes(whole[:count])
+        assert token_hashes(tokenizer.requantize(features, num_scales=count)) == token_hashes(whole[:count])
 
 
 @torch.no_grad()
@@ -283,7 +283,7 @@ def test_a_jump_goes_on_from_the_features_quantised_anew():
     state = fresh.start()
     for scale, ids in enumerate(kept):
         fresh.predict(scale, state)
-        state = fresh.add(scale, state, fresh.lookup(ids))
+        state = fresh.add(scale, state, fresh.tokenizer.lookup(ids))
     last = fresh.draw(2, fresh.predict(2, state), round_index=1)
     assert torch.equal(last.token_ids, tokens[2])
     assert_close(fresh.add(2, state, last.codes), features)
@@ -315,7 +315,7 @@ def test_with_smooth_a_causal_jump_reads_kept_scales_again_also_where_their_toke
         state = hand.start()
         for scale in range(2):
             hand.predict(scale, state)
-            state = hand.add(scale, state, hand.lookup(found[scale][image : image + 1]))
+            state = hand.add(scale, state, hand.tokenizer.lookup(found[scale][image : image + 1]))
         last = hand.draw(2, hand.predict(2, state), round_index=1)
         assert torch.equal(last.token_ids, tokens[2])
         assert_close(hand.add(2, state, last.codes), features)
@@ -357,7 +357,8 @@ def test_a_round_changes_hidden_tokens_only():
     features = sampler.add(0, sampler.start(), sampler.draw(0, sampler.predict(0, sampler.start())).codes)
     first = sampler.draw(1, sampler.predict(1, features))
     hidden = torch.tensor([[True, False, False, True]]).expand(4, 4)
-    second = merged(first, redraw(sampler, 1, features, first.codes, hidden, 1), hidden)
+    again = sampler.draw(1, sampler.predict_again(1, features, first.codes, hidden), round_index=1)
+    second = merged(first, again, hidden)
     assert torch.equal(second.token_ids[~hidden], first.token_ids[~hidden])
     chosen = tokens_to_map(hidden.unsqueeze(-1).float()).bool()
     assert torch.equal(second.codes.masked_fill(chosen, 0), first.codes.masked_fill(chosen, 0))
