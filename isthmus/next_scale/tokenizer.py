@@ -21,7 +21,6 @@ from isthmus.next_scale.pyramid import (
     bicubic_upsample,
     default_phi_indices,
     next_scale_input,
-    residual_scales,
     tokens_to_map,
 )
 from isthmus.nn.precision import whole_fp32
@@ -370,14 +369,10 @@ class MultiScaleVQVAE(SavedModel):
     def scale_inputs(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None = None) -> Float[Tensor, "b l d"]:
         """Teacher-forced input of the transformer for scales 1..K-1: (b, L - s_0^2, codebook_dim), in fp32."""
         schedule = schedule or self.schedule
-        parts = [
-            next_scale_input(state.features, schedule, state.index + 1)
-            for state in self.token_scales(token_ids[:-1], schedule)
-        ]
-        empty = torch.zeros(
-            token_ids[0].shape[0], 0, self.codebook.embedding_dim, device=token_ids[0].device, dtype=torch.float32
-        )
-        return torch.cat([empty, *parts], dim=1)
+        states = self.token_scales(token_ids[:-1], schedule)
+        parts = [next_scale_input(state.features, schedule, state.index + 1) for state in states]
+        nothing = self.codebook(token_ids[0][:, :0]).float()  # scale 0 reads no features
+        return torch.cat([nothing, *parts], dim=1)
 
     def lookup(self, token_ids: ScaleTokens) -> FeatureMap:
         """Codes of one scale as a map (b, d, s, s), in fp32 whatever the precision of the weights."""
@@ -423,16 +418,19 @@ class MultiScaleVQVAE(SavedModel):
         like: Tensor,
         schedule: ScaleSchedule | None = None,
     ) -> Iterator[Scale]:
-        """The residual loop with this tokenizer's phi; `choose` decides the tokens of each scale.
+        """Build the features scale by scale, coarse to fine: features += phi_k(upsample(codes_k)), from zeros.
 
-        `like` is any tensor whose first dimension is the batch, on the device to work on.
+        `choose`, called with (scale, features so far), returns the scale's token ids and their codes as a map
+        (b, d, s_k, s_k): encoding searches them, decoding looks them up. `like` is any tensor whose first dimension is
+        the batch, on the device to work on.
         """
         schedule = schedule or self.schedule
-        side = schedule.grid
-        start = torch.zeros(
-            like.shape[0], self.codebook.embedding_dim, side, side, device=like.device, dtype=torch.float32
-        )
-        return residual_scales(start, schedule, choose, lambda k, h: self._phi(schedule.phi_indices[k], h))
+        shape = (like.shape[0], self.codebook.embedding_dim, schedule.grid, schedule.grid)
+        features = torch.zeros(shape, device=like.device, dtype=torch.float32)
+        for index in range(schedule.num_scales):
+            token_ids, codes = choose(index, features)
+            features = self.add_codes(features, codes, index, schedule)
+            yield Scale(index, token_ids, features)
 
     def token_scales(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None = None) -> Iterator[Scale]:
         """The residual loop over tokens that are there: one `Scale` with the features so far for each of them.
@@ -446,12 +444,10 @@ class MultiScaleVQVAE(SavedModel):
                 "Pass the token ids of this tokenizer's schedule, or the schedule they were made with."
             )
 
-        def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
-            return token_ids[scale], self.lookup(token_ids[scale])
-
         if not token_ids:
             return iter(())
-        return islice(self.residual_scales(choose, token_ids[0], schedule), len(token_ids))
+        states = self.residual_scales(lambda k, _: (token_ids[k], self.lookup(token_ids[k])), token_ids[0], schedule)
+        return islice(states, len(token_ids))
 
     def forward(self, images: Images, *, quantize: bool = True) -> MultiScaleVQVAEOutput:
         """Reconstruct for training, with the straight-through gradient of the quantiser.

@@ -13,7 +13,6 @@ from isthmus.next_scale.pyramid import (
     bicubic_upsample,
     default_phi_indices,
     next_scale_input,
-    residual_scales,
     tokens_to_map,
 )
 from isthmus.nn import quantization
@@ -170,32 +169,3 @@ def test_rows_and_maps_are_inverse():
     assert torch.equal(codes[:, :, 0, 1], rows[:, 1])
     schedule = ScaleSchedule((1, 3), (0, 0))
     assert torch.equal(next_scale_input(codes, schedule, 1), rows)
-
-
-def test_the_residual_loop_by_hand():
-    schedule = ScaleSchedule((1, 2), (0, 1))
-    offered = [torch.full((1, 1, 1, 1), 2.0), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])]
-    seen = []
-
-    def choose(scale, features):
-        seen.append(features.clone())
-        return torch.full((1, schedule.lengths[scale]), scale), offered[scale]
-
-    states = list(residual_scales(torch.zeros(1, 1, 2, 2), schedule, choose, lambda k, h: h * (10 if k else 1)))
-    assert [state.index for state in states] == [0, 1]
-    assert seen[0].sum() == 0 and torch.equal(seen[1], states[0].features)
-    assert torch.equal(states[0].features, torch.full((1, 1, 2, 2), 2.0))
-    assert torch.equal(states[1].features, 2 + 10 * offered[1])
-
-
-def test_the_residual_loop_leaves_earlier_features_alone():
-    start = torch.zeros(1, 1, 2, 2)
-    schedule = ScaleSchedule((1, 2), (0, 0))
-
-    def choose(scale, _):
-        side = schedule.sizes[scale]
-        return torch.zeros(1, side * side, dtype=torch.long), torch.ones(1, 1, side, side)
-
-    kept = list(residual_scales(start, schedule, choose, lambda _, h: h))
-    assert start.sum() == 0
-    assert [float(state.features.mean()) for state in kept] == [1, 2]

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from isthmus.errors import UserError
+from isthmus.next_scale.pyramid import bicubic_upsample
 from isthmus.next_scale.tokenizer import Downsample, MultiScaleVQVAE, Phi, ResidualBlock, SpatialAttention, Upsample
 from isthmus.nn.stored_llama import _LATER, fingerprint
 from tests.testers import TokenizerLaws, randomized
@@ -125,6 +126,23 @@ def test_derived_schedule_keeps_the_phi_of_every_side():
     assert all(map(torch.equal, token_ids, other.requantize(latents)))
     assert torch.equal(tokenizer.features_up_to(token_ids, 2, derived), other.features_up_to(token_ids, 2))
     assert torch.equal(tokenizer.scale_inputs(token_ids, derived), other.scale_inputs(token_ids))
+
+
+@torch.no_grad()
+def test_the_residual_loop_by_hand():
+    tokenizer = build(scale_sizes=(1, 2), phi_indices=(0, 1), num_phi=2)
+    offered = [features(4, 1), features(4, 2)]
+    seen = []
+
+    def choose(scale, so_far):
+        seen.append(so_far.clone())
+        return torch.full((2, (scale + 1) ** 2), scale), offered[scale]
+
+    states = list(tokenizer.residual_scales(choose, offered[0]))
+    assert [state.index for state in states] == [0, 1] and not seen[0].any()
+    first = tokenizer.phi[0](bicubic_upsample(offered[0], 2))
+    assert torch.equal(states[0].features, first) and torch.equal(seen[1], first)  # nor does the next turn change it
+    assert torch.equal(states[1].features, first + tokenizer.phi[1](offered[1]))
 
 
 def test_features_of_fewer_scales_are_the_features_on_the_way():
