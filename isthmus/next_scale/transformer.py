@@ -5,7 +5,7 @@ Diffusion" (the Markovian mask).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -381,25 +381,16 @@ def visible_pairs(scale_sizes: Sequence[int], *, markov: bool) -> int:
     return sum(n * m for n, m in zip(lengths, seen, strict=True))
 
 
-def sampling_flops(
-    scale_sizes: Sequence[int],
-    *,
-    markov: bool,
-    width: int,
-    num_layers: int,
-    mlp_ratio: float,
-    codebook_size: int,
-    codebook_dim: int,
-    shared_adaln: bool,
-) -> int:
+def sampling_flops(config: Mapping[str, Any]) -> int:
     """Multiplications and additions of all forwards of one image, without guidance and without pixels.
 
     2 (L (n (4 + 2 r) w^2 + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, r the ratio of the
     feed-forward, d the width of a code, V codes, P visible pairs, and m modulations (n, or 1 where they are shared).
-    Guidance adds the same again for the scales that it is on at.
+    Guidance adds the same again for the scales that it is on at. `config` holds the arguments of the transformer.
     """
-    tokens, squared = sum(s * s for s in scale_sizes), width**2
-    per_token = num_layers * (4 + 2 * mlp_ratio) * squared + codebook_dim * width + width * codebook_size
-    attention = 2 * num_layers * width * visible_pairs(scale_sizes, markov=markov)
-    modulations = (6 * (1 if shared_adaln else num_layers) + 2) * squared
-    return round(2 * (tokens * per_token + attention + modulations))
+    sizes, width, num_layers = config["scale_sizes"], config["width"], config["num_layers"]
+    per_token = num_layers * (4 + 2 * config["mlp_ratio"]) * width**2
+    per_token += width * (config["codebook_dim"] + config["codebook_size"])
+    attention = 2 * num_layers * width * visible_pairs(sizes, markov=config["scale_attention"] == "markov")
+    modulations = (6 * (1 if config["shared_adaln"] else num_layers) + 2) * width**2
+    return round(2 * (sum(s * s for s in sizes) * per_token + attention + modulations))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from isthmus.errors import UserError
 from isthmus.next_scale.pyramid import bicubic_upsample
-from isthmus.next_scale.tokenizer import Downsample, MultiScaleVQVAE, Phi, ResidualBlock, SpatialAttention, Upsample
+from isthmus.next_scale.tokenizer import MultiScaleVQVAE, Phi, ResidualBlock, SpatialAttention, downsample, upsample
 from isthmus.nn.stored_llama import _LATER, fingerprint
 from tests.testers import TokenizerLaws, randomized
 
@@ -22,7 +22,7 @@ def seeded():
 
 @pytest.mark.parametrize("side", [6, 7])
 def test_downsample_pads_right_and_below_only(side):
-    layer, x = Downsample(3), features(3, side)
+    layer, x = downsample(3), features(3, side)
     y = layer(x)
     assert y.shape == (2, 3, side // 2, side // 2)
     # the first output sees the first 3 x 3 pixels, the last one a row and a column of zeros where the side is even
@@ -34,7 +34,7 @@ def test_downsample_pads_right_and_below_only(side):
 
 
 def test_upsample_repeats_pixels():
-    layer, x = Upsample(3), features(3)
+    layer, x = upsample(3), features(3)
     torch.testing.assert_close(layer(x), layer.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)))
 
 
