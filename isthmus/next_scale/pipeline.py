@@ -105,12 +105,12 @@ class NextScalePipeline(SavedPipeline):
     that is free; results do not depend on it. Tokens and numbers come back on the CPU, pictures as tensors and features
     on the model's device.
 
-    Edits take one image or several; single images, masks and labels serve all of them. Their options are those of a
+    Edits take one image or several, and class labels of what the results are to be (None: no class, and no guidance).
+    Single images, masks and labels serve all results, of which `num_images` asks for more. Their options are those of a
     call, and so are the seeds: an edit depends on its own seed and not on its batch. Its random numbers are none of
-    those that draw an image from that seed. Without a class label an edit is not guided. The model's scheduler refines
-    draws, not edits: an edit draws every token once, and `jumps` is its own way to draw some again. A picture of any
-    size is scaled so that its longer side is the model's `image_size`; what the model makes beside the shorter side is
-    cut off again.
+    those that draw an image from that seed. The model's scheduler refines draws, not edits: an edit draws every token
+    once, and `jumps` is its own way to draw some again. A picture of any size is scaled so that its longer side is the
+    model's `image_size`; what the model makes beside the shorter side is cut off again.
 
     Args:
         image_tokenizer: turns tokens into pixels.
@@ -208,8 +208,6 @@ class NextScalePipeline(SavedPipeline):
         Args:
             image: what to edit.
             mask: of the image's size; white (1) is made, black (0) is kept. As images: one, or one each.
-            class_labels: what the whole image is to be; None asks for no class.
-            num_images: results, where images, masks and labels are single ones.
             options: see `InpaintOptions`.
         """
         images, masks = open_images(image), to_masks(mask)
@@ -239,8 +237,6 @@ class NextScalePipeline(SavedPipeline):
             top: at the top,
             right: at the right,
             bottom: and below.
-            class_labels: what the whole image is to be; None asks for no class.
-            num_images: results, where images and labels are single ones.
             options: see `InpaintOptions`.
         """
         images = open_images(image)
@@ -285,8 +281,6 @@ class NextScalePipeline(SavedPipeline):
 
         Args:
             image: smaller than the model's images.
-            class_labels: what it shows; None asks for no class.
-            num_images: results, where images and labels are single ones.
             from_scale: the first scale (from 0) that is drawn; None is the first whose tokens are finer than the small
                 image can tell.
             max_unknown: as for `inpaint`, beside the shorter side of a picture that is no square.
@@ -334,8 +328,6 @@ class NextScalePipeline(SavedPipeline):
         Args:
             image: what to vary.
             from_scale: first scale (from 0) that is drawn; 0 keeps nothing, the number of scales everything.
-            class_labels: what the images are to be; None asks for no class.
-            num_images: variations, where images and labels are single ones.
             options: see `NextScaleOptions`.
         """
         images = to_images(image, self.image_size, stride=self.image_tokenizer.stride).to(self.device)

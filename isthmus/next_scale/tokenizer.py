@@ -108,8 +108,10 @@ def upsample(channels: int) -> nn.Sequential:
 
 def middle(channels: int, dropout: float) -> nn.Sequential:
     """Residual block, attention, residual block at the lowest resolution."""
-    blocks = [ResidualBlock(channels, channels, dropout) for _ in range(2)]
-    return nn.Sequential(OrderedDict(block1=blocks[0], attention=SpatialAttention(channels), block2=blocks[1]))
+    # made in this order, which is that of their first random numbers
+    first, attention = ResidualBlock(channels, channels, dropout), SpatialAttention(channels)
+    last = ResidualBlock(channels, channels, dropout)
+    return nn.Sequential(OrderedDict(block1=first, attention=attention, block2=last))
 
 
 class Phi(nn.Module):
@@ -158,14 +160,12 @@ class MultiScaleVQVAEOutput:
 class Level(nn.Module):
     """Blocks of one resolution, attention after each where asked, then a change of resolution (or none)."""
 
-    def __init__(
-        self, widths: Sequence[int], dropout: float, attends: bool, resample: Callable[[int], nn.Module] | None
-    ):
+    def __init__(self, widths: Sequence[int], dropout: float, attends: bool, resample: Callable[[int], nn.Module]):
         super().__init__()
         pairs = list(pairwise(widths))
         self.blocks = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairs)
         self.attentions = nn.ModuleList(SpatialAttention(b) if attends else nn.Identity() for _, b in pairs)
-        self.resample = resample(widths[-1]) if resample else nn.Identity()
+        self.resample = resample(widths[-1])
 
     def forward(self, x: Map) -> Float[Tensor, "b next_c next_h next_w"]:
         """Map at the next resolution."""

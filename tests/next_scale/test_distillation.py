@@ -41,10 +41,10 @@ def test_what_is_advised_is_accepted(pair, asked):
     assert check_student_sizes(teacher, advised) == advised
 
 
-@pytest.mark.parametrize("sizes", [(), (1,), (16,), (1, 7, 16), (2, 16), (1, 3, 13), (1, 5, 3, 16), (1, 3, 3, 16)])
-def test_other_schedules_are_refused_with_advice(sizes):
-    with pytest.raises(UserError, match=r"Nearest: 1,[\d,]*16\."):
-        check_student_sizes(OFFICIAL, sizes)
+def test_other_schedules_are_refused_with_advice():
+    for sizes in [(), (1,), (16,), (1, 7, 16), (2, 16), (1, 3, 13), (1, 5, 3, 16), (1, 3, 3, 16)]:
+        with pytest.raises(UserError, match=r"Nearest: 1,[\d,]*16\."):
+            check_student_sizes(OFFICIAL, sizes)
 
 
 @given(schedules())

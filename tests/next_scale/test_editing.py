@@ -1,5 +1,6 @@
 """The editing loop: what is kept stays, what is known decides nothing else, jumps cost what they say."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -51,24 +52,23 @@ def pipe(request):
     return tiny_pipeline(scale_attention=request.param)
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-def test_nothing_known_is_sampling_from_the_numbers_of_edits(pipe, smooth):
-    options = SamplingOptions(guidance_scale=2.0, top_k=9, smooth=smooth)
-    token_ids, features, forwards = edit(pipe, known_of(pipe, torch.ones(3, 1, 8, 8)), options=options)
-    drawn = list(
-        refined_scales(ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options, EDIT_STREAMS))
-    )
-    assert all(torch.equal(ours, scale.token_ids) for ours, scale in zip(token_ids, drawn, strict=True))
-    assert torch.equal(features, drawn[-1].features) and forwards == 3
+def test_nothing_known_is_sampling_from_the_numbers_of_edits(pipe):
+    known = known_of(pipe, torch.ones(3, 1, 8, 8))
+    for options in (OPTIONS, replace(OPTIONS, smooth=True)):
+        token_ids, features, forwards = edit(pipe, known, options=options)
+        sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options, EDIT_STREAMS)
+        drawn = list(refined_scales(sampler))
+        assert all(torch.equal(ours, scale.token_ids) for ours, scale in zip(token_ids, drawn, strict=True))
+        assert torch.equal(features, drawn[-1].features) and forwards == 3
 
 
-@pytest.mark.parametrize("keeping", ["coverage", "published"])
-def test_everything_known_is_the_image_and_costs_no_forward(pipe, keeping):
-    token_ids, features, forwards = edit(pipe, known_of(pipe, torch.zeros(3, 1, 8, 8), keeping=keeping))
+def test_everything_known_is_the_image_and_costs_no_forward(pipe):
     encoded = pipe.image_tokenizer.encode(IMAGES).token_ids
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(token_ids, encoded, strict=True))
-    assert_close(features, pipe.image_tokenizer.features_up_to(encoded, 2))
-    assert forwards == 0
+    for keeping in ("coverage", "published"):
+        token_ids, features, forwards = edit(pipe, known_of(pipe, torch.zeros(3, 1, 8, 8), keeping=keeping))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(token_ids, encoded, strict=True))
+        assert_close(features, pipe.image_tokenizer.features_up_to(encoded, 2))
+        assert forwards == 0
 
 
 def test_kept_tokens_are_those_given_and_the_others_are_drawn_from_the_mended_state(pipe):
@@ -99,12 +99,12 @@ def test_tokens_found_anew_mend_what_drawn_ones_spill(pipe):
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("jumps", [None, jumps_of((0, 0, 2), 2, 3), jumps_of((0, 1, 2), 1, 3)])
-def test_an_edit_depends_on_its_own_seed_alone(pipe, jumps):
-    together, _, _ = edit(pipe, known_of(pipe, left_half()), jumps=jumps)
-    for rows in ([2, 0], [1]):
-        alone, _, _ = edit(pipe, known_of(pipe, left_half(len(rows)), rows), jumps=jumps, rows=rows)
-        assert all(torch.equal(ours, theirs[rows]) for ours, theirs in zip(alone, together, strict=True))
+def test_an_edit_depends_on_its_own_seed_alone(pipe):
+    for jumps in (None, jumps_of((0, 0, 2), 2, 3), jumps_of((0, 1, 2), 1, 3)):
+        together, _, _ = edit(pipe, known_of(pipe, left_half()), jumps=jumps)
+        for rows in ([2, 0], [1]):
+            alone, _, _ = edit(pipe, known_of(pipe, left_half(len(rows)), rows), jumps=jumps, rows=rows)
+            assert all(torch.equal(ours, theirs[rows]) for ours, theirs in zip(alone, together, strict=True))
 
 
 def test_a_jump_costs_the_forwards_of_the_scales_it_repeats():
@@ -175,37 +175,26 @@ def test_scales_from_one_on_are_drawn(pipe):
         assert all(same[:first]) and not any(same[max(first, 1) :])
 
 
-@pytest.mark.parametrize(
-    ("rule", "said"),
-    [
+def test_rules_out_of_range_are_refused():
+    for rule, said in [
         ({"max_unknown": 1.0}, "max_unknown"),
         ({"max_unknown": -0.1}, "max_unknown"),
         ({"max_unknown": (0.5, 0.5)}, "one per scale"),
         ({"from_scale": 4}, "from_scale"),
         ({"from_scale": -1}, "from_scale"),
         ({"num_results": 4}, "takes one image or 4"),
-    ],
-)
-def test_rules_out_of_range_are_refused(rule, said):
-    with pytest.raises(UserError, match=said):
-        known_of(tiny_pipeline(), left_half(), **rule)
+        ({"keeping": "published", "max_unknown": 0.5}, "own rule"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            known_of(tiny_pipeline(), left_half(), **rule)
 
 
-def test_one_number_of_jumps_is_for_scales_that_have_something_to_keep():
+def test_jumps_start_where_a_scale_stays():
     made = jumps_of(1, None, 4)
     assert made.rounds_of(4) == (0, 0, 1, 1) and made.jump_scales == 2
     assert jumps_of(0, None, 3) is None
-
-
-def test_published_keeping_has_no_share():
-    with pytest.raises(UserError, match="max_unknown"):
-        known_of(tiny_pipeline(), left_half(), keeping="published", max_unknown=0.5)
-
-
-@pytest.mark.parametrize(
-    ("jumps", "jump_scales"),
-    [(-1, 1), (1, 0), ((1, 1), 1), ((0, -1, 0), 1), ((0, 1, 0), 2), ((1, 0, 0), 1), (0, 2), ((0, 0, 0), 1), (1, 3)],
-)
-def test_jumps_out_of_range_are_refused(jumps, jump_scales):
-    with pytest.raises(UserError, match="jump"):
-        jumps_of(jumps, jump_scales, 3)
+    for jumps, jump_scales in [
+        (-1, 1), (1, 0), ((1, 1), 1), ((0, -1, 0), 1), ((0, 1, 0), 2), ((1, 0, 0), 1), (0, 2), ((0, 0, 0), 1), (1, 3),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match="jump"):
+            jumps_of(jumps, jump_scales, 3)

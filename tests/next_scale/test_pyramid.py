@@ -51,31 +51,22 @@ def test_derive_takes_given_phi_for_new_sides():
     assert ScaleSchedule((1, 4), (0, 1)).derive((2, 4), phi_indices=(1, 1)) == ScaleSchedule((2, 4), (1, 1))
 
 
-@pytest.mark.parametrize(
-    "sizes, phi, message",
-    [
-        ((), (), "increase"),
-        ((0, 1), (0, 0), "positive"),
-        ((2, 1), (0, 0), "increase"),
-        ((1, 1), (0, 0), "increase"),
-        ((1, 2), (0,), "one non-negative integer per scale"),
-        ((1, 2), (0, -1), "one non-negative integer per scale"),
-    ],
-)
-def test_schedules_that_make_no_sense(sizes, phi, message):
-    with pytest.raises(UserError, match=message):
-        ScaleSchedule(sizes, phi)
-
-
-@pytest.mark.parametrize("sizes", [(), (1, 2), (1, 8)])
-def test_a_derived_schedule_ends_at_the_grid(sizes):
-    with pytest.raises(UserError, match="must end at 4"):
-        ScaleSchedule((1, 2, 4), (0, 1, 2)).derive(sizes)
-
-
-def test_an_unknown_side_needs_phi():
-    with pytest.raises(UserError, match=r"no side \[3\]"):
-        ScaleSchedule((1, 2, 4), (0, 1, 2)).derive((1, 3, 4))
+def test_schedules_that_make_no_sense():
+    for sizes, phi, said in [
+        ((), (), "increase"), ((0, 1), (0, 0), "positive"), ((2, 1), (0, 0), "increase"), ((1, 1), (0, 0), "increase"),
+        ((1, 2), (0,), "one non-negative integer per scale"), ((1, 2), (0, -1), "one non-negative integer per scale"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            ScaleSchedule(sizes, phi)
+    parent = ScaleSchedule((1, 2, 4), (0, 1, 2))
+    for sizes, said in [
+        ((), "must end at 4"),
+        ((1, 2), "must end at 4"),
+        ((1, 8), "end at 4"),
+        ((1, 3, 4), r"side \[3\]"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            parent.derive(sizes)
 
 
 def test_area_averages_overlapping_windows():
@@ -85,13 +76,12 @@ def test_area_averages_overlapping_windows():
     torch.testing.assert_close(found[0, 0, :, 0], torch.tensor([0.5, 2.0, 3.5]))
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 7])
-def test_a_constant_map_stays_constant(side):
+def test_a_constant_map_stays_constant():
     constant = torch.full((2, 3, 7, 7), 1.5)
-    small = area_downsample(constant, side)
-    assert small.shape == (2, 3, side, side)
-    torch.testing.assert_close(small, torch.full_like(small, 1.5))
-    torch.testing.assert_close(bicubic_upsample(small, 7), constant)
+    for side in (1, 2, 3, 7):
+        small = area_downsample(constant, side)
+        torch.testing.assert_close(small, torch.full((2, 3, side, side), 1.5))
+        torch.testing.assert_close(bicubic_upsample(small, 7), constant)
 
 
 def test_the_same_side_is_the_same_tensor():
@@ -138,13 +128,12 @@ def test_a_code_is_nearest_to_itself():
     assert torch.equal(nearest_code(codebook * 7, codebook, normalize=True), torch.arange(50))
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_chunks_change_nothing(normalize):
-    codebook = normal(9, 4, seed=1)
-    latents = normal(quantization._SEARCH_CHUNK + 5, 4)
-    whole = nearest_code(latents, codebook, normalize=normalize)
-    parts = [nearest_code(part, codebook, normalize=normalize) for part in latents.split(777)]
-    assert torch.equal(whole, torch.cat(parts))
+def test_chunks_change_nothing():
+    codebook, latents = normal(9, 4, seed=1), normal(quantization._SEARCH_CHUNK + 5, 4)
+    for normalize in (False, True):
+        whole = nearest_code(latents, codebook, normalize=normalize)
+        parts = [nearest_code(part, codebook, normalize=normalize) for part in latents.split(777)]
+        assert torch.equal(whole, torch.cat(parts))
 
 
 def test_search_is_fp32_under_autocast_and_for_half_inputs():
