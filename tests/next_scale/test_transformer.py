@@ -78,13 +78,14 @@ def arguments_for(model, batch: int = 3):
 class TestNextScaleTransformer(PriorLaws):
     @pytest.fixture(
         params=[
+            # every pair of mask, modulation and attention
             {"shared_adaln": True},
-            {"scale_attention": "markov", "l2_attention": False},
+            {"shared_adaln": True, "scale_attention": "markov", "l2_attention": False},
             # starts above 1 x 1, and is long enough for scales that are attended to one by one
-            {"scale_sizes": (2, 5, 7), "num_layers": 1},
+            {"scale_sizes": (2, 5, 7), "num_layers": 1, "l2_attention": False},
             {"scale_sizes": (3,), "num_layers": 1, "scale_attention": "markov"},
         ],
-        ids=["causal", "markov-dot", "long-causal", "one-markov"],
+        ids=["causal", "markov-dot", "long-causal-dot", "one-markov"],
     )
     def model(self, request):
         return build(**request.param)
