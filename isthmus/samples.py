@@ -16,7 +16,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +66,8 @@ class SampleRequest:
         sampling: options of the draw, in full.
         settings: everything that decides about an image, in JSON values; another number of images has the same.
         arguments: of the call beside labels, seed and numbers.
-        decoding: how tokens are computed (`int8`, `compiled`), where the model has it.
-        method: of the pipeline, that draws.
-        inputs: of the method, before its labels.
+        decoding: how tokens are computed (`int8`, `compiled`).
+        method: of the pipeline, that draws from `inputs`.
     """
 
     labels: Sequence[int]
@@ -106,13 +105,13 @@ class SampleRequest:
                 `class_names`, by class id, stand for those of a model without.
             seed: image i is drawn from (seed, i).
             options: sampling options by name; `FOLDER_DEFAULT` and what is left out stand for the model's own.
-            steering: arguments of a call beyond these, such as the number of solver steps, where the model has them.
-            decoding: how tokens are computed, where the model has it.
-            prefix_image: file of the image whose first tokens are kept, where the model has prefixes.
+            steering: arguments of a call beyond these, such as the number of solver steps.
+            decoding: how tokens are computed.
+            prefix_image: file of the image whose first tokens are kept.
             dtype: type of the weights.
 
         Raises:
-            UserError: the model does not take an option, or an argument is not usable.
+            UserError: the model does not take an argument, or it is not usable.
         """
         options, steering, decoding = dict(options or {}), dict(steering or {}), dict(decoding or {})
         sampling = pipeline.defaults.override(**options)
@@ -122,26 +121,20 @@ class SampleRequest:
             arguments["prefix_image"] = read_image(prefix_image)
             steering["prefix_image"] = sha256_of_file(prefix_image)
         pipeline.check_request({"seed": seed, **arguments}, decoding)
-        settings = _settings(pipeline, classes, seed, sampling, dtype)
+        settings = {
+            "model": pipeline.fingerprint,
+            **classes,
+            "seed": seed,
+            "sampling": sampling.to_dict(),
+            "dtype": dtype,
+            "device": pipeline.device.type,
+        }
         if steering or decoding:
             # only where it is given: folders of samples without it stay what they are
             settings["steering"] = steering | decoding
         return cls(
             labels=labels, seed=seed, sampling=sampling, settings=settings, arguments=arguments, decoding=decoding
         )
-
-
-def _settings(
-    pipeline: "AnyPipeline", classes: Mapping[str, Any], seed: int, sampling: SamplingOptions, dtype: str
-) -> dict[str, Any]:
-    return {
-        "model": pipeline.fingerprint,
-        **classes,
-        "seed": seed,
-        "sampling": sampling.to_dict(),
-        "dtype": dtype,
-        "device": pipeline.device.type,
-    }
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ def draw(
 
     Args:
         pipeline: draws.
-        folder: new, empty, or of the same settings.
+        folder: new, empty, or of the same settings; nobody else works in it meanwhile.
         request: its images.
         batch_size: images drawn at once; None estimates what fits into memory. It changes no token.
         processes: of a launcher: image i is drawn by process i modulo their number. All wait for each other at the end.
@@ -450,7 +443,7 @@ def _unpacked(text: Mapping[str, str]) -> Int[np.ndarray, " l"]:
 
 
 def file_name(index: int) -> str:
-    """Name of image `index`."""
+    """Of image `index`."""
     return f"{index:06d}.png"
 
 
@@ -487,21 +480,9 @@ def draw_folder(
 ) -> None:
     """`isthmus sample`: images 0..num_images - 1 of a model, and pictures of them.
 
-    A folder that was asked for more images before is filled with these.
-
-    Args:
-        model: a pipeline folder or hub id.
-        out: folder of samples, new or of the same settings.
-        classes: names or ids, taken in turn; none are all classes of the model.
-        num_images: images in all.
-        seed: image i is drawn from (seed, i).
-        options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
-        steering: as for `SampleRequest.of`, like `decoding` and `prefix_image`.
-        refine: mode in which tokens are drawn again, where the model refines; None is the model's own.
-        grid: also write grid.png.
-        strip: also write strip.png.
-        batch_size: as for `draw`.
-        device: as for `load_pipeline`, like `dtype`.
+    A folder `out` that was asked for more images before is filled with these. `classes` are names or ids, taken in
+    turn; none are all classes of the model. `refine` None is the model's own mode. The other arguments are those of
+    `load_pipeline`, `SampleRequest.of` and `draw`.
 
     Raises:
         UserError: an argument is not usable, or `out` holds something else than samples with these settings.
@@ -600,23 +581,11 @@ def edit_image(
 ) -> None:
     """`isthmus edit`: edits of an image, and overview.png; the log says how many forwards were made now.
 
-    Args:
-        model: a pipeline folder or hub id.
-        out: folder of edits, new or of the same settings.
-        method: of the pipeline, that edits.
-        image: file to edit.
-        mask: file of the mask, for methods that take one.
-        classes: names or ids, taken in turn; none is no class.
-        num_images: results.
-        seed: result i is drawn from (seed, i).
-        settings: arguments of the method.
-        options: sampling options by name.
-        batch_size: as for `draw`.
-        device: as for `load_pipeline`, like `dtype`.
+    `settings` are arguments of the method of the pipeline. `classes` are names or ids, taken in turn; none is no class.
+    The other arguments are those of `draw_folder`.
 
     Raises:
-        UserError: an argument is not usable, `out` holds something else, or memory ran out (names the next batch size
-            to try).
+        UserError: an argument is not usable, `out` holds something else, or memory ran out.
     """
     if not is_first_process():
         return  # a few images: nothing to share
@@ -627,15 +596,14 @@ def edit_image(
     if method not in pipeline.edits:
         raise UserError(f"edits need a next-scale model (VAR, SRDD), got {model}, a {pipeline.kind}.")
     ids = _class_ids(pipeline, classes)
-    sampling = pipeline.defaults.override(**options)
     files = {"image_sha256": sha256_of_file(image)} | ({} if mask is None else {"mask_sha256": sha256_of_file(mask)})
     number = max(num_images, _asked_before(out))
-    request = SampleRequest(
-        labels=[ids[index % len(ids)] for index in range(number)],
-        seed=seed,
-        sampling=sampling,
-        settings=_settings(pipeline, {"class_ids": ids}, seed, sampling, dtype) | {"edit": method, **files, **settings},
-        arguments={**settings, **options},
+    labels = [ids[index % len(ids)] for index in range(number)]
+    plain = SampleRequest.of(pipeline, labels, classes={"class_ids": ids}, seed=seed, options=options, dtype=dtype)
+    request = replace(
+        plain,
+        settings={**plain.settings, "edit": method, **files, **settings},
+        arguments={**settings, **plain.arguments},
         method=method,
         inputs=inputs,
     )

@@ -36,11 +36,11 @@ from isthmus.evaluation.record import (
     read_record,
     write_record,
 )
-from isthmus.evaluation.reference import RealSides, open_splits
+from isthmus.evaluation.reference import open_splits
 from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
-from isthmus.evaluation.sample_scores import RealImages, data_facts
+from isthmus.evaluation.sample_scores import RealImages, RealSides, data_facts
 from isthmus.evaluation.scores import Features
-from isthmus.evaluation.statistics import GaussianStatistics
+from isthmus.evaluation.statistics import mean_and_covariance
 from isthmus.files import alone_in, contents
 from isthmus.nn.guidance import Guidance
 from isthmus.pipelines.labels import names_in_order
@@ -95,11 +95,10 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
 
 def _write_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
     """Write mean and covariance of the features in the headline space, as --reference reads them, and their origin."""
-    space, rows = next(iter(network.spaces)), features[next(iter(network.spaces))]
-    statistics = GaussianStatistics(rows.shape[1])
-    statistics.update(rows)
-    origin = StatisticsOrigin(space, network.weights_sha256, network.preprocessing, statistics.count)
-    write_statistics(path, AdmStatistics(statistics.mean.numpy(), statistics.covariance.numpy(), origin))
+    space = next(iter(network.spaces))
+    mean, covariance, count = mean_and_covariance([features[space]])
+    origin = StatisticsOrigin(space, network.weights_sha256, network.preprocessing, count)
+    write_statistics(path, AdmStatistics(mean.numpy(), covariance.numpy(), origin))
 
 
 def remove_by_products(out: Path) -> None:
@@ -199,12 +198,12 @@ def evaluate_images(
     statistics: bool = False,
     device: str = "auto",
 ) -> None:
-    """Score anyone's images: an .npz file or a folder, against another or against a data set.
+    """Score anyone's images, as `open_images` reads them, against others or against a data set.
 
     Of several processes under torchrun the first one works; there is nothing to share.
 
     Args:
-        samples: as for `open_images`.
+        samples: an .npz file or a folder.
         out: folder of evaluation.json and the report; new, or of the same images.
         reference: images or statistics to measure against; None takes those of the data set.
         data: data set whose training images judge classes and copies; None leaves both out.
@@ -287,19 +286,19 @@ def evaluate_model(
         columns: of an hf: table.
         num: N, images in all.
         seed: image i is drawn from (seed, i).
-        options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
-        steering: solver and steps of a D-AR model, where given.
+        options: as for `SampleRequest.of`, like `steering`.
+        steering: solver and steps, where given.
         features: as for `feature_network`.
-        reference: images or statistics to measure against; None takes those of the data set.
+        reference: as for `evaluate_images`.
         balance: every class equally often, or as often as in the data.
         sweep: guidances that are drawn and scored beside.
         npz: also write samples.npz for ADM's evaluator.
-        statistics: also write statistics.npz, mean and covariance of the samples' features.
+        statistics: as for `evaluate_images`.
         measures: what is measured on held-out images beyond the usual.
         batch_size: images drawn, rebuilt or read at once; None estimates what fits. It changes no score.
-        device: see `load_pipeline`.
-        dtype: see `load_pipeline`.
-        real_sides: what was measured of real images before, for many evaluations; None measures anew.
+        device: as for `load_pipeline`, like `dtype`.
+        dtype: of the weights.
+        real_sides: what was measured of real images before, for many evaluations.
 
     Raises:
         UserError: an argument is not usable, a guard refuses, or `out` holds something else.

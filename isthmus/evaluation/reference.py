@@ -314,23 +314,6 @@ def measure_real_side(reference: Reference, data: DataSplits | None, network: Fe
     return RealSide(real, training, held_out, tuple(warnings), views, _searched(data))
 
 
-class RealSides:
-    """Real sides that were measured before: of many models against the same images, the first one alone measures."""
-
-    def __init__(self):
-        self._known: dict[str, RealSide] = {}
-
-    def measure(self, reference: Reference, data: DataSplits | None, network: FeatureNetwork, n: int) -> RealSide:
-        """`measure_real_side`, or what it found before for the same images, features and n."""
-        images = reference.images
-        against = (reference.fingerprint, reference.holds_training, images and (images.resized, images.size()))
-        judged = data and (data.train.fingerprint, data.held_out.fingerprint, data.class_names, data.num_train)
-        key = sha256_of_parts(against, judged, network.name, network.weights_sha256, n)
-        if key not in self._known:
-            self._known[key] = measure_real_side(reference, data, network, n)
-        return self._known[key]
-
-
 def _measured(images: ImageSet, network: FeatureNetwork) -> tuple[Features, list[str]]:
     """Features and `pixel_digest`s, in one reading."""
     digests: list[str] = []

@@ -20,7 +20,7 @@ from isthmus.evaluation.guards import (
 )
 from isthmus.evaluation.neighbours import copy_distance, nearest_neighbours
 from isthmus.evaluation.record import Protocol, Score
-from isthmus.evaluation.reference import DataSplits, RealSide, RealSides, Reference, choose_reference
+from isthmus.evaluation.reference import DataSplits, RealSide, Reference, choose_reference, measure_real_side
 from isthmus.evaluation.scores import (
     Features,
     LabelledFeatures,
@@ -29,8 +29,12 @@ from isthmus.evaluation.scores import (
     inception_score_list,
     manifold_score_list,
     memorisation,
-    statistics_score,
 )
+from isthmus.evaluation.statistics import Gaussian, frechet_distance
+from isthmus.files import sha256_of_parts
+
+RealSides = dict[str, RealSide]
+"""Real sides that were measured before: of many models against the same images, the first one alone measures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +160,16 @@ def _with_statistics(
 ) -> list[Score]:
     """`distances` with that of all samples to the reference's mu and sigma; the one to images of its name says so."""
     assert reference.statistics is not None, "a reference is images or statistics"
-    found = statistics_score(rows, reference.statistics, space, network, beside_images=reference.images is not None)
+    without = "file holds no images"
+    if reference.images is not None:
+        without = "images of the file are other and fewer than its statistics"
+    found = Score(
+        name=score_name("frechet", space, len(rows), network.input_size),
+        value=frechet_distance(Gaussian.of(rows), reference.statistics),
+        better="lower",
+        images=len(rows),
+        note=f"all samples against mu and sigma of the reference; floor and ceiling are unknown: the {without}",
+    )
     of_images = score_name("frechet", space, n, network.input_size)
     others = list(distances)
     for place, one in enumerate(others):
@@ -235,7 +248,7 @@ class RealImages:
         Raises UserError where there is no reference, or it does not fit images of this size or the features.
         """
         fits = fitting(choose_reference(splits, reference, size=size), network, size)
-        return cls(network, splits, fits, size, sides or RealSides())
+        return cls(network, splits, fits, size, {} if sides is None else sides)
 
     def protocol(self, num: int, balance: str) -> Protocol:
         """How `num` samples with these frequencies of the classes, in words, are measured."""
@@ -258,12 +271,17 @@ class RealImages:
         )
 
     def measured(self, num: int) -> RealSide:
-        """The real images as `num` samples are measured against them, measured once.
+        """The real images as `num` samples are measured against them; what `sides` has is not measured again.
 
         Raises UserError where the reference is the training set, or its images cannot be used.
         """
-        n = self.reference.images_per_measurement(num)
-        return self.sides.measure(self.reference, self.splits, self.network, n)
+        n, images, data = self.reference.images_per_measurement(num), self.reference.images, self.splits
+        against = (self.reference.fingerprint, self.reference.holds_training, images and (images.resized, self.size))
+        judged = data and (data.train.fingerprint, data.held_out.fingerprint, data.class_names, data.num_train)
+        key = sha256_of_parts(against, judged, self.network.name, self.network.weights_sha256, n)
+        if key not in self.sides:
+            self.sides[key] = measure_real_side(self.reference, data, self.network, n)
+        return self.sides[key]
 
     def scores(
         self, samples: Features, labels: Int[np.ndarray, " n"] | None, names: Sequence[str] = ()

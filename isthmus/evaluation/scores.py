@@ -135,20 +135,6 @@ def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Row
     return scores
 
 
-def statistics_score(
-    samples: Rows, reference: Gaussian, space: str, network: FeatureNetwork, *, beside_images: bool = False
-) -> Score:
-    """The Frechet distance of all samples to the mean and covariance of a file: no floor and no ceiling is known."""
-    without = "images of the file are other and fewer than its statistics" if beside_images else "file holds no images"
-    return Score(
-        name=score_name("frechet", space, len(samples), network.input_size),
-        value=frechet_distance(Gaussian.of(samples), reference),
-        better="lower",
-        images=len(samples),
-        note=f"all samples against mu and sigma of the reference; floor and ceiling are unknown: the {without}",
-    )
-
-
 def class_consistency(
     samples: LabelledFeatures,
     training: LabelledFeatures,

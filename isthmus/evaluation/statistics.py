@@ -10,7 +10,7 @@ distance between sets is never bootstrapped: drawing with replacement repeats im
 Frechet distance up. Distances are measured on disjoint chunks of the samples, or on several seeds, and spread there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,53 +159,37 @@ class Gaussian:
             values = as_double(rows)
             mean = values.mean(dim=0)
             return cls(mean, ((values - mean) / (count - 1) ** 0.5).T.contiguous())
-        statistics = GaussianStatistics(width)
-        statistics.update(rows)
-        return statistics.gaussian()
+        mean, covariance, _ = mean_and_covariance([rows])
+        return cls.from_covariance(mean, covariance)
 
 
-class GaussianStatistics:
-    """Mean and covariance of features of `width` that arrive in parts, in the memory of one d x d matrix.
+def mean_and_covariance(parts: Iterable[Float[np.ndarray, "_ d"]]) -> tuple[Tensor, Tensor, int]:
+    """Mean, unbiased covariance and number of features that arrive in parts, in the memory of one d x d matrix.
 
-    >>> statistics = GaussianStatistics(1)
-    >>> statistics.update(np.array([[1.0], [2.0]]))
-    >>> statistics.update(np.array([[6.0]]))
-    >>> statistics.count, statistics.mean.item(), statistics.covariance.item()
-    (3, 3.0, 7.0)
+    Raises UserError for fewer than two rows, or values that are not finite.
+
+    >>> mean, covariance, count = mean_and_covariance([np.array([[1.0], [2.0]]), np.array([[6.0]])])
+    >>> mean.item(), covariance.item(), count
+    (3.0, 7.0, 3)
     """
-
-    def __init__(self, width: int):
-        self.width, self.count = width, 0
-        self.mean: Float[Tensor, " d"] = torch.zeros(width, dtype=torch.float64)
-        # sum of the outer products of deviations from the mean
-        self._scatter: Float[Tensor, "d d"] = torch.zeros(width, width, dtype=torch.float64)
-
-    def update(self, rows: Float[np.ndarray, "n d"] | Float[Tensor, "n d"]) -> None:
-        """Take in more rows. Raises UserError for rows of another width, or not finite."""
-        if rows.shape[1] != self.width:
-            raise UserError(f"features must be {self.width} wide, got {rows.shape[1]}. Use one network for all images.")
-        for start in range(0, len(rows), _BLOCK_ROWS):
-            block = as_double(rows[start : start + _BLOCK_ROWS])
-            if not bool(torch.isfinite(block).all()):
-                raise UserError("features must be finite, got NaN or infinity. Look at the images they were made of.")
-            mean = block.mean(dim=0)
-            centred, step, total = block - mean, mean - self.mean, self.count + len(block)
-            # Chan, Golub and LeVeque 1979: the parts' own scatter, plus that of their means
-            self._scatter += centred.T @ centred
-            self._scatter.addr_(step, step, alpha=self.count * len(block) / total)
-            self.mean = self.mean + step * (len(block) / total)
-            self.count = total
-
-    @property
-    def covariance(self) -> Float[Tensor, "d d"]:
-        """The unbiased one. Raises UserError for fewer than two rows."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, got {self.count}. Measure more images.")
-        return self._scatter / (self.count - 1)
-
-    def gaussian(self) -> Gaussian:
-        """The Gaussian with this mean and covariance. Raises UserError for fewer than two rows."""
-        return Gaussian.from_covariance(self.mean, self.covariance)
+    count, mean, scatter = 0, torch.zeros(1), torch.zeros(1)
+    for block in (part[start : start + _BLOCK_ROWS] for part in parts for start in range(0, len(part), _BLOCK_ROWS)):
+        values = as_double(block)
+        if not bool(torch.isfinite(values).all()):
+            raise UserError("features must be finite, got NaN or infinity. Look at the images they were made of.")
+        if not count:
+            width = values.shape[1]
+            mean, scatter = (torch.zeros(shape, dtype=torch.float64) for shape in (width, (width, width)))
+        total, own_mean = count + len(values), values.mean(dim=0)
+        centred, step = values - own_mean, own_mean - mean
+        # Chan, Golub and LeVeque 1979: the parts' own scatter, plus that of their means
+        scatter += centred.T @ centred
+        scatter.addr_(step, step, alpha=count * len(values) / total)
+        mean = mean + step * (len(values) / total)
+        count = total
+    if count < 2:
+        raise UserError(f"a covariance needs at least 2 images, got {count}. Measure more images.")
+    return mean, scatter / (count - 1), count
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

@@ -22,8 +22,8 @@ from isthmus.evaluation.guards import check_duplicates
 from isthmus.evaluation.held_out import HELD_OUT_LIMIT, LITE0, PSNR, ReconstructionMeter, as_floats
 from isthmus.evaluation.images import some
 from isthmus.evaluation.record import EvaluationRecord, read_record
-from isthmus.evaluation.reference import DataSplits, RealSides, open_splits
-from isthmus.evaluation.sample_scores import RealImages, SampleScores
+from isthmus.evaluation.reference import DataSplits, open_splits
+from isthmus.evaluation.sample_scores import RealImages, RealSides, SampleScores
 from isthmus.evaluation.scores import Features
 from isthmus.evaluation.statistics import Gaussian, mean_interval
 from isthmus.nn.perceptual import Lite0Distance
