@@ -84,6 +84,7 @@ class DARPipeline(SavedPipeline):
     Raises UserError where the components do not belong together, or names or defaults do not fit them.
     """
 
+    has_solver = True
     parts = {
         "image_tokenizer": DiffusionTokenizer,
         "decoder": FlowDecoder,
