@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.request import token_hashes
+from tests.testers import token_hashes
 
 
 @pytest.fixture

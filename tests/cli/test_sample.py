@@ -6,8 +6,8 @@ from PIL import Image
 
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import token_hashes
 
 
 def manifest(folder):
