@@ -217,7 +217,7 @@ def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) ->
 _DATA_FIELDS = ("data", "stream", "max_images")
 
 
-def run(arguments: Sequence[str]) -> None:
+def run_distill(arguments: Sequence[str]) -> None:
     """Distil a model, or print what would be trained."""
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
