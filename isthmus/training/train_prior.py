@@ -1,10 +1,10 @@
 """Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR.
 
-The families differ in what a loss is: `NextScalePriorTask`, `ScaleDistillationTask` and `NextTokenPriorTask` say so.
-The loop is one.
+What a loss is, the family's task says: `NextScalePriorTask`, `ScaleDistillationTask`, `NextTokenPriorTask`.
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -39,29 +39,41 @@ from isthmus.training.run import (
     write_record,
 )
 
+logger = logging.getLogger("isthmus")
+
+# held-out images whose likelihood is measured while training
+_VALIDATION_IMAGES = 1024
+
+
+@runtime_checkable
+class PriorLosses(Protocol):
+    """What one part of a batch gave."""
+
+    total: Tensor
+    """What is minimised."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """What is averaged over parts and processes for the log."""
+        ...
+
 
 @runtime_checkable
 class PriorTask(Protocol):
-    """What a run trains: tokenizer, prior and images, and what a loss is; to derive from.
-
-    Attributes:
-        sharded: names of the modules that FSDP2 gathers one by one.
-        tokenizer: frozen.
-        encoder: what fills the token cache: the tokenizer, or the tokenizer under other schedules.
-        network: the prior in training.
-        train, held_out: images.
-        image_size: side of the images in pixels.
-        facts: what run.json keeps beside the run, and a continued run must share.
-    """
+    """What a run trains: tokenizer, prior and images, and what a loss is; to derive from."""
 
     sharded: tuple[str, ...]
+    """Names of the modules that FSDP2 gathers one by one."""
     tokenizer: Any
+    """Frozen."""
     encoder: Any
+    """What fills the token cache: the tokenizer, or the tokenizer under other schedules."""
     network: Any
+    """The prior in training."""
     train: ImageSource | ImageStream
     held_out: ImageSource
     image_size: int
-    facts: dict[str, object]
+    facts: Mapping[str, object] = {}
+    """What run.json keeps beside the run, and a continued run must share."""
 
     def __init__(self, run: Any) -> None: ...
 
@@ -75,10 +87,8 @@ class PriorTask(Protocol):
         """Whether a step may leave parameters without a gradient."""
         return False
 
-    @staticmethod
-    def is_compiled(run: Any) -> bool:
-        """Whether the blocks of the network go through `torch.compile`."""
-        return False
+    def compile(self) -> None:
+        """Send the blocks of the network through `torch.compile`, where the run asks for it."""
 
     def place(self, device: torch.device) -> None:
         """Move what is frozen, previews included, to the device of the training."""
@@ -88,16 +98,12 @@ class PriorTask(Protocol):
         """What holds while training and is no part of the network: nothing."""
         return nullcontext()
 
-    def losses(self, model: nn.Module, batch: Batch, step: int) -> Any:
-        """Losses of one part of a batch; `total` is minimised."""
-        ...
-
-    def part_values(self, losses: Any, batch: Batch) -> dict[str, Tensor]:
-        """What is averaged over parts and processes for the log."""
+    def losses(self, model: nn.Module, batch: Batch, step: int) -> PriorLosses:
+        """Losses of one part of a batch, on the device of the model."""
         ...
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
-        """One log line from those means."""
+        """One log line from the means of what is logged."""
         ...
 
     def averaged(self, ema: ExponentialMovingAverage) -> Any:
@@ -109,7 +115,7 @@ class PriorTask(Protocol):
         ...
 
     def held_out_bits(self, model: Any, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
-        """Bits per token of held-out images."""
+        """Bits per token of held-out images, in all and per scale or group, from token ids (n, L) and labels (n,)."""
         ...
 
     def save_samples(self, model: Any, folder: Path, step: int) -> None:
@@ -119,12 +125,6 @@ class PriorTask(Protocol):
     def export(self, accelerator: Accelerator, model: Any) -> Path:
         """Write the pipeline folder."""
         ...
-
-
-logger = logging.getLogger("isthmus")
-
-# held-out images whose likelihood is measured while training
-_VALIDATION_IMAGES = 1024
 
 
 @alone_in("run.out")
@@ -159,8 +159,7 @@ def train_prior(run: TokensRun) -> Path:
     validation = held_out_tokens(task) if accelerator.is_main_process else None
 
     model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
-    if kind.is_compiled(run):
-        bare.compile_blocks()
+    task.compile()
     ema = ExponentialMovingAverage(bare, run.ema_decay)
     progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
     resume(accelerator, ema, progress, run.out)
@@ -200,7 +199,7 @@ def train_prior(run: TokensRun) -> Path:
                     optimizer.zero_grad(set_to_none=True)
                 guard.watch(losses.total)
                 if progress.due(run.log_every, ahead=1):
-                    means.add(task.part_values(losses, batch))
+                    means.add(losses.logged())
 
             progress.step += 1
             progress.images += run.batch_size
@@ -245,13 +244,11 @@ def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
 @torch.no_grad()
 def held_out_tokens(task: PriorTask) -> tuple[Tensor, Tensor]:
     """Token ids (n, L) and labels (n,) of held-out images, without augmentation."""
-    views = EvaluationImages(task.held_out, task.image_size)
-    device = task.tokenizer.device
+    views, device = EvaluationImages(task.held_out, task.image_size), task.tokenizer.device
     ids, labels = [], []
     chosen = spread(len(views), _VALIDATION_IMAGES)
     for start in range(0, len(chosen), 64):
-        rows = [views[i] for i in chosen[start : start + 64]]
-        images = torch.stack([torch.as_tensor(row["image"]) for row in rows]).to(device)
-        ids.append(task.token_ids(images))
-        labels += [int(row["class_label"]) for row in rows]
-    return torch.cat(ids), torch.tensor(labels, device=device)
+        batch = views.__getitems__(chosen[start : start + 64])
+        ids.append(task.token_ids(batch["image"].to(device)))
+        labels.append(batch["class_label"])
+    return torch.cat(ids), torch.cat(labels).to(device)

@@ -7,11 +7,12 @@ from isthmus.dar.prior import TokenLayout, new_prior, next_token_logits, next_to
 from isthmus.dar.train_prior import (
     NextTokenObjective,
     ResidualDropout,
+    bits_by_group,
     embedding_seeds,
-    nats_by_group,
     residual_seeds,
     sample_dropout,
 )
+from isthmus.nn.sampling import nats_to_bits
 from tests.testers import NETWORK, randomized
 
 LAYOUT = TokenLayout(codebook_size=16, num_classes=3, num_tokens=6)
@@ -48,7 +49,8 @@ def test_the_objective_is_the_cross_entropy_over_codes(llama):
     torch.testing.assert_close(losses.nats, next_token_loss(logits, TOKENS), **NETWORK)
     torch.testing.assert_close(losses.total, losses.nats.mean())
     assert torch.equal(losses.hits, logits.argmax(dim=-1) == TOKENS)
-    torch.testing.assert_close(nats_by_group(losses.nats, 3).mean(), losses.nats.mean())
+    bits = bits_by_group("val", losses.nats.mean(dim=0), 3)
+    assert bits["val/bits_per_token"] == pytest.approx(nats_to_bits(losses.total.item()))
 
 
 def test_head_rows_of_classes_get_no_gradient(llama):
@@ -81,13 +83,9 @@ def test_hooks_change_what_is_added_and_leave_no_trace(llama):
     assert not any(module._forward_hooks for module in llama.modules())
 
 
-def test_hooks_are_gone_after_an_error(llama):
+def test_hooks_are_gone_after_an_error_and_a_rate_of_zero_attaches_none(llama):
     with pytest.raises(ZeroDivisionError), ResidualDropout(llama, 0.5).attached():
         raise ZeroDivisionError
-    assert not any(module._forward_hooks for module in llama.modules())
-
-
-def test_a_rate_of_zero_attaches_nothing(llama):
     with ResidualDropout(llama, 0.0).attached():
         assert not any(module._forward_hooks for module in llama.modules())
 
