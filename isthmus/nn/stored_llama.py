@@ -12,12 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.nn.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
-from isthmus.nn.saved_model import Config, check_class, check_finite, check_shapes, values_left_out, without_values
+from isthmus.nn.component_files import (
+    CONFIG,
+    TRANSFORMERS_WEIGHTS,
+    read_config,
+    remembered,
+    stored_shapes,
+    weight_files,
+)
+from isthmus.nn.saved_model import (
+    Config,
+    ReadFrom,
+    check_class,
+    check_shapes,
+    read_weights,
+    values_left_out,
+    without_values,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -52,6 +66,7 @@ class StoredLlama:
         self, config: Any, tensors: Mapping[str, Tensor] | None = None, module: "LlamaForCausalLM | None" = None
     ):
         self.config: Any = config
+        self.read_from: ReadFrom | None = None
         self._tensors, self._module = tensors, module
 
     @classmethod
@@ -78,14 +93,13 @@ class StoredLlama:
             config = _read_by_transformers(config, folder)
         shapes = llama_shapes(config)
         check_shapes(shapes, stored_shapes(folder, TRANSFORMERS_WEIGHTS), folder)
-        tensors: dict[str, Tensor] = {}
         if values_left_out():
             tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-        else:
-            for file in weight_files(folder, TRANSFORMERS_WEIGHTS):
-                tensors |= load_file(file)
-            check_finite(tensors, folder)
-        return cls(Config(config), tensors).to(dtype or torch.float32)
+            return cls(Config(config), tensors).to(dtype or torch.float32)
+        files = weight_files(folder, TRANSFORMERS_WEIGHTS)
+        llama = cls(Config(config), read_weights(files, folder)).to(dtype or torch.float32)
+        llama.read_from = ReadFrom.now((folder / CONFIG, *files), llama.state_dict())
+        return llama
 
     @property
     def device(self) -> torch.device:
@@ -202,8 +216,16 @@ _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 def fingerprint(model: nn.Module | StoredLlama) -> str:
     """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
 
-    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it.
+    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it. Of a model
+    that is as it was read from large files it is kept in the cache folder.
     """
+    known: ReadFrom | None = getattr(model, "read_from", None)
+    if known is not None and known.still_holds(model.state_dict()):
+        return remembered(f"fingerprint {model.dtype}", known.files, lambda: _hashed(model))
+    return _hashed(model)
+
+
+def _hashed(model: nn.Module | StoredLlama) -> str:
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", {})
     # transformers' configurations are no mappings; what differs from their defaults is what makes the network
@@ -213,5 +235,5 @@ def fingerprint(model: nn.Module | StoredLlama) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
