@@ -228,7 +228,8 @@ def diffusion_losses(
     levels = output.ends.shape[1]
     repeated = images.repeat_interleave(levels, dim=0)
     # the jump is measured even where it is not trained on: its error is what one sees of a diffusion's progress
-    losses = {"flow": flow_loss(output.velocity, output.target, data_std), "jump": F.mse_loss(output.jump, repeated)}
+    losses = {"flow": F.mse_loss(output.velocity, output.target), "jump": F.mse_loss(output.jump, repeated)}
+    losses["flow"] = losses["flow"] / data_std**2  # measured in images, not in states
     losses["weighted/flow"] = config.flow * losses["flow"]
     if config.jump:
         losses["weighted/jump"] = config.jump * losses["jump"]
@@ -250,13 +251,6 @@ def diffusion_losses(
         losses["readout"] = readout_loss(output.readout, images)
         losses["weighted/readout"] = config.readout * losses["readout"]
     return losses
-
-
-def flow_loss(
-    velocity: Float[Tensor, "rows 3 h w"], target: Float[Tensor, "rows 3 h w"], data_std: float
-) -> Float[Tensor, ""]:
-    """mean((v_pred - v)^2) / data_std^2, which is measured in images, not in states."""
-    return F.mse_loss(velocity.float(), target) / data_std**2
 
 
 def prefix_mean(

@@ -29,7 +29,6 @@ from isthmus.dar.train_tokenizer import TokenizerParts, load_parts
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.nn.draws import EMBEDDING_DROPOUT, RESIDUAL_DROPOUT, stream
-from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.saved_model import without_values
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
@@ -41,7 +40,7 @@ from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import save_samples
 from isthmus.training.saved_networks import export_pipeline, kept_classes, refuse_contradictions, sampling_options
-from isthmus.training.train_prior import PriorTask
+from isthmus.training.train_prior import PriorTask, bits_by_level
 
 _SEEDS = 2**63
 
@@ -114,7 +113,7 @@ class NextTokenLosses:
 
     def logged(self) -> dict[str, Tensor]:
         """Loss, token accuracy, and nats of every place in the sequence."""
-        return {"loss": self.total, "token_accuracy": self.hits.float().mean(), "nats": self.nats.mean(dim=0)}
+        return {"loss": self.total.detach(), "token_accuracy": self.hits.float().mean(), "nats": self.nats.mean(dim=0)}
 
 
 class NextTokenObjective(nn.Module):
@@ -171,22 +170,11 @@ def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> 
     return averaged.eval().requires_grad_(False)
 
 
-def bits_by_group(prefix: str, nats: Float[Tensor, " l"], num_groups: int) -> dict[str, float]:
-    """Bits per token of each group, and of all: groups hold equally many tokens.
-
-    >>> found = bits_by_group("val", torch.tensor([1.0, 3.0, 5.0, 5.0]) * np.log(2), 2)
-    >>> {name: round(bits, 4) for name, bits in found.items()}
-    {'val/bits_per_token': 3.5, 'val/bits_group0': 2.0, 'val/bits_group1': 5.0}
-    """
-    bits = [nats_to_bits(value) for value in nats.unflatten(0, (num_groups, -1)).mean(dim=1).tolist()]
-    values = {f"{prefix}/bits_per_token": sum(bits) / len(bits)}
-    return values | {f"{prefix}/bits_group{k}": value for k, value in enumerate(bits)}
-
-
 class NextTokenPriorTask(PriorTask):
     """A Llama on the tokens of a D-AR tokenizer, as the training loop asks for it."""
 
     sharded = ("LlamaDecoderLayer",)
+    level = "group"
 
     def __init__(self, run: NextTokenPriorRun):
         self.run = run
@@ -249,10 +237,16 @@ class NextTokenPriorTask(PriorTask):
         seeds = embedding_seeds(positions, seed=run.seed) if run.embedding_dropout else None
         return model(labels, batch["token_ids"].to(device), seeds)
 
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of every group."""
+        return dict.fromkeys(range(self._groups), self.layout.num_tokens // self._groups)
+
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
-        """One log line of training: the loss, token accuracy, bits per token in all and of every group."""
-        values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
-        return values | bits_by_group("train", means["nats"], self._groups)
+        """The line of all tasks, from the means of groups."""
+        return super().step_values(means | {"nats": self._by_group(means["nats"])}, step)
+
+    def _by_group(self, nats: Float[Tensor, " l"]) -> Float[Tensor, " groups"]:
+        return nats.unflatten(0, (self._groups, -1)).mean(dim=1)
 
     def averaged(self, ema: ExponentialMovingAverage) -> LlamaForCausalLM:
         """A copy that holds the averages."""
@@ -267,7 +261,7 @@ class NextTokenPriorTask(PriorTask):
         """Bits per token of held-out images, in all and per group."""
         objective = NextTokenObjective(model, self.layout).eval()
         nats = [objective(label, ids).nats for ids, label in zip(token_ids.split(32), labels.split(32), strict=True)]
-        return bits_by_group("val", torch.cat(nats).mean(dim=0), self._groups)
+        return bits_by_level("val", "group", self._by_group(torch.cat(nats).mean(dim=0)), self.lengths(0))
 
     @torch.no_grad()
     def save_samples(self, model: LlamaForCausalLM, folder: Path, step: int) -> None:

@@ -171,68 +171,41 @@ class TeacherRollouts:
         tokenizer, theirs = self.tokenizer, self.teacher_schedule
         ours = [scale.features for scale in tokenizer.token_scales(token_ids, self.schedule)]
         known = [scale.features for scale in tokenizer.token_scales(teacher_ids, theirs)]
-        context = _TeacherContext(self.teacher, theirs, labels, known)
-        found = []
+        conditioning, cache = self.teacher.condition(labels), self.teacher.new_cache(len(labels))
+        read, found = 0, []  # of the image's own scales, how many the cache holds
+
+        def predict(k: int, features: LatentMap) -> Float[Tensor, "b l v"]:
+            # scale 0 reads no features, whatever is passed
+            inputs = next_scale_input(features, theirs, k)[:, : None if k else 0]
+            return self.teacher.forward_scale(k, inputs, conditioning, cache)
+
         for scale in self.scales:
             a, b = (theirs.sizes.index(self.schedule.sizes[k]) for k in (scale - 1, scale))
-            context.rewind(a + 1)
+            if cache is not None:
+                cache.truncate(theirs.offsets[read])  # what was drawn is forgotten
+                for k in range(read, a + 1):
+                    predict(k, known[max(k - 1, 0)])
+                read = a + 1
             features = known[a]
             for k in range(a + 1, b + 1):
                 uniforms = rollout_uniforms(positions, theirs, k, seed=seed)
-                drawn = draw_tokens(context.predict(k, features).float(), uniforms)
+                drawn = draw_tokens(predict(k, features).float(), uniforms)
                 features = tokenizer.add_codes(features, tokenizer.lookup(drawn), k, theirs)
             found.append(tokenizer.nearest_tokens(features - ours[scale - 1], self.schedule.sizes[scale]))
         return found
 
 
-class _TeacherContext:
-    """The teacher behind the image's own first scales; `known` holds the features after each of all its scales."""
-
-    def __init__(
-        self,
-        teacher: NextScaleTransformer,
-        schedule: ScaleSchedule,
-        labels: Int[Tensor, " b"],
-        known: Sequence[LatentMap],
-    ):
-        self.teacher, self.schedule, self.known = teacher, schedule, known
-        self.conditioning = teacher.condition(labels)
-        self.cache = teacher.new_cache(len(labels))
-        self.read = 0  # of the image's own scales, how many the cache holds
-
-    def rewind(self, scales: int) -> None:
-        """Behind the image's own first `scales` scales, no fewer than before; draws are forgotten."""
-        if self.cache is None:
-            return
-        self.cache.truncate(self.schedule.offsets[self.read])
-        for k in range(self.read, scales):
-            self.predict(k, self.known[max(k - 1, 0)])
-        self.read = scales
-
-    def predict(self, scale: int, features: LatentMap) -> Float[Tensor, "b l v"]:
-        """Logits of `scale`, from the features of the scales before it; scale 0 reads none, whatever is passed."""
-        inputs = next_scale_input(features, self.schedule, scale)[:, : None if scale else 0]
-        return self.teacher.forward_scale(scale, inputs, self.conditioning, self.cache)
-
-
 def student_of(teacher: NextScaleTransformer, scale_sizes: Sequence[int], scale_attention: str) -> NextScaleTransformer:
     """A transformer on `scale_sizes` with the teacher's weights; UserError as `check_student_sizes`."""
     sizes = check_student_sizes(teacher.schedule.sizes, scale_sizes)
-    arguments: dict[str, Any] = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
-    student = NextScaleTransformer(**(arguments | {"scale_sizes": sizes, "scale_attention": scale_attention}))
-    student.load_state_dict(rows_by_side(teacher.state_dict(), teacher.schedule, student.schedule))
+    student = NextScaleTransformer(**(teacher.config | {"scale_sizes": sizes, "scale_attention": scale_attention}))
+    # of the tables of scales and positions the rows of these sides, all else as it is
+    weights, kept = teacher.state_dict(), [teacher.schedule.sizes.index(side) for side in sizes]
+    positions = weights["position"].split(list(teacher.schedule.lengths), dim=1)
+    weights["position"] = torch.cat([positions[k] for k in kept], dim=1)
+    weights["scale_embedding.weight"] = weights["scale_embedding.weight"][kept]
+    student.load_state_dict(weights)
     return student
-
-
-def rows_by_side(weights: Mapping[str, Tensor], schedule: ScaleSchedule, shorter: ScaleSchedule) -> dict[str, Tensor]:
-    """Weights for `shorter`: of the tables of scales and positions the rows of its sides, all else as it is."""
-    kept = [schedule.sizes.index(side) for side in shorter.sizes]
-    positions = weights["position"].split(list(schedule.lengths), dim=1)
-    tables = {
-        "scale_embedding.weight": weights["scale_embedding.weight"][kept],
-        "position": torch.cat([positions[k] for k in kept], dim=1),
-    }
-    return {**weights, **tables}
 
 
 @dataclass(kw_only=True)
@@ -334,8 +307,7 @@ class ScaleDistillationTask(NextScaleTask):
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
         """One log line of training; where the teacher is asked its part is a divergence, elsewhere a cross-entropy."""
-        values = self._step_values(means, range(self.schedule.num_scales))
-        nats = means["teacher"].tolist()
+        values, nats = super().step_values(means, step), means["teacher"].tolist()
         asked = {f"train/teacher_divergence_scale{k}": nats[k] for k in self.asked}
         return values | asked | {f"train/teacher_rollout_scale{k}": nats[k] for k in self.rolled}
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from isthmus.next_scale.train_tokenizer import load_next_scale_model, load_token
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import guidance_at
-from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
 from isthmus.pictures import to_pil
@@ -50,7 +49,7 @@ from isthmus.training.saved_networks import (
     refuse_contradictions,
     sampling_options,
 )
-from isthmus.training.train_prior import PriorTask
+from isthmus.training.train_prior import PriorTask, bits_by_level
 
 
 def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
@@ -90,7 +89,7 @@ class NextScaleLosses:
         """Loss, token accuracy, and nats per token of every scale run."""
         hits = self.logits.argmax(dim=-1) == self.token_ids
         hits = hits if self.counted is None else hits[self.counted]
-        return {"loss": self.total, "token_accuracy": hits.float().mean(), "nats": self.by_scale}
+        return {"loss": self.total.detach(), "token_accuracy": hits.float().mean(), "nats": self.by_scale}
 
 
 def next_scale_loss(
@@ -178,8 +177,10 @@ def partly_shown(
     """
     marked, shows = [], []
     for position in positions.tolist():
-        rows, flags = [np.zeros(lengths[0], dtype=bool)], [False]
-        chosen = _one_of(len(lengths), stream(seed, HIDDEN_TOKENS, position), probability) if one_scale else None
+        rows, flags, chosen = [np.zeros(lengths[0], dtype=bool)], [False], None
+        random = stream(seed, HIDDEN_TOKENS, position)
+        if one_scale and len(lengths) > 1 and random.random() < probability:
+            chosen = int(random.integers(1, len(lengths)))
         for scale, length in enumerate(lengths[1:], start=1):
             random = stream(seed, HIDDEN_TOKENS, position, scale)
             coin = random.random()
@@ -193,13 +194,6 @@ def partly_shown(
         shows.append(flags)
     marks, flags = torch.from_numpy(np.stack(marked)), torch.tensor(shows)
     return PartlyShown(marks | ~flags.repeat_interleave(torch.tensor(lengths), dim=1), marks, flags)
-
-
-def _one_of(num_scales: int, random: np.random.Generator, probability: float) -> int | None:
-    """A scale from 1 on, with this probability; none otherwise, or where there is only the first."""
-    if num_scales < 2 or random.random() >= probability:
-        return None
-    return int(random.integers(1, num_scales))
 
 
 @torch.no_grad()
@@ -248,17 +242,6 @@ def encoder_for(tokenizer: MultiScaleVQVAE, *schedules: ScaleSchedule) -> MultiS
     return tokenizer if schedules == (tokenizer.schedule,) else ScheduleEncoder(tokenizer, schedules)
 
 
-def bits_by_scale(
-    prefix: str, nats: Float[Tensor, " scales"], schedule: ScaleSchedule, scales: Sequence[int]
-) -> dict[str, float]:
-    """Bits per token of these scales, and of all their tokens."""
-    lengths, bits = [schedule.lengths[k] for k in scales], [nats_to_bits(value) for value in nats.tolist()]
-    mean = sum(b * n for b, n in zip(bits, lengths, strict=True)) / sum(lengths)
-    return {f"{prefix}/bits_per_token": mean} | {
-        f"{prefix}/bits_scale{k}": b for k, b in zip(scales, bits, strict=True)
-    }
-
-
 class NextScaleTask(PriorTask):
     """A base to derive from: the networks, what is measured while training, and what is left behind.
 
@@ -268,6 +251,7 @@ class NextScaleTask(PriorTask):
 
     # not whole blocks, since all modulations are computed ahead of them
     sharded = ("BlockModulation", "MultiHeadAttention", "FeedForward")
+    level = "scale"
 
     def __init__(
         self,
@@ -301,6 +285,10 @@ class NextScaleTask(PriorTask):
         """A copy that holds the averages."""
         return averaged_model(self.network, ema)
 
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of every scale."""
+        return dict(enumerate(self.schedule.lengths))
+
     def token_ids(self, images: Tensor) -> Tensor:
         """All tokens (b, L) of images."""
         return torch.cat(self.tokenizer.requantize(self.tokenizer.latents(images), self.schedule), dim=1)
@@ -316,7 +304,7 @@ class NextScaleTask(PriorTask):
             logits = model(label, tokenizer.scale_inputs(list(ids.split(lengths, dim=1)), schedule)).logits
             loss = next_scale_loss(logits, ids, schedule, uniform, scales=range(schedule.num_scales))
             sums += loss.by_scale * len(ids)
-        return bits_by_scale("val", sums / len(token_ids), schedule, range(schedule.num_scales))
+        return bits_by_level("val", "scale", sums / len(token_ids), dict(enumerate(lengths)))
 
     @torch.no_grad()
     def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
@@ -335,11 +323,6 @@ class NextScaleTask(PriorTask):
         labels = dropped_labels(labels, positions, rate=self.run.label_dropout, null_class_id=null, seed=seed)
         keep = path_factors(positions, self.network.drop_path_rates, seed=seed)
         return labels, None if keep is None else keep.to(device)
-
-    def _step_values(self, means: dict[str, Tensor], scales: Sequence[int]) -> dict[str, float]:
-        """The loss, token accuracy, bits per token of these scales and of all."""
-        values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
-        return values | bits_by_scale("train", means["nats"], self.schedule, scales)
 
     def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
         """Write the pipeline."""
@@ -423,9 +406,9 @@ class NextScalePriorTask(NextScaleTask):
         inputs = partial_inputs(self.tokenizer, token_ids, shown, schedule)
         return inputs, shown.marked[:, first:].to(device), shown.counted.to(device)
 
-    def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
-        """One log line of training."""
-        return self._step_values(means, self._scales(step))
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of the scales that this step runs."""
+        return {k: self.schedule.lengths[k] for k in self._scales(step)}
 
     def _scales(self, step: int) -> tuple[int, ...]:
         return scale_subset(self.schedule.num_scales, self.run.scales_per_step, seed=self.run.seed, step=step)
@@ -491,10 +474,8 @@ def with_new_classes(
     `kept` maps labels to labels of the saved prior whose rows they take over (see `kept_classes`).
     `mask_embedding` adds the mark of hidden tokens where there is none; it starts at zero and changes nothing.
     """
-    arguments: dict[str, Any] = {k: v for k, v in source.config.items() if not k.startswith("_")}
-    arguments["num_classes"] = num_classes
-    arguments["has_mask_embedding"] = mask_embedding or source.mask_embedding is not None
-    model = NextScaleTransformer(**arguments)
+    marked = mask_embedding or source.mask_embedding is not None
+    model = NextScaleTransformer(**(source.config | {"num_classes": num_classes, "has_mask_embedding": marked}))
     state = source.state_dict()
     if model.mask_embedding is not None:
         state.setdefault("mask_embedding", torch.zeros_like(model.mask_embedding))

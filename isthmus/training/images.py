@@ -92,12 +92,9 @@ def image_batches(
 def first_images(run: Run, source: ImageSource | ImageStream, *, image_size: int, count: int) -> Images:
     """The first `count` training views (or up to a batch more), the same in every process."""
     batches = image_batches(run, source, image_size=image_size, step=0, rank=0, world_size=1, stream_states=None)
-    parts, seen = [], 0
-    for batch in batches:
-        parts.append(batch["image"])
-        seen += len(parts[-1])
-        if seen >= count:
-            break
+    parts: list[Images] = []
+    while sum(map(len, parts)) < count:
+        parts.append(next(batches)["image"])
     return torch.cat(parts)
 
 

@@ -22,24 +22,22 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     >>> learning_rate(10, config, 101), round(learning_rate(100, config, 101), 6)
     (1.0, 0.1)
     """
-    return config.learning_rate * _ratio(step, config, num_steps)
-
-
-def _ratio(step: int, config: OptimConfig, num_steps: int) -> float:
-    if step < config.warmup_steps:
-        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(num_steps - 1 - config.warmup_steps, 1)
     left, final = 1 - config.final_ratio, config.final_ratio
-    if config.schedule == "constant":
-        return 1.0
-    if config.schedule == "cosine":
-        return final + left * (0.5 + 0.5 * math.cos(math.pi * progress))
-    if config.schedule == "two-slope":
-        if progress < config.knee:
-            return 1 - 0.4 * left * progress / config.knee
-        return final + 0.6 * left * (1 - progress) / (1 - config.knee)
-    after = max(progress - config.plateau, 0) / (1 - config.plateau)
-    return final**after if config.schedule == "exponential" else 1 - left * after
+    if step < config.warmup_steps:
+        ratio = config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+    elif config.schedule == "constant":
+        ratio = 1.0
+    elif config.schedule == "cosine":
+        ratio = final + left * (0.5 + 0.5 * math.cos(math.pi * progress))
+    elif config.schedule == "two-slope" and progress < config.knee:
+        ratio = 1 - 0.4 * left * progress / config.knee
+    elif config.schedule == "two-slope":
+        ratio = final + 0.6 * left * (1 - progress) / (1 - config.knee)
+    else:
+        after = max(progress - config.plateau, 0) / (1 - config.plateau)
+        ratio = final**after if config.schedule == "exponential" else 1 - left * after
+    return config.learning_rate * ratio
 
 
 def weight_decay(step: int, config: OptimConfig, num_steps: int) -> float:

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -93,7 +93,7 @@ def start_run(run: Run, *, find_unused_parameters: bool = False, sharded: Sequen
     precision = _agreed_precision(run, processes)
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=_accelerate_name(precision),
+        mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate, sync_with_dataloader=False),
         log_with=list(run.track) or None,
         project_dir=str(run.out),
@@ -170,21 +170,18 @@ def _bare(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _agreed_precision(run: Run, processes: PartialState) -> TypeChoice:
-    """The type that products of this run are computed in, the same in every process and after every interruption."""
-    choices = [_precision(run, torch.device(processes.device or "cpu")) if processes.is_main_process else None]
+def _agreed_precision(run: Run, processes: PartialState) -> str:
+    """Accelerate's name of what products are computed in: the same in every process and after every interruption."""
+    names: list[str] = [""]
+    if processes.is_main_process:
+        names = ["bf16" if _precision(run, torch.device(processes.device or "cpu")).bf16 else "no"]
     if processes.num_processes > 1:
-        broadcast_object_list(choices)
-    assert choices[0] is not None
-    if is_initialized() and AcceleratorState().mixed_precision != _accelerate_name(choices[0]):
+        broadcast_object_list(names)
+    if is_initialized() and AcceleratorState().mixed_precision != names[0]:
         # accelerate holds on to the type of the first run of a process, and a demo has several: a new `Accelerator`
         # asks for a restart of the interpreter. There is no public way to forget it (1.x; its own tests use this one).
         AcceleratorState._reset_state()
-    return choices[0]
-
-
-def _accelerate_name(choice: TypeChoice) -> str:
-    return "bf16" if choice.bf16 else "no"
+    return names[0]
 
 
 def _precision(run: Run, device: torch.device) -> TypeChoice:
@@ -323,27 +320,13 @@ class Log:
                 file.write(json.dumps({"step": progress.step, "images": progress.images, **rounded}) + "\n")
 
 
-@dataclass
-class StepMeans:
-    """Means of what one step measures, over the parts of its batch and over all processes: those of the whole batch.
+def means_of(parts: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Means of what the parts of a batch measured, over all processes: those of the whole batch. Every process calls.
 
     Parts and processes hold equal shares, so means of means are means.
     """
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    parts: int = 0
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Values of one part, the same names each time."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if self.parts else value
-        self.parts += 1
-
-    def over_processes(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """The means, the same in every process; every process must call."""
-        means = {name: value / self.parts for name, value in self.sums.items()}
-        return accelerator.reduce(means, "mean")  # pyright: ignore[reportReturnType]  any nesting goes in and out
+    means = {name: torch.stack([part[name].float() for part in parts]).mean(dim=0) for name in parts[0]}
+    return accelerator.reduce(means, "mean")  # pyright: ignore[reportReturnType]  any nesting goes in and out
 
 
 class StopRequest:
@@ -407,12 +390,6 @@ class FiniteGuard:
             f"losses and gradients must be finite, got NaN or Inf at or before step {step}; {advice}. "
             "Lower optim.learning_rate or optim.max_grad_norm and start again in another folder."
         )
-
-
-def close_trackers(accelerator: Accelerator) -> None:
-    """Let trackers write what they hold. The process group stays: the caller may train again."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:

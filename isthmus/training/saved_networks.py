@@ -34,7 +34,7 @@ def averaged_model(model: AnyModel, ema: ExponentialMovingAverage, *, prefix: st
     """
     state = gathered(dict(model.state_dict())) | gathered(ema.averages_under(prefix))
     with without_values():
-        copy = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+        copy = type(model)(**model.config)
     copy.load_state_dict({name: value.to(model.device, copy=True) for name, value in state.items()}, assign=True)
     return copy.eval().requires_grad_(False)
 

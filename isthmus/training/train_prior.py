@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
@@ -20,6 +21,7 @@ from isthmus.data.source import ImageSource
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
 from isthmus.data.views import Batch
 from isthmus.files import alone_in
+from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.stored_llama import fingerprint
 from isthmus.pictures import spread
 from isthmus.registry import task_of
@@ -30,11 +32,10 @@ from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
     Log,
-    StepMeans,
     StopRequest,
     clip_gradients,
-    close_trackers,
     display,
+    means_of,
     start_run,
     write_record,
 )
@@ -53,7 +54,7 @@ class PriorLosses(Protocol):
     """What is minimised."""
 
     def logged(self) -> dict[str, Tensor]:
-        """What is averaged over parts and processes for the log."""
+        """What is averaged over parts and processes for the log, without gradients."""
         ...
 
 
@@ -72,6 +73,8 @@ class PriorTask(Protocol):
     train: ImageSource | ImageStream
     held_out: ImageSource
     image_size: int
+    level: Literal["scale", "group"]
+    """What bits are counted by."""
     facts: Mapping[str, object] = {}
     """What run.json keeps beside the run, and a continued run must share."""
 
@@ -102,9 +105,14 @@ class PriorTask(Protocol):
         """Losses of one part of a batch, on the device of the model."""
         ...
 
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of every level that this step predicts, by its number."""
+        ...
+
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
         """One log line from the means of what is logged."""
-        ...
+        values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
+        return values | bits_by_level("train", self.level, means["nats"], self.lengths(step))
 
     def averaged(self, ema: ExponentialMovingAverage) -> Any:
         """A copy of the network that holds the averages; every process must call it where weights are sharded."""
@@ -186,7 +194,7 @@ def train_prior(run: TokensRun) -> Path:
                 save()
                 raise KeyboardInterrupt
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
-            means = StepMeans()
+            measured = []
 
             for batch in islice(batches, run.accumulate):
                 with accelerator.accumulate(model):
@@ -199,7 +207,7 @@ def train_prior(run: TokensRun) -> Path:
                     optimizer.zero_grad(set_to_none=True)
                 guard.watch(losses.total)
                 if progress.due(run.log_every, ahead=1):
-                    means.add(losses.logged())
+                    measured.append(losses.logged())
 
             progress.step += 1
             progress.images += run.batch_size
@@ -208,7 +216,7 @@ def train_prior(run: TokensRun) -> Path:
 
             if progress.due(run.log_every):
                 guard.check(run, progress.step)
-                values = task.step_values(means.over_processes(accelerator), progress.step - 1)
+                values = task.step_values(means_of(measured, accelerator), progress.step - 1)
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
                 bar.measured({"bits": f"{values['train/bits_per_token']:.3f}"}, images=progress.images)
             if progress.due(run.validate_every) or progress.due(run.preview_every):
@@ -220,8 +228,24 @@ def train_prior(run: TokensRun) -> Path:
             if progress.due(run.save_every):
                 save()
     folder = task.export(accelerator, task.averaged(ema))
-    close_trackers(accelerator)
+    # they write what they hold; the process group stays, since the caller may train again
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
+
+
+def bits_by_level(
+    prefix: str, level: str, nats: Float[Tensor, " levels"], lengths: Mapping[int, int]
+) -> dict[str, float]:
+    """Bits per token of all, and of the levels by their numbers; `lengths` are their tokens.
+
+    >>> found = bits_by_level("val", "scale", torch.tensor([3.0, 1.0]) / nats_to_bits(1), {0: 1, 2: 3})
+    >>> {name: round(bits, 4) for name, bits in found.items()}
+    {'val/bits_per_token': 1.5, 'val/bits_scale0': 3.0, 'val/bits_scale2': 1.0}
+    """
+    bits = {k: nats_to_bits(value) for k, value in zip(lengths, nats.tolist(), strict=True)}
+    mean = sum(bits[k] * length for k, length in lengths.items()) / sum(lengths.values())
+    return {f"{prefix}/bits_per_token": mean} | {f"{prefix}/bits_{level}{k}": value for k, value in bits.items()}
 
 
 def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:

@@ -31,11 +31,10 @@ from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
     Log,
-    StepMeans,
     StopRequest,
     clip_gradients,
-    close_trackers,
     display,
+    means_of,
     start_run,
     write_record,
 )
@@ -177,7 +176,7 @@ def train_tokenizer(run: ImagesRun) -> Path:
                 images = first_images(run, train, image_size=image_size, count=_CODEBOOK_IMAGES)
                 set_codes(bare, task.codebook, task.first_codes(images.to(accelerator.device)), ema)
 
-            counts, means = torch.zeros_like(usage.hits()), StepMeans()
+            counts, measured = torch.zeros_like(usage.hits()), []
             parts = list(islice(batches, run.accumulate))
             for batch, drawn in zip(parts, task.draw(parts), strict=True):
                 with accelerator.accumulate(model):
@@ -192,7 +191,8 @@ def train_tokenizer(run: ImagesRun) -> Path:
                 if losses.token_ids:
                     counts += code_counts(losses.token_ids, task.codebook_size)
                 guard.watch(losses.total)
-                means.add({**losses.named, **others, "loss": losses.total})
+                values = {**losses.named, **others, "loss": losses.total}
+                measured.append({name: value.detach() for name, value in values.items()})
 
             progress.step += 1
             progress.images += run.batch_size
@@ -207,7 +207,7 @@ def train_tokenizer(run: ImagesRun) -> Path:
 
             if progress.due(run.log_every):
                 guard.check(run, progress.step)
-                values = {f"train/{name}": value.item() for name, value in means.over_processes(accelerator).items()}
+                values = {f"train/{name}": value.item() for name, value in means_of(measured, accelerator).items()}
                 values |= used_codes(task, usage) if quantize else {}
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
                 bar.measured({"loss": f"{values['train/loss']:.3f}"}, images=progress.images)
@@ -222,7 +222,9 @@ def train_tokenizer(run: ImagesRun) -> Path:
             if progress.due(run.save_every):
                 save()
     folder = task.export(task.averaged(ema), train)
-    close_trackers(accelerator)
+    # they write what they hold; the process group stays, since the caller may train again
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
 
 

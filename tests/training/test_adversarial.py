@@ -74,10 +74,10 @@ def two_losses(reconstruction_slope: float, generator_slope: float) -> tuple[tor
     return (reconstruction_slope * weight).sum(), (generator_slope * weight).sum(), weight
 
 
-@given(st.floats(0.5, 50), st.floats(0.5, 50))
+@given(st.floats(1, 50), st.floats(1, 50))
 def test_adaptive_weight_balances_the_gradients(reconstruction_slope, generator_slope):
     reconstruction, generator, weight = two_losses(reconstruction_slope, -generator_slope)
-    ratio = adaptive_weight(reconstruction, generator, weight, low=0)
+    ratio = adaptive_weight(reconstruction, generator, weight)
     assert not ratio.requires_grad
     (balanced,) = torch.autograd.grad(ratio * generator, weight)
     torch.testing.assert_close(balanced.norm(), torch.tensor(2 * reconstruction_slope), rtol=1e-4, atol=1e-4)
@@ -86,7 +86,6 @@ def test_adaptive_weight_balances_the_gradients(reconstruction_slope, generator_
 def test_adaptive_weight_stays_within_its_bounds():
     assert adaptive_weight(*two_losses(1.0, 0.0)) == 1e4
     torch.testing.assert_close(adaptive_weight(*two_losses(0.0, 1.0)), torch.tensor(0.015))
-    assert adaptive_weight(*two_losses(1.0, 0.0), high=5.0) == 5
 
 
 def test_adaptive_weight_of_averaged_gradients():
