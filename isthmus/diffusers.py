@@ -40,7 +40,6 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
-    label_list,
     spread,
 )
 
@@ -250,9 +249,7 @@ class IsthmusPipeline(DiffusionPipeline):
             if name not in (known := self._callback_tensor_inputs):
                 raise UserError(f"callback_on_step_end_tensor_inputs may name {' and '.join(known)}, got {name!r}.")
         check_output_type(output_type)
-        labels = resolve_labels(
-            label_list(class_labels), class_names=self.native.class_names, num_classes=self.native.num_classes
-        )
+        labels = self.native.class_ids(class_labels)
         ids = spread(labels, options.pop("num_images", None), options.pop("num_images_per_class", 1))
         seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
         self._interrupt, self.num_timesteps = False, len(times := self._times(options))

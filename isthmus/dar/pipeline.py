@@ -27,7 +27,6 @@ from isthmus.nn.shapes import Images
 from isthmus.nn.stored_llama import StoredLlama, no_progress_bars
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
-from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.options import OutputType, SamplingOptions, saved_options
 from isthmus.pipelines.request import (
     GenerationStep,
@@ -38,7 +37,6 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
-    label_list,
     takes,
 )
 
@@ -86,6 +84,7 @@ class DARPipeline(SavedPipeline):
     Raises UserError where the components do not belong together, or names or defaults do not fit them.
     """
 
+    has_solver = True
     parts = {
         "image_tokenizer": DiffusionTokenizer,
         "decoder": FlowDecoder,
@@ -500,8 +499,7 @@ class DARPipeline(SavedPipeline):
             assert images is not None
             token_ids = self.encode(images)
         token_ids = self._token_ids(token_ids)
-        given = label_list(class_labels)
-        labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        labels = self.class_ids(class_labels)
         rows, length = token_ids.shape
         each = torch.tensor(labels * rows if len(labels) == 1 else labels, dtype=torch.long)
         if not length or not rows or len(each) != rows:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from isthmus.next_scale.canvas import kept_as_published
-from isthmus.next_scale.editing import KnownPart, edit_scales, tokens_as_they_are
 from isthmus.next_scale.pyramid import tokens_to_map
+from isthmus.next_scale.refinement import KnownPart, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.nn.sampling import filter_logits, smooth_temperature, smooth_weights
@@ -123,11 +123,11 @@ def test_the_rule_of_keeping_named_published(task, golden, tokenizer, published_
         assert_parity(
             ours.view_as(io[f"edit.{task}.keep_mask.scale{scale}"]).int(), io[f"edit.{task}.keep_mask.scale{scale}"]
         )
-    known = KnownPart(kept, tokens_as_they_are([io[f"edit.in.tokens.{k}"] for k in range(4)]))
+    known = KnownPart(kept, lambda scale, features: io[f"edit.in.tokens.{scale}"])
     options = SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1.0, 1.0 + edit["cfg"]), top_k=edit["top_k"])
     prior = published_prior("base")[0]
     sampler = ScaleSampler(tokenizer, prior, torch.tensor([edit["label"]]), [(0, 0)], options)
-    for state in edit_scales(tokenizer, sampler, known):
+    for state in refined_scales(sampler, known=known):
         assert_parity(state.features, io[f"edit.{task}.scale{state.index}.f_hat"])
         free = ~kept[state.index]
         assert_parity(state.token_ids[free], io[f"edit.{task}.scale{state.index}.idx"][free])
