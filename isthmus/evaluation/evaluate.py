@@ -20,7 +20,7 @@ from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_adm_images, write_statistics
 from isthmus.evaluation.classes import Balance, SampleClasses, choose_classes, matched_classes
-from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network, sample_features
+from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
 from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
 from isthmus.evaluation.images import ImageSet, open_images
@@ -38,8 +38,7 @@ from isthmus.evaluation.record import (
 )
 from isthmus.evaluation.reference import open_splits
 from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
-from isthmus.evaluation.sample_scores import RealImages, RealSides, data_facts
-from isthmus.evaluation.scores import Features
+from isthmus.evaluation.scores import RealImages, RealSides, data_facts
 from isthmus.evaluation.statistics import mean_and_covariance
 from isthmus.files import alone_in, contents
 from isthmus.nn.guidance import Guidance
@@ -95,9 +94,8 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
 
 def _write_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
     """Write mean and covariance of the features in the headline space, as --reference reads them, and their origin."""
-    space = next(iter(network.spaces))
-    mean, covariance, count = mean_and_covariance([features[space]])
-    origin = StatisticsOrigin(space, network.weights_sha256, network.preprocessing, count)
+    mean, covariance, count = mean_and_covariance([features[network.headline]])
+    origin = StatisticsOrigin(network.headline, network.weights_sha256, network.preprocessing, count)
     write_statistics(path, AdmStatistics(mean.numpy(), covariance.numpy(), origin))
 
 
@@ -240,13 +238,12 @@ def evaluate_images(
         seconds = {"features": time.perf_counter() - start}
         if done is None:
             remove_by_products(out)
-        if statistics:
-            _write_statistics(out / STATISTICS, found, network)
-        if done is None:
             main = _Measured(images, found, known.labels, known.names)
             facts = circumstances(where, processes=1) | {"seconds": seconds}
             balance, warnings = known.words, [known.warning]
             done = _score(main, {}, real, out, subject=subject, balance=balance, facts=facts, warnings=warnings)
+        if statistics:
+            _write_statistics(out / STATISTICS, found, network)
     _finish(done, out)
 
 
@@ -347,18 +344,17 @@ def evaluate_model(
             samples = read(asked[""][0], num)
             if done is None:
                 remove_by_products(out)
-            if npz:
-                labels = chosen.model_ids if pipeline.num_classes else None
-                write_adm_images(out / NPZ, samples, num, labels, chosen.model_names)
-            if statistics:
-                _write_statistics(out / STATISTICS, sample_features(network, samples), network)
-            if done is None:
                 start = time.perf_counter()
                 main, *others = (_measured(read(folder, num), chosen, network) for folder, _ in asked.values())
                 seconds["features"] = time.perf_counter() - start
                 facts = circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds}
                 sets = dict(zip(swept, others, strict=True))
                 done = _score(main, sets, real, out, subject=subject, balance=chosen.words, facts=facts)
+            if npz:
+                labels = chosen.model_ids if pipeline.num_classes else None
+                write_adm_images(out / NPZ, samples, num, labels, chosen.model_names)
+            if statistics:
+                _write_statistics(out / STATISTICS, sample_features(network, samples), network)
             if done.measures != extra:
                 start = time.perf_counter()
                 scores, curves = held_out_scores(

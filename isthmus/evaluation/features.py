@@ -33,6 +33,9 @@ from isthmus.nn.stored_llama import no_progress_bars
 from isthmus.pipelines.folder import model_folder
 from isthmus.samples import GROUP, Samples
 
+Rows = Float[np.ndarray, "_ d"]
+Features = dict[str, Float[np.ndarray, "_ _"]]
+
 FID_MIN_IMAGES = 10_000
 """Below this many samples nothing is called FID."""
 
@@ -64,7 +67,7 @@ class FeatureNetwork:
     Attributes:
         run: features by space, and those under `logits`, of images.
         name: "lite0", "inception" or "dinov2:<folder name>".
-        spaces: name of every feature space -> its width; the first is the headline space.
+        spaces: name of every feature space -> its width; the first is the headline.
         preprocessing: what happens to 0..255 values before the network, in words.
         weights_sha256: of the weight file.
         device: where it runs.
@@ -81,6 +84,11 @@ class FeatureNetwork:
     device: torch.device
     input_size: int | None = None
     logits: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """The first space."""
+        return next(iter(self.spaces))
 
     def __call__(self, images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
         """What `run` finds, in fp32 on the CPU."""
@@ -272,7 +280,7 @@ def _inception(path: Path, device: torch.device) -> FeatureNetwork:
 
 def extract_features(
     network: FeatureNetwork, images_uint8: Iterable[UInt8[np.ndarray, "_ _ 3"]], *, batch_size: int = 64
-) -> dict[str, Float[np.ndarray, "n _"]]:
+) -> Features:
     """Features of every image, one row each, by space (and the logits of networks that have them).
 
     An image's features do not depend on its neighbours in the batch, beyond the rounding of sums.
@@ -298,7 +306,7 @@ def extract_features(
     return _joined([{name: rows.numpy() for name, rows in part.items()} for part in parts])
 
 
-def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Float[np.ndarray, "n _"]]:
+def sample_features(network: FeatureNetwork, samples: Samples) -> Features:
     """Features of drawn images by space; those that an earlier call kept in `FEATURES` beside the images are read.
 
     They are of one network: another one's take their place.
@@ -326,11 +334,11 @@ def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Floa
     return known
 
 
-def _joined(parts: list[dict[str, Float[np.ndarray, "_ _"]]]) -> dict[str, Float[np.ndarray, "_ _"]]:
+def _joined(parts: list[Features]) -> Features:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> dict[str, Float[np.ndarray, "n _"]]:
+def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> Features:
     """Features that a file has of these images: of all of them, else of the leading whole groups."""
     try:
         # opened here: np.load leaves a broken archive open

@@ -14,9 +14,15 @@ from isthmus.evaluation.classes import balance_words, own_frequency_labels
 from isthmus.evaluation.evaluate import counts_by_stage, usage_curves
 from isthmus.evaluation.features import FeatureNetwork
 from isthmus.evaluation.images import ImageSet
-from isthmus.evaluation.reference import RealSide, Reference, disjoint_halves, images_per_measurement
-from isthmus.evaluation.sample_scores import fitting, score_samples
-from isthmus.evaluation.scores import LabelledFeatures, RealFeatures, inception_score_list
+from isthmus.evaluation.reference import (
+    LabelledFeatures,
+    RealFeatures,
+    RealSide,
+    Reference,
+    disjoint_halves,
+    images_per_measurement,
+)
+from isthmus.evaluation.scores import fitting, inception_score_list, score_samples
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 
 N, WIDTH = 40, 4
