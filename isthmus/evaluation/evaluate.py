@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
-from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_adm_images, write_statistics
+from isthmus.evaluation.adm_npz import StatisticsOrigin, write_adm_images, write_statistics
 from isthmus.evaluation.classes import Balance, SampleClasses, choose_classes, matched_classes
 from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
@@ -60,11 +60,9 @@ _OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, NPZ, STATISTICS, *REPORT_FILES)
 def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
     """The record of an earlier run that scored the same samples in the same way; None where they are to be scored.
 
-    Its `measures` are empty where held-out images were not measured to the end. Raises UserError where `out` is a file,
-    or holds the evaluation of something else, or other things.
+    Its `measures` are empty where held-out images were not measured to the end. Raises UserError where `out` holds the
+    evaluation of something else, or other things.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     if not (out / RECORD).is_file():
         foreign = [path.name for path in contents(out) if path.name not in _OURS]
         if foreign:
@@ -96,7 +94,7 @@ def _write_statistics(path: Path, features: Features, network: FeatureNetwork) -
     """Write mean and covariance of the features in the headline space, as --reference reads them, and their origin."""
     mean, covariance, count = mean_and_covariance([features[network.headline]])
     origin = StatisticsOrigin(network.headline, network.weights_sha256, network.preprocessing, count)
-    write_statistics(path, AdmStatistics(mean.numpy(), covariance.numpy(), origin))
+    write_statistics(path, mean.numpy(), covariance.numpy(), origin)
 
 
 def remove_by_products(out: Path) -> None:

@@ -277,8 +277,8 @@ def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[
         kind = kind_of_npz(path) if path.is_file() else "images"
         statistics, origin = None, None
         if kind != "images":
-            found = read_statistics(path)
-            statistics, origin = Gaussian.from_covariance(found.mean, found.covariance), found.origin
+            mean, covariance, origin = read_statistics(path)
+            statistics = Gaussian.from_covariance(mean, covariance)
         if kind == "statistics":
             return Reference(f"the statistics in {path.name}", sha256_of_file(path), None, statistics, origin=origin)
         images = open_images(path, size=size)
