@@ -99,16 +99,13 @@ class SampleRequest:
         """Images of a call of the pipeline.
 
         Args:
-            pipeline: draws.
             labels: class id of every image.
             classes: the rule behind `labels`, whatever their number, in JSON values: `class_ids` and more. Its
                 `class_names`, by class id, stand for those of a model without.
-            seed: image i is drawn from (seed, i).
             options: sampling options by name; `FOLDER_DEFAULT` and what is left out stand for the model's own.
             steering: arguments of a call beyond these, such as the number of solver steps.
             decoding: how tokens are computed.
             prefix_image: file of the image whose first tokens are kept.
-            dtype: type of the weights.
 
         Raises:
             UserError: the model does not take an argument, or it is not usable.
@@ -158,12 +155,9 @@ def draw(
     """Fill a folder with the images of a request; those that are there and whole already stay.
 
     Args:
-        pipeline: draws.
         folder: new, empty, or of the same settings; nobody else works in it meanwhile.
-        request: its images.
         batch_size: images drawn at once; None estimates what fits into memory. It changes no token.
         processes: of a launcher: image i is drawn by process i modulo their number. All wait for each other at the end.
-        title: of the progress bar.
 
     Raises:
         UserError: the folder holds something else, or memory ran out (names the next batch size to try). What stops the

@@ -199,15 +199,11 @@ def evaluate_images(
     Of several processes under torchrun the first one works; there is nothing to share.
 
     Args:
-        samples: an .npz file or a folder.
         out: folder of evaluation.json and the report; new, or of the same images.
         reference: images or statistics to measure against; None takes those of the data set.
         data: data set whose training images judge classes and copies; None leaves both out.
         classes: of the data; none are all.
-        columns: of an hf: table.
-        features: as for `feature_network`.
         statistics: also write statistics.npz, mean and covariance of the images' features.
-        device: where features are computed.
 
     Raises:
         UserError: an argument is not usable, a guard refuses, or `out` holds something else.
@@ -271,28 +267,19 @@ def evaluate_model(
 ) -> None:
     """Draw `num` images of a model, score them and the model's held-out figures, and write `out`.
 
-    Under torchrun the processes share the drawing; the first one scores and writes.
+    Under torchrun the processes share the drawing; the first one scores and writes. Arguments without words are those
+    of `SampleRequest.of`, `load_pipeline` and `evaluate_images`.
 
     Args:
-        model: a pipeline folder or hub id.
         out: folder of samples, evaluation.json and the report; new, or of an evaluation of the same model.
         data: the data set, as for `open_source`: its held-out images, classes and training images.
         classes: of the data; none are those of the model.
-        columns: of an hf: table.
         num: N, images in all.
-        seed: image i is drawn from (seed, i).
-        options: as for `SampleRequest.of`, like `steering`.
-        steering: solver and steps, where given.
-        features: as for `feature_network`.
-        reference: as for `evaluate_images`.
         balance: every class equally often, or as often as in the data.
         sweep: guidances that are drawn and scored beside.
         npz: also write samples.npz for ADM's evaluator.
-        statistics: as for `evaluate_images`.
         measures: what is measured on held-out images beyond the usual.
         batch_size: images drawn, rebuilt or read at once; None estimates what fits. It changes no score.
-        device: as for `load_pipeline`, like `dtype`.
-        dtype: of the weights.
         real_sides: what was measured of real images before, for many evaluations.
 
     Raises:

@@ -70,7 +70,6 @@ class FeatureNetwork:
         spaces: name of every feature space -> its width; the first is the headline.
         preprocessing: what happens to 0..255 values before the network, in words.
         weights_sha256: of the weight file.
-        device: where it runs.
         input_size: side in pixels that every image is resized to; None where images keep theirs.
         logits: name of the output that an Inception score reads, or None.
     """
@@ -104,7 +103,6 @@ def feature_network(spec: str = "lite0", *, device: str | torch.device = "cpu") 
     Args:
         spec: "lite0" (installed with the package), "inception:FILE" (weights of the FID Inception, in the extra
             `inception`) or "dinov2:FOLDER_OR_HUB_ID" (a DINOv2 that transformers saved).
-        device: where it runs.
 
     Raises:
         UserError: the name is none of these, the extra is missing, or the weights are not what they should be.
@@ -286,7 +284,6 @@ def extract_features(
     An image's features do not depend on its neighbours in the batch, beyond the rounding of sums.
 
     Args:
-        network: from `feature_network`.
         images_uint8: any iterable of (h, w, 3) arrays, all of one size, 0..255.
         batch_size: images per forward pass at most; of large images fewer, so that memory does not grow with them.
 

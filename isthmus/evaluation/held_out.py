@@ -238,11 +238,7 @@ def held_out_scores(
     """Reconstruction and likelihood; nothing where there are fewer than two images.
 
     Args:
-        pipeline: of either family.
-        images: held out, of the model's size.
-        network: for the distance of the reconstructions.
         model_ids: the model's id of every class of the data; empty where either side has no classes.
-        lpips: measured too where it is given.
         solver_steps: numbers of solver steps with which images are rebuilt too.
         batch_size: images at once; None estimates what fits, at most `_LARGEST_BATCH`. It changes no score.
 

@@ -226,10 +226,8 @@ def open_splits(
 
     Args:
         spec: as for `open_source`.
-        image_size: side in pixels.
         classes: those asked for, in this order; none are those of the model.
         wanted: names of the model's classes, which the data set must have where `classes` names none.
-        columns: of an hf: table.
 
     Raises:
         UserError: the data cannot be used, or do not have the model's classes.
@@ -260,13 +258,11 @@ def open_splits(
 
 
 def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[int, int]) -> Reference:
-    """The reference of an evaluation: the one given, else images of the data set.
+    """The reference of an evaluation: images or statistics at `path`, else images of the data set.
 
     Built-in sets are small, so theirs is training and held-out images together; of other data it is the held-out part.
 
     Args:
-        data: the data set.
-        path: images or statistics.
         size: of the samples, height and width in pixels.
 
     Raises:

@@ -100,18 +100,10 @@ def score_samples(
     network: FeatureNetwork,
     names: Sequence[str],
 ) -> SampleScores:
-    """Distances, neighbourhoods, classes and copies.
+    """Distances, neighbourhoods, classes and copies; `labels` are in the order of `names`, the classes of the data set.
 
-    Args:
-        samples: features by space.
-        labels: their classes, in the order of `names`; None where they have none.
-        reference: what they are measured against.
-        real: the same, measured.
-        network: whose features these are.
-        names: classes of the data set.
-
-    Raises:
-        UserError: a file of statistics was made with other features.
+    `real` is the measured side of `reference`. Raises UserError for a file of statistics that was made with other
+    features.
     """
     headline = network.headline
     rows = samples[headline]
