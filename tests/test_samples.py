@@ -14,11 +14,11 @@ from PIL import Image
 
 from isthmus.errors import UserError
 from isthmus.files import claimed
-from isthmus.pipelines.request import token_hashes
 from isthmus.processes import Processes
 from isthmus.samples import MANIFEST, check_folder, draw, file_name, read
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
+from tests.testers import token_hashes
 from tests.tiny_samples import NUM, REPOSITORY, SEED, tiny_request
 
 BOTH = pytest.mark.parametrize("pipeline", [tiny_pipeline(), tiny_dar()], ids=["next-scale", "d-ar"])

@@ -31,6 +31,7 @@ from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import AnyPipeline
 from isthmus.pipelines.memory import batch_size_that_fits, naming_next_batch_size
+from isthmus.published import lpips_distance
 
 AnyPictures = UInt8[np.ndarray, "_ _ _ 3"]
 Values = Float[np.ndarray, " n"]
@@ -78,7 +79,7 @@ class Measures:
 
     def lpips(self) -> LPIPSDistance | None:
         """LPIPS, where it is asked for. Raises UserError where a file of weights cannot be used."""
-        return LPIPSDistance.from_files(*self.lpips_weights) if self.lpips_weights else None
+        return lpips_distance(*self.lpips_weights) if self.lpips_weights else None
 
 
 THE_USUAL = Measures()
