@@ -8,12 +8,13 @@ second run with all of it there only writes the report again.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
@@ -352,7 +353,8 @@ def evaluate_model(
                     batch_size=batch_size,
                 )
                 done.circumstances["seconds"]["held-out images"] = time.perf_counter() - start
-                curves += _usage(pipeline, samples)
+                drawn_ids = map(samples.token_ids, range(num))
+                curves += usage_curves(drawn_ids, pipeline.stage_lengths, pipeline.codebook_size)
                 done = replace(done, measures=extra, held_out=tuple(scores), curves=tuple(curves))
                 write_record(done, out)
         if processes.is_first:
@@ -384,35 +386,19 @@ def _measured(samples: Samples, chosen: SampleClasses, network: FeatureNetwork) 
     return _Measured(images, sample_features(network, samples), labels, chosen.names)
 
 
-def _usage(pipeline: AnyPipeline, samples: Samples) -> list[Curve]:
-    lengths = pipeline.stage_lengths
-    counts = np.zeros((len(lengths), pipeline.codebook_size), np.int64)
-    for index in range(len(samples)):
-        counts += counts_by_stage(samples.token_ids(index), list(lengths.values()), pipeline.codebook_size)
-    return usage_curves(counts, list(lengths))
-
-
-def counts_by_stage(
-    token_ids: Int[np.ndarray, " l"], lengths: Sequence[int], codebook_size: int
-) -> Int[np.ndarray, "s k"]:
-    """How often every code occurs in every stage; stages that hold no token (a short run) count nothing.
-
-    >>> counts_by_stage(np.array([0, 1, 1]), (1, 2), 3).tolist()
-    [[1, 0, 0], [0, 2, 0]]
-    """
-    parts = np.split(token_ids, np.cumsum(lengths)[:-1])
-    return np.stack([np.bincount(part, minlength=codebook_size) for part in parts])
-
-
-def usage_curves(counts: Int[np.ndarray, "s k"], names: Sequence[str]) -> list[Curve]:
+def usage_curves(
+    token_ids: Iterable[Int[np.ndarray, " l"]], stage_lengths: Mapping[str, int], codebook_size: int
+) -> list[Curve]:
     """Share of the codes in use, and perplexity of their frequencies (1 where one code is always drawn), by stage."""
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    logs = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
-    curves = {
-        "codes in use (share)": (counts > 0).mean(axis=1),
-        "perplexity of the codes": np.exp(-(shares * logs).sum(axis=1)),
-    }
+    # not at the top of the file: it loads what only trainings need
+    from isthmus.training.codebook import code_counts, perplexity
+
+    ends = np.cumsum(list(stage_lengths.values()))
+    counts = torch.zeros(len(ends), codebook_size, dtype=torch.float64)
+    for ids in token_ids:
+        counts += code_counts([torch.from_numpy(part)[None] for part in np.split(ids, ends[:-1])], codebook_size)
+    curves = {"codes in use (share)": (counts > 0).double().mean(dim=1), "perplexity of the codes": perplexity(counts)}
     return [
-        Curve(name=name, along="tokens", positions=tuple(names), values=tuple(map(float, values)))
+        Curve(name=name, along="tokens", positions=tuple(stage_lengths), values=tuple(values.tolist()))
         for name, values in curves.items()
     ]
