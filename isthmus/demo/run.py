@@ -171,12 +171,13 @@ def finish_dar(options: DemoOptions, pipeline: DARPipeline, samples: Samples, cl
     training = real.measured(len(samples)).training
     assert training is not None, "there is a data set"
     judge = NearestClassMean.fit(training.rows, training.labels)
+    features = extract_features(real.network, to_uint8(rebuilt))[headline]
     scores = DARScores(
         **figures,
         psnr=psnr(rebuilt, unseen).mean().item(),
         psnr_shuffled=psnr(shuffled, unseen).mean().item(),
         psnr_small=psnr(shrunk_and_back(unseen), unseen).mean().item(),
-        reconstruction_accuracy=judge.accuracy(extract_features(real.network, to_uint8(rebuilt))[headline], labels),
+        reconstruction_accuracy=float((judge.predict(features) == labels).mean()),
         num_held_out=len(unseen),
         first_preview=first_preview,
         model=pipeline.fingerprint,

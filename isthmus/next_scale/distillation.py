@@ -478,8 +478,7 @@ def teaching(teacher: Mapping[str, Any], student: Mapping[str, Any], *, weight: 
 def _described(settings: Mapping[str, Any]) -> str:
     """A model in words: mask, scales, and what a draw costs."""
     sizes, mask = settings["scale_sizes"], settings["scale_attention"]
-    names = ("width", "num_layers", "mlp_ratio", "codebook_size", "codebook_dim", "shared_adaln")
-    flops = sampling_flops(sizes, markov=mask == "markov", **{name: settings[name] for name in names})
+    flops = sampling_flops(settings)
     return (
         f"{mask}, scales {_listed(sizes)}, {sum(n * n for n in sizes)} tokens, {len(sizes)} forwards, "
         f"{flops / 1e9:.4g} GFLOP"

@@ -77,11 +77,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def naming_next_batch_size(batch_size: int, *, advice: str = "") -> Iterator[None]:
-    """Where memory runs out in the block: one error with this advice, or with the --batch-size to try next.
-
-    Raises:
-        UserError: memory ran out.
-    """
+    """Where memory runs out in the block: a UserError with this advice, or with the --batch-size to try next."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
