@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -112,18 +111,22 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compili
 class ModelLaws:
     """A subclass has fixtures `model` (in eval mode) and `inputs` (arguments of forward), and `floats(output)`."""
 
+    without_gradient: tuple[str, ...] = ()
+    """How names of parameters end whose gradient is zero in exact arithmetic."""
+
     def floats(self, output: Any) -> Tensor:
         """The float tensor of an output that depends on every weight."""
         raise AssertionError("a test class says which tensor of its output is compared")
 
-    def test_save_and_load_gives_the_same_output(self, model, inputs, tmp_path):
+    def test_save_and_load_gives_the_same_output_each_time(self, model, inputs, tmp_path):
+        before = self.floats(model(*inputs))
         model.save_pretrained(tmp_path)
         assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
         loaded = type(model).from_pretrained(tmp_path).eval()
-        assert torch.equal(self.floats(loaded(*inputs)), self.floats(model(*inputs)))
+        for one in (loaded, model):
+            assert torch.equal(self.floats(one(*inputs)), before)
+        # settings and weights
         assert fingerprint(loaded) == fingerprint(model)
-        plain = [json.dumps({k: v for k, v in m.config.items() if k[0] != "_"}, default=list) for m in (model, loaded)]
-        assert plain[0] == plain[1]
 
     def test_fingerprint_sees_the_weights(self, model):
         before, names = fingerprint(model), list(model.state_dict())
@@ -135,8 +138,8 @@ class ModelLaws:
     def test_gradients_reach_every_parameter(self, model, inputs):
         model.zero_grad()
         self.loss(model(*inputs)).backward()
-        silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not silent
+        silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+        assert not {name for name in silent if not name.endswith(self.without_gradient)}
 
     def loss(self, output: Any) -> Tensor:
         """A scalar that depends on every weight."""

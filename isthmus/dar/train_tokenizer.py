@@ -35,12 +35,13 @@ from isthmus.data.source import ImageSource
 from isthmus.data.views import Batch, Sample
 from isthmus.errors import UserError
 from isthmus.nn.draws import REVIVE, stream
-from isthmus.nn.perceptual import perceptual_distance, psnr
+from isthmus.nn.perceptual import psnr
 from isthmus.nn.quantization import k_means
 from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import Images
 from isthmus.pictures import spread
 from isthmus.pipelines.folder import model_folder
+from isthmus.published import perceptual_distance
 from isthmus.training.arguments import given
 from isthmus.training.codebook import CodebookUsage, code_counts
 from isthmus.training.cost import num_parameters, report, training_cost

@@ -30,6 +30,7 @@ from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import AnyPipeline
 from isthmus.pipelines.memory import batch_size_that_fits, is_out_of_memory
+from isthmus.published import lpips_distance
 
 if TYPE_CHECKING:
     from isthmus.dar.pipeline import DARPipeline
@@ -169,7 +170,7 @@ def reconstruction_report(
         images_uint8: (h, w, 3) images of the model's size, 0..255.
         network: for the Frechet distance, on its headline space.
         batch_size: images at once.
-        lpips: measures LPIPS too, from weights of the user's (`LPIPSDistance.from_files`).
+        lpips: measures LPIPS too, from weights of the user's (`isthmus.published.lpips_distance`).
         solver_steps: also reconstruct with these numbers of solver steps (D-AR only).
 
     Raises:
@@ -315,7 +316,7 @@ class Measures:
 
     def lpips(self) -> LPIPSDistance | None:
         """LPIPS, where it is asked for. Raises UserError where a file of weights cannot be used."""
-        return LPIPSDistance.from_files(*self.lpips_weights) if self.lpips_weights else None
+        return lpips_distance(*self.lpips_weights) if self.lpips_weights else None
 
 
 THE_USUAL = Measures()

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +16,11 @@ from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.published import (
     Converted,
+    ConvertedPipeline,
+    build,
     check_belong,
-    check_class_names,
     data_of,
     indexed,
-    load_strict,
     read_weights,
     rename,
     require,
@@ -152,21 +151,12 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
 
 def build_tokenizer(converted: Converted) -> MultiScaleVQVAE:
     """A tokenizer with the converted weights, in eval mode."""
-    return load_strict(MultiScaleVQVAE(**converted.arguments), converted.state, "the tokenizer file").eval()
+    return build(MultiScaleVQVAE, converted, "the tokenizer file")
 
 
 def build_prior(converted: Converted) -> NextScaleTransformer:
     """A prior with the converted weights, in eval mode."""
-    return load_strict(NextScaleTransformer(**converted.arguments), converted.state, "the prior file").eval()
-
-
-@dataclass
-class ConvertedVar:
-    """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
-
-    pipeline: NextScalePipeline
-    dropped_tokenizer_keys: dict[str, str]
-    dropped_prior_keys: dict[str, str]
+    return build(NextScaleTransformer, converted, "the prior file")
 
 
 def convert_var(
@@ -175,7 +165,7 @@ def convert_var(
     *,
     scale_attention: Literal["causal", "markov"] = "causal",
     class_names: Sequence[str] = (),
-) -> ConvertedVar:
+) -> ConvertedPipeline:
     """Published VAR files to a pipeline; the tokenizer gets the prior's scales.
 
     Sampling defaults are those of the published evaluation: guidance linear from 1 to 2.5 over the scales (its cfg =
@@ -193,7 +183,6 @@ def convert_var(
     tokenizer_parts = convert_tokenizer_state(raw_tokenizer, wanted["scale_sizes"])
     for name in ("codebook_size", "codebook_dim"):
         check_belong(name, tokenizer_parts.arguments[name], wanted[name], tokenizer, prior)
-    check_class_names(class_names, wanted["num_classes"])
     sampling = SamplingOptions(
         guidance_scale=GuidanceSchedule("linear", 1.0, 2.5), top_k=min(900, wanted["codebook_size"]), top_p=0.96
     )
@@ -205,4 +194,4 @@ def convert_var(
         data=data_of(tokenizer, prior),
         protocol=f"Converted from published VAR weights, scale_attention {scale_attention}; not trained further.",
     )
-    return ConvertedVar(pipeline, tokenizer_parts.dropped, prior_parts.dropped)
+    return ConvertedPipeline(pipeline, tokenizer_parts.dropped, prior_parts.dropped)

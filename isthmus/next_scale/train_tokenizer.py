@@ -31,12 +31,13 @@ from isthmus.next_scale.pyramid import area_downsample
 from isthmus.next_scale.runs import TokenizerLoss, TokenizerRun
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, MultiScaleVQVAEOutput, cpu_layout
 from isthmus.nn.draws import KMEANS, REVIVE, stream
-from isthmus.nn.perceptual import perceptual_distance, psnr
+from isthmus.nn.perceptual import psnr
 from isthmus.nn.quantization import k_means
 from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens
 from isthmus.pictures import spread
 from isthmus.pipelines.loading import load_pipeline
+from isthmus.published import perceptual_distance
 from isthmus.training.arguments import given
 from isthmus.training.codebook import CodebookUsage, code_counts
 from isthmus.training.config import OptimConfig

@@ -122,7 +122,7 @@ class SavedPipeline:
         names = names_in_order(class_names) if isinstance(class_names, Mapping) else tuple(class_names or ())
         if names and len(names) != self.num_classes:
             raise UserError(
-                f"class_names needs one name per class ({self.num_classes}), got {len(names)}. "
+                f"class_names needs one name per class: {self.num_classes} classes, got {len(names)} names. "
                 "Pass the names of the data the transformer was trained on, or none."
             )
         if not isinstance(sampling_defaults, SamplingOptions):
