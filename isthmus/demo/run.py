@@ -36,7 +36,7 @@ from isthmus.evaluation.classes import NearestClassMean
 from isthmus.evaluation.features import extract_features, feature_network, sample_features
 from isthmus.evaluation.held_out import as_floats
 from isthmus.evaluation.reference import open_splits
-from isthmus.evaluation.sample_scores import RealImages
+from isthmus.evaluation.scores import RealImages
 from isthmus.files import alone_in, write_whole
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.runs import prior_preset, tokenizer_preset
@@ -171,12 +171,13 @@ def finish_dar(options: DemoOptions, pipeline: DARPipeline, samples: Samples, cl
     training = real.measured(len(samples)).training
     assert training is not None, "there is a data set"
     judge = NearestClassMean.fit(training.rows, training.labels)
+    features = extract_features(real.network, to_uint8(rebuilt))[headline]
     scores = DARScores(
         **figures,
         psnr=psnr(rebuilt, unseen).mean().item(),
         psnr_shuffled=psnr(shuffled, unseen).mean().item(),
         psnr_small=psnr(shrunk_and_back(unseen), unseen).mean().item(),
-        reconstruction_accuracy=judge.accuracy(extract_features(real.network, to_uint8(rebuilt))[headline], labels),
+        reconstruction_accuracy=float((judge.predict(features) == labels).mean()),
         num_held_out=len(unseen),
         first_preview=first_preview,
         model=pipeline.fingerprint,

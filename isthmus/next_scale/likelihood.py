@@ -1,14 +1,11 @@
 """The exact probability that a next-scale model gives to a token pyramid, and classification by it.
 
 Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion" (the forward process is deterministic, so every KL
-of the bound is a cross-entropy); spec of SRDD, 1, "The law".
-
-Classification is Bayes with equal priors over unguided log-likelihoods. Scales come coarse to fine, so classes that are
-hopeless after the first ones are not looked at any further. Diffusion classifiers do the same with noise levels (Li et
-al., "Your Diffusion Model is Secretly a Zero-Shot Classifier"); here every likelihood is exact.
+of the bound is a cross-entropy); spec of SRDD, 1, "The law". Classification is Bayes with equal priors over unguided
+log-likelihoods, as diffusion classifiers do it with noise levels (Li et al., "Your Diffusion Model is Secretly a
+Zero-Shot Classifier"); classes that are hopeless after the coarse scales are not looked at any further.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.next_scale.pyramid import ScaleSchedule, next_scale_input
+from isthmus.next_scale.pyramid import ScaleSchedule
 from isthmus.next_scale.sampling import shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
-from isthmus.next_scale.transformer import Conditioning, NextScaleTransformer
+from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.attention import KeyValueCache
 from isthmus.nn.draws import CLASSIFY, stream
 from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
@@ -35,12 +32,8 @@ class DiffusionBound:
     """The terms of the negative evidence lower bound, in nats per image.
 
     State x_n is the tokens of the first n scales, x_K the image, x_0 nothing at all. The forward process drops scales,
-    so its posterior q(x_{n+1} | x_n, image) is a point mass, and its KL to the model is -log p(x_{n+1} | x_n).
-
-    Attributes:
-        prior: KL of the last state of the forward process to where generation starts: both are x_0, so 0.
-        steps: (b, K - 1), KL of every step from x_0 up to x_{K-1}.
-        reconstruction: -log p(x_K | x_{K-1}).
+    so its posterior q(x_{n+1} | x_n, image) is a point mass, and its KL to the model is -log p(x_{n+1} | x_n): `steps`
+    up to x_{K-1}, `reconstruction` for x_K. `prior` is the KL of x_0 to where generation starts, x_0: 0.
     """
 
     prior: Float[Tensor, " b"]
@@ -60,19 +53,14 @@ def token_log_likelihood(
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
 ) -> Float[Tensor, "b l"]:
-    """Nats of every token, log p(token | class, coarser scales), in one teacher-forced pass.
+    """Nats of every token, log p(token | class, coarser scales), in one teacher-forced pass, unguided and unfiltered.
 
-    The model is unguided and unfiltered, at temperature 1. Tokens of one scale are independent given the coarser ones,
-    so a row's sum is log p(pyramid | class), for both kinds of attention.
-
-    Labels are 0..num_classes, the last being the null label; tokens are the caller's to check (`check_token_ids`).
-    Raises UserError where tokenizer and transformer do not belong together.
+    Tokens of one scale are independent given the coarser ones, so a row's sum is log p(pyramid | class). Labels are
+    0..num_classes, the last being the null label; tokens are the caller's to check (`check_token_ids`).
     """
-    schedule = shared_schedule(image_tokenizer, transformer)
-    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
-    class_labels = class_labels.to(transformer.device)
-    inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
-    return _nats(transformer(class_labels, inputs).logits, torch.cat(token_ids, dim=1))
+    token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
+    logits = transformer(class_labels.to(transformer.device), torch.cat(inputs, dim=1)).logits
+    return _nats(logits, torch.cat(token_ids, dim=1))
 
 
 @torch.no_grad()
@@ -82,54 +70,35 @@ def diffusion_bound(
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
 ) -> DiffusionBound:
-    """The bound by running the reverse process on the states of the forward process, scale by scale.
-
-    Arguments and errors are those of `token_log_likelihood`, whose sum it equals: the law of the paper.
-    """
-    schedule = shared_schedule(image_tokenizer, transformer)
-    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
-    class_labels = class_labels.to(transformer.device)
-    batch, dim = len(class_labels), image_tokenizer.codebook.embedding_dim
-    conditioning, cache = transformer.condition(class_labels), transformer.new_cache(batch)
-    shape = (batch, dim, schedule.grid, schedule.grid)
-    features = torch.zeros(shape, device=transformer.device, dtype=torch.float32)
-    costs = []
-    for scale, ids in enumerate(token_ids):
-        inputs = next_scale_input(features, schedule, scale) if scale else features.new_zeros(batch, 0, dim)
-        logits = transformer.forward_scale(scale, inputs.to(transformer.dtype), conditioning, cache)
-        costs.append(-_nats(logits, ids).sum(dim=1))
-        features = image_tokenizer.add_codes(features, image_tokenizer.lookup(ids), scale, schedule)
+    """The bound by the reverse process, scale by scale; equal to the sum of `token_log_likelihood`, the paper's law."""
+    token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
+    conditioning = transformer.condition(class_labels.to(transformer.device))
+    cache, costs = transformer.new_cache(len(class_labels)), []
+    for scale, (ids, rows) in enumerate(zip(token_ids, inputs, strict=True)):
+        costs.append(-_nats(transformer.forward_scale(scale, rows, conditioning, cache), ids).sum(dim=1))
     by_step = torch.stack(costs, dim=1)
     return DiffusionBound(torch.zeros_like(by_step[:, 0]), by_step[:, :-1], by_step[:, -1])
 
 
-def bits_per_pixel(log_prob: Float[Tensor, " b"], image_size: int) -> Float[Tensor, " b"]:
-    """Bits that the token pyramid costs, over the pixels of the image: what compressing its tokens would take.
-
-    It is no likelihood of the pixels, which the tokens do not fix.
-
-    >>> bits_per_pixel(torch.tensor([-math.log(2) * 64]), 8)
-    tensor([1.])
-    """
-    return -log_prob / math.log(2) / image_size**2
+def _by_scale(
+    image_tokenizer: MultiScaleVQVAE, transformer: NextScaleTransformer, token_ids: TokenPyramid
+) -> tuple[TokenPyramid, list[Float[Tensor, "b _ d"]]]:
+    """Token ids, and what the transformer reads at every scale, on its device; UserError where the two do not fit."""
+    schedule = shared_schedule(image_tokenizer, transformer)
+    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
+    inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
+    return token_ids, list(inputs.split([0, *schedule.lengths[1:]], dim=1))
 
 
 @torch.no_grad()
 def signal_to_noise(
     image_tokenizer: MultiScaleVQVAE, latents: LatentMap, schedule: ScaleSchedule | None = None
 ) -> Float[Tensor, "b scales"]:
-    """How much of an image a state holds: ||f||^2 / ||f - Fhat_n||^2 in dB after every scale.
-
-    `latents` f are those of `MultiScaleVQVAE.encode`. It rises with n as in a reversed diffusion.
-    """
-    latents, rows = latents.float(), []
-    token_ids = image_tokenizer.requantize(latents, schedule)
-    features = torch.zeros_like(latents)
-    for scale, ids in enumerate(token_ids):
-        features = image_tokenizer.add_codes(features, image_tokenizer.lookup(ids), scale, schedule)
-        noise = (latents - features).square().flatten(1).sum(dim=1)
-        rows.append(10 * torch.log10(latents.square().flatten(1).sum(dim=1) / noise))
-    return torch.stack(rows, dim=1)
+    """How much of the latents f a state holds: ||f||^2 / ||f - Fhat_n||^2 in dB after every scale n."""
+    latents = latents.float()
+    states = image_tokenizer.token_scales(image_tokenizer.requantize(latents, schedule), schedule)
+    noise = torch.stack([(latents - state.features).square().sum(dim=(1, 2, 3)) for state in states], dim=1)
+    return 10 * torch.log10(latents.square().sum(dim=(1, 2, 3)).unsqueeze(1) / noise)
 
 
 def check_token_ids(token_ids: Sequence[Tensor], lengths: Sequence[int], codebook_size: int) -> None:
@@ -160,9 +129,8 @@ class ClassScores:
 
     Attributes:
         nats: log p(tokens | class) of the scales that were looked at; a mean over the views.
-        scales: how many scales these are. A class that was dropped has fewer than the others.
-        below_best: nats below the best class, both taken at the last scale at which the class was looked at; 0 for the
-            best.
+        scales: how many scales these are; fewer of a class that was dropped.
+        below_best: nats below the best class, both at the last scale at which the class was looked at.
         tokens: tokens that ran through the network for this image, all classes and views together.
     """
 
@@ -173,16 +141,14 @@ class ClassScores:
 
     @classmethod
     def joined(cls, parts: Sequence["ClassScores"]) -> "ClassScores":
-        """All images together, on the CPU, as tensors anybody may use."""
+        """All images together, on the CPU."""
         names = ("nats", "scales", "below_best", "tokens")
-        return cls(*(torch.cat([getattr(part, name).cpu() for part in parts]).clone() for name in names))
+        return cls(*(torch.cat([getattr(part, name).cpu() for part in parts]) for name in names))
 
     @property
     def order(self) -> Int[Tensor, "b candidates"]:
-        """Columns of the candidates, the most probable first.
-
-        Those that were looked at longer come first: how far a dropped class lay below the best says nothing beside
-        one whose distance went on growing. Among equals the nearest to the best is first.
+        """Columns of the candidates, the most probable first: those looked at longest, and of these the nearest to the
+        best. How far a dropped class lay below the best says nothing beside one whose distance went on growing.
         """
         near = self.below_best.sort(dim=1, stable=True).indices
         longest = self.scales.gather(1, near).sort(dim=1, descending=True, stable=True).indices
@@ -192,8 +158,8 @@ class ClassScores:
     def probabilities(self) -> Float[Tensor, "b candidates"]:
         """Posterior under equal priors; exact without pruning.
 
-        A dropped class counts as no nearer to the best than those before it in `order`, so it never exceeds a class
-        that was looked at longer; what it gets is an upper bound as far as the scales seen can tell.
+        A dropped class counts as no nearer to the best than those before it in `order`: what it gets is an upper bound
+        as far as the scales seen can tell.
         """
         order = self.order
         below = self.below_best.double().gather(1, order).cummax(dim=1).values
@@ -216,7 +182,7 @@ def surviving(
     return alive & ((scores >= best - margin_nats) | (rank < keep))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_classes(
     image_tokenizer: MultiScaleVQVAE,
     transformer: NextScaleTransformer,
@@ -230,9 +196,6 @@ def score_classes(
 ) -> ClassScores:
     """Log-likelihoods of images under every candidate class, scale by scale, dropping classes on the way.
 
-    Inputs of the transformer are made once per image, modulations once per class; a causal model keeps the keys of the
-    classes that go on, once these are few enough.
-
     Args:
         token_ids: one (b * num_views, s_k * s_k) per scale; the views of an image lie next to each other.
         candidates: class ids.
@@ -241,16 +204,16 @@ def score_classes(
         margin_nats: a class further below the best than this is dropped; None drops none.
         num_views: token pyramids per image, whose log-likelihoods are averaged.
         tokens_at_once: bounds the memory: tokens that one pass reads and whose keys are held; None is no bound. The
-            answers do not depend on it; a causal model under a bound reads the first scales several times.
+            answers do not depend on it.
     """
-    schedule = shared_schedule(image_tokenizer, transformer)
+    num_scales = transformer.schedule.num_scales
     pairs = _Pairs(image_tokenizer, transformer, token_ids, candidates, num_views, tokens_at_once)
     nats = torch.zeros(len(token_ids[0]) // num_views, len(candidates), device=transformer.device, dtype=torch.float32)
     below, scales = torch.zeros_like(nats), torch.zeros_like(nats, dtype=torch.long)
     alive = torch.ones_like(nats, dtype=torch.bool)
     tokens = torch.zeros_like(scales[:, 0])
     # where nothing is dropped nothing is decided between scales
-    ends = range(1, schedule.num_scales + 1) if margin_nats is not None else (schedule.num_scales,)
+    ends = range(1, num_scales + 1) if margin_nats is not None else (num_scales,)
     for first, end in pairwise((0, *ends)):
         image, candidate = alive.nonzero(as_tuple=True)
         if not len(image):
@@ -261,7 +224,7 @@ def score_classes(
         tokens += alive.sum(dim=1) * spent
         best = nats.masked_fill(~alive, float("-inf")).amax(dim=1, keepdim=True)
         below = torch.where(alive, best - nats, below)
-        if margin_nats is None or end == schedule.num_scales:
+        if margin_nats is None or end == num_scales:
             break
         going_on = surviving(nats, alive, keep=keep, margin_nats=margin_nats)
         if keep == 1:
@@ -291,13 +254,10 @@ class _Pairs:
         num_views: int,
         tokens_at_once: int | None,
     ):
-        schedule, device = shared_schedule(image_tokenizer, transformer), transformer.device
         self.transformer, self.num_views, self.tokens_at_once = transformer, num_views, tokens_at_once
-        self.lengths, self.offsets = schedule.lengths, schedule.offsets
-        self.token_ids = [ids.long().to(device) for ids in token_ids]
-        inputs = image_tokenizer.scale_inputs(self.token_ids, schedule).to(transformer.dtype)
-        self.inputs = [inputs[:, :0], *inputs.split(list(schedule.lengths[1:]), dim=1)]
-        self.conditioning = transformer.condition(torch.tensor(list(candidates), device=device))
+        self.lengths, self.offsets = transformer.schedule.lengths, transformer.schedule.offsets
+        self.token_ids, self.inputs = _by_scale(image_tokenizer, transformer, token_ids)
+        self.conditioning = transformer.condition(torch.tensor(list(candidates), device=transformer.device))
         self.cache: KeyValueCache | None = None  # of the pairs of the last call, where they fitted
         self.cached_scales = 0
 
@@ -334,7 +294,7 @@ class _Pairs:
     ) -> Float[Tensor, " some"]:
         views = torch.arange(self.num_views, device=image.device)
         rows = (image.unsqueeze(1) * self.num_views + views).flatten()
-        modulation = _rows_of(self.conditioning, candidate.repeat_interleave(self.num_views))
+        modulation = self.conditioning.rows(candidate.repeat_interleave(self.num_views))
         cache = self.transformer.new_cache(len(rows), num_scales=end) if self.cache is None else self.cache
         gained = torch.zeros(len(rows), device=image.device, dtype=torch.float32)
         for scale in range(start, end):
@@ -347,10 +307,9 @@ class _Pairs:
 def perturbed_views(
     latents: LatentMap, image_seeds: Sequence[tuple[int, int]], *, num_views: int, noise: float
 ) -> Float[Tensor, "rows d grid grid"]:
-    """Every latent map, then `num_views` - 1 copies with Gaussian noise: (b * num_views, d, grid, grid).
+    """Every latent map, each followed by `num_views` - 1 copies with Gaussian noise.
 
-    The views of an image lie next to each other. `noise` is a share of the standard deviation of the map itself. The
-    numbers follow from (seed, image index, view).
+    `noise` is a share of the standard deviation of the map itself; the numbers follow from (seed, image index, view).
     """
     views = []
     for one, (seed, index) in zip(latents.float(), image_seeds, strict=True):
@@ -367,16 +326,10 @@ def token_evidence(
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
 ) -> Float[Tensor, "b l"]:
-    """Pointwise mutual information of every token and the class, in nats: log p(token | class) - log p(token | null).
-
-    Positive where the class makes the token more probable than no class does. A row's sum is the evidence that the
-    image gives for the class.
-    """
+    """Pointwise mutual information of token and class, in nats: log p(token | class) - log p(token | null)."""
     null = torch.full_like(class_labels, transformer.null_class_id)
-    labelled, plain = (
-        token_log_likelihood(image_tokenizer, transformer, token_ids, labels) for labels in (class_labels, null)
-    )
-    return labelled - plain
+    labelled = token_log_likelihood(image_tokenizer, transformer, token_ids, class_labels)
+    return labelled - token_log_likelihood(image_tokenizer, transformer, token_ids, null)
 
 
 def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Float[Tensor, "b grid grid"]:
@@ -403,12 +356,6 @@ def _overlaps(size: int, grid: int) -> Float[Tensor, "{size} {grid}"]:
     return (high - low).clamp(min=0) / grid
 
 
-def _rows_of(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditioning:
-    return Conditioning(
-        conditioning.start[rows], tuple(block[rows] for block in conditioning.blocks), conditioning.head[rows]
-    )
-
-
 def check_classification(
     *, top_k: int, num_candidates: int, num_views: int, noise: float | None, prune_nats: float | None
 ) -> None:
@@ -418,10 +365,7 @@ def check_classification(
     if not 1 <= top_k <= num_candidates:
         raise UserError(f"top_k must lie in 1..{num_candidates} (the classes to choose from), got {top_k}.")
     if noise is not None and num_views == 1:
-        raise UserError(
-            f"view_noise perturbs the views after the first, got {noise} with num_views=1. Ask for more views, or "
-            "leave it out."
-        )
+        raise UserError(f"view_noise perturbs views after the first, got {noise} with num_views=1. Ask for more views.")
     if num_views < 1 or not (noise is None or 0 <= noise <= 1):
         raise UserError(
             f"num_views must be at least 1 and view_noise lie in [0, 1] (a share of the latents' standard deviation), "

@@ -42,12 +42,7 @@ class _NormalsLeftOut(TorchFunctionMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Networks made or loaded inside have shapes and no values (meta device): for sizes, or for weights that follow.
-
-    >>> with without_values():
-    ...     nn.Embedding(2, 3).weight.device.type
-    'meta'
-    """
+    """Networks made or loaded inside have shapes and no values (meta device): for sizes, or for weights that follow."""
     with torch.device("meta"), _NormalsLeftOut():
         yield
 
@@ -58,12 +53,7 @@ def values_left_out() -> bool:
 
 
 class Config(dict[str, Any]):
-    """The arguments something was made with, by name; they cannot be changed.
-
-    >>> config = Config(width=8)
-    >>> config.width, config["width"]
-    (8, 8)
-    """
+    """The arguments something was made with, as entries and attributes; they cannot be changed."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -71,13 +61,10 @@ class Config(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"there is no argument {name!r}") from None
 
-    def __setitem__(self, name: str, value: Any) -> NoReturn:
+    def __setitem__(self, name: str, value: Any = None) -> NoReturn:
         raise TypeError(f"arguments are recorded once, {name} cannot be changed")
 
-    __setattr__ = __setitem__
-
-    def __delitem__(self, name: str) -> NoReturn:
-        raise TypeError(f"arguments are recorded once, {name} cannot be removed")
+    __setattr__ = __delitem__ = __setitem__
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
         return Config, (dict(self),)
@@ -117,10 +104,7 @@ class Recorded:
 
     @classmethod
     def load_config(cls, folder: str | Path) -> dict[str, Any]:
-        """The arguments that a folder holds for this class.
-
-        Raises UserError where the file is missing, of another class, or has settings that this class does not know.
-        """
+        """The arguments that a folder holds for this class; UserError where it holds none, or others."""
         folder = Path(folder)
         config = read_config(folder, cls.config_name)
         check_class(config.get("_class_name"), cls.__name__, folder)
@@ -198,11 +182,7 @@ class SavedModel(nn.Module, Recorded):
 
     @classmethod
     def on_meta(cls: type[AnyModel], folder: Path) -> AnyModel:
-        """The model of a folder without values.
-
-        Raises UserError where the folder is incomplete, or its settings or the shapes of its weights do not fit the
-        class.
-        """
+        """The model of a folder without values; UserError where the folder is incomplete or does not fit the class."""
         settings = cls.load_config(folder)
         with without_values():
             model = cls(**settings)

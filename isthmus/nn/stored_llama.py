@@ -67,7 +67,7 @@ class StoredLlama:
     ):
         self.config: Any = config
         self.read_from: ReadFrom | None = None
-        self._tensors, self._module = tensors, module
+        self._tensors, self._module = tensors or {}, module
 
     @classmethod
     def of(cls, llama: "LlamaForCausalLM | StoredLlama") -> "StoredLlama":
@@ -129,22 +129,18 @@ class StoredLlama:
             module.load_state_dict(tensors, assign=True)
             # its table of angles is no weight, so it is still on the meta device
             module.model.rotary_emb = type(module.model.rotary_emb)(config=module.config).to(self.device)
-            self._module, self._tensors = module.eval(), None
+            self._module, self._tensors = module.eval(), {}
         return self._module
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights by the names of `LlamaForCausalLM`."""
         if self._module is not None:
             return dict(self._module.state_dict())
-        assert self._tensors is not None, "a stored Llama has tensors or a module"
         return dict(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         """The weight of that name."""
-        if self._module is not None:
-            return self._module.get_parameter(name).detach()
-        assert self._tensors is not None, "a stored Llama has tensors or a module"
-        return self._tensors[name]
+        return self._tensors[name] if self._module is None else self._module.get_parameter(name).detach()
 
     def to(self, *place: torch.device | str | torch.dtype) -> "StoredLlama":
         """Move or cast the weights, in place as modules do: a device, a type or both; returns itself."""
@@ -166,20 +162,15 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     words = (config["vocab_size"], width)
     shapes = {"model.embed_tokens.weight": words, "model.norm.weight": (width,), "lm_head.weight": words}
     for layer in range(config["num_hidden_layers"]):
-        shapes |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "self_attn.q_proj": (queries, width),
-                "self_attn.k_proj": (keys, width),
-                "self_attn.v_proj": (keys, width),
-                "self_attn.o_proj": (width, queries),
-                "mlp.gate_proj": (inner, width),
-                "mlp.up_proj": (inner, width),
-                "mlp.down_proj": (width, inner),
-                "input_layernorm": (width,),
-                "post_attention_layernorm": (width,),
-            }.items()
-        }
+        for names, shape in {
+            "self_attn.q_proj": (queries, width),
+            "self_attn.k_proj self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, queries),
+            "mlp.gate_proj mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "input_layernorm post_attention_layernorm": (width,),
+        }.items():
+            shapes |= {f"model.layers.{layer}.{name}.weight": shape for name in names.split()}
     return shapes
 
 

@@ -33,7 +33,7 @@ from isthmus.nn.shapes import Images
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import choose_device, load_pipeline
-from isthmus.samples import SampleRequest, draw, forwards_per_image, read
+from isthmus.samples import SampleRequest, draw, read
 from isthmus.studies.experiments import Experiment, Values, Work
 from isthmus.studies.measures import (
     BATCH,
@@ -488,7 +488,7 @@ def refined_values(
         request = SampleRequest.of(pipeline, labels, classes=rule, seed=seed)
         draw(pipeline, folder / mode, request, batch_size=setting.batch_size, title=mode)
         samples = read(folder / mode, len(request))
-        cost = forwards_per_image(pipeline, request)
+        cost = pipeline.forwards_per_image(request.sampling)
         assert cost is not None, "it is known of next-scale models"
         forwards[mode] = cost.most
         by_mode[mode] = protocol.scored(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from isthmus.evaluation.statistics import spread
+from isthmus.evaluation.statistics import Measurements
 from isthmus.studies.experiments import Experiment, Values
 
 Verdict = Literal["agrees", "does not agree", "cannot tell"]
@@ -115,10 +115,10 @@ def student_95(degrees: int) -> float:
 
 def half_width_of_mean(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of a mean; None for a single value."""
-    found = spread(values)
-    if found.standard_deviation is None:
+    found = Measurements.of(values)
+    if found.deviation is None:
         return None
-    return student_95(found.count - 1) * found.standard_deviation / math.sqrt(found.count)
+    return student_95(found.count - 1) * found.deviation / math.sqrt(found.count)
 
 
 def difference(first: Readings, second: Readings) -> Difference | None:
@@ -133,7 +133,7 @@ def difference(first: Readings, second: Readings) -> Difference | None:
     if not seeds:
         return None
     gaps = [first[seed].value - second[seed].value for seed in seeds]
-    mean = spread(gaps).mean
+    mean = Measurements.of(gaps).mean
     if len(seeds) > 1:
         return Difference(mean, half_width_of_mean(gaps), len(seeds))
     ours, theirs = first[seeds[0]].half_width, second[seeds[0]].half_width
@@ -304,7 +304,7 @@ def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]
     return Line(
         name=name,
         x=list(columns),
-        y=[spread([one.value for one in column]).mean for column in columns.values()],
+        y=[Measurements.of([one.value for one in column]).mean for column in columns.values()],
         half_widths=known if len(known) == len(widths) else (),
     )
 
@@ -320,9 +320,9 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     """
     if not readings:
         return ""
-    found = spread([reading.value for reading in readings.values()])
-    if found.standard_deviation is not None:
-        return f"{number(found.mean)} ± {number(found.standard_deviation)} ({found.count} {repetitions})"
+    found = Measurements.of([reading.value for reading in readings.values()])
+    if found.deviation is not None:
+        return f"{number(found.mean)} ± {number(found.deviation)} ({found.count} {repetitions})"
     (reading,) = readings.values()
     if reading.low is None or reading.high is None or reading.low == reading.high:
         return number(found.mean)
