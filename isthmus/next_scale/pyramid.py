@@ -18,9 +18,8 @@ from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens
 def default_phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
     """Which of `num_phi` convolutions follows each scale: the one whose tick is nearest to k / (K - 1).
 
-    Ticks are evenly spaced from 1/(3n) to 1 - 1/(3n) for n = 4 and from 1/(2n) otherwise. For ten scales and four
-    phi two scales lie half-way between ticks and float64 rounding decides; the published weights depend on that
-    choice, so the arithmetic below is float64 on purpose and a test holds it against the published tables.
+    Ticks are evenly spaced from 1/(3n) to 1 - 1/(3n) for n = 4 and from 1/(2n) otherwise. For ten scales and four phi
+    two scales lie half-way between ticks and float64 rounding decides, on which the published weights depend.
 
     >>> default_phi_indices(10, 4)
     (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
@@ -89,8 +88,6 @@ class ScaleSchedule:
 
     def derive(self, sizes: Sequence[int], phi_indices: Sequence[int] | None = None) -> "ScaleSchedule":
         """A schedule on the same tokenizer: every side keeps the phi this schedule gives it (spec of SRDD, 3.3).
-
-        Raises UserError where a side is unknown here and `phi_indices` is not given, or the last side is not the grid.
 
         >>> official = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), default_phi_indices(10, 4))
         >>> official.derive((1, 3, 5, 8, 13, 16)).phi_indices
