@@ -5,15 +5,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 
 from isthmus.data.opening import open_source
-from isthmus.data.source import WantedColumns
+from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.classes import Balance, NearestClassMean, SampleClasses, choose_classes
 from isthmus.evaluation.evaluate import evaluate_model
@@ -21,7 +22,7 @@ from isthmus.evaluation.features import FeatureNetwork, extract_features, featur
 from isthmus.evaluation.guards import check_duplicates
 from isthmus.evaluation.held_out import HELD_OUT_LIMIT, ReconstructionMeter, as_floats
 from isthmus.evaluation.images import some
-from isthmus.evaluation.record import EvaluationRecord, read_record
+from isthmus.evaluation.record import Score, read_record
 from isthmus.evaluation.reference import DataSplits, RealSides, open_splits
 from isthmus.evaluation.sample_scores import RealImages, SampleScores
 from isthmus.evaluation.scores import Features
@@ -29,12 +30,23 @@ from isthmus.evaluation.statistics import Gaussian, mean_interval
 from isthmus.nn.perceptual import Lite0Distance
 from isthmus.nn.shapes import Images
 from isthmus.pipelines.labels import Label, names_in_order
-from isthmus.pipelines.loading import AnyPipeline, choose_device
+from isthmus.pipelines.loading import AnyPipeline, choose_device, load_pipeline
 from isthmus.pipelines.options import parse_guidance
-from isthmus.studies.experiments import Values
+from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.options import BALANCE
-from isthmus.studies.tables import Claim, Reading, student_95
-from isthmus.training.config import Run
+from isthmus.studies.tables import (
+    FRECHET,
+    KERNEL,
+    Found,
+    Reading,
+    Readings,
+    Row,
+    Setting,
+    by_column,
+    student_half_width,
+)
+from isthmus.training.config import Run, run_to_json
+from isthmus.training.run import column, read_log
 
 Timed = Callable[[], object]
 
@@ -89,100 +101,119 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
-"""The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
-
-SAMPLE_SCORES = (KERNEL, FRECHET, "class accuracy (nearest mean)", "memorised share", "nearer than held-out")
+CLASS, PSNR, DISTANCE = "class accuracy (nearest mean)", "PSNR, dB", "lite0 distance"
+SAMPLE_SCORES = (KERNEL, FRECHET, CLASS, "memorised share", "nearer than held-out")
 """Scores of samples that the tables show; the evaluations' own reports have the others."""
 
 _NORMAL_95 = 1.96
 _LOOK_PX = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSetting:
-    """What all evaluations of a study share.
+@dataclass(frozen=True)
+class Lab(Generic[Setting]):
+    """What every experiment of a study works with.
 
     Attributes:
-        data: as for `open_source`.
-        classes: of the data; None is all.
-        columns: of an hf: table.
-        num: samples per model and setting.
-        batch_size: images drawn at once; None estimates what fits.
-        device: where networks run.
-        balance: how often samples have each class; "uniform" for images without any.
+        setting: of the study.
+        folder: of the study; each experiment has one of its name in it.
         real_sides: what was measured of the real images, which all evaluations share.
     """
 
-    data: str
-    classes: tuple[str, ...] | None
-    num: int
-    columns: WantedColumns = WantedColumns()
-    batch_size: int | None = None
-    device: str = "cpu"
-    balance: Balance = BALANCE
-    real_sides: RealSides = field(default_factory=RealSides, compare=False, repr=False)
+    setting: Setting
+    folder: Path
+    real_sides: RealSides = field(default_factory=RealSides)
 
-    @classmethod
-    def of(cls, run: Run, *, num: int, batch_size: int | None, device: str) -> "EvaluationSetting":
-        """Models of `run` are judged on its data and classes."""
-        # the size is that at which drawings are rendered; any will do to see whether they have classes
-        columns = WantedColumns(run.image_column, run.label_column)
-        labelled = open_source(
-            run.data, image_size=_LOOK_PX, split="val", classes=run.classes, columns=columns
-        ).class_names
-        return cls(
-            data=run.data,
-            classes=run.classes,
-            columns=columns,
-            num=num,
-            batch_size=batch_size,
-            device=device,
-            balance=BALANCE if labelled else "uniform",
+    def run_folder(self, experiment: str) -> Path:
+        """Where a training writes its model."""
+        return self.folder / experiment / "run"
+
+    def pipeline(self, experiment: str) -> Any:
+        """The model that a training wrote, of the family of the study."""
+        return load_pipeline(str(self.run_folder(experiment)), device=choose_device(self.setting.device))
+
+    @property
+    def columns(self) -> WantedColumns:
+        """Of an hf: table."""
+        return WantedColumns(self.setting.prior.image_column, self.setting.prior.label_column)
+
+    def held_out(self, image_size: int) -> ImageSource:
+        """The held-out images of the data."""
+        run = self.setting.prior
+        return open_source(run.data, image_size=image_size, split="val", classes=run.classes, columns=self.columns)
+
+    def splits(self, pipeline: AnyPipeline) -> DataSplits:
+        """Training and held-out images, as `isthmus evaluate` opens them for this model."""
+        return open_splits(
+            self.setting.prior.data,
+            image_size=pipeline.image_size,
+            classes=self.setting.prior.classes or (),
+            wanted=names_in_order(pipeline.class_names),
+            columns=self.columns,
         )
 
+    @cached_property
+    def balance(self) -> Balance:
+        """How often samples have each class; "uniform" for images without any."""
+        # the size is that at which drawings are rendered; any will do to see whether they have classes
+        return BALANCE if self.held_out(_LOOK_PX).class_names else "uniform"
 
-def evaluation_values(
-    model: Path, folder: Path, setting: EvaluationSetting, *, seed: int, guidances: Sequence[str]
-) -> Values:
-    """Evaluate a model as `isthmus evaluate` does, with each of `guidances`; what was drawn earlier is used again.
+    def network(self) -> FeatureNetwork:
+        """Features of all scores."""
+        return feature_network("lite0", device=choose_device(self.setting.device))
+
+
+def run_settings(run: Run, *filled_in: str) -> Values:
+    """A run as settings of an experiment, without what the study fills in."""
+    left_out = ("out", "tokenizer", "token_cache", *filled_in)
+    return {name: value for name, value in run_to_json(run).items() if name not in left_out}
+
+
+def bits_by_step(run: Run) -> Values:
+    """Held-out bits per token of a finished training."""
+    steps, bits = column(read_log(run.out / "log.jsonl"), "val/bits_per_token")
+    return {"steps": steps, "bits_per_token": bits}
+
+
+def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
+    """Evaluate the model that the experiment reads as `isthmus evaluate` does, with each of its guidances.
+
+    What was drawn earlier is used again.
 
     Returns:
         protocol, warnings, held-out scores and curves of the model, and its sample scores by guidance.
     """
-    first, *others = guidances
+    setting, guidances = lab.setting, experiment.settings["guidances"]
+    first, *others = map(parse_guidance, guidances)
+    place = lab.folder / experiment.name / "evaluation"
     evaluate_model(
-        str(model),
-        folder,
-        data=setting.data,
-        classes=setting.classes or (),
-        columns=setting.columns,
+        str(lab.run_folder(experiment.after[0])),
+        place,
+        data=setting.prior.data,
+        classes=setting.prior.classes or (),
+        columns=lab.columns,
         num=setting.num,
-        seed=seed,
-        options={"guidance_scale": parse_guidance(first)},
+        seed=experiment.settings["seed"],
+        options={"guidance_scale": first},
         steering={},
-        balance=setting.balance,
-        sweep=[parse_guidance(guidance) for guidance in others],
+        balance=lab.balance,
+        sweep=others,
         batch_size=setting.batch_size,
         device=setting.device,
-        real_sides=setting.real_sides,
+        real_sides=lab.real_sides,
     )
-    return record_values(read_record(folder), guidances)
-
-
-def record_values(record: EvaluationRecord, guidances: Sequence[str]) -> Values:
-    """The parts of a record that tables read, in JSON values."""
-    swept = [record.scores, *record.sweep.values()]
+    record = read_record(place)
+    swept = zip(guidances, [record.scores, *record.sweep.values()], strict=True)
     return {
         "protocol": asdict(record.protocol),
         "warnings": list(record.warnings),
-        "by_guidance": {
-            guidance: {score.name: asdict(score) for score in scores}
-            for guidance, scores in zip(guidances, swept, strict=True)
-        },
-        "held_out": {score.name: asdict(score) for score in record.held_out},
+        "by_guidance": {guidance: _written(scores) for guidance, scores in swept},
+        "held_out": _written(record.held_out),
         "curves": {curve.name: {"positions": curve.positions, "values": curve.values} for curve in record.curves},
     }
+
+
+def _written(scores: Sequence[Score]) -> Values:
+    return {score.name: asdict(score) for score in scores}
 
 
 def score_reading(score: Mapping[str, Any]) -> Reading:
@@ -200,8 +231,7 @@ def score_reading(score: Mapping[str, Any]) -> Reading:
     if error is not None:
         return Reading.around(value, _NORMAL_95 * error)
     if deviation is not None and score["measurements"] > 1:
-        count = score["measurements"]
-        return Reading.around(value, student_95(count - 1) * deviation / math.sqrt(count))
+        return Reading.around(value, student_half_width(deviation, score["measurements"]))
     return Reading(value)
 
 
@@ -211,80 +241,84 @@ def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) 
     return [interval.mean, interval.low, interval.high]
 
 
-def sample_readings(values_by_seed: Mapping[int, Values], guidance: str) -> dict[str, dict[int, Reading]]:
-    """Readings of the sample scores by column, from the evaluations of several training seeds."""
-    return score_readings({seed: values["by_guidance"][guidance] for seed, values in values_by_seed.items()})
+def sample_row(
+    found: Found[Any],
+    name: str,
+    experiment: str,
+    *path: str,
+    guidance: str,
+    facts: Mapping[str, str] | None = None,
+    cells: Mapping[str, Readings] | None = None,
+) -> Row:
+    """The scores of samples that an experiment found at `path`, with what stands beside every number of samples.
+
+    Args:
+        found: by the study.
+        name: of the row.
+        experiment: without its seed.
+        path: in what it found; none is `by_guidance` at `guidance`.
+        guidance: that the samples were drawn with.
+        facts: that stand before those of samples.
+        cells: that stand behind the scores.
+    """
+    protocol = next(iter(found.by_seed(experiment, "protocol").values()))
+    beside = {"guidance": guidance, "N": str(protocol["num_samples"]), "n": str(protocol["chunk_images"])}
+    measured = by_column(found.by_seed(experiment, *(path or ("by_guidance", guidance))), score_reading)
+    scores = {column: measured[column] for column in SAMPLE_SCORES if column in measured}
+    return Row(
+        name=name,
+        facts={**(facts or {}), **beside, "seeds": found.setting.seed_words},
+        cells={**scores, **(cells or {})},
+    )
 
 
-def score_readings(scores_by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, Reading]]:
-    """Readings of the `SAMPLE_SCORES` that were measured, by column."""
-    columns: dict[str, dict[int, Reading]] = {}
-    for seed, scores in scores_by_seed.items():
-        for name in SAMPLE_SCORES:
-            if name in scores:
-                columns.setdefault(name, {})[seed] = score_reading(scores[name])
-    return columns
+def held_out_row(
+    found: Found[Any], name: str, experiment: str, *path: str | int, column: str = "", once: bool = False
+) -> Row:
+    """What an experiment found at `path` of held-out images: by column, a value and the ends of its interval if any.
+
+    Args:
+        found: by the study.
+        name: of the row.
+        experiment: without its seed.
+        path: in what it found.
+        column: of the value, where it is a single one.
+        once: the first seed speaks for all, since no training decides it.
+    """
+    by_seed = {seed: {column: at} if column else at for seed, at in found.by_seed(experiment, *path).items()}
+    if once:
+        by_seed = {0: next(iter(by_seed.values()))}
+    images = found.all_of(experiment)[0]["images"]
+    cells = by_column(by_seed, lambda written: Reading(*written))
+    return Row(name=name, facts={"images": str(images), "seeds": found.setting.seed_words}, cells=cells)
 
 
-def held_out_readings(values_by_seed: Mapping[int, Values], name: str) -> dict[int, Reading]:
-    """Readings of a held-out score by training seed."""
-    return {
-        seed: score_reading(values["held_out"][name])
-        for seed, values in values_by_seed.items()
-        if name in values["held_out"]
-    }
+def real_rows(scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Floor and ceiling beside these sample scores: what real, and ruined, images score."""
+    names = [name for name in SAMPLE_SCORES if name in scores]
+    return [
+        Row(
+            name=side,
+            cells={name: {0: Reading(float(scores[name][side]))} for name in names if scores[name][side] is not None},
+        )
+        for side in ("floor", "ceiling")
+    ]
 
 
-def real_image_cells(values: Values, guidance: str, side: str) -> dict[str, dict[int, Reading]]:
-    """The `floor` or `ceiling` beside the sample scores: what real, or ruined, images score."""
-    found = values["by_guidance"][guidance]
-    return {
-        name: {0: Reading(float(found[name][side]))}
-        for name in SAMPLE_SCORES
-        if name in found and found[name][side] is not None
-    }
-
-
-def sample_facts(values: Values, guidance: str, seeds: Sequence[int]) -> dict[str, str]:
-    """What stands beside every number of samples."""
-    protocol = values["protocol"]
-    return {
-        "guidance": guidance,
-        "N": str(protocol["num_samples"]),
-        "n": str(protocol["chunk_images"]),
-        "seeds": ", ".join(map(str, seeds)),
-    }
-
-
-def by_both_distances(*claims: Claim) -> tuple[Claim, ...]:
-    """Claims about a FID are judged by the kernel distance, then by the Frechet distance; others as they are."""
-    judged = []
-    for claim in claims:
-        columns = (KERNEL, FRECHET) if claim.column == FRECHET else (claim.column,)
-        judged += [replace(claim, column=column) for column in columns]
-    return tuple(judged)
-
-
-def one_protocol(found: Sequence[Values]) -> Values:
-    """How all of `found` were measured.
+def protocol_words(found: Sequence[Values]) -> str:
+    """How the samples of a table were measured.
 
     Raises:
         UserError: in different ways, so that they do not stand in one table.
     """
-    first, *others = (values["protocol"] for values in found)
+    protocol, *others = (values["protocol"] for values in found)
     for other in others:
-        differences = [name.replace("_", " ") for name in first if first[name] != other[name]]
+        differences = [name.replace("_", " ") for name in protocol if protocol[name] != other[name]]
         if differences:
             raise UserError(
                 "two experiments of one table were measured in different ways, so their scores do not compare: they "
                 f"differ in {', '.join(differences)}. Remove the folder of the older one, or choose another --out."
             )
-    return first
-
-
-def protocol_words(found: Sequence[Values]) -> str:
-    """How the samples of a table were measured. Raises `UserError` where two were measured in different ways."""
-    protocol = one_protocol(found)
     return (
         f"N samples per row and seed ({protocol['balance']}), n images per distance against n of "
         f"{protocol['reference']}; features {protocol['features']} ({protocol['features_sha256'][:12]}), "
@@ -300,18 +334,6 @@ def warning_notes(found: Sequence[Values]) -> tuple[str, ...]:
     return tuple(f"Warning: {said}" for said in dict.fromkeys(one for values in found for one in values["warnings"]))
 
 
-def splits_of(pipeline: AnyPipeline, setting: EvaluationSetting) -> DataSplits:
-    """Training and held-out images, as `isthmus evaluate` opens them for this model."""
-    names = names_in_order(pipeline.class_names)
-    return open_splits(
-        setting.data,
-        image_size=pipeline.image_size,
-        classes=setting.classes or (),
-        wanted=names,
-        columns=setting.columns,
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class SampleProtocol:
     """How samples of one model are scored, by the protocol of `isthmus evaluate`.
@@ -325,16 +347,11 @@ class SampleProtocol:
     classes: SampleClasses
 
     @classmethod
-    def of(cls, pipeline: AnyPipeline, setting: EvaluationSetting) -> "SampleProtocol":
-        """That of a setting.
-
-        Raises:
-            UserError: the data do not fit the model, or there are too few images.
-        """
-        network = feature_network("lite0", device=choose_device(setting.device))
-        splits, size = splits_of(pipeline, setting), (pipeline.image_size, pipeline.image_size)
-        real = RealImages.of(network, splits, size=size, sides=setting.real_sides)
-        return cls(real, choose_classes(pipeline, splits, setting.num, setting.balance))
+    def of(cls, pipeline: AnyPipeline, lab: Lab[Any]) -> "SampleProtocol":
+        """That of the study. Raises `UserError` where the data do not fit the model, or there are too few images."""
+        splits, size = lab.splits(pipeline), (pipeline.image_size, pipeline.image_size)
+        real = RealImages.of(lab.network(), splits, size=size, sides=lab.real_sides)
+        return cls(real, choose_classes(pipeline, splits, lab.setting.num, lab.balance))
 
     def scored(self, features: Features, digests: Sequence[str]) -> SampleScores:
         """Scores of samples, and what the guards say of them and of their `pixel_digest`s."""
@@ -346,7 +363,7 @@ class SampleProtocol:
         """What tables read of several sets of samples: protocol, warnings, and under `by` the scores of every set."""
         protocol = self.real.protocol(len(self.classes.labels), self.classes.words)
         said = dict.fromkeys(warning for scored in found.values() for warning in scored.warnings)
-        scores = {name: {score.name: asdict(score) for score in scored.scores} for name, scored in found.items()}
+        scores = {name: _written(scored.scores) for name, scored in found.items()}
         return {"protocol": asdict(protocol), "warnings": list(said), by: scores}
 
 
@@ -379,14 +396,9 @@ class HeldOut:
     perceptual: Lite0Distance = field(default_factory=Lite0Distance)
 
     @classmethod
-    def of(cls, pipeline: AnyPipeline, setting: EvaluationSetting) -> "HeldOut":
-        """The held-out images of a setting, at most `HELD_OUT_LIMIT` of them.
-
-        Raises:
-            UserError: the data do not fit the model.
-        """
-        splits = splits_of(pipeline, setting)
-        network = feature_network("lite0", device=choose_device(setting.device))
+    def of(cls, pipeline: AnyPipeline, lab: Lab[Any]) -> "HeldOut":
+        """Those of the study, at most `HELD_OUT_LIMIT`. Raises `UserError` where the data do not fit the model."""
+        splits, network = lab.splits(pipeline), lab.network()
         space = next(iter(network.spaces))
         chosen = some(splits.held_out, HELD_OUT_LIMIT)
         images, labels, judge = np.stack(list(chosen)), None, None
@@ -410,16 +422,16 @@ class HeldOut:
         meter = ReconstructionMeter(self.network, self.perceptual, None)
         for start in range(0, len(self), BATCH):
             meter.update(self.images[start : start + BATCH], rebuilt[start : start + BATCH])
-        scores = meter.scores(Gaussian.of(self.headline))
-        space = next(iter(self.network.spaces))
-        values = {
-            "PSNR, dB": mean_and_interval(scores.psnr),
-            "lite0 distance": mean_and_interval(scores.perceptual),
+        scores, space = meter.scores(Gaussian.of(self.headline)), next(iter(self.network.spaces))
+        return {
+            PSNR: mean_and_interval(scores.psnr),
+            DISTANCE: mean_and_interval(scores.perceptual),
             f"r-FD-{space}": [scores.frechet],
+            **self.class_accuracy(extract_features(self.network, rebuilt)[space]),
         }
-        right = self.right(extract_features(self.network, rebuilt)[space])
-        return values if right is None else values | {"class accuracy (nearest mean)": mean_and_interval(right)}
 
-    def right(self, rows: np.ndarray) -> Bool[np.ndarray, " n"] | None:
-        """Which images the judge puts into their class; None where there are no classes."""
-        return None if self.judge is None or self.labels is None else self.judge.predict(rows) == self.labels
+    def class_accuracy(self, rows: np.ndarray) -> Values:
+        """Share of images that the judge puts into their class, from their features; nothing without classes."""
+        if self.judge is None or self.labels is None:
+            return {}
+        return {CLASS: mean_and_interval(self.judge.predict(rows) == self.labels)}

@@ -1,18 +1,19 @@
-"""Tables of a study: readings, how sure they are, and the written rule behind every verdict.
-
-A table is a function of results: rows of readings, the papers' claims about them, and curves.
-"""
+"""Tables of a study: readings, how sure they are, and the written rule behind every verdict."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, TypeVar
 
 from isthmus.evaluation.statistics import spread
 from isthmus.studies.experiments import Experiment, Values
+from isthmus.studies.options import StudySetting
 
 Verdict = Literal["agrees", "does not agree", "cannot tell"]
 Direction = Literal["lower", "higher"]
+
+KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
+"""The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
 
 RULE = (
     "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see "
@@ -28,12 +29,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Reading:
-    """One measurement of one seed.
-
-    Attributes:
-        value: what was measured.
-        low: lower end of its own 95 % interval; None where it has none.
-        high: upper end.
+    """One measurement of one seed, with the ends of its own 95 % interval where it has one.
 
     >>> Reading.around(2.0, 0.5), Reading(2.0).half_width
     (Reading(value=2.0, low=1.5, high=2.5), None)
@@ -63,27 +59,25 @@ Readings = dict[int, Reading]
 """Measurements of one thing by training seed."""
 
 
-def written_readings(found: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, Readings]:
-    """Readings by column of one row, from what the experiment of every seed wrote: a value, then its ends if any.
+def by_column(found: Mapping[int, Mapping[str, Any]], read: Callable[[Any], Reading]) -> dict[str, Readings]:
+    """Readings of one row, from what the experiment of every seed wrote for every column.
 
-    >>> written_readings({0: {"PSNR": [20.0, 19.5, 20.5]}, 1: {"PSNR": [21.0]}})["PSNR"][1]
+    >>> by_column({0: {"PSNR": [20.0, 19.5, 20.5]}, 1: {"PSNR": [21.0]}}, lambda written: Reading(*written))["PSNR"][1]
     Reading(value=21.0, low=None, high=None)
     """
     columns: dict[str, Readings] = {}
     for seed, values in found.items():
         for column, written in values.items():
-            columns.setdefault(column, {})[seed] = Reading(*written)
+            columns.setdefault(column, {})[seed] = read(written)
     return columns
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second.
+    """First minus second, mean over the seeds that both sides have.
 
     Attributes:
-        value: mean over seeds.
         half_width: of the 95 % interval; None where it cannot be said.
-        num_seeds: seeds that both sides have.
     """
 
     value: float
@@ -91,7 +85,7 @@ class Difference:
     num_seeds: int
 
     def verdict(self, claimed: Direction) -> Verdict:
-        """Whether the first is `claimed` ("lower", "higher") than the second.
+        """Whether the first is `claimed` than the second.
 
         >>> [Difference(value, 1.0, 3).verdict("lower") for value in (-2.0, 0.5, 2.0)]
         ['agrees', 'cannot tell', 'does not agree']
@@ -101,24 +95,22 @@ class Difference:
         return "agrees" if (self.value < 0) == (claimed == "lower") else "does not agree"
 
 
-def student_95(degrees: int) -> float:
-    """97.5 % point of Student's t.
+def student_half_width(deviation: float, count: int) -> float:
+    """Half of the 95 % interval of a mean of `count` values with this standard deviation, by Student's t.
 
-    >>> round(student_95(2), 3), round(student_95(20), 3)
-    (4.303, 2.086)
+    >>> round(student_half_width(1.0, 4), 3)  # 3.182 / 2
+    1.591
     """
     # not at the top of the file: it takes seconds to import
     from scipy import stats
 
-    return float(stats.t.ppf(0.975, degrees))
+    return float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
 
 
 def half_width_of_mean(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of a mean; None for a single value."""
     found = spread(values)
-    if found.standard_deviation is None:
-        return None
-    return student_95(found.count - 1) * found.standard_deviation / math.sqrt(found.count)
+    return None if found.standard_deviation is None else student_half_width(found.standard_deviation, found.count)
 
 
 def difference(first: Readings, second: Readings) -> Difference | None:
@@ -133,27 +125,20 @@ def difference(first: Readings, second: Readings) -> Difference | None:
     if not seeds:
         return None
     gaps = [first[seed].value - second[seed].value for seed in seeds]
-    mean = spread(gaps).mean
     if len(seeds) > 1:
-        return Difference(mean, half_width_of_mean(gaps), len(seeds))
+        return Difference(spread(gaps).mean, half_width_of_mean(gaps), len(seeds))
     ours, theirs = first[seeds[0]].half_width, second[seeds[0]].half_width
-    return Difference(mean, None if ours is None or theirs is None else math.hypot(ours, theirs), 1)
+    return Difference(gaps[0], None if ours is None or theirs is None else math.hypot(ours, theirs), 1)
 
 
-Setting = TypeVar("Setting", contravariant=True)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Claim:
-    """What a paper says about two rows of a table.
+    """What a paper says about two rows of a table: the first is lower or higher than the second in this column.
 
     Attributes:
         says: the claim, with the paper's figures.
         source: where it stands.
-        first: row that is claimed to be lower or higher ...
-        second: ... than this one.
-        column: in which column.
-        direction: which of both.
+        column: `FRECHET` for a FID, which is judged by the kernel distance too.
     """
 
     says: str
@@ -161,7 +146,7 @@ class Claim:
     first: str
     second: str
     column: str
-    direction: Direction
+    direction: Direction = "lower"
 
 
 @dataclass(frozen=True)
@@ -170,18 +155,16 @@ class Finding:
 
     claim: Claim
     difference: Difference | None
-    verdict: Verdict
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the measured difference agrees with the claim."""
+        return "cannot tell" if self.difference is None else self.difference.verdict(self.claim.direction)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Line:
-    """One line of a panel.
-
-    Attributes:
-        name: in the legend.
-        x, y: points.
-        half_widths: of the bars at the points; empty for none.
-    """
+    """One line of a panel; `half_widths` are of the bars at its points, empty for none."""
 
     name: str
     x: Sequence[float]
@@ -189,7 +172,7 @@ class Line:
     half_widths: Sequence[float] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Panel:
     """Lines over one axis; `level` is a dashed horizontal line with its name."""
 
@@ -201,13 +184,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row.
-
-    Attributes:
-        name: of what was measured.
-        facts: text cells by column, such as the guidance.
-        cells: readings by column.
-    """
+    """One row: text cells, such as the guidance, and readings, both by column."""
 
     name: str
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -221,9 +198,6 @@ class StudyTable:
     Attributes:
         about: what was compared, and what was held equal.
         first_column: head of the names of the rows.
-        rows: in order.
-        claims: of the papers, about these rows.
-        panels: curves.
         timed: columns whose readings are rounds of timing, not seeds.
         notes: what else to know, a paragraph each; also what no paper has a figure for.
     """
@@ -236,18 +210,10 @@ class StudyTable:
     timed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def columns(self) -> tuple[list[str], list[str]]:
-        """Names of the text columns and of the columns of readings, in the order in which rows bring them up."""
-        facts, cells = {}, {}
-        for row in self.rows:
-            facts |= dict.fromkeys(row.facts)
-            cells |= dict.fromkeys(row.cells)
-        return list(facts), list(cells)
-
     def text(self) -> tuple[list[str], list[list[str]]]:
-        """Head and cells as text."""
-        facts, cells = self.columns()
-        head = [self.first_column, *facts, *cells]
+        """Head and cells as text; columns stand in the order in which rows bring them up."""
+        facts = dict.fromkeys(name for row in self.rows for name in row.facts)
+        cells = dict.fromkeys(name for row in self.rows for name in row.cells)
         rows = [
             [
                 row.name,
@@ -256,22 +222,44 @@ class StudyTable:
             ]
             for row in self.rows
         ]
-        return head, rows
+        return [self.first_column, *facts, *cells], rows
 
     def repetitions(self, column: str) -> str:
         """What the readings of a column repeat."""
         return "rounds" if column in self.timed else "seeds"
 
     def findings(self) -> Iterator[Finding]:
-        """Every claim beside the measured difference."""
-        by_name = {row.name: row for row in self.rows}
+        """Every claim beside the measured difference; one about a FID by both distances."""
+        cells = {row.name: row.cells for row in self.rows}
         for claim in self.claims:
-            sides = [by_name[name].cells.get(claim.column) if name in by_name else None for name in claim_rows(claim)]
-            found = difference(sides[0], sides[1]) if sides[0] is not None and sides[1] is not None else None
-            yield Finding(claim, found, "cannot tell" if found is None else found.verdict(claim.direction))
+            for column in (KERNEL, FRECHET) if claim.column == FRECHET else (claim.column,):
+                first, second = (cells.get(name, {}).get(column, {}) for name in (claim.first, claim.second))
+                yield Finding(replace(claim, column=column), difference(first, second))
 
 
-@dataclass(frozen=True, kw_only=True)
+Setting = TypeVar("Setting", bound=StudySetting)
+
+
+@dataclass(frozen=True)
+class Found(Generic[Setting]):
+    """What the experiments of a study with this setting found, by the name of the experiment."""
+
+    setting: Setting
+    results: Mapping[str, Values]
+
+    def by_seed(self, name: str, *path: str | int) -> dict[int, Any]:
+        """What the experiment of this name found for each training seed, all of it or what lies at `path`."""
+        found: Any = {seed: self.results[f"{name}-seed{seed}"] for seed in self.setting.seeds}
+        for step in path:
+            found = {seed: values[step] for seed, values in found.items()}
+        return found
+
+    def all_of(self, *names: str) -> list[Values]:
+        """What these experiments found, for all training seeds."""
+        return [values for name in names for values in self.by_seed(name).values()]
+
+
+@dataclass(frozen=True)
 class TableSpec(Generic[Setting]):
     """A table that a study may fill.
 
@@ -279,18 +267,20 @@ class TableSpec(Generic[Setting]):
         name: on the command line.
         title: in the report.
         experiments: those it needs, in an order that can be run; other tables may share them.
-        make: the table, from the results of all experiments that were run, by name.
+        make: the table, from what they found.
     """
 
     name: str
     title: str
-    experiments: Callable[[Setting], Sequence[Experiment]]
-    make: Callable[[Setting, Mapping[str, Values]], StudyTable]
+    experiments: Callable[[Setting], Iterable[Experiment]]
+    make: Callable[[Found[Setting]], StudyTable]
 
 
-def claim_rows(claim: Claim) -> tuple[str, str]:
-    """The two rows a claim is about."""
-    return claim.first, claim.second
+def study_table(
+    title: str, experiments: Callable[[Any], Iterable[Experiment]]
+) -> Callable[[Callable[[Found[Setting]], StudyTable]], TableSpec[Setting]]:
+    """A decorator: the function makes the table of its own name, from what `experiments` found."""
+    return lambda make: TableSpec(make.__name__, title, experiments, make)
 
 
 def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]) -> Line:
@@ -300,19 +290,42 @@ def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]
         half_width_of_mean([one.value for one in column]) if len(column) > 1 else column[0].half_width
         for column in columns.values()
     ]
+    means = [spread([one.value for one in column]).mean for column in columns.values()]
     known = [width for width in widths if width is not None]
-    return Line(
-        name=name,
-        x=list(columns),
-        y=[spread([one.value for one in column]).mean for column in columns.values()],
-        half_widths=known if len(known) == len(widths) else (),
-    )
+    return Line(name, list(columns), means, known if len(known) == len(widths) else ())
+
+
+def line_of_lists(name: str, found: Mapping[int, Values], values: str, x: Sequence[float]) -> Line:
+    """A line through the lists that the experiments of all seeds have under `values`, an entry for each `x`."""
+    places = enumerate(x)
+    return line_of(name, {at: {seed: Reading(one[values][i]) for seed, one in found.items()} for i, at in places})
+
+
+def panels_of(
+    columns: Sequence[str],
+    along: str,
+    lines: Mapping[str, Mapping[Any, Row]],
+    floor: Row,
+    *,
+    words: str = "",
+) -> tuple[Panel, ...]:
+    """A panel for each of `columns` that was measured, with `words` in its title: rows at x, by the name of their line.
+
+    What real images score, in the row `floor`, is a level.
+    """
+    panels = []
+    for column in columns:
+        measured = {name: rows for name, rows in lines.items() if all(column in row.cells for row in rows.values())}
+        drawn = [line_of(name, {x: row.cells[column] for x, row in rows.items()}) for name, rows in measured.items()]
+        real = next(iter(floor.cells.get(column, {}).values()), None)
+        if drawn:
+            panels.append(Panel(column + words, along, tuple(drawn), real and ("real images", real.value)))
+    return tuple(panels)
 
 
 def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     """Mean and standard deviation over seeds; with one seed, the value and its own 95 % interval.
 
-    >>> from isthmus.studies.tables import Reading
     >>> cell_text({0: Reading(1.0), 1: Reading(3.0)})
     '2 ± 1.414 (2 seeds)'
     >>> cell_text({0: Reading.around(2.0, 0.25)}), cell_text({0: Reading(2.0)})
@@ -322,13 +335,8 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
         return ""
     found = spread([reading.value for reading in readings.values()])
     if found.standard_deviation is not None:
-        return f"{number(found.mean)} ± {number(found.standard_deviation)} ({found.count} {repetitions})"
+        return f"{found.mean:.4g} ± {found.standard_deviation:.4g} ({found.count} {repetitions})"
     (reading,) = readings.values()
     if reading.low is None or reading.high is None or reading.low == reading.high:
-        return number(found.mean)
-    return f"{number(found.mean)} [{number(reading.low)}, {number(reading.high)}]"
-
-
-def number(value: float) -> str:
-    """Four digits."""
-    return f"{value:.4g}"
+        return f"{found.mean:.4g}"
+    return f"{found.mean:.4g} [{reading.low:.4g}, {reading.high:.4g}]"

@@ -11,7 +11,7 @@ from isthmus.evaluation.record import circumstances
 from isthmus.studies.experiments import Values, finished
 from isthmus.studies.options import DarSetting, SrddSetting
 from isthmus.studies.study import Study
-from isthmus.studies.tables import Finding, StudyTable
+from isthmus.studies.tables import Finding, Found, StudyTable
 from tests.training.tiny_runs import (
     diffusion_tokenizer_run,
     next_token_prior_run,
@@ -44,8 +44,8 @@ def of_one_and_two_seeds(study: Study, setting: Any, folder: Path) -> Iterator[t
     plan = study.plan(twice, study.table_names)
     results: dict[str, Values] = {one.name: found[one.name.replace("seed1", "seed0")] for one in plan}
     for spec in study.tables:
-        table = spec.make(twice, results)
-        for one, both in zip(spec.make(setting, results).findings(), table.findings(), strict=True):
+        table = spec.make(Found(twice, results))
+        for one, both in zip(spec.make(Found(setting, results)).findings(), table.findings(), strict=True):
             assert one.claim == both.claim
             yield table, one, both
 
