@@ -24,41 +24,32 @@ from isthmus.evaluation.scores import Features
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.memory import batch_size_that_fits
-from isthmus.studies.experiments import Experiment, Values, for_every_seed
+from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
 from isthmus.studies.measures import (
     BATCH,
-    CLASS,
-    DISTANCE,
-    PSNR,
     HeldOut,
     Lab,
     Pictures,
-    SampleProtocol,
-    bits_by_step,
+    SampleScorer,
     evaluation,
-    held_out_row,
     mean_and_interval,
-    protocol_words,
-    real_rows,
-    run_settings,
-    sample_row,
-    warning_notes,
 )
 from isthmus.studies.options import BALANCE, DarSetting
 from isthmus.studies.study import Study
 from isthmus.studies.tables import (
+    CLASS,
+    DISTANCE,
     FRECHET,
+    PSNR,
     Claim,
     Direction,
     Found,
     Panel,
     StudyTable,
-    line_of,
-    line_of_lists,
     panels_of,
     study_table,
 )
-from isthmus.training.run import last, read_log
+from isthmus.training.run import column, last, read_log
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 
@@ -107,7 +98,7 @@ def trained_tokenizer(lab: DarLab, experiment: Experiment) -> Values:
 
 
 def trained_prior(lab: DarLab, experiment: Experiment) -> Values:
-    """Bits per token while training."""
+    """Held-out bits per token while training."""
     run = replace(
         lab.setting.prior,
         seed=experiment.settings["seed"],
@@ -115,7 +106,8 @@ def trained_prior(lab: DarLab, experiment: Experiment) -> Values:
         out=lab.run_folder(experiment.name),
     )
     train_prior(run)
-    return bits_by_step(run)
+    steps, bits = column(read_log(run.out / "log.jsonl"), "val/bits_per_token")
+    return {"steps": steps, "bits_per_token": bits}
 
 
 def trained(setting: DarSetting) -> str:
@@ -129,7 +121,7 @@ def trained(setting: DarSetting) -> str:
 def rebuilt_by_tokens(lab: DarLab, experiment: Experiment) -> Values:
     """Reconstructions from the first tokens, by how many; then the images themselves and what a blur leaves."""
     pipeline: DARPipeline = lab.pipeline(experiment.after[0])
-    held_out = HeldOut.of(pipeline, lab)
+    held_out = HeldOut(pipeline, lab)
     parts: dict[str, list[Pictures]] = {}
     for start, images in held_out.batches():
         for name, rebuilt in reconstructions_by_stage(pipeline, images, first_index=start).items():
@@ -148,12 +140,11 @@ def rebuilt_by_tokens(lab: DarLab, experiment: Experiment) -> Values:
 )
 def reconstruction(found: DarFound) -> StudyTable:
     """Reconstruction against the number of tokens kept."""
-    first = found.all_of("reconstruction")[0]
     kept = {
-        int(name.split()[0]): held_out_row(found, name, "reconstruction", "by_tokens", name)
-        for name in first["by_tokens"]
+        int(name.split()[0]): found.held_out_row(name, "reconstruction", "by_tokens", name)
+        for name in found.first("reconstruction", "by_tokens")
     }
-    floor, ceiling = (held_out_row(found, side, "reconstruction", side) for side in ("floor", "ceiling"))
+    floor, ceiling = (found.held_out_row(side, "reconstruction", side) for side in ("floor", "ceiling"))
     return StudyTable(
         about=f"Held-out images, rebuilt from their first tokens: the preview after the last solver step that these "
         f"tokens drive. {trained(found.setting)} Features lite0, images of {found.setting.prior.data}. Floor: the "
@@ -174,8 +165,8 @@ def scored_previews(lab: DarLab, experiment: Experiment) -> Values:
     A preview is the jump from the state to the image (`pipeline.stream`), in 8-bit values; the last is the image.
     """
     pipeline: DARPipeline = lab.pipeline(experiment.after[0])
-    protocol = SampleProtocol.of(pipeline, lab)
-    network, labels = protocol.real.network, protocol.classes.model_ids
+    scorer = SampleScorer(pipeline, lab)
+    network, labels = scorer.real.network, scorer.classes.model_ids
     size = lab.setting.batch_size or batch_size_that_fits(pipeline, guided=pipeline.defaults.guidance_scale != 1)
     names = pipeline.step_names(pipeline.scheduler.config["num_inference_steps"])
     features: list[list[Features]] = [[] for _ in names]
@@ -190,12 +181,9 @@ def scored_previews(lab: DarLab, experiment: Experiment) -> Values:
                 features[step.index].append(extract_features(network, pictures))
                 digests[step.index] += map(pixel_digest, pictures)
             bar.update(len(chosen))
-    by_step = {}
+    whole = [{space: np.concatenate([part[space] for part in parts]) for space in parts[0]} for parts in features]
     # where two steps wait for the same tokens, the later one stands for them
-    for name, parts, digest in zip(names, features, digests, strict=True):
-        whole = {space: np.concatenate([part[space] for part in parts]) for space in parts[0]}
-        by_step[name] = protocol.scored(whole, digest)
-    return protocol.values("by_step", by_step)
+    return scorer.values("by_step", dict(zip(names, zip(whole, digests, strict=True), strict=True)))
 
 
 # tokens of the paper's model -> FID of its previews (D-AR-L)
@@ -211,16 +199,13 @@ _PREVIEW_FID = {64: 7.38, 128: 3.94, 192: 2.93, 256: 2.44}
 )  # fmt: skip
 def previews(found: DarFound) -> StudyTable:
     """Samples after every group of tokens."""
-    measured = found.all_of("previews")
-    scores = measured[0]["by_step"]
-    rows = {
-        int(name.split()[0]): sample_row(found, name, "previews", "by_step", name, guidance=found.setting.own_guidance)
-        for name in scores
-    }
+    names = list(found.first("previews", "by_step"))
+    rows = {int(name.split()[0]): found.sample_row(name, "previews", "by_step", name) for name in names}
     quarters = {tokens: f"{tokens * max(rows) // 256} tokens" for tokens in _PREVIEW_FID}
-    floor, ceiling = real_rows(list(scores.values())[-1])
+    floor, ceiling = found.real_rows("previews", "by_step", names[-1])
     return StudyTable(
-        about=f"The same samples after every group of tokens. {trained(found.setting)} {protocol_words(measured)}",
+        about=f"The same samples after every group of tokens. {trained(found.setting)} "
+        + found.protocol_words("previews"),
         first_column="preview after",
         rows=(*rows.values(), floor, ceiling),
         claims=tuple(
@@ -230,17 +215,17 @@ def previews(found: DarFound) -> StudyTable:
                 _PAPER, quarters[later], quarters[earlier], FRECHET,
             )
             for earlier, later in pairwise(_PREVIEW_FID)
-            if quarters[later] in scores and quarters[earlier] in scores
+            if quarters[later] in names and quarters[earlier] in names
         ),
         panels=panels_of((FRECHET, CLASS), "tokens", {"previews": rows}, floor),
-        notes=warning_notes(measured),
+        notes=found.warnings("previews"),
     )  # fmt: skip
 
 
 def rebuilt_by_solver(lab: DarLab, experiment: Experiment) -> Values:
     """Reconstructions from all that a solver reads, by its rule and number of steps."""
     pipeline: DARPipeline = lab.pipeline(experiment.after[0])
-    held_out, own = HeldOut.of(pipeline, lab), pipeline.scheduler.config
+    held_out, own = HeldOut(pipeline, lab), pipeline.scheduler.config
     token_ids = torch.cat([pipeline.encode(images) for _, images in held_out.batches()])
     values = {}
     for solver in lab.setting.solvers:
@@ -273,16 +258,16 @@ def rebuilt_by_solver(lab: DarLab, experiment: Experiment) -> Values:
 )  # fmt: skip
 def solvers(found: DarFound) -> StudyTable:
     """Rules and numbers of solver steps."""
-    setting, first = found.setting, found.all_of("solvers")[0]
-    rows = {name: held_out_row(found, name, "solvers", "by_solver", name) for name in first["by_solver"]}
+    setting, first = found.setting, found.first("solvers")
+    rows = {name: found.held_out_row(name, "solvers", "by_solver", name) for name in first["by_solver"]}
 
     def claim(says: str, first: str, second: str, direction: Direction = "lower") -> Claim:
         return Claim(says, _PAPER, first, second, REBUILT, direction)
 
-    lines = [
-        line_of(solver, {steps: rows[f"{solver}, {steps} steps"].cells[REBUILT] for steps in setting.solver_steps})
+    lines = {
+        solver: {steps: rows[f"{solver}, {steps} steps"].cells[REBUILT] for steps in setting.solver_steps}
         for solver in setting.solvers
-    ]
+    }
     two_step = "8 two-step (Adams-Bashforth) steps beat 8 of Euler: rFID 1.52 against 1.58"
     sixteen = "16 steps of Euler are worse than 8: rFID 1.93 against 1.58"
     return StudyTable(
@@ -296,7 +281,7 @@ def solvers(found: DarFound) -> StudyTable:
             claim(two_step, "adams-bashforth, 8 steps", "euler, 8 steps"),
             claim(sixteen, "euler, 16 steps", "euler, 8 steps", "higher"),
         ),
-        panels=(Panel(REBUILT, "solver steps", tuple(lines)),),
+        panels=(Panel(REBUILT, "solver steps", lines),),
         notes=(
             "adams-bashforth has the published coefficients, which are those of an even grid; adams-bashforth-variable "
             "those of the uneven grid that is walked, which the paper does not have. ms per image is of one pass, "
@@ -320,26 +305,26 @@ def _guidances(setting: DarSetting) -> list[str]:
 )  # fmt: skip
 def guidance(found: DarFound) -> StudyTable:
     """Guidance schedules over the tokens."""
-    measured, own = found.all_of("guidance"), found.setting.own_guidance
-    rows = [sample_row(found, words, "guidance", guidance=words) for words in _guidances(found.setting)]
+    rows = [found.sample_row(words, "guidance", guidance=words) for words in _guidances(found.setting)]
     linear = "Guidance rising linearly from 1.1 to 8 beats constant 1.5: FID 2.44 against 3.50 (D-AR-L)"
     return StudyTable(
         about="Guidance over the tokens: off (1), constant, or rising linearly; guided = unguided + s (with class - "
-        f"without). {trained(found.setting)} {own} is the preset's own. {protocol_words(measured)}",
+        f"without). {trained(found.setting)} {found.setting.own_guidance} is the preset's own. "
+        + found.protocol_words("guidance"),
         first_column="schedule",
-        rows=(*rows, *real_rows(measured[0]["by_guidance"][own])),
+        rows=(*rows, *found.real_rows("guidance")),
         claims=(
             Claim("Constant guidance 1.5 beats none: FID 3.50 against 7.43 (D-AR-L)", _PAPER, "1.5", "1", FRECHET),
             Claim(linear, _PAPER, "linear:1.1:8", "1.5", FRECHET),
         ),
-        notes=warning_notes(measured),
+        notes=found.warnings("guidance"),
     )
 
 
 def bits_by_place(lab: DarLab, experiment: Experiment) -> Values:
     """Bits of every token of held-out images: means by position, and by group with the ends of their 95 % interval."""
     pipeline: DARPipeline = lab.pipeline(experiment.after[0])
-    held_out = HeldOut.of(pipeline, lab)
+    held_out = HeldOut(pipeline, lab)
     parts = [
         pipeline.bits_per_token(images, list(held_out.model_ids[start : start + BATCH]))
         for start, images in held_out.batches()
@@ -359,16 +344,15 @@ def bits_by_place(lab: DarLab, experiment: Experiment) -> Values:
 @study_table("Order of the tokens", lambda setting: on_models(setting, "order", bits_by_place, seconds=10))
 def order(found: DarFound) -> StudyTable:
     """What tokens cost by their place in the order."""
-    first = found.all_of("order")[0]
-    size, groups = first["tokens_per_group"], len(first["by_group"])
+    size, groups = found.first("order", "tokens_per_group"), len(found.first("order", "by_group"))
     names = {f"tokens {group * size + 1} to {(group + 1) * size}": ("by_group", group) for group in range(groups)}
-    rows = [held_out_row(found, name, "order", *path, column=BITS) for name, path in {**names, "all": ("all",)}.items()]
-    line = line_of_lists("held-out images", found.by_seed("order"), "by_position", range(1, groups * size + 1))
+    rows = [found.held_out_row(name, "order", *path, column=BITS) for name, path in {**names, "all": ("all",)}.items()]
+    points = found.points("order", "by_position", range(1, groups * size + 1))
     return StudyTable(
         about=f"Bits per token of held-out images given their class, by place in the order. {trained(found.setting)}",
         first_column="tokens",
         rows=tuple(rows),
-        panels=(Panel(BITS, "position of the token", (line,)),),
+        panels=(Panel(BITS, "position of the token", {"held-out images": points}),),
         notes=(
             "The paper has no bits by position. Its figure for the order is FID 2.44 coarse to fine against 4.17 fine "
             "to coarse: that takes a prior trained on the reverse order and is not measured here.",

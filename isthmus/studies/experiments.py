@@ -15,6 +15,7 @@ from typing import Any
 
 from isthmus.errors import UserError
 from isthmus.files import write_whole
+from isthmus.training.config import Run, run_to_json
 
 logger = logging.getLogger("isthmus")
 
@@ -64,6 +65,12 @@ def for_every_seed(
             after=(f"{after}-seed{seed}",),
             seconds=seconds,
         )
+
+
+def run_settings(run: Run, *filled_in: str) -> Values:
+    """A run as settings of an experiment, without what the study fills in."""
+    left_out = ("out", "tokenizer", "token_cache", *filled_in)
+    return {name: value for name, value in run_to_json(run).items() if name not in left_out}
 
 
 def ordered(experiments: Iterable[Experiment]) -> list[Experiment]:

@@ -1,22 +1,20 @@
 """What both studies measure: evaluations under one protocol, held-out images rebuilt or edited, the cost of a step."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
-from isthmus.errors import UserError
-from isthmus.evaluation.classes import Balance, NearestClassMean, SampleClasses, choose_classes
+from isthmus.evaluation.classes import Balance, NearestClassMean, choose_classes
 from isthmus.evaluation.evaluate import evaluate_model
 from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
 from isthmus.evaluation.guards import check_duplicates
@@ -24,7 +22,7 @@ from isthmus.evaluation.held_out import HELD_OUT_LIMIT, ReconstructionMeter, as_
 from isthmus.evaluation.images import some
 from isthmus.evaluation.record import Score, read_record
 from isthmus.evaluation.reference import DataSplits, RealSides, open_splits
-from isthmus.evaluation.sample_scores import RealImages, SampleScores
+from isthmus.evaluation.sample_scores import RealImages
 from isthmus.evaluation.scores import Features
 from isthmus.evaluation.statistics import Gaussian, mean_interval
 from isthmus.nn.perceptual import Lite0Distance
@@ -34,19 +32,7 @@ from isthmus.pipelines.loading import AnyPipeline, choose_device, load_pipeline
 from isthmus.pipelines.options import parse_guidance
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.options import BALANCE
-from isthmus.studies.tables import (
-    FRECHET,
-    KERNEL,
-    Found,
-    Reading,
-    Readings,
-    Row,
-    Setting,
-    by_column,
-    student_half_width,
-)
-from isthmus.training.config import Run, run_to_json
-from isthmus.training.run import column, read_log
+from isthmus.studies.tables import CLASS, DISTANCE, PSNR, Setting
 
 Timed = Callable[[], object]
 
@@ -101,11 +87,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-CLASS, PSNR, DISTANCE = "class accuracy (nearest mean)", "PSNR, dB", "lite0 distance"
-SAMPLE_SCORES = (KERNEL, FRECHET, CLASS, "memorised share", "nearer than held-out")
-"""Scores of samples that the tables show; the evaluations' own reports have the others."""
-
-_NORMAL_95 = 1.96
 _LOOK_PX = 32
 
 
@@ -162,18 +143,6 @@ class Lab(Generic[Setting]):
         return feature_network("lite0", device=choose_device(self.setting.device))
 
 
-def run_settings(run: Run, *filled_in: str) -> Values:
-    """A run as settings of an experiment, without what the study fills in."""
-    left_out = ("out", "tokenizer", "token_cache", *filled_in)
-    return {name: value for name, value in run_to_json(run).items() if name not in left_out}
-
-
-def bits_by_step(run: Run) -> Values:
-    """Held-out bits per token of a finished training."""
-    steps, bits = column(read_log(run.out / "log.jsonl"), "val/bits_per_token")
-    return {"steps": steps, "bits_per_token": bits}
-
-
 def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
     """Evaluate the model that the experiment reads as `isthmus evaluate` does, with each of its guidances.
 
@@ -216,155 +185,40 @@ def _written(scores: Sequence[Score]) -> Values:
     return {score.name: asdict(score) for score in scores}
 
 
-def score_reading(score: Mapping[str, Any]) -> Reading:
-    """A score with its own 95 % interval.
-
-    Its own ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
-
-    >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
-    Reading(value=3.0, low=2.02, high=3.98)
-    """
-    value = math.nan if score["value"] is None else float(score["value"])
-    low, high, error, deviation = (score[name] for name in ("low", "high", "error", "deviation"))
-    if low is not None and high is not None:
-        return Reading(value, low, high)
-    if error is not None:
-        return Reading.around(value, _NORMAL_95 * error)
-    if deviation is not None and score["measurements"] > 1:
-        return Reading.around(value, student_half_width(deviation, score["measurements"]))
-    return Reading(value)
-
-
 def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> list[float]:
     """Mean over images and both ends of its 95 % interval (`mean_interval`)."""
     interval = mean_interval(values)
     return [interval.mean, interval.low, interval.high]
 
 
-def sample_row(
-    found: Found[Any],
-    name: str,
-    experiment: str,
-    *path: str,
-    guidance: str,
-    facts: Mapping[str, str] | None = None,
-    cells: Mapping[str, Readings] | None = None,
-) -> Row:
-    """The scores of samples that an experiment found at `path`, with what stands beside every number of samples.
-
-    Args:
-        found: by the study.
-        name: of the row.
-        experiment: without its seed.
-        path: in what it found; none is `by_guidance` at `guidance`.
-        guidance: that the samples were drawn with.
-        facts: that stand before those of samples.
-        cells: that stand behind the scores.
-    """
-    protocol = next(iter(found.by_seed(experiment, "protocol").values()))
-    beside = {"guidance": guidance, "N": str(protocol["num_samples"]), "n": str(protocol["chunk_images"])}
-    measured = by_column(found.by_seed(experiment, *(path or ("by_guidance", guidance))), score_reading)
-    scores = {column: measured[column] for column in SAMPLE_SCORES if column in measured}
-    return Row(
-        name=name,
-        facts={**(facts or {}), **beside, "seeds": found.setting.seed_words},
-        cells={**scores, **(cells or {})},
-    )
-
-
-def held_out_row(
-    found: Found[Any], name: str, experiment: str, *path: str | int, column: str = "", once: bool = False
-) -> Row:
-    """What an experiment found at `path` of held-out images: by column, a value and the ends of its interval if any.
-
-    Args:
-        found: by the study.
-        name: of the row.
-        experiment: without its seed.
-        path: in what it found.
-        column: of the value, where it is a single one.
-        once: the first seed speaks for all, since no training decides it.
-    """
-    by_seed = {seed: {column: at} if column else at for seed, at in found.by_seed(experiment, *path).items()}
-    if once:
-        by_seed = {0: next(iter(by_seed.values()))}
-    images = found.all_of(experiment)[0]["images"]
-    cells = by_column(by_seed, lambda written: Reading(*written))
-    return Row(name=name, facts={"images": str(images), "seeds": found.setting.seed_words}, cells=cells)
-
-
-def real_rows(scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Floor and ceiling beside these sample scores: what real, and ruined, images score."""
-    names = [name for name in SAMPLE_SCORES if name in scores]
-    return [
-        Row(
-            name=side,
-            cells={name: {0: Reading(float(scores[name][side]))} for name in names if scores[name][side] is not None},
-        )
-        for side in ("floor", "ceiling")
-    ]
-
-
-def protocol_words(found: Sequence[Values]) -> str:
-    """How the samples of a table were measured.
-
-    Raises:
-        UserError: in different ways, so that they do not stand in one table.
-    """
-    protocol, *others = (values["protocol"] for values in found)
-    for other in others:
-        differences = [name.replace("_", " ") for name in protocol if protocol[name] != other[name]]
-        if differences:
-            raise UserError(
-                "two experiments of one table were measured in different ways, so their scores do not compare: they "
-                f"differ in {', '.join(differences)}. Remove the folder of the older one, or choose another --out."
-            )
-    return (
-        f"N samples per row and seed ({protocol['balance']}), n images per distance against n of "
-        f"{protocol['reference']}; features {protocol['features']} ({protocol['features_sha256'][:12]}), "
-        f"{protocol['image_size']} px. Floor: real images disjoint from the reference (of class accuracy: held-out "
-        "images); ceiling: real images blurred to almost their mean colour (of class accuracy: chance; of memorised "
-        "shares and of what is nearer than held-out images: training images as training sees them, which is how much "
-        "of true copies these two can see)."
-    )
-
-
-def warning_notes(found: Sequence[Values]) -> tuple[str, ...]:
-    """What the guards said of these samples, each sentence once."""
-    return tuple(f"Warning: {said}" for said in dict.fromkeys(one for values in found for one in values["warnings"]))
-
-
-@dataclass(frozen=True, eq=False)
-class SampleProtocol:
-    """How samples of one model are scored, by the protocol of `isthmus evaluate`.
+class SampleScorer:
+    """Scores samples of one model by the protocol of `isthmus evaluate`.
 
     Attributes:
         real: what they are measured against.
         classes: of the samples, fixed by their numbers.
+
+    Raises:
+        UserError: the data do not fit the model, or there are too few images.
     """
 
-    real: RealImages
-    classes: SampleClasses
-
-    @classmethod
-    def of(cls, pipeline: AnyPipeline, lab: Lab[Any]) -> "SampleProtocol":
-        """That of the study. Raises `UserError` where the data do not fit the model, or there are too few images."""
+    def __init__(self, pipeline: AnyPipeline, lab: Lab[Any]):
         splits, size = lab.splits(pipeline), (pipeline.image_size, pipeline.image_size)
-        real = RealImages.of(lab.network(), splits, size=size, sides=lab.real_sides)
-        return cls(real, choose_classes(pipeline, splits, lab.setting.num, lab.balance))
+        self.real = RealImages.of(lab.network(), splits, size=size, sides=lab.real_sides)
+        self.classes = choose_classes(pipeline, splits, lab.setting.num, lab.balance)
 
-    def scored(self, features: Features, digests: Sequence[str]) -> SampleScores:
-        """Scores of samples, and what the guards say of them and of their `pixel_digest`s."""
-        labels = self.classes.labels if self.classes.names else None
-        found, warning = self.real.scores(features, labels, self.classes.names), check_duplicates(digests)
-        return found if warning is None else replace(found, warnings=(*found.warnings, warning))
+    def values(self, by: str, sets: Mapping[str, tuple[Features, Sequence[str]]]) -> Values:
+        """What tables read of several sets of samples, each as features and `pixel_digest`s.
 
-    def values(self, by: str, found: Mapping[str, SampleScores]) -> Values:
-        """What tables read of several sets of samples: protocol, warnings, and under `by` the scores of every set."""
-        protocol = self.real.protocol(len(self.classes.labels), self.classes.words)
-        said = dict.fromkeys(warning for scored in found.values() for warning in scored.warnings)
-        scores = {name: _written(scored.scores) for name, scored in found.items()}
-        return {"protocol": asdict(protocol), "warnings": list(said), by: scores}
+        Returns:
+            protocol, warnings, and under `by` the scores of every set.
+        """
+        classes, scores, warnings = self.classes, {}, []
+        for name, (features, digests) in sets.items():
+            found = self.real.scores(features, classes.labels if classes.names else None, classes.names)
+            scores[name], warnings = _written(found.scores), [*warnings, *found.warnings, check_duplicates(digests)]
+        protocol = self.real.protocol(len(classes.labels), classes.words)
+        return {"protocol": asdict(protocol), "warnings": [*filter(None, dict.fromkeys(warnings))], by: scores}
 
 
 BATCH = 32
@@ -373,41 +227,33 @@ BATCH = 32
 Pictures = UInt8[np.ndarray, "_ _ _ 3"]
 
 
-@dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Held-out images, and a judge of classes fitted on training images.
+    """Held-out images, at most `HELD_OUT_LIMIT`, and a judge of classes fitted on training images.
 
     Attributes:
         images: 0..255.
-        labels: class of the data; None where it has none.
         model_ids: the model's id of every image's class; None where no class is given.
-        network: features of the judge and of the distances.
-        judge: None where there are no classes.
         headline: features of `images` in the network's first space.
-        perceptual: distance of reconstructions.
+
+    Raises:
+        UserError: the data do not fit the model.
     """
 
-    images: Pictures
-    labels: Int[np.ndarray, " n"] | None
-    model_ids: Sequence[Label]
-    network: FeatureNetwork
-    judge: NearestClassMean | None
-    headline: np.ndarray
-    perceptual: Lite0Distance = field(default_factory=Lite0Distance)
-
-    @classmethod
-    def of(cls, pipeline: AnyPipeline, lab: Lab[Any]) -> "HeldOut":
-        """Those of the study, at most `HELD_OUT_LIMIT`. Raises `UserError` where the data do not fit the model."""
-        splits, network = lab.splits(pipeline), lab.network()
-        space = next(iter(network.spaces))
+    def __init__(self, pipeline: AnyPipeline, lab: Lab[Any]):
+        splits, self._network = lab.splits(pipeline), lab.network()
+        self._space, self._perceptual = next(iter(self._network.spaces)), Lite0Distance()
         chosen = some(splits.held_out, HELD_OUT_LIMIT)
-        images, labels, judge = np.stack(list(chosen)), None, None
-        ids = choose_classes(pipeline, splits, 1, "uniform").ids
+        self.images: Pictures = np.stack(list(chosen))
+        self.headline = self._features(self.images)
+        self.model_ids: Sequence[Label] = [None] * len(self.images)
+        self._judge, self._labels = None, chosen.labels
         if splits.class_names and splits.train.labels is not None and chosen.labels is not None:
-            labels = chosen.labels
-            judge = NearestClassMean.fit(extract_features(network, splits.train)[space], splits.train.labels)
-        model_ids = [ids[label] for label in labels] if ids and labels is not None else [None] * len(images)
-        return cls(images, labels, model_ids, network, judge, extract_features(network, images)[space])
+            self._judge = NearestClassMean.fit(self._features(splits.train), splits.train.labels)
+            ids = choose_classes(pipeline, splits, 1, "uniform").ids
+            self.model_ids = [ids[label] for label in chosen.labels] if ids else self.model_ids
+
+    def _features(self, images: Any) -> np.ndarray:
+        return extract_features(self._network, images)[self._space]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -419,19 +265,17 @@ class HeldOut:
 
     def compared(self, rebuilt: Pictures) -> Values:
         """What reconstructions of all images keep: means over images with the ends of their 95 % interval, and r-FD."""
-        meter = ReconstructionMeter(self.network, self.perceptual, None)
+        meter = ReconstructionMeter(self._network, self._perceptual, None)
         for start in range(0, len(self), BATCH):
             meter.update(self.images[start : start + BATCH], rebuilt[start : start + BATCH])
-        scores, space = meter.scores(Gaussian.of(self.headline)), next(iter(self.network.spaces))
+        scores = meter.scores(Gaussian.of(self.headline))
         return {
             PSNR: mean_and_interval(scores.psnr),
             DISTANCE: mean_and_interval(scores.perceptual),
-            f"r-FD-{space}": [scores.frechet],
-            **self.class_accuracy(extract_features(self.network, rebuilt)[space]),
+            f"r-FD-{self._space}": [scores.frechet],
+            **self.class_accuracy(self._features(rebuilt)),
         }
 
     def class_accuracy(self, rows: np.ndarray) -> Values:
         """Share of images that the judge puts into their class, from their features; nothing without classes."""
-        if self.judge is None or self.labels is None:
-            return {}
-        return {CLASS: mean_and_interval(self.judge.predict(rows) == self.labels)}
+        return {} if self._judge is None else {CLASS: mean_and_interval(self._judge.predict(rows) == self._labels)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.evaluation.report import joined, markdown_picture, markdown_table, write_pages
 from isthmus.pictures import draw_grid
-from isthmus.studies.tables import RULE, Difference, Panel, StudyTable, TableSpec
+from isthmus.studies.tables import RULE, Difference, Panel, StudyTable, TableSpec, mean_and_half_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +50,10 @@ def write_study_report(
 
 
 def _draw_panel(axis: "Axes", panel: Panel) -> None:
-    for line in panel.lines:
-        bars = list(line.half_widths) or None
-        axis.errorbar(line.x, line.y, yerr=bars, label=line.name, marker="o", markersize=3, capsize=2)
+    for name, points in panel.lines.items():
+        means, widths = zip(*map(mean_and_half_width, points.values()), strict=True)
+        bars = None if None in widths else widths
+        axis.errorbar(list(points), means, yerr=bars, label=name, marker="o", markersize=3, capsize=2)
     if panel.level is not None:
         name, value = panel.level
         axis.axhline(value, color="tab:green", linestyle="--", label=name)

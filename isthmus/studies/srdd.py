@@ -29,17 +29,11 @@ from isthmus.samples import SampleRequest, draw, forwards_per_image, read
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.measures import (
     BATCH,
-    DISTANCE,
-    PSNR,
     HeldOut,
-    SampleProtocol,
+    SampleScorer,
     evaluation,
-    held_out_row,
     interleaved_seconds,
     mean_and_interval,
-    protocol_words,
-    sample_row,
-    warning_notes,
 )
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.srdd_priors import (
@@ -56,9 +50,7 @@ from isthmus.studies.srdd_priors import (
     drawing,
     equal,
     every_second,
-    floor_and_ceiling,
     guidance,
-    held_out,
     masks,
     on_priors,
     priors,
@@ -70,7 +62,7 @@ from isthmus.studies.srdd_priors import (
     weighting,
 )
 from isthmus.studies.study import Study
-from isthmus.studies.tables import FRECHET, Claim, Direction, Reading, Row, StudyTable, study_table
+from isthmus.studies.tables import DISTANCE, FRECHET, PSNR, Claim, Direction, Reading, Row, StudyTable, study_table
 from isthmus.training.train_prior import train_prior
 
 MODES = ("none", "simple", "masked")
@@ -100,21 +92,19 @@ def refined_samples(lab: SrddLab, experiment: Experiment) -> Values:
     The samples lie in a folder per mode; what was drawn earlier is used again.
     """
     pipeline: NextScalePipeline = lab.pipeline(experiment.after[0])
-    protocol, by_mode, forwards = SampleProtocol.of(pipeline, lab), {}, {}
+    scorer, drawn, forwards = SampleScorer(pipeline, lab), {}, {}
     schedulers, seed = equal_schedulers(pipeline.schedule.num_scales), experiment.settings["seed"]
     for mode in MODES:
         pipeline.scheduler = schedulers[mode]
-        labels, rule = protocol.classes.model_ids.tolist(), protocol.classes.rule
+        labels, rule = scorer.classes.model_ids.tolist(), scorer.classes.rule
         request, place = SampleRequest.of(pipeline, labels, classes=rule, seed=seed), lab.folder / experiment.name
         draw(pipeline, place / "samples" / mode, request, batch_size=lab.setting.batch_size, title=mode)
-        drawn = read(place / "samples" / mode, len(request))
+        images = read(place / "samples" / mode, len(request))
         cost = forwards_per_image(pipeline, request)
         assert cost is not None, "it is known of next-scale models"
         forwards[mode] = cost.most
-        by_mode[mode] = protocol.scored(
-            sample_features(protocol.real.network, drawn), [pixel_digest(image) for image in drawn]
-        )
-    return protocol.values("by_mode", by_mode) | {"forwards": forwards}
+        drawn[mode] = sample_features(scorer.real.network, images), [pixel_digest(image) for image in images]
+    return scorer.values("by_mode", drawn) | {"forwards": forwards}
 
 
 def _refinements(setting: SrddSetting) -> Iterator[Experiment]:
@@ -129,18 +119,14 @@ def _refinements(setting: SrddSetting) -> Iterator[Experiment]:
 @study_table("Refinement", _refinements)
 def refinement(found: SrddFound) -> StudyTable:
     """No refinement, jumps and masked rounds, on a plain model and on one that was trained for it."""
-    models, own = {MARKOV: "", REFINING: " (trained for it)"}, found.setting.own_guidance
+    models = {"refined-markov": "", "refined-refining": " (trained for it)"}
     # floor and ceiling are those of the evaluation
-    measured = found.all_of("refined-markov", "refined-refining", "samples-markov")
-    forwards = measured[0]["forwards"]
+    experiments, forwards = (*models, "samples-markov"), found.first("refined-markov", "forwards")
     rows = [
-        sample_row(
-            found, mode + suffix, f"refined-{variant.name}", "by_mode", mode, guidance=own,
-            facts={"forwards": str(forwards[mode])},
-        )
-        for variant, suffix in models.items()
+        found.sample_row(mode + suffix, model, "by_mode", mode, facts={"forwards": str(forwards[mode])})
+        for model, suffix in models.items()
         for mode in MODES
-    ]  # fmt: skip
+    ]
     says = "resampling refines draws (the paper's figures are unknown)"
     return StudyTable(
         about=f"Draws of the Markov model as they are ({forwards['none']} forwards), and refined in two ways at "
@@ -148,15 +134,15 @@ def refinement(found: SrddFound) -> StudyTable:
         "the least likely 30 % of the tokens are drawn again (masked), or one jump back over these scales (simple). "
         "What refines is judged against the cheaper plain draw. "
         f"{equal(found.setting)} The second model differs in one thing: half of its training examples show some of "
-        f"their own tokens. {protocol_words(measured)}",
+        f"their own tokens. {found.protocol_words(*experiments)}",
         first_column="refinement",
-        rows=(*rows, *floor_and_ceiling(found)),
+        rows=(*rows, *found.real_rows("samples-markov")),
         claims=tuple(
             Claim(f"{mode.capitalize()} {says}", SRDD, mode + suffix, f"none{suffix}", FRECHET)
             for mode in MODES[1:]
             for suffix in models.values()
         ),
-        notes=warning_notes(measured),
+        notes=found.warnings(*experiments),
     )
 
 
@@ -241,16 +227,15 @@ def timed_draws(lab: SrddLab, experiment: Experiment) -> Values:
 def distillation(found: SrddFound) -> StudyTable:
     """A student on every second scale, with and without its teacher."""
     setting, drawn = found.setting, found.results["drawing"]
-    measured = found.all_of("samples-markov", f"samples-{TAUGHT}", f"samples-{UNTAUGHT}")
-    names = {"teacher, all scales": MARKOV.name, "student": TAUGHT, "student without the teacher": UNTAUGHT}
-    rows = []
-    for name, model in names.items():
-        experiment, of_model = f"samples-{model}", drawn["teacher" if model == MARKOV.name else "student"]
-        cells = {BITS: held_out(found, experiment, BITS), **bits_per_image(found, experiment)}
-        if model != UNTAUGHT:
+    names = ("teacher, all scales", "student", "student without the teacher")
+    experiments, rows = ("samples-markov", f"samples-{TAUGHT}", f"samples-{UNTAUGHT}"), []
+    for name, experiment, who in zip(names, experiments, ("teacher", "student", "student"), strict=True):
+        of_model = drawn[who]
+        cells = {BITS: found.held_out_score(experiment, BITS), **bits_per_image(found, experiment)}
+        if name != names[-1]:
             cells[IMAGE_TIME] = {0: Reading(of_model["ms"])}
         facts = {"scales": of_model["scales"], "tokens": str(of_model["tokens"])}
-        rows.append(sample_row(found, name, experiment, guidance=setting.own_guidance, facts=facts, cells=cells))
+        rows.append(found.sample_row(name, experiment, facts=facts, cells=cells))
     near_optimal = "1-3-5-8-13-16 is near-optimal: fewer scales do not cost quality"
     helps = "Scales are removed by distillation: the teacher helps (the paper's figures are unknown)"
     likelihood = "The same, in the likelihood of held-out images under the short schedule"
@@ -258,10 +243,10 @@ def distillation(found: SrddFound) -> StudyTable:
         about="Scale distillation of the Markov model: students on every second scale start from the teacher's "
         f"weights and are trained for {setting.student.num_steps} steps of {setting.student.batch_size} images, with "
         "what the teacher says (its rollouts, and its distribution where both know the state) or on the tokens of the "
-        f"images alone. Seeds {setting.seed_words}, a teacher each. {protocol_words(measured)}"
+        f"images alone. Seeds {setting.seed_words}, a teacher each. {found.protocol_words(*experiments)}"
         f" Times: {drawn['timed_on']}, eight images drawn at once with their own guidance, pixels included.",
         first_column="model",
-        rows=(*rows, *floor_and_ceiling(found)),
+        rows=(*rows, *found.real_rows("samples-markov")),
         claims=(
             Claim(near_optimal, SRDD, "student", "teacher, all scales", FRECHET),
             Claim(helps, SRDD, "student", "student without the teacher", FRECHET),
@@ -270,7 +255,7 @@ def distillation(found: SrddFound) -> StudyTable:
         notes=(
             "Bits per image of teacher and students are bits of different codes: only the students compare. The claim "
             "of near-optimality has no margin; only a difference beyond its interval decides.",
-            *warning_notes(measured),
+            *found.warnings(*experiments),
         ),
     )
 
@@ -319,7 +304,7 @@ def measured_edits(lab: SrddLab, experiment: Experiment) -> Values:
         images; by_hole: kind -> row -> column -> value with the ends of its 95 % interval; by_factor: the same.
     """
     pipeline: NextScalePipeline = lab.pipeline(experiment.after[0])
-    images, seed = HeldOut.of(pipeline, lab), experiment.settings["seed"]
+    images, seed = HeldOut(pipeline, lab), experiment.settings["seed"]
     originals = torch.cat([batch for _, batch in images.batches()])
     side, whole = originals.shape[-1], torch.ones_like(originals[:, :1])
     by_hole, by_factor = {}, {}
@@ -380,9 +365,9 @@ def editing(found: SrddFound) -> StudyTable:
     kinds |= {f"{factor}x": ("by_factor", str(factor), "bicubic", ["drawn"]) for factor in FACTORS}
     rows: list[Row] = []
     for kind, (by, at, without_model, ways) in kinds.items():
-        rows.append(held_out_row(found, f"{kind}, {without_model}", "edits-markov", by, at, without_model, once=True))
+        rows.append(found.held_out_row(f"{kind}, {without_model}", "edits-markov", by, at, without_model, once=True))
         rows += [
-            held_out_row(found, f"{kind}, {model} {way}", f"edits-{model}", by, at, way)
+            found.held_out_row(f"{kind}, {model} {way}", f"edits-{model}", by, at, way)
             for model in (MARKOV.name, CAUSAL.name)
             for way in ways
         ]

@@ -23,27 +23,20 @@ from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.pipelines.loading import choose_device
-from isthmus.studies.experiments import Experiment, Values, for_every_seed
+from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
 from isthmus.studies.measures import (
-    CLASS,
-    PSNR,
     Lab,
     Timed,
-    bits_by_step,
     evaluation,
     interleaved_seconds,
     mean_and_interval,
     peak_bytes,
-    protocol_words,
-    real_rows,
-    run_settings,
-    sample_row,
-    score_reading,
-    warning_notes,
 )
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.tables import (
+    CLASS,
     FRECHET,
+    PSNR,
     Claim,
     Direction,
     Found,
@@ -52,15 +45,12 @@ from isthmus.studies.tables import (
     Readings,
     Row,
     StudyTable,
-    by_column,
-    line_of,
-    line_of_lists,
     panels_of,
     study_table,
 )
 from isthmus.training.config import Run
 from isthmus.training.optim import adamw
-from isthmus.training.run import last, read_log
+from isthmus.training.run import column, last, read_log
 from isthmus.training.saved_networks import TOKENIZER_FOLDER
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
@@ -198,7 +188,8 @@ def training_values(run: PriorRun | DistillRun) -> Values:
     log, by_scale = read_log(run.out / "log.jsonl"), []
     while np.isfinite(value := last(log, f"val/bits_scale{len(by_scale)}")):
         by_scale.append(value)
-    return {**bits_by_step(run), "bits_by_scale": by_scale}
+    steps, bits = column(log, "val/bits_per_token")
+    return {"steps": steps, "bits_per_token": bits, "bits_by_scale": by_scale}
 
 
 def on_priors(
@@ -356,38 +347,27 @@ def cost_cells(costs: Values) -> dict[str, Readings]:
     }
 
 
-def variant_row(found: SrddFound, variant: Variant, name: str, **beside: Any) -> Row:
-    """A model at its own guidance; `beside` as for `sample_row`."""
-    return sample_row(found, name, f"samples-{variant.name}", guidance=found.setting.own_guidance, **beside)
-
-
-def floor_and_ceiling(found: SrddFound) -> list[Row]:
-    """What real images score, which is the same for all models."""
-    return real_rows(found.all_of(f"samples-{MARKOV.name}")[0]["by_guidance"][found.setting.own_guidance])
-
-
-def held_out(found: SrddFound, experiment: str, name: str) -> Readings:
-    """Readings of a score of held-out images."""
-    return by_column(found.by_seed(experiment, "held_out"), score_reading).get(name, {})
+def bits_per_token(found: SrddFound, variant: str) -> dict[str, Readings]:
+    """Of held-out images."""
+    return {BITS: found.held_out_score(f"samples-{variant}", BITS)}
 
 
 def bits_per_image(found: SrddFound, experiment: str) -> dict[str, Readings]:
     """Of held-out images."""
-    nats = held_out(found, experiment, "nats per image")
+    nats = found.held_out_score(experiment, "nats per image")
     return {PER_IMAGE: {seed: one.times(1 / math.log(2)) for seed, one in nats.items()}}
 
 
-def learning_curves(found: SrddFound, names: Mapping[Variant, str]) -> tuple[Panel, Panel]:
+def learning_curves(found: SrddFound, names: Mapping[str, str]) -> tuple[Panel, Panel]:
     """Bits per token of held-out images while training, and at the end by scale."""
-    lines, by_scale = [], []
+    lines, by_scale = {}, {}
     for variant, name in names.items():
-        by_seed = found.by_seed(f"prior-{variant.name}")
-        first = next(iter(by_seed.values()))
-        lines.append(line_of_lists(name, by_seed, "bits_per_token", first["steps"]))
-        by_scale.append(line_of_lists(name, by_seed, "bits_by_scale", range(len(first["bits_by_scale"]))))
+        experiment, first = f"prior-{variant}", found.first(f"prior-{variant}")
+        lines[name] = found.points(experiment, "bits_per_token", first["steps"])
+        by_scale[name] = found.points(experiment, "bits_by_scale", range(len(first["bits_by_scale"])))
     return (
-        Panel("bits per token of held-out images", "step", tuple(lines)),
-        Panel("bits per token at the end, by scale", "scale (from 0)", tuple(by_scale)),
+        Panel("bits per token of held-out images", "step", lines),
+        Panel("bits per token at the end, by scale", "scale (from 0)", by_scale),
     )
 
 
@@ -397,12 +377,12 @@ def learning_curves(found: SrddFound, names: Mapping[Variant, str]) -> tuple[Pan
 )
 def masks(found: SrddFound) -> StudyTable:
     """Causal (VAR) against Markov (SRDD)."""
-    names = {CAUSAL: "causal", MARKOV: "markov"}
-    measured, costs = found.all_of("samples-causal", "samples-markov"), found.results[cost(found.setting, *names).name]
-    rows = []
-    for variant, name in names.items():
-        bits = {BITS: held_out(found, f"samples-{variant.name}", BITS)}
-        rows.append(variant_row(found, variant, name, cells=bits | cost_cells(costs[variant.name])))
+    names, costs = {"causal": "causal", "markov": "markov"}, found.results["cost-causal-markov"]
+    experiments = [f"samples-{variant}" for variant in names]
+    rows = [
+        found.sample_row(name, f"samples-{variant}", cells=bits_per_token(found, variant) | cost_cells(costs[variant]))
+        for variant, name in names.items()
+    ]
 
     def claim(says: str, source: str, column: str, direction: Direction = "lower") -> Claim:
         return Claim(says, source, "markov", "causal", column, direction)
@@ -411,9 +391,9 @@ def masks(found: SrddFound) -> StudyTable:
     arithmetic = "The mask alone saves about 4 % of the arithmetic of drawing at 256 px, 11 % at 512 px"
     return StudyTable(
         about=f"The mask between scales: all earlier scales (VAR) or the image so far alone (SRDD). "
-        f"{equal(found.setting)} {protocol_words(measured)}{times_words(found, costs)}",
+        f"{equal(found.setting)} {found.protocol_words(*experiments)}{times_words(found, costs)}",
         first_column="mask",
-        rows=(*rows, *floor_and_ceiling(found)),
+        rows=(*rows, *found.real_rows("samples-markov")),
         timed=TIMED,
         claims=(
             claim("A history of one scale beats all scales in a short run: FID 4.35 against 4.84", "MVAR", FRECHET),
@@ -428,7 +408,7 @@ def masks(found: SrddFound) -> StudyTable:
             "Bits per token are of held-out images, without guidance or filters. We know no figure of SRDD's own "
             "for convergence or bits per token, so those columns have no claim beside them. Memory is what tensors "
             "hold at its peak beyond weights and optimizer state.",
-            *warning_notes(measured),
+            *found.warnings(*experiments),
         ),
     )
 
@@ -443,26 +423,26 @@ def masks(found: SrddFound) -> StudyTable:
 def guidance(found: SrddFound) -> StudyTable:
     """Both masks at every guidance."""
     setting, rows = found.setting, []
-    measured = found.all_of("samples-causal", "sweep-causal", "samples-markov", "sweep-markov")
+    experiments = ("samples-causal", "sweep-causal", "samples-markov", "sweep-markov")
     lines: dict[str, dict[float, Row]] = {}
     for variant in ("causal", "markov"):
         swept = {
-            one: sample_row(found, f"{variant}, {one}", f"sweep-{variant}", guidance=one) for one in setting.guidances
+            one: found.sample_row(f"{variant}, {one}", f"sweep-{variant}", guidance=one) for one in setting.guidances
         }
-        own = f"{variant}, {setting.own_guidance}"
-        rows += [*swept.values(), sample_row(found, own, f"samples-{variant}", guidance=setting.own_guidance)]
+        own = found.sample_row(f"{variant}, {setting.own_guidance}", f"samples-{variant}")
+        rows += [*swept.values(), own]
         lines[variant] = {float(one): row for one, row in swept.items()}
-    floor, ceiling = floor_and_ceiling(found)
+    floor, ceiling = found.real_rows("samples-markov")
     return StudyTable(
         about="Guidance: guided = unguided + s (with class - without), 1 is off; a schedule rises over the scales. The "
-        "models are those of the mask comparison. " + protocol_words(measured),
+        "models are those of the mask comparison. " + found.protocol_words(*experiments),
         first_column="mask, guidance",
         rows=(*rows, floor, ceiling),
         panels=panels_of((FRECHET, CLASS), "guidance", lines, floor, words=" (constant guidance)"),
         notes=(
             "The paper studies classifier-free guidance, but its values could not be read: there is no "
             "figure to agree with.",
-            *warning_notes(measured),
+            *found.warnings(*experiments),
         ),
     )
 
@@ -473,24 +453,23 @@ def guidance(found: SrddFound) -> StudyTable:
 )
 def schedules(found: SrddFound) -> StudyTable:
     """All scales against every second one."""
-    names = {MARKOV: "all scales", SHORT: "every second scale"}
-    measured, costs = found.all_of("samples-markov", "samples-short"), found.results[cost(found.setting, *names).name]
-    rows = []
+    names, costs = {"markov": "all scales", "short": "every second scale"}, found.results["cost-markov-short"]
+    experiments, rows = [f"samples-{variant}" for variant in names], []
     for variant, name in names.items():
-        sizes, experiment = found.results[variant.tokenizer]["scale_sizes"], f"samples-{variant.name}"
+        experiment, sizes = f"samples-{variant}", found.results[VARIANTS[variant].tokenizer]["scale_sizes"]
         # one tokenizer, whatever the seed of the prior
-        psnr = {0: next(iter(held_out(found, experiment, PSNR).values()))}
+        psnr = {0: next(iter(found.held_out_score(experiment, PSNR).values()))}
         cells = {**bits_per_image(found, experiment), "PSNR of reconstructions, dB": psnr}
         facts = {"scales": "-".join(map(str, sizes)), "tokens": str(sum(side * side for side in sizes))}
-        rows.append(variant_row(found, variant, name, facts=facts, cells=cells | cost_cells(costs[variant.name])))
+        rows.append(found.sample_row(name, experiment, facts=facts, cells=cells | cost_cells(costs[variant])))
     near_optimal = "1-3-5-8-13-16 is near-optimal: fewer scales do not cost quality"
     fewer = "20 % less computation with six scales in place of ten (here any saving counts)"
     return StudyTable(
         about="Scale schedules of the Markov model on one tokenizer: all of its scales, or every second one and the "
         "last, which turns the paper's ten scales into its 1-3-5-8-13-16. "
-        f"{equal(found.setting)} {protocol_words(measured)}{times_words(found, costs)}",
+        f"{equal(found.setting)} {found.protocol_words(*experiments)}{times_words(found, costs)}",
         first_column="schedule",
-        rows=(*rows, *floor_and_ceiling(found)),
+        rows=(*rows, *found.real_rows("samples-markov")),
         timed=TIMED,
         claims=(
             Claim(near_optimal, SRDD, "every second scale", "all scales", FRECHET),
@@ -500,7 +479,7 @@ def schedules(found: SrddFound) -> StudyTable:
             "Near-optimal has no margin: the claim is read as a distance that is not higher, so only a "
             "difference beyond its interval decides. Bits are given per image, since the schedules have different "
             "tokens; they are bits of different codes. The tokenizer was trained with all of its scales.",
-            *warning_notes(measured),
+            *found.warnings(*experiments),
         ),
     )
 
@@ -508,10 +487,10 @@ def schedules(found: SrddFound) -> StudyTable:
 @study_table("Weights of the scales in the loss", lambda setting: samples(setting, MARKOV, LOGNORMAL))
 def weighting(found: SrddFound) -> StudyTable:
     """Loss weights over scales."""
-    names = {MARKOV: "token-uniform", LOGNORMAL: "log-normal"}
-    measured = found.all_of("samples-markov", "samples-lognormal")
+    names = {"markov": "token-uniform", "lognormal": "log-normal"}
+    experiments = [f"samples-{variant}" for variant in names]
     rows = [
-        variant_row(found, variant, name, cells={BITS: held_out(found, f"samples-{variant.name}", BITS)})
+        found.sample_row(name, f"samples-{variant}", cells=bits_per_token(found, variant))
         for variant, name in names.items()
     ]
     says = (
@@ -520,14 +499,14 @@ def weighting(found: SrddFound) -> StudyTable:
     )
     return StudyTable(
         about="Weights of the scales in the loss of the Markov model: the same for every token (VAR), or a log-normal "
-        f"bump on the middle scales. {equal(found.setting)} {protocol_words(measured)}",
+        f"bump on the middle scales. {equal(found.setting)} {found.protocol_words(*experiments)}",
         first_column="weights",
-        rows=(*rows, *floor_and_ceiling(found)),
+        rows=(*rows, *found.real_rows("samples-markov")),
         claims=(Claim(says, "HMAR", "log-normal", "token-uniform", FRECHET),),
         panels=learning_curves(found, names),
         notes=(
             "Bits per token weigh every token alike, which is what the token-uniform loss minimises.",
-            *warning_notes(measured),
+            *found.warnings(*experiments),
         ),
     )
 
@@ -567,7 +546,6 @@ def snr(found: SrddFound) -> StudyTable:
     names = [f"{side} x {side}" for side in values["scale_sizes"]]
     readings = [{0: Reading(*interval)} for interval in values["decibels"]]
     rises = "The signal-to-noise ratio of the state rises with every scale"
-    line = line_of("held-out images", dict(enumerate(readings)))
     return StudyTable(
         about="|f|^2 / |f - F_k|^2 of the encoder's latents f and the sum of the codes up to scale k, mean of the "
         "decibels over held-out images with a 95 % bootstrap interval; one tokenizer.",
@@ -580,5 +558,5 @@ def snr(found: SrddFound) -> StudyTable:
             Claim(f"{rises}: {after} above {before}", SRDD, after, before, column, "higher")
             for before, after in pairwise(names)
         ),
-        panels=(Panel("signal-to-noise ratio, dB", "scale", (line,)),),
+        panels=(Panel("signal-to-noise ratio, dB", "scale", {"held-out images": dict(enumerate(readings))}),),
     )

@@ -5,15 +5,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
+from isthmus.errors import UserError
 from isthmus.evaluation.statistics import spread
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.options import StudySetting
 
+_NORMAL_95 = 1.96
+
 Verdict = Literal["agrees", "does not agree", "cannot tell"]
 Direction = Literal["lower", "higher"]
 
+CLASS, PSNR, DISTANCE = "class accuracy (nearest mean)", "PSNR, dB", "lite0 distance"
 KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
 """The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
+
+SAMPLE_SCORES = (KERNEL, FRECHET, CLASS, "memorised share", "nearer than held-out")
+"""Scores of samples that the tables show; the evaluations' own reports have the others."""
 
 RULE = (
     "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see "
@@ -72,6 +79,25 @@ def by_column(found: Mapping[int, Mapping[str, Any]], read: Callable[[Any], Read
     return columns
 
 
+def score_reading(score: Mapping[str, Any]) -> Reading:
+    """A score with its own 95 % interval.
+
+    Its own ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
+
+    >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
+    Reading(value=3.0, low=2.02, high=3.98)
+    """
+    value = math.nan if score["value"] is None else float(score["value"])
+    low, high, error, deviation = (score[name] for name in ("low", "high", "error", "deviation"))
+    if low is not None and high is not None:
+        return Reading(value, low, high)
+    if error is not None:
+        return Reading.around(value, _NORMAL_95 * error)
+    if deviation is not None and score["measurements"] > 1:
+        return Reading.around(value, student_half_width(deviation, score["measurements"]))
+    return Reading(value)
+
+
 @dataclass(frozen=True)
 class Difference:
     """First minus second, mean over the seeds that both sides have.
@@ -111,6 +137,13 @@ def half_width_of_mean(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of a mean; None for a single value."""
     found = spread(values)
     return None if found.standard_deviation is None else student_half_width(found.standard_deviation, found.count)
+
+
+def mean_and_half_width(readings: Readings) -> tuple[float, float | None]:
+    """Over seeds; with one seed, the value with the half width of its own interval."""
+    values = [reading.value for reading in readings.values()]
+    own = next(iter(readings.values())).half_width
+    return spread(values).mean, half_width_of_mean(values) if len(values) > 1 else own
 
 
 def difference(first: Readings, second: Readings) -> Difference | None:
@@ -163,22 +196,12 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a panel; `half_widths` are of the bars at its points, empty for none."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    half_widths: Sequence[float] = ()
-
-
-@dataclass(frozen=True)
 class Panel:
-    """Lines over one axis; `level` is a dashed horizontal line with its name."""
+    """Lines over one axis, readings at every x by name; `level` is a dashed horizontal line with its name."""
 
     title: str
     along: str
-    lines: tuple[Line, ...]
+    lines: Mapping[str, Mapping[Any, Readings]]
     level: tuple[str, float] | None = None
 
 
@@ -242,21 +265,117 @@ Setting = TypeVar("Setting", bound=StudySetting)
 
 @dataclass(frozen=True)
 class Found(Generic[Setting]):
-    """What the experiments of a study with this setting found, by the name of the experiment."""
+    """What the experiments of a study with this setting found, by name, as tables read it.
+
+    Methods take names of experiments without their seeds.
+    """
 
     setting: Setting
     results: Mapping[str, Values]
 
-    def by_seed(self, name: str, *path: str | int) -> dict[int, Any]:
-        """What the experiment of this name found for each training seed, all of it or what lies at `path`."""
-        found: Any = {seed: self.results[f"{name}-seed{seed}"] for seed in self.setting.seeds}
+    def by_seed(self, experiment: str, *path: str | int) -> dict[int, Any]:
+        """What was found with each training seed, all of it or what lies at `path`."""
+        found: Any = {seed: self.results[f"{experiment}-seed{seed}"] for seed in self.setting.seeds}
         for step in path:
             found = {seed: values[step] for seed, values in found.items()}
         return found
 
-    def all_of(self, *names: str) -> list[Values]:
-        """What these experiments found, for all training seeds."""
-        return [values for name in names for values in self.by_seed(name).values()]
+    def first(self, experiment: str, *path: str | int) -> Any:
+        """The same of the first seed."""
+        return self.by_seed(experiment, *path)[self.setting.seeds[0]]
+
+    def points(self, experiment: str, values: str, x: Iterable[float]) -> dict[float, Readings]:
+        """Readings at every `x` of the list that was found under `values`."""
+        by_seed = self.by_seed(experiment, values)
+        return {at: {seed: Reading(found[i]) for seed, found in by_seed.items()} for i, at in enumerate(x)}
+
+    def held_out_score(self, experiment: str, name: str) -> Readings:
+        """A score of the evaluation of held-out images; empty where it was not measured."""
+        return by_column(self.by_seed(experiment, "held_out"), score_reading).get(name, {})
+
+    def held_out_row(self, name: str, experiment: str, *path: str | int, column: str = "", once: bool = False) -> "Row":
+        """What lies at `path` of held-out images: by column, a value and the ends of its interval if any.
+
+        Args:
+            name: of the row.
+            experiment: read.
+            path: in what it found.
+            column: of the value, where it is a single one.
+            once: the first seed speaks for all, since no training decides it.
+        """
+        by_seed = {seed: {column: at} if column else at for seed, at in self.by_seed(experiment, *path).items()}
+        if once:
+            by_seed = {0: next(iter(by_seed.values()))}
+        facts = {"images": str(self.first(experiment, "images")), "seeds": self.setting.seed_words}
+        return Row(name=name, facts=facts, cells=by_column(by_seed, lambda written: Reading(*written)))
+
+    def sample_row(
+        self,
+        name: str,
+        experiment: str,
+        *path: str,
+        guidance: str | None = None,
+        facts: Mapping[str, str] | None = None,
+        cells: Mapping[str, Readings] | None = None,
+    ) -> "Row":
+        """Scores of samples, with what stands beside every number of samples.
+
+        Args:
+            name: of the row.
+            experiment: read.
+            path: in what it found; none is that of an evaluation at `guidance`.
+            guidance: that the samples were drawn with; None is the prior's own.
+            facts: that stand before those of samples.
+            cells: that stand behind the scores.
+        """
+        protocol, guidance = self.first(experiment, "protocol"), guidance or self.setting.own_guidance
+        measured = by_column(self.by_seed(experiment, *(path or ("by_guidance", guidance))), score_reading)
+        beside = {"guidance": guidance, "N": str(protocol["num_samples"]), "n": str(protocol["chunk_images"])}
+        return Row(
+            name=name,
+            facts={**(facts or {}), **beside, "seeds": self.setting.seed_words},
+            cells={**{one: measured[one] for one in SAMPLE_SCORES if one in measured}, **(cells or {})},
+        )
+
+    def real_rows(self, experiment: str, *path: str) -> "tuple[Row, Row]":
+        """Floor and ceiling beside scores at a path as for `sample_row`: what real, and ruined, images score."""
+        scores = self.first(experiment, *(path or ("by_guidance", self.setting.own_guidance)))
+        measured = [name for name in SAMPLE_SCORES if name in scores]
+
+        def row(side: str) -> Row:
+            values = {name: scores[name][side] for name in measured if scores[name][side] is not None}
+            return Row(name=side, cells={name: {0: Reading(float(value))} for name, value in values.items()})
+
+        return row("floor"), row("ceiling")
+
+    def protocol_words(self, *experiments: str) -> str:
+        """How the samples of these experiments were measured.
+
+        Raises:
+            UserError: in different ways, so that they do not stand in one table.
+        """
+        first, *others = (one for name in experiments for one in self.by_seed(name, "protocol").values())
+        for other in others:
+            differences = [name.replace("_", " ") for name in first if first[name] != other[name]]
+            if differences:
+                raise UserError(
+                    "two experiments of one table were measured in different ways, so their scores do not compare: "
+                    f"they differ in {', '.join(differences)}. Remove the folder of the older one, or choose another "
+                    "--out."
+                )
+        return (
+            f"N samples per row and seed ({first['balance']}), n images per distance against n of "
+            f"{first['reference']}; features {first['features']} ({first['features_sha256'][:12]}), "
+            f"{first['image_size']} px. Floor: real images disjoint from the reference (of class accuracy: held-out "
+            "images); ceiling: real images blurred to almost their mean colour (of class accuracy: chance; of "
+            "memorised shares and of what is nearer than held-out images: training images as training sees them, which "
+            "is how much of true copies these two can see)."
+        )
+
+    def warnings(self, *experiments: str) -> tuple[str, ...]:
+        """What the guards said of these samples, each sentence once."""
+        said = (one for name in experiments for found in self.by_seed(name, "warnings").values() for one in found)
+        return tuple(f"Warning: {one}" for one in dict.fromkeys(said))
 
 
 @dataclass(frozen=True)
@@ -283,24 +402,6 @@ def study_table(
     return lambda make: TableSpec(make.__name__, title, experiments, make)
 
 
-def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]) -> Line:
-    """Means over seeds with their 95 % intervals; with one seed, the value with its own."""
-    columns = {x: list(readings.values()) for x, readings in points.items()}
-    widths = [
-        half_width_of_mean([one.value for one in column]) if len(column) > 1 else column[0].half_width
-        for column in columns.values()
-    ]
-    means = [spread([one.value for one in column]).mean for column in columns.values()]
-    known = [width for width in widths if width is not None]
-    return Line(name, list(columns), means, known if len(known) == len(widths) else ())
-
-
-def line_of_lists(name: str, found: Mapping[int, Values], values: str, x: Sequence[float]) -> Line:
-    """A line through the lists that the experiments of all seeds have under `values`, an entry for each `x`."""
-    places = enumerate(x)
-    return line_of(name, {at: {seed: Reading(one[values][i]) for seed, one in found.items()} for i, at in places})
-
-
 def panels_of(
     columns: Sequence[str],
     along: str,
@@ -316,10 +417,10 @@ def panels_of(
     panels = []
     for column in columns:
         measured = {name: rows for name, rows in lines.items() if all(column in row.cells for row in rows.values())}
-        drawn = [line_of(name, {x: row.cells[column] for x, row in rows.items()}) for name, rows in measured.items()]
+        drawn = {name: {x: row.cells[column] for x, row in rows.items()} for name, rows in measured.items()}
         real = next(iter(floor.cells.get(column, {}).values()), None)
         if drawn:
-            panels.append(Panel(column + words, along, tuple(drawn), real and ("real images", real.value)))
+            panels.append(Panel(column + words, along, drawn, real and ("real images", real.value)))
     return tuple(panels)
 
 

@@ -6,7 +6,7 @@ from isthmus.errors import UserError
 from isthmus.studies.experiments import Experiment
 from isthmus.studies.options import DarStudyOptions
 from isthmus.studies.study import Study
-from isthmus.studies.tables import Claim, Found, Line, Panel, Reading, Row, StudyTable, line_of, study_table
+from isthmus.studies.tables import Claim, Found, Panel, Reading, Row, StudyTable, mean_and_half_width, study_table
 from tests.studies.tiny_studies import run, srdd_setting
 
 SETTING = srdd_setting("")
@@ -31,7 +31,7 @@ def hand(found) -> StudyTable:
         claims=tuple(
             Claim(f"low is {direction}", "by hand", "low", other, "x", direction) for other, direction in sides
         ),
-        panels=(Panel("x by hand", "step", (Line("low", [0, 1], [1, 2]),)),),
+        panels=(Panel("x by hand", "step", {"low": {0: {0: Reading(1.0)}, 1: {0: Reading(2.0)}}}),),
     )
 
 
@@ -84,8 +84,7 @@ def test_options_that_no_study_has_are_refused():
 
 
 def test_bars_need_an_interval_or_several_seeds():
-    assert line_of("a", {0: {0: Reading(1.0)}}).half_widths == ()
-    assert line_of("a", {0: {0: Reading(1.0, 0.5, 1.5)}}).half_widths == [0.5]
-    line = line_of("a", {0: {0: Reading(1.0), 1: Reading(3.0)}})
+    assert mean_and_half_width({0: Reading(1.0)}) == (1.0, None)
+    assert mean_and_half_width({0: Reading(1.0, 0.5, 1.5)}) == (1.0, 0.5)
     # mean 2, deviation sqrt 2, one degree of freedom
-    assert (line.y, line.half_widths) == ([2.0], [pytest.approx(12.706, rel=1e-4)])
+    assert mean_and_half_width({0: Reading(1.0), 1: Reading(3.0)}) == (2.0, pytest.approx(12.706, rel=1e-4))
