@@ -26,7 +26,6 @@ from isthmus.pipelines.labels import Label
 from isthmus.pipelines.memory import batch_size_that_fits
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
 from isthmus.studies.measures import (
-    BATCH,
     HeldOut,
     Lab,
     Pictures,
@@ -123,8 +122,8 @@ def rebuilt_by_tokens(lab: DarLab, experiment: Experiment) -> Values:
     pipeline: DARPipeline = lab.pipeline(experiment.after[0])
     held_out = HeldOut(pipeline, lab)
     parts: dict[str, list[Pictures]] = {}
-    for start, images in held_out.batches():
-        for name, rebuilt in reconstructions_by_stage(pipeline, images, first_index=start).items():
+    for rows, images, _ in held_out.batches():
+        for name, rebuilt in reconstructions_by_stage(pipeline, images, first_index=rows.start).items():
             parts.setdefault(name, []).append(rebuilt)
     return {
         "images": len(held_out),
@@ -226,16 +225,20 @@ def rebuilt_by_solver(lab: DarLab, experiment: Experiment) -> Values:
     """Reconstructions from all that a solver reads, by its rule and number of steps."""
     pipeline: DARPipeline = lab.pipeline(experiment.after[0])
     held_out, own = HeldOut(pipeline, lab), pipeline.scheduler.config
-    token_ids = torch.cat([pipeline.encode(images) for _, images in held_out.batches()])
+    batches = [(rows.start, pipeline.encode(images)) for rows, images, _ in held_out.batches()]
     values = {}
     for solver in lab.setting.solvers:
         for number in lab.setting.solver_steps:
             begin, parts = time.perf_counter(), []
-            for start in range(0, len(held_out), BATCH):
+            for start, token_ids in batches:
                 rebuilt = pipeline.decode(
-                    token_ids[start : start + BATCH], num_inference_steps=number, solver=solver, seed=0,
-                    image_index=start, output_type="latent",
-                )  # fmt: skip
+                    token_ids,
+                    num_inference_steps=number,
+                    solver=solver,
+                    seed=0,
+                    image_index=start,
+                    output_type="latent",
+                )
                 parts.append(to_uint8(torch.as_tensor(rebuilt)))
             seconds = time.perf_counter() - begin
             compared = held_out.compared(np.concatenate(parts))
@@ -324,11 +327,7 @@ def guidance(found: DarFound) -> StudyTable:
 def bits_by_place(lab: DarLab, experiment: Experiment) -> Values:
     """Bits of every token of held-out images: means by position, and by group with the ends of their 95 % interval."""
     pipeline: DARPipeline = lab.pipeline(experiment.after[0])
-    held_out = HeldOut(pipeline, lab)
-    parts = [
-        pipeline.bits_per_token(images, list(held_out.model_ids[start : start + BATCH]))
-        for start, images in held_out.batches()
-    ]
+    parts = [pipeline.bits_per_token(images, labels) for _, images, labels in HeldOut(pipeline, lab).batches()]
     bits = torch.cat(parts).cpu().double().numpy()
     size = pipeline.image_tokenizer.tokens_per_group
     groups = [bits[:, start : start + size].mean(axis=1) for start in range(0, bits.shape[1], size)]

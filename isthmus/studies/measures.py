@@ -258,16 +258,17 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self) -> Iterator[tuple[int, Images]]:
-        """Number of the first image and images in [-1, 1]."""
+    def batches(self) -> Iterator[tuple[slice, Images, list[Label]]]:
+        """Which images, these in [-1, 1], and the model's ids of their classes."""
         for start in range(0, len(self), BATCH):
-            yield start, as_floats(self.images[start : start + BATCH])
+            rows = slice(start, start + BATCH)
+            yield rows, as_floats(self.images[rows]), list(self.model_ids[rows])
 
     def compared(self, rebuilt: Pictures) -> Values:
         """What reconstructions of all images keep: means over images with the ends of their 95 % interval, and r-FD."""
         meter = ReconstructionMeter(self._network, self._perceptual, None)
-        for start in range(0, len(self), BATCH):
-            meter.update(self.images[start : start + BATCH], rebuilt[start : start + BATCH])
+        for rows, _, _ in self.batches():
+            meter.update(self.images[rows], rebuilt[rows])
         scores = meter.scores(Gaussian.of(self.headline))
         return {
             PSNR: mean_and_interval(scores.psnr),

@@ -5,7 +5,7 @@ it reads. Claims: Kumar, Nair and Patel, "Scale-Wise VAR is Secretly Discrete Di
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,12 +23,10 @@ from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.nn.component_files import read_config
 from isthmus.nn.shapes import Images
 from isthmus.pictures import to_uint8
-from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import choose_device
 from isthmus.samples import SampleRequest, draw, forwards_per_image, read
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.measures import (
-    BATCH,
     HeldOut,
     SampleScorer,
     evaluation,
@@ -305,44 +303,37 @@ def measured_edits(lab: SrddLab, experiment: Experiment) -> Values:
     """
     pipeline: NextScalePipeline = lab.pipeline(experiment.after[0])
     images, seed = HeldOut(pipeline, lab), experiment.settings["seed"]
-    originals = torch.cat([batch for _, batch in images.batches()])
+    originals = torch.cat([batch for _, batch, _ in images.batches()])
     side, whole = originals.shape[-1], torch.ones_like(originals[:, :1])
     by_hole, by_factor = {}, {}
     for kind in HOLES:
         hole = holes(kind, len(originals), side)
         made = {"painted over": torch.where(hole > 0, fill_unknown(originals, hole), originals)}
         for jumps, name in JUMPS.items():
-            made[name] = _edited(
-                images,
-                lambda rows, labels, numbers, jumps=jumps, hole=hole: pipeline.inpaint(
-                    originals[rows], hole[rows], labels, seed=seed, image_index=numbers, output_type="pt", seam_px=0,
+            edits = [
+                pipeline.inpaint(
+                    batch, hole[rows], labels, seed=seed, image_index=rows.start, output_type="pt", seam_px=0,
                     jumps=jumps,
-                ),
-            )  # fmt: skip
+                )
+                for rows, batch, labels in images.batches()
+            ]  # fmt: skip
+            made[name] = _joined(edits)
         by_hole[kind] = {name: _compared(images, edited, originals, hole) for name, edited in made.items()}
     for factor in FACTORS:
         small = F.interpolate(originals, size=(side // factor,) * 2, mode="area")
         enlarged = F.interpolate(small, size=(side, side), mode="bicubic", align_corners=False).clamp(-1, 1)
-        drawn = _edited(
-            images,
-            lambda rows, labels, numbers, small=small: pipeline.super_resolve(
-                small[rows], labels, seed=seed, image_index=numbers, output_type="pt"
-            ),
-        )
-        made = {"bicubic": enlarged, "drawn": drawn}
+        edits = [
+            pipeline.super_resolve(small[rows], labels, seed=seed, image_index=rows.start, output_type="pt")
+            for rows, _, labels in images.batches()
+        ]
+        made = {"bicubic": enlarged, "drawn": _joined(edits)}
         by_factor[str(factor)] = {name: _compared(images, edited, originals, whole) for name, edited in made.items()}
     return {"images": len(images), "by_hole": by_hole, "by_factor": by_factor}
 
 
-def _edited(images: HeldOut, edit: Callable[[slice, list[Label], list[int]], NextScalePipelineOutput]) -> Images:
-    """All edits, in [-1, 1]; image i has number i, whatever the batch."""
-    parts = []
-    for start in range(0, len(images), BATCH):
-        rows = slice(start, start + BATCH)
-        numbers = list(range(len(images))[rows])
-        made = edit(rows, list(images.model_ids[rows]), numbers)
-        parts.append(torch.as_tensor(made.images).float() * 2 - 1)
-    return torch.cat(parts)
+def _joined(edits: Sequence[NextScalePipelineOutput]) -> Images:
+    """In [-1, 1]."""
+    return torch.cat([torch.as_tensor(made.images).float() * 2 - 1 for made in edits])
 
 
 def _compared(images: HeldOut, made: Images, originals: Images, masks: Float[Tensor, "b 1 h w"]) -> Values:
