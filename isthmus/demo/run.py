@@ -57,8 +57,7 @@ LONGER = 4
 def run_demo(options: DemoOptions) -> Path:
     """Run every stage that is not finished yet and write `report.md`; returns the folder.
 
-    Raises:
-        UserError: an unknown class, or the folder holds something else.
+    Raises `UserError` for an unknown class, or where the folder holds something else.
     """
     folder, clock = options.folder, Clock(options.folder / "seconds.json")
     logger.info("1/4 images: %s at %d px", DATA, IMAGE_SIZE_PX)
@@ -89,15 +88,18 @@ def run_demo(options: DemoOptions) -> Path:
     logger.info("4/4 samples, pictures and report")
     pipeline = load_pipeline(str(folder / "model"), device="cpu")
     model = pipeline.fingerprint if isinstance(pipeline, DARPipeline) else fingerprint(pipeline.transformer)
-    scores = finished_scores(options)
-    if scores is None or scores["model"] != model:
-        if scores is not None:
+    record = folder / "scores.json"
+    scores: Scores | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if scores is None or (scores["seed"], scores["model"]) != (options.seed, model):
+        if scores is not None and scores["seed"] == options.seed:
             # they are of another model
             shutil.rmtree(folder / "samples", ignore_errors=True)
         samples = clock.time("drawing", lambda: draw_samples(pipeline, options))
 
         def finish() -> Scores:
-            real = real_images(pipeline, options)
+            size = pipeline.image_size
+            splits = open_splits(DATA, image_size=size, classes=options.chosen_classes or (), wanted=())
+            real = RealImages.of(feature_network("lite0"), splits, size=(size, size))
             figures = {**sample_figures(real, samples, pipeline, options, clock), "model": model}
             if isinstance(pipeline, DARPipeline):
                 return figures | dar_figures(pipeline, real, len(samples), options)
@@ -105,7 +107,7 @@ def run_demo(options: DemoOptions) -> Path:
             return figures
 
         scores = clock.time("samples", finish)
-        write_whole(folder / "scores.json", json.dumps(scores, indent=2))
+        write_whole(record, json.dumps(scores, indent=2))
     if isinstance(pipeline, DARPipeline):
         draw_curves(folder, None)
         dar_report(options, pipeline, train, scores, clock.seconds)
@@ -186,13 +188,6 @@ def stage_run(preset: StageRun, options: DemoOptions, folder: str, *, longer: in
     )
 
 
-def finished_scores(options: DemoOptions) -> Scores | None:
-    """What an earlier run measured of samples of this seed."""
-    record = options.folder / "scores.json"
-    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-    return before if before is not None and before["seed"] == options.seed else None
-
-
 def draw_samples(pipeline: AnyPipeline, options: DemoOptions) -> Samples:
     """The folder samples/, the same number of images of each class one after the other, and samples.png."""
     classes = list(range(pipeline.num_classes))
@@ -209,13 +204,6 @@ def draw_samples(pipeline: AnyPipeline, options: DemoOptions) -> Samples:
     names = [pipeline.label_name(label) for label in classes]
     save_picture(table(rows, row_names=names), options.folder / "samples.png")
     return samples
-
-
-def real_images(pipeline: AnyPipeline, options: DemoOptions) -> RealImages:
-    """What samples of the demo are measured against, as `isthmus evaluate` does it."""
-    size = pipeline.image_size
-    splits = open_splits(DATA, image_size=size, classes=options.chosen_classes or (), wanted=())
-    return RealImages.of(feature_network("lite0"), splits, size=(size, size))
 
 
 def sample_figures(
@@ -254,10 +242,16 @@ def draw_previews(
 
 
 def draw_dar_previews(pipeline: DARPipeline, names: Sequence[str], options: DemoOptions) -> float:
-    """previews.png, by number of tokens; returns when the first preview came, as a share of the whole."""
+    """previews.png, by number of tokens; returns after which share of an image's time its first preview is there."""
     columns = pipeline.step_names(pipeline.scheduler.config["num_inference_steps"])
     draw_previews(pipeline, names, options, [name.split()[0] for name in columns], "previews.png")
-    return float(np.median([first_preview_share(pipeline, options.seed) for _ in range(_TIMINGS)]))
+    shares = []
+    for _ in range(_TIMINGS):
+        start = time.perf_counter()
+        label = 0 if pipeline.num_classes else None
+        times = [time.perf_counter() - start for _ in pipeline.stream(label, seed=options.seed)]
+        shares.append(times[0] / times[-1])
+    return float(np.median(shares))
 
 
 def reconstructions(pipeline: DARPipeline, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,23 +279,14 @@ def draw_reconstructions(images: Tensor, rebuilt: Tensor, labels: np.ndarray, op
     save_picture(picture, options.folder / "reconstructions.png")
 
 
-def first_preview_share(pipeline: DARPipeline, seed: int) -> float:
-    """Share of the time of a single image after which its first preview is there."""
-    start = time.perf_counter()
-    times = [time.perf_counter() - start for _ in pipeline.stream(0 if pipeline.num_classes else None, seed=seed)]
-    return times[0] / times[-1]
-
-
 def draw_layouts(pipeline: DARPipeline, reference: Tensor, names: Sequence[str], options: DemoOptions) -> None:
     """Rows = labels, columns = how many first tokens of the reference are kept; the reference itself comes last."""
     total = pipeline.token_layout.num_tokens
     lengths = sorted({round(share * total) for share in _PREFIX_SHARES})
     rows = []
     for label in range(pipeline.num_classes):
-        output = pipeline(
-            [label] * len(lengths), prefix_image=reference, prefix_tokens=lengths, seed=options.seed,
-            image_index=[label] * len(lengths),
-        )  # fmt: skip
+        labels = [label] * len(lengths)
+        output = pipeline(labels, prefix_image=reference, prefix_tokens=lengths, seed=options.seed, image_index=labels)
         assert isinstance(output.images, list), "a call returns PIL images by default"
         rows.append([*output.images, *to_pil(reference)])
     columns = [*(str(length) for length in lengths), "image"]

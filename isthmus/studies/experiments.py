@@ -1,8 +1,7 @@
 """Experiments as data, run one after the other; what is finished is never run twice.
 
-Every experiment has a folder of its own and is finished when its `result.json` is there, which appears whole or not at
-all. The same command goes on after a kill: the experiment that was running continues where its own files allow
-(trainings from their last checkpoint, samples from their last chunk).
+An experiment has a folder of its own and is finished when its `result.json` is there, which appears whole or not.
+After a kill, the one that was running goes on where its own files allow: at the last checkpoint, or the last image.
 """
 
 import json
@@ -74,7 +73,7 @@ def run_settings(run: Run, *filled_in: str) -> Values:
 
 
 def ordered(experiments: Iterable[Experiment]) -> list[Experiment]:
-    """Each experiment once, in the order given, which must put every one behind those it reads.
+    """Each experiment once, in the order given.
 
     Raises:
         ValueError: one name stands for two experiments, or one comes before what it reads.
@@ -116,11 +115,7 @@ def run_experiments(
 ) -> dict[str, Values]:
     """Run what is not finished; a line per experiment says how long it took and what is left. Returns all results.
 
-    Args:
-        experiments: in an order that can be run; each has a folder of its name in `folder`.
-        folder: of the study.
-        lab: what every work is given.
-        made: what is noted beside every result when it is finished.
+    `lab` is what every work is given, and `made` tells what is noted beside every result.
 
     Raises:
         UserError: a result was made with other settings, or an experiment cannot be run.

@@ -92,13 +92,7 @@ _LOOK_PX = 32
 
 @dataclass(frozen=True)
 class Lab(Generic[Setting]):
-    """What every experiment of a study works with.
-
-    Attributes:
-        setting: of the study.
-        folder: of the study; each experiment has one of its name in it.
-        real_sides: what was measured of the real images, which all evaluations share.
-    """
+    """What every experiment of a study works with; `real_sides`, measured of real images, serves all."""
 
     setting: Setting
     folder: Path
@@ -147,9 +141,6 @@ def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
     """Evaluate the model that the experiment reads as `isthmus evaluate` does, with each of its guidances.
 
     What was drawn earlier is used again.
-
-    Returns:
-        protocol, warnings, held-out scores and curves of the model, and its sample scores by guidance.
     """
     setting, guidances = lab.setting, experiment.settings["guidances"]
     first, *others = map(parse_guidance, guidances)
@@ -192,11 +183,7 @@ def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) 
 
 
 class SampleScorer:
-    """Scores samples of one model by the protocol of `isthmus evaluate`.
-
-    Attributes:
-        real: what they are measured against.
-        classes: of the samples, fixed by their numbers.
+    """Scores samples of one model by the protocol of `isthmus evaluate`: against `real`, with `classes`.
 
     Raises:
         UserError: the data do not fit the model, or there are too few images.
@@ -208,11 +195,7 @@ class SampleScorer:
         self.classes = choose_classes(pipeline, splits, lab.setting.num, lab.balance)
 
     def values(self, by: str, sets: Mapping[str, tuple[Features, Sequence[str]]]) -> Values:
-        """What tables read of several sets of samples, each as features and `pixel_digest`s.
-
-        Returns:
-            protocol, warnings, and under `by` the scores of every set.
-        """
+        """Protocol, warnings, and under `by` the scores of several sets of samples (features and `pixel_digest`s)."""
         classes, scores, warnings = self.classes, {}, []
         for name, (features, digests) in sets.items():
             found = self.real.scores(features, classes.labels if classes.names else None, classes.names)
@@ -228,12 +211,7 @@ Pictures = UInt8[np.ndarray, "_ _ _ 3"]
 
 
 class HeldOut:
-    """Held-out images, at most `HELD_OUT_LIMIT`, and a judge of classes fitted on training images.
-
-    Attributes:
-        images: 0..255.
-        model_ids: the model's id of every image's class; None where no class is given.
-        headline: features of `images` in the network's first space.
+    """Held-out images (0..255), at most `HELD_OUT_LIMIT`, and a judge of classes fitted on training images.
 
     Raises:
         UserError: the data do not fit the model.

@@ -24,14 +24,7 @@ BALANCE: Literal["data"] = "data"
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a budget buys.
-
-    Attributes:
-        tables: names of the tables it fills.
-        num: samples per model and setting.
-        tokenizer_steps: of the tokenizer preset's steps, this share is trained.
-        prior_steps: the same of the prior's.
-    """
+    """Tables that a budget fills, samples per model and setting, and the shares of the presets' steps it trains."""
 
     tables: tuple[str, ...]
     num: int
@@ -50,7 +43,6 @@ class StudySetting:
         num: samples per model and guidance.
         guidances: measured beside the prior's own.
         batch_size: images drawn at once; None estimates what fits.
-        device: where networks run.
         threads: of torch on the CPU, for what is timed.
     """
 
@@ -113,7 +105,7 @@ class StudyOptions:
 
     @property
     def bought(self) -> Budget:
-        """What the budget buys."""
+        """What the chosen budget buys."""
         return self.budgets[self.budget]
 
     @property
@@ -149,12 +141,7 @@ class StudyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DarSetting(StudySetting):
-    """Everything that decides the results of a study of D-AR.
-
-    Attributes:
-        solvers: rules of a solver step.
-        solver_steps: how many of them.
-    """
+    """Everything that decides the results of a study of D-AR, with rules and numbers of solver steps."""
 
     tokenizer: DiffusionTokenizerRun
     prior: NextTokenPriorRun
@@ -186,7 +173,7 @@ class DarStudyOptions(StudyOptions):
     """Preset of the prior."""
 
     def setting(self, device: str, threads: int) -> DarSetting:
-        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
+        """See `StudyOptions`."""
         images = {"data": self.data, "classes": self.chosen_classes}
         tokenizer = diffusion_tokenizer_preset(self.preset_tokenizer)
         prior = next_token_prior_preset(self.preset_prior)
@@ -206,9 +193,7 @@ class DarStudyOptions(StudyOptions):
 class SrddSetting(StudySetting):
     """Everything that decides the results of a study of SRDD.
 
-    Attributes:
-        student: the run that all students share; the study fills in teacher, scales and seed.
-        rounds: of timing.
+    All students share the run `student`, in which the study fills in teacher, scales and seed; `rounds` are of timing.
     """
 
     tokenizer: TokenizerRun
@@ -247,7 +232,7 @@ class SrddStudyOptions(StudyOptions):
     """Preset of the students that learn a shorter schedule."""
 
     def setting(self, device: str, threads: int) -> SrddSetting:
-        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
+        """See `StudyOptions`."""
         images = {"data": self.data, "classes": self.chosen_classes}
         tokenizer, prior = tokenizer_preset(self.preset_tokenizer), prior_preset(self.preset_prior)
         longer = self.bought.prior_steps

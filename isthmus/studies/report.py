@@ -19,7 +19,6 @@ _CLAIM_HEAD = ("claim of a paper", "source", "measured here", "verdict")
 
 def write_study_report(
     folder: Path,
-    *,
     title: str,
     summary: str,
     specs: Sequence[TableSpec[Any]],
@@ -28,13 +27,7 @@ def write_study_report(
 ) -> Path:
     """Write both reports, and a picture per table with curves where matplotlib is installed; returns report.md.
 
-    Args:
-        folder: of the study.
-        title: of the report.
-        summary: its first paragraph.
-        specs: all tables of the study; those that are not in `tables` are marked "not run".
-        tables: finished tables by name.
-        facts: what made the numbers.
+    Those of `specs`, all tables of the study, that are not in `tables` are marked "not run"; `facts` made the numbers.
     """
     for spec in specs:
         # of an earlier run, maybe of other results
@@ -45,7 +38,8 @@ def write_study_report(
                 draw_grid(table.panels, _draw_panel, folder / f"{name}.png")
     except ImportError:
         logger.warning('The report has no plots: they need matplotlib. Run: pip install "isthmus[eval]"')
-    write_pages(folder, joined(_parts(folder, title, summary, specs, tables, facts)), title=title)
+    text = joined([f"# {title}", summary, *_parts(folder, specs, tables, facts)])
+    write_pages(folder, text, title=title)
     return folder / "report.md"
 
 
@@ -80,15 +74,8 @@ def difference_text(found: Difference | None, repetitions: str = "seeds") -> str
 
 
 def _parts(
-    folder: Path,
-    title: str,
-    summary: str,
-    specs: Sequence[TableSpec[Any]],
-    tables: Mapping[str, StudyTable],
-    facts: Mapping[str, Any],
+    folder: Path, specs: Sequence[TableSpec[Any]], tables: Mapping[str, StudyTable], facts: Mapping[str, Any]
 ) -> Iterator[str]:
-    yield f"# {title}"
-    yield summary
     claims = {name: list(_claim_cells(table)) for name, table in tables.items()}
     rows = [(spec.title, *cells) for spec in specs for cells in claims.get(spec.name, ())]
     if rows:

@@ -67,12 +67,8 @@ TOKENIZER, SHORT_TOKENIZER = "tokenizer", "tokenizer-short"
 class Variant:
     """A prior that differs from the others in one thing.
 
-    Attributes:
-        name: of its experiments.
-        mask: of the attention between scales.
-        scale_loss: weights of the scales in the loss.
-        tokenizer: whose scales it predicts.
-        refinement: share of its training examples that show some of their own tokens.
+    `tokenizer` is the one whose scales it predicts, `refinement` the share of its training examples that show some of
+    their own tokens.
     """
 
     name: str
@@ -177,7 +173,7 @@ def priors(setting: SrddSetting, *variants: Variant) -> Iterator[Experiment]:
 
 
 def trained_prior(lab: SrddLab, experiment: Experiment) -> Values:
-    """Train a variant; returns its `training_values`."""
+    """Train a variant."""
     run = placed_run(lab, VARIANTS[experiment.settings["variant"]], experiment.settings["seed"])
     train_prior(run)
     return training_values(run)
@@ -227,7 +223,7 @@ def samples(setting: SrddSetting, *variants: Variant) -> Iterator[Experiment]:
 
 
 def cost(setting: SrddSetting, *variants: Variant) -> Experiment:
-    """Time and memory of variants against each other, at the first seed; times are those of one device and threads."""
+    """Time and memory of variants against each other, at the first seed."""
     names, seed = [variant.name for variant in variants], setting.seeds[0]
     return Experiment(
         name=f"cost-{'-'.join(names)}",

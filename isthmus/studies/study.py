@@ -28,14 +28,7 @@ _RECORD = "study.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Study(Generic[Setting]):
-    """What a study is made of.
-
-    Attributes:
-        name: "srdd" or "dar".
-        title: of the report.
-        tables: all there are; a further one joins here.
-        summary: first paragraph of the report.
-    """
+    """All tables there are, and the title and first paragraph of the report."""
 
     name: str
     title: str
@@ -64,7 +57,7 @@ class Study(Generic[Setting]):
         images: Mapping[str, str],
         made: Callable[[], Values],
     ) -> Path:
-        """Run what is not finished, fill the tables and write the report; returns report.md.
+        """Run what is not finished, fill the tables of these names and write the report; returns report.md.
 
         Args:
             setting: everything that decides the results.
@@ -75,21 +68,15 @@ class Study(Generic[Setting]):
             made: when, where and with which versions this process runs; noted beside every result.
 
         Raises:
-            UserError: the folder holds something else, or experiments with other settings or images, or one cannot be
-                run.
+            UserError: the folder holds something else, or experiments with other settings or images.
         """
         experiments = self.plan(setting, tables)
         claim_folder(folder, self.name, images)
         logger.info("study %s: %d experiments for the tables %s", self.name, len(experiments), ", ".join(tables))
         found = Found(setting, run_experiments(experiments, folder, Lab(setting, folder), made=made))
-        report = write_study_report(
-            folder,
-            title=self.title,
-            summary=self.summary(setting),
-            specs=self.tables,
-            tables={spec.name: spec.make(found) for spec in self.tables if spec.name in tables},
-            facts={**facts, "images (sha256)": images, **facts_of(experiments, folder)},
-        )
+        filled = {spec.name: spec.make(found) for spec in self.tables if spec.name in tables}
+        facts = {**facts, "images (sha256)": images, **facts_of(experiments, folder)}
+        report = write_study_report(folder, self.title, self.summary(setting), self.tables, filled, facts)
         logger.info("done: %s", report)
         return report
 
@@ -122,10 +109,8 @@ _LOOK_PX = 32
 def run_study(study: Study[Any], options: StudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
-    Sets the number of threads, and the device that trainings of this process take.
-
-    Raises:
-        UserError: an option is not usable, or the folder holds something else.
+    Sets the number of threads, and the device that trainings of this process take. Raises `UserError` for an option
+    that is not usable, or where the folder holds something else.
     """
     tables, classes = options.tables_among(study.table_names), options.chosen_classes
     if options.threads is not None:

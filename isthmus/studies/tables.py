@@ -100,11 +100,7 @@ def score_reading(score: Mapping[str, Any]) -> Reading:
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second, mean over the seeds that both sides have.
-
-    Attributes:
-        half_width: of the 95 % interval; None where it cannot be said.
-    """
+    """First minus second, mean over the seeds that both have; `half_width` of its 95 % interval, where there is one."""
 
     value: float
     half_width: float | None
@@ -166,12 +162,9 @@ def difference(first: Readings, second: Readings) -> Difference | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says about two rows of a table: the first is lower or higher than the second in this column.
+    """What a paper says, with its figures: the first row is lower, or higher, than the second in this column.
 
-    Attributes:
-        says: the claim, with the paper's figures.
-        source: where it stands.
-        column: `FRECHET` for a FID, which is judged by the kernel distance too.
+    `FRECHET` stands for a FID, which is judged by the kernel distance too.
     """
 
     says: str
@@ -294,14 +287,9 @@ class Found(Generic[Setting]):
         return by_column(self.by_seed(experiment, "held_out"), score_reading).get(name, {})
 
     def held_out_row(self, name: str, experiment: str, *path: str | int, column: str = "", once: bool = False) -> "Row":
-        """What lies at `path` of held-out images: by column, a value and the ends of its interval if any.
+        """What lies at `path` of held-out images: by column, or in one, a value and the ends of its interval if any.
 
-        Args:
-            name: of the row.
-            experiment: read.
-            path: in what it found.
-            column: of the value, where it is a single one.
-            once: the first seed speaks for all, since no training decides it.
+        `once`: no training decides it, so the first seed speaks for all.
         """
         by_seed = {seed: {column: at} if column else at for seed, at in self.by_seed(experiment, *path).items()}
         if once:
@@ -318,15 +306,10 @@ class Found(Generic[Setting]):
         facts: Mapping[str, str] | None = None,
         cells: Mapping[str, Readings] | None = None,
     ) -> "Row":
-        """Scores of samples, with what stands beside every number of samples.
+        """Scores of samples at `path`, with what stands beside every number of samples.
 
-        Args:
-            name: of the row.
-            experiment: read.
-            path: in what it found; none is that of an evaluation at `guidance`.
-            guidance: that the samples were drawn with; None is the prior's own.
-            facts: that stand before those of samples.
-            cells: that stand behind the scores.
+        No path is that of an evaluation at `guidance`, by default the prior's own. `facts` stand before those of
+        samples, `cells` behind the scores.
         """
         protocol, guidance = self.first(experiment, "protocol"), guidance or self.setting.own_guidance
         measured = by_column(self.by_seed(experiment, *(path or ("by_guidance", guidance))), score_reading)
@@ -380,13 +363,9 @@ class Found(Generic[Setting]):
 
 @dataclass(frozen=True)
 class TableSpec(Generic[Setting]):
-    """A table that a study may fill.
+    """A table that a study may fill, by its name on the command line.
 
-    Attributes:
-        name: on the command line.
-        title: in the report.
-        experiments: those it needs, in an order that can be run; other tables may share them.
-        make: the table, from what they found.
+    `experiments` are those it needs, in an order that can be run; other tables may share them.
     """
 
     name: str
@@ -407,7 +386,6 @@ def panels_of(
     along: str,
     lines: Mapping[str, Mapping[Any, Row]],
     floor: Row,
-    *,
     words: str = "",
 ) -> tuple[Panel, ...]:
     """A panel for each of `columns` that was measured, with `words` in its title: rows at x, by the name of their line.
@@ -416,11 +394,11 @@ def panels_of(
     """
     panels = []
     for column in columns:
-        measured = {name: rows for name, rows in lines.items() if all(column in row.cells for row in rows.values())}
-        drawn = {name: {x: row.cells[column] for x, row in rows.items()} for name, rows in measured.items()}
+        if any(column not in row.cells for rows in lines.values() for row in rows.values()):
+            continue
+        drawn = {name: {x: row.cells[column] for x, row in rows.items()} for name, rows in lines.items()}
         real = next(iter(floor.cells.get(column, {}).values()), None)
-        if drawn:
-            panels.append(Panel(column + words, along, drawn, real and ("real images", real.value)))
+        panels.append(Panel(column + words, along, drawn, real and ("real images", real.value)))
     return tuple(panels)
 
 
