@@ -30,7 +30,7 @@ from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.train_prior import next_scale_loss, scale_weights
 from isthmus.next_scale.train_tokenizer import reconstruction_losses
-from isthmus.next_scale.transformer import Conditioning, NextScaleTransformer
+from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.attention import Attend
 from isthmus.nn.precision import bf16_speedup
 from isthmus.pipelines.options import SamplingOptions
@@ -263,7 +263,7 @@ def all_scales(model: NextScaleTransformer, labels: Tensor, inputs: Sequence[Ten
     batch = len(labels)
     once = model.condition(torch.cat([labels, labels.new_tensor([model.null_class_id])]))
     rows = torch.tensor([*range(batch), *[batch] * batch])
-    conditioning = Conditioning(once.start[rows], tuple(block[rows] for block in once.blocks), once.head[rows])
+    conditioning = once.rows(rows)
     cache = model.new_cache(2 * batch)
     for scale, scale_input in enumerate(inputs):
         model.forward_scale(scale, scale_input, conditioning, cache)

@@ -33,11 +33,7 @@ def scale_flops(pipe: NextScalePipeline) -> list[int]:
     config, sizes = pipe.transformer.config, pipe.schedule.sizes
 
     def up_to(count: int) -> int:
-        return sampling_flops(
-            sizes[:count], markov=pipe.transformer.is_markov, width=config["width"], num_layers=config["num_layers"],
-            mlp_ratio=config["mlp_ratio"], codebook_size=config["codebook_size"], codebook_dim=config["codebook_dim"],
-            shared_adaln=config["shared_adaln"],
-        )  # fmt: skip
+        return sampling_flops({**config, "scale_sizes": sizes[:count]})
 
     modulations = up_to(0)
     return [up_to(k + 1) - up_to(k) if k else up_to(1) - modulations for k in range(len(sizes))]

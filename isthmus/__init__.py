@@ -12,50 +12,28 @@ from typing import TYPE_CHECKING, Any
 from isthmus.registry import PIPELINES, imported
 
 if TYPE_CHECKING:
-    from isthmus.dar.decoder import FlowDecoder
-    from isthmus.dar.pipeline import DARPipeline
-    from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
-    from isthmus.dar.scheduler import FlowMatchingScheduler
-    from isthmus.dar.tokenizer import DiffusionTokenizer
-    from isthmus.errors import UserError
-    from isthmus.next_scale.pipeline import NextScalePipeline
-    from isthmus.next_scale.pyramid import ScaleSchedule
-    from isthmus.next_scale.refinement import ScaleRefinementScheduler
-    from isthmus.next_scale.runs import PriorRun, TokenizerRun
-    from isthmus.next_scale.tokenizer import MultiScaleVQVAE
-    from isthmus.next_scale.transformer import NextScaleTransformer
-    from isthmus.nn.guidance import GuidanceSchedule
-    from isthmus.pipelines.loading import load_pipeline
-    from isthmus.pipelines.options import SamplingOptions
-    from isthmus.pipelines.request import GenerationStep
-    from isthmus.training.train_prior import train_prior
-    from isthmus.training.train_tokenizer import train_tokenizer
+    from isthmus.dar.decoder import FlowDecoder as FlowDecoder
+    from isthmus.dar.pipeline import DARPipeline as DARPipeline
+    from isthmus.dar.runs import DiffusionTokenizerRun as DiffusionTokenizerRun
+    from isthmus.dar.runs import NextTokenPriorRun as NextTokenPriorRun
+    from isthmus.dar.scheduler import FlowMatchingScheduler as FlowMatchingScheduler
+    from isthmus.dar.tokenizer import DiffusionTokenizer as DiffusionTokenizer
+    from isthmus.errors import UserError as UserError
+    from isthmus.next_scale.pipeline import NextScalePipeline as NextScalePipeline
+    from isthmus.next_scale.pyramid import ScaleSchedule as ScaleSchedule
+    from isthmus.next_scale.refinement import ScaleRefinementScheduler as ScaleRefinementScheduler
+    from isthmus.next_scale.runs import PriorRun as PriorRun
+    from isthmus.next_scale.runs import TokenizerRun as TokenizerRun
+    from isthmus.next_scale.tokenizer import MultiScaleVQVAE as MultiScaleVQVAE
+    from isthmus.next_scale.transformer import NextScaleTransformer as NextScaleTransformer
+    from isthmus.nn.guidance import GuidanceSchedule as GuidanceSchedule
+    from isthmus.pipelines.loading import load_pipeline as load_pipeline
+    from isthmus.pipelines.options import SamplingOptions as SamplingOptions
+    from isthmus.pipelines.request import GenerationStep as GenerationStep
+    from isthmus.training.train_prior import train_prior as train_prior
+    from isthmus.training.train_tokenizer import train_tokenizer as train_tokenizer
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "DARPipeline",
-    "DiffusionTokenizer",
-    "DiffusionTokenizerRun",
-    "FlowDecoder",
-    "FlowMatchingScheduler",
-    "GenerationStep",
-    "GuidanceSchedule",
-    "MultiScaleVQVAE",
-    "NextScalePipeline",
-    "NextScaleTransformer",
-    "NextTokenPriorRun",
-    "PriorRun",
-    "SamplingOptions",
-    "ScaleRefinementScheduler",
-    "ScaleSchedule",
-    "TokenizerRun",
-    "UserError",
-    "__version__",
-    "load_pipeline",
-    "train_prior",
-    "train_tokenizer",
-]
 
 # name -> "module:Name"
 _HOMES = {
@@ -79,6 +57,7 @@ _HOMES = {
     "train_prior": "isthmus.training.train_prior:train_prior",
     "train_tokenizer": "isthmus.training.train_tokenizer:train_tokenizer",
 }
+__all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -90,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES))
+    return sorted({*globals(), *_HOMES})

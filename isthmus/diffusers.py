@@ -40,7 +40,6 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
-    label_list,
     spread,
 )
 
@@ -58,7 +57,6 @@ except ModuleNotFoundError as error:
 Callback = Callable[..., Any]
 # what a person can do who passes an argument of other pipelines; None passed for one of them asks for nothing
 _NO_TEXT = "It draws classes: pass class_labels= (pipe.labels has their names), or nothing for no class."
-_NO_STEERING = "There is nothing in this model that it could change: leave it out."
 _CALL_ADVICE = {
     **dict.fromkeys(("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask"), _NO_TEXT),
     **dict.fromkeys(
@@ -71,11 +69,9 @@ _CALL_ADVICE = {
         ("callback", "callback_steps"), "Pass callback_on_step_end=, which is called with (pipe, step, t, kwargs)."
     ),
     **dict.fromkeys(
-        (
-            *("eta", "guidance_rescale", "clip_skip", "max_sequence_length", "control_image", "ip_adapter_image"),
-            *("ip_adapter_image_embeds", "cross_attention_kwargs", "attention_kwargs", "joint_attention_kwargs"),
-        ),
-        _NO_STEERING,
+        "eta guidance_rescale clip_skip max_sequence_length control_image ip_adapter_image ip_adapter_image_embeds "
+        "cross_attention_kwargs attention_kwargs joint_attention_kwargs".split(),
+        "There is nothing in this model that it could change: leave it out.",
     ),
 }
 _LOAD_ADVICE = {
@@ -85,16 +81,21 @@ _LOAD_ADVICE = {
     "low_cpu_mem_usage": "Weights are always read once, into the place they stay: leave it out.",
     "token": "Log in once with `hf auth login`, or set HF_TOKEN.",
     "subfolder": "Pass the path of that folder itself.",
-    "custom_pipeline": "No code of a folder is executed: the classes are those of the installed Isthmus.",
-    "trust_remote_code": "No code of a folder is executed: the classes are those of the installed Isthmus.",
+    **dict.fromkeys(
+        ("custom_pipeline", "trust_remote_code"),
+        "No code of a folder is executed: the classes are those of the installed Isthmus.",
+    ),
     "force_download": "Remove the model from the hub's cache, or pass another cache_dir=.",
     **dict.fromkeys(
         ("max_memory", "offload_folder", "offload_state_dict"),
         "All parts of this model work on one device: pass device_map= with its name, or enable_model_cpu_offload().",
     ),
 }
-# arguments of loading whose only value is what is done anyway
-_ALWAYS = {"use_safetensors": True, "low_cpu_mem_usage": True, "trust_remote_code": False, "force_download": False}
+# what these ask for is done anyway
+_ALWAYS = {
+    **{"use_safetensors": True, "low_cpu_mem_usage": True, "trust_remote_code": False, "force_download": False},
+    **{"safe_serialization": True, "push_to_hub": False},
+}
 _SAVE_ADVICE = {
     "safe_serialization": "Weights are always written as safetensors: leave it out.",
     "variant": "A folder holds its weights once: leave it out, or cast them with pipe.to(dtype) before.",
@@ -104,13 +105,9 @@ _SAVE_ADVICE = {
 
 @dataclass
 class IsthmusPipelineOutput(ImagePipelineOutput):
-    """diffusers' output of image pipelines, and what draws the same images again.
+    """diffusers' output of image pipelines, and what our own pipeline returns beside them.
 
-    Attributes:
-        images: as `output_type` says; "latent" gives what `decode_latents` takes.
-        token_ids: as our own pipeline returns them; those of the finished steps after an interruption.
-        class_labels: class id of every image; `num_classes` where no class was asked for.
-        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
+    After an interruption these are the images and tokens of the finished steps.
     """
 
     images: Pictures  # pyright: ignore[reportIncompatibleVariableOverride]  tensors too
@@ -186,13 +183,9 @@ class IsthmusPipeline(DiffusionPipeline):
                 which on a machine with one accelerator is that one.
             others: components by name, which take the place of the saved ones.
 
-        Raises UserError where there is no such model or device, or an argument belongs to other pipelines; the message
-        names ours.
+        Raises UserError where there is no such model or device, or an argument belongs to other pipelines.
         """
         given = {name: others.pop(name) for name in list(others) if name in cls._part_names()}
-        for name, value in _ALWAYS.items():
-            if name in others and others[name] is value:
-                del others[name]
         _refuse(others, cls._load_advice, f"{cls.__name__}.from_pretrained")
         if torch_dtype is not None and dtype is not None:
             raise UserError(f"torch_dtype and dtype are one thing, got {torch_dtype} and {dtype}. Pass dtype.")
@@ -228,7 +221,7 @@ class IsthmusPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> IsthmusPipelineOutput | tuple[Pictures]:
-        """Draw images, called as `DiTPipeline` is.
+        """Draw images, called as `DiTPipeline` is; what is not said here is as in a call of our own pipeline.
 
         Args:
             class_labels: names, indices or None (no class), one per image; a single one may stand alone.
@@ -237,14 +230,14 @@ class IsthmusPipeline(DiffusionPipeline):
             num_inference_steps: solver steps of a D-AR model; the steps of a next-scale model are its scales.
             output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent".
             return_dict: False gives the tuple (images,).
-            seed: instead of a generator: one number for the request, or one per image.
+            seed: instead of a generator.
             image_index: number of the first image in the whole request, or one number per image.
             num_images_per_prompt: images per label, next to each other.
             callback_on_step_end: called with (pipe, step, t, kwargs) after every step: t is the side of the scale, or
-                the flow time at which the solver step began. What is drawn stays: it returns None, or the kwargs as
-                they came.
-            callback_on_step_end_tensor_inputs: what kwargs holds: "latents" (what `decode_latents` turns into a
-                preview) and "token_ids" (those of the step), both copies.
+                the flow time at which the solver step began. It changes nothing: it returns None, or the kwargs as they
+                came.
+            callback_on_step_end_tensor_inputs: what kwargs holds: "latents" (for `decode_latents`) and "token_ids"
+                (those of the step), both copies.
             options: what else a call of our own pipeline takes (`top_k`, `temperature`, `num_images`, ...).
 
         Raises UserError where an argument is not usable, or belongs to other pipelines; the message names ours.
@@ -252,11 +245,11 @@ class IsthmusPipeline(DiffusionPipeline):
         options = self._own_options(options, num_inference_steps, num_images_per_prompt)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        _check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in (known := self._callback_tensor_inputs):
+                raise UserError(f"callback_on_step_end_tensor_inputs may name {' and '.join(known)}, got {name!r}.")
         check_output_type(output_type)
-        labels = resolve_labels(
-            label_list(class_labels), class_names=self.native.class_names, num_classes=self.native.num_classes
-        )
+        labels = self.native.class_ids(class_labels)
         ids = spread(labels, options.pop("num_images", None), options.pop("num_images_per_class", 1))
         seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
         self._interrupt, self.num_timesteps = False, len(times := self._times(options))
@@ -294,7 +287,7 @@ class IsthmusPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call that runs ends after the step that runs; a callback sets `pipe._interrupt = True`."""
+        """Whether the call ends after the step that runs; a callback sets `pipe._interrupt = True`."""
         return self._interrupt
 
     @property
@@ -329,19 +322,15 @@ class IsthmusPipeline(DiffusionPipeline):
         self, save_directory: str | Path, *, max_shard_size: int | str | None = None, **others: Any
     ) -> None:
         """Write the folder that our own pipeline writes; `load_pipeline` and `from_pretrained` here read it."""
-        if others.get("safe_serialization") is True:
-            del others["safe_serialization"]
-        if others.get("push_to_hub") is False:
-            del others["push_to_hub"]
         _refuse(others, _SAVE_ADVICE, "save_pretrained")
         self.native.save_pretrained(save_directory, max_shard_size=max_shard_size)
 
     def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Refused: a folder is uploaded by the hub's own command."""
+        """Refused."""
         raise UserError(f"uploading is not done here, got push_to_hub(). {_SAVE_ADVICE['push_to_hub']}")
 
     def _read_by_name(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: hooks of single layers, or of groups of them, would miss weights that are read by name."""
+        """Refused."""
         raise UserError(
             "layers cannot go to the device one by one or in groups here, because steps read weights by name; got "
             "enable_sequential_cpu_offload() or enable_group_offload(). Use enable_model_cpu_offload()."
@@ -350,7 +339,7 @@ class IsthmusPipeline(DiffusionPipeline):
     enable_sequential_cpu_offload = enable_group_offload = _read_by_name
 
     def _own_attention(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: torch's own kernel is used, and there is nothing to slice."""
+        """Refused."""
         raise UserError(
             "attention runs in torch's scaled_dot_product_attention, which takes a memory-saving kernel itself; got "
             "enable_attention_slicing() or enable_xformers_memory_efficient_attention(). Leave it out."
@@ -387,14 +376,13 @@ class IsthmusPipeline(DiffusionPipeline):
         self, options: dict[str, Any], num_inference_steps: int | None, num_images_per_prompt: SupportsIndex | None
     ) -> dict[str, Any]:
         """Arguments of `native.stream`, given under its names or under diffusers'; UserError for those of others."""
-        known = set(inspect.signature(type(self.native).stream).parameters)
+        known = inspect.signature(type(self.native).stream).parameters
         options = options | {"num_inference_steps": num_inference_steps}
         if num_images_per_prompt is not None:
             if "num_images_per_class" in options:
                 raise UserError("num_images_per_prompt and num_images_per_class are one thing, got both. Pass one.")
             options["num_images_per_class"] = num_images_per_prompt
-        foreign = {name: value for name, value in options.items() if name not in known}
-        self._refuse_foreign(foreign)
+        self._refuse_foreign({name: value for name, value in options.items() if name not in known})
         return {name: value for name, value in options.items() if name in known}
 
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
@@ -446,10 +434,9 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
         protocol: str = "",
     ):
         super().__init__()
-        parts = {"image_tokenizer": image_tokenizer, "transformer": transformer, "scheduler": scheduler}
-        _check_parts(NextScalePipeline, parts)
-        settings = {"class_names": class_names, "sampling_defaults": sampling_defaults, "data": data}
-        self._adopt(NextScalePipeline(**parts, **settings, preprocessing=preprocessing, protocol=protocol))
+        _check_parts(NextScalePipeline, locals())
+        settings = (class_names, sampling_defaults, preprocessing, data, protocol)
+        self._adopt(NextScalePipeline(image_tokenizer, transformer, scheduler, *settings))
 
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         sizes, side = self.native.schedule.sizes, self.native.image_size
@@ -511,11 +498,9 @@ class DARDiffusionPipeline(IsthmusPipeline):
         protocol: str = "",
     ):
         super().__init__()
-        parts = {"image_tokenizer": image_tokenizer, "decoder": decoder}
-        parts |= {"transformer": transformer, "scheduler": scheduler}
-        _check_parts(DARPipeline, parts)
-        settings = {"class_names": class_names, "sampling_defaults": sampling_defaults, "data": data}
-        self._adopt(DARPipeline(**parts, **settings, preprocessing=preprocessing, protocol=protocol))
+        _check_parts(DARPipeline, locals())
+        settings = (class_names, sampling_defaults, preprocessing, data, protocol)
+        self._adopt(DARPipeline(image_tokenizer, decoder, transformer, scheduler, *settings))
 
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
         return list(self.native.scheduler.times(options["num_inference_steps"])[:-1])
@@ -534,28 +519,36 @@ from_pipeline = IsthmusPipeline.from_pipeline
 
 def _rebuilt(pipeline: SavedPipeline, given: Mapping[str, Any]) -> SavedPipeline:
     """A pipeline with other components, on the memory of those that stay; UserError where they do not fit together."""
-    _check_parts(type(pipeline), given)
-    made: Any = type(pipeline)
-    return made(**{**pipeline.components, **given}, **pipeline.config)
+    kind: Any = type(pipeline)
+    if strange := given.keys() - {**kind.parts, **kind.optional_parts}:
+        raise UserError(f"a {kind.__name__} has no component {min(strange)}. Leave it out.")
+    parts = {**pipeline.components, **given}
+    _check_parts(kind, parts)
+    return kind(**parts, **pipeline.config)
 
 
 def _check_parts(kind: type[SavedPipeline], parts: Mapping[str, Any]) -> None:
-    """Raise UserError unless every component is of the class that a pipeline has there."""
-    for name, value in parts.items():
-        wanted = kind.parts.get(name) or kind.optional_parts.get(name)
-        if wanted is None:
-            raise UserError(f"a {kind.__name__} has no component {name}. Leave it out.")
+    """Raise UserError unless every component in `parts` is of the class that a pipeline has there."""
+    for name, wanted in {**kind.parts, **kind.optional_parts}.items():
+        value = parts[name]
         if value is None and name in kind.optional_parts:
             continue
         if type(value).__name__ == "OptimizedModule":
             more = " For decoding, pass llama_decoder=pipe.native.llama_decoder(compiled=True) to a call."
             raise UserError(
-                f"torch.compile of a component speeds up nothing here, because steps do not run through its forward; "
+                "torch.compile of a component speeds up nothing here, because steps do not run through its forward; "
                 f"got a compiled {name}. Pass the module itself.{more if wanted is StoredLlama else ''}"
             )
         known = (StoredLlama.class_name, StoredLlama.__name__) if wanted is StoredLlama else (wanted.__name__,)
         if type(value).__name__ not in known:
             raise UserError(f"{name} must be a {known[0]}, got {type(value).__name__}. Pass one of this family.")
+
+
+def _as_arguments(seeds: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Arguments of a call that draws from exactly these pairs; of several seeds, each has one image, its first."""
+    if len({seed for seed, _ in seeds}) > 1:
+        return {"seed": [seed for seed, _ in seeds]}
+    return {"seed": seeds[0][0], "image_index": [index for _, index in seeds]}
 
 
 def _mapped_device(device_map: str | torch.device | None) -> torch.device:
@@ -572,29 +565,14 @@ def _mapped_device(device_map: str | torch.device | None) -> torch.device:
     return choose_device(device_map)
 
 
-def _as_arguments(seeds: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Arguments of a call that draws from exactly these pairs of seed and image index."""
-    if len({seed for seed, _ in seeds}) == 1:
-        return {"seed": seeds[0][0], "image_index": [index for _, index in seeds]}
-    # several seeds: each has one image, its first
-    return {"seed": [seed for seed, _ in seeds]}
-
-
 def _refuse(arguments: Mapping[str, Any], advice: Mapping[str, str], where: str) -> None:
     """Raise what the caller needs to know about arguments that are not ours; None asks for nothing."""
     for name, value in arguments.items():
         if name not in advice:
             raise TypeError(f"{where} got an unexpected argument {name!r}")
-        if value is not None:
+        if value is not None and value is not _ALWAYS.get(name):
             short = repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
             raise UserError(f"{name} is no argument of this model, got {short}. {advice[name]}")
-
-
-def _check_tensor_inputs(asked: Sequence[str], known: Sequence[str]) -> None:
-    """Raise UserError where a callback asks for a tensor that there is not."""
-    for name in asked:
-        if name not in known:
-            raise UserError(f"callback_on_step_end_tensor_inputs may name {' and '.join(known)}, got {name!r}.")
 
 
 def _check_unchanged(returned: Any, copies: Mapping[str, Tensor], originals: Mapping[str, Any]) -> None:

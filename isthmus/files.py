@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO, BinaryIO, ParamSpec, TypeVar
 from uuid import uuid4
 
@@ -29,6 +28,8 @@ _LOCK = ".lock"
 _NOT_CONTENTS = ("lost+found", _LOCK)
 # what a file system without locks says
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+_CACHE = "Point the environment variable ISTHMUS_CACHE at a folder of yours."
 
 # real paths of the folders that a thread has claimed
 _own = threading.local()
@@ -51,7 +52,7 @@ def check_writable(folder: Path, what: str = "--out") -> None:
     if not place.is_dir():
         raise UserError(f"{what} must be a folder, got {folder}, where {place} is a file. Choose another name.")
     try:
-        with TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise UserError(
@@ -65,8 +66,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """Make the folder, and keep others out of it meanwhile; the claims of one thread nest.
 
     The kernel holds the lock, so it ends with the process, however that ends. Nothing of it is left behind, nor the
-    folder where nothing has come to lie in it. Raises UserError where somebody else is at work there, or nothing can be
-    written there.
+    folder where it stays empty. Raises UserError where somebody else is at work there, or nothing can be written.
     """
     real = Path(os.path.realpath(folder))
     mine: set[Path] = _own.__dict__.setdefault("folders", set())
@@ -77,14 +77,15 @@ def claimed(folder: Path) -> Iterator[None]:
     # outermost last: those that were made for this are taken away again where they stay empty
     made = [path for path in (real, *real.parents) if not path.exists()]
     real.mkdir(parents=True, exist_ok=True)
-    file = _locked(real / _LOCK)
-    if isinstance(file, str):
+
+    def refuse(holder: str) -> None:
         raise UserError(
-            f"one process works in a folder at a time, and {file} is at work in {folder}. Wait for it, end it, or "
+            f"one process works in a folder at a time, and {holder} is at work in {folder}. Wait for it, end it, or "
             "choose another --out; several processes of one run are started by torchrun."
         )
+
     try:
-        with _until_done(file, real / _LOCK):
+        with _locked(real / _LOCK, refuse):
             mine.add(real)
             yield
     finally:
@@ -123,42 +124,39 @@ def waited_for(path: Path, what: str) -> Iterator[None]:
     real = Path(os.path.realpath(path))
     lock = real / _LOCK if real.is_dir() else real.with_name(f".{real.name}{_LOCK}")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    file = _locked(lock)
-    if isinstance(file, str):
-        logger.info("waiting for %s, which makes %s %s", file, what, path)
-    while isinstance(file, str):
+    told = False
+
+    def wait(holder: str) -> None:
+        nonlocal told
+        if not told:
+            logger.info("waiting for %s, which makes %s %s", holder, what, path)
+        told = True
         time.sleep(0.5)
-        file = _locked(lock)
-    with _until_done(file, lock):
+
+    with _locked(lock, wait):
         yield
 
 
-def _locked(path: Path) -> IO[str] | str:
-    """The lock's file, open and locked; or, where another process holds it, which one."""
-    while True:
-        file = open(path, "a+", encoding="utf-8")
-        if not _lock(file):
-            with file:
-                file.seek(0)
-                return file.read(200).strip() or "another process"
-        # whoever had it before may have deleted the file after we opened it
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-            return file
-        file.close()
-
-
 @contextmanager
-def _until_done(file: IO[str], path: Path) -> Iterator[None]:
-    with file:
-        try:
-            yield
-        finally:
-            # Windows deletes no open files: there it stays, and means nothing
-            with suppress(OSError):
-                path.unlink()
+def _locked(path: Path, wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock in this file; as long as another process has it, `wait` is told which, again and again."""
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            if not _lock(file):
+                file.seek(0)
+                wait(file.read(200).strip() or "another process")
+            # whoever had it before may have deleted the file after we opened it
+            elif path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                try:
+                    yield
+                finally:
+                    # Windows deletes no open files: there it stays, and means nothing
+                    with suppress(OSError):
+                        path.unlink()
+                return
 
 
 def _lock(file: IO[str]) -> bool:
@@ -196,10 +194,7 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         with tempfile.TemporaryFile(dir=chosen):
             return chosen
     except OSError as error:
-        raise UserError(
-            f"The cache folder must be writable, got {chosen} ({error.strerror}). "
-            "Point the environment variable ISTHMUS_CACHE at a folder of yours."
-        ) from error
+        raise UserError(f"the cache folder must be writable, got {chosen} ({error.strerror}). {_CACHE}") from error
 
 
 def _own_cache() -> Path:
@@ -217,10 +212,7 @@ def _own_cache() -> Path:
     with suppress(FileExistsError):
         fallback.mkdir(mode=0o700)
     if hasattr(os, "getuid") and (fallback.is_symlink() or fallback.stat().st_uid != os.getuid()):
-        raise UserError(
-            f"The cache folder must be yours, got {fallback}, which is another user's. Point the environment variable "
-            "ISTHMUS_CACHE at a folder of yours."
-        )
+        raise UserError(f"the cache folder must be yours, got {fallback}, which is another user's. {_CACHE}")
     logger.info("no home folder to keep things in: using %s (ISTHMUS_CACHE names another)", fallback)
     return fallback
 
@@ -228,9 +220,8 @@ def _own_cache() -> Path:
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object], *, flush: bool = True) -> None:
     """Write a file under a temporary name, then rename it: readers see all of it or none.
 
-    `content` is a text, or writes into the open file. Flushed to the disk it also outlasts a power cut.
-
-    Raises UserError where the disk is full or the folder cannot be written; nothing is left behind.
+    `content` is a text, or writes into the open file. Flushed to the disk it also outlasts a power cut. Raises
+    UserError where the disk is full or the folder cannot be written; nothing is left behind.
     """
     # not a name of tempfile's: those files are for their owner alone, and so would the result be
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
@@ -245,7 +236,7 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object], *, flus
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"Could not write {path}: {error.strerror or error}. {writing_advice(error)}") from error
+        raise UserError(f"could not write {path}: {error.strerror or error}. {writing_advice(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,10 +13,7 @@ from isthmus.errors import UserError
 
 
 def process_count() -> int:
-    """Processes that work together; one without a launcher.
-
-    Raises UserError where the variables are no numbers, or say that there are several but not which of them this is.
-    """
+    """Processes that work together; one without a launcher. UserError where its variables cannot be used."""
     variables = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     said = ", ".join(f"{name}={value}" for name, value in variables.items() if value)
     if any(value and not value.isdecimal() for value in variables.values()):

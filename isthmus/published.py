@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
+from isthmus.nn.perceptual import TAP_BLOCKS, Lite0Distance, LPIPSDistance
 from isthmus.nn.saved_model import check_finite, misfits, shapes_of
 
 logger = logging.getLogger("isthmus")
@@ -74,10 +75,9 @@ def read_file(path: str | Path, *, nested: tuple[str, ...] = ()) -> PublishedFil
     """Contents of a `.safetensors` or `.pth` file, without running any code that the file may carry.
 
     Bare state dicts, training checkpoints (`nested` names the entries to look into, such as `var_wo_ddp`), EMA copies
-    (preferred where a file has both) and the prefixes that wrappers put before every key (`module.`, `_orig_mod.`,
-    `model.` and the like) are understood. Of a sharded checkpoint, the listing (`*.index.json`) or its folder stands
-    for all shards. Objects of `argparse.Namespace` and `config_util.Config` become inert stand-ins; any other object is
-    refused. Raises UserError where the file is absent, truncated, or holds something else than tensors and settings.
+    (preferred where a file has both) and the prefixes that wrappers put before every key (`module.`, `_orig_mod.` and
+    the like) are understood. Of a sharded checkpoint, the listing (`*.index.json`) or its folder stands for all shards.
+    Raises UserError where the file is absent, truncated, or holds something else than tensors and settings.
     """
     path = Path(path)
     files = _files(path)
@@ -133,9 +133,7 @@ def _joined(files: list[Path]) -> dict[str, Tensor]:
     for file in files:
         found = _read(file)
         if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise UserError(
-                f"a shard holds tensors by name, {file} holds other things. Pass the shards of a state dict."
-            )
+            raise UserError(f"a shard holds tensors by name, {file} holds other things. Pass those of a state dict.")
         twice = sorted(set(joined) & set(found))
         if twice:
             raise UserError(
@@ -162,9 +160,10 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals(_STAND_INS), path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path} cannot be read as weights ({_first_line(error)}). It is no file of PyTorch or safetensors, or not "
-            "the whole of one: pass another, or copy or download it again."
+            f"{path} cannot be read as weights ({said}). It is no file of PyTorch or safetensors, or not the whole of "
+            "one: pass another, or copy or download it again."
         ) from error
     except UnpicklingError as error:
         if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
@@ -223,10 +222,6 @@ def _without_prefixes(weights: dict[str, Tensor], nested: tuple[str, ...], path:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 StateDict = dict[str, Tensor]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 # by what a file is known, the most telling key first
@@ -247,6 +242,15 @@ class Converted:
     dropped: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class ConvertedPipeline:
+    """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
+
+    pipeline: Any
+    dropped_tokenizer_keys: dict[str, str]
+    dropped_prior_keys: dict[str, str]
+
+
 def load_strict(model: AnyModule, state: StateDict, what: str) -> AnyModule:
     """The model with these weights, all of them and no others; UserError names the first that do not fit."""
     if problems := misfits(shapes_of(model.state_dict()), shapes_of(state)):
@@ -256,6 +260,11 @@ def load_strict(model: AnyModule, state: StateDict, what: str) -> AnyModule:
     check_finite(state, what)
     model.load_state_dict(state)
     return model
+
+
+def build(kind: type[AnyModule], converted: Converted, what: str) -> AnyModule:
+    """A network with the converted weights, in eval mode; UserError as `load_strict`."""
+    return load_strict(kind(**converted.arguments), converted.state, what).eval()
 
 
 def rename(
@@ -303,7 +312,6 @@ def rename(
 
 
 def _seen(keys: Iterable[str], landmark: str) -> str:
-    """What a file holds instead of a landmark, and what to do."""
     keys = sorted(keys)
     inside = next((key for key in keys if key.endswith(f".{landmark}")), None)
     if inside is not None:
@@ -318,21 +326,38 @@ def _seen(keys: Iterable[str], landmark: str) -> str:
     )
 
 
+def perceptual_distance(
+    kind: Literal["lite0", "lpips"], *, lpips_weights: Sequence[Path] = (), taps: Sequence[int] = TAP_BLOCKS
+) -> Lite0Distance | LPIPSDistance:
+    """The distance that a run names: `lite0` comes with the package, `lpips` needs files of the user's."""
+    return Lite0Distance(taps=taps) if kind == "lite0" else lpips_distance(*lpips_weights)
+
+
+def lpips_distance(*paths: Path) -> LPIPSDistance:
+    """LPIPS with weights from one file that holds everything, or from several that hold it together.
+
+    Understood are torchvision's VGG16 checkpoint beside the LPIPS heads, and a saved LPIPS module. Raises UserError for
+    anything else.
+    """
+    weights: StateDict = {}
+    for path in paths:
+        found = read_weights(path)
+        check_finite(found, path)
+        # LPIPS reads no classifier; a saved module repeats its heads under `lins`, and keeps its constants
+        left_out = [key for key in found if key.split(".")[0] in ("classifier", "lins", "scaling_layer")]
+        if left_out:
+            logger.info("%s: %d weights that LPIPS does not read are left out: %s", path.name, len(left_out), left_out)
+        kept = found.keys() - left_out
+        weights |= {re.sub(r"^net\.slice\d+\.(\d+\.\w+)$", r"features.\1", key): found[key] for key in kept}
+    return LPIPSDistance(weights)
+
+
 def check_belong(name: str, of_tokenizer: int, of_prior: int, tokenizer: object, prior: object) -> None:
     """Raise UserError where the files of a tokenizer and a prior do not have the same number of something."""
     if of_tokenizer != of_prior:
         raise UserError(
             f"tokenizer and prior must have the same {name}, got {of_tokenizer} in {tokenizer} and {of_prior} in "
             f"{prior}. Pass the tokenizer that the prior was trained with."
-        )
-
-
-def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
-    """Raise UserError where there are names, and another number of them than a prior has classes."""
-    if class_names and len(class_names) != num_classes:
-        raise UserError(
-            f"the prior has {num_classes} classes, got {len(class_names)} names. "
-            "Pass one name per class, in the order of the class ids."
         )
 
 

@@ -73,37 +73,20 @@ def tokens_of(output) -> torch.Tensor:
     return ids if isinstance(ids, torch.Tensor) else torch.cat(ids, dim=1)
 
 
-def test_it_is_a_diffusion_pipeline_of_our_components(pipe, own):
-    import diffusers
-
-    assert isinstance(pipe, diffusers.DiffusionPipeline)
-    assert pipe.components.keys() == own.components.keys()
-    assert all(getattr(pipe, name) is part for name, part in pipe.components.items())
-    assert pipe.native.fingerprint == own.fingerprint
-    assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.float32)
-
-
-@pytest.mark.parametrize(
-    "random",
-    [
+def test_one_seed_makes_one_image_whoever_is_asked(pipe, own):
+    labels = ["flag", None]
+    for random in (
         lambda: {"generator": generators(7)[0]},
         lambda: {"generator": generators(7, 8)},
-        lambda: {"seed": 7},
         lambda: {"seed": 7, "image_index": [3, 1]},
-        lambda: {"seed": [7, 8]},
         lambda: {"seed": np.array([7, 8])},
-    ],
-)
-def test_one_seed_makes_one_image_whoever_is_asked(pipe, own, random):
-    labels = ["flag", None]
-    ours = own(labels, top_k=8, output_type="np", **random())
-    theirs = pipe(class_labels=labels, top_k=8, output_type="np", **random())
-    assert torch.equal(tokens_of(theirs), tokens_of(ours))
-    assert np.array_equal(theirs.images, ours.images)
-    assert (theirs.class_labels, theirs.seeds) == (ours.class_labels, ours.seeds)
-
-
-def test_a_fresh_seed_is_returned(pipe):
+    ):
+        ours = own(labels, top_k=8, output_type="np", **random())
+        theirs = pipe(class_labels=labels, top_k=8, output_type="np", **random())
+        assert torch.equal(tokens_of(theirs), tokens_of(ours))
+        assert np.array_equal(theirs.images, ours.images)
+        assert (theirs.class_labels, theirs.seeds) == (ours.class_labels, ours.seeds)
+    # a fresh seed is returned
     drawn = pipe(["face"], output_type="pt")
     assert not torch.equal(drawn.images, pipe(["face"], output_type="pt").images)
     ((seed, index),) = drawn.seeds
@@ -135,7 +118,7 @@ def test_a_label_is_a_name_or_one_of_its_words(adapter):
         pipe.get_label_ids("tenche")
 
 
-def test_a_callback_sees_every_step(pipe, own, family):
+def test_a_callback_sees_every_step_and_changes_nothing(pipe, own, family):
     seen = []
 
     def look(given, step, t, kwargs):
@@ -158,6 +141,13 @@ def test_a_callback_sees_every_step(pipe, own, family):
     for (_, _, token_ids, picture), step in zip(seen, expected, strict=True):
         assert torch.equal(token_ids, step.token_ids) and torch.equal(picture, step.preview)
     assert torch.equal(seen[-1][3], output.images)
+    for change in (
+        lambda kwargs: {"latents": kwargs["latents"] + 1},
+        lambda kwargs: kwargs["latents"].add_(1) is None,
+        lambda kwargs: {**kwargs, "prompt_embeds": kwargs["latents"]},
+    ):
+        with pytest.raises(UserError, match="looks on"):
+            pipe(0, seed=0, callback_on_step_end=lambda pipe, step, t, kwargs, change=change: change(kwargs))
 
 
 def test_an_interrupted_call_returns_the_image_so_far(pipe, own):
@@ -170,22 +160,7 @@ def test_an_interrupted_call_returns_the_image_so_far(pipe, own):
     assert torch.equal(tokens_of(output), torch.cat([step.token_ids for step in steps], dim=1))
     assert pipe.interrupt
     whole = pipe(["face", "flag"], seed=3, output_type="pt")
-    assert torch.equal(whole.images, own(["face", "flag"], seed=3, output_type="pt").images), (
-        "and the next call is whole"
-    )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda kwargs: {"latents": kwargs["latents"] + 1},
-        lambda kwargs: kwargs["latents"].add_(1) is None,
-        lambda kwargs: {**kwargs, "prompt_embeds": kwargs["latents"]},
-    ],
-)
-def test_a_callback_changes_nothing(pipe, change):
-    with pytest.raises(UserError, match="looks on"):
-        pipe(0, seed=0, callback_on_step_end=lambda pipe, step, t, kwargs: change(kwargs))
+    assert torch.equal(whole.images, own(["face", "flag"], seed=3, output_type="pt").images)
 
 
 def test_callbacks_that_are_objects_name_their_tensors(pipe, family):
@@ -199,22 +174,18 @@ def test_callbacks_that_are_objects_name_their_tensors(pipe, family):
             Look.seen += list(callback_kwargs) == ["token_ids"]
             return callback_kwargs
 
+    shown = io.StringIO()
+    pipe.set_progress_bar_config(file=shown, mininterval=0, desc="drawing")
     pipe(0, seed=0, callback_on_step_end=Look())
     assert Look.seen == STEPS[family]
+    # and the bar counts steps
+    assert "drawing" in shown.getvalue() and f"{STEPS[family]}/{STEPS[family]}" in shown.getvalue()
     with pytest.raises(UserError, match="latents and token_ids, got 'prompt_embeds'"):
         pipe(0, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
-def test_the_progress_bar_counts_steps(pipe, family):
-    shown = io.StringIO()
-    pipe.set_progress_bar_config(file=shown, mininterval=0, desc="drawing")
-    pipe(0, seed=0)
-    assert "drawing" in shown.getvalue() and f"{STEPS[family]}/{STEPS[family]}" in shown.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
+def test_what_other_pipelines_take_is_answered_with_ours(pipe):
+    for given, said in [
         ({"prompt": "a cat"}, "got 'a cat'.*class_labels="),
         ({"negative_prompt": "dog"}, "guidance_scale="),
         ({"latents": torch.zeros(1)}, "got Tensor.*seed= or generator="),
@@ -222,35 +193,27 @@ def test_the_progress_bar_counts_steps(pipe, family):
         ({"image": torch.zeros(1)}, "pipe.native"),
         ({"callback": print}, "callback_on_step_end="),
         ({"num_images_per_prompt": 2, "num_images_per_class": 2}, "Pass one"),
-    ],
-)
-def test_what_other_pipelines_take_is_answered_with_ours(pipe, given, said):
-    with pytest.raises(UserError, match=said):
-        pipe(0, **given)
-    if len(given) == 1:
-        pipe(0, seed=0, **dict.fromkeys(given)), "None asks for nothing"
-
-
-def test_an_unknown_argument_is_an_error_as_everywhere(pipe):
+    ]:
+        with pytest.raises(UserError, match=said):
+            pipe(0, **given)
+    # None asks for nothing
+    pipe(0, seed=0, **dict.fromkeys(("prompt", "negative_prompt", "latents", "eta", "image", "callback")))
     with pytest.raises(TypeError, match="'wishes'"):
         pipe(0, wishes=1)
 
 
-def test_the_steps_and_sides_of_a_next_scale_model_are_its_own(next_scale):
-    with pytest.raises(UserError, match="3 scales .1, 2, 4., got num_inference_steps=50.*distill"):
-        next_scale(0, num_inference_steps=50)
-    with pytest.raises(UserError, match="8 pixels, got width=512"):
-        next_scale(0, width=512)
-    next_scale(0, seed=0, num_inference_steps=3, height=8, width=8)
-
-
-def test_a_dar_model_takes_other_steps_and_sides(adapter):
+def test_a_dar_model_takes_other_steps_and_sides_and_those_of_a_next_scale_model_are_its_own(next_scale, adapter):
     own = tiny_dar()
     pipe = adapter.from_pipeline(own)
     given = {"num_inference_steps": 8, "height": 16, "width": 8, "solver": "euler", "seed": 5, "output_type": "pt"}
     drawn = pipe(["face"], **given)
     assert torch.equal(drawn.images, own(["face"], **given).images) and drawn.images.shape == (1, 3, 16, 8)
     assert pipe.num_timesteps == 8
+    with pytest.raises(UserError, match="3 scales .1, 2, 4., got num_inference_steps=50.*distill"):
+        next_scale(0, num_inference_steps=50)
+    with pytest.raises(UserError, match="8 pixels, got width=512"):
+        next_scale(0, width=512)
+    next_scale(0, seed=0, num_inference_steps=3, height=8, width=8)
 
 
 def test_what_it_saves_is_ours(pipe, own, tmp_path, adapter):
@@ -291,21 +254,19 @@ def test_a_device_map_is_the_name_of_a_device(pipe, folders, family, adapter):
         adapter.from_pretrained(folders[family], device_map="cuda:99")
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
+def test_loading_answers_with_ours_too(folders, family, adapter):
+    foreign = [
         ({"variant": "fp16"}, "torch_dtype="),
         ({"quantization_config": object()}, "torch_dtype=torch.bfloat16"),
         ({"use_safetensors": False}, "no others are read"),
         ({"max_memory": {0: "1GB"}}, "device_map="),
         ({"trust_remote_code": True}, "No code"),
-    ],
-)
-def test_loading_answers_with_ours_too(given, said, folders, family, adapter):
-    with pytest.raises(UserError, match=said):
-        adapter.from_pretrained(folders[family], **given)
-    asks_nothing = {"use_safetensors": True, "low_cpu_mem_usage": True} | dict.fromkeys(given)
-    adapter.from_pretrained(folders[family], **asks_nothing)
+    ]
+    for given, said in foreign:
+        with pytest.raises(UserError, match=said):
+            adapter.from_pretrained(folders[family], **given)
+    asks_nothing = {name: None for given, _ in foreign for name in given}
+    adapter.from_pretrained(folders[family], **asks_nothing | {"use_safetensors": True, "low_cpu_mem_usage": True})
 
 
 def test_offloading_has_an_order_of_parts(pipe, own):
@@ -340,18 +301,6 @@ def test_offloaded_parts_are_on_the_device_during_a_call_alone(pipe):
     assert after == {"cpu"}
 
 
-def test_what_cannot_be_done_here_is_said(pipe):
-    for name, said in [
-        ("enable_sequential_cpu_offload", "enable_model_cpu_offload"),
-        ("enable_group_offload", "enable_model_cpu_offload"),
-        ("enable_attention_slicing", "scaled_dot_product_attention"),
-        ("enable_xformers_memory_efficient_attention", "scaled_dot_product_attention"),
-        ("push_to_hub", "hf upload"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            getattr(pipe, name)()
-
-
 def test_components_are_exchanged_where_they_belong_together(next_scale, folders, adapter):
     own, masked = tiny_pipeline(), ScaleRefinementScheduler(mode="masked")
     own.scheduler = next_scale.scheduler = masked
@@ -366,7 +315,16 @@ def test_components_are_exchanged_where_they_belong_together(next_scale, folders
     assert next_scale.scheduler is next_scale.components["scheduler"] is next_scale.native.scheduler is not None
 
 
-def test_components_that_do_not_fit_are_refused(pipe, family):
+def test_what_cannot_be_done_and_components_that_do_not_fit_are_refused(pipe, family):
+    for name, said in [
+        ("enable_sequential_cpu_offload", "enable_model_cpu_offload"),
+        ("enable_group_offload", "enable_model_cpu_offload"),
+        ("enable_attention_slicing", "scaled_dot_product_attention"),
+        ("enable_xformers_memory_efficient_attention", "scaled_dot_product_attention"),
+        ("push_to_hub", "hf upload"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            getattr(pipe, name)()
     before = pipe.native
     with pytest.raises(UserError, match="transformer must be a .*got Linear"):
         pipe.transformer = torch.nn.Linear(1, 1)
@@ -396,9 +354,8 @@ def test_a_scheduler_that_jumps_back_is_counted_by_its_last_draws(next_scale):
     assert len(partly.token_ids) == expected + 1, "no tokens of scales that the image is without"
 
 
-@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
-def test_a_model_without_classes_takes_none(make, adapter):
-    own = make(num_classes=0)
+def test_a_model_without_classes_takes_none(family, adapter):
+    own = MAKE[family](num_classes=0)
     pipe = adapter.from_pipeline(own)
     assert pipe.labels == {} and torch.equal(tokens_of(pipe(seed=3)), tokens_of(own(seed=3)))
     assert len(pipe(num_images_per_prompt=2, seed=3).images) == 2
@@ -406,7 +363,14 @@ def test_a_model_without_classes_takes_none(make, adapter):
         pipe(["face"])
 
 
-def test_a_pipeline_of_a_pipeline_shares_the_weights(pipe, adapter):
+def test_it_is_a_diffusion_pipeline_of_our_components_and_shares_the_weights(pipe, own, adapter):
+    import diffusers
+
+    assert isinstance(pipe, diffusers.DiffusionPipeline)
+    assert pipe.components.keys() == own.components.keys()
+    assert all(getattr(pipe, name) is part for name, part in pipe.components.items())
+    assert pipe.native.fingerprint == own.fingerprint
+    assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.float32)
     again = type(pipe).from_pipe(pipe)
     assert all(again.components[name] is part for name, part in pipe.components.items())
     assert again.native.config == pipe.native.config

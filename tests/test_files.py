@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import UserError
-from isthmus.files import check_writable, claimed, contents, waited_for
+from isthmus.files import cache_directory, check_writable, claimed, contents, waited_for, write_whole
 from isthmus.pipelines.folder import written_whole
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
@@ -102,3 +102,31 @@ def test_what_a_killed_writer_leaves_is_no_contents(tmp_path):
     assert contents(tmp_path) == []
     (tmp_path / "mine.txt").touch()
     assert [path.name for path in contents(tmp_path)] == ["mine.txt"]
+
+
+def test_the_cache_folder_is_the_callers_then_the_environments(tmp_path):
+    assert cache_directory(tmp_path / "mine") == tmp_path / "mine"
+    program = "from isthmus.files import cache_directory; print(cache_directory())"
+    environment = os.environ | {"ISTHMUS_CACHE": str(tmp_path / "theirs")}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(tmp_path / "theirs")
+    # a user whose home nobody knows: the folder belongs to this user alone
+    program = f"import pwd; pwd.getpwuid = {{}}.__getitem__; {program}"
+    environment |= {"HOME": "nowhere", "XDG_CACHE_HOME": "", "ISTHMUS_CACHE": "", "TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    found = Path(run.stdout.strip())
+    assert found.parent == tmp_path and found.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="ISTHMUS_CACHE"):
+        cache_directory(tmp_path / "file" / "below")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    write_whole(tmp_path / "a", lambda file: file.write(b"old"))
+    with pytest.raises(UserError, match="No space left"):
+        write_whole(tmp_path / "a", fail)
+    assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

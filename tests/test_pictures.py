@@ -27,6 +27,6 @@ def test_a_picture_is_written_whole_with_its_text(tmp_path):
     path = save_picture(Image.new("RGB", (2, 2)), tmp_path / "new" / "one.png", {"label": "café ☕", "seed": "7"})
     with Image.open(path) as image:
         assert image.info["label"] == "café ☕" and image.info["seed"] == "7"
-    with pytest.raises(UserError, match="Could not write"):
+    with pytest.raises(UserError, match="could not write"):
         save_picture(Image.new("RGB", (2, 2)), tmp_path / "new")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["one.png"] and len(list(tmp_path.iterdir())) == 1

@@ -1,13 +1,13 @@
 """Laws that every model keeps, as mixins: a test class gives `model` and `inputs`, and inherits the tests."""
 
 import copy
-import json
+import hashlib
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,12 @@ def published_names(raw: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> di
     return {key: home[tensor.data_ptr()] for key, tensor in ours.items()}
 
 
+def token_hashes(token_ids: Sequence[Tensor]) -> list[str]:
+    """SHA-256 (hex) of the token ids of every image, over all steps (b, l), as little-endian int32."""
+    rows = zip(*(ids.cpu().numpy().astype("<i4") for ids in token_ids), strict=True)
+    return [hashlib.sha256(b"".join(step.tobytes() for step in row)).hexdigest() for row in rows]
+
+
 def randomized(model: nn.Module, seed: int = 0) -> Any:
     """The model with no weight near zero, so that a slip anywhere shows; in eval mode."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,25 +111,22 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compili
 class ModelLaws:
     """A subclass has fixtures `model` (in eval mode) and `inputs` (arguments of forward), and `floats(output)`."""
 
+    without_gradient: tuple[str, ...] = ()
+    """How names of parameters end whose gradient is zero in exact arithmetic."""
+
     def floats(self, output: Any) -> Tensor:
         """The float tensor of an output that depends on every weight."""
         raise AssertionError("a test class says which tensor of its output is compared")
 
-    def test_save_and_load_gives_the_same_output(self, model, inputs, tmp_path):
+    def test_save_and_load_gives_the_same_output_each_time(self, model, inputs, tmp_path):
+        before = self.floats(model(*inputs))
         model.save_pretrained(tmp_path)
         assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
         loaded = type(model).from_pretrained(tmp_path).eval()
-        assert torch.equal(self.floats(loaded(*inputs)), self.floats(model(*inputs)))
+        for one in (loaded, model):
+            assert torch.equal(self.floats(one(*inputs)), before)
+        # settings and weights
         assert fingerprint(loaded) == fingerprint(model)
-
-    def test_config_round_trip(self, model, tmp_path):
-        model.save_config(tmp_path)
-        again = type(model)(**type(model).load_config(tmp_path))
-        plain = [json.dumps({k: v for k, v in m.config.items() if k[0] != "_"}, default=list) for m in (model, again)]
-        assert plain[0] == plain[1]
-        assert {k: v.shape for k, v in again.state_dict().items()} == {
-            k: v.shape for k, v in model.state_dict().items()
-        }
 
     def test_fingerprint_sees_the_weights(self, model):
         before, names = fingerprint(model), list(model.state_dict())
@@ -135,15 +138,12 @@ class ModelLaws:
     def test_gradients_reach_every_parameter(self, model, inputs):
         model.zero_grad()
         self.loss(model(*inputs)).backward()
-        silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not silent
+        silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+        assert not {name for name in silent if not name.endswith(self.without_gradient)}
 
     def loss(self, output: Any) -> Tensor:
         """A scalar that depends on every weight."""
         return self.floats(output).square().mean()
-
-    def test_same_input_same_output(self, model, inputs):
-        assert torch.equal(self.floats(model(*inputs)), self.floats(model(*inputs)))
 
 
 class TokenizerLaws(ModelLaws):
@@ -155,14 +155,10 @@ class TokenizerLaws(ModelLaws):
     def loss(self, output: Any) -> Tensor:
         return output.images.square().mean() + output.codebook_loss + output.commitment_loss
 
-    def test_token_ids_have_their_shape_and_range(self, model, inputs):
-        token_ids = model.encode(*inputs).token_ids
-        assert [tuple(ids.shape) for ids in token_ids] == [(len(inputs[0]), n) for n in model.schedule.lengths]
-        assert all(0 <= ids.min() and ids.max() < model.config.codebook_size for ids in token_ids)
-
     def test_decode_equals_decoding_the_features(self, model, inputs):
-        encoded = model.encode(*inputs)
-        last = model.schedule.num_scales - 1
+        encoded, last = model.encode(*inputs), model.schedule.num_scales - 1
+        assert [tuple(ids.shape) for ids in encoded.token_ids] == [(len(inputs[0]), n) for n in model.schedule.lengths]
+        assert all(0 <= ids.min() and ids.max() < model.config.codebook_size for ids in encoded.token_ids)
         images = model.decode(encoded.token_ids)
         assert images.shape == inputs[0].shape
         assert -1 <= images.min() and images.max() <= 1
@@ -234,10 +230,6 @@ class PriorLaws(ModelLaws):
         parts = scale_inputs.split([0, *lengths[1:]], dim=1)
         return torch.cat([model.forward_scale(k, part, conditioning, cache) for k, part in enumerate(parts)], dim=1)
 
-    def test_logits_have_one_row_per_token(self, model, inputs):
-        expected = (len(inputs[0]), model.schedule.num_tokens, model.config.codebook_size)
-        assert tuple(model(*inputs).logits.shape) == expected
-
     def test_scale_by_scale_equals_teacher_forcing(self, model, inputs):
         torch.testing.assert_close(self.generated(model, *inputs), model(*inputs).logits, **NETWORK)
 
@@ -260,14 +252,6 @@ class PriorLaws(ModelLaws):
                 visible = other == scale if model.is_markov else other <= scale
                 assert bool(part.abs().sum() > 0) == visible, (scale, other)
 
-    def test_an_image_does_not_see_another(self, model, inputs):
-        labels, scale_inputs = inputs
-        before, others = model(labels, scale_inputs).logits, torch.arange(len(labels)) > 0
-        changed = torch.where(others, labels.roll(1), labels), scale_inputs + others[:, None, None]
-        after = model(*changed).logits
-        torch.testing.assert_close(after[0], before[0])
-        assert all((a - b).abs().max() > 1e-3 for a, b in zip(after[1:], before[1:], strict=True))
-
     def test_leading_scales_are_rows_of_the_full_pass(self, model, inputs):
         labels, scale_inputs = inputs
         full, offsets = model(*inputs).logits, model.schedule.offsets
@@ -285,10 +269,6 @@ class PriorLaws(ModelLaws):
         for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, msg=name)
 
-    def test_keep_factors_of_one_change_nothing(self, model, inputs):
-        ones = torch.ones(len(inputs[0]), model.config.num_layers, 2)
-        torch.testing.assert_close(model(*inputs, keep=ones).logits, model(*inputs).logits)
-
     def test_keep_factors_act_per_image_and_layer(self, model, inputs):
         labels, scale_inputs = inputs
         keep = torch.ones(len(labels), model.config.num_layers, 2)
@@ -301,6 +281,3 @@ class PriorLaws(ModelLaws):
         scale, shift = conditioning.head.unsqueeze(2).unbind(1)
         bare = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=model.config.norm_eps) * (1 + scale) + shift
         torch.testing.assert_close(dropped[0], model.head(bare)[0], **NETWORK)
-
-    def test_the_last_class_row_is_the_null_label(self, model):
-        assert model.null_class_id == model.config.num_classes == model.class_embedding.num_embeddings - 1

@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 
 import isthmus
 from isthmus.errors import UserError, nearest
+from isthmus.registry import imported
 
 logger = logging.getLogger("isthmus")
 
@@ -24,10 +24,7 @@ COMMANDS = {
     "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
     "distill": ("isthmus.cli.train:run", "train a student on fewer scales, or under another mask, from a model"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
-    "evaluate": (
-        "isthmus.cli.evaluate:run",
-        "score a model's samples, or anyone's images, with everything that made it",
-    ),
+    "evaluate": ("isthmus.cli.evaluate:run", "score a model's samples, or anyone's images"),
     "compare": ("isthmus.cli.evaluate:run_compare", "one table of evaluations that were measured in the same way"),
     "edit inpaint": ("isthmus.cli.sample:run_inpaint", "make what lies under a mask anew"),
     "edit outpaint": ("isthmus.cli.sample:run_outpaint", "make what lies beyond the edges of an image"),
@@ -53,7 +50,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (without the program's name) and return its exit code.
+    """Run one command line (without the program's name); the exit code is returned.
 
     0: done. 2: the caller's to mend; one line on stderr says what. 130: interrupted.
     """
@@ -92,36 +89,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    group, kind, *_ = [*arguments, "", ""]
+    if group in ("", "-h", "--help", "help"):
         print(_help())
         return 0
-    if arguments[0] == "--version":
+    if group == "--version":
         print(f"isthmus {isthmus.__version__}")
         return 0
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
-            module, function = COMMANDS[name][0].split(":")
-            getattr(import_module(module), function)(arguments[words:])
+            imported(COMMANDS[name][0])(arguments[words:])
             return 0
         if name in _REMOVED:
             raise UserError(f"there is no isthmus {name} any more: {_REMOVED[name]}")
-    if any(name.startswith(arguments[0] + " ") for name in COMMANDS):
-        return _incomplete(arguments)
-    what = "option" if arguments[0].startswith("-") else "command"
-    names = sorted({name.split()[0] for name in COMMANDS})
-    raise UserError(f"there is no {what} {arguments[0]!r}.{nearest(arguments[0], names)} Commands: {', '.join(names)}.")
-
-
-def _incomplete(arguments: list[str]) -> int:
-    """`isthmus train`, `isthmus train --help` and `isthmus train pryor`."""
-    group = arguments[0]
-    kinds = [name.split()[1] for name in COMMANDS if name.startswith(group + " ")]
-    if len(arguments) > 1 and arguments[1] in ("-h", "--help"):
+    kinds = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
+    if kinds and kind in ("-h", "--help"):
         print(_help(group))
         return 0
-    got = f"got {arguments[1]!r}.{nearest(arguments[1], kinds)}" if len(arguments) > 1 else "got nothing."
-    raise UserError(f"isthmus {group} needs one of {', '.join(kinds)}, {got}")
+    if kinds:
+        got = f"got {kind!r}.{nearest(kind, kinds)}" if kind else "got nothing."
+        raise UserError(f"isthmus {group} needs one of {', '.join(kinds)}, {got}")
+    what = "option" if group.startswith("-") else "command"
+    names = sorted({name.split()[0] for name in COMMANDS})
+    raise UserError(f"there is no {what} {group!r}.{nearest(group, names)} Commands: {', '.join(names)}.")
 
 
 def _help(group: str = "") -> str:
@@ -143,16 +134,19 @@ def _help(group: str = "") -> str:
 
 def _one_line(error: Exception) -> str | None:
     """What to tell the caller about an error that is theirs to mend; None for a fault of ours."""
-    if isinstance(error, UserError):
-        return " ".join(str(error).split())
     text = " ".join(str(error).split())
-    if (isinstance(error, OSError) and error.errno in _FULL_DISK) or "No space left on device" in text:
-        where = getattr(error, "filename", None)
-        return f"the disk is full{f' (writing {where})' if where else ''}: {text}. Free some space and run this again."
+    if isinstance(error, UserError):
+        return text
+    if getattr(error, "errno", None) in _FULL_DISK or "No space left on device" in text:
+        return f"the disk is full: {text}. Free some space and run this again."
     if isinstance(error, OSError):
         return f"{text}. Check the path and its permissions."
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
-        return f"memory ran out ({text[:160]}). Try half the --batch-size."
+    if isinstance(error, (MemoryError, RuntimeError)):
+        # imported here: whatever takes much memory has it loaded
+        from isthmus.pipelines.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return f"memory ran out ({text[:160]}). Try half the --batch-size."
     return None
 
 

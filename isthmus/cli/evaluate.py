@@ -81,11 +81,7 @@ class Evaluate(SteeredDrawOptions):
                 )
 
     def sweep(self) -> list[Guidance]:
-        """The guidances of the sweep.
-
-        Raises:
-            UserError: one cannot be read or is given twice.
-        """
+        """The guidances of the sweep; UserError where one cannot be read or is given twice."""
         found = [parse_guidance(text) for text in self.sweep_guidance]
         twice = [text for i, text in enumerate(self.sweep_guidance) if found[i] in found[:i]]
         if twice:
@@ -96,49 +92,30 @@ class Evaluate(SteeredDrawOptions):
 def run(arguments: Sequence[str]) -> None:
     """Score and report."""
     command = parse(Evaluate, arguments, prog="isthmus evaluate")
-    options, sweep = command.options(), command.sweep()  # what cannot be read is refused before the slow imports
+    draw, sweep = command.draw(), command.sweep()  # what cannot be read is refused before the slow imports
     # imported here: --help does without
     from isthmus.data.source import WantedColumns
-
-    if command.samples is not None:
-        from isthmus.evaluation.evaluate import evaluate_images
-
-        evaluate_images(
-            command.samples,
-            command.out,
-            reference=command.reference,
-            data=command.data,
-            classes=command.classes,
-            columns=WantedColumns(command.image_column, command.label_column),
-            features=command.features,
-            statistics=command.statistics,
-            device=command.device,
-        )
-        return
-    from isthmus.evaluation.evaluate import evaluate_model
+    from isthmus.evaluation.evaluate import evaluate_images, evaluate_model
     from isthmus.evaluation.held_out import Measures
 
-    assert command.model is not None and command.data is not None, "checked with the options"
+    names = ("data", "classes", "reference", "features", "statistics")
+    shared = {name: getattr(command, name) for name in names}
+    shared["columns"] = WantedColumns(command.image_column, command.label_column)
+    if command.samples is not None:
+        evaluate_images(command.samples, command.out, device=command.device, **shared)
+        return
+    assert command.model is not None, "checked with the options"
     evaluate_model(
         command.model,
         command.out,
-        data=command.data,
-        classes=command.classes,
-        columns=WantedColumns(command.image_column, command.label_column),
         num=command.num,
-        seed=command.seed,
-        options=options,
         steering=command.steering(),
-        features=command.features,
-        reference=command.reference,
         balance=command.balance,
         sweep=sweep,
         npz=command.npz,
-        statistics=command.statistics,
         measures=Measures(lpips_weights=command.lpips_weights, solver_steps=command.solver_steps),
-        batch_size=command.batch_size,
-        device=command.device,
-        dtype=command.dtype,
+        **shared,
+        **draw,
     )
 
 

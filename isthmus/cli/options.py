@@ -15,8 +15,7 @@ import tyro
 from isthmus.dar.options import DAROptions, Solver
 from isthmus.errors import UserError, nearest
 from isthmus.next_scale.options import NextScaleOptions
-from isthmus.nn.guidance import Guidance
-from isthmus.pipelines.options import FOLDER_DEFAULT, Default, options_of, parse_guidance
+from isthmus.pipelines.options import FOLDER_DEFAULT, options_of, parse_guidance
 
 Command = TypeVar("Command")
 
@@ -48,10 +47,8 @@ def parse(
     r"""A command's dataclass from its arguments; `--help` prints and exits with code 0.
 
     Values of one option may be separated by spaces or by commas; `\,` is a comma inside a value, and so is one before a
-    space in the name of a class.
-
-    Raises:
-        UserError: an option is unknown (names the nearest), missing, or has a value that does not fit.
+    space in the name of a class. Raises UserError for an option that is unknown (names the nearest), missing, or has a
+    value that does not fit.
     """
     arguments = _split_commas(list(arguments), kind)
     heard = io.StringIO()
@@ -120,17 +117,13 @@ def _split_commas(arguments: list[str], kind: type) -> list[str]:
     result: list[str] = []
     current = ""
     for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            current = name.replace("_", "-")
-            if equals and current in several:
-                result += [name, *values(current, value)]
-            else:
-                result.append(argument)
-        elif current in several:
-            result += values(current, argument)
-        else:
+        is_name = argument.startswith("--")
+        name, equals, value = argument.partition("=") if is_name else ("", "", argument)
+        current = name.replace("_", "-") if is_name else current
+        if current not in several or (is_name and not equals):
             result.append(argument)
+        else:
+            result += [name] * is_name + values(current, value)
     return result
 
 
@@ -177,13 +170,15 @@ class DrawOptions:
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, got {self.batch_size}.")
 
-    def options(self) -> dict[str, Guidance | float | int | bool | None | Default]:
-        """The options of the draw that were given; the others stand for the model's own."""
+    def draw(self) -> dict[str, Any]:
+        """Arguments of a draw; options that were not given stand for the model's own."""
         guidance = FOLDER_DEFAULT if self.guidance == "default" else parse_guidance(self.guidance)
         given = {"top_k": self.top_k, "top_p": self.top_p, "temperature": self.temperature}
         words = {"default": FOLDER_DEFAULT, "off": None}
         filters = {name: words[value] if isinstance(value, str) else value for name, value in given.items()}
-        return {"guidance_scale": guidance, **filters, "smooth": self.smooth or FOLDER_DEFAULT}
+        options = {"guidance_scale": guidance, **filters, "smooth": self.smooth or FOLDER_DEFAULT}
+        rest = {name: getattr(self, name) for name in ("seed", "batch_size", "device", "dtype")}
+        return {"options": options, **rest}
 
 
 @dataclass(frozen=True, kw_only=True)

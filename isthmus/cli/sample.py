@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -52,10 +53,8 @@ class Sample(SteeredDrawOptions):
         super().__post_init__()
         if (self.prefix_image is None) != (self.prefix_tokens is None):
             raise UserError("a layout is kept by --prefix-image FILE and --prefix-tokens M together, got one of them.")
-        if self.prefix_image is not None and not self.prefix_image.is_file():
-            raise UserError(
-                f"--prefix-image must be an image file, got {self.prefix_image}, which is no file. Check the path."
-            )
+        if self.prefix_image is not None:
+            _check_file(self.prefix_image, "--prefix-image")
 
     def steering(self) -> dict[str, int | str]:
         """Arguments that only some models have, where they were given."""
@@ -70,7 +69,7 @@ class Sample(SteeredDrawOptions):
 def run(arguments: Sequence[str]) -> None:
     """Draw and save."""
     command = parse(Sample, arguments, prog="isthmus sample")
-    options = command.options()  # guidance that cannot be read is refused before the slow imports
+    draw = command.draw()  # guidance that cannot be read is refused before the slow imports
     # imported here: --help does without
     from isthmus.samples import draw_folder
 
@@ -79,18 +78,19 @@ def run(arguments: Sequence[str]) -> None:
         command.out,
         classes=command.classes,
         num_images=command.num,
-        seed=command.seed,
-        options=options,
         steering=command.steering(),
         decoding=command.decoding(),
         refine=None if command.refine == "default" else command.refine,
         prefix_image=command.prefix_image,
         grid=command.grid,
         strip=command.strip,
-        batch_size=command.batch_size,
-        device=command.device,
-        dtype=command.dtype,
+        **draw,
     )
+
+
+def _check_file(path: Path, option: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{option} must be an image file, got {path}, which is no file. Check the path.")
 
 
 _Number = TypeVar("_Number", int, float)
@@ -113,8 +113,11 @@ class _Edit(DrawOptions):
         super().__post_init__()
         if self.num < 1:
             raise UserError(f"--num must be at least 1, got {self.num}.")
-        if not self.image.is_file():
-            raise UserError(f"--image must be an image file, got {self.image}, which is no file. Check the path.")
+        _check_file(self.image, "--image")
+
+    def _settings(self) -> dict[str, Any]:
+        """Arguments of the method that edits."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +134,9 @@ class _Keeping(_Edit):
     paste: Annotated[bool, _INPAINT["paste"]] = True
     seam_px: Annotated[int | None, _INPAINT["seam_px"]] = None
 
-    def keeping(self) -> dict[str, Any]:
-        """Arguments of `inpaint` about what is kept."""
-        given = {name: getattr(self, name) for name in ("jump_scales", "paste", "seam_px")}
+    def _settings(self) -> dict[str, Any]:
         per_scale = {"max_unknown": _one_or_each(self.max_unknown, None), "jumps": _one_or_each(self.jumps, 0)}
+        given = {name: getattr(self, name) for name in ("jump_scales", "paste", "seam_px")}
         return per_scale | given | {"keeping": "published" if self.published else "coverage"}
 
 
@@ -147,8 +149,7 @@ class Inpaint(_Keeping):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.mask.is_file():
-            raise UserError(f"--mask must be an image file, got {self.mask}, which is no file. Check the path.")
+        _check_file(self.mask, "--mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,9 @@ class Outpaint(_Keeping):
     bottom: int = 0
     """and below."""
 
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {name: getattr(self, name) for name in ("left", "top", "right", "bottom")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResolve(_Edit):
@@ -189,6 +193,10 @@ class SuperResolve(_Edit):
     paste: bool = True
     """Mend the result so that, averaged to the small size, it is the small image."""
 
+    def _settings(self) -> dict[str, Any]:
+        max_unknown = _one_or_each(self.max_unknown, None)
+        return {"from_scale": self.from_scale, "max_unknown": max_unknown, "paste": self.paste}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variations(_Edit):
@@ -197,37 +205,8 @@ class Variations(_Edit):
     from_scale: int = field()
     """First scale (from 0) that is drawn: the smaller, the freer."""
 
-
-def run_inpaint(arguments: Sequence[str]) -> None:
-    """Inpaint and save."""
-    command = parse(Inpaint, arguments, prog="isthmus edit inpaint")
-    _run(command, "inpaint", command.keeping(), mask=command.mask)
-
-
-def run_class(arguments: Sequence[str]) -> None:
-    """Inpaint under another class and save."""
-    command = parse(EditClass, arguments, prog="isthmus edit class")
-    _run(command, "edit_class", command.keeping(), mask=command.mask)
-
-
-def run_outpaint(arguments: Sequence[str]) -> None:
-    """Outpaint and save."""
-    command = parse(Outpaint, arguments, prog="isthmus edit outpaint")
-    sides = {name: getattr(command, name) for name in ("left", "top", "right", "bottom")}
-    _run(command, "outpaint", command.keeping() | sides)
-
-
-def run_super_resolve(arguments: Sequence[str]) -> None:
-    """Enlarge and save."""
-    command = parse(SuperResolve, arguments, prog="isthmus edit super-resolve")
-    settings = {"from_scale": command.from_scale, "max_unknown": _one_or_each(command.max_unknown, None)}
-    _run(command, "super_resolve", settings | {"paste": command.paste})
-
-
-def run_variations(arguments: Sequence[str]) -> None:
-    """Vary and save."""
-    command = parse(Variations, arguments, prog="isthmus edit variations")
-    _run(command, "variations", {"from_scale": command.from_scale})
+    def _settings(self) -> dict[str, Any]:
+        return {"from_scale": self.from_scale}
 
 
 def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[_Number, ...] | _Number | None:
@@ -235,8 +214,9 @@ def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[
     return values if len(values) > 1 else values[0] if values else default
 
 
-def _run(command: _Edit, method: str, settings: dict[str, Any], *, mask: Path | None = None) -> None:
-    options = command.options()  # guidance that cannot be read is refused before the slow imports
+def _edit(kind: type[_Edit], command_name: str, method: str, arguments: Sequence[str]) -> None:
+    command = parse(kind, arguments, prog=f"isthmus edit {command_name}")
+    draw = command.draw()  # guidance that cannot be read is refused before the slow imports
     # imported here: --help does without
     from isthmus.samples import edit_image
 
@@ -245,13 +225,16 @@ def _run(command: _Edit, method: str, settings: dict[str, Any], *, mask: Path | 
         command.out,
         method,
         image=command.image,
-        mask=mask,
+        mask=getattr(command, "mask", None),
         classes=command.classes,
         num_images=command.num,
-        seed=command.seed,
-        settings=settings,
-        options=options,
-        batch_size=command.batch_size,
-        device=command.device,
-        dtype=command.dtype,
+        settings=command._settings(),
+        **draw,
     )
+
+
+run_inpaint = partial(_edit, Inpaint, "inpaint", "inpaint")
+run_class = partial(_edit, EditClass, "class", "edit_class")
+run_outpaint = partial(_edit, Outpaint, "outpaint", "outpaint")
+run_super_resolve = partial(_edit, SuperResolve, "super-resolve", "super_resolve")
+run_variations = partial(_edit, Variations, "variations", "variations")

@@ -2,9 +2,7 @@
 
 Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.1 and 1.5); Su et al.,
 "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2. Pairs of channels (2j, 2j + 1) turn
-together; in two dimensions the first half of a head turns with the row, the second half with the column. Where tokens
-lie (the rotary table) and what they may see (`attend`) are arguments, so that one leaf serves the encoder, the causal
-stack and the pixel decoder.
+together; in two dimensions the first half of a head turns with the row, the second half with the column.
 """
 
 import math
@@ -26,24 +24,19 @@ RotaryTable = Float[Tensor, "l pairs 2"]
 def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_000.0) -> RotaryTable:
     """Pair j of `width` / 2 turns by position * base^(-2j / width); position 0 is the identity.
 
-    The angles are computed in float64 and rounded once.
-
     >>> rotary_table(torch.tensor([0.0, torch.pi]), 2).round().int().tolist()
     [[[1, 0]], [[-1, 0]]]
     """
     # an accelerator without float64 gets its table from the CPU
     place = torch.device("cpu") if positions.device.type == "mps" else positions.device
+    # in float64, and rounded once
     exponents = torch.arange(0, width, 2, device=place, dtype=torch.float64) / width
     angles = positions.to(place).double()[:, None] * base**-exponents
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(positions.device)
 
 
 def llama_angles(positions: Int[Tensor, " l"], width: int, base: float) -> Float[Tensor, "l pairs"]:
-    """The same angles as transformers' Llama has them: frequencies base^(-2j / width) rounded to fp32 first.
-
-    >>> llama_angles(torch.tensor([0, 3]), 2, 10_000.0).tolist()
-    [[0.0], [3.0]]
-    """
+    """The same angles as transformers' Llama has them: frequencies base^(-2j / width) rounded to fp32 first."""
     exponents = torch.arange(0, width, 2, device=positions.device).float() / width
     return positions.float()[:, None] * (1.0 / base**exponents)
 
@@ -53,10 +46,8 @@ def grid_rotary_table(
 ) -> RotaryTable:
     """Table of a grid of patches, row by row: half the pairs turn with the row, half with the column (not normalised).
 
-    Raises UserError where `width` is not a multiple of 4.
+    `width` is a multiple of 4 (`check_head_width`).
     """
-    if width % 4:
-        raise UserError(f"a head must be a multiple of 4 wide (pairs of channels for two axes), got {width}.")
     row, column = (
         rotary_table(torch.arange(side, device=device, dtype=torch.float32), width // 2, base)
         for side in (rows, columns)
@@ -88,6 +79,14 @@ def plain_norm(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
+def init_linear_layers(block: nn.Module) -> None:
+    """Weights of the linear layers inside from a normal of 0.02, cut at +-2; biases zero."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
 class SharedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation without parameters; in training its statistics are those of all processes' rows together.
 
@@ -98,7 +97,7 @@ class SharedBatchNorm(nn.BatchNorm1d):
         super().__init__(width, affine=False)
 
     def forward(self, input: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
-        """Rows with mean 0 and variance 1 per channel (in evaluation: by the running statistics)."""
+        """Rows with mean 0 and variance 1 per channel."""
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
@@ -134,11 +133,9 @@ def context_causal_attention(context: int) -> Attend:
     def attend(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
         (first, later), own = q.split([context, q.shape[2] - context], dim=2), slice(context)
         mask = prefix_causal_mask(later.shape[2], k.shape[2], q.device)
-        parts = [
-            F.scaled_dot_product_attention(first, k[:, :, own], v[:, :, own], scale=softmax_scale),
-            F.scaled_dot_product_attention(later, k, v, attn_mask=mask, scale=softmax_scale),
-        ]
-        return torch.cat(parts, dim=2)
+        seen_by_first = full_attention(first, k[:, :, own], v[:, :, own], softmax_scale)
+        seen_by_later = F.scaled_dot_product_attention(later, k, v, attn_mask=mask, scale=softmax_scale)
+        return torch.cat([seen_by_first, seen_by_later], dim=2)
 
     return attend
 
@@ -146,8 +143,7 @@ def context_causal_attention(context: int) -> Attend:
 class RotarySelfAttention(nn.Module):
     """Projections around an attention that the caller passes in; scores are scaled by 1 / sqrt(head width).
 
-    Queries and keys are normalised over the head, by one affine norm for all heads. Raises UserError as
-    `check_head_width`.
+    Queries and keys are normalised over the head, by one affine norm for all heads.
     """
 
     def __init__(self, width: int, head_width: int = 64):
@@ -167,10 +163,7 @@ class RotarySelfAttention(nn.Module):
 
 
 class RotaryCrossAttention(nn.Module):
-    """Queries from one sequence, keys and values from another of the same width; only the queries have a position.
-
-    The two halves are separate, because keys and values of a token group serve every solver step of that group.
-    """
+    """Queries from one sequence, keys and values from another of the same width; only the queries have a position."""
 
     def __init__(self, width: int, head_width: int = 64):
         super().__init__()

@@ -3,10 +3,10 @@
 Layers and widths are read off the shapes. What shapes cannot tell (how many tokens, groups and steps there are, the
 time shift, ...) comes from the settings stored in the file, from the caller, or is that of the published model.
 
-The prior (LlamaGen's transformer with 1-D rotary positions) becomes a stock `LlamaForCausalLM`. Two things differ in
-the layout. Published rotary positions turn channels (2j, 2j + 1) of a head together, Llama's turn (j, j + half): the
-rows of queries and keys are put in the other order. And the classes have a table of their own, which becomes the last
-rows of the vocabulary; they are never predicted, so the head gets rows of zeros for them.
+The prior (LlamaGen's transformer with 1-D rotary positions) becomes a stock `LlamaForCausalLM`. Published rotary
+positions turn channels (2j, 2j + 1) of a head together, Llama's turn (j, j + half): the rows of queries and keys are
+put in the other order. And the classes have a table of their own, which becomes the last rows of the vocabulary; they
+are never predicted, so the head gets rows of zeros for them.
 """
 
 import re
@@ -30,9 +30,9 @@ from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.published import (
     Converted,
+    ConvertedPipeline,
     StateDict,
-    check_belong,
-    check_class_names,
+    build,
     data_of,
     indexed,
     load_strict,
@@ -95,11 +95,7 @@ _DECODER_DROPPED = {
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSettings:
-    """What a tokenizer's shapes cannot tell; the defaults are those of the published model (tokenizer_v1).
-
-    The names are those of `DiffusionTokenizer` and `FlowMatchingScheduler`; `decoder_rotary_base` is the `rotary_base`
-    of `FlowDecoder`.
-    """
+    """What a tokenizer's shapes cannot tell, by our names; the defaults are those of the published tokenizer_v1."""
 
     image_size: int = 256
     num_tokens: int = 256
@@ -121,22 +117,19 @@ class PublishedSettings:
         unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
         if unknown:
             raise UserError(f"a published tokenizer has no settings {unknown}. Leave them out.")
-        places = {
-            "image_size": config.get("sampling_resolution"),
-            "num_tokens": config.get("num_all_queries"),
-            "num_groups": config.get("num_query_groups"),
-            "tokens_per_step": config.get("queries_per_step"),
-            "num_inference_steps": config.get("num_denoising_steps"),
-            "rotary_base": config.get("rope_base_len"),
-            "quantized": config.get("vq_enable"),
+        ours = {
+            "sampling_resolution": "image_size",
+            "num_all_queries": "num_tokens",
+            "num_query_groups": "num_groups",
+            "queries_per_step": "tokens_per_step",
+            "num_denoising_steps": "num_inference_steps",
+            "rope_base_len": "rotary_base",
+            "vq_enable": "quantized",
         }
-        decoder = config.get("diff_decoder") or {}
-        places |= {
-            "time_shift": decoder.get("time_shift"),
-            "data_std": decoder.get("data_std"),
-            "decoder_rotary_base": decoder.get("rope_base_len"),
-        }
-        return cls(**{name: value for name, value in places.items() if value is not None} | overrides)
+        of_decoder = {"time_shift": "time_shift", "data_std": "data_std", "rope_base_len": "decoder_rotary_base"}
+        found = {ours[key]: config.get(key) for key in ours}
+        found |= {of_decoder[key]: (config.get("diff_decoder") or {}).get(key) for key in of_decoder}
+        return cls(**{name: value for name, value in found.items() if value is not None} | overrides)
 
 
 @dataclass
@@ -154,13 +147,9 @@ class ConvertedDiffusionTokenizer:
 
 
 def convert_diffusion_tokenizer_state(
-    raw: Mapping[str, Tensor], settings: PublishedSettings | None = None
+    raw: Mapping[str, Tensor], settings: PublishedSettings
 ) -> ConvertedDiffusionTokenizer:
-    """Published tokenizer weights to arguments and weights of both networks.
-
-    `settings` None is the published model's. Raises UserError where a key is unknown or missing.
-    """
-    settings = settings or PublishedSettings()
+    """Published tokenizer weights to arguments and weights of both networks; UserError for unknown or missing keys."""
     joined = _join_projections(raw)
     of_decoder = {key: tensor for key, tensor in joined.items() if re.match(_NET, key)}
     of_tokenizer = {key: tensor for key, tensor in joined.items() if key not in of_decoder}
@@ -230,47 +219,31 @@ def _convert_decoder(raw: Mapping[str, Tensor], settings: PublishedSettings, *, 
 
 def _join_projections(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One `qkv` (cross-attention: `kv`) where the file has a layer for each of q, k and v."""
-    joined = {}
-    for key, tensor in raw.items():
-        match = re.fullmatch(r"(.*\.)(attention|cross_attn)\.([qkv])\.(weight|bias)", key)
+    joined = dict(raw)
+    for key in raw:
+        match = re.fullmatch(r"(.*\.)(attention\.q|cross_attn\.k)\.(weight|bias)", key)
         if match is None:
-            joined[key] = tensor
             continue
-        prefix, kind, letter, entry = match.groups()
-        letters = "qkv" if kind == "attention" else "kv"
-        if letter not in letters:
-            joined[key] = tensor
-        elif letter == letters[0]:
-            names = [f"{prefix}{kind}.{part}.{entry}" for part in letters]
-            missing = [name for name in names if name not in raw]
-            if missing:
-                raise UserError(
-                    f"a D-AR tokenizer file must be complete, this one lacks {missing}. Pass the whole file."
-                )
-            joined[f"{prefix}{kind}.{letters}.{entry}"] = torch.cat([raw[name] for name in names])
-        elif f"{prefix}{kind}.{letters[0]}.{entry}" not in raw:
-            joined[key] = tensor  # an unknown key, which the rules refuse by its name
+        prefix, first, entry = match.groups()
+        kind, letters = ("attention", "qkv") if first == "attention.q" else ("cross_attn", "kv")
+        names = [f"{prefix}{kind}.{letter}.{entry}" for letter in letters]
+        if missing := [name for name in names if name not in raw]:
+            raise UserError(f"a D-AR tokenizer file must be complete, this one lacks {missing}. Pass the whole file.")
+        joined[f"{prefix}{kind}.{letters}.{entry}"] = torch.cat([joined.pop(name) for name in names])
     return joined
 
 
-def build_diffusion_tokenizer(converted: ConvertedDiffusionTokenizer) -> DiffusionTokenizer:
-    """A tokenizer with the converted weights, in eval mode."""
-    part = converted.tokenizer
-    return load_strict(DiffusionTokenizer(**part.arguments), part.state, "the tokenizer file").eval()
+def build_tokenizer_parts(
+    converted: ConvertedDiffusionTokenizer,
+) -> tuple[DiffusionTokenizer, FlowDecoder, FlowMatchingScheduler]:
+    """Tokenizer and pixel decoder with the converted weights, in eval mode, and the scheduler."""
+    return (
+        build(DiffusionTokenizer, converted.tokenizer, "the tokenizer file"),
+        build(FlowDecoder, converted.decoder, "the tokenizer file"),
+        FlowMatchingScheduler(**converted.scheduler),
+    )
 
 
-def build_flow_decoder(converted: ConvertedDiffusionTokenizer) -> FlowDecoder:
-    """A pixel decoder with the converted weights, in eval mode."""
-    part = converted.decoder
-    return load_strict(FlowDecoder(**part.arguments), part.state, "the tokenizer file").eval()
-
-
-def build_scheduler(converted: ConvertedDiffusionTokenizer) -> FlowMatchingScheduler:
-    """The scheduler of the converted tokenizer, with the published solver."""
-    return FlowMatchingScheduler(**converted.scheduler)
-
-
-PUBLISHED_NUM_TOKENS = 256
 PUBLISHED_HEAD_WIDTH = 64
 
 # (published key, Llama's key); those in angle brackets are taken apart or put together below
@@ -294,7 +267,7 @@ _WHAT = "D-AR prior"
 
 
 def convert_next_token_prior_state(
-    raw: Mapping[str, Tensor], *, num_tokens: int = PUBLISHED_NUM_TOKENS, num_heads: int | None = None
+    raw: Mapping[str, Tensor], *, num_tokens: int, num_heads: int | None = None
 ) -> Converted:
     """Published prior weights to arguments of `TokenLayout` and `llama_config`, and Llama's weights.
 
@@ -341,9 +314,9 @@ def convert_next_token_prior_state(
 
 def build_next_token_prior(converted: Converted) -> LlamaForCausalLM:
     """A prior with the converted weights, in eval mode."""
-    shape = dict(converted.arguments)
-    layout = TokenLayout(**{name: shape.pop(name) for name in ("codebook_size", "num_classes", "num_tokens")})
-    return load_strict(LlamaForCausalLM(llama_config(layout, **shape)), converted.state, "the prior file").eval()
+    sizes = dict(converted.arguments)
+    layout = TokenLayout(**{name: sizes.pop(name) for name in ("codebook_size", "num_classes", "num_tokens")})
+    return load_strict(LlamaForCausalLM(llama_config(layout, **sizes)), converted.state, "the prior file").eval()
 
 
 def halves_apart(weight: Float[Tensor, "heads_c width"], num_heads: int) -> Float[Tensor, "heads_c width"]:
@@ -372,15 +345,6 @@ def _split_qkv(weight: Tensor | None, index: int, width: int, num_heads: int) ->
     }
 
 
-@dataclass
-class ConvertedDar:
-    """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
-
-    pipeline: DARPipeline
-    dropped_tokenizer_keys: dict[str, str]
-    dropped_prior_keys: dict[str, str]
-
-
 def convert_dar(
     tokenizer: str | Path,
     prior: str | Path,
@@ -388,7 +352,7 @@ def convert_dar(
     num_heads: int | None = None,
     class_names: Sequence[str] = (),
     **settings: Any,
-) -> ConvertedDar:
+) -> ConvertedPipeline:
     """Published D-AR files to a pipeline; the tokenizer's also holds the pixel decoder.
 
     Sampling defaults are those of the published evaluation: guidance linear from 1.2 to 8 over the tokens, no filters.
@@ -403,24 +367,17 @@ def convert_dar(
     prior_parts = convert_next_token_prior_state(
         read_weights(prior), num_tokens=published.num_tokens, num_heads=num_heads
     )
-    if not published.quantized:
-        raise UserError(
-            f"a prior predicts codes, and the tokenizer in {tokenizer} keeps its tokens continuous. Pass one with a "
-            "codebook."
-        )
-    ours, theirs = parts.tokenizer.arguments["codebook_size"], prior_parts.arguments["codebook_size"]
-    check_belong("codebook_size", ours, theirs, tokenizer, prior)
     num_classes = prior_parts.arguments["num_classes"]
-    check_class_names(class_names, num_classes)
     guidance = GuidanceSchedule("linear", 1.2, 8.0) if num_classes else 1.0
+    image_tokenizer, decoder, scheduler = build_tokenizer_parts(parts)
     pipeline = DARPipeline(
-        build_diffusion_tokenizer(parts),
-        build_flow_decoder(parts),
+        image_tokenizer,
+        decoder,
         build_next_token_prior(prior_parts),
-        build_scheduler(parts),
+        scheduler,
         class_names=class_names,
         sampling_defaults=SamplingOptions(guidance_scale=guidance),
         data=data_of(tokenizer, prior),
         protocol="Converted from published D-AR weights; not trained further.",
     )
-    return ConvertedDar(pipeline, parts.dropped, prior_parts.dropped)
+    return ConvertedPipeline(pipeline, parts.dropped, prior_parts.dropped)

@@ -1,7 +1,7 @@
 """The pixel decoder of D-AR: a transformer over patches that predicts the velocity of a flow from noise to image.
 
-Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (published network: 184.2M parameters
-without its training-only alignment head). What happens in which order is in the spec of D-AR, 1.5.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1; spec of D-AR, 1.5. The published network
+has 184.2M parameters without its training-only alignment head.
 """
 
 from collections.abc import Iterable
@@ -19,6 +19,7 @@ from isthmus.dar.attention import (
     RotaryTable,
     full_attention,
     grid_rotary_table,
+    init_linear_layers,
     plain_norm,
 )
 from isthmus.dar.scheduler import time_waves, velocity_towards
@@ -60,7 +61,7 @@ class TokenCanvas(nn.Module):
 
 def shown_at(canvas: Float[Tensor, "b 3 side side"], height: int, width: int) -> Images:
     """The small image at the size of the pixels."""
-    return F.interpolate(canvas, size=(height, width), mode="bilinear", align_corners=False)
+    return F.interpolate(canvas, size=(height, width), mode="bilinear")
 
 
 Rows = Float[Tensor, "b l width"]
@@ -70,10 +71,7 @@ KeysValues = tuple[Float[Tensor, "b heads seen c"], Float[Tensor, "b heads seen 
 
 @dataclass
 class TimeEmbeddings:
-    """Everything that depends on the time alone, in fp32: computed once for the fixed steps of a solver.
-
-    `head` is what an adaptive head reads; None where the head is plain.
-    """
+    """What depends on the time alone, in fp32: computed once for the fixed steps of a solver; `head` where adaptive."""
 
     t: Float[Tensor, " n"]
     blocks: tuple[Float[Tensor, "n width"], ...]
@@ -88,17 +86,14 @@ class TimeEmbeddings:
 
 @dataclass
 class FlowDecoderOutput:
-    """What training reads where it also looks inside: the velocity, and the state between two blocks (`features`)."""
+    """The velocity, and the state between two blocks."""
 
     velocity: Images
     features: Float[Tensor, "b width rows columns"]
 
 
 class FlowBlock(nn.Module):
-    """Self-attention and feed-forward, modulated patch by patch by time plus what cross-attention found in the tokens.
-
-    `own_time` says whether the block embeds the time itself.
-    """
+    """Self-attention and feed-forward, modulated patch by patch by time plus what cross-attention found in tokens."""
 
     def __init__(self, width: int, head_width: int, own_time: bool):
         super().__init__()
@@ -110,7 +105,7 @@ class FlowBlock(nn.Module):
         self.feed_forward = FeedForward(width, 4 * width, activation=F.silu)
 
     def keys_values(self, condition: Float[Tensor, "b seen width"]) -> KeysValues:
-        """Keys and values of a token group, as this block sees it."""
+        """Keys and values of a token group."""
         return self.cross_attention.keys_values(plain_norm(self.condition_embedding(condition)))
 
     def forward(self, x: Rows, time: Float[Tensor, "rows width"], keys_values: KeysValues, rotary: RotaryTable) -> Rows:
@@ -183,15 +178,11 @@ class FlowDecoder(SavedModel):
             raise UserError(f"prediction must be velocity or image, got {prediction!r}. Pick one of the two.")
         if width % 2:
             raise UserError(f"width must be even (cosines and sines of the time), got {width}.")
-        channels = 3 * patch_size**2
+        channels, canvas = 3 * patch_size**2, {"side": canvas_side, "rank": canvas_rank}
         self.condition_embedding = nn.Linear(condition_width, width)
         self.patch_embedding = nn.Linear(channels, width)
         self.position = None if position_table is None else nn.Parameter(torch.empty(position_table**2, width))
-        self.canvas = (
-            None
-            if canvas_tokens is None
-            else TokenCanvas(canvas_tokens, condition_width, side=canvas_side, rank=canvas_rank)
-        )
+        self.canvas = None if canvas_tokens is None else TokenCanvas(canvas_tokens, condition_width, **canvas)
         self.canvas_embedding = None if canvas_tokens is None else nn.Linear(channels, width)
         self.time_embedding = FeedForward(width, width, activation=F.silu) if shared_time_embedding else None
         self.blocks = nn.ModuleList(
@@ -220,11 +211,7 @@ class FlowDecoder(SavedModel):
         return tuple(block.keys_values(c) for block in cast("Iterable[FlowBlock]", self.blocks))
 
     def paint(self, condition: Float[Tensor, "b n condition_width"], first: int) -> Painted | None:
-        """What the tokens from number `first` on add to the canvas, each apart; None for a decoder without one.
-
-        The canvas of a solver step is the sum over all tokens of whole groups up to the end of its window, so that a
-        new group costs only itself.
-        """
+        """What the tokens from number `first` on add to the canvas, each apart; None for a decoder without one."""
         return None if self.canvas is None else self.canvas(condition.to(self.dtype), first)
 
     def forward(
@@ -239,7 +226,8 @@ class FlowDecoder(SavedModel):
         Args:
             x_t: t * data_std * image + (1 - t) * noise, of any sides that the patch divides.
             condition: rows of `DiffusionTokenizer.condition`: the window of tokens that drives this time.
-            canvas: sum of what `paint` returned for the tokens so far; None for decoders without `canvas_tokens`.
+            canvas: sum of what `paint` returned for all tokens up to the end of the window; None for decoders without
+                `canvas_tokens`.
 
         Raises UserError where a side is no multiple of the patch, or has another size than the learned positions.
         """
@@ -249,7 +237,7 @@ class FlowDecoder(SavedModel):
         self, x_t: Images, times: TimeEmbeddings, keys: tuple[KeysValues, ...], canvas: Canvas | None = None
     ) -> Images:
         """`forward` from what was computed ahead; `times` holds one row per image, or one for all."""
-        return self._run(x_t, times, keys, canvas, None)[0]
+        return self.velocity_and_features(x_t, times, keys, canvas, layer=0).velocity
 
     def velocity_and_features(
         self,
@@ -263,18 +251,15 @@ class FlowDecoder(SavedModel):
         """`velocity`, and the state after the first `layer` blocks (0..num_layers), to compare with other features."""
         if not 0 <= layer <= len(self.blocks):
             raise UserError(f"layer must lie in 0..{len(self.blocks)} (the blocks of the decoder), got {layer}.")
-        velocity, features = self._run(x_t, times, keys, canvas, layer)
-        assert features is not None
-        return FlowDecoderOutput(velocity, features)
-
-    def _run(
-        self, x_t: Images, times: TimeEmbeddings, keys: tuple[KeysValues, ...], canvas: Canvas | None, layer: int | None
-    ) -> tuple[Images, Float[Tensor, "b width rows columns"] | None]:
-        rows, columns = self._grid(x_t)
-        self._check_canvas(canvas)
+        if (canvas is None) != (self.canvas is None):
+            raise UserError(
+                f"a canvas goes with canvas_tokens, got {'none' if canvas is None else 'one'} with canvas_tokens "
+                f"{self.config.canvas_tokens}. Pass the sum of what `paint` returns, which may be None."
+            )
+        self.check_sides(*x_t.shape[2:])
+        rows, columns = (side // self.config.patch_size for side in x_t.shape[2:])
+        rotary = grid_rotary_table(rows, columns, self.config.head_width, self.config.rotary_base, device=x_t.device)
         shown = None if canvas is None else shown_at(canvas, *x_t.shape[2:])
-        head_width, base = self.config["head_width"], self.config["rotary_base"]
-        rotary = grid_rotary_table(rows, columns, head_width, base, device=x_t.device)
         x = self.patch_embedding(self._patches(x_t))
         if shown is not None:
             x = x + cast(nn.Linear, self.canvas_embedding)(self._patches(shown))
@@ -285,8 +270,8 @@ class FlowDecoder(SavedModel):
             x = self.run_block(block, x, times.blocks[i], keys[i], rotary)
             if i + 1 == layer:
                 tapped = x
-        features = None if layer is None else tapped.transpose(1, 2).unflatten(2, (rows, columns))
-        return self._pixels(x, x_t, times, rows, shown), features
+        features = tapped.transpose(1, 2).unflatten(2, (rows, columns))
+        return FlowDecoderOutput(self._pixels(x, x_t, times, rows, shown), features)
 
     def _patches(self, images: Images) -> Float[Tensor, "b l channels"]:
         patches = F.pixel_unshuffle(images, self.config["patch_size"]).flatten(2).transpose(1, 2)
@@ -313,10 +298,7 @@ class FlowDecoder(SavedModel):
         if self.position is not None:
             nn.init.trunc_normal_(self.position, std=0.02)
         for block in cast("Iterable[FlowBlock]", self.blocks):
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
+            init_linear_layers(block)
             _init_modulation(block.modulation, modulation_std)
             with torch.no_grad():
                 # shift, scale, gate of the attention, then of the feed-forward
@@ -328,27 +310,19 @@ class FlowDecoder(SavedModel):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def _check_canvas(self, canvas: Canvas | None) -> None:
-        if (canvas is None) != (self.canvas is None):
+    def check_sides(self, height: int, width: int) -> None:
+        """Raise UserError where images of these sides, in pixels, cannot be made."""
+        patch, side = self.config.patch_size, self.config.position_table
+        if min(height, width) < 1 or height % patch or width % patch:
             raise UserError(
-                f"a canvas goes with canvas_tokens, got {'none' if canvas is None else 'one'} with canvas_tokens "
-                f"{self.config['canvas_tokens']}. Pass the sum of what `paint` returns, which may be None."
-            )
-
-    def _grid(self, x_t: Images) -> tuple[int, int]:
-        patch, side = self.config["patch_size"], self.config["position_table"]
-        height, width = x_t.shape[2:]
-        if height % patch or width % patch or not height or not width:
-            raise UserError(
-                f"x_t must have sides that are multiples of {patch} (patch_size), got {height} x {width}. "
+                f"height and width must be multiples of {patch} (the decoder's patch_size), got {height} x {width}. "
                 "Ask for another size."
             )
         if side is not None and (height, width) != (side * patch, side * patch):
             raise UserError(
-                f"x_t must be {side * patch} x {side * patch} (this decoder has learned a position for every patch), "
-                f"got {height} x {width}. Ask for that size."
+                f"height and width must be {side * patch} x {side * patch} (this decoder has learned a position for "
+                f"every patch), got {height} x {width}. Leave them out."
             )
-        return height // patch, width // patch
 
 
 def _init_modulation(linear: nn.Linear, std: float) -> None:

@@ -7,24 +7,22 @@ come from is the caller's: from a prior that draws them while the pixels form, o
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.dar.decoder import Canvas, FlowDecoder, KeysValues, Painted
+from isthmus.dar.decoder import FlowDecoder, KeysValues
 from isthmus.dar.options import Solver
-from isthmus.dar.scheduler import SOLVERS, FlowMatchingScheduler
+from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.draws import NOISE, stream
 from isthmus.nn.shapes import Images
 
 Preview = Literal["jump", "solver"]
-# a part and what is cut from it differ in length, so that may not be bound to a letter
-Columns = tuple[tuple[Float[Tensor, "b heads _ c"], Float[Tensor, "b heads _ c"]], ...]
 
 
 @dataclass
@@ -33,9 +31,8 @@ class FlowStep:
 
     Attributes:
         token_ids: the tokens that came in since the step before; n may be 0.
-        x: state after the step, in the scale of the scheduler, fp32.
-        preview: the images as they would be if this step were the last, in [-1, 1] but not clamped, fp32; after the
-            last step, the images.
+        x: state after the step, in the scale of the scheduler.
+        preview: the images if this step were the last, not clamped.
     """
 
     index: int
@@ -92,10 +89,7 @@ class SolverPlan:
         if not 0 <= first < len(windows):
             raise UserError(f"the first step must lie in 0..{len(windows) - 1}, got {first}. 0 starts from noise.")
         needed = tuple(-(-end // group) * group for _, end in windows)
-        chosen = scheduler.config["solver"] if solver is None else solver
-        if chosen not in SOLVERS:
-            raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {chosen!r}.")
-        return cls(windows, needed, first, chosen)
+        return cls(windows, needed, first, scheduler.chosen(solver))
 
 
 def image_noise(image_seeds: Sequence[tuple[int, int]], height: int, width: int) -> Images:
@@ -103,12 +97,6 @@ def image_noise(image_seeds: Sequence[tuple[int, int]], height: int, width: int)
     shape = (3, height, width)
     rows = [stream(seed, NOISE, index).standard_normal(shape, dtype=np.float32) for seed, index in image_seeds]
     return torch.from_numpy(np.stack(rows))
-
-
-def check_preview(preview: Preview) -> None:
-    """Raise UserError unless `preview` is one of `Preview`."""
-    if preview not in get_args(Preview):
-        raise UserError(f"preview must be one of {', '.join(get_args(Preview))}, got {preview!r}.")
 
 
 def flow_steps(
@@ -123,8 +111,7 @@ def flow_steps(
 ) -> Iterator[FlowStep]:
     """Walk from `x` to images, each step as soon as its tokens have come.
 
-    A new group costs the causal stack and the decoder's keys and values on that group alone; the embeddings of the
-    fixed times are computed once.
+    A new group costs the causal stack and the decoder's keys and values on that group alone.
 
     Args:
         token_ids: parts of the sequence, one for each of `plan.stops`, from token 0 on. The next part is asked for only
@@ -132,9 +119,8 @@ def flow_steps(
         x: state at the time of the first step: noise, or `scheduler.add_noise` of images.
         preview: "jump" shows x_t + (1 - t) velocity; "solver" the published rule, the solver's own step to t = 1.
 
-    Raises UserError for an unknown preview, or sides that the decoder's patch does not divide.
+    Raises UserError for sides that the decoder's patch does not divide.
     """
-    check_preview(preview)
     parts, times = iter(token_ids), scheduler.times(plan.total)
     with torch.no_grad():
         embedded = decoder.embed_times(times[:-1])
@@ -152,60 +138,48 @@ def flow_steps(
                 arrived.append(next(parts).to(decoder.device))
                 first, condition = cache.length, image_tokenizer.condition(arrived[-1], cache)
                 keys.add(condition)
-                canvas = added(canvas, decoder.paint(condition, first))
-            velocity = decoder.velocity(x, embedded.at(index), keys.window(start, end), canvas).float()
+                painted = decoder.paint(condition, first)
+                if painted is not None:
+                    canvas = painted.sum(dim=1) + (0 if canvas is None else canvas)
+            velocity = decoder.velocity(x, embedded.at(index), keys.window(end), canvas).float()
             following = scheduler.step(velocity, previous_velocity, index, x, **rule)
             if index == plan.total - 1:
                 shown = scheduler.to_image(following)
             elif preview == "jump":
                 shown = scheduler.jump(x, velocity, times[index : index + 1])
             else:
-                shown = scheduler.solver_preview(velocity, previous_velocity, index, x, **rule)
+                shown = scheduler.to_image(scheduler.step(velocity, previous_velocity, index, x, **rule, to_end=True))
         previous_velocity, x = velocity, following
         yield FlowStep(index, plan.total, torch.cat(arrived, dim=1), x.clone(), shown)
 
 
-def added(canvas: Canvas | None, painted: Painted | None) -> Canvas | None:
-    """The canvas with what new tokens painted; None for decoders without one."""
-    if painted is None:
-        return None
-    return painted.sum(dim=1) if canvas is None else canvas + painted.sum(dim=1)
-
-
 class WindowKeys:
-    """Keys and values of the decoder's cross-attention: computed once for every group, put together to windows."""
+    """Keys and values of the decoder's cross-attention for the tokens [start, length), each computed once."""
 
     def __init__(self, decoder: FlowDecoder):
-        self.decoder = decoder
-        self.parts: list[tuple[int, tuple[KeysValues, ...]]] = []  # first token of the part, per block (keys, values)
-        self.start = 0
-        self.length = 0
+        self.decoder, self.start, self.length = decoder, 0, 0
+        self.blocks: tuple[KeysValues, ...] = ()
 
     def forget_before(self, start: int) -> None:
         """Tokens before `start` drive no later step."""
+        held = slice(start - self.start, None)
+        self.blocks = tuple((k[:, :, held], v[:, :, held]) for k, v in self.blocks) if start < self.length else ()
         self.start = start
-        self.parts = [(first, part) for first, part in self.parts if first + part[0][0].shape[2] > start]
 
     def add(self, condition: Float[Tensor, "b n condition_width"]) -> None:
         """Conditions of the next tokens; those that no later step reads cost nothing."""
-        skipped = min(max(self.start - self.length, 0), condition.shape[1])
-        if skipped < condition.shape[1]:
-            self.parts.append((self.length + skipped, self.decoder.attend_to(condition[:, skipped:])))
-        self.length += condition.shape[1]
+        unread, self.length = max(self.start - self.length, 0), self.length + condition.shape[1]
+        if self.start < self.length:
+            new = self.decoder.attend_to(condition[:, unread:])
+            if self.blocks:
+                pairs = zip(self.blocks, new, strict=True)
+                new = tuple((torch.cat([k, a], dim=2), torch.cat([v, b], dim=2)) for (k, v), (a, b) in pairs)
+            self.blocks = new
 
-    def window(self, start: int, end: int) -> tuple[KeysValues, ...]:
+    def window(self, end: int) -> tuple[KeysValues, ...]:
         """Per block, keys and values of the tokens [start, end)."""
-        cut = [_columns(part, max(start - first, 0), end - first) for first, part in self.parts if first < end]
-        if len(cut) == 1:
-            return cut[0]
-        return tuple(
-            (torch.cat([keys for keys, _ in block], dim=2), torch.cat([values for _, values in block], dim=2))
-            for block in zip(*cut, strict=True)
-        )
-
-
-def _columns(part: Columns, start: int, end: int) -> Columns:
-    return tuple((keys[:, :, start:end], values[:, :, start:end]) for keys, values in part)
+        held = slice(end - self.start)
+        return tuple((k[:, :, held], v[:, :, held]) for k, v in self.blocks)
 
 
 def decode_tokens(
@@ -226,7 +200,6 @@ def decode_tokens(
             f"{plan.total} solver steps need {plan.stops[-1]} tokens, got {token_ids.shape[1]}. "
             "Pass all tokens of the images."
         )
-    cuts = (0, *plan.stops)
-    parts = (token_ids[:, a:b] for a, b in pairwise(cuts))
+    parts = (token_ids[:, start:end] for start, end in pairwise((0, *plan.stops)))
     *_, last = flow_steps(image_tokenizer, decoder, scheduler, plan, parts, x)
     return last.preview

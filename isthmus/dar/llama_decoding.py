@@ -5,8 +5,8 @@ gate and up another, and the head is cut to the image tokens. Keys and values li
 read up to where they are filled, so nothing is concatenated, masked or asked of the host between two tokens.
 
 A token's product with a matrix reads every weight once and does little with it, so the layout and the number of bytes
-decide the speed, not the arithmetic. MKL, which torch uses on CPUs, reads them at half its rate as soon as there are
-two rows, as guidance has them. What helps against that was measured (benchmarks/dar_prior.py, docs/benchmarks.md).
+decide the speed. MKL, which torch uses on CPUs, reads them at half its rate as soon as there are two rows, as guidance
+has them (benchmarks/dar_prior.py, docs/benchmarks.md).
 """
 
 import weakref
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.dar.attention import llama_angles
-from isthmus.dar.prior import TokenLayout, check_architecture
+from isthmus.dar.prior import TokenLayout
 from isthmus.errors import UserError
 from isthmus.nn.precision import check_compiler
 from isthmus.nn.stored_llama import StoredLlama
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class WholeProduct:
-    """The matrix as it is; `weight` is laid out as in `torch.nn.Linear`.
+    """The matrix as it is.
 
     On a CPU, a matrix with more outputs than inputs is stored (in, out), which MKL reads 1.2 to 1.6 times as fast; with
     fewer outputs than inputs the module's own layout is as fast, and nothing is copied.
@@ -41,13 +41,9 @@ class WholeProduct:
         wide = weight.shape[0] > weight.shape[1] and weight.device.type == "cpu"
         self.weight = weight.t().contiguous() if wide else weight.t()
 
-    def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """X times the matrix."""
-        return torch.mm(x, self.weight)
-
-    def added(self, to: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """The product added to something."""
-        return torch.addmm(to, x, self.weight)
+    def __call__(self, x: Float[Tensor, "rows in"], added_to: Tensor | None = None) -> Float[Tensor, "rows out"]:
+        """X times the matrix; see `Product`."""
+        return torch.mm(x, self.weight) if added_to is None else torch.addmm(added_to, x, self.weight)
 
 
 class PackedProduct:
@@ -70,13 +66,10 @@ class PackedProduct:
         present = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
         return num_rows > 1 and fits and present
 
-    def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """X times the matrix."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-
-    def added(self, to: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """The product added to something."""
-        return to + self(x)
+    def __call__(self, x: Float[Tensor, "rows in"], added_to: Tensor | None = None) -> Float[Tensor, "rows out"]:
+        """X times the matrix; see `Product`."""
+        product = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return product if added_to is None else added_to + product
 
 
 class Int8Product:
@@ -94,16 +87,14 @@ class Int8Product:
         steps = weight.float() / self.scale.float().unsqueeze(1)
         self.weight = steps.round_().clamp_(-127, 127).to(torch.int8)
 
-    def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """X times the matrix."""
-        return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).to(x.dtype)
-
-    def added(self, to: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """The product added to something."""
-        return to + self(x)
+    def __call__(self, x: Float[Tensor, "rows in"], added_to: Tensor | None = None) -> Float[Tensor, "rows out"]:
+        """X times the matrix; see `Product`."""
+        product = torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).to(x.dtype)
+        return product if added_to is None else added_to + product
 
 
 Product = WholeProduct | PackedProduct | Int8Product
+"""A matrix, called with rows, and with what their products are added to where that is given."""
 
 
 def fastest_product(weight: Float[Tensor, "out in"], num_rows: int) -> Product:
@@ -117,10 +108,7 @@ Rows = Float[Tensor, "rows _"]
 
 @dataclass
 class LlamaCache:
-    """Keys and values of a request, owned by nobody else; two requests with a cache each may take turns.
-
-    Each of `layers` is (sequences, 2, heads, positions, head width): keys, then values. `length` positions are filled.
-    """
+    """Keys, then values, of a request, of which `length` positions are filled; two requests may take turns."""
 
     layers: list[Float[Tensor, "b 2 heads l c"]]
     length: int = 0
@@ -141,16 +129,13 @@ class LlamaDecoder:
 
     Args:
         transformer: the prior, whose weights must not change while the decoder is in use.
-        num_rows: sequences that will run at once (two per guided image), for which the weights are laid out; any other
-            number works, if slower.
-        int8: store the blocks' matrices in 8 bits (the head stays whole). On a CPU a token then reads about a quarter
-            of the bytes; logits change a little, so now and then another token is drawn. benchmarks/dar_prior.py
-            measures by how much for a given model.
+        num_rows: sequences that will run at once (two per guided image); any other number works, if slower.
+        int8: store the blocks' matrices in 8 bits (the head stays whole), for CPUs: logits change a little, so now and
+            then another token is drawn. benchmarks/dar_prior.py measures by how much for a given model.
         compiled: run each token through `torch.compile` (on a GPU: one CUDA graph per token). Pays on GPUs, where
             starting kernels is what takes the time; the first token waits for the compiler.
 
-    Raises UserError where the Llama is of a kind that priors never are, 8 bits are asked for on another device than a
-    CPU, or a CPU has no compiler.
+    Raises UserError where 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
     """
 
     def __init__(
@@ -164,7 +149,6 @@ class LlamaDecoder:
     ):
         llama = StoredLlama.of(transformer)
         config = llama.config
-        check_architecture(config)
         self.device, self.dtype = llama.device, llama.dtype
         if int8 and self.device.type != "cpu":
             raise UserError(f"8-bit weights are for CPUs, the prior is on {self.device}. Use bfloat16 there.")
@@ -175,19 +159,15 @@ class LlamaDecoder:
         self.num_positions = layout.num_tokens + 1
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width, self.norm_eps = config.head_dim, config.rms_norm_eps
-        with torch.inference_mode():
-            self._embedding = llama["model.embed_tokens.weight"]
-            # the compiler does not look into packed weights: it gets those that are fastest for one row
-            whole = partial(fastest_product, num_rows=1 if compiled else num_rows)
-            product = Int8Product if int8 else whole
-            self._layers = [
-                _packed(llama, layer, self.head_width, product) for layer in range(config.num_hidden_layers)
-            ]
-            self._norm = llama["model.norm.weight"]
-            self._head = whole(llama["lm_head.weight"][: layout.codebook_size])
-            self._positions = torch.arange(self.num_positions, device=self.device)
-            angles = llama_angles(self._positions, self.head_width, config.rope_parameters["rope_theta"])
-            self._rotation = torch.complex(angles.cos(), angles.sin())
+        self._embedding, self._norm = llama["model.embed_tokens.weight"], llama["model.norm.weight"]
+        # the compiler does not look into packed weights: it gets those that are fastest for one row
+        whole = partial(fastest_product, num_rows=1 if compiled else num_rows)
+        product = Int8Product if int8 else whole
+        self._layers = [_packed(llama, layer, self.head_width, product) for layer in range(config.num_hidden_layers)]
+        self._head = whole(llama["lm_head.weight"][: layout.codebook_size])
+        self._positions = torch.arange(self.num_positions, device=self.device)
+        angles = llama_angles(self._positions, self.head_width, config.rope_parameters["rope_theta"])
+        self._rotation = torch.complex(angles.cos(), angles.sin())
         self._fixed_step = None
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -195,18 +175,15 @@ class LlamaDecoder:
 
     def check_belongs(self, transformer: StoredLlama, layout: TokenLayout) -> None:
         """Raise UserError unless these are the weights of this prior, laid out where it is now and in its type."""
-        source = self._source()
-        if self.layout != layout or source is None or not StoredLlama.of(source).is_same(transformer):
+        source, here = self._source(), (self.layout, self.device, self.dtype)
+        there = (layout, transformer.device, transformer.dtype)
+        if here != there or source is None or not StoredLlama.of(source).is_same(transformer):
             raise UserError(
-                f"the laid-out weights are those of another prior (for {self.layout}), this one is for {layout}. Lay "
-                "out its own: pipe.llama_decoder()."
-            )
-        if (self.device, self.dtype) != (transformer.device, transformer.dtype):
-            raise UserError(
-                f"the weights were laid out on {self.device} in {self.dtype}, and the prior is on {transformer.device} "
-                f"in {transformer.dtype} now. Lay them out again: pipe.llama_decoder()."
+                "the laid-out weights are those of another prior, or of this one before it was moved or cast: got "
+                f"{here}, and the prior is {there}. Lay out its own: pipe.llama_decoder()."
             )
 
+    @torch.inference_mode()
     def new_cache(self, num_sequences: int) -> LlamaCache:
         """An empty cache for this many sequences."""
         shape = (num_sequences, 2, self.num_key_heads, self.num_positions, self.head_width)
@@ -291,9 +268,9 @@ class LlamaDecoder:
     def _through(self, ids: Int[Tensor, " rows"], stored: list[Tensor], attend: Callable[[Rows, Tensor], Rows]) -> Rows:
         x = F.embedding(ids, self._embedding)
         for layer, buffers in zip(self._layers, stored, strict=True):
-            x = layer.out.added(x, attend(layer.qkv(self._normed(x, layer.attention_norm)), buffers))
+            x = layer.out(attend(layer.qkv(self._normed(x, layer.attention_norm)), buffers), x)
             gate, up = layer.gate_up(self._normed(x, layer.feed_forward_norm)).chunk(2, dim=-1)
-            x = layer.down.added(x, F.silu(gate).mul_(up))
+            x = layer.down(F.silu(gate).mul_(up), x)
         return x
 
     def _normed(self, x: Rows, weight: Tensor) -> Rows:
@@ -305,7 +282,8 @@ def _packed(llama: StoredLlama, layer: int, head_width: int, product: Callable[[
         return llama[f"model.layers.{layer}.{name}.weight"]
 
     # rotary positions turn channel j with channel j + half: side by side, the pair is one complex number
-    q, k = (_pairs_adjacent(weight(f"self_attn.{name}"), head_width) for name in ("q_proj", "k_proj"))
+    halves = (weight(f"self_attn.{name}").unflatten(0, (-1, 2, head_width // 2)) for name in ("q_proj", "k_proj"))
+    q, k = (half.transpose(1, 2).flatten(0, 2) for half in halves)
     return _Layer(
         attention_norm=weight("input_layernorm"),
         qkv=product(torch.cat([q, k, weight("self_attn.v_proj")])),
@@ -314,9 +292,3 @@ def _packed(llama: StoredLlama, layer: int, head_width: int, product: Callable[[
         gate_up=product(torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")])),
         down=product(weight("mlp.down_proj")),
     )
-
-
-def _pairs_adjacent(weight: Float[Tensor, "heads_c width"], head_width: int) -> Float[Tensor, "heads_c width"]:
-    """Rows (0, 1, ..., c/2, c/2 + 1, ...) of every head in the order (0, c/2, 1, c/2 + 1, ...)."""
-    halves = weight.unflatten(0, (-1, 2, head_width // 2))
-    return halves.transpose(1, 2).flatten(0, 2)

@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from isthmus.dar.decoder import FlowDecoder
-from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, check_preview, decode_tokens, flow_steps, image_noise
+from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, decode_tokens, flow_steps, image_noise
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.options import DAROptions, Solver
 from isthmus.dar.prior import TokenLayout
@@ -27,7 +27,6 @@ from isthmus.nn.shapes import Images
 from isthmus.nn.stored_llama import StoredLlama, no_progress_bars
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
-from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.options import OutputType, SamplingOptions, saved_options
 from isthmus.pipelines.request import (
     GenerationStep,
@@ -38,7 +37,6 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
-    label_list,
     takes,
 )
 
@@ -57,8 +55,8 @@ class DARPipelineOutput:
 
     Attributes:
         images: as `output_type` says; "latent" gives images in [-1, 1] that are not clamped.
-        token_ids: (b, n), on the CPU: the tokens that the solver steps read, prefixes included. With as many steps as
-            groups, or more, these are all tokens of the images.
+        token_ids: on the CPU, the tokens that the solver steps read, prefixes included. With as many steps as groups,
+            or more, these are all tokens of the images.
         class_labels: class id of every image; `null_class_id` where no class was asked for.
         seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
     """
@@ -75,7 +73,7 @@ class DARPipeline(SavedPipeline):
     Args:
         image_tokenizer: turns images into tokens, and tokens into what drives the decoder.
         decoder: predicts the velocity of noisy pixels.
-        transformer: predicts the next token; a stock Llama, whose vocabulary ends with the classes.
+        transformer: a stock Llama, whose vocabulary ends with the classes.
         scheduler: times, windows of tokens and the solver.
         class_names: one name per class, or index -> name; nothing for models without names.
         sampling_defaults: options of a call that names none, stored in the folder.
@@ -83,10 +81,10 @@ class DARPipeline(SavedPipeline):
         data: `name` and `attribution` (licence line) of the training data, for the card.
         protocol: how the model was trained and measured, for the card.
 
-    Raises:
-        UserError: the components do not belong together, or names or defaults do not fit them.
+    Raises UserError where the components do not belong together, or names or defaults do not fit them.
     """
 
+    has_solver = True
     parts = {
         "image_tokenizer": DiffusionTokenizer,
         "decoder": FlowDecoder,
@@ -122,9 +120,7 @@ class DARPipeline(SavedPipeline):
         callback_on_step_end: Callable[[GenerationStep], object] | None = None,
         **options: Unpack[DAROptions],
     ) -> DARPipelineOutput:
-        """Draw images.
-
-        Guidance, filters (None turns one off) and temperature default to the values saved with the model.
+        """Draw images; guidance, filters (None turns one off) and temperature default to those saved with the model.
 
         Args:
             class_labels: names, indices or None (no class), one per image; a single one may stand alone.
@@ -133,8 +129,7 @@ class DARPipeline(SavedPipeline):
             callback_on_step_end: called with a `GenerationStep` (without preview) after every solver step.
             options: see `DAROptions`.
 
-        Raises:
-            UserError: a label, an option, a prefix or a seed is not usable; the message says why.
+        Raises UserError where a label, an option, a prefix or a seed is not usable.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
         token_ids, step = [], None
@@ -160,18 +155,14 @@ class DARPipeline(SavedPipeline):
 
         A step runs, and is yielded, as soon as its tokens are drawn, before later tokens exist. The arguments, the
         tokens and the last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
-        `preview="solver"` the published rule, the solver's own step to the end.
+        `preview="solver"` the published rule, the solver's own step to the end. `token_ids` of a step are those that it
+        waited for, on the CPU.
 
-        Yields:
-            steps in order; `token_ids` are those that the step waited for, on the CPU, and `preview` is as
-            `output_type` says.
-
-        Raises:
-            UserError: a label, an option, a prefix or a seed is not usable: at once, before the first step is asked
-                for.
+        Raises UserError as a call does: at once, before the first step is asked for.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
-        check_preview(preview)
+        if preview not in get_args(Preview):
+            raise UserError(f"preview must be one of {', '.join(get_args(Preview))}, got {preview!r}.")
         return (
             GenerationStep(step.index, step.total, step.token_ids.cpu(), as_output(step.preview, request.output_type))
             for step in self._steps(request, options, preview)
@@ -187,8 +178,7 @@ class DARPipeline(SavedPipeline):
     ) -> DARPipelineOutput:
         """Images that share the first groups of tokens with `image`; `options` are those of a call.
 
-        Raises:
-            UserError: there are fewer groups, or another argument is not usable.
+        Raises UserError where there are fewer groups, or another argument is not usable.
         """
         groups = self.image_tokenizer.config["num_groups"]
         if not 0 <= num_groups_kept <= groups:
@@ -200,10 +190,11 @@ class DARPipeline(SavedPipeline):
     def encode(self, images: ImageInput) -> Int[Tensor, "b n"]:
         """All tokens of images, coarse to fine, on the CPU.
 
-        Raises:
-            UserError: the images are not usable, or have sides that the tokenizer's patch does not divide.
+        Raises UserError where the images are not usable, or have sides that the tokenizer's patch does not divide.
         """
-        return encode_images(self.image_tokenizer, images)
+        pixels = to_images(images, self.image_size).to(self.image_tokenizer.device)
+        with torch.no_grad():
+            return self.image_tokenizer.encode(pixels).token_ids.cpu()
 
     def decode(
         self,
@@ -219,14 +210,13 @@ class DARPipeline(SavedPipeline):
     ) -> Pictures:
         """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
 
-        Raises:
-            UserError: the tokens are too few, too many or name no codes, or an argument is not usable.
+        Raises UserError where the tokens are too few, too many or name no codes, or an argument is not usable.
         """
         check_output_type(output_type)
-        token_ids = to_token_ids(self.image_tokenizer, token_ids)
+        token_ids = self._token_ids(token_ids)
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
         seeds = image_seeds(len(token_ids), seed=seed, image_index=image_index)
-        noise = image_noise(seeds, *checked_sides(self.decoder, self.image_size, height, width))
+        noise = image_noise(seeds, *self._sides(height, width))
         return self._decoded(token_ids, noise, plan, output_type)
 
     def reconstruct(self, images: ImageInput, **options: Any) -> Pictures:
@@ -254,27 +244,25 @@ class DARPipeline(SavedPipeline):
             strength: share of the steps that run, in (0, 1]: small changes little, 1 starts from noise alone.
             token_ids: what drives the steps: tokens of the images, or of others drawn with their layout; None takes
                 those of `image`.
-            num_inference_steps: steps of the whole way.
-            solver: as for a call; the first step that runs is one of Euler.
-            seed: as for a call.
-            image_index: as for a call.
-            output_type: as for a call.
+            num_inference_steps: steps of the whole way; the first that runs is one of Euler.
+            solver: as for a call, and so are the others.
 
-        Raises:
-            UserError: an argument is not usable.
+        Raises UserError where an argument is not usable.
         """
         check_output_type(output_type)
         pixels = to_images(image, self.image_size)
-        token_ids = self.encode(pixels) if token_ids is None else to_token_ids(self.image_tokenizer, token_ids)
+        token_ids = self.encode(pixels) if token_ids is None else self._token_ids(token_ids)
         rows = len(token_ids)
         if len(pixels) not in (1, rows):
             raise UserError(f"a restart needs one image, or one per row of tokens ({rows}), got {len(pixels)}.")
         times = self.scheduler.times(num_inference_steps)
-        first = first_step(strength, len(times) - 1)
+        if not 0 < strength <= 1:
+            raise UserError(f"strength is the share of the solver steps that run, in (0, 1], got {strength}.")
+        first = min(round((1 - strength) * (len(times) - 1)), len(times) - 2)
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver, first=first)
         seeds = image_seeds(rows, seed=seed, image_index=image_index)
-        sides = checked_sides(self.decoder, self.image_size, pixels.shape[2], pixels.shape[3])
-        noise, images = image_noise(seeds, *sides), pixels.expand(rows, -1, -1, -1)
+        self.decoder.check_sides(*pixels.shape[2:])
+        noise, images = image_noise(seeds, *pixels.shape[2:]), pixels.expand(rows, -1, -1, -1)
         x = self.scheduler.add_noise(images, noise, times[first].expand(rows))
         return self._decoded(token_ids, x, plan, output_type)
 
@@ -287,8 +275,7 @@ class DARPipeline(SavedPipeline):
     ) -> Float[Tensor, " b"]:
         """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
 
-        Raises:
-            UserError: images or labels are not usable, or both or neither of images and tokens are given.
+        Raises UserError where images or labels are not usable, or both or neither of images and tokens are given.
         """
         return self._log_likelihood(images, class_labels, token_ids).sum(dim=1)
 
@@ -323,12 +310,10 @@ class DARPipeline(SavedPipeline):
             int8: 8-bit weights, for CPUs: a large prior decodes faster, and now and then draws another token.
             compiled: run through `torch.compile`, which pays on GPUs; the first token waits for the compiler.
 
-        Raises:
-            UserError: 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
+        Raises UserError where 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
         """
         # an image that is guided has a row with and one without its class
-        rows = 2 * num_images
-        return LlamaDecoder(self.llama, self.token_layout, num_rows=rows, int8=int8, compiled=compiled)
+        return LlamaDecoder(self.llama, self.token_layout, num_rows=2 * num_images, int8=int8, compiled=compiled)
 
     def prepared(self, num_images: int, *, int8: bool = False, compiled: bool = False) -> dict[str, Any]:
         """Arguments for many calls of `num_images` images each: the laid-out weights of the prior."""
@@ -398,24 +383,24 @@ class DARPipeline(SavedPipeline):
 
     def bytes_per_image(self, *, guided: bool) -> int:
         """Peak bytes that one more image in a batch takes, roughly; see `isthmus.pipelines.memory`."""
-        return next_token_bytes(self.llama, guided=guided) + flow_bytes(self.decoder, self.image_size)
+        llama, pixels = self.llama.config, self.decoder.config
+        size = 2 if self.llama.dtype == torch.bfloat16 else 4
+        cache = 2 * llama.num_hidden_layers * llama.max_position_embeddings * llama.hidden_size * size
+        # the logits of one token with their sorted and cumulated copies
+        draw = llama.vocab_size * (5 * 4 + 2 * 8)
+        # rows inside a block of the pixel decoder: stream, modulation, feed-forward, attention
+        rows = (self.image_size // pixels["patch_size"]) ** 2
+        flow = rows * pixels["width"] * (2 + 6 + 2 * 4 + 6) * (2 if self.decoder.dtype == torch.bfloat16 else 4)
+        return (2 if guided else 1) * cache + draw + flow + 8 * 3 * self.image_size**2 * 4
 
     def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
         with no_progress_bars():
             super()._write(folder, max_shard_size)
 
     def _steps(self, request: Request, options: Mapping[str, Any], preview: Preview) -> Iterator[FlowStep]:
-        """Solver steps of a request, each as soon as the prior has drawn its tokens.
-
-        `options` holds every one of `DAROptions`. What is not usable is refused at once.
-        """
-        prefix = resolve_prefix(
-            self.image_tokenizer,
-            len(request.seeds),
-            options["prefix_image"],
-            options["prefix_token_ids"],
-            options["prefix_tokens"],
-        )
+        """Solver steps of a request, whose `options` are all of `DAROptions`. What is not usable is refused at once."""
+        given = (options[name] for name in ("prefix_image", "prefix_token_ids", "prefix_tokens"))
+        prefix = self._prefix(len(request.seeds), *given)
         each = [request.options] * len(request.seeds)
         if options["image_options"] is not None:
             each = [own.override(**saved_options(options)) for own in options["image_options"]]
@@ -424,7 +409,7 @@ class DARPipeline(SavedPipeline):
         plan = SolverPlan.of(
             self.scheduler, num_inference_steps=options["num_inference_steps"], solver=options["solver"]
         )
-        noise_sides = checked_sides(self.decoder, self.image_size, options["height"], options["width"])
+        sides = self._sides(options["height"], options["width"])
         token_ids = generate_tokens(
             self.llama,
             self.token_layout,
@@ -435,8 +420,67 @@ class DARPipeline(SavedPipeline):
             prefix=prefix,
             decoder=options["llama_decoder"],
         )
-        noise = image_noise(request.seeds, *noise_sides)
+        noise = image_noise(request.seeds, *sides)
         return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
+
+    def _token_ids(self, token_ids: TokenInput) -> Int[Tensor, "b n"]:
+        """Tokens as people and servers give them, one row per image; UserError where they are none of this model's."""
+        try:
+            token_ids = torch.as_tensor(token_ids)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"token_ids must be integers, equally many per image, got {type(token_ids).__name__} ({error}). "
+                "Pass a tensor (b, n) or lists of equal lengths."
+            ) from error
+        rows = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
+        if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+            raise UserError(
+                f"token_ids must be integers of shape (n,) or (b, n), got {token_ids.dtype} of shape "
+                f"{tuple(token_ids.shape)}. Pass what encode returned."
+            )
+        most = self.image_tokenizer.config["num_tokens"]
+        if rows.shape[1] > most:
+            raise UserError(f"an image has {most} tokens, got {rows.shape[1]}. Leave out the class, and what follows.")
+        self.image_tokenizer.check_token_ids(rows)
+        return rows
+
+    def _prefix(
+        self, num_images: int, image: ImageInput | None, token_ids: TokenInput | None, lengths: PrefixLengths
+    ) -> Prefix | None:
+        """The prefix of every image of a request, from an image or from tokens; None where none was asked for.
+
+        `lengths` says how many tokens are kept; None keeps all of `token_ids`. Raises UserError where both sources are
+        given, or lengths without one, a number is out of range, or an id names no code.
+        """
+        if image is None and token_ids is None:
+            if lengths is not None:
+                raise UserError("prefix_tokens is how much of a prefix is kept, and there is none. Pass prefix_image.")
+            return None
+        if image is not None and token_ids is not None:
+            raise UserError("a prefix comes from an image or is given as tokens, got both. Pass one of them.")
+        if image is not None:
+            if lengths is None:
+                raise UserError("prefix_image needs prefix_tokens: how many tokens of the image are kept.")
+            token_ids = self.encode(image)
+        assert token_ids is not None
+        rows = self._token_ids(token_ids)
+        if len(rows) not in (1, num_images):
+            raise UserError(f"a prefix is one for all images or one for each ({num_images}), got {len(rows)}.")
+        rows = rows.expand(num_images, -1)
+        given = rows.shape[1]
+        kept = given if lengths is None else lengths
+        each = [kept] * num_images if isinstance(kept, int) else list(kept)
+        if len(each) != num_images:
+            raise UserError(f"prefix_tokens is one number, or one per image ({num_images}), got {len(each)}.")
+        if not all(0 <= length <= given for length in each):
+            raise UserError(f"prefix_tokens must lie in 0..{given} (the tokens there are), got {each}.")
+        return Prefix(rows, each)
+
+    def _sides(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the images to make; None is `image_size`. UserError where the decoder cannot."""
+        sides = (self.image_size if height is None else height, self.image_size if width is None else width)
+        self.decoder.check_sides(*sides)
+        return sides
 
     def _decoded(self, token_ids: Int[Tensor, "b n"], x: Images, plan: SolverPlan, output_type: OutputType) -> Pictures:
         images = decode_tokens(self.image_tokenizer, self.decoder, self.scheduler, token_ids, x, plan=plan)
@@ -450,9 +494,8 @@ class DARPipeline(SavedPipeline):
         if token_ids is None:
             assert images is not None
             token_ids = self.encode(images)
-        token_ids = to_token_ids(self.image_tokenizer, token_ids)
-        given = label_list(class_labels)
-        labels = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        token_ids = self._token_ids(token_ids)
+        labels = self.class_ids(class_labels)
         rows, length = token_ids.shape
         each = torch.tensor(labels * rows if len(labels) == 1 else labels, dtype=torch.long)
         if not length or not rows or len(each) != rows:
@@ -468,176 +511,30 @@ def shared_layout(
 ) -> TokenLayout:
     """The vocabulary and sequence that tokenizer and prior share; `llama` is the prior's configuration.
 
-    Raises:
-        UserError: two of the four do not belong together, or the tokenizer has no token ids that a prior could draw.
+    Raises UserError where two of the four do not belong together, or the tokenizer has no token ids to draw.
     """
-    tokenizer = image_tokenizer.config
-    if not tokenizer["quantized"]:
+    tokenizer, pixels = image_tokenizer.config, decoder.config
+    if not tokenizer.quantized:
         raise UserError(
             "a prior draws token ids, and this image tokenizer keeps its tokens continuous (quantized=False). "
             "Pass a tokenizer with a codebook."
         )
-    if decoder.config["condition_width"] != tokenizer["condition_width"]:
-        raise UserError(
-            f"image tokenizer and decoder must have the same condition_width, got {tokenizer['condition_width']} and "
-            f"{decoder.config['condition_width']}. Pass the decoder that was trained with this tokenizer."
-        )
-    if tokenizer["image_size"] % decoder.config["patch_size"]:
-        raise UserError(
-            f"the decoder's patch_size ({decoder.config['patch_size']}) must divide the tokenizer's image_size "
-            f"({tokenizer['image_size']}). Pass the decoder that was trained with this tokenizer."
-        )
-    if decoder.config["canvas_tokens"] not in (None, tokenizer["num_tokens"]):
-        raise UserError(
-            f"a decoder's canvas_tokens are the tokenizer's num_tokens ({tokenizer['num_tokens']}), got "
-            f"{decoder.config['canvas_tokens']}. Pass the decoder that was trained with this tokenizer."
-        )
-    wanted = {name: tokenizer[name] for name in ("num_tokens", "num_groups")}
-    wanted["tokens_per_step"] = image_tokenizer.tokens_per_step
-    found = {name: scheduler.config[name] for name in ("num_tokens", "num_groups")}
-    found["tokens_per_step"] = scheduler.tokens_per_step
-    for name, value in wanted.items():
-        if found[name] != value:
+    advice = "Pass the decoder that was trained with this tokenizer."
+    ours, theirs = tokenizer.condition_width, pixels.condition_width
+    if ours != theirs:
+        raise UserError(f"tokenizer and decoder must have the same condition_width, got {ours} and {theirs}. {advice}")
+    ours, theirs = tokenizer.image_size, pixels.patch_size
+    if ours % theirs:
+        raise UserError(f"the decoder's patch_size ({theirs}) must divide image_size ({ours}). {advice}")
+    ours, theirs = tokenizer.num_tokens, pixels.canvas_tokens
+    if theirs not in (None, ours):
+        raise UserError(f"a decoder's canvas_tokens are the tokenizer's num_tokens ({ours}), got {theirs}. {advice}")
+    for name in ("num_tokens", "num_groups", "tokens_per_step"):
+        # None of tokens_per_step is one group: what it stands for is an attribute
+        ours, theirs = (getattr(part, name, None) or part.config[name] for part in (image_tokenizer, scheduler))
+        if ours != theirs:
             raise UserError(
-                f"image tokenizer and scheduler must have the same {name}, got {value} and {found[name]}. "
+                f"image tokenizer and scheduler must have the same {name}, got {ours} and {theirs}. "
                 "Pass the scheduler that was saved with this tokenizer."
             )
-    return TokenLayout.of(llama, tokenizer["codebook_size"], tokenizer["num_tokens"])
-
-
-def encode_images(image_tokenizer: DiffusionTokenizer, images: ImageInput) -> Int[Tensor, "b n"]:
-    """All tokens of images, coarse to fine, on the CPU.
-
-    Raises:
-        UserError: the images are not usable, or have sides that the tokenizer's patch does not divide.
-    """
-    pixels = to_images(images, image_tokenizer.config["image_size"]).to(image_tokenizer.device)
-    with torch.inference_mode():
-        token_ids = image_tokenizer.encode(pixels).token_ids
-    # copied out of inference mode: a tensor the caller may use anywhere
-    return token_ids.cpu().clone()
-
-
-def to_token_ids(image_tokenizer: DiffusionTokenizer, token_ids: TokenInput) -> Int[Tensor, "b n"]:
-    """Tokens as people and servers give them, one row per image.
-
-    Raises:
-        UserError: they are no integers, rows have different lengths, there are more than an image has, or an id names
-            no code.
-    """
-    if not isinstance(token_ids, Tensor):
-        try:
-            token_ids = torch.tensor(token_ids)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"token_ids must be integers, equally many per image, got {type(token_ids).__name__} ({error}). Pass a "
-                "tensor (b, n) or lists of equal lengths."
-            ) from error
-    rows = token_ids.unsqueeze(0) if token_ids.ndim == 1 else token_ids
-    if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
-        raise UserError(
-            f"token_ids must be integers of shape (n,) or (b, n), got {token_ids.dtype} of shape "
-            f"{tuple(token_ids.shape)}. Pass what encode returned."
-        )
-    most = image_tokenizer.config["num_tokens"]
-    if rows.shape[1] > most:
-        raise UserError(f"an image has {most} tokens, got {rows.shape[1]}. Leave out the class, and what follows.")
-    image_tokenizer.check_token_ids(rows)
-    return rows
-
-
-def resolve_prefix(
-    image_tokenizer: DiffusionTokenizer,
-    num_images: int,
-    image: ImageInput | None,
-    token_ids: TokenInput | None,
-    lengths: PrefixLengths,
-) -> Prefix | None:
-    """The prefix of every image of a request; None where none was asked for.
-
-    Args:
-        image_tokenizer: encodes `image`, and knows which ids there are.
-        num_images: images of the request; a single prefix serves all of them.
-        image: where the first tokens come from, or
-        token_ids: the tokens themselves.
-        lengths: how many tokens are kept, for all images or for each; None keeps all of `token_ids`.
-
-    Raises:
-        UserError: both or neither source is given, a number is out of range, or an id names no code.
-    """
-    if image is None and token_ids is None:
-        if lengths is not None:
-            raise UserError("prefix_tokens says how much of a prefix is kept, but there is none. Pass prefix_image.")
-        return None
-    if image is not None and token_ids is not None:
-        raise UserError("a prefix comes from an image or is given as tokens, got both. Pass one of them.")
-    if image is not None:
-        if lengths is None:
-            raise UserError("prefix_image needs prefix_tokens: how many tokens of the image are kept.")
-        token_ids = encode_images(image_tokenizer, image)
-    assert token_ids is not None
-    rows = to_token_ids(image_tokenizer, token_ids)
-    if len(rows) not in (1, num_images):
-        raise UserError(f"a prefix is one for all images or one for each ({num_images}), got {len(rows)}.")
-    rows = rows.expand(num_images, -1)
-    return Prefix(rows, _lengths(lengths, rows))
-
-
-def _lengths(lengths: PrefixLengths, rows: Int[Tensor, "b p"]) -> list[int]:
-    num_images, given = rows.shape
-    kept = given if lengths is None else lengths
-    each = [kept] * num_images if isinstance(kept, int) else list(kept)
-    if len(each) != num_images:
-        raise UserError(f"prefix_tokens is one number, or one per image ({num_images}), got {len(each)}.")
-    if not all(0 <= length <= given for length in each):
-        raise UserError(f"prefix_tokens must lie in 0..{given} (the tokens there are), got {each}.")
-    return each
-
-
-def checked_sides(decoder: FlowDecoder, image_size: int, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width of the images to make; None is `image_size`.
-
-    Raises:
-        UserError: a side is no multiple of the decoder's patch, or the decoder knows one size only.
-    """
-    patch, grid = decoder.config["patch_size"], decoder.config["position_table"]
-    sides = (image_size if height is None else height, image_size if width is None else width)
-    if any(side < 1 or side % patch for side in sides):
-        raise UserError(f"height and width must be multiples of {patch} (the decoder's patch_size), got {sides}.")
-    if grid is not None and sides != (grid * patch, grid * patch):
-        raise UserError(
-            f"this decoder has learned a position for every patch: height and width must be {grid * patch}, got "
-            f"{sides}. Leave them out."
-        )
-    return sides
-
-
-def first_step(strength: float, num_steps: int) -> int:
-    """The solver step at which a restart begins: strength 1 runs all steps, a small one the last alone.
-
-    Raises:
-        UserError: strength is not in (0, 1].
-
-    >>> [first_step(strength, 8) for strength in (1.0, 0.5, 0.01)]
-    [0, 4, 7]
-    """
-    if not 0 < strength <= 1:
-        raise UserError(f"strength is the share of the solver steps that run, in (0, 1], got {strength}.")
-    return min(round((1 - strength) * num_steps), num_steps - 1)
-
-
-def next_token_bytes(transformer: "StoredLlama", *, guided: bool) -> int:
-    """Keys and values of one image's sequence, and the logits of one token with their sorted and cumulated copies."""
-    config, rows = transformer.config, 2 if guided else 1
-    size = 2 if transformer.dtype == torch.bfloat16 else 4
-    cache = 2 * config.num_hidden_layers * config.max_position_embeddings * config.hidden_size * size
-    draw = config.vocab_size * (5 * 4 + 2 * 8)
-    return rows * cache + draw
-
-
-def flow_bytes(decoder: "FlowDecoder", image_size: int) -> int:
-    """Rows of one image inside a block of the pixel decoder: stream, modulation, feed-forward, attention."""
-    config = decoder.config
-    size = 2 if decoder.dtype == torch.bfloat16 else 4
-    rows = (image_size // config["patch_size"]) ** 2
-    return rows * config["width"] * (2 + 6 + 2 * 4 + 6) * size + 8 * 3 * image_size**2 * 4
+    return TokenLayout.of(llama, tokenizer.codebook_size, tokenizer.num_tokens)

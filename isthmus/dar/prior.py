@@ -1,7 +1,6 @@
 """The prior of the D-AR family: a stock `transformers.LlamaForCausalLM` over image tokens, never edited or subclassed.
 
 Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.1 and 3.4.
-
 The classes are words of the vocabulary: ids 0..codebook_size - 1 are image tokens, then one id per class, and last the
 null class. A sequence is [class, token 0, ..., token N - 1], and the output at position p predicts token p. No class is
 ever predicted: its row of the head is zero, and every loss and every draw reads the first `codebook_size` logits alone.
@@ -46,7 +45,7 @@ class TokenLayout:
 
     @property
     def null_class_id(self) -> int:
-        """The label that stands for no class; `num_classes`, as in every model here."""
+        """The label that stands for no class."""
         return self.num_classes
 
     @property
@@ -63,9 +62,15 @@ class TokenLayout:
         """The layout of a Llama (its config, as `LlamaConfig` or stored) that predicts the tokens of a tokenizer.
 
         `num_tokens` None takes what the Llama has room for. Raises UserError where the two do not belong together, or
-        the Llama is of a kind that priors here never are.
+        the Llama has what no prior has: biases, tied embeddings, another activation or stretched positions.
         """
-        check_architecture(config)
+        wanted = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"}
+        found = {name: getattr(config, name) for name in wanted}
+        rope: dict[str, Any] = dict(config.rope_parameters or {})
+        for name, needed in (wanted | {"rope_type": "default"}).items():
+            value = found.get(name, rope.get("rope_type", "default"))
+            if value != needed:
+                raise UserError(f"a prior is a Llama with {name} {needed!r}, got {value!r}. Pass a prior trained here.")
         other = "Pass the image tokenizer that the prior was trained on."
         trained_on = getattr(config, "codebook_size", codebook_size)
         if trained_on != codebook_size:
@@ -88,37 +93,20 @@ class TokenLayout:
         return cls(codebook_size, num_classes, room)
 
 
-def check_architecture(config: Any) -> None:
-    """Raise UserError for a Llama with biases, tied embeddings, another activation or stretched positions.
-
-    No published or trained prior has any of these; what they would mean for decoding is not tested.
-    """
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
-    found = {
-        "attention_bias": (config.attention_bias, False),
-        "mlp_bias": (config.mlp_bias, False),
-        "tie_word_embeddings": (config.tie_word_embeddings, False),
-        "hidden_act": (config.hidden_act, "silu"),
-        "rope_type": (rope.get("rope_type", "default"), "default"),
-    }
-    for name, (value, needed) in found.items():
-        if value != needed:
-            raise UserError(f"a prior is a Llama with {name} {needed!r}, got {value!r}. Pass a prior trained here.")
-
-
 def llama_config(
     layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
 ) -> "LlamaConfig":
     """Configuration of a prior: positions for one class and all tokens, no biases, untied, no bos, eos or pad.
 
-    `codebook_size` is recorded beside Llama's own settings, so that a prior under another tokenizer is noticed; other
-    readers of the file ignore it. Raises UserError unless `width` is a multiple of twice `num_heads`.
+    `codebook_size` is recorded beside Llama's own settings, so that a prior under another tokenizer is noticed.
 
     Args:
         width: width of the residual stream, a multiple of twice `num_heads`.
         num_layers: blocks.
         num_heads: attention heads.
         feed_forward_width: inner width; None is the published rule, int(8 width / 3) rounded up to a multiple of 256.
+
+    Raises UserError unless `width` is a multiple of twice `num_heads`.
     """
     if width % (2 * num_heads):
         raise UserError(
@@ -129,7 +117,7 @@ def llama_config(
         "vocab_size": layout.vocab_size,
         "codebook_size": layout.codebook_size,
         "hidden_size": width,
-        "intermediate_size": feed_forward_width or published_feed_forward_width(width),
+        "intermediate_size": feed_forward_width or -(-int(8 * width / 3) // 256) * 256,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_heads,
@@ -150,21 +138,11 @@ def llama_config(
     return LlamaConfig.from_dict(settings)
 
 
-def published_feed_forward_width(width: int) -> int:
-    """int(8 width / 3), rounded up to a multiple of 256.
-
-    >>> [published_feed_forward_width(width) for width in (768, 1024, 1280, 1536)]
-    [2048, 2816, 3584, 4096]
-    """
-    return -(-int(8 * width / 3) // 256) * 256
-
-
 def new_prior(
     layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
 ) -> "LlamaForCausalLM":
-    """An untrained prior: weights N(0, 0.02), norms one, head zero, so that every code is equally likely at first.
-
-    The arguments are those of `llama_config`. Initial weights come from torch's global generator, as in any module.
+    """An untrained prior, by the arguments of `llama_config`: weights N(0, 0.02), norms one, and the head zero, so that
+    every code is equally likely at first.
     """
     config = llama_config(
         layout, width=width, num_layers=num_layers, num_heads=num_heads, feed_forward_width=feed_forward_width
@@ -184,19 +162,15 @@ def next_token_inputs(
     return torch.cat([layout.class_token(class_labels).unsqueeze(1), token_ids.long()], dim=1)
 
 
-def codebook_logits(logits: Float[Tensor, "b l vocab"], layout: TokenLayout) -> Float[Tensor, "b l v"]:
-    """Logits of the codes alone, in fp32: classes are never predicted, so their rows of the head get no gradient."""
-    return logits[..., : layout.codebook_size].float()
-
-
 def next_token_logits(
     transformer: "LlamaForCausalLM", layout: TokenLayout, class_labels: Int[Tensor, " b"], token_ids: Int[Tensor, "b l"]
 ) -> Float[Tensor, "b l+1 v"]:
-    """Teacher-forced logits: entry p predicts token p from the class (0..num_classes, the last being the null label)
-    and tokens 0..p - 1; the last entry predicts what follows the known tokens.
+    """Teacher-forced logits of the codes, fp32: entry p predicts token p from the class (0..num_classes, the last being
+    the null label) and tokens 0..p - 1; the last entry predicts what follows the known tokens.
     """
     output = transformer(input_ids=next_token_inputs(layout, class_labels, token_ids), use_cache=False)
-    return codebook_logits(output.logits, layout)
+    # classes are never predicted, so their rows of the head get no gradient
+    return output.logits[..., : layout.codebook_size].float()
 
 
 def next_token_loss(logits: Float[Tensor, "b l v"], token_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:

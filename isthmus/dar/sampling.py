@@ -1,7 +1,7 @@
 """Generation of next-token models, token by token and group by group, and the exact likelihood of a sequence.
 
 Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.3 and
-2.5. The chain rule is exact: log p(tokens | class) is the sum of log p(token p | class, tokens before p).
+2.5.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prefix:
-    """Tokens that are read and not drawn.
-
-    Attributes:
-        token_ids: (b, p), one row per image.
-        lengths: how many of them hold, per image.
-    """
+    """Tokens that are read and not drawn: of row i, the first `lengths[i]`."""
 
     token_ids: Int[Tensor, "b p"]
     lengths: list[int]
@@ -55,36 +50,43 @@ def generate_tokens(
     Args:
         class_labels: 0..num_classes; num_classes is the null label, for which guidance is off.
         image_seeds: one (seed, image index) per image. Every random number of an image follows from its own pair.
-        options: guidance, filters, temperature: for all images, or one per image. Guidance given as a sequence or a
-            schedule runs over the tokens. All sampling arithmetic is fp32, whatever the type of the weights.
+        options: for all images, or one per image. Guidance given as a sequence or a schedule runs over the tokens.
         stops: token counts, not decreasing; item i of the result holds tokens stops[i - 1]..stops[i] - 1. After the
             last one nothing more is computed.
         prefix: known first tokens (layout control).
         decoder: laid-out weights to use again; None lays them out for this call.
 
     Raises UserError, before the first tokens are asked for, where a label, an option or a stop is not usable. Filters
-    and prefixes are the caller's to check (`SamplingOptions.check`, `resolve_prefix` of the pipeline).
+    and prefixes are the caller's to check (`SamplingOptions.check`).
     """
-    each = _one_per_image(options, class_labels, image_seeds)
+    batch = len(class_labels)
+    each = [options] * batch if isinstance(options, SamplingOptions) else list(options)
+    for name, count in (("sampling options", len(each)), ("(seed, image index) pairs", len(image_seeds))):
+        if count != batch:
+            raise UserError(f"one of the {name} is needed per image, got {count} for {batch} class labels.")
     for one in each:
         refuse_smooth(one)
-    _check_stops(stops, layout)
+    if list(stops) != sorted(stops) or not all(0 <= stop <= layout.num_tokens for stop in stops):
+        raise UserError(
+            f"stops are token counts in 0..{layout.num_tokens} that do not decrease, got {list(stops)}. "
+            f"Pass [{layout.num_tokens}] for all tokens at once."
+        )
     labels = class_labels.tolist()
     if not all(0 <= label <= layout.num_classes for label in labels):
         raise UserError(f"class labels must be 0..{layout.num_classes} (the null label), got {labels}.")
-    lengths = [0] * len(labels) if prefix is None else prefix.lengths
+    lengths = [0] * batch if prefix is None else prefix.lengths
     plan = _Plan.of(layout, labels, image_seeds, each, transformer.device)
     if decoder is not None:
         decoder.check_belongs(StoredLlama.of(transformer), layout)
-    tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=transformer.device)
+    tokens = torch.zeros(batch, layout.num_tokens, dtype=torch.long, device=transformer.device)
     if prefix is not None:
         tokens[:, : prefix.token_ids.shape[1]] = prefix.token_ids.to(transformer.device)
     if all(stop <= min(lengths) for stop in stops):
         return (tokens[:, start:stop].clone() for start, stop in pairwise((0, *stops)))
     if decoder is None:
-        rows = len(labels) * (2 if min(lengths) < plan.num_with_null_rows else 1)
+        rows = batch * (2 if min(lengths) < plan.num_with_null_rows else 1)
         decoder = LlamaDecoder(transformer, layout, num_rows=rows)
-    return _outside_inference_mode(_turns(decoder, layout, plan, tokens, lengths, stops))
+    return _turns(decoder, layout, plan, tokens, lengths, stops)
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,9 @@ class _Plan:
     """Everything about the draws that is known before the first token.
 
     Attributes:
-        guidance: (b, tokens), 1 = off.
         guided: per token, whether any image is guided there.
         temperature: None where it is 1 for all.
         filters: (top_k, top_p, rows that use them); rows None stands for all.
-        uniforms: one number in [0, 1) per token.
     """
 
     class_labels: Int[Tensor, " b"]
@@ -167,7 +167,7 @@ def _turns(
     prefix_lengths: Sequence[int],
     stops: Sequence[int],
 ) -> Iterator[Int[Tensor, "b _"]]:
-    """Fill `tokens` from left to right, which holds the prefixes already."""
+    """Fill `tokens`, which holds the prefixes already, from left to right."""
     batch, known = len(tokens), min(prefix_lengths)
     forced = torch.arange(tokens.shape[1], device="cpu") < torch.tensor(prefix_lengths, device="cpu").unsqueeze(1)
     forced = forced.to(tokens.device)
@@ -184,24 +184,15 @@ def _turns(
 
     start = 0
     for stop in stops:
-        for position in range(max(start, known), stop):
-            drawn = plan.draw(predict(position), position)
-            if position < max(prefix_lengths):
-                drawn = torch.where(forced[:, position], tokens[:, position], drawn)
-            tokens[:, position] = drawn
-        yield tokens[:, start:stop]
-        start = stop
-
-
-def _outside_inference_mode(turns: Iterator[Int[Tensor, "b _"]]) -> Iterator[Int[Tensor, "b _"]]:
-    while True:
-        # entered for each turn: around the yield it would also hold for whoever reads the tokens
+        # left before the yield: around it, it would also hold for whoever reads the tokens
         with torch.inference_mode():
-            tokens = next(turns, None)
-        if tokens is None:
-            return
-        # copied out of inference mode: a caller may go on computing with them
-        yield tokens.clone()
+            for position in range(max(start, known), stop):
+                drawn = plan.draw(predict(position), position)
+                if position < max(prefix_lengths):
+                    drawn = torch.where(forced[:, position], tokens[:, position], drawn)
+                tokens[:, position] = drawn
+        yield tokens[:, start:stop].clone()
+        start = stop
 
 
 def refuse_smooth(options: SamplingOptions) -> None:
@@ -210,27 +201,6 @@ def refuse_smooth(options: SamplingOptions) -> None:
         raise UserError(
             "smooth mixes the codes of a whole scale, and a next-token prior draws one token at a time. Leave it out; "
             "a lower temperature gives calmer images."
-        )
-
-
-def _one_per_image(
-    options: SamplingOptions | Sequence[SamplingOptions],
-    class_labels: Int[Tensor, " b"],
-    image_seeds: Sequence[tuple[int, int]],
-) -> Sequence[SamplingOptions]:
-    batch = len(class_labels)
-    each = [options] * batch if isinstance(options, SamplingOptions) else list(options)
-    for name, count in (("sampling options", len(each)), ("(seed, image index) pairs", len(image_seeds))):
-        if count != batch:
-            raise UserError(f"one of the {name} is needed per image, got {count} for {batch} class labels.")
-    return each
-
-
-def _check_stops(stops: Sequence[int], layout: TokenLayout) -> None:
-    if list(stops) != sorted(stops) or not all(0 <= stop <= layout.num_tokens for stop in stops):
-        raise UserError(
-            f"stops are token counts in 0..{layout.num_tokens} that do not decrease, got {list(stops)}. "
-            f"Pass [{layout.num_tokens}] for all tokens at once."
         )
 
 
@@ -244,7 +214,7 @@ def log_likelihood(
     """Nats of every token, log p(token | class, tokens before it); a row's sum is log p of its tokens together.
 
     Tokens count from the first of the image on, and may be fewer than all; labels are 0..num_classes, the last being
-    the null label. Both are the caller's to check.
+    the null label.
     """
     token_ids, class_labels = token_ids.to(transformer.device), class_labels.to(transformer.device)
     logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1])

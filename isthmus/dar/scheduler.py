@@ -15,35 +15,13 @@ from isthmus.errors import UserError
 from isthmus.nn.saved_model import Recorded, records_arguments
 from isthmus.nn.shapes import Images
 
-Times = Float[Tensor, " n"]
-
-
-def shift_time(raw_t: Float[Tensor, "*n"], shift: float) -> Float[Tensor, "*n"]:
-    """Shifted time raw / (raw + shift (1 - raw)): a shift above 1 spends more steps near the noise, 1 changes nothing.
-    It is undone by the reciprocal shift.
-
-    >>> shift_time(torch.tensor([0.0, 0.5, 1.0]), 2.0)
-    tensor([0.0000, 0.3333, 1.0000])
-    """
-    return raw_t / (raw_t + shift * (1 - raw_t))
-
-
-def interpolate(noise: Images, image: Images, t: Float[Tensor, " b"]) -> Images:
-    """State x_t = t * image + (1 - t) * noise, with a time for every image of the batch."""
-    return torch.lerp(noise, image, t.view(-1, 1, 1, 1))
-
-
-def jump_to_image(x_t: Images, velocity: Images, t: Float[Tensor, " _"]) -> Images:
-    """Where the straight path from x_t ends: x_t + (1 - t) * velocity; one time per image, or one for all."""
-    return torch.addcmul(x_t, 1 - t.view(-1, 1, 1, 1), velocity)
-
 
 def velocity_towards(image: Images, x_t: Images, t: Float[Tensor, " _"], *, shortest: float = 0.1) -> Images:
     """Velocity that leads from x_t to `image` in the time left, which is taken to be at least `shortest`."""
     return (image - x_t) / (1 - t).clamp(min=shortest).view(-1, 1, 1, 1)
 
 
-def time_waves(t: Times, width: int) -> Float[Tensor, "n width"]:
+def time_waves(t: Float[Tensor, " n"], width: int) -> Float[Tensor, "n width"]:
     """Cosines, then sines, of 1000 t at width / 2 frequencies from 1 down to 1/10000 (exclusive).
 
     >>> time_waves(torch.tensor([0.0]), 4)
@@ -108,11 +86,11 @@ class FlowMatchingScheduler(Recorded):
         if time_shift <= 0 or data_std <= 0:
             raise UserError(f"time_shift and data_std must be positive, got {time_shift} and {data_std}.")
         self._steps(num_inference_steps)
-        self._solver(solver)
+        self.chosen(solver)
 
     def shift(self, raw_t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Shifted times of raw ones, both in [0, 1]."""
-        return shift_time(raw_t, self.config["time_shift"])
+        """Shifted times raw / (raw + time_shift (1 - raw)) of raw ones, both in [0, 1]."""
+        return raw_t / (raw_t + self.config.time_shift * (1 - raw_t))
 
     def times(self, num_inference_steps: int | None = None) -> Float[Tensor, " steps_and_end"]:
         """Shifted time of every step, and 1 at the end: (S + 1,), fp32, on the CPU."""
@@ -134,18 +112,18 @@ class FlowMatchingScheduler(Recorded):
 
     def add_noise(self, image: Images, noise: Images, t: Float[Tensor, " b"]) -> Images:
         """State of images in [-1, 1] at shifted times: t * data_std * image + (1 - t) * noise."""
-        return interpolate(noise, image * self.config["data_std"], t)
+        return torch.lerp(noise, image * self.config.data_std, t.view(-1, 1, 1, 1))
 
     def velocity_target(self, image: Images, noise: Images) -> Images:
         """What the decoder learns: data_std * image - noise, the same at every time."""
         return image * self.config["data_std"] - noise
 
     def jump(self, x_t: Images, velocity: Images, t: Float[Tensor, " _"]) -> Images:
-        """Estimate of the final image from one state: (x_t + (1 - t) velocity) / data_std, not clamped.
+        """Where the straight path from x_t ends, as an image, not clamped: (x_t + (1 - t) velocity) / data_std.
 
         `t` holds one time per image, or one for all.
         """
-        return self.to_image(jump_to_image(x_t, velocity, t))
+        return self.to_image(torch.addcmul(x_t, 1 - t.view(-1, 1, 1, 1), velocity))
 
     def step(
         self,
@@ -156,59 +134,30 @@ class FlowMatchingScheduler(Recorded):
         *,
         num_inference_steps: int | None = None,
         solver: Solver | None = None,
+        to_end: bool = False,
     ) -> Images:
         """The state after step `index` (from 0), from the state before it and the decoder's velocity at
         `times()[index]`.
 
         `previous_velocity` is that of the step before; None takes a step of Euler, as the first step that is executed
         must, wherever it starts. Number of steps and solver are those of the whole way; None takes the configured ones.
-        Raises UserError where there is no such step or solver.
+        `to_end` takes the same rule straight to t = 1, which is the published preview. Raises UserError where there is
+        no such step or solver.
         """
-        return self._move(velocity, previous_velocity, index, x_t, num_inference_steps, solver)
-
-    def solver_preview(
-        self,
-        velocity: Images,
-        previous_velocity: Images | None,
-        index: int,
-        x_t: Images,
-        *,
-        num_inference_steps: int | None = None,
-        solver: Solver | None = None,
-    ) -> Images:
-        """The published preview: the solver's own rule taken straight to t = 1, as an image, not clamped.
-
-        With a two-step rule it differs from `jump`. Arguments and errors as `step`.
-        """
-        return self.to_image(
-            self._move(velocity, previous_velocity, index, x_t, num_inference_steps, solver, to_end=True)
-        )
-
-    def to_image(self, x: Images) -> Images:
-        """State at t = 1 to an image in [-1, 1], not clamped."""
-        return x / self.config["data_std"]
-
-    def _move(
-        self,
-        velocity: Images,
-        previous_velocity: Images | None,
-        index: int,
-        x_t: Images,
-        num_inference_steps: int | None,
-        solver: Solver | None,
-        *,
-        to_end: bool = False,
-    ) -> Images:
         grid = self._grid(num_inference_steps)
         if not 0 <= index < len(grid) - 1:
             raise UserError(f"index must be a step in 0..{len(grid) - 2}, got {index}.")
-        solver, length = self._solver(solver), (1.0 if to_end else grid[index + 1]) - grid[index]
+        solver, length = self.chosen(solver), (1.0 if to_end else grid[index + 1]) - grid[index]
         if solver == "euler" or previous_velocity is None:
             return x_t.float() + length * velocity.float()
         # v extrapolated to the middle of the step: v + (v - v_previous) * half this step / the step before
         ratio = 0.5 if solver == "adams-bashforth" else 0.5 * length / (grid[index] - grid[index - 1])
         slope = (1 + ratio) * velocity.float() - ratio * previous_velocity.float()
         return x_t.float() + length * slope
+
+    def to_image(self, x: Images) -> Images:
+        """State at t = 1 to an image in [-1, 1], not clamped."""
+        return x / self.config["data_std"]
 
     def _grid(self, num_inference_steps: int | None) -> tuple[float, ...]:
         steps = self._steps(num_inference_steps)
@@ -221,7 +170,8 @@ class FlowMatchingScheduler(Recorded):
             raise UserError(f"num_inference_steps must be at least 1, got {steps}.")
         return steps
 
-    def _solver(self, solver: Solver | None) -> Solver:
+    def chosen(self, solver: Solver | None) -> Solver:
+        """The rule of a call, None being the scheduler's own; UserError where there is no such rule."""
         solver = self.config["solver"] if solver is None else solver
         if solver not in SOLVERS:
             raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")

@@ -4,9 +4,7 @@ Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (
 stack: 115.8M parameters; the pixel decoder is `FlowDecoder`).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from isthmus.dar.attention import (
     SharedBatchNorm,
     context_causal_attention,
     grid_rotary_table,
+    init_linear_layers,
     plain_norm,
     token_causal_attention,
     with_unrotated,
@@ -34,11 +33,10 @@ from isthmus.nn.shapes import Images
 
 
 class LinearQueries(nn.Module):
-    """One vector per token, read off the whole image by a linear map of low rank.
+    """One vector per token: `rank` numbers read off the image, averaged to `side` pixels, by a linear map, widened.
 
     Attention from queries that start alike takes long to tell places apart. With this, tokens differ between images
-    from the first step of training on, as those of a linear autoencoder do. The image is averaged to `side` pixels, and
-    `rank` numbers are read off for each token.
+    from the first step of training on.
     """
 
     def __init__(self, num_tokens: int, width: int, *, side: int, rank: int):
@@ -47,7 +45,7 @@ class LinearQueries(nn.Module):
         self.read = nn.Linear(3 * side**2, num_tokens * rank)
         self.widen = nn.Linear(rank, width)
 
-    def forward(self, images: Images) -> Float[torch.Tensor, "b n width"]:
+    def forward(self, images: Images) -> Float[Tensor, "b n width"]:
         """Images in [-1, 1] of any sides."""
         small = F.adaptive_avg_pool2d(images, self.side).flatten(1).to(self.read.weight.dtype)
         return self.widen(self.read(small).unflatten(1, (self.num_tokens, -1)))
@@ -61,10 +59,7 @@ Condition = Float[Tensor, "b n condition_width"]
 
 @dataclass
 class DiffusionTokenizerEncoding:
-    """What `DiffusionTokenizer.encode` returns, tokens coarse to fine.
-
-    `latents` (before quantisation) and `quantized` (the codes that were found) are unit vectors in fp32.
-    """
+    """Tokens coarse to fine; `latents` and `quantized` (the codes that were found) are unit vectors in fp32."""
 
     token_ids: TokenIds
     latents: Codes
@@ -76,12 +71,11 @@ class DiffusionTokenizerOutput:
     """What training reads.
 
     Attributes:
-        condition: what the decoder attends to.
         token_ids: None where quantisation was left out.
-        latents: unit vectors before quantisation, fp32.
-        quantized: the codes with the straight-through gradient; the latents where left out.
-        codebook_errors: mean over channels of (code - sg(latent))^2, not yet averaged over tokens.
-        commitment_errors: the same of (sg(code) - latent)^2, not yet weighted.
+        latents: unit vectors, fp32.
+        quantized: the codes with the straight-through gradient; the latents where quantisation was left out.
+        codebook_errors: mean over channels of (code - sg(latent))^2.
+        commitment_errors: the same of (sg(code) - latent)^2, not weighted.
     """
 
     condition: Condition
@@ -215,21 +209,19 @@ class DiffusionTokenizer(SavedModel):
     def latents(self, images: Images) -> Codes:
         """Images in [-1, 1], of any sides that the patch divides, to unit vectors, in fp32.
 
-        Raises UserError for other sides than that, and than `image_size` where patches have learned positions.
+        Raises UserError for other sides, which are `image_size` where patches have learned positions.
         """
-        x = self._embed_patches(images)
-        context = x.shape[1]
-        rows, columns = (side // self.config["patch_size"] for side in images.shape[2:])
-        rotary = grid_rotary_table(
-            rows, columns, self.config["head_width"], self.config["rotary_base"], device=x.device
-        )
-        queries = self.query_linear(self.query_table[: self.config["num_tokens"]])
-        queries = queries.to(x.dtype).expand(len(x), -1, -1)
+        patches = self._embed_patches(images)
+        queries = self.query_linear(self.query_table[: self.config.num_tokens])
+        queries = queries.to(patches.dtype).expand(len(images), -1, -1)
         if self.linear_queries is not None:
             queries = queries + self.linear_queries(images)
-        x = torch.cat([x, queries], dim=1)
-        rotary, attend = with_unrotated(rotary, queries.shape[1]), context_causal_attention(context)
-        x = plain_norm(self._run(self.encoder, x, rotary, attend)[:, context:])
+        rows, columns = (side // self.config.patch_size for side in images.shape[2:])
+        head_width, base, context = self.config.head_width, self.config.rotary_base, patches.shape[1]
+        rotary = grid_rotary_table(rows, columns, head_width, base, device=patches.device)
+        rotary = with_unrotated(rotary, self.config.num_tokens)
+        x = torch.cat([patches, queries], dim=1)
+        x = plain_norm(self._run(self.encoder, x, rotary, context_causal_attention(context))[:, context:])
         # fp32 under any autocast: rounding here is another code
         with torch.autocast(x.device.type, enabled=False):
             z = self.to_code(x.to(self.to_code.weight.dtype))
@@ -239,23 +231,19 @@ class DiffusionTokenizer(SavedModel):
 
     @whole_fp32()
     def encode(self, images: Images) -> DiffusionTokenizerEncoding:
-        """Images in [-1, 1] to token ids, unit latents and unit codes.
-
-        Raises UserError where the images do not fit (see `latents`), or the tokenizer has no codebook.
-        """
-        codebook = self._codebook()
+        """Images in [-1, 1] to tokens. Raises UserError as `latents`, and where the tokenizer has no codebook."""
+        self._codebook()
         latents = self.latents(images)
-        token_ids = nearest_code(latents.detach().flatten(0, 1), codebook.weight, normalize=True)
-        token_ids = token_ids.view(latents.shape[:2])
+        token_ids = self._nearest(latents)
         return DiffusionTokenizerEncoding(token_ids, latents, self.lookup(token_ids))
 
     def lookup(self, token_ids: TokenIds) -> Codes:
-        """Unit codes of any number of tokens, in fp32 whatever the precision of the weights."""
+        """Unit codes, in fp32 whatever the precision of the weights."""
         return F.normalize(self._codebook()(token_ids).float(), dim=-1)
 
     def check_token_ids(self, token_ids: TokenIds) -> None:
         """Raise UserError unless every id names a code; waits for the device."""
-        size = self.config["codebook_size"]
+        size = self.config.codebook_size
         if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < size:
             raise UserError(
                 f"token_ids must lie in 0..{size - 1} (codebook_size = {size}), got {int(token_ids.min())}.."
@@ -265,8 +253,7 @@ class DiffusionTokenizer(SavedModel):
     def condition(self, token_ids: TokenIds, cache: KeyValueCache | None = None) -> Condition:
         """What the decoder attends to, for a prefix of whole groups; see `condition_vectors`.
 
-        On a CPU an id that names no code raises UserError; on a GPU, where looking would wait for the device, it does
-        not: `check_token_ids` looks.
+        An id that names no code raises UserError on a CPU alone: on a GPU looking would wait for the device.
         """
         if token_ids.device.type == "cpu":
             self.check_token_ids(token_ids)
@@ -278,29 +265,26 @@ class DiffusionTokenizer(SavedModel):
         With a `cache` (from `new_cache`) they are the tokens after those in it, and are stored, so that a new group
         costs only itself. Raises UserError where the tokens are no whole groups, or more than `num_tokens`.
         """
-        start = 0 if cache is None else cache.length
-        end = start + quantized.shape[1]
-        self._check_groups(quantized.shape[1], end)
+        start, new = 0 if cache is None else cache.length, quantized.shape[1]
+        end, group, most = start + new, self.tokens_per_group, self.config.num_tokens
+        if new == 0 or new % group or end > most:
+            raise UserError(
+                f"tokens must come in whole groups of {group} and be at most {most} in all, got {new} after {start}. "
+                "Pass the tokens of complete groups."
+            )
         x = self.from_code(quantized.to(self.from_code.weight.dtype)) + self.token_position[start:end]
         if cache is None:
             return plain_norm(self._run(self.condition_layers, x, None, token_causal_attention))
         for i, block in enumerate(self.condition_layers):
             x = block(x, None, cache.attention(i, causal=True))
-        cache.advance(quantized.shape[1])
+        cache.advance(new)
         return plain_norm(x)
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache of the causal stack for `batch` images."""
-        head_width = self.config["head_width"]
-        return KeyValueCache(
-            len(self.condition_layers),
-            batch,
-            self.config["condition_width"] // head_width,
-            self.config["num_tokens"],
-            head_width,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        layers, head_width = len(self.condition_layers), self.config.head_width
+        num_heads, num_tokens = self.config.condition_width // head_width, self.config.num_tokens
+        return KeyValueCache(layers, batch, num_heads, num_tokens, head_width, device=self.device, dtype=self.dtype)
 
     def forward(self, images: Images, *, quantize: bool = True) -> DiffusionTokenizerOutput:
         """Encode for training, with the straight-through gradient of the quantiser.
@@ -312,9 +296,7 @@ class DiffusionTokenizer(SavedModel):
         if not quantize or self.codebook is None:
             zero = torch.zeros_like(latents[..., 0])
             return DiffusionTokenizerOutput(self.condition_vectors(latents), None, latents, latents, zero, zero)
-        # detached: the search has no gradient, and the similarities stay out of the graph
-        token_ids = nearest_code(latents.detach().flatten(0, 1), self.codebook.weight, normalize=True)
-        token_ids = token_ids.view(latents.shape[:2])
+        token_ids = self._nearest(latents)
         codes = self.lookup(token_ids)
         straight_through = latents + (codes - latents).detach()
         return DiffusionTokenizerOutput(
@@ -326,8 +308,12 @@ class DiffusionTokenizer(SavedModel):
             (codes.detach() - latents).square().mean(dim=-1),
         )
 
+    def _nearest(self, latents: Codes) -> TokenIds:
+        found = nearest_code(latents.flatten(0, 1), self._codebook().weight, normalize=True)
+        return found.view(latents.shape[:2])
+
     def _embed_patches(self, images: Images) -> Rows:
-        patch, side = self.config["patch_size"], self.config["image_size"]
+        patch, side = self.config.patch_size, self.config.image_size
         height, width = images.shape[2:]
         if height % patch or width % patch or not height or not width:
             raise UserError(
@@ -352,14 +338,6 @@ class DiffusionTokenizer(SavedModel):
             )
         return self.codebook
 
-    def _check_groups(self, num_new: int, end: int) -> None:
-        group, num_tokens = self.tokens_per_group, self.config["num_tokens"]
-        if num_new == 0 or num_new % group or end > num_tokens:
-            raise UserError(
-                f"tokens must come in whole groups of {group} and be at most {num_tokens} in all, got {num_new} "
-                f"after {end - num_new}. Pass the tokens of complete groups."
-            )
-
     def _run(self, blocks: nn.ModuleList, x: Rows, rotary: RotaryTable | None, attend: Attend) -> Rows:
         for block in blocks:
             x = self.run_block(block, x, rotary, attend)
@@ -371,11 +349,8 @@ class DiffusionTokenizer(SavedModel):
         nn.init.trunc_normal_(self.token_position, std=0.02)
         if self.patch_position is not None:
             nn.init.trunc_normal_(self.patch_position, std=0.02)
-        for block in cast("Iterable[GatedBlock]", (*self.encoder, *self.condition_layers)):
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
+        for block in (*self.encoder, *self.condition_layers):
+            init_linear_layers(block)
         if self.codebook is not None:
             nn.init.uniform_(self.codebook.weight, -1, 1)
             with torch.no_grad():

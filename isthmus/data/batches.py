@@ -1,17 +1,16 @@
 """Samples by position and endless batches: what a training loop sees depends on (seed, position) alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch.utils.data import Dataset
 
 from isthmus.data.images import Augmentation, centre_view
 from isthmus.data.source import ImageSource
 from isthmus.data.token_cache import TokenCache
-from isthmus.data.views import Batch, Sample, check_share, collate, random_views, usable_processors, worker_batches
+from isthmus.data.views import Batch, BatchedDataset, Sample, check_share, collate, random_views, worker_batches
 from isthmus.errors import UserError
 from isthmus.nn.draws import ORDER, stream
 
@@ -27,24 +26,23 @@ class SampleOrder:
     """
 
     def __init__(self, labels: Int[np.ndarray, " n"], *, seed: int, balanced: bool) -> None:
-        """`labels` (N,) int: balanced orders draw the classes that occur in it equally often."""
         self.seed = seed
         self.num_images = len(labels)
         self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)] if balanced else []
-        self._kept: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+        self._kept: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
 
     def locate(self, positions: Int[np.ndarray, " b"]) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
-        """(B,) positions to (B,) indices and (B,) visits, int64."""
+        """Positions to indices and visits."""
         if len(positions) and positions.min() < 0:
-            raise UserError(f"Positions count from 0, got {positions.min()}.")
-        one = self._locate_balanced if self._members else self._locate_in_epoch
-        pairs = [one(int(position)) for position in positions]
-        indices, visits = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+            raise UserError(f"positions count from 0, got {positions.min()}.")
+        locate = self._locate_balanced if self._members else self._locate_in_epoch
+        indices, visits = np.array([locate(int(p)) for p in positions], dtype=np.int64).reshape(-1, 2).T
         return indices, visits
 
     def _locate_in_epoch(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.num_images)
-        return int(self._permutation(_EPOCHS, 0, epoch, self.num_images)[place]), epoch
+        order = self._drawn(lambda generator: generator.permutation(self.num_images), _EPOCHS, 0, epoch)
+        return int(order[place]), epoch
 
     def _locate_balanced(self, position: int) -> tuple[int, int]:
         num_classes = len(self._members)
@@ -52,30 +50,25 @@ class SampleOrder:
         # Rotations are made in groups: one random stream per block would cost more than the lookup.
         group_size = max(1, 4096 // num_classes)
         group, row = divmod(block, group_size)
-        rotations = self._rotations(group, group_size, num_classes)
+        rows = (group_size, 1)
+        rotations = self._drawn(lambda g: g.permuted(np.tile(np.arange(num_classes), rows), axis=1), _ROTATIONS, group)
         chosen = int(rotations[row, slot])
         members = self._members[chosen]
         # A class stands in every block exactly once, so the block number counts its visits.
         visit, place = divmod(block, len(members))
-        return int(members[self._permutation(_MEMBERS, chosen, visit, len(members))[place]]), visit
+        order = self._drawn(lambda generator: generator.permutation(len(members)), _MEMBERS, chosen, visit)
+        return int(members[order[place]]), visit
 
-    def _rotations(self, group: int, group_size: int, num_classes: int) -> np.ndarray:
-        kept = self._kept.get((_ROTATIONS, 0))
-        if kept is None or kept[0] != group:
-            table = np.tile(np.arange(num_classes), (group_size, 1))
-            kept = (group, stream(self.seed, ORDER, _ROTATIONS, group).permuted(table, axis=1))
-            self._kept[_ROTATIONS, 0] = kept
-        return kept[1]
-
-    def _permutation(self, purpose: int, member: int, epoch: int, length: int) -> np.ndarray:
-        kept = self._kept.get((purpose, member))
-        if kept is None or kept[0] != epoch:
-            kept = (epoch, stream(self.seed, ORDER, purpose, member, epoch).permutation(length))
-            self._kept[purpose, member] = kept
+    def _drawn(self, draw: Callable[[np.random.Generator], np.ndarray], *path: int) -> np.ndarray:
+        """What is drawn from the stream at `path`; of paths that differ in the last number, the latest is kept."""
+        *place, number = path
+        kept = self._kept.get(tuple(place))
+        if kept is None or kept[0] != number:
+            kept = self._kept[tuple(place)] = number, draw(stream(self.seed, ORDER, *path))
         return kept[1]
 
 
-class TrainingImages(Dataset[Sample]):
+class TrainingImages(BatchedDataset):
     """Augmented views by position: endless, every sample a pure function of (seed, position)."""
 
     def __init__(self, source: ImageSource, *, image_size: int, seed: int, augment: Augmentation | None = None) -> None:
@@ -85,20 +78,13 @@ class TrainingImages(Dataset[Sample]):
         self.in_memory = source.in_memory
         self._order = SampleOrder(source.labels, seed=seed, balanced=source.balanced)
 
-    def __len__(self) -> int:
-        """Images in an epoch; positions go on for ever."""
-        return len(self.source)
-
-    def __getitem__(self, position: int) -> Sample:
-        return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
-
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         asked = np.asarray(positions, dtype=np.int64)
         indices, _ = self._order.locate(asked)
         return random_views(self.source, indices, asked, self.image_size, self.augment, self.seed)
 
 
-class EvaluationImages(Dataset[Sample]):
+class EvaluationImages(BatchedDataset):
     """The images themselves, by index: shorter side resized, centre crop, no augmentation. "position" is the index."""
 
     def __init__(self, source: ImageSource, image_size: int) -> None:
@@ -111,7 +97,7 @@ class EvaluationImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return {name: rows[0] for name, rows in self.__getitems__([index % len(self)]).items()}
+        return super().__getitem__(index % len(self))
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         chosen = np.asarray(indices, dtype=np.int64)
@@ -119,7 +105,7 @@ class EvaluationImages(Dataset[Sample]):
         return collate(views, self.source.labels[chosen], chosen, chosen)
 
 
-class CachedTokens(Dataset[Sample]):
+class CachedTokens(BatchedDataset):
     """Token ids by position from a `TokenCache`: each visit of an image takes its next view."""
 
     in_memory = True  # the operating system keeps what is used
@@ -127,13 +113,6 @@ class CachedTokens(Dataset[Sample]):
     def __init__(self, cache: TokenCache, *, seed: int, balanced: bool) -> None:
         self.cache, self.seed = cache, seed
         self._order = SampleOrder(cache.labels, seed=seed, balanced=balanced)
-
-    def __len__(self) -> int:
-        """Images in an epoch; positions go on for ever."""
-        return self.cache.num_images
-
-    def __getitem__(self, position: int) -> Sample:
-        return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         asked = np.asarray(positions, dtype=np.int64)
@@ -159,21 +138,11 @@ def training_batches(
     """Endless batches from `start_position` on; `batch_size` counts samples over all processes.
 
     Process `rank` of `world_size` gets its contiguous slice of every batch, so that all of them together see the same
-    samples whatever their number. Neither worker processes nor resuming change a sample. `num_workers` None means no
-    worker where samples are quick to make, else half of the processors. Workers are started afresh (not forked, which
-    torch's threads do not survive), so a script that asks for them needs the usual `if __name__ == "__main__":`.
-    Raises UserError where the batch does not divide over the processes.
+    samples whatever their number. Neither worker processes (`worker_batches`) nor resuming change a sample. Workers are
+    started afresh (not forked, which torch's threads do not survive), so a script that asks for them needs the usual
+    `if __name__ == "__main__":`. Raises UserError where the batch does not divide over the processes.
     """
     check_share(batch_size, start_position, rank, world_size)
-    if num_workers is None:
-        num_workers = 0 if dataset.in_memory else min(8, usable_processors() // 2)
-    slices = _slices(batch_size, start_position, rank, world_size)
-    if num_workers == 0:
-        return (dataset.__getitems__(positions) for positions in slices)
-    return worker_batches(dataset, slices, num_workers)
-
-
-def _slices(batch_size: int, start_position: int, rank: int, world_size: int) -> Iterator[list[int]]:
     share = batch_size // world_size
-    for first in count(start_position + rank * share, batch_size):
-        yield list(range(first, first + share))
+    slices = (list(range(first, first + share)) for first in count(start_position + rank * share, batch_size))
+    return worker_batches(dataset, slices, num_workers)

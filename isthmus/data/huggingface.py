@@ -1,20 +1,19 @@
 """Images through the `datasets` library: `hf:NAME_OR_PATH[:SPLIT]`, as a table or as a stream."""
 
 import errno
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool
 
-from isthmus.data.folder import examine
-from isthmus.data.images import Augmentation, ImageUint8, UnreadableImage, augmented_view, decode_image
+from isthmus.data.folder import usable_images
+from isthmus.data.images import Augmentation, ImageUint8, UnreadableImage, decode_image
 from isthmus.data.source import (
     ANY_COLUMNS,
     NO_LABELS,
@@ -23,14 +22,10 @@ from isthmus.data.source import (
     choose_classes,
     logger,
     missing_extra,
-    nearest,
-    report_skipped,
-    rows_of_split,
 )
-from isthmus.data.views import Batch, check_share, collate
-from isthmus.errors import UserError
+from isthmus.data.views import Batch, check_share, random_views
+from isthmus.errors import UserError, nearest
 from isthmus.files import sha256_of_parts, writing_advice
-from isthmus.nn.draws import AUGMENT, stream
 
 if TYPE_CHECKING:
     import datasets
@@ -51,7 +46,7 @@ def name_and_split(text: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a table is read from: columns of images and of labels (None: unlabelled).
+    """Columns of images and of labels (None: unlabelled).
 
     `class_names` maps values of the label column to names of classes, in the order of the classes. None: the values of
     the column tell, which are texts, whole numbers or truth values.
@@ -85,13 +80,9 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, source: str) 
 
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     if wanted is not None:
-        _check_there(wanted, features, "--image-column", source)
-        if wanted not in images and getattr(features[wanted], "dtype", "") not in ("binary", "large_binary"):
-            raise UserError(
-                f"{source}: a column of images holds images or the bytes of their files, got {wanted}, which is "
-                f"{_type(features[wanted])}.{_others('--image-column', images)}"
-            )
-        return wanted
+        usable = images + [name for name, kind in features.items() if _type(kind) in ("binary", "large_binary")]
+        rule = "a column of images holds images or the bytes of their files"
+        return _asked_for(wanted, usable, rule, "--image-column", features, source)
     if not images:
         held = ", ".join(f"{name} ({_type(kind)})" for name, kind in features.items())
         raise UserError(
@@ -110,20 +101,13 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, image: str, s
     if wanted == NO_LABELS and wanted not in features:
         return None
     if wanted is not None:
-        _check_there(wanted, features, "--label-column", source)
-        if wanted not in usable:
-            raise UserError(
-                f"{source}: a column of labels holds classes, texts or whole numbers, got {wanted}, which is "
-                f"{_type(features[wanted])}.{_others('--label-column', usable)}"
-            )
-        return wanted
+        rule = "a column of labels holds classes, texts or whole numbers"
+        return _asked_for(wanted, usable, rule, "--label-column", features, source)
     named = sorted(usable, key=lambda name: name not in _LABEL_NAMES)
-    chosen = [name for name in named if isinstance(features[name], datasets.ClassLabel)]
-    chosen += [name for name in named if name in _LABEL_NAMES and name not in chosen]
-    if chosen:
-        rest = [name for name in usable if isinstance(features[name], datasets.ClassLabel) and name != chosen[0]]
-        if rest:
-            logger.info("%s: classes are those of %s.%s", source, chosen[0], _others("--label-column", rest))
+    classes = [name for name in named if isinstance(features[name], datasets.ClassLabel)]
+    if chosen := classes or [name for name in named if name in _LABEL_NAMES]:
+        if others := _others("--label-column", classes[1:]):
+            logger.info("%s: classes are those of %s.%s", source, chosen[0], others)
         return chosen[0]
     if name := next((name for name in _LABEL_NAMES if name in features and name != image), None):
         logger.warning(
@@ -137,12 +121,17 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, image: str, s
     return None
 
 
-def _check_there(wanted: str, features: Mapping[str, Any], option: str, source: str) -> None:
+def _asked_for(
+    wanted: str, usable: Sequence[str], rule: str, option: str, features: Mapping[str, Any], source: str
+) -> str:
     if wanted not in features:
         raise UserError(
             f"{option} must be a column of {source}, which has {', '.join(features) or 'none'}, got {wanted}."
             f"{nearest(wanted, features)}"
         )
+    if wanted not in usable:
+        raise UserError(f"{source}: {rule}, got {wanted}, which is {_type(features[wanted])}.{_others(option, usable)}")
+    return wanted
 
 
 def _holds_classes(kind: Any) -> bool:
@@ -170,8 +159,6 @@ class HuggingFaceSource(ImageSource):
     Raises UserError for what cannot be loaded, for data without an image column, and for empty classes.
     """
 
-    augmentation = Augmentation()
-
     def __init__(
         self,
         name: str,
@@ -186,55 +173,50 @@ class HuggingFaceSource(ImageSource):
         path, asked = name_and_split(name)
         self.name = f"hf:{name}"
         tables = load(path, asked, streaming=False, cache_dir=cache_dir)
-        table, is_own_split = _table_of_split(tables, split, source=self.name)
+        train = train_split(tables, source=self.name)
+        has_train = isinstance(tables, dict) and "train" in tables
+        val = next((part for part in _VAL_SPLITS if part in tables), None) if has_train else None
+        if val is not None and split == "train":
+            logger.info("%s: split %s is used for held-out images", self.name, val)
+        table = tables[val] if val is not None and split == "val" else train
         self._columns = find_columns(table.features, source=self.name, wanted=columns)
-        names = self._names_of_classes(tables)
+        names = self._names_of_classes(train)
         self.class_names = choose_classes(tuple(names.values()), classes, source=self.name)
-        self.flip = np.ones(max(self.num_classes, 1), dtype=bool)
         self._table = as_bytes(table, self._columns)
 
         rows, labels = self._wanted_rows(table, names)
-        findings = examine(
-            [str(row) for row in rows],
+        chosen, hashes = usable_images(
+            self,
+            [f"row {row}" for row in rows],
+            labels,
             lambda i: self._bytes(int(rows[i])),
+            keys=[str(row) for row in rows],
             place=self._table._fingerprint,
+            split=split,
+            has_own_split=val is not None,
+            val_fraction=val_fraction,
+            strict=strict,
             cache_dir=cache_dir,
-            what=self.name,
         )
-        digests, reasons = [found.digest for found in findings], [found.reason for found in findings]
-        broken = [(f"row {row}", reason) for row, reason in zip(rows, reasons, strict=True) if reason]
-        # both splits are opened in a row: what was said about shared rows need not be said twice
-        level = logging.INFO if split == "val" and not is_own_split else logging.WARNING
-        report_skipped(self.name, broken, strict=strict, level=level)
-        good = np.flatnonzero([not reason for reason in reasons])
-        rows, labels, digests = rows[good], labels[good], [digests[i] for i in good]
-        missing = set(range(max(self.num_classes, 1))) - set(labels.tolist())
-        if missing and split == "train":
-            empty = f"class {self.class_names[min(missing)]!r}" if self.class_names else "the data set"
-            raise UserError(f"{self.name}: every class needs an image, but {empty} has none. Name the classes to use.")
-        if not is_own_split:
-            chosen = rows_of_split(digests, labels, val_fraction, split, source=self.name)
-            rows, labels, digests = rows[chosen], labels[chosen], [digests[i] for i in chosen]
-        self._rows, self.labels = rows, labels
-        self.fingerprint = sha256_of_parts("hf", *self.class_names, *labels, *digests)
+        self._rows, self.labels = rows[chosen], labels[chosen]
+        self.fingerprint = sha256_of_parts("hf", *self.class_names, *self.labels, *hashes)
 
-    def _names_of_classes(self, tables: Any) -> dict[Any, str]:
+    def _names_of_classes(self, train: Any) -> dict[Any, str]:
         """Value in the label column -> name of the class; where the values tell, those of the split train do."""
-        if self._columns.class_names is not None or self._columns.label is None:
-            return self._columns.class_names or {}
         label = self._columns.label
-        table = tables.get("train", next(iter(tables.values()))) if isinstance(tables, dict) else tables
-        values = table.unique(label)
-        missing = [value for value in values if value is None or value == "" or (_is_whole(value) and value < 0)]
+        if self._columns.class_names is not None or label is None:
+            return self._columns.class_names or {}
+        values = train.unique(label)
+        missing = [value for value in values if value in (None, "") or (isinstance(value, int) and value < 0)]
         if missing:
             raise UserError(
                 f"{self.name}: every image needs a label, but {label} holds {missing[0]!r}. Use another split, another "
                 f"--label-column, or --label-column {NO_LABELS}."
             )
-        if 2 * len(values) > len(table):
+        if 2 * len(values) > len(train):
             logger.warning(
                 "%s: the column %s has %d different values in %d images. If these are no classes: --label-column %s",
-                self.name, label, len(values), len(table), NO_LABELS,
+                self.name, label, len(values), len(train), NO_LABELS,
             )  # fmt: skip
         return {value: str(value) for value in sorted(values)}
 
@@ -243,9 +225,9 @@ class HuggingFaceSource(ImageSource):
         if label is None:
             return np.arange(len(table)), np.zeros(len(table), dtype=np.int64)
         found = table[label][:]
-        strange = next((value for value in found if value not in names), None) if set(found) - set(names) else None
-        if strange is not None or None in found:
-            what = "none" if strange is None or strange == -1 else f"{strange!r}, which the split train has not"
+        if set(found) - set(names):
+            strange = next(value for value in found if value not in names)
+            what = "none" if strange in (None, -1) else f"{strange!r}, which the split train has not"
             raise UserError(f"{self.name}: every image needs a label, but some have {what}. Use another split.")
         place = {name: index for index, name in enumerate(self.class_names)}
         labels = np.array([place.get(names[value], -1) for value in found], dtype=np.int64)
@@ -260,12 +242,8 @@ class HuggingFaceSource(ImageSource):
         return decode_image(self._bytes(int(self._rows[index])))
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path | None = None) -> Any:
-    """A data set (with a split) or a dictionary of them, table or stream. Raises UserError in words."""
+    """A data set (with a split) or a dictionary of them; streams where they are not on disk, and `streaming` asks."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -276,13 +254,13 @@ def load(path: str, split: str | None, *, streaming: bool, cache_dir: str | Path
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))
-            if split is not None:
-                if not isinstance(loaded, datasets.DatasetDict) or split not in loaded:
-                    known = [str(name) for name in loaded] if isinstance(loaded, datasets.DatasetDict) else []
-                    held = ", ".join(known) or "a single table"
-                    raise UserError(f"hf:{path} has no split {split!r}, it has {held}.{nearest(split, known)}")
-                loaded = loaded[split]
-            return _as_streams(loaded) if streaming else loaded
+            if split is None:
+                return loaded
+            known = [str(name) for name in loaded] if isinstance(loaded, datasets.DatasetDict) else []
+            if split not in known:
+                held = ", ".join(known) or "a single table"
+                raise UserError(f"hf:{path} has no split {split!r}, it has {held}.{nearest(split, known)}")
+            return loaded[split]
         own_cache = str(Path(cache_dir) / "huggingface") if cache_dir else None
         name = str(local) if local.exists() else path
         return datasets.load_dataset(name, split=split, streaming=streaming, cache_dir=own_cache)
@@ -306,24 +284,13 @@ def _loading_advice(error: Exception) -> str:
     return "Check the name, the split and the connection."
 
 
-def _as_streams(loaded: Any) -> Any:
-    if isinstance(loaded, dict):
-        return {name: _as_streams(table) for name, table in loaded.items()}
-    return loaded.to_iterable_dataset(num_shards=min(64, max(1, len(loaded))))
-
-
-def _table_of_split(tables: Any, split: str, *, source: str) -> tuple[Any, bool]:
-    """The table to read and whether it is wholly of this split."""
+def train_split(tables: Any, *, source: str) -> Any:
+    """The split train of what was loaded, or the only one there is."""
     if not isinstance(tables, dict):
-        return tables, False
-    if "train" not in tables:
-        if len(tables) == 1:
-            return next(iter(tables.values())), False
+        return tables
+    if "train" not in tables and len(tables) > 1:
         raise UserError(f"{source} has no split train, it has {', '.join(tables)}. Name one: {source}:SPLIT.")
-    val = next((name for name in _VAL_SPLITS if name in tables), None)
-    if val is not None and split == "train":
-        logger.info("%s: split %s is used for held-out images", source, val)
-    return (tables["train"], val is not None) if split == "train" or val is None else (tables[val], True)
+    return tables.get("train", next(iter(tables.values())))
 
 
 def as_bytes(table: Any, columns: Columns) -> Any:
@@ -361,13 +328,12 @@ class ImageStream:
         self.columns = find_columns(dataset.features, source=name, wanted=columns)
         if self.columns.class_names is None:
             raise UserError(
-                f"{name}: the classes of a stream are known before it is read, but {self.columns.label} only holds "
-                f"their values. Read it without --stream, cast it to datasets.ClassLabel, or pass --label-column "
+                f"{name}: the classes of a stream must be known before it is read, but {self.columns.label} holds "
+                f"values alone. Read it without --stream, cast it to datasets.ClassLabel, or pass --label-column "
                 f"{NO_LABELS} to train without labels."
             )
         self.dataset = as_bytes(dataset, self.columns)
         self.class_names = tuple(self.columns.class_names.values())
-        self.flip: Bool[np.ndarray, " classes"] = np.ones(max(self.num_classes, 1), dtype=bool)
         self.fingerprint = sha256_of_parts("stream", name, *self.class_names)
         self.num_skipped = 0
 
@@ -377,10 +343,14 @@ class ImageStream:
         return len(self.class_names)
 
     def images(self) -> Iterator[tuple[ImageUint8, int]]:
-        """One pass over images and labels, in the order of the data set."""
+        """One pass over images and labels, in the order of the data set. UserError where none can be used."""
+        barren = True
         for row in self.dataset:
             if (decoded := self.decode(row)) is not None:
+                barren = False
                 yield decoded
+        if barren:
+            raise UserError(f"{self.name}: no image of the stream can be read. Check the data set.")
 
     def decode(self, row: dict[str, Any]) -> tuple[ImageUint8, int] | None:
         """Image and label of a row of `dataset`, or None where it cannot be used (said for the first three)."""
@@ -390,74 +360,55 @@ class ImageStream:
             if label is None or not 0 <= label < max(self.num_classes, 1):
                 raise UnreadableImage("it has no label")
         except (UnreadableImage, OSError) as error:
-            self.num_skipped += 1
             if self.strict:
                 raise UserError(
                     f"{self.name}: every image must be readable, got one that is not ({error}). "
                     "Mend it, or leave out --strict to skip it."
                 ) from error
+            self.num_skipped += 1
             if self.num_skipped <= 3:
-                logger.warning(
-                    "%s: skipped image number %d that cannot be used: %s", self.name, self.num_skipped, error
-                )
+                logger.warning("%s: skipped image %d that cannot be used: %s", self.name, self.num_skipped, error)
             return None
         return image, int(label)
 
 
-def open_stream(
-    spec: str, *, strict: bool = False, cache_dir: str | Path | None = None, columns: WantedColumns = ANY_COLUMNS
-) -> ImageStream:
-    """`hf:NAME_OR_PATH[:SPLIT]` as a stream (split train unless one is named). Raises UserError in words."""
+def open_stream(spec: str, *, strict: bool = False, columns: WantedColumns = ANY_COLUMNS) -> ImageStream:
+    """`hf:NAME_OR_PATH[:SPLIT]` as a stream (split train unless one is named)."""
     prefix, _, name = spec.partition(":")
     if prefix != "hf" or not name:
-        raise UserError(f"Only hf:NAME[:SPLIT] can be streamed, got {spec!r}. Other data are read by index.")
+        raise UserError(f"only hf:NAME[:SPLIT] can be streamed, got {spec!r}. Leave out --stream.")
     path, split = name_and_split(name)
-    dataset = load(path, split, streaming=True, cache_dir=cache_dir)
-    if isinstance(dataset, dict):
-        if "train" not in dataset:
-            raise UserError(
-                f"{spec} has no split train, it has {', '.join(dataset)}.{nearest('train', dataset)} Name one."
-            )
-        dataset = dataset["train"]
+    dataset = train_split(load(path, split, streaming=True), source=spec)
+    if hasattr(dataset, "to_iterable_dataset"):  # a table on disk
+        dataset = dataset.to_iterable_dataset(num_shards=min(64, max(1, len(dataset))))
     return ImageStream(dataset, name=spec, strict=strict, columns=columns)
 
 
-class KeptImages(ImageSource):
-    """The first images of a stream, kept in memory to measure on."""
+class StreamedImages(ImageSource):
+    """Images of a stream that are kept in memory, with their labels."""
 
     in_memory = True
-    augmentation = Augmentation()
 
-    def __init__(self, stream_: ImageStream, images: Sequence[ImageUint8], labels: Sequence[int]) -> None:
-        """Images and labels in the order of the stream."""
-        self.name, self.class_names, self.flip = stream_.name, stream_.class_names, stream_.flip
-        self.fingerprint = stream_.fingerprint
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self._images = list(images)
+    def __init__(self, stream_: ImageStream, images: Sequence[tuple[ImageUint8, int]]) -> None:
+        self.name, self.class_names, self.fingerprint = stream_.name, stream_.class_names, stream_.fingerprint
+        self.labels = np.array([label for _, label in images], dtype=np.int64)
+        self._images = [image for image, _ in images]
 
     def load(self, index: int) -> ImageUint8:
         """Image `index` at full size."""
         return self._images[index]
 
 
-def hold_out(source: ImageStream, count: int) -> tuple[ImageStream, KeptImages]:
+def hold_out(source: ImageStream, count: int) -> tuple[ImageStream, StreamedImages]:
     """The stream without its first rows, and the `count` readable images of those rows.
 
     A stream has no split of its own by content; its first rows are the same at every start.
     """
-    images, labels, rows = [], [], 0
-    for row in source.dataset:
-        rows += 1
-        if (decoded := source.decode(row)) is not None:
-            images.append(decoded[0])
-            labels.append(decoded[1])
-        if len(images) == count:
-            break
-    if not images:
-        raise UserError(f"{source.name}: no image of the stream can be read. Check the data set.")
+    skipped_before = source.num_skipped
+    images = list(islice(source.images(), count))
     rest = copy(source)
-    rest.dataset = source.dataset.skip(rows)
-    return rest, KeptImages(source, images, labels)
+    rest.dataset = source.dataset.skip(len(images) + source.num_skipped - skipped_before)
+    return rest, StreamedImages(source, images)
 
 
 class StreamedBatches:
@@ -502,17 +453,13 @@ class StreamedBatches:
         return self
 
     def __next__(self) -> Batch:
-        views, labels, positions = [], [], []
-        while len(views) < self._share:
-            image, label = self._next_image()
-            position = self._position * self._world_size + self._rank
-            generator = stream(self._seed, AUGMENT, position)
-            may_flip = bool(self._source.flip[label])
-            views.append(augmented_view(image, self._image_size, self._augment, generator, may_flip=may_flip))
-            labels.append(label)
-            positions.append(position)
-            self._position += 1
-        return collate(views, np.array(labels), np.array(positions), np.array(positions))
+        images = [self._next_image() for _ in range(self._share)]
+        numbers = np.arange(self._share)
+        positions = (self._position + numbers) * self._world_size + self._rank
+        self._position += self._share
+        kept = StreamedImages(self._source, images)
+        batch = random_views(kept, numbers, positions, self._image_size, self._augment, self._seed)
+        return batch | {"index": batch["position"]}
 
     def _next_image(self) -> tuple[ImageUint8, int]:
         barren = False

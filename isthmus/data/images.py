@@ -15,12 +15,9 @@ ImageUint8 = UInt8[np.ndarray, "h w 3"]
 
 MAX_PIXELS = 2**26  # 8192 x 8192; below Pillow's own limit, so that its warning never fires for what we accept
 
-
-# formats that cameras and browsers write, by how their files begin
+# formats that cameras and browsers write, by how their files begin (those of a box: behind its length)
 _FOREIGN = {
-    "HEIC": tuple(
-        b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-    ),
+    "HEIC": tuple(b"ftyp" + brand for brand in b"heic heix heim heis hevc hevx mif1 msf1".split()),
     "AVIF": (b"ftypavif", b"ftypavis"),
     "JPEG XL": (b"\xff\x0a", b"JXL "),
     "SVG": (b"<svg",),
@@ -33,17 +30,17 @@ class UnreadableImage(UserError):
     """An image that cannot be used; the message is the reason."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageUint8:
+def decode_image(data: bytes) -> ImageUint8:
     """The image in these bytes as uint8 RGB, as `upright_rgb` makes it of any picture.
 
     Raises UnreadableImage for broken, truncated or foreign bytes, and, from the header alone, for images of more than
-    `max_pixels` pixels and for strips that are too long.
+    `MAX_PIXELS` pixels and for strips that are too long.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise UnreadableImage(f"{width} x {height} pixels are more than the limit of {max_pixels}")
+            if width * height > MAX_PIXELS:
+                raise UnreadableImage(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
             check_shape(width, height)
             image.load()
             return np.ascontiguousarray(np.asarray(upright_rgb(image)))
@@ -55,16 +52,12 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageUint8:
         raise UnreadableImage(_reason(error, data)) from error
 
 
-def _head(data: bytes) -> bytes:
-    """The first bytes that tell formats apart: those of a box lie behind its length."""
-    return data[4:12] if data[4:8] in (b"ftyp", b"JXL ") else data[:12]
-
-
 def _reason(error: BaseException, data: bytes) -> str:
     if not data:
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
-        kind = next((kind for kind, starts in _FOREIGN.items() if _head(data).startswith(starts)), None)
+        head = data[4:12] if data[4:8] in (b"ftyp", b"JXL ") else data[:12]
+        kind = next((kind for kind, starts in _FOREIGN.items() if head.startswith(starts)), None)
         if kind is not None:
             return f"{kind}, which Pillow does not read: convert it to PNG or JPEG"
         return "not an image Pillow can read"
@@ -101,13 +94,14 @@ def augmented_view(
 ) -> SquareView:
     """One random view of side `image_size`. Draws five numbers, whatever the settings."""
     crop_y, crop_x, shift_y, shift_x, coin = generator.random(5)
-    width, height = _shorter_side_to(image, round(augmentation.resize_ratio * image_size))
-    spare_y, spare_x = height - image_size, width - image_size
-    top, left = int(crop_y * (spare_y + 1)), int(crop_x * (spare_x + 1))
+    width, height = shorter_side_to(image.shape[1], image.shape[0], round(augmentation.resize_ratio * image_size))
+    top, left = int(crop_y * (height - image_size + 1)), int(crop_x * (width - image_size + 1))
     view = _scaled_crop(image, (width, height), left, top, image_size)
     limit = round(augmentation.max_shift * image_size)
     if limit:
-        view = _shift(view, int(shift_y * (2 * limit + 1)) - limit, int(shift_x * (2 * limit + 1)) - limit)
+        padded = np.pad(view, ((limit, limit), (limit, limit), (0, 0)), mode="edge")
+        top, left = (2 * limit - int(share * (2 * limit + 1)) for share in (shift_y, shift_x))
+        view = padded[top : top + image_size, left : left + image_size]
     if augmentation.flip and may_flip and coin < 0.5:
         view = view[:, ::-1]
     return np.ascontiguousarray(view)
@@ -115,22 +109,12 @@ def augmented_view(
 
 def centre_view(image: ImageUint8, image_size: int) -> SquareView:
     """The view for evaluation: shorter side resized with antialiasing, then the central square."""
-    width, height = _shorter_side_to(image, image_size)
+    width, height = shorter_side_to(image.shape[1], image.shape[0], image_size)
     left, top = (width - image_size) // 2, (height - image_size) // 2
     return np.ascontiguousarray(_scaled_crop(image, (width, height), left, top, image_size))
-
-
-def _shorter_side_to(image: ImageUint8, side: int) -> tuple[int, int]:
-    return shorter_side_to(image.shape[1], image.shape[0], side)
 
 
 def _scaled_crop(image: ImageUint8, size: tuple[int, int], left: int, top: int, side: int) -> SquareView:
     if (image.shape[1], image.shape[0]) == size:
         return image[top : top + side, left : left + side]
     return np.array(scaled_crop(Image.fromarray(image), size, left, top, side))
-
-
-def _shift(image: SquareView, dy: int, dx: int) -> SquareView:
-    rows = np.clip(np.arange(image.shape[0]) - dy, 0, image.shape[0] - 1)
-    columns = np.clip(np.arange(image.shape[1]) - dx, 0, image.shape[1] - 1)
-    return image[rows][:, columns]

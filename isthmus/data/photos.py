@@ -59,22 +59,20 @@ class Photos(ImageSource):
     augmentation = Augmentation(resize_ratio=1.0)  # the crops are random already
 
     def __init__(self, *, split: str = "train", classes: Sequence[str] | None = None) -> None:
-        """Read the photographs. Raises UserError for unknown classes and a missing extra."""
         self.class_names = choose_classes(PHOTO_CLASSES, classes, source=self.name)
         self._split = split
         self.regions = [_region(PHOTOS[PHOTO_CLASSES.index(name)], split) for name in self.class_names]
         count = TRAINING_CROPS_PER_PHOTO if split == "train" else HELD_OUT_CROPS_PER_PHOTO
         self.labels = np.tile(np.arange(self.num_classes, dtype=np.int64), count)
-        self.flip = np.ones(self.num_classes, dtype=bool)
         settings = (self.name, split, count, SMALLEST_CROP, LARGEST_CROP)
         self.fingerprint = sha256_of_parts(*settings, *self.class_names, *(r.tobytes() for r in self.regions))
 
     def load(self, index: int) -> ImageUint8:
-        """Crop `index`, the same at every call: uint8 (side, side, 3)."""
+        """Crop `index`, the same at every call."""
         return self.draw(index, stream(0, IMAGE, index, int(self._split == "val")))
 
     def draw(self, index: int, generator: np.random.Generator) -> ImageUint8:
-        """A fresh crop of the photograph that `index` belongs to: uint8 (side, side, 3)."""
+        """A fresh crop of the photograph that `index` belongs to."""
         region = self.regions[self.labels[index]]
         height, width = region.shape[:2]
         side = int(generator.integers(SMALLEST_CROP, min(LARGEST_CROP, height, width), endpoint=True))
@@ -84,14 +82,13 @@ class Photos(ImageSource):
 
 
 def _region(photo: Photo, split: str) -> ImageUint8:
-    """The part of a photograph that belongs to a split, uint8 (H, W, 3)."""
+    """The part of a photograph that belongs to a split."""
     package = importlib.util.find_spec(photo.package)
     if package is None or package.origin is None:
         raise missing_extra("demo", {"skimage": "scikit-image", "sklearn": "scikit-learn"}[photo.package])
     whole = decode_image((Path(package.origin).parent / photo.file).read_bytes())
     axis = 0 if photo.strip == "bottom" else 1
-    if photo.strip == "left":
-        strip, kept = np.split(whole, [round(whole.shape[1] * STRIP_FRACTION)], axis=1)
-    else:
-        kept, strip = np.split(whole, [round(whole.shape[axis] * (1 - STRIP_FRACTION))], axis=axis)
+    before = STRIP_FRACTION if photo.strip == "left" else 1 - STRIP_FRACTION
+    parts = np.split(whole, [round(whole.shape[axis] * before)], axis=axis)
+    strip, kept = parts if photo.strip == "left" else reversed(parts)
     return np.ascontiguousarray(kept if split == "train" else strip)

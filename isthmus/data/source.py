@@ -3,21 +3,20 @@
 Splits go by content: the same image lands on the same side wherever it lies and whatever its name.
 """
 
-import difflib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from isthmus.data.images import Augmentation, ImageUint8
-from isthmus.errors import UserError
+from isthmus.errors import UserError, nearest
 
 logger = logging.getLogger("isthmus")
 
-SPLITS = ("train", "val")
 NO_LABELS = "none"
 """As the name of a label column: without labels, whatever columns there are."""
 
@@ -39,7 +38,6 @@ class ImageSource(ABC):
     Attributes:
         class_names: one name per class; () when unlabelled (num_classes = 0).
         labels: below num_classes; all zeros when unlabelled.
-        flip: (max(num_classes, 1),): classes whose meaning survives a horizontal flip.
         balanced: whether training draws all classes equally often.
         attribution: licence lines to print and to write into model cards ("" when unknown).
         fingerprint: sha256 (hex) of the contents, the split and the settings that change pixels.
@@ -50,17 +48,21 @@ class ImageSource(ABC):
     name: str
     class_names: tuple[str, ...]
     labels: Int[np.ndarray, " n"]
-    flip: Bool[np.ndarray, " classes"]
     balanced: bool = False
     attribution: str = ""
     fingerprint: str
     in_memory: bool = False
-    augmentation: Augmentation
+    augmentation = Augmentation()
 
     @property
     def num_classes(self) -> int:
         """0 when unlabelled."""
         return len(self.class_names)
+
+    @cached_property
+    def flip(self) -> Bool[np.ndarray, " classes"]:
+        """(max(num_classes, 1),): classes whose meaning survives a horizontal flip; all, where nothing else is said."""
+        return np.ones(max(self.num_classes, 1), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,24 +76,6 @@ class ImageSource(ABC):
         return self.load(index)
 
 
-def check_split(split: str) -> None:
-    """Raise UserError unless `split` is "train" or "val"."""
-    if split not in SPLITS:
-        raise UserError(f"The split must be one of {', '.join(SPLITS)}, got {split!r}.")
-
-
-def check_fraction(val_fraction: float) -> None:
-    """Raise UserError unless 0 <= val_fraction < 1."""
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}. 0.1 holds out a tenth.")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The words `Did you mean x or y?` after a space, or "" where nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
 def choose_classes(available: Sequence[str], wanted: Sequence[str] | None, *, source: str) -> tuple[str, ...]:
     """The wanted class names in the order given; all of them for None or ("all",).
 
@@ -100,70 +84,34 @@ def choose_classes(available: Sequence[str], wanted: Sequence[str] | None, *, so
     if wanted is None or tuple(wanted) == ("all",):
         return tuple(available)
     if not available:
-        raise UserError(
-            f"{source} is unlabelled, so no classes can be chosen, got {', '.join(wanted)}. Leave them out."
-        )
+        raise UserError(f"{source} is unlabelled, so it has no classes to choose, got {', '.join(wanted)}.")
     if not wanted:
-        raise UserError(f"At least one class is needed, got none. {source} has {_some(available)}.")
+        raise UserError(f"at least one class is needed, got none. {source} has {first_names(available, 12)}.")
     for name in wanted:
         if name not in available:
-            raise UserError(f"{source} has no class {name!r}, it has {_some(available)}.{nearest(name, available)}")
+            raise UserError(
+                f"{source} has no class {name!r}, it has {first_names(available, 12)}.{nearest(name, available)}"
+            )
     if len(set(wanted)) < len(wanted):
-        raise UserError(f"Every class may be named once, got {', '.join(wanted)}.")
+        raise UserError(f"every class may be named once, got {', '.join(wanted)}.")
     return tuple(wanted)
 
 
-def report_skipped(
-    source: str, broken: Sequence[tuple[str, str]], *, strict: bool, level: int = logging.WARNING
-) -> None:
-    """Say once which images cannot be used: (name, reason) pairs. `strict` refuses them (UserError)."""
-    if not broken:
-        return
-    shown = _by_reason(broken)
-    if strict:
-        raise UserError(
-            f"{source}: every image must be readable, but {len(broken)} cannot be used: {shown}. "
-            "Mend or remove them, or leave out --strict to skip them."
-        )
-    logger.log(level, "%s: skipped %d images that cannot be used: %s", source, len(broken), shown)
-
-
-def _by_reason(broken: Sequence[tuple[str, str]]) -> str:
-    """Every reason once, with the first names that it holds for.
-
-    >>> _by_reason([("a", "empty"), ("b", "HEIC"), ("c", "HEIC"), ("d", "HEIC"), ("e", "HEIC")])
-    'a (empty); b, c, d and 1 more (HEIC)'
-    """
-    names: dict[str, list[str]] = {}
-    for name, reason in broken:
-        names.setdefault(reason, []).append(printable(name))
-    parts = [
-        ", ".join(of[:3]) + (f" and {len(of) - 3} more" if len(of) > 3 else "") + f" ({reason})"
-        for reason, of in list(names.items())[:5]
-    ]
-    rest = sum(map(len, names.values())) - sum(len(of) for of in list(names.values())[:5])
-    return "; ".join(parts) + (f"; and {rest} more for other reasons" if rest else "")
-
-
-def printable(name: str) -> str:
-    """A file name that any terminal and any JSON file can hold."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+def first_names(names: Sequence[str], count: int) -> str:
+    """Names in a sentence, no more than `count` of them."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def missing_extra(extra: str, package: str, error: ImportError | None = None) -> UserError:
-    """The error for data that need an optional package, which is absent or (`error`) there and cannot be imported."""
+    """The error for data that need an optional package, which is absent or (`error`) cannot be imported."""
     if error is not None and not isinstance(error, ModuleNotFoundError):
         return UserError(
-            f"This data needs the package {package}, which cannot be imported ({error}). Install it again: "
+            f"this data needs the package {package}, which cannot be imported ({error}). Install it again: "
             f'pip install --force-reinstall "isthmus[{extra}]"'
         )
     return UserError(
-        f'This data needs the package {package}, which is not installed. Run: pip install "isthmus[{extra}]"'
+        f'this data needs the package {package}, which is not installed. Run: pip install "isthmus[{extra}]"'
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
 
 
 def held_out(
@@ -184,10 +132,10 @@ def held_out(
     mask = below & np.array([digest not in forced_to_train for digest in hashes])
     if val_fraction > 0 and not mask.any():
         mask = _hold_out_one(hashes, labels)
-    if val_fraction > 0 and not mask.any():
-        logger.warning(
-            "%s: too few images to hold any out; held-out figures will be those of the training images", source
-        )
+        if not mask.any():
+            logger.warning(
+                "%s: too few images to hold any out; held-out figures will be those of the training images", source
+            )
     return mask
 
 

@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from jaxtyping import Integer
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.images import Augmentation, augmented_view
+from isthmus.data.huggingface import ImageStream, StreamedImages
+from isthmus.data.images import Augmentation, ImageUint8
 from isthmus.data.source import ImageSource, logger
-from isthmus.data.views import Batch, Sample, collate, random_views, worker_batches
+from isthmus.data.views import Batch, BatchedDataset, random_views, worker_batches
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import contents, sha256_of_parts, waited_for, writing_advice
-from isthmus.nn.draws import AUGMENT, stream
+from isthmus.files import contents, sha256_of_parts, waited_for, write_whole, writing_advice
 from isthmus.nn.stored_llama import fingerprint
 
 FORMAT = 1
@@ -37,11 +35,9 @@ class ImageTokenizer(Protocol):
     @property
     def config(self) -> Any:
         """Holds `codebook_size`."""
-        ...
 
     def encode(self, images: Tensor) -> Any:
         """Images (B, 3, S, S) to an output with `token_ids`."""
-        ...
 
 
 class TokenCache:
@@ -54,26 +50,30 @@ class TokenCache:
     def __init__(self, path: str | Path) -> None:
         """Read the folder without asking for the tokenizer: `open` and `build` do. UserError where it is damaged."""
         self.path = Path(path)
-        self.record = _read_record(self.path)
-        self.num_views = int(self.record["num_views"])
-        self.class_names = tuple(self.record["class_names"])
-        self.fingerprint = str(self.record["fingerprint"])
-        self._map()
-
-    def _map(self) -> None:
+        if not self.path.is_dir():
+            raise UserError(f"a token cache is a folder, got {path}, which does not exist. Build it first.")
         try:
-            # Without the asarray every batch would be a memmap object, too.
-            self.token_ids: Integer[np.ndarray, "rows l"] = np.asarray(np.load(self.path / _TOKENS, mmap_mode="r"))
-            self.labels: Integer[np.ndarray, " n"] = np.load(self.path / _LABELS)
+            self.record = json.loads((self.path / _RECORD).read_text(encoding="utf-8"))
+            if self.record["format"] > FORMAT:
+                raise UserError(f"{path} is of a newer Isthmus (format {self.record['format']}). Update Isthmus.")
+            self.num_views = int(self.record["num_views"])
+            self.class_names = tuple(self.record["class_names"])
+            self.fingerprint = str(self.record["fingerprint"])
+            self._map()
             whole = len(self.token_ids) == len(self.labels) * self.num_views == self.record["rows"]
+        except UserError:
+            raise
         except PermissionError as error:
-            raise UserError(
-                f"The token cache {self.path} must be readable ({error}). Check its permissions."
-            ) from error
-        except (OSError, ValueError, EOFError):
+            raise UserError(f"the token cache {path} must be readable ({error}). Check its permissions.") from error
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
             whole = False
         if not whole:
-            raise UserError(f"The token cache {self.path} is damaged. Delete it, and it is made again.")
+            raise UserError(f"{path} holds no token cache that is whole. Delete it, and it is made again.")
+
+    def _map(self) -> None:
+        # Without the asarray every batch would be a memmap object, too.
+        self.token_ids: Integer[np.ndarray, "rows l"] = np.asarray(np.load(self.path / _TOKENS, mmap_mode="r"))
+        self.labels: Integer[np.ndarray, " n"] = np.load(self.path / _LABELS)
 
     @property
     def num_images(self) -> int:
@@ -100,7 +100,7 @@ class TokenCache:
         augment: Augmentation | None = None,
         batch_size: int = 64,
         device: torch.device | str = "cpu",
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         max_images: int | None = None,
     ) -> "TokenCache":
         """Encode every image `num_views` times and write the result at `path`, or open it where that was done before.
@@ -112,30 +112,34 @@ class TokenCache:
         path = Path(path)
         if num_views < 1 or (max_images is not None and max_images < 1):
             raise UserError(
-                f"A cache needs at least one image and one view, got {max_images} images and {num_views} views."
+                f"a cache needs at least one image and one view, got {max_images} images and {num_views} views."
             )
         if isinstance(source, ImageStream) and max_images is None:
             raise UserError(f"{source.name} is a stream without an end. Say how many images to keep (max_images).")
-        augment = augment or source.augmentation
+        settings = {
+            "num_views": num_views,
+            "image_size": image_size,
+            "augment": augment or source.augmentation,
+            "seed": seed,
+        }
         made_from = {
             "tokenizer": fingerprint(cast(nn.Module, tokenizer)),
             "data": source.fingerprint,
-            "settings": {
-                "num_views": num_views,
-                "image_size": image_size,
-                "augment": asdict(augment),
-                "seed": seed,
-                "max_images": max_images,
-            },
+            "settings": settings | {"augment": asdict(settings["augment"]), "max_images": max_images},
         }
         # a finished one may lie where nothing can be written
         if not contents(path):
             with waited_for(path, "the token cache"):
                 if not contents(path):
-                    views, rows = _views(
-                        source, image_size, augment, seed, num_views, batch_size, num_workers, max_images
-                    )
-                    _make(path, tokenizer, source, views, made_from, device, num_views, rows)
+                    if isinstance(source, ImageStream):
+                        images, rows = islice(source.images(), max_images), None
+                        views = _streamed_views(source, images, batch_size, settings)
+                    else:
+                        rows = min(len(source), max_images or len(source)) * num_views
+                        numbers = iter(range(rows))
+                        slices = iter(lambda: list(islice(numbers, batch_size)), [])
+                        views = worker_batches(CacheViews(source, **settings), slices, num_workers)
+                    _make(path, tokenizer, source, views, rows, made_from, device)
                     return cls(path)
         cache = cls(path)
         _refuse_other(cache, made_from)
@@ -152,19 +156,39 @@ class TokenCache:
         self._map()
 
 
-class CacheViews(Dataset[Sample]):
-    """The views that a cache encodes, by row: view `row % num_views` of image `row // num_views`."""
+class CacheViews(BatchedDataset):
+    """The views that a cache encodes, by row: view `row % num_views` of image `row // num_views`.
 
-    def __init__(self, source: ImageSource, image_size: int, augment: Augmentation, seed: int, num_views: int) -> None:
+    `first_image` is the number of the first image of `source` where that is a part of a stream.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        augment: Augmentation,
+        seed: int,
+        num_views: int,
+        first_image: int = 0,
+    ) -> None:
         self.source, self.image_size, self.augment = source, image_size, augment
-        self.seed, self.num_views = seed, num_views
-
-    def __getitem__(self, row: int) -> Sample:
-        return {name: rows[0] for name, rows in self.__getitems__([row]).items()}
+        self.seed, self.num_views, self.first_image = seed, num_views, first_image
+        self.in_memory = source.in_memory
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         numbers = np.asarray(rows, dtype=np.int64)
-        return random_views(self.source, numbers // self.num_views, numbers, self.image_size, self.augment, self.seed)
+        indices = numbers // self.num_views - self.first_image
+        return random_views(self.source, indices, numbers, self.image_size, self.augment, self.seed)
+
+
+def _streamed_views(
+    source: ImageStream, images: Iterator[tuple[ImageUint8, int]], batch_size: int, settings: dict[str, Any]
+) -> Iterator[Batch]:
+    start, num_views = 0, settings["num_views"]
+    while kept := list(islice(images, -(-batch_size // num_views))):
+        views = CacheViews(StreamedImages(source, kept), **settings, first_image=start)
+        yield views.__getitems__(range(start * num_views, (start + len(kept)) * num_views))
+        start += len(kept)
 
 
 def _make(
@@ -172,24 +196,21 @@ def _make(
     tokenizer: ImageTokenizer,
     source: ImageSource | ImageStream,
     views: Iterator[Batch],
+    rows: int | None,
     made_from: dict[str, Any],
     device: torch.device | str,
-    num_views: int,
-    rows: int | None,
 ) -> None:
-    """Write a cache; UserError on a full disk, and where no image could be read."""
+    """Write a cache of `rows` views (None: nobody knows); UserError on a full disk."""
     # an empty folder stays the one it is: a mounted volume cannot be replaced
     given = path.is_dir()
     partial = path / ".partial" if given else path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    start = time.perf_counter()
+    start, num_views = time.perf_counter(), made_from["settings"]["num_views"]
     try:
         partial.mkdir(parents=True)
-        labels, length, written = _encode(partial / _TOKENS, tokenizer, views, device, rows)
+        labels, (written, length) = _encode(partial / _TOKENS, tokenizer, views, device, rows)
         labels = labels[::num_views]
-        if not written:
-            raise UserError(f"{source.name}: no image could be read. Check the data set.")
-        _write(partial / _LABELS, lambda file: np.save(file, labels))
+        write_whole(partial / _LABELS, lambda file: np.save(file, labels))
         record = {
             "format": FORMAT,
             "fingerprint": sha256_of_parts(json.dumps(made_from, sort_keys=True)),
@@ -199,7 +220,7 @@ def _make(
             "num_views": num_views,
             "rows": written,
         }
-        _write(partial / _RECORD, lambda file: file.write(json.dumps(record, indent=2).encode()))
+        write_whole(partial / _RECORD, json.dumps(record, indent=2))
         if given:
             for name in (_TOKENS, _LABELS, _RECORD):
                 (partial / name).rename(path / name)
@@ -207,7 +228,7 @@ def _make(
             partial.rename(path)
     except OSError as error:
         raise UserError(
-            f"Could not write the token cache {path}: {error.strerror or error}. {writing_advice(error)}"
+            f"could not write the token cache {path}: {error.strerror or error}. {writing_advice(error)}"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -218,124 +239,50 @@ def _make(
     )
 
 
-def _views(
-    source: ImageSource | ImageStream,
-    image_size: int,
-    augment: Augmentation,
-    seed: int,
-    num_views: int,
-    batch_size: int,
-    num_workers: int,
-    max_images: int | None,
-) -> tuple[Iterator[Batch], int | None]:
-    """Batches of views in the order of the cache's rows, and the number of these (None: of a stream nobody knows)."""
-    if isinstance(source, ImageStream):
-        assert max_images is not None, "checked by build"
-        return _streamed_views(source, image_size, augment, seed, num_views, batch_size, max_images), None
-    dataset = CacheViews(source, image_size, augment, seed, num_views)
-    rows = min(len(source), max_images or len(source)) * num_views
-    slices = (list(range(first, min(first + batch_size, rows))) for first in range(0, rows, batch_size))
-    if num_workers:
-        return worker_batches(dataset, slices, num_workers), rows
-    return (dataset.__getitems__(chosen) for chosen in slices), rows
-
-
-def _streamed_views(
-    source: ImageStream,
-    image_size: int,
-    augment: Augmentation,
-    seed: int,
-    num_views: int,
-    batch_size: int,
-    max_images: int,
-) -> Iterator[Batch]:
-    made = (
-        (
-            augmented_view(image, image_size, augment, stream(seed, AUGMENT, row), may_flip=bool(source.flip[label])),
-            label,
-        )
-        for index, (image, label) in enumerate(islice(source.images(), max_images))
-        for row in range(index * num_views, (index + 1) * num_views)
-    )
-    start, whole_images = 0, -(-batch_size // num_views) * num_views
-    while batch := list(islice(made, whole_images)):
-        views, labels = zip(*batch, strict=True)
-        rows = np.arange(start, start + len(views))
-        yield collate(views, np.array(labels), rows // num_views, rows)
-        start += len(views)
-
-
 @torch.no_grad()
 def _encode(
     file_path: Path, tokenizer: ImageTokenizer, views: Iterator[Batch], device: torch.device | str, rows: int | None
-) -> tuple[Integer[np.ndarray, " rows"], int, int]:
-    """Write tokens.npy row by row; the labels of the rows, tokens per row and the number of rows."""
+) -> tuple[Integer[np.ndarray, " rows"], tuple[int, int]]:
+    """Write tokens.npy batch by batch; the labels of its rows, and its shape."""
     network = cast(nn.Module, tokenizer)
     kind = np.dtype("<u2" if tokenizer.config.codebook_size <= 2**16 else "<i4")
+    header = {"descr": kind.str, "fortran_order": False}
     labels: list[np.ndarray] = []
-    written, length = 0, 0
+    shape = (0, 0)
     was_training = network.training
     network.eval()
     try:
         with file_path.open("wb") as file, Display("encoding images", rows, "view") as bar:
             # of one length whatever its shape, which is filled in at the end
-            header = {"descr": kind.str, "fortran_order": False, "shape": (0, 0)}
-            np.lib.format.write_array_header_1_0(file, header)
+            np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
             for batch in views:
                 token_ids = tokenizer.encode(batch["image"].to(device)).token_ids
                 if not isinstance(token_ids, Tensor):
                     token_ids = torch.cat(list(token_ids), dim=1)
                 file.write(token_ids.cpu().numpy().astype(kind).tobytes())
                 labels.append(batch["class_label"].numpy())
-                written, length = written + len(token_ids), token_ids.shape[1]
+                shape = (shape[0] + len(token_ids), token_ids.shape[1])
                 bar.update(len(token_ids))
             file.seek(0)
-            np.lib.format.write_array_header_1_0(file, header | {"shape": (written, length)})
+            np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
             file.flush()
             os.fsync(file.fileno())
     finally:
         network.train(was_training)
-    return np.concatenate([np.zeros(0, dtype=np.int64), *labels]), length, written
-
-
-def _write(path: Path, write: Any) -> None:
-    with path.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"A token cache is a folder, got {path}, which does not exist. Build it first.")
-    try:
-        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-        if record["format"] > FORMAT:
-            raise UserError(f"{path} was written by a newer Isthmus (format {record['format']}). Update Isthmus.")
-        return record
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise UserError(f"The token cache {path} must be readable ({error}). Check its permissions.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no token cache that can be read. Delete it, and it is made again.") from error
+    return np.concatenate(labels), shape
 
 
 def _refuse_other(cache: TokenCache, made_from: dict[str, Any]) -> None:
     """UserError unless the cache was made from this tokenizer, these images and these settings."""
     words = {"tokenizer": "another tokenizer", "data": "other images", "settings": "other settings"}
-    before = cache.record["made_from"]
     for part, wanted in made_from.items():
-        if before[part] == wanted:
+        before = cache.record["made_from"][part]
+        if before == wanted:
             continue
         detail = ""
         if isinstance(wanted, dict):
-            changed = [
-                f"{key}: {before[part].get(key)}, now {wanted[key]}"
-                for key in wanted
-                if before[part].get(key) != wanted[key]
-            ]
+            changed = [f"{key}: {before.get(key)}, now {new}" for key, new in wanted.items() if before.get(key) != new]
             detail = f" ({'; '.join(changed)})"
         raise UserError(
-            f"The token cache {cache.path} was made with {words[part]}{detail}. Delete it, or choose another folder."
+            f"the token cache {cache.path} was made with {words[part]}{detail}. Delete it, or choose another folder."
         )

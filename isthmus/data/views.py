@@ -33,6 +33,19 @@ Batch = dict[str, Tensor]
 """The same with a batch axis in front."""
 
 
+class BatchedDataset(Dataset[Sample]):
+    """Samples that are made by the batch: subclasses define `__getitems__`."""
+
+    in_memory: bool
+    """Making a sample is so quick that worker processes would only cost time."""
+
+    def __getitem__(self, position: int) -> Sample:
+        return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+
 def random_view(
     source: ImageSource, index: int, image_size: int, augment: Augmentation, generator: np.random.Generator
 ) -> SquareView:
@@ -81,12 +94,12 @@ def check_share(batch_size: int, start_position: int, rank: int, world_size: int
     """Raise UserError unless a batch of `batch_size` divides over the processes and the numbers make sense."""
     if batch_size < 1 or batch_size % world_size:
         raise UserError(
-            f"The batch size must be a positive multiple of the number of processes {world_size}, got {batch_size}. "
+            f"the batch size must be a positive multiple of the number of processes {world_size}, got {batch_size}. "
             f"Take {max(batch_size // world_size, 1) * world_size}."
         )
     if start_position < 0 or not 0 <= rank < world_size:
         raise UserError(
-            f"Positions and ranks count from 0, got position {start_position}, rank {rank} of {world_size}."
+            f"positions and ranks count from 0, got position {start_position}, rank {rank} of {world_size}."
         )
 
 
@@ -102,7 +115,7 @@ class _Worker:
     that dies closes its end, which ends every wait for it.
     """
 
-    def __init__(self, context: BaseContext, dataset: Dataset[Sample]) -> None:
+    def __init__(self, context: BaseContext, dataset: BatchedDataset) -> None:
         self._pipe, other_end = context.Pipe()
         self._process: Any = context.Process(target=_serve, args=(other_end, dataset), daemon=True)  # pyright: ignore[reportAttributeAccessIssue]
         self._process.start()
@@ -145,11 +158,16 @@ class _Worker:
         )
 
 
-def worker_batches(dataset: Dataset[Sample], slices: Iterator[list[int]], num_workers: int) -> Iterator[Batch]:
+def worker_batches(dataset: BatchedDataset, slices: Iterator[list[int]], num_workers: int | None) -> Iterator[Batch]:
     """The batches that `dataset.__getitems__` makes of these lists, in order, made by `num_workers` fresh processes.
 
-    Raises UserError where a process died.
+    0 makes them in this one; None is 0 where samples are quick to make, else half of the processors, at most 8. Raises
+    UserError where a process died.
     """
+    if num_workers is None:
+        num_workers = 0 if dataset.in_memory else min(8, usable_processors() // 2)
+    if num_workers == 0:
+        return map(dataset.__getitems__, slices)
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -179,7 +197,7 @@ def _in_turn(workers: list[_Worker], slices: Iterator[list[int]]) -> Iterator[Ba
         reader.shutdown(cancel_futures=True)
 
 
-def _serve(pipe: Connection, dataset: Dataset[Sample]) -> None:
+def _serve(pipe: Connection, dataset: BatchedDataset) -> None:
     """A worker's life: lists of positions in, batches out, until the other end is closed."""
     # the parent decides what a signal means, also one that reaches all its processes
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -189,7 +207,7 @@ def _serve(pipe: Connection, dataset: Dataset[Sample]) -> None:
         while True:
             positions = pipe.recv()
             try:
-                batch: Batch = dataset.__getitems__(positions)  # pyright: ignore[reportAttributeAccessIssue]
+                batch = dataset.__getitems__(positions)
             except Exception as error:
                 pipe.send(_as_sent(error))
                 continue

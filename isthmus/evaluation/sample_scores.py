@@ -18,11 +18,10 @@ from isthmus.evaluation.guards import (
     check_enough_images,
     check_small_set,
 )
-from isthmus.evaluation.neighbours import nearest_neighbours
+from isthmus.evaluation.neighbours import copy_distance, nearest_neighbours
 from isthmus.evaluation.record import Protocol, Score
-from isthmus.evaluation.reference import DataSplits, RealSide, RealSides, Reference, choose_reference
+from isthmus.evaluation.reference import DataSplits, RealSide, Reference, choose_reference, measure_real_side
 from isthmus.evaluation.scores import (
-    CopySearch,
     Features,
     LabelledFeatures,
     class_consistency,
@@ -30,18 +29,17 @@ from isthmus.evaluation.scores import (
     inception_score_list,
     manifold_score_list,
     memorisation,
-    statistics_score,
 )
+from isthmus.evaluation.statistics import Gaussian, frechet_distance
+from isthmus.files import sha256_of_parts
+
+RealSides = dict[str, RealSide]
+"""Real sides that were measured before: of many models against the same images, the first one alone measures."""
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The nearest training image of every sample.
-
-    Attributes:
-        index: number of the training image.
-        distance: Euclidean, in the headline space.
-    """
+    """The nearest training image of every sample, and its Euclidean distance in the headline space."""
 
     index: Int[np.ndarray, " n"]
     distance: Float[np.ndarray, " n"]
@@ -55,7 +53,7 @@ class SampleScores:
         scores: those to read first come first.
         by_class: class -> name -> value.
         warnings: of the guards.
-        neighbours: the nearest training image of every sample; None where there are no training images.
+        neighbours: None where there are no training images.
     """
 
     scores: tuple[Score, ...]
@@ -101,23 +99,20 @@ def score_samples(
         warnings.append(check_enough_images(len(rows), network.spaces[space], space=space))
         distances = _with_statistics(distances, samples[space], reference, space, network, n)
     distances = [*distances, *inception_score_list(samples, real.reference, network)]
-    known = reference.images
-    if labels is not None and names and known is not None and known.labels is not None:
-        if known.class_names == tuple(names):
+    known, classes, by_class, neighbours, copies = reference.images, [], {}, None, []
+    if labels is not None and names:
+        if known is not None and known.labels is not None and known.class_names == tuple(names):
             warnings.append(check_balance(labels, known.labels, names))
-    classes, by_class = [], {}
-    if real.training is not None and real.held_out is not None and labels is not None and names:
-        warning = check_classes(labels)
-        warnings.append(warning)
-        if warning is None:
-            judged = LabelledFeatures(rows, labels)
-            classes, by_class = class_consistency(judged, real.training, real.held_out, names, space=headline)
-    neighbours, copies = None, []
+        if real.training is not None and real.held_out is not None:
+            warnings.append(check_classes(labels))
+            if warnings[-1] is None:
+                judged = LabelledFeatures(rows, labels)
+                classes, by_class = class_consistency(judged, real.training, real.held_out, names, space=headline)
     if real.training is not None:
         neighbours = Neighbours(*nearest_neighbours(rows, real.training.rows))
-        if real.held_out is not None:
-            warnings.append(check_copy_distance(real.copy_distance))
-            copies = memorisation(neighbours.distance, _copy_search(real, headline))
+        warnings.append(check_copy_distance(copy_distance(real.held_out_distances)))
+        note = "; ".join(filter(None, (real.searched, f"features {headline}")))
+        copies = memorisation(neighbours.distance, real.held_out_distances, real.view_distances, note=note)
     if n < FEWEST_FOR_FRECHET:
         # the kernel distance, then class consistency, lead
         scores = [*distances[:1], *classes[:1], *copies, *distances[1:], *classes[1:], *neighbourhoods]
@@ -127,16 +122,10 @@ def score_samples(
     return SampleScores(tuple(scores), by_class, tuple(said), neighbours)
 
 
-def _copy_search(real: RealSide, space: str) -> CopySearch:
-    note = "; ".join(filter(None, (real.searched, f"features {space}")))
-    return CopySearch(real.held_out_distances, real.view_distances, real.copy_distance, note)
-
-
 def statistics_space(reference: Reference, network: FeatureNetwork) -> str:
     """The feature space in which a file of statistics was made, as it says itself, or else as its width tells.
 
-    Raises:
-        UserError: it was made with other features, weights or preprocessing.
+    Raises UserError where it was made with other features, weights or preprocessing.
     """
     statistics, origin = reference.statistics, reference.origin
     assert statistics is not None, "a reference is images or statistics"
@@ -171,18 +160,22 @@ def _with_statistics(
 ) -> list[Score]:
     """`distances` with that of all samples to the reference's mu and sigma; the one to images of its name says so."""
     assert reference.statistics is not None, "a reference is images or statistics"
-    found = statistics_score(rows, reference.statistics, space, network, beside_images=reference.images is not None)
+    without = "file holds no images"
+    if reference.images is not None:
+        without = "images of the file are other and fewer than its statistics"
+    found = Score(
+        name=score_name("frechet", space, len(rows), network.input_size),
+        value=frechet_distance(Gaussian.of(rows), reference.statistics),
+        better="lower",
+        images=len(rows),
+        note=f"all samples against mu and sigma of the reference; floor and ceiling are unknown: the {without}",
+    )
     of_images = score_name("frechet", space, n, network.input_size)
-    others = [
-        replace(
-            one,
-            name=f"{one.name} to the images",
-            note=f"to the images of the reference, not its mu and sigma; {one.note}",
-        )
-        if one.name == of_images
-        else one
-        for one in distances
-    ]
+    others = list(distances)
+    for place, one in enumerate(others):
+        if one.name == of_images:
+            note = f"to the images of the reference, not its mu and sigma; {one.note}"
+            others[place] = replace(one, name=f"{one.name} to the images", note=note)
     # few images: the kernel distance keeps the lead
     place = min(len(others), int(n < FEWEST_FOR_FRECHET))
     return [*others[:place], found, *others[place:]]
@@ -191,11 +184,8 @@ def _with_statistics(
 def fitting(against: Reference, network: FeatureNetwork, size: tuple[int, int]) -> Reference:
     """The reference as far as it fits samples of `size` pixels (height, width) and the features.
 
-    Statistics of other features that lie beside images are left out, with a warning; so is said of statistics that do
-    not tell their features.
-
-    Raises:
-        UserError: the images have another size than the samples, or there is nothing but statistics of other features.
+    Statistics of other features that lie beside images are left out, with a warning. Raises UserError where the images
+    have another size than the samples, or there is nothing but statistics of other features.
     """
     if against.images is None:
         statistics_space(against, network)
@@ -231,7 +221,6 @@ class RealImages:
     """What images are measured against, and by which features: one protocol for any number of sets.
 
     Attributes:
-        network: of the features.
         splits: the data set that judges classes and copies; None where there is none.
         reference: what distances are taken to.
         size: height and width in pixels of what is measured.
@@ -256,11 +245,10 @@ class RealImages:
     ) -> "RealImages":
         """Those of a data set, or of `reference`; nothing is measured yet.
 
-        Raises:
-            UserError: there is no reference, or it does not fit images of this size or the features.
+        Raises UserError where there is no reference, or it does not fit images of this size or the features.
         """
         fits = fitting(choose_reference(splits, reference, size=size), network, size)
-        return cls(network, splits, fits, size, sides or RealSides())
+        return cls(network, splits, fits, size, {} if sides is None else sides)
 
     def protocol(self, num: int, balance: str) -> Protocol:
         """How `num` samples with these frequencies of the classes, in words, are measured."""
@@ -283,20 +271,24 @@ class RealImages:
         )
 
     def measured(self, num: int) -> RealSide:
-        """The real images as `num` samples are measured against them, measured once.
+        """The real images as `num` samples are measured against them; what `sides` has is not measured again.
 
-        Raises:
-            UserError: the reference is the training set, or its images cannot be used.
+        Raises UserError where the reference is the training set, or its images cannot be used.
         """
-        n = self.reference.images_per_measurement(num)
-        return self.sides.measure(self.reference, self.splits, self.network, n)
+        n, images, data = self.reference.images_per_measurement(num), self.reference.images, self.splits
+        against = (self.reference.fingerprint, self.reference.holds_training, images and (images.resized, self.size))
+        judged = data and (data.train.fingerprint, data.held_out.fingerprint, data.class_names, data.num_train)
+        key = sha256_of_parts(against, judged, self.network.name, self.network.weights_sha256, n)
+        if key not in self.sides:
+            self.sides[key] = measure_real_side(self.reference, data, self.network, n)
+        return self.sides[key]
 
     def scores(
         self, samples: Features, labels: Int[np.ndarray, " n"] | None, names: Sequence[str] = ()
     ) -> SampleScores:
         """What is said of samples; arguments as for `score_samples`."""
-        num = len(next(iter(samples.values())))
-        return score_samples(samples, labels, self.reference, self.measured(num), self.network, names)
+        real = self.measured(len(next(iter(samples.values()))))
+        return score_samples(samples, labels, self.reference, real, self.network, names)
 
 
 def data_facts(splits: DataSplits) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from isthmus.evaluation.classes import (
     LinearProbe,
@@ -15,16 +16,17 @@ from isthmus.evaluation.classes import (
 )
 from isthmus.evaluation.features import FeatureNetwork, score_name
 from isthmus.evaluation.guards import FEWEST_FOR_FRECHET
-from isthmus.evaluation.neighbours import COPY_QUANTILE, copies, manifold_scores, nearer_than
+from isthmus.evaluation.neighbours import COPY_QUANTILE, copies, copy_distance, manifold_scores, nearer_than
 from isthmus.evaluation.record import Score
 from isthmus.evaluation.statistics import (
     Gaussian,
+    Interval,
+    Measurements,
     bootstrap_interval,
     frechet_distance,
     frechet_over_chunks,
     kernel_distance,
     mean_interval,
-    spread,
 )
 from isthmus.nn.draws import SPLIT, stream
 
@@ -33,6 +35,7 @@ Features = dict[str, Float[np.ndarray, "_ _"]]
 
 _FEWEST_FOR_MANIFOLD = 6  # the fifth neighbour of an image
 _FEWEST_TO_SPLIT = 100  # ten images say nothing of classes
+_SHARES_OF_SAMPLES = ("precision", "density")  # recall and coverage are means over the real images
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +65,11 @@ class LabelledFeatures:
 
 
 def distance_scores(samples: Features, real: RealFeatures, network: FeatureNetwork) -> list[Score]:
-    """Frechet distances in every space and the kernel distance in the first.
-
-    Below `FEWEST_FOR_FRECHET` images the kernel distance comes first.
-    """
-    n, headline = len(real), next(iter(network.spaces))
+    """Frechet distances in every space and the kernel distance in the first, which leads below `FEWEST_FOR_FRECHET`."""
+    headline = next(iter(network.spaces))
     frechet = [_frechet(space, samples[space], real, network) for space in network.spaces]
-    scores = [*frechet, _kernel(headline, samples[headline], real, network)]
-    if n < FEWEST_FOR_FRECHET:
-        scores = [scores[-1], *scores[:-1]]
-    return scores
+    kernel = _kernel(headline, samples[headline], real, network)
+    return [kernel, *frechet] if len(real) < FEWEST_FOR_FRECHET else [*frechet, kernel]
 
 
 def inception_score_list(samples: Features, real: RealFeatures | None, network: FeatureNetwork) -> list[Score]:
@@ -85,7 +83,7 @@ def inception_score_list(samples: Features, real: RealFeatures | None, network: 
     rows = samples[network.logits]
     tenth = len(rows) // 10 if len(rows) >= _FEWEST_TO_SPLIT else len(rows)
     size = tenth if real is None else len(real)
-    over = spread([inception_score(rows[chunk]) for chunk in _chunks(len(rows), size)])
+    over = Measurements.of([inception_score(rows[chunk]) for chunk in _chunks(len(rows), size)])
     return [
         Score(
             name="Inception score",
@@ -93,7 +91,7 @@ def inception_score_list(samples: Features, real: RealFeatures | None, network: 
             better="higher",
             images=size,
             measurements=over.count,
-            deviation=over.standard_deviation,
+            deviation=over.deviation,
             floor=None if real is None else inception_score(real.other[network.logits]),
             ceiling=None if real is None else inception_score(real.ruined[network.logits]),
             note=f"splits of {size:,} images: it grows with their size; {_used(over.count * size, len(rows))}",
@@ -109,18 +107,16 @@ def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Row
     n = len(reference)
     if n < _FEWEST_FOR_MANIFOLD:
         return []
-    chunks = _chunks(len(samples), n)
-    found = [manifold_scores(samples[rows], reference).values() for rows in chunks]
-    floor, ceiling = (manifold_scores(rows, reference).values() for rows in (other, ruined))
+    found = [vars(manifold_scores(samples[rows], reference)) for rows in _chunks(len(samples), n)]
+    floor, ceiling = (vars(manifold_scores(rows, reference)) for rows in (other, ruined))
     scores = []
-    for name in ("precision", "recall", "density", "coverage"):
-        per_chunk = [float(chunk[name].mean()) for chunk in found]
-        # precision is a mean over samples; recall and coverage are means over the same real images in every chunk
-        over_samples = name in ("precision", "density")
-        values = np.concatenate([c[name] for c in found]) if over_samples else np.mean([c[name] for c in found], axis=0)
+    for name in floor:
+        per_chunk = [chunk[name] for chunk in found]
+        # recall and coverage are means over the same real images in every chunk
+        values = np.concatenate(per_chunk) if name in _SHARES_OF_SAMPLES else np.mean(per_chunk, axis=0)
         # a density of 0 everywhere is no share of images
         interval = bootstrap_interval(values) if name == "density" else mean_interval(values)
-        over = spread(per_chunk)
+        over = Measurements.of([float(chunk.mean()) for chunk in per_chunk])
         scores.append(
             Score(
                 name=name,
@@ -128,7 +124,7 @@ def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Row
                 better="higher",
                 images=n,
                 measurements=over.count,
-                deviation=over.standard_deviation,
+                deviation=over.deviation,
                 low=interval.low,
                 high=interval.high,
                 floor=float(floor[name].mean()),
@@ -137,21 +133,6 @@ def manifold_score_list(samples: Rows, reference: Rows, other: Rows, ruined: Row
             )
         )
     return scores
-
-
-def statistics_score(
-    samples: Rows, reference: Gaussian, space: str, network: FeatureNetwork, *, beside_images: bool = False
-) -> Score:
-    """The Frechet distance of all samples to the mean and covariance of a file: no floor and no ceiling is known."""
-    without = "images of the file are other and fewer than its statistics" if beside_images else "file holds no images"
-    statistics = Gaussian.of(samples)
-    return Score(
-        name=score_name("frechet", space, len(samples), network.input_size),
-        value=frechet_distance(statistics, reference),
-        better="lower",
-        images=len(samples),
-        note=f"all samples against mu and sigma of the reference; floor and ceiling are unknown: the {without}",
-    )
 
 
 def class_consistency(
@@ -164,7 +145,7 @@ def class_consistency(
 ) -> tuple[list[Score], dict[str, dict[str, float]]]:
     """Accuracy of two classifiers fitted on training images, and variety within classes; the same by class.
 
-    `space` is the name of the features.
+    The floor of an accuracy is that on held-out images, its ceiling chance. `space` is the name of the features.
     """
     scores, by_class = [], {name: {} for name in names}
     for name, kind in (
@@ -172,16 +153,13 @@ def class_consistency(
         ("class accuracy (linear probe)", LinearProbe),
     ):
         judge = kind.fit(training.rows, training.labels)
-        right, right_held_out = (_right(judge, one) for one in (samples, held_out))
-        interval = mean_interval(right)
+        right, right_held_out = (judge.predict(one.rows) == one.labels for one in (samples, held_out))
         scores.append(
-            Score(
-                name=name,
-                value=interval.mean,
-                better="higher",
-                images=len(right),
-                low=interval.low,
-                high=interval.high,
+            mean_score(
+                name,
+                mean_interval(right),
+                len(right),
+                "higher",
                 floor=float(right_held_out.mean()),
                 ceiling=1 / len(names),
                 note=f"floor: {len(right_held_out)} held-out images; ceiling: chance; features {space}",
@@ -211,67 +189,57 @@ def class_consistency(
     return scores, by_class
 
 
-@dataclass(frozen=True, eq=False)
-class CopySearch:
-    """Distances to the nearest training image, in the headline space, of images that tell copies from others.
-
-    Attributes:
-        held_out: of the held-out images, which nobody copied.
-        views: of fresh views of training images, which a perfect memory would draw, and of held-out images changed
-            alike; None where they are not known.
-        threshold: `copy_distance` of the held-out images.
-        note: what was searched, and what the views are.
-    """
-
-    held_out: Float[np.ndarray, " k"]
-    views: tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]] | None
-    threshold: float
-    note: str
-
-
-def memorisation(distances: Float[np.ndarray, " n"], search: CopySearch) -> list[Score]:
+def memorisation(
+    distances: Float[np.ndarray, " n"],
+    held_out: Float[np.ndarray, " k"],
+    views: tuple[Float[np.ndarray, " v"], Float[np.ndarray, " w"]] | None,
+    *,
+    note: str,
+) -> list[Score]:
     """Two answers to whether samples lie nearer to training images than held-out images do.
 
     The memorised share counts samples nearer than 99 % of the held-out images are: single copies, as far as held-out
     images leave room for them. "Nearer than held-out" compares whole laws (`nearer_than`): it also sees copies that a
-    crop, a shift or a lossy tokenizer moved away, when there are many. The ceiling of both is measured: it is what the
-    images that training saw would score. Held-out images changed alike are the floor.
+    crop, a shift or a lossy tokenizer moved away, when there are many.
 
     Args:
-        distances: of every sample to its nearest training image.
-        search: the same of real images.
+        distances: of every sample to its nearest training image, in the headline space.
+        held_out: the same of the held-out images, which nobody copied.
+        views: the same of fresh views of training images, which a perfect memory would draw, and of held-out images
+            changed alike: the ceiling and the floor. None where they are not known.
+        note: what was searched, and what the views are.
     """
-    near = copies(distances, search.threshold)
-    copied, new = (None, None) if search.views is None else search.views
-    share, nearer = mean_interval(near), nearer_than(distances, search.held_out)
-    interval = bootstrap_interval(nearer)
+    threshold, (copied, new) = copy_distance(held_out), views or (None, None)
     return [
-        Score(
-            name="memorised share",
-            value=share.mean,
-            better="lower",
-            images=len(near),
-            low=share.low,
-            high=share.high,
+        mean_score(
+            "memorised share",
+            mean_interval(copies(distances, threshold)),
+            len(distances),
+            "lower",
             floor=COPY_QUANTILE,
-            ceiling=None if copied is None else float(copies(copied, search.threshold).mean()),
+            ceiling=None if copied is None else float(copies(copied, threshold).mean()),
             note="samples nearer to a training image than 99 % of the held-out images are; the ceiling is the share of "
-            f"true copies that this finds, before any loss of a tokenizer; {search.note}",
+            f"true copies that this finds, before any loss of a tokenizer; {note}",
         ),
-        Score(
-            name="nearer than held-out",
-            value=interval.mean,
-            better="lower",
-            images=len(near),
-            low=interval.low,
-            high=interval.high,
-            floor=0.5 if new is None else float(nearer_than(new, search.held_out).mean()),
-            ceiling=None if copied is None else float(nearer_than(copied, search.held_out).mean()),
+        mean_score(
+            "nearer than held-out",
+            bootstrap_interval(nearer_than(distances, held_out)),
+            len(distances),
+            "lower",
+            floor=0.5 if new is None else float(nearer_than(new, held_out).mean()),
+            ceiling=None if copied is None else float(nearer_than(copied, held_out).mean()),
             note="how often a sample is nearer to its nearest training image than a held-out image is to its own; "
             "plain or typical samples are nearer too, so above the floor is a hint, not a proof; floor: held-out "
             "images, ceiling: training images, both as training sees them",
         ),
     ]
+
+
+def mean_score(name: str, interval: Interval, images: int, better: Literal["lower", "higher"], **others: Any) -> Score:
+    """A mean over images with its interval; `others` are further fields of the score."""
+    return Score(
+        name=name, value=interval.mean, better=better, images=images, low=interval.low, high=interval.high, **others
+    )
 
 
 def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork) -> Score:
@@ -283,7 +251,7 @@ def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork
         better="lower",
         images=n,
         measurements=over.count,
-        deviation=over.standard_deviation,
+        deviation=over.deviation,
         floor=frechet_distance(Gaussian.of(real.other[space]), reference),
         ceiling=frechet_distance(Gaussian.of(real.ruined[space]), reference),
         note=_used(over.count * n, len(rows)),
@@ -309,10 +277,6 @@ def _kernel(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork)
 def _used(used: int, total: int) -> str:
     """What disjoint chunks of one size leave over is said."""
     return f"used {used:,} of {total:,} samples"
-
-
-def _right(judge: NearestClassMean | LinearProbe, images: LabelledFeatures) -> Bool[np.ndarray, " n"]:
-    return judge.predict(images.rows) == images.labels
 
 
 def _chunks(total: int, size: int) -> list[Int[np.ndarray, " size"]]:

@@ -21,8 +21,19 @@ from isthmus.pipelines.images import ImageInput, check_size, checked_images, fro
 from isthmus.pipelines.request import OutputType, Pictures, as_output
 from isthmus.rgb import upright_rgb
 
+logger = logging.getLogger("isthmus")
+
+MaskInput = (
+    PIL.Image.Image
+    | Shaped[np.ndarray, "*dims"]
+    | Shaped[Tensor, "*dims"]
+    | Sequence[PIL.Image.Image | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."]]
+)
+"""A picture, an array or tensor (h, w), (b, h, w) or (b, 1, h, w), or several of these. White is to be made."""
 Mask = Float[Tensor, "b 1 h w"]
 """1 = unknown, 0 = known."""
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels; right and bottom are the first beyond."""
 KeptTokens = list[Bool[Tensor, "b _"]]
 """One entry per scale: which of its tokens an edit takes from the source."""
 
@@ -93,17 +104,6 @@ def feathered(mask: Mask, seam_px: int) -> Mask:
     return total / (seam_px + 1)
 
 
-def paste_known(
-    new: Images, source: Float[Tensor, "#b 3 h w"], mask: Float[Tensor, "#b 1 h w"], *, seam_px: int
-) -> Images:
-    """The known pixels of `source` over `new`, blended over `seam_px` of them beside the mask.
-
-    Under the mask this is `new` exactly, and further than `seam_px` from it `source` exactly. One source and mask
-    serve any number of new pictures.
-    """
-    return torch.lerp(source, new, feathered(mask, seam_px))
-
-
 def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w"], *, steps: int = 12) -> Images:
     """Images in [-1, 1] whose averages over the cells of `small` are those of `small`, up to clamping.
 
@@ -118,21 +118,7 @@ def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w
     return images
 
 
-logger = logging.getLogger("isthmus")
-
-MaskInput = (
-    PIL.Image.Image
-    | Shaped[np.ndarray, "*dims"]
-    | Shaped[Tensor, "*dims"]
-    | Sequence[PIL.Image.Image | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."]]
-)
-"""A picture, an array or tensor (h, w), (b, h, w) or (b, 1, h, w), or several of these. White is to be made."""
-
-_WHITES = (1, 255, 65535)
-_Plane = Float[Tensor, "1 1 h w"]
-
-
-def to_masks(masks: object) -> list[_Plane]:
+def to_masks(masks: object) -> list[Float[Tensor, "1 1 h w"]]:
     """One (1, 1, h, w) mask of zeros and ones per image, on the CPU; 1 = unknown.
 
     Values lie in 0..1, 0..255 or 0..65535, the smallest of these that holds them, and what is above one half is white:
@@ -169,10 +155,10 @@ def _planes(mask: object) -> list[Shaped[Tensor, "_ _"]]:
     return list(values.detach().cpu())
 
 
-def _binary(plane: Shaped[Tensor, "h w"]) -> _Plane:
+def _binary(plane: Shaped[Tensor, "h w"]) -> Float[Tensor, "1 1 h w"]:
     values = plane.double()
     low, high = values.min().item(), values.max().item()
-    white = next((white for white in _WHITES if high <= white), None)
+    white = next((white for white in (1, 255, 65535) if high <= white), None)
     if white is None or not low >= 0:  # NaN is neither
         raise UserError(
             f"a mask has values in 0..1, 0..255 or 0..65535, black to white, got {low:g}..{high:g}. Scale it first."
@@ -194,10 +180,6 @@ def _binary(plane: Shaped[Tensor, "h w"]) -> _Plane:
     return white_places.float()[None, None]
 
 
-Box = tuple[int, int, int, int]
-"""Left, top, right and bottom in pixels; right and bottom are the first beyond."""
-
-
 @dataclass(frozen=True)
 class Canvas:
     """Pictures on squares of one size, with masks of what is unknown.
@@ -213,12 +195,12 @@ class Canvas:
     boxes: list[Box]
 
     def pasted(self, images: Images, seam_px: int) -> Images:
-        """The known pixels over images that were made; a single canvas serves all of them.
+        """The known pixels over images that were made, blended over `seam_px` of them; a single canvas serves all.
 
-        The seam lies beside the holes alone. It does not start from the border, which is cut off: known pixels far
-        from any hole stay as they are.
+        Under the hole this is `images` exactly, and further than `seam_px` from it the known pixels exactly. The seam
+        does not start from the border, which is cut off.
         """
-        return paste_known(images, self.pixels, self.hole, seam_px=seam_px)
+        return torch.lerp(self.pixels, images, feathered(self.hole, seam_px))
 
     def cut(self, images: Images, output_type: OutputType) -> Pictures:
         """The pictures without the border, in the form asked for."""
@@ -262,17 +244,13 @@ def place(
     where a mask has another size than its image, a picture is smaller than the stride, or scaling leaves nothing known.
     """
     placed = [_place(image, mask, side, stride, hide) for image, mask in zip(images, masks, strict=True)]
-    return Canvas(
-        torch.cat([one.pixels for one in placed]),
-        torch.cat([one.mask for one in placed]),
-        torch.cat([one.hole for one in placed]),
-        [box for one in placed for box in one.boxes],
-    )
+    pixels, unknown, holes, boxes = zip(*placed, strict=True)
+    return Canvas(torch.cat(pixels), torch.cat(unknown), torch.cat(holes), list(boxes))
 
 
 def _place(
     image: Float[Tensor, "1 3 _ _"], mask: Float[Tensor, "1 1 _ _"], side: int, stride: int, hide: bool
-) -> Canvas:
+) -> tuple[Tensor, Tensor, Tensor, Box]:
     height, width = image.shape[-2:]
     if mask.shape[-2:] != image.shape[-2:]:
         raise UserError(
@@ -292,11 +270,11 @@ def _place(
         raise UserError(f"the mask leaves no known pixel at the model's size, {side} x {side}. Make it coarser.")
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
     around = (left, side - size[1] - left, top, side - size[0] - top)
-    unknown, border = F.pad(mask, around, value=1.0), F.pad(torch.zeros_like(mask), around, value=1.0)
     pixels = F.pad(image, around)
     if any(around):
-        pixels = fill_unknown(pixels, border)
-    return Canvas(pixels, unknown, F.pad(mask, around), [(left, top, left + size[1], top + size[0])])
+        pixels = fill_unknown(pixels, F.pad(torch.zeros_like(mask), around, value=1.0))
+    box = (left, top, left + size[1], top + size[0])
+    return pixels, F.pad(mask, around, value=1.0), F.pad(mask, around), box
 
 
 def extended(

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +16,11 @@ from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.published import (
     Converted,
+    ConvertedPipeline,
+    build,
     check_belong,
-    check_class_names,
     data_of,
     indexed,
-    load_strict,
     read_weights,
     rename,
     require,
@@ -80,14 +79,12 @@ _PRIOR_DROPPED = {
 
 
 def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, ...]) -> Converted:
-    """Published VQVAE weights to `MultiScaleVQVAE` arguments and weights; sizes come from the shapes.
+    """Published VQVAE weights to `MultiScaleVQVAE` arguments and weights; UserError for an unknown or missing key.
 
-    The schedule is not in the file (the network is fully convolutional): it comes from the prior. Raises UserError
-    where a key is unknown or missing.
+    Sizes come from the shapes, the schedule from the prior: it is not in the file, the network is fully convolutional.
     """
     state, dropped = rename(raw, _TOKENIZER_KEYS, _TOKENIZER_DROPPED, "VAR tokenizer", "quantize.embedding.weight")
-    first = ("encoder.conv_in.weight", "encoder.levels.0.blocks.0.conv1.weight")
-    require(state, first, "VAR tokenizer")
+    require(state, ("encoder.conv_in.weight", "encoder.levels.0.blocks.0.conv1.weight"), "VAR tokenizer")
     codebook = state["codebook.weight"]
     first_convs = indexed(state, r"encoder\.levels\.(\d+)\.blocks\.0\.conv1\.weight")
     base = state["encoder.conv_in.weight"].shape[0]
@@ -113,10 +110,7 @@ def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, .
 
 
 def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causal") -> Converted:
-    """Published VAR weights to `NextScaleTransformer` arguments and weights; every size comes from the file.
-
-    Raises UserError where a key is unknown or missing.
-    """
+    """Published VAR weights to `NextScaleTransformer` arguments and weights; UserError for unknown or missing keys."""
     state, dropped = rename(raw, _PRIOR_KEYS, _PRIOR_DROPPED, "VAR prior", "pos_1LC")
     if "lvl_1L" not in raw:
         raise UserError(
@@ -130,9 +124,8 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
             f"lvl_1L must give every scale a square number of tokens, got {counts}. Pass the file "
             "of a prior over square images."
         )
-    first = ("head.weight", "word_embedding.weight", "class_embedding.weight")
     block = ("blocks.0.attention.qkv.weight", "blocks.0.feed_forward.up.weight")
-    require(state, first + block, "VAR prior")
+    require(state, ("head.weight", "word_embedding.weight", "class_embedding.weight", *block), "VAR prior")
     codebook_size, width = state["head.weight"].shape
     # the file keeps a sequence dimension in the shared variant's offsets
     state = {key: value[0] if key.endswith("modulation.offset") else value for key, value in state.items()}
@@ -158,24 +151,15 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
 
 def build_tokenizer(converted: Converted) -> MultiScaleVQVAE:
     """A tokenizer with the converted weights, in eval mode."""
-    return load_strict(MultiScaleVQVAE(**converted.arguments), converted.state, "the tokenizer file").eval()
+    return build(MultiScaleVQVAE, converted, "the tokenizer file")
 
 
 def build_prior(converted: Converted) -> NextScaleTransformer:
     """A prior with the converted weights, in eval mode."""
-    return load_strict(NextScaleTransformer(**converted.arguments), converted.state, "the prior file").eval()
+    return build(NextScaleTransformer, converted, "the prior file")
 
 
 _HITS = "quantize.ema_vocab_hit_SV"
-
-
-@dataclass
-class ConvertedVar:
-    """A pipeline, ready to draw and to save, and of each file the dropped keys with why they are not needed."""
-
-    pipeline: NextScalePipeline
-    dropped_tokenizer_keys: dict[str, str]
-    dropped_prior_keys: dict[str, str]
 
 
 def convert_var(
@@ -184,7 +168,7 @@ def convert_var(
     *,
     scale_attention: Literal["causal", "markov"] = "causal",
     class_names: Sequence[str] = (),
-) -> ConvertedVar:
+) -> ConvertedPipeline:
     """Published VAR files to a pipeline; the tokenizer gets the prior's scales.
 
     Sampling defaults are those of the published evaluation: guidance linear from 1 to 2.5 over the scales (its cfg =
@@ -197,12 +181,11 @@ def convert_var(
     wanted = prior_parts.arguments
     # the file says for how many scales it counted code usage; phi is chosen by their number
     num_scales = len(wanted["scale_sizes"])
-    counted = len(raw_tokenizer.get(_HITS, ())) or num_scales
+    counted = len(raw_tokenizer.get("quantize.ema_vocab_hit_SV", ())) or num_scales
     check_belong("number of scales K", counted, num_scales, tokenizer, prior)
     tokenizer_parts = convert_tokenizer_state(raw_tokenizer, wanted["scale_sizes"])
     for name in ("codebook_size", "codebook_dim"):
         check_belong(name, tokenizer_parts.arguments[name], wanted[name], tokenizer, prior)
-    check_class_names(class_names, wanted["num_classes"])
     sampling = SamplingOptions(
         guidance_scale=GuidanceSchedule("linear", 1.0, 2.5), top_k=min(900, wanted["codebook_size"]), top_p=0.96
     )
@@ -214,4 +197,4 @@ def convert_var(
         data=data_of(tokenizer, prior),
         protocol=f"Converted from published VAR weights, scale_attention {scale_attention}; not trained further.",
     )
-    return ConvertedVar(pipeline, tokenizer_parts.dropped, prior_parts.dropped)
+    return ConvertedPipeline(pipeline, tokenizer_parts.dropped, prior_parts.dropped)

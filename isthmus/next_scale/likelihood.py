@@ -8,7 +8,6 @@ hopeless after the first ones are not looked at any further. Diffusion classifie
 al., "Your Diffusion Model is Secretly a Zero-Shot Classifier"); here every likelihood is exact.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,10 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.next_scale.pyramid import ScaleSchedule, next_scale_input
+from isthmus.next_scale.pyramid import ScaleSchedule
 from isthmus.next_scale.sampling import shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
-from isthmus.next_scale.transformer import Conditioning, NextScaleTransformer
+from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.attention import KeyValueCache
 from isthmus.nn.draws import CLASSIFY, stream
 from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
@@ -39,7 +38,7 @@ class DiffusionBound:
 
     Attributes:
         prior: KL of the last state of the forward process to where generation starts: both are x_0, so 0.
-        steps: (b, K - 1), KL of every step from x_0 up to x_{K-1}.
+        steps: KL of every step from x_0 up to x_{K-1}.
         reconstruction: -log p(x_K | x_{K-1}).
     """
 
@@ -66,13 +65,10 @@ def token_log_likelihood(
     so a row's sum is log p(pyramid | class), for both kinds of attention.
 
     Labels are 0..num_classes, the last being the null label; tokens are the caller's to check (`check_token_ids`).
-    Raises UserError where tokenizer and transformer do not belong together.
     """
-    schedule = shared_schedule(image_tokenizer, transformer)
-    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
-    class_labels = class_labels.to(transformer.device)
-    inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
-    return _nats(transformer(class_labels, inputs).logits, torch.cat(token_ids, dim=1))
+    token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
+    logits = transformer(class_labels.to(transformer.device), torch.cat(inputs, dim=1)).logits
+    return _nats(logits, torch.cat(token_ids, dim=1))
 
 
 @torch.no_grad()
@@ -84,34 +80,25 @@ def diffusion_bound(
 ) -> DiffusionBound:
     """The bound by running the reverse process on the states of the forward process, scale by scale.
 
-    Arguments and errors are those of `token_log_likelihood`, whose sum it equals: the law of the paper.
+    Arguments are those of `token_log_likelihood`, whose sum it equals: the law of the paper.
     """
-    schedule = shared_schedule(image_tokenizer, transformer)
-    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
-    class_labels = class_labels.to(transformer.device)
-    batch, dim = len(class_labels), image_tokenizer.codebook.embedding_dim
-    conditioning, cache = transformer.condition(class_labels), transformer.new_cache(batch)
-    shape = (batch, dim, schedule.grid, schedule.grid)
-    features = torch.zeros(shape, device=transformer.device, dtype=torch.float32)
-    costs = []
-    for scale, ids in enumerate(token_ids):
-        inputs = next_scale_input(features, schedule, scale) if scale else features.new_zeros(batch, 0, dim)
-        logits = transformer.forward_scale(scale, inputs.to(transformer.dtype), conditioning, cache)
-        costs.append(-_nats(logits, ids).sum(dim=1))
-        features = image_tokenizer.add_codes(features, image_tokenizer.lookup(ids), scale, schedule)
+    token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
+    conditioning = transformer.condition(class_labels.to(transformer.device))
+    cache, costs = transformer.new_cache(len(class_labels)), []
+    for scale, (ids, rows) in enumerate(zip(token_ids, inputs, strict=True)):
+        costs.append(-_nats(transformer.forward_scale(scale, rows, conditioning, cache), ids).sum(dim=1))
     by_step = torch.stack(costs, dim=1)
     return DiffusionBound(torch.zeros_like(by_step[:, 0]), by_step[:, :-1], by_step[:, -1])
 
 
-def bits_per_pixel(log_prob: Float[Tensor, " b"], image_size: int) -> Float[Tensor, " b"]:
-    """Bits that the token pyramid costs, over the pixels of the image: what compressing its tokens would take.
-
-    It is no likelihood of the pixels, which the tokens do not fix.
-
-    >>> bits_per_pixel(torch.tensor([-math.log(2) * 64]), 8)
-    tensor([1.])
-    """
-    return -log_prob / math.log(2) / image_size**2
+def _by_scale(
+    image_tokenizer: MultiScaleVQVAE, transformer: NextScaleTransformer, token_ids: TokenPyramid
+) -> tuple[TokenPyramid, list[Float[Tensor, "b _ d"]]]:
+    """Token ids, and what the transformer reads at every scale, on its device; UserError where the two do not fit."""
+    schedule = shared_schedule(image_tokenizer, transformer)
+    token_ids = [ids.long().to(transformer.device) for ids in token_ids]
+    inputs = image_tokenizer.scale_inputs(token_ids, schedule).to(transformer.dtype)
+    return token_ids, list(inputs.split([0, *schedule.lengths[1:]], dim=1))
 
 
 @torch.no_grad()
@@ -122,14 +109,10 @@ def signal_to_noise(
 
     `latents` f are those of `MultiScaleVQVAE.encode`. It rises with n as in a reversed diffusion.
     """
-    latents, rows = latents.float(), []
-    token_ids = image_tokenizer.requantize(latents, schedule)
-    features = torch.zeros_like(latents)
-    for scale, ids in enumerate(token_ids):
-        features = image_tokenizer.add_codes(features, image_tokenizer.lookup(ids), scale, schedule)
-        noise = (latents - features).square().flatten(1).sum(dim=1)
-        rows.append(10 * torch.log10(latents.square().flatten(1).sum(dim=1) / noise))
-    return torch.stack(rows, dim=1)
+    latents = latents.float()
+    states = image_tokenizer.token_scales(image_tokenizer.requantize(latents, schedule), schedule)
+    noise = torch.stack([(latents - state.features).square().sum(dim=(1, 2, 3)) for state in states], dim=1)
+    return 10 * torch.log10(latents.square().sum(dim=(1, 2, 3)).unsqueeze(1) / noise)
 
 
 def check_token_ids(token_ids: Sequence[Tensor], lengths: Sequence[int], codebook_size: int) -> None:
@@ -173,9 +156,9 @@ class ClassScores:
 
     @classmethod
     def joined(cls, parts: Sequence["ClassScores"]) -> "ClassScores":
-        """All images together, on the CPU, as tensors anybody may use."""
+        """All images together, on the CPU."""
         names = ("nats", "scales", "below_best", "tokens")
-        return cls(*(torch.cat([getattr(part, name).cpu() for part in parts]).clone() for name in names))
+        return cls(*(torch.cat([getattr(part, name).cpu() for part in parts]) for name in names))
 
     @property
     def order(self) -> Int[Tensor, "b candidates"]:
@@ -216,7 +199,7 @@ def surviving(
     return alive & ((scores >= best - margin_nats) | (rank < keep))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_classes(
     image_tokenizer: MultiScaleVQVAE,
     transformer: NextScaleTransformer,
@@ -243,14 +226,14 @@ def score_classes(
         tokens_at_once: bounds the memory: tokens that one pass reads and whose keys are held; None is no bound. The
             answers do not depend on it; a causal model under a bound reads the first scales several times.
     """
-    schedule = shared_schedule(image_tokenizer, transformer)
+    num_scales = transformer.schedule.num_scales
     pairs = _Pairs(image_tokenizer, transformer, token_ids, candidates, num_views, tokens_at_once)
     nats = torch.zeros(len(token_ids[0]) // num_views, len(candidates), device=transformer.device, dtype=torch.float32)
     below, scales = torch.zeros_like(nats), torch.zeros_like(nats, dtype=torch.long)
     alive = torch.ones_like(nats, dtype=torch.bool)
     tokens = torch.zeros_like(scales[:, 0])
     # where nothing is dropped nothing is decided between scales
-    ends = range(1, schedule.num_scales + 1) if margin_nats is not None else (schedule.num_scales,)
+    ends = range(1, num_scales + 1) if margin_nats is not None else (num_scales,)
     for first, end in pairwise((0, *ends)):
         image, candidate = alive.nonzero(as_tuple=True)
         if not len(image):
@@ -261,7 +244,7 @@ def score_classes(
         tokens += alive.sum(dim=1) * spent
         best = nats.masked_fill(~alive, float("-inf")).amax(dim=1, keepdim=True)
         below = torch.where(alive, best - nats, below)
-        if margin_nats is None or end == schedule.num_scales:
+        if margin_nats is None or end == num_scales:
             break
         going_on = surviving(nats, alive, keep=keep, margin_nats=margin_nats)
         if keep == 1:
@@ -291,13 +274,10 @@ class _Pairs:
         num_views: int,
         tokens_at_once: int | None,
     ):
-        schedule, device = shared_schedule(image_tokenizer, transformer), transformer.device
         self.transformer, self.num_views, self.tokens_at_once = transformer, num_views, tokens_at_once
-        self.lengths, self.offsets = schedule.lengths, schedule.offsets
-        self.token_ids = [ids.long().to(device) for ids in token_ids]
-        inputs = image_tokenizer.scale_inputs(self.token_ids, schedule).to(transformer.dtype)
-        self.inputs = [inputs[:, :0], *inputs.split(list(schedule.lengths[1:]), dim=1)]
-        self.conditioning = transformer.condition(torch.tensor(list(candidates), device=device))
+        self.lengths, self.offsets = transformer.schedule.lengths, transformer.schedule.offsets
+        self.token_ids, self.inputs = _by_scale(image_tokenizer, transformer, token_ids)
+        self.conditioning = transformer.condition(torch.tensor(list(candidates), device=transformer.device))
         self.cache: KeyValueCache | None = None  # of the pairs of the last call, where they fitted
         self.cached_scales = 0
 
@@ -334,7 +314,7 @@ class _Pairs:
     ) -> Float[Tensor, " some"]:
         views = torch.arange(self.num_views, device=image.device)
         rows = (image.unsqueeze(1) * self.num_views + views).flatten()
-        modulation = _rows_of(self.conditioning, candidate.repeat_interleave(self.num_views))
+        modulation = self.conditioning.rows(candidate.repeat_interleave(self.num_views))
         cache = self.transformer.new_cache(len(rows), num_scales=end) if self.cache is None else self.cache
         gained = torch.zeros(len(rows), device=image.device, dtype=torch.float32)
         for scale in range(start, end):
@@ -401,12 +381,6 @@ def _overlaps(size: int, grid: int) -> Float[Tensor, "{size} {grid}"]:
     low = torch.maximum(edges[:-1, None], cells[None, :-1])
     high = torch.minimum(edges[1:, None], cells[None, 1:])
     return (high - low).clamp(min=0) / grid
-
-
-def _rows_of(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditioning:
-    return Conditioning(
-        conditioning.start[rows], tuple(block[rows] for block in conditioning.blocks), conditioning.head[rows]
-    )
 
 
 def check_classification(

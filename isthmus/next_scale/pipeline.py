@@ -15,11 +15,10 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.next_scale.canvas import Canvas, MaskInput, extended, open_images, place, project_onto_small, to_masks
-from isthmus.next_scale.editing import Jumps, KnownPart, edit_scales, known_part, num_results, one_each
+from isthmus.next_scale.editing import jumps_of, known_part, num_results, one_each
 from isthmus.next_scale.likelihood import (
     DEFAULT_VIEW_NOISE,
     ClassScores,
-    bits_per_pixel,
     check_classification,
     check_token_ids,
     diffusion_bound,
@@ -31,8 +30,7 @@ from isthmus.next_scale.likelihood import (
     token_log_likelihood,
 )
 from isthmus.next_scale.options import InpaintOptions, NextScaleOptions
-from isthmus.next_scale.pyramid import Scale
-from isthmus.next_scale.refinement import RefinementMode, ScaleRefinementScheduler, refined_scales
+from isthmus.next_scale.refinement import Forwards, KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
@@ -40,7 +38,7 @@ from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
 from isthmus.nn.shapes import Images, LatentMap, TokenPyramid
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
-from isthmus.pipelines.labels import resolve_labels
+from isthmus.pipelines.labels import label_list
 from isthmus.pipelines.memory import free_bytes, images_that_fit
 from isthmus.pipelines.options import OutputType, SamplingOptions
 from isthmus.pipelines.request import (
@@ -51,7 +49,6 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
-    label_list,
     takes,
 )
 
@@ -108,12 +105,12 @@ class NextScalePipeline(SavedPipeline):
     that is free; results do not depend on it. Tokens and numbers come back on the CPU, pictures as tensors and features
     on the model's device.
 
-    Edits take one image or several; single images, masks and labels serve all of them. Their options are those of a
+    Edits take one image or several, and class labels of what the results are to be (None: no class, and no guidance).
+    Single images, masks and labels serve all results, of which `num_images` asks for more. Their options are those of a
     call, and so are the seeds: an edit depends on its own seed and not on its batch. Its random numbers are none of
-    those that draw an image from that seed. Without a class label an edit is not guided. The model's scheduler refines
-    draws, not edits: an edit draws every token once, and `jumps` is its own way to draw some again. A picture of any
-    size is scaled so that its longer side is the model's `image_size`; what the model makes beside the shorter side is
-    cut off again.
+    those that draw an image from that seed. The model's scheduler refines draws, not edits: an edit draws every token
+    once, and `jumps` is its own way to draw some again. A picture of any size is scaled so that its longer side is the
+    model's `image_size`; what the model makes beside the shorter side is cut off again.
 
     Args:
         image_tokenizer: turns tokens into pixels.
@@ -125,12 +122,13 @@ class NextScalePipeline(SavedPipeline):
         data: `name` and `attribution` (licence line) of the training data, for the card.
         protocol: how the model was trained and measured, for the card.
 
-    Raises:
-        UserError: the components do not belong together, or names or defaults do not fit them.
+    Raises UserError where the components do not belong together, or names or defaults do not fit them; and every method
+    does for what it cannot use, before anything is drawn.
     """
 
     parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
     optional_parts = {"scheduler": ScaleRefinementScheduler}
+    edits = ("inpaint", "outpaint", "super_resolve", "edit_class", "variations")
 
     def __init__(
         self,
@@ -170,14 +168,9 @@ class NextScalePipeline(SavedPipeline):
             num_images_per_class: images per label, next to each other, where `num_images` is not given.
             callback_on_step_end: called with a `GenerationStep` (without preview) after every scale.
             options: see `NextScaleOptions`.
-
-        Raises:
-            UserError: a label, an option or a seed is not usable; the message says why.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
-        sampler = self._sampler(request)
-        features, drawn = self._drawn(refined_scales(sampler, self.scheduler), sampler, request, callback_on_step_end)
-        return replace(drawn, images=self._pictures(features, request.output_type))
+        return self._with_pictures(self._drawn(request, self.scheduler, on_step=callback_on_step_end), request)
 
     @takes(NextScaleOptions)
     def stream(
@@ -195,15 +188,10 @@ class NextScalePipeline(SavedPipeline):
         step is asked for.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
-        scales = refined_scales(self._sampler(request), self.scheduler)
+        total, form = self.schedule.num_scales, request.output_type
         return (
-            GenerationStep(
-                scale.index,
-                self.schedule.num_scales,
-                scale.token_ids.cpu(),
-                self._pictures(scale.features, request.output_type),
-            )
-            for scale in scales
+            GenerationStep(scale.index, total, scale.token_ids.cpu(), self._pictures(scale.features, form))
+            for scale in refined_scales(self._sampler(request, DRAW_STREAMS), self.scheduler)
         )
 
     @takes(InpaintOptions)
@@ -221,13 +209,7 @@ class NextScalePipeline(SavedPipeline):
         Args:
             image: what to edit.
             mask: of the image's size; white (1) is made, black (0) is kept. As images: one, or one each.
-            class_labels: what the whole image is to be; None asks for no class.
-            num_images: results, where images, masks and labels are single ones.
             options: see `InpaintOptions`.
-
-        Raises:
-            UserError: an image, a mask or an option is not usable, or an option means nothing beside the others; the
-                message says why.
         """
         images, masks = open_images(image), to_masks(mask)
         rows = num_results(num_images, image=images, mask=masks, class_label=label_list(class_labels))
@@ -256,12 +238,7 @@ class NextScalePipeline(SavedPipeline):
             top: at the top,
             right: at the right,
             bottom: and below.
-            class_labels: what the whole image is to be; None asks for no class.
-            num_images: results, where images and labels are single ones.
             options: see `InpaintOptions`.
-
-        Raises:
-            UserError: an image, a margin or an option is not usable.
         """
         images = open_images(image)
         rows = num_results(num_images, image=images, class_label=label_list(class_labels))
@@ -305,16 +282,11 @@ class NextScalePipeline(SavedPipeline):
 
         Args:
             image: smaller than the model's images.
-            class_labels: what it shows; None asks for no class.
-            num_images: results, where images and labels are single ones.
             from_scale: the first scale (from 0) that is drawn; None is the first whose tokens are finer than the small
                 image can tell.
             max_unknown: as for `inpaint`, beside the shorter side of a picture that is no square.
             paste: mend the result so that, averaged to the small image's size, it is the small image.
             options: see `NextScaleOptions`.
-
-        Raises:
-            UserError: an image is not smaller than the model's, or smaller than the stride, or an option is not usable.
         """
         images, side, stride = open_images(image), self.image_size, self.image_tokenizer.stride
         rows = num_results(num_images, image=images, class_label=label_list(class_labels))
@@ -331,19 +303,16 @@ class NextScalePipeline(SavedPipeline):
             from_scale = sum(size * stride <= max(largest) for size in self.schedule.sizes)
         canvas = place(images, [torch.zeros_like(one[:, :1]) for one in images], side, stride=stride)
         request = self._request(class_labels, rows, 1, options)
-        canvas.check_output_type(request.output_type)
-        known = self._known(canvas.pixels, canvas.mask, rows, max_unknown=max_unknown, from_scale=from_scale)
-        features, edited = self._edited(known, request)
-        if request.output_type == "latent":
-            return edited
-        # the arithmetic of pixels is fp32, whatever the type of the weights
-        made = pixels_of(self.image_tokenizer, features).float()
-        if paste:
+
+        def mended(made: Images) -> Images:
             for one, small, box in zip(made, one_each(images, rows), one_each(canvas.boxes, rows), strict=True):
                 left, top, right, bottom = box
                 picture = one[None, :, top:bottom, left:right]
                 one[:, top:bottom, left:right] = project_onto_small(picture, small)[0]
-        return replace(edited, images=canvas.cut(made, request.output_type))
+            return made
+
+        rule = {"max_unknown": max_unknown, "from_scale": from_scale}
+        return self._edited(canvas, request, rule, None, mended if paste else None)
 
     @takes(NextScaleOptions)
     def variations(
@@ -360,39 +329,27 @@ class NextScalePipeline(SavedPipeline):
         Args:
             image: what to vary.
             from_scale: first scale (from 0) that is drawn; 0 keeps nothing, the number of scales everything.
-            class_labels: what the images are to be; None asks for no class.
-            num_images: variations, where images and labels are single ones.
             options: see `NextScaleOptions`.
-
-        Raises:
-            UserError: there are fewer scales, an image is smaller than the stride, or another argument is not usable.
         """
         images = to_images(image, self.image_size, stride=self.image_tokenizer.stride).to(self.device)
         rows = num_results(num_images, image=list(images), class_label=label_list(class_labels))
         request = self._request(class_labels, rows, 1, options)
-        known = self._known(images, torch.zeros_like(images[:, :1]), rows, from_scale=from_scale)
-        features, edited = self._edited(known, request)
-        return replace(edited, images=self._pictures(features, request.output_type))
+        mask = torch.zeros_like(images[:, :1])
+        known = known_part(self.image_tokenizer, self.schedule, images, mask, from_scale=from_scale, num_results=rows)
+        return self._with_pictures(self._drawn(request, None, known), request)
 
     def encode(self, images: ImageInput) -> TokenPyramid:
         """Token ids of every scale, one int tensor (b, s_k * s_k) each, coarse to fine, on the CPU.
 
         The tokenizer computes in the type it was loaded in: in bfloat16 the ids of many images differ from those in
         float32, here and wherever images are read (likelihood, classification, edits).
-
-        Raises:
-            UserError: the images are not usable.
         """
         with torch.no_grad():
             token_ids = [self.image_tokenizer.requantize(part, self.schedule) for part in self._latents(images)]
         return [torch.cat(parts).cpu() for parts in zip(*token_ids, strict=True)]
 
     def decode(self, token_ids: TokenPyramid, *, output_type: OutputType = "pil") -> Pictures:
-        """Images from token ids; with the first scales alone, what the image looks like at that state.
-
-        Raises:
-            UserError: the token ids have other lengths than this model's scales, or name no codes.
-        """
+        """Images from token ids; with the first scales alone, what the image looks like at that state."""
         check_output_type(output_type)
         count = max(1, min(len(token_ids), self.schedule.num_scales))
         check_token_ids(token_ids, self.schedule.lengths[:count], self.codebook_size)
@@ -408,22 +365,14 @@ class NextScalePipeline(SavedPipeline):
     def reconstruct(
         self, images: ImageInput, num_scales: int | None = None, *, output_type: OutputType = "pil"
     ) -> Pictures:
-        """Images through their own tokens and back; from the first `num_scales` scales only, where that is given.
-
-        Raises:
-            UserError: the images are not usable, or there are fewer scales.
-        """
+        """Images through their own tokens and back; from the first `num_scales` scales only, where that is given."""
         count = self.schedule.num_scales if num_scales is None else num_scales
         if not 1 <= count <= self.schedule.num_scales:
             raise UserError(f"num_scales must lie in 1..{self.schedule.num_scales}, got {num_scales}.")
         return self.decode(self.encode(images)[:count], output_type=output_type)
 
     def log_prob(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
     ) -> Float[Tensor, " b"]:
         """Exact log-likelihood, in nats, of the token pyramids of images (or of `token_ids`) under their labels.
 
@@ -433,51 +382,32 @@ class NextScalePipeline(SavedPipeline):
             images: the images, or
             class_labels: names, indices or None (no class), one per image or one for all.
             token_ids: what `encode` returns.
-
-        Raises:
-            UserError: images or labels are not usable, or both or neither of images and tokens are given.
         """
-        return self._token_nats(images, class_labels, token_ids).sum(dim=1)
+        return self._measured(token_log_likelihood, images, class_labels, token_ids).sum(dim=1)
 
     def elbo(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
     ) -> Float[Tensor, " b"]:
         """The discrete-diffusion bound on `log_prob`, in nats, stepping scale by scale: the two are equal."""
-        return self._by_parts(
-            images, class_labels, token_ids,
-            lambda part, labels: diffusion_bound(self.image_tokenizer, self.transformer, part, labels).elbo,
-        )  # fmt: skip
+        return self._measured(lambda *given: diffusion_bound(*given).elbo, images, class_labels, token_ids)
 
     def bits_per_token(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
     ) -> Float[Tensor, "b n"]:
         """Bits that every token costs, all scales one after the other; arguments as for `log_prob`."""
-        return -self._token_nats(images, class_labels, token_ids) / math.log(2)
+        return -self._measured(token_log_likelihood, images, class_labels, token_ids) / math.log(2)
 
     def bits_per_pixel(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
     ) -> Float[Tensor, " b"]:
-        """Bits of the token pyramid over the number of pixels; arguments as for `log_prob`."""
-        return bits_per_pixel(self.log_prob(images, class_labels, token_ids=token_ids), self.image_size)
+        """Bits of the token pyramid over the number of pixels: what compressing the tokens would take.
+
+        It is no likelihood of the pixels, which the tokens do not fix. Arguments as for `log_prob`.
+        """
+        return -self.log_prob(images, class_labels, token_ids=token_ids) / math.log(2) / self.image_size**2
 
     def signal_to_noise(self, images: ImageInput) -> Float[Tensor, " scales"]:
-        """Mean over images of ||f||^2 / ||f - Fhat_n||^2 in dB, after every scale.
-
-        Raises:
-            UserError: the images are not usable.
-        """
+        """Mean over images of ||f||^2 / ||f - Fhat_n||^2 in dB, after every scale."""
         rows = [signal_to_noise(self.image_tokenizer, part, self.schedule) for part in self._latents(images)]
         return torch.cat(rows).mean(dim=0).cpu()
 
@@ -506,9 +436,6 @@ class NextScalePipeline(SavedPipeline):
                 0.1. It needs more than one view.
             seed: of the perturbations; image i draws from (seed, image_index + i), whatever the batch.
             image_index: number of the first image.
-
-        Raises:
-            UserError: images or classes are not usable, there is no class, or a number is out of range.
         """
         candidates = self._candidates(class_labels)
         check_classification(
@@ -516,19 +443,18 @@ class NextScalePipeline(SavedPipeline):
         )
         noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
         parts, first = [], image_index
-        for latents in self._latents(images):
-            for some in latents.split(_CLASSIFIED_AT_ONCE):
-                seeds = image_seeds(len(some), seed=seed, image_index=first)
-                first += len(some)
-                views = perturbed_views(some, seeds, num_views=num_views, noise=noise)
-                with torch.no_grad():
-                    token_ids = self.image_tokenizer.requantize(views, self.schedule)
-                parts.append(
-                    score_classes(
-                        self.image_tokenizer, self.transformer, token_ids, candidates, keep=top_k,
-                        margin_nats=prune_nats, num_views=num_views, tokens_at_once=self._tokens_that_fit(),
-                    )
-                )  # fmt: skip
+        for some in (some for latents in self._latents(images) for some in latents.split(_CLASSIFIED_AT_ONCE)):
+            seeds = image_seeds(len(some), seed=seed, image_index=first)
+            first += len(some)
+            views = perturbed_views(some, seeds, num_views=num_views, noise=noise)
+            with torch.no_grad():
+                token_ids = self.image_tokenizer.requantize(views, self.schedule)
+            parts.append(
+                score_classes(
+                    self.image_tokenizer, self.transformer, token_ids, candidates, keep=top_k,
+                    margin_nats=prune_nats, num_views=num_views, tokens_at_once=self._tokens_that_fit(),
+                )
+            )  # fmt: skip
         scores = ClassScores.joined(parts)
         best = scores.order[:, :top_k]
         ids = torch.tensor(candidates)[best]
@@ -536,11 +462,7 @@ class NextScalePipeline(SavedPipeline):
         return ClassificationOutput(ids, names, scores.probabilities.gather(1, best), candidates, scores)
 
     def evidence(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
     ) -> Float[Tensor, "b grid grid"]:
         """Where an image speaks for its class: nats of pointwise mutual information per cell of the latent grid.
 
@@ -552,25 +474,13 @@ class NextScalePipeline(SavedPipeline):
             images: the images, or
             class_labels: one class per image, or one for all.
             token_ids: what `encode` returns.
-
-        Raises:
-            UserError: images or labels are not usable, a label is None, or both or neither of images and tokens are
-                given.
         """
         if any(label is None for label in label_list(class_labels)):
             raise UserError("evidence is evidence for a class, got None. Pass a class for every image.")
-        by_token = self._by_parts(
-            images, class_labels, token_ids,
-            lambda part, labels: token_evidence(self.image_tokenizer, self.transformer, part, labels),
-        )  # fmt: skip
-        return evidence_map(by_token, self.schedule)
+        return evidence_map(self._measured(token_evidence, images, class_labels, token_ids), self.schedule)
 
     def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
-        """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on.
-
-        Raises:
-            UserError: the model is on a CPU without a C++ compiler.
-        """
+        """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on."""
         if compiled:
             self.transformer.compile_blocks()
         return {}
@@ -579,14 +489,17 @@ class NextScalePipeline(SavedPipeline):
         """Draw tokens again from now on, with the rounds that are usual in `mode`; "none" draws each once.
 
         Sets `scheduler`, which is saved with the model and part of its fingerprint; "none" leaves it out.
-
-        Raises:
-            UserError: there is no such mode, or the model has too few scales for it.
         """
         scheduler = ScaleRefinementScheduler(mode=mode)
         scheduler.rounds_of(self.schedule.num_scales)
         # left out, not one that does nothing: a model whose images are equal keeps its fingerprint
         self.scheduler = None if mode == "none" else scheduler
+
+    def forwards_per_image(self, options: SamplingOptions) -> Forwards:
+        """Predictions of a scale in one draw, rounds included."""
+        scheduler = self.scheduler or ScaleRefinementScheduler()
+        cached, scales = not self.transformer.is_markov, self.schedule.num_scales
+        return scheduler.forwards_of(scales, has_cache=cached, smooth=options.smooth)
 
     @property
     def codebook_size(self) -> int:
@@ -642,7 +555,7 @@ class NextScalePipeline(SavedPipeline):
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def _sampler(self, request: Request, streams: TokenStreams = DRAW_STREAMS) -> ScaleSampler:
+    def _sampler(self, request: Request, streams: TokenStreams) -> ScaleSampler:
         labels = torch.tensor(request.class_labels, device=self.device)
         return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams)
 
@@ -653,22 +566,25 @@ class NextScalePipeline(SavedPipeline):
 
     def _drawn(
         self,
-        scales: Iterator[Scale],
-        sampler: ScaleSampler,
         request: Request,
+        scheduler: ScaleRefinementScheduler | None,
+        known: KnownPart | None = None,
         on_step: Callable[[GenerationStep], object] | None = None,
-    ) -> tuple[LatentMap, NextScalePipelineOutput]:
-        """The features of a request, all scales drawn, and the output whose images they are until they are decoded."""
+    ) -> NextScalePipelineOutput:
+        """What a request (an edit, where something is known) makes, its images being the features."""
+        sampler = self._sampler(request, DRAW_STREAMS if known is None else EDIT_STREAMS)
         token_ids: list[Tensor] = [torch.empty(0)] * self.schedule.num_scales
-        features = None
-        for scale in scales:
+        features = sampler.start()
+        for scale in refined_scales(sampler, scheduler, known):
             # a jump draws a scale once more: the last draw counts
             token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
             if on_step is not None:
                 on_step(GenerationStep(scale.index, self.schedule.num_scales, token_ids[scale.index]))
-        assert features is not None, "there is at least one scale"
-        forwards = sampler.num_forwards
-        return features, NextScalePipelineOutput(features, token_ids, request.class_labels, request.seeds, forwards)
+        return NextScalePipelineOutput(features, token_ids, request.class_labels, request.seeds, sampler.num_forwards)
+
+    def _with_pictures(self, drawn: NextScalePipelineOutput, request: Request) -> NextScalePipelineOutput:
+        assert isinstance(drawn.images, Tensor), "the features"
+        return replace(drawn, images=self._pictures(drawn.images, request.output_type))
 
     def _inpaint(
         self,
@@ -680,7 +596,7 @@ class NextScalePipeline(SavedPipeline):
     ) -> NextScalePipelineOutput:
         """An edit of placed images; `options` holds every one of `InpaintOptions`."""
         request = self._request(class_labels, rows, 1, options)
-        back = Jumps.of(options["jumps"], options["jump_scales"], self.schedule.num_scales)
+        back = jumps_of(options["jumps"], options["jump_scales"], self.schedule.num_scales)
         paste, seam_px = options["paste"], options["seam_px"]
         if seam_px is not None and not paste:
             raise UserError(f"seam_px blends the pasted pixels, got {seam_px} with paste=False. Leave it out.")
@@ -690,29 +606,31 @@ class NextScalePipeline(SavedPipeline):
         # one image and one mask are placed and encoded once, however many results they serve
         sources = max(len(images), len(masks))
         images, masks = ([one.to(self.device) for one in one_each(given, sources)] for given in (images, masks))
-        keeping = options["keeping"]
-        canvas: Canvas = place(
-            images, masks, self.image_size, stride=self.image_tokenizer.stride, hide=keeping != "published"
-        )
-        canvas.check_output_type(request.output_type)
+        keeping, stride = options["keeping"], self.image_tokenizer.stride
+        canvas = place(images, masks, self.image_size, stride=stride, hide=keeping != "published")
         rule = {"keeping": keeping, "max_unknown": options["max_unknown"]}
-        features, edited = self._edited(self._known(canvas.pixels, canvas.mask, rows, **rule), request, back)
-        if request.output_type == "latent":
-            return edited
-        # the arithmetic of pixels is fp32, whatever the type of the weights
-        made = pixels_of(self.image_tokenizer, features).float()
-        if paste:
-            made = canvas.pasted(made, seam_px)
-        return replace(edited, images=canvas.cut(made, request.output_type))
-
-    def _known(self, pixels: Images, mask: Tensor, rows: int, **rule: Any) -> KnownPart:
-        return known_part(self.image_tokenizer, self.schedule, pixels, mask, num_results=rows, **rule)
+        return self._edited(canvas, request, rule, back, (lambda made: canvas.pasted(made, seam_px)) if paste else None)
 
     def _edited(
-        self, known: KnownPart, request: Request, jumps: Jumps | None = None
-    ) -> tuple[LatentMap, NextScalePipelineOutput]:
-        sampler = self._sampler(request, EDIT_STREAMS)
-        return self._drawn(edit_scales(self.image_tokenizer, sampler, known, jumps), sampler, request)
+        self,
+        canvas: Canvas,
+        request: Request,
+        rule: Mapping[str, Any],
+        jumps: ScaleRefinementScheduler | None,
+        paste: Callable[[Images], Images] | None,
+    ) -> NextScalePipelineOutput:
+        """An edit that keeps of a canvas what the rule (of `known_part`) says; `paste` puts known pixels back."""
+        canvas.check_output_type(request.output_type)
+        known = known_part(
+            self.image_tokenizer, self.schedule, canvas.pixels, canvas.mask, num_results=len(request.seeds), **rule
+        )
+        edited = self._drawn(request, jumps, known)
+        if request.output_type == "latent":
+            return edited
+        assert isinstance(edited.images, Tensor), "the features"
+        # the arithmetic of pixels is fp32, whatever the type of the weights
+        made = pixels_of(self.image_tokenizer, edited.images).float()
+        return replace(edited, images=canvas.cut(paste(made) if paste else made, request.output_type))
 
     def _latents(self, images: ImageInput) -> list[Tensor]:
         """Maps (b, d, grid, grid) of a few images each."""
@@ -728,26 +646,17 @@ class NextScalePipeline(SavedPipeline):
         each = max(int(read), self.bytes_per_image(guided=False))
         return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
 
-    def _token_nats(
-        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenPyramid | None
-    ) -> Float[Tensor, "b n"]:
-        return self._by_parts(
-            images, class_labels, token_ids,
-            lambda part, labels: token_log_likelihood(self.image_tokenizer, self.transformer, part, labels),
-        )  # fmt: skip
-
-    def _by_parts(
+    def _measured(
         self,
+        measure: Callable[..., Tensor],
         images: ImageInput | None,
         class_labels: Labels,
         token_ids: TokenPyramid | None,
-        measure: Callable[[TokenPyramid, Int[Tensor, " b"]], Tensor],
     ) -> Tensor:
-        """`measure` of a few images at a time, on the CPU."""
+        """`measure` (of tokenizer, transformer, token ids and labels) of a few images at a time, on the CPU."""
         if (images is None) == (token_ids is None):
             raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
-        given = label_list(class_labels)
-        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        ids = self.class_ids(class_labels)
         if token_ids is None:
             assert images is not None
             token_ids = self.encode(images)
@@ -759,7 +668,8 @@ class NextScalePipeline(SavedPipeline):
             )
         at_once = self._images_at_once()
         parts = zip(_parts(token_ids, at_once), labels.split(at_once), strict=True)
-        return torch.cat([measure(part, each).cpu() for part, each in parts])
+        made = (measure(self.image_tokenizer, self.transformer, part, each) for part, each in parts)
+        return torch.cat([one.cpu() for one in made])
 
     def _candidates(self, class_labels: Labels) -> list[int]:
         if class_labels is None:
@@ -767,7 +677,7 @@ class NextScalePipeline(SavedPipeline):
         given = label_list(class_labels)
         if any(label is None for label in given):
             raise UserError("classes to choose from are names or indices, got None. Leave it out.")
-        ids = resolve_labels(given, class_names=self.class_names, num_classes=self.num_classes)
+        ids = self.class_ids(given)
         if len(set(ids)) < len(ids):
             raise UserError(f"every class to choose from is named once, got {given}.")
         return ids

@@ -1,10 +1,9 @@
-"""The pyramid of scales: which sides there are, which phi follows each, and the residual loop over them.
+"""The pyramid of scales: which sides there are, which phi follows each, and maps of one side made of another.
 
-Encoding, decoding, teacher forcing and sampling share the loop. Source: Tian et al., "Visual Autoregressive Modeling",
-algorithms 1 and 2.
+Source: Tian et al., "Visual Autoregressive Modeling", algorithms 1 and 2.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -111,7 +110,7 @@ class ScaleSchedule:
                     f"a derived schedule takes its phi from the parent schedule {self.sizes}, which has no side "
                     f"{missing}. Use sides of the parent, or pass phi_indices."
                 )
-            phi_indices = tuple(known[s] for s in sizes)
+            phi_indices = [known[s] for s in sizes]
         return ScaleSchedule(sizes, tuple(phi_indices))
 
 
@@ -137,25 +136,6 @@ class Scale:
     index: int
     token_ids: ScaleTokens
     features: LatentMap
-
-
-def residual_scales(
-    start: LatentMap,
-    schedule: ScaleSchedule,
-    choose: Callable[[int, LatentMap], tuple[ScaleTokens, FeatureMap]],
-    phi: Callable[[int, LatentMap], LatentMap],
-) -> Iterator[Scale]:
-    """Build the features scale by scale, coarse to fine: features += phi_k(upsample(codes_k)).
-
-    `start` holds zeros, which fix batch, device and type. `choose`, called with (scale, features so far), returns the
-    scale's token ids and their codes as a map (b, d, s_k, s_k): encoding searches them, decoding looks them up,
-    sampling draws them. `phi` is called with (scale, upsampled codes).
-    """
-    features = start
-    for index in range(schedule.num_scales):
-        token_ids, codes = choose(index, features)
-        features = features + phi(index, bicubic_upsample(codes, schedule.grid))
-        yield Scale(index, token_ids, features)
 
 
 def next_scale_input(features: LatentMap, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "b l d"]:

@@ -1,13 +1,13 @@
-"""Draws that revise themselves: tokens of a scale are drawn again before, or after, the next scale is.
+"""The loop over scales of every draw and edit, which may draw tokens again before, or after, the next scale is drawn.
 
-Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion" (token resampling, simple and masked; numbers and
-thresholds are ours: spec of SRDD, 3.2). `ScaleRefinementScheduler` says what is drawn again, `ScaleSampler` draws.
+Sources: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion" (token resampling, simple and masked; numbers and
+thresholds are ours: spec of SRDD, 3.2); Lugmayr et al., "RePaint" (the jumps). `ScaleRefinementScheduler` says what is
+drawn again, `ScaleSampler` draws.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from isthmus.errors import UserError
 from isthmus.next_scale.pyramid import Scale, tokens_to_map
 from isthmus.next_scale.sampling import ScaleDraw, ScaleSampler
+from isthmus.nn.precision import whole_fp32
 from isthmus.nn.saved_model import Recorded, records_arguments
 from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens
 
@@ -74,7 +75,12 @@ class ScaleRefinementScheduler(Recorded):
         if mode not in get_args(RefinementMode):
             raise UserError(f"mode must be one of {', '.join(get_args(RefinementMode))}, got {mode!r}.")
         self.mode: RefinementMode = mode
-        self._refuse_unused(rounds=rounds, share=share, p_min=p_min, jump_scales=jump_scales)
+        used = {"none": (), "simple": ("rounds", "jump_scales"), "masked": ("rounds", "share", "p_min")}[mode]
+        for name in ("rounds", "share", "p_min", "jump_scales"):
+            if self.config[name] is not None and name not in used:
+                raise UserError(
+                    f"mode {mode!r} has no {name}, got {self.config[name]}. Leave it out, or choose another mode."
+                )
         if share is not None and p_min is not None:
             raise UserError(f"tokens are chosen by share or by p_min, got {share} and {p_min}. Pass one of them.")
         if p_min is not None and not 0 < p_min < 1:
@@ -83,20 +89,20 @@ class ScaleRefinementScheduler(Recorded):
             raise UserError(f"share must lie in (0, 1], got {share}. Use mode='none' to draw nothing again.")
         if jump_scales is not None and jump_scales < 1:
             raise UserError(f"jump_scales must be at least 1 (the scale the jump starts from), got {jump_scales}.")
+        self.jump_scales = DEFAULT_JUMP_SCALES if jump_scales is None else jump_scales
+        self.share = DEFAULT_SHARE if share is None else float(share)
         given = () if rounds is None else tuple(rounds)
+        too_early = [scale for scale, count in enumerate(given[: self.jump_scales]) if mode == "simple" and count]
+        if too_early:
+            raise UserError(
+                f"a jump over {self.jump_scales} scales must keep at least the first one, got a round at scale "
+                f"{too_early[0]} (from 0). Start later, or lower jump_scales."
+            )
         if any(not isinstance(count, int) or count < 0 for count in given) or (given and given[0]):
             raise UserError(
                 f"rounds needs one number per scale, 0 or more, and 0 for the first scale, got {given}. "
                 "For example 0,1,1,1."
             )
-        self.jump_scales = DEFAULT_JUMP_SCALES if jump_scales is None else jump_scales
-        self.share = DEFAULT_SHARE if share is None else float(share)
-        for scale, count in enumerate(given):
-            if mode == "simple" and count and scale < self.jump_scales:
-                raise UserError(
-                    f"a jump over {self.jump_scales} scales must keep at least the first one, got a round at scale "
-                    f"{scale} (from 0). Start later, or lower jump_scales."
-                )
 
     @classmethod
     def load_config(cls, folder: str | Path) -> dict[str, Any]:
@@ -108,13 +114,21 @@ class ScaleRefinementScheduler(Recorded):
         """Rounds (or jumps) after every scale of a model; UserError for one at a scale it lacks, or none at all."""
         if self.mode == "none":
             return (0,) * num_scales
-        rounds = self._rounds_on(num_scales)
-        if not any(rounds):
+        given = self.config["rounds"]
+        if given is None:
+            first = self.jump_scales if self.mode == "simple" else 1
+            given = [int(first <= scale < 4) for scale in range(num_scales)]
+        if any(given[num_scales:]):
+            raise UserError(
+                f"rounds must be those of this model's {num_scales} scales, got {tuple(given)}, which has rounds for a "
+                f"scale that does not exist. Leave out what lies beyond scale {num_scales - 1} (from 0)."
+            )
+        if not any(given):
             raise UserError(
                 f"mode {self.mode!r} must draw some scale again, got no round on {num_scales} scale(s). Give rounds "
                 "at scales that it has, or use mode 'none'."
             )
-        return rounds
+        return tuple(given[:num_scales]) + (0,) * (num_scales - len(given))
 
     def forwards_of(self, num_scales: int, *, has_cache: bool, smooth: bool) -> Forwards:
         """What a draw costs, whatever the batch it is part of; `has_cache` for a causal model.
@@ -138,28 +152,10 @@ class ScaleRefinementScheduler(Recorded):
         again = sum(count * (scale - self.jump_scales) for scale, count in enumerate(rounds)) if has_cache else 0
         return Forwards(fixed + again if smooth else fixed, fixed + again)
 
-    def _rounds_on(self, num_scales: int) -> tuple[int, ...]:
-        given = self.config["rounds"]
-        if given is None:
-            first = self.jump_scales if self.mode == "simple" else 1
-            return tuple(int(first <= scale < 4) for scale in range(num_scales))
-        if any(given[num_scales:]):
-            raise UserError(
-                f"rounds must be those of this model's {num_scales} scales, got {tuple(given)}, which has rounds for a "
-                f"scale that does not exist. Leave out what lies beyond scale {num_scales - 1} (from 0)."
-            )
-        return tuple(given[:num_scales]) + (0,) * (num_scales - len(given))
-
     def hidden_by_probability(self, probabilities: Float[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
         """What a masked round draws again, from guided probabilities at the draw's temperature, before filters."""
         p_min = self.config["p_min"]
         return probabilities < p_min if p_min is not None else lowest_share(probabilities, self.share)
-
-    def _refuse_unused(self, **given: object) -> None:
-        used = {"none": (), "simple": ("rounds", "jump_scales"), "masked": ("rounds", "share", "p_min")}[self.mode]
-        for name, value in given.items():
-            if value is not None and name not in used:
-                raise UserError(f"mode {self.mode!r} has no {name}, got {value}. Leave it out, or choose another mode.")
 
 
 def lowest_share(values: Float[Tensor, "b l"], share: float) -> Bool[Tensor, "b l"]:
@@ -174,83 +170,32 @@ def lowest_share(values: Float[Tensor, "b l"], share: float) -> Bool[Tensor, "b 
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, order[:, :count], True)
 
 
-def refined_scales(sampler: ScaleSampler, scheduler: ScaleRefinementScheduler | None = None) -> Iterator[Scale]:
-    """Draw the tokens of every scale, with the rounds that `scheduler` asks for; None draws every token once.
+@dataclass(frozen=True)
+class KnownPart:
+    """What an edit takes from its source: per scale, which tokens (`kept`), and which codes these are.
+
+    `token_ids`, called with (scale, features so far), returns the source's tokens of that scale; those that are not
+    kept do not matter.
+    """
+
+    kept: list[Bool[Tensor, "b _"]]
+    token_ids: Callable[[int, LatentMap], ScaleTokens]
+
+
+def refined_scales(
+    sampler: ScaleSampler, scheduler: ScaleRefinementScheduler | None = None, known: KnownPart | None = None
+) -> Iterator[Scale]:
+    """Draw every scale, coarse to fine, with the rounds that `scheduler` asks for; None draws every token once.
+
+    In an edit the tokens of `known` that are kept stay the source's; its rounds are jumps. A scale that is kept whole
+    is not predicted, unless the model is causal and its keys are needed later.
 
     A scale comes when it is drawn, and after a jump once more where it has changed or was drawn again: the last one of
-    an index counts. Raises UserError as `rounds_of`.
+    an index counts. Raises UserError as `rounds_of`, at once.
     """
-    num_scales = sampler.schedule.num_scales
-    rounds = (0,) * num_scales if scheduler is None else scheduler.rounds_of(num_scales)
-    return _refined(sampler, scheduler, rounds)
-
-
-def _refined(
-    sampler: ScaleSampler, scheduler: ScaleRefinementScheduler | None, rounds: tuple[int, ...]
-) -> Iterator[Scale]:
-    state = _State(sampler.start())
-    for scale in range(sampler.schedule.num_scales):
-        yield _draw(sampler, state, scale, scheduler, rounds[scale])
-        if scheduler is None or scheduler.mode != "simple":
-            continue
-        for _ in range(rounds[scale]):
-            kept = scale + 1 - scheduler.jump_scales
-            yield from _jump_back(sampler, state, kept)
-            for again in range(kept, scale + 1):
-                yield _draw(sampler, state, again, None, 0)
-
-
-@dataclass
-class _State:
-    """What has been drawn: the scales up to the last one drawn, their summed features, and how often each scale was
-    drawn (`visits`), which is the round of its next random numbers.
-    """
-
-    features: LatentMap
-    token_ids: list[ScaleTokens] = field(default_factory=list)
-    visits: Counter[int] = field(default_factory=Counter)
-
-
-def _draw(
-    sampler: ScaleSampler, state: _State, scale: int, scheduler: ScaleRefinementScheduler | None, rounds: int
-) -> Scale:
-    """Draw a scale with its masked rounds, and add it to the state."""
-    before, logits = state.features, sampler.predict(scale, state.features)
-    drawn = sampler.draw(scale, logits, round_index=state.visits[scale])
-    state.visits[scale] += 1
-    if scheduler is not None and scheduler.mode == "masked" and rounds:
-        with torch.inference_mode():
-            probabilities = _probability(drawn, drawn.token_ids)
-            for _ in range(rounds):
-                hidden = scheduler.hidden_by_probability(probabilities)
-                # a share always hides some; asking would make the CPU wait for the GPU
-                if scheduler.config["p_min"] is not None and not bool(hidden.any()):
-                    break  # nothing to draw again, now or later
-                again = redraw(sampler, scale, before, drawn.codes, hidden, state.visits[scale])
-                state.visits[scale] += 1
-                probabilities = torch.where(hidden, _probability(again, again.token_ids), probabilities)
-                drawn = merged(drawn, again, hidden)
-    state.features = sampler.add(scale, before, drawn.codes)
-    state.token_ids = [*state.token_ids[:scale], drawn.token_ids]
-    # copied out of inference mode: a caller may go on computing with them
-    return Scale(scale, drawn.token_ids.clone(), state.features.clone())
-
-
-def redraw(
-    sampler: ScaleSampler,
-    scale: int,
-    before: LatentMap,
-    codes: FeatureMap,
-    hidden: Bool[Tensor, "b l"],
-    round_index: int,
-) -> ScaleDraw:
-    """A draw of the whole scale (from 1) that has seen the codes that are not hidden; one forward.
-
-    The sampler has predicted this scale already, `before` are the features before it, `hidden` is True where a token is
-    to be drawn again, and `round_index` counts its random numbers from 1.
-    """
-    logits = sampler.predict_again(scale, before, codes, hidden)
-    return sampler.draw(scale, logits, round_index=round_index)
+    scheduler = scheduler or ScaleRefinementScheduler()
+    rounds = scheduler.rounds_of(sampler.schedule.num_scales)
+    return _Loop(sampler, scheduler, known).scales(rounds)
 
 
 def merged(old: ScaleDraw, new: ScaleDraw, hidden: Bool[Tensor, "b l"]) -> ScaleDraw:
@@ -263,28 +208,85 @@ def merged(old: ScaleDraw, new: ScaleDraw, hidden: Bool[Tensor, "b l"]) -> Scale
     )
 
 
-def _jump_back(sampler: ScaleSampler, state: _State, kept: int) -> Iterator[Scale]:
-    """The first `kept` scales of the features, quantised anew; yields those from the first changed one on.
+class _Loop:
+    """One draw or edit as it stands.
 
-    A causal model reads them again: the keys of a scale follow from the tokens before it. With `smooth` every scale has
-    changed: a mixture of codes is replaced by a code, even where the token comes back.
+    `features[k]` are those before scale k; `visits` counts how often each scale was drawn, which is the round of its
+    next random numbers.
     """
-    token_ids, mixed = sampler.requantize(state.features, kept), sampler.options.smooth
-    pairs = zip(token_ids, state.token_ids[:kept], strict=True)
-    changed = [mixed or not torch.equal(ids, before) for ids, before in pairs]
-    features = sampler.start()
-    for scale, ids in enumerate(token_ids):
-        if sampler.has_cache and any(changed[:scale]):
-            sampler.predict(scale, features)
-        features = sampler.add(scale, features, sampler.lookup(ids))
-        if any(changed[: scale + 1]):
-            yield Scale(scale, ids.clone(), features.clone())
-    state.features, state.token_ids = features, token_ids
 
+    def __init__(self, sampler: ScaleSampler, scheduler: ScaleRefinementScheduler, known: KnownPart | None):
+        count, device = sampler.schedule.num_scales, sampler.tokenizer.device
+        self.sampler, self.scheduler, self.known = sampler, scheduler, known
+        self.features, self.visits = [sampler.start()] * (count + 1), [0] * count
+        self.token_ids: list[ScaleTokens] = [torch.empty(0, 0, dtype=torch.long)] * count
+        self.kept = [kept.to(device) if bool(kept.any()) else None for kept in known.kept] if known else [None] * count
+        draws = [kept is None or not bool(kept.all()) for kept in self.kept]
+        # a causal model reads the keys of every scale before one that is drawn
+        self.predicts = [draws[k] or (sampler.has_cache and any(draws[k:])) for k in range(count)]
 
-def _probability(drawn: ScaleDraw, token_ids: ScaleTokens) -> Tensor:
-    """(b, l): what the guided model, at the temperature of the draw, thinks of the tokens.
+    def scales(self, rounds: Sequence[int]) -> Iterator[Scale]:
+        for scale, count in enumerate(rounds):
+            yield self.visit(scale, masked_rounds=count if self.scheduler.mode == "masked" else 0)
+            for _ in range(count if self.scheduler.mode == "simple" else 0):
+                first = scale + 1 - self.scheduler.jump_scales
+                yield from self.quantized_again(self.features[scale + 1], first)
+                for again in range(first, scale + 1):
+                    yield self.visit(again)
 
-    Before the filters: under top_k=1 every token has the whole of what is left, and nothing would tell them apart.
-    """
-    return drawn.logits.softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    @torch.no_grad()
+    def visit(self, scale: int, *, masked_rounds: int = 0) -> Scale:
+        """Draw a scale from the features before it, with the kept tokens in their places."""
+        features = self.features[scale]
+        if not self.predicts[scale]:
+            return self._add(scale, self._source(scale))
+        drawn = self._draw(scale, self.sampler.predict(scale, features))
+        for _ in range(masked_rounds):
+            hidden = self.scheduler.hidden_by_probability(drawn.probabilities)
+            # a share always hides some; asking would make the CPU wait for the GPU
+            if self.scheduler.config["p_min"] is not None and not bool(hidden.any()):
+                break  # nothing to draw again, now or later
+            again = self._draw(scale, self.sampler.predict_again(scale, features, drawn.codes, hidden))
+            drawn = merged(drawn, again, hidden)
+        kept = self.kept[scale]
+        if kept is None:
+            return self._add(scale, drawn.token_ids, drawn.codes)
+        source = self._source(scale)
+        kept_map = kept.view(len(kept), 1, *drawn.codes.shape[-2:])
+        codes = torch.where(kept_map, self.sampler.tokenizer.lookup(source), drawn.codes)
+        return self._add(scale, torch.where(kept, source, drawn.token_ids), codes)
+
+    @torch.no_grad()
+    @whole_fp32()
+    def quantized_again(self, features: LatentMap, num_scales: int) -> list[Scale]:
+        """The first scales as the tokens found in `features`, kept tokens being the source's: from the changed one on.
+
+        A causal model reads them again: the keys of a scale follow from the tokens before it.
+        """
+        # with `smooth`, a mixture of codes is replaced by a code: features change even where the token comes back
+        found, changed = [], self.sampler.options.smooth
+        for scale in range(num_scales):
+            before, kept = self.features[scale], self.kept[scale]
+            if changed and scale and self.sampler.has_cache and self.predicts[scale]:
+                self.sampler.predict(scale, before)
+            token_ids = self.sampler.tokenizer.nearest_tokens(features - before, self.sampler.schedule.sizes[scale])
+            if kept is not None:
+                token_ids = torch.where(kept, self._source(scale), token_ids)
+            changed = changed or not torch.equal(token_ids, self.token_ids[scale])
+            state = self._add(scale, token_ids)
+            found += [state] if changed else []
+        return found
+
+    def _draw(self, scale: int, logits: Tensor) -> ScaleDraw:
+        self.visits[scale] += 1
+        return self.sampler.draw(scale, logits, round_index=self.visits[scale] - 1)
+
+    def _source(self, scale: int) -> ScaleTokens:
+        assert self.known is not None, "only edits keep tokens"
+        return self.known.token_ids(scale, self.features[scale])
+
+    def _add(self, scale: int, token_ids: ScaleTokens, codes: FeatureMap | None = None) -> Scale:
+        codes = self.sampler.tokenizer.lookup(token_ids) if codes is None else codes
+        self.token_ids[scale] = token_ids
+        self.features[scale + 1] = self.sampler.add(scale, self.features[scale], codes)
+        return Scale(scale, token_ids, self.features[scale + 1])

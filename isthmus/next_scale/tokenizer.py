@@ -4,6 +4,7 @@ Source: Tian et al., "Visual Autoregressive Modeling", section 3.2 (published ne
 spec of VAR, 1.2: every width is a multiple of 32).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -21,7 +22,6 @@ from isthmus.next_scale.pyramid import (
     bicubic_upsample,
     default_phi_indices,
     next_scale_input,
-    residual_scales,
     tokens_to_map,
 )
 from isthmus.nn.precision import whole_fp32
@@ -35,6 +35,11 @@ Map = Float[Tensor, "b c h w"]
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of 32 groups with eps 1e-6, as in the published tokenizer."""
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """3x3 convolution that keeps the side."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 # Side of images, in pixels, up to which bf16 maps lie channels first. Measured at 32 (decoding takes 46 ms instead of
@@ -59,10 +64,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
         self.norm1 = group_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = conv3x3(in_channels, out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = conv3x3(out_channels, out_channels)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Map) -> Float[Tensor, "b out h w"]:
@@ -90,28 +95,23 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(mixed.reshape(b, h, w, c).permute(0, 3, 1, 2))
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Sequential:
     """Halve the side: one pixel of zeros right and below, then a 3x3 convolution of stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Map) -> Float[Tensor, "b c h//2 w//2"]:
-        """Map of half the side."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Sequential:
     """Double the side: nearest neighbour, then a 3x3 convolution."""
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv3x3(channels, channels)))
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Map) -> Float[Tensor, "b c 2*h 2*w"]:
-        """Map of twice the side."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def middle(channels: int, dropout: float) -> nn.Sequential:
+    """Residual block, attention, residual block at the lowest resolution."""
+    # made in this order, which is that of their first random numbers
+    first, attention = ResidualBlock(channels, channels, dropout), SpatialAttention(channels)
+    last = ResidualBlock(channels, channels, dropout)
+    return nn.Sequential(OrderedDict(block1=first, attention=attention, block2=last))
 
 
 class Phi(nn.Module):
@@ -120,7 +120,7 @@ class Phi(nn.Module):
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         self.ratio = ratio
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Map) -> Map:
         """Map of the same shape."""
@@ -128,11 +128,6 @@ class Phi(nn.Module):
         assert self.conv.bias is not None
         mixed = F.conv2d(x, self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype), padding=1)
         return torch.lerp(x, mixed, self.ratio)
-
-
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """3x3 convolution that keeps the side."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 @dataclass
@@ -162,29 +157,15 @@ class MultiScaleVQVAEOutput:
     commitment_loss: Float[Tensor, ""]
 
 
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels: int, dropout: float):
-        super().__init__()
-        self.block1 = ResidualBlock(channels, channels, dropout)
-        self.attention = SpatialAttention(channels)
-        self.block2 = ResidualBlock(channels, channels, dropout)
-
-    def forward(self, x: Map) -> Map:
-        """Map of the same shape."""
-        return self.block2(self.attention(self.block1(x)))
-
-
 class Level(nn.Module):
     """Blocks of one resolution, attention after each where asked, then a change of resolution (or none)."""
 
-    def __init__(self, widths: Sequence[int], dropout: float, attends: bool, resample: type[nn.Module] | None):
+    def __init__(self, widths: Sequence[int], dropout: float, attends: bool, resample: Callable[[int], nn.Module]):
         super().__init__()
         pairs = list(pairwise(widths))
         self.blocks = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairs)
         self.attentions = nn.ModuleList(SpatialAttention(b) if attends else nn.Identity() for _, b in pairs)
-        self.resample = resample(widths[-1]) if resample else nn.Identity()
+        self.resample = resample(widths[-1])
 
     def forward(self, x: Map) -> Float[Tensor, "b next_c next_h next_w"]:
         """Map at the next resolution."""
@@ -206,11 +187,11 @@ class Encoder(nn.Module):
                 [widths[max(i - 1, 0)]] + [width] * num_res_blocks,
                 dropout,
                 attends=i == last,
-                resample=None if i == last else Downsample,
+                resample=nn.Identity if i == last else downsample,
             )
             for i, width in enumerate(widths)
         )
-        self.middle = Middle(widths[-1], dropout)
+        self.middle = middle(widths[-1], dropout)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = conv3x3(widths[-1], codebook_dim)
 
@@ -230,13 +211,13 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.fold = fold
         self.conv_in = conv3x3(codebook_dim, widths[-1])
-        self.middle = Middle(widths[-1], dropout)
+        self.middle = middle(widths[-1], dropout)
         self.levels = nn.ModuleList(
             Level(
                 [widths[min(i + 1, last)]] + [width] * (num_res_blocks + 1),
                 dropout,
                 attends=i == last,
-                resample=None if i == 0 else Upsample,
+                resample=nn.Identity if i == 0 else upsample,
             )
             for i, width in enumerate(widths)
         )
@@ -370,14 +351,10 @@ class MultiScaleVQVAE(SavedModel):
     def scale_inputs(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None = None) -> Float[Tensor, "b l d"]:
         """Teacher-forced input of the transformer for scales 1..K-1: (b, L - s_0^2, codebook_dim), in fp32."""
         schedule = schedule or self.schedule
-        parts = [
-            next_scale_input(state.features, schedule, state.index + 1)
-            for state in self.token_scales(token_ids[:-1], schedule)
-        ]
-        empty = torch.zeros(
-            token_ids[0].shape[0], 0, self.codebook.embedding_dim, device=token_ids[0].device, dtype=torch.float32
-        )
-        return torch.cat([empty, *parts], dim=1)
+        states = self.token_scales(token_ids[:-1], schedule)
+        parts = [next_scale_input(state.features, schedule, state.index + 1) for state in states]
+        nothing = self.codebook(token_ids[0][:, :0]).float()  # scale 0 reads no features
+        return torch.cat([nothing, *parts], dim=1)
 
     def lookup(self, token_ids: ScaleTokens) -> FeatureMap:
         """Codes of one scale as a map (b, d, s, s), in fp32 whatever the precision of the weights."""
@@ -423,16 +400,19 @@ class MultiScaleVQVAE(SavedModel):
         like: Tensor,
         schedule: ScaleSchedule | None = None,
     ) -> Iterator[Scale]:
-        """The residual loop with this tokenizer's phi; `choose` decides the tokens of each scale.
+        """Build the features scale by scale, coarse to fine: features += phi_k(upsample(codes_k)), from zeros.
 
-        `like` is any tensor whose first dimension is the batch, on the device to work on.
+        `choose`, called with (scale, features so far), returns the scale's token ids and their codes as a map
+        (b, d, s_k, s_k): encoding searches them, decoding looks them up. `like` is any tensor whose first dimension is
+        the batch, on the device to work on.
         """
         schedule = schedule or self.schedule
-        side = schedule.grid
-        start = torch.zeros(
-            like.shape[0], self.codebook.embedding_dim, side, side, device=like.device, dtype=torch.float32
-        )
-        return residual_scales(start, schedule, choose, lambda k, h: self._phi(schedule.phi_indices[k], h))
+        shape = (like.shape[0], self.codebook.embedding_dim, schedule.grid, schedule.grid)
+        features = torch.zeros(shape, device=like.device, dtype=torch.float32)
+        for index in range(schedule.num_scales):
+            token_ids, codes = choose(index, features)
+            features = self.add_codes(features, codes, index, schedule)
+            yield Scale(index, token_ids, features)
 
     def token_scales(self, token_ids: TokenPyramid, schedule: ScaleSchedule | None = None) -> Iterator[Scale]:
         """The residual loop over tokens that are there: one `Scale` with the features so far for each of them.
@@ -446,12 +426,10 @@ class MultiScaleVQVAE(SavedModel):
                 "Pass the token ids of this tokenizer's schedule, or the schedule they were made with."
             )
 
-        def choose(scale: int, features: LatentMap) -> tuple[ScaleTokens, FeatureMap]:
-            return token_ids[scale], self.lookup(token_ids[scale])
-
         if not token_ids:
             return iter(())
-        return islice(self.residual_scales(choose, token_ids[0], schedule), len(token_ids))
+        states = self.residual_scales(lambda k, _: (token_ids[k], self.lookup(token_ids[k])), token_ids[0], schedule)
+        return islice(states, len(token_ids))
 
     def forward(self, images: Images, *, quantize: bool = True) -> MultiScaleVQVAEOutput:
         """Reconstruct for training, with the straight-through gradient of the quantiser.

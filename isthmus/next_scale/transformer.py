@@ -5,7 +5,7 @@ Diffusion" (the Markovian mask).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -115,9 +115,9 @@ class Conditioning:
     blocks: tuple[Float[Tensor, "b 6 width"], ...]
     head: Float[Tensor, "b 2 width"]
 
-    def leading(self, rows: int) -> "Conditioning":
-        """The first `rows` images."""
-        return Conditioning(self.start[:rows], tuple(m[:rows] for m in self.blocks), self.head[:rows])
+    def rows(self, chosen: slice | Int[Tensor, " rows"]) -> "Conditioning":
+        """Some of the images, or one several times."""
+        return Conditioning(self.start[chosen], tuple(block[chosen] for block in self.blocks), self.head[chosen])
 
 
 class NextScaleBlock(nn.Module):
@@ -269,8 +269,6 @@ class NextScaleTransformer(SavedModel):
             scales: the scales to run, increasing; None runs all. Causal models take a prefix 0..k, Markov models any.
             keep: stochastic depth factors per image, block and branch; None keeps everything.
             hidden: True at inputs whose own token is hidden (`partial_scale_input`); None where none shows any.
-
-        Raises UserError where `scales` are none of these, or the inputs are not those of `scales`.
         """
         known = tuple(range(self.schedule.num_scales))
         scales = known if scales is None else tuple(scales)
@@ -292,8 +290,7 @@ class NextScaleTransformer(SavedModel):
         attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
         x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
-            factors = None if keep is None else keep[:, i]
-            x = self.run_block(block, x, conditioning.blocks[i], attend, factors)
+            x = self.run_block(block, x, conditioning.blocks[i], attend, None if keep is None else keep[:, i])
         return NextScaleTransformerOutput(self._logits(x, conditioning.head))
 
     def forward_scale(
@@ -308,7 +305,7 @@ class NextScaleTransformer(SavedModel):
         """Logits of one scale (from 0) during generation; causal models go through the scales in order.
 
         `scale_input` is `next_scale_input` of the features so far, (b, 0, codebook_dim) at scale 0. `cache` is from
-        `new_cache`; None for a Markov model, which never reads another scale. `hidden` is as for `forward`.
+        `new_cache`. `hidden` is as for `forward`.
         """
         if (cache is None) != self.is_markov:
             raise UserError(
@@ -327,7 +324,7 @@ class NextScaleTransformer(SavedModel):
         if self.is_markov:
             return None
         heads = self.config["num_heads"]
-        tokens = self.schedule.offsets[self.schedule.num_scales if num_scales is None else num_scales]
+        tokens = self.schedule.offsets[-1 if num_scales is None else num_scales]
         return KeyValueCache(
             len(self.blocks), batch, heads, tokens, self.config["width"] // heads, device=self.device, dtype=self.dtype
         )
@@ -384,25 +381,16 @@ def visible_pairs(scale_sizes: Sequence[int], *, markov: bool) -> int:
     return sum(n * m for n, m in zip(lengths, seen, strict=True))
 
 
-def sampling_flops(
-    scale_sizes: Sequence[int],
-    *,
-    markov: bool,
-    width: int,
-    num_layers: int,
-    mlp_ratio: float,
-    codebook_size: int,
-    codebook_dim: int,
-    shared_adaln: bool,
-) -> int:
+def sampling_flops(config: Mapping[str, Any]) -> int:
     """Multiplications and additions of all forwards of one image, without guidance and without pixels.
 
     2 (L (n (4 + 2 r) w^2 + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, r the ratio of the
     feed-forward, d the width of a code, V codes, P visible pairs, and m modulations (n, or 1 where they are shared).
-    Guidance adds the same again for the scales that it is on at.
+    Guidance adds the same again for the scales that it is on at. `config` holds the arguments of the transformer.
     """
-    tokens, squared = sum(s * s for s in scale_sizes), width**2
-    per_token = num_layers * (4 + 2 * mlp_ratio) * squared + codebook_dim * width + width * codebook_size
-    attention = 2 * num_layers * width * visible_pairs(scale_sizes, markov=markov)
-    modulations = (6 * (1 if shared_adaln else num_layers) + 2) * squared
-    return round(2 * (tokens * per_token + attention + modulations))
+    sizes, width, num_layers = config["scale_sizes"], config["width"], config["num_layers"]
+    per_token = num_layers * (4 + 2 * config["mlp_ratio"]) * width**2
+    per_token += width * (config["codebook_dim"] + config["codebook_size"])
+    attention = 2 * num_layers * width * visible_pairs(sizes, markov=config["scale_attention"] == "markov")
+    modulations = (6 * (1 if config["shared_adaln"] else num_layers) + 2) * width**2
+    return round(2 * (sum(s * s for s in sizes) * per_token + attention + modulations))

@@ -22,7 +22,7 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class MultiHeadAttention(nn.Module):
-    """Projections around an attention that the caller passes in; each head is width / num_heads wide.
+    """Projections around an attention that the caller passes in.
 
     With `l2_attention`, queries and keys have unit length and queries are multiplied by a learned factor per head
     (stored as a log, at most log 100). Without, the scores are scaled by 0.25 / sqrt(head width), as in the published
@@ -62,10 +62,7 @@ def unit_heads(qkv: Float[Tensor, "b l 3 heads c"], factor: Float[Tensor, "1 hea
 
 
 def reciprocal_norm(x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows 1"]:
-    """1 / |x| of every row, in fp32, with |x| taken to be at least 1e-12.
-
-    x * reciprocal_norm(x) is `F.normalize(x)`, whose backward takes twice as many passes over memory.
-    """
+    """1 / max(|x|, 1e-12) of every row, in fp32; the backward pass of `F.normalize` reads memory twice as often."""
     return x.float().square().sum(dim=-1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
@@ -175,13 +172,13 @@ def markov_attention(lengths: Sequence[int]) -> Attend:
     return _attention_of_parts([(end - n, end, end - n, None) for n, end in zip(lengths, ends, strict=True)])
 
 
-def causal_attention(lengths: Sequence[int], *, smallest_alone: int = 64) -> Attend:
+def causal_attention(lengths: Sequence[int]) -> Attend:
     """Every scale attends to itself and to all earlier scales.
 
-    The leading scales that hold at most `smallest_alone` tokens together share one small masked call; each later
-    scale is one unmasked attention over its prefix.
+    The leading scales that hold at most 64 tokens together share one small masked call; each later scale is one
+    unmasked attention over its prefix.
     """
-    grouped = _leading_group(lengths, smallest_alone)
+    grouped = max(1, sum(total <= 64 for total in accumulate(lengths)))
     cuts = [sum(lengths[:grouped]), *lengths[grouped:]]
     masks = [scale_causal_mask(lengths[:grouped]) if grouped > 1 else None, *[None] * (len(cuts) - 1)]
     return _attention_of_parts(
@@ -208,22 +205,13 @@ def _attention_of_parts(parts: Sequence[Part]) -> Attend:
     return attend
 
 
-def _leading_group(lengths: Sequence[int], limit: int) -> int:
-    count, tokens = 0, 0
-    for length in lengths:
-        if tokens + length > limit and count:
-            break
-        count, tokens = count + 1, tokens + length
-    return count
-
-
 def scale_causal_mask(lengths: Sequence[int]) -> Tensor:
     """(L, L) booleans, True where a token (row) sees a token (column): scale of the column <= scale of the row.
 
     >>> scale_causal_mask([1, 2]).int().tolist()
     [[1, 0, 0], [1, 1, 1], [1, 1, 1]]
     """
-    scale = torch.cat([torch.full((length,), k) for k, length in enumerate(lengths)])
+    scale = torch.repeat_interleave(torch.tensor(lengths))
     return scale[:, None] >= scale[None, :]
 
 
@@ -237,7 +225,7 @@ def prefix_causal_mask(new: int, total: int, device: torch.device) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the scales generated so far, allocated once; passed in by the caller, owned by no module."""
+    """Keys and values of the tokens so far, allocated once; passed in by the caller, owned by no module."""
 
     def __init__(
         self,

@@ -1,14 +1,20 @@
 """The files of one component, config.json and safetensors, read and checked without importing torch."""
 
 import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import UserError
+from isthmus.files import cache_directory, sha256_of_parts, write_whole
 
 CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
+
+# bytes; reading fewer takes no longer than looking something up
+_WORTH_REMEMBERING = 2**24
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,6 +44,30 @@ def weight_files(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> list[Path]:
         if not file.is_file():
             raise UserError(f"a saved model needs {file}, which is missing. Copy or download it whole.")
     return files
+
+
+def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """`compute()`, a short text about the contents of files; of large files it is kept in the cache folder.
+
+    It is computed anew where a file has another place, size or time of change. `what` names it. Nothing is kept where
+    the cache folder cannot be written.
+    """
+    stats = {file.resolve(): file.stat() for file in files}
+    if sum(stat.st_size for stat in stats.values()) < _WORTH_REMEMBERING:
+        return compute()
+    facts = [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()]
+    try:
+        folder = cache_directory() / "weights"
+        folder.mkdir(exist_ok=True)
+    except (UserError, OSError):
+        return compute()
+    note = folder / sha256_of_parts(what, *facts)
+    if note.is_file():
+        return note.read_text(encoding="utf-8")
+    text = compute()
+    with suppress(UserError):
+        write_whole(note, text, flush=False)
+    return text
 
 
 def stored_shapes(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> dict[str, tuple[int, ...]]:

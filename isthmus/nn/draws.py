@@ -2,11 +2,6 @@
 
 Nothing in Isthmus reads a global random state. Every random choice names its purpose and its place, and gets a
 stream of its own (numpy's Philox counter generator keyed through SeedSequence, both stable across platforms).
-
->>> float(stream(7, IMAGE, 0).random()) == float(stream(7, IMAGE, 0).random())
-True
->>> float(stream(7, IMAGE, 0).random()) == float(stream(7, IMAGE, 1).random())
-False
 """
 
 from collections.abc import Sequence
@@ -45,11 +40,7 @@ def stream(seed: int, *path: int) -> np.random.Generator:
 
 
 def weight_seed(seed: int) -> int:
-    """The 32-bit seed of a network's first weights, which torch and numpy draw from their global generators.
-
-    >>> weight_seed(7), weight_seed(2**32 + 7) == weight_seed(2**32 + 7) != weight_seed(2**32 + 8)
-    (7, True)
-    """
+    """The 32-bit seed of a network's first weights, which torch and numpy draw from their global generators."""
     return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
@@ -69,10 +60,9 @@ EDIT_STREAMS = TokenStreams(EDIT, SMOOTH_EDIT)
 def token_uniforms(
     image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, *, round_index: int = 0, purpose: int = IMAGE
 ) -> Float[Tensor, "b l"]:
-    """One number in [0, 1) per token, from (seed, image index, scale, round): the law "one seed per image".
+    """One number in [0, 1) per token, from (seed, image index, scale, round), on the CPU: the law "one seed per image".
 
-    `image_seeds` holds one (seed, image index) per row. The numbers are made on the CPU; a row depends on its own
-    pair only, so a batch of two equals two singles. `purpose` is that of a `TokenStreams`.
+    `image_seeds` holds one (seed, image index) per row, on which the row depends alone.
     """
     rows = [stream(seed, purpose, index, scale, round_index).random(num_tokens) for seed, index in image_seeds]
     return torch.from_numpy(np.stack(rows)).float().clamp_(max=1 - 2**-24)
@@ -87,7 +77,7 @@ def token_gumbels(
     round_index: int = 0,
     purpose: int = SMOOTH,
 ) -> Float[Tensor, "b l v"]:
-    """Gumbel noise per token and code, for `smooth=True`; rows depend on their own (seed, image index) only."""
+    """Gumbel noise per token and code, for `smooth=True`; rows as in `token_uniforms`."""
     shape = (num_tokens, codebook_size)
     # round 0 is the path without a round, as it was before there were rounds
     place = (scale, round_index) if round_index else (scale,)

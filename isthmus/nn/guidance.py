@@ -13,7 +13,7 @@ from isthmus.errors import UserError
 
 @dataclass(frozen=True)
 class GuidanceSchedule:
-    """Guidance as a function of the step.
+    """Guidance by step k of K.
 
     linear: start + (end - start) k / (K - 1); cosine: start + (end - start) (1 - cos(pi k / (K - 1))) / 2;
     constant: `end`. One step alone takes `end`. After `last_guided_step` (from 0) the value is 1.

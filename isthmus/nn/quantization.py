@@ -25,14 +25,10 @@ def nearest_code(
         latents, codebook = latents.float(), codebook.float()
         if normalize:
             latents, codebook = F.normalize(latents, dim=-1), F.normalize(codebook, dim=-1)
-            found = [(part @ codebook.T).argmax(dim=1) for part in latents.split(_SEARCH_CHUNK)]
-        else:
-            # |z|^2 is the same for every code, so |e|^2 - 2 z.e orders the codes as the distance does
-            squares = codebook.square().sum(dim=1)
-            found = [
-                torch.addmm(squares, part, codebook.T, alpha=-2).argmin(dim=1) for part in latents.split(_SEARCH_CHUNK)
-            ]
-        return torch.cat(found)
+            return torch.cat([(part @ codebook.T).argmax(dim=1) for part in latents.split(_SEARCH_CHUNK)])
+        # |z|^2 is the same for every code, so |e|^2 - 2 z.e orders the codes as the distance does
+        squares, parts = codebook.square().sum(dim=1), latents.split(_SEARCH_CHUNK)
+        return torch.cat([torch.addmm(squares, part, codebook.T, alpha=-2).argmin(dim=1) for part in parts])
 
 
 @torch.no_grad()

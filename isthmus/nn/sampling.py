@@ -24,23 +24,17 @@ def filter_logits(
     >>> filter_logits(torch.tensor([0.0, 2.0, 1.0]), top_k=2)
     tensor([-inf, 2., 1.])
     """
-    size = logits.shape[-1]
-    sort_width = size
+    size = sort_width = logits.shape[-1]
     if top_k is not None and top_k < size:
-        largest = logits.topk(top_k, dim=-1, sorted=False).values
-        threshold = largest.amin(dim=-1, keepdim=True)
+        threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, float("-inf"))
         # Picking out few values beats sorting all; many do not, and on a GPU asking for their number would wait for it.
         if logits.device.type == "cpu" and 2 * top_k <= size:
             # ties at the threshold survive, so the widest row decides how many values have to be sorted
             sort_width = int(torch.isfinite(logits).sum(dim=-1).max())
-    if top_p is not None and top_p < 1:
-        logits = _nucleus(logits, top_p, sort_width)
-    return logits
-
-
-def _nucleus(logits: Float[Tensor, "... v"], top_p: float, sort_width: int) -> Float[Tensor, "... v"]:
-    if sort_width < logits.shape[-1]:
+    if top_p is None or top_p >= 1:
+        return logits
+    if sort_width < size:
         kept = logits.topk(sort_width, dim=-1, sorted=False).indices.sort(dim=-1).values
     else:
         kept = torch.arange(sort_width, device=logits.device).expand_as(logits)
@@ -56,8 +50,7 @@ def _nucleus(logits: Float[Tensor, "... v"], top_p: float, sort_width: int) -> F
 def draw_tokens(logits: Float[Tensor, "b l v"], uniforms: Float[Tensor, "b l"]) -> Int[Tensor, "b l"]:
     """Inverse CDF: the first code whose cumulated probability exceeds the token's uniform number.
 
-    No synchronisation with the host, and a row depends on its own logits and number only. Codes with probability 0
-    are never drawn.
+    No synchronisation with the host, and a row depends on its own logits and number only.
 
     >>> draw_tokens(torch.log(torch.tensor([[[0.25, 0.75]]])), torch.tensor([[0.3]]))
     tensor([[1]])
@@ -76,18 +69,11 @@ def smooth_temperature(ratio: float) -> float:
 def smooth_weights(
     filtered_logits: Float[Tensor, "b l v"], gumbels: Float[Tensor, "b l v"], ratio: float
 ) -> Float[Tensor, "b l v"]:
-    """Weights over codes for smooth sampling: softmax((logits (1 + r) + gumbel) / tau(r)) (VAR, `more_smooth`).
-
-    `filtered_logits` may hold -inf; those codes get weight 0.
-    """
+    """Weights over codes for smooth sampling: softmax((logits (1 + r) + gumbel) / tau(r)) (VAR, `more_smooth`)."""
     noisy = filtered_logits * (1 + ratio) + gumbels.to(filtered_logits.device)
     return (noisy / smooth_temperature(ratio)).softmax(dim=-1)
 
 
 def nats_to_bits(nats: float) -> float:
-    """Bits of a number of nats.
-
-    >>> round(nats_to_bits(math.log(2)), 12)
-    1.0
-    """
+    """Bits of a number of nats."""
     return nats / math.log(2)

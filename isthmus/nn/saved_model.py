@@ -8,8 +8,9 @@ importing its base classes takes several times as long as importing torch.
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from isthmus.errors import UserError
-from isthmus.nn.component_files import CONFIG, DIFFUSERS_WEIGHTS, read_config, stored_shapes, weight_files
+from isthmus.nn.component_files import CONFIG, DIFFUSERS_WEIGHTS, read_config, remembered, stored_shapes, weight_files
 
 AnyRecorded = TypeVar("AnyRecorded", bound="Recorded")
 AnyModel = TypeVar("AnyModel", bound="SavedModel")
@@ -41,12 +42,7 @@ class _NormalsLeftOut(TorchFunctionMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Networks made or loaded inside have shapes and no values (meta device): for sizes, or for weights that follow.
-
-    >>> with without_values():
-    ...     nn.Embedding(2, 3).weight.device.type
-    'meta'
-    """
+    """Networks made or loaded inside have shapes and no values (meta device): for sizes, or for weights that follow."""
     with torch.device("meta"), _NormalsLeftOut():
         yield
 
@@ -57,12 +53,7 @@ def values_left_out() -> bool:
 
 
 class Config(dict[str, Any]):
-    """The arguments something was made with, by name; they cannot be changed.
-
-    >>> config = Config(width=8)
-    >>> config.width, config["width"]
-    (8, 8)
-    """
+    """The arguments something was made with, as entries and attributes; they cannot be changed."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -70,13 +61,10 @@ class Config(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"there is no argument {name!r}") from None
 
-    def __setitem__(self, name: str, value: Any) -> NoReturn:
+    def __setitem__(self, name: str, value: Any = None) -> NoReturn:
         raise TypeError(f"arguments are recorded once, {name} cannot be changed")
 
-    __setattr__ = __setitem__
-
-    def __delitem__(self, name: str) -> NoReturn:
-        raise TypeError(f"arguments are recorded once, {name} cannot be removed")
+    __setattr__ = __delitem__ = __setitem__
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
         return Config, (dict(self),)
@@ -116,10 +104,7 @@ class Recorded:
 
     @classmethod
     def load_config(cls, folder: str | Path) -> dict[str, Any]:
-        """The arguments that a folder holds for this class.
-
-        Raises UserError where the file is missing, of another class, or has settings that this class does not know.
-        """
+        """The arguments that a folder holds for this class; UserError where it holds none, or others."""
         folder = Path(folder)
         config = read_config(folder, cls.config_name)
         check_class(config.get("_class_name"), cls.__name__, folder)
@@ -142,6 +127,7 @@ class SavedModel(nn.Module, Recorded):
 
     config_name: ClassVar[str] = CONFIG
     gradient_checkpointing: bool = False
+    read_from: "ReadFrom | None" = None
 
     @property
     def device(self) -> torch.device:
@@ -186,27 +172,61 @@ class SavedModel(nn.Module, Recorded):
         model = cls.on_meta(folder)
         if values_left_out():
             return model.to(dtype).eval()
-        state: dict[str, Tensor] = {}
-        for file in weight_files(folder):
-            state |= load_file(file)
-        check_finite(state, folder)
+        files = weight_files(folder)
+        state = read_weights(files, folder)
         if dtype is not None:
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
         model.load_state_dict(state, assign=True)
+        model.read_from = ReadFrom.now((folder / CONFIG, *files), model.state_dict())
         return model.eval()
 
     @classmethod
     def on_meta(cls: type[AnyModel], folder: Path) -> AnyModel:
-        """The model of a folder without values.
-
-        Raises UserError where the folder is incomplete, or its settings or the shapes of its weights do not fit the
-        class.
-        """
+        """The model of a folder without values; UserError where the folder is incomplete or does not fit the class."""
         settings = cls.load_config(folder)
         with without_values():
             model = cls(**settings)
         check_shapes(shapes_of(model.state_dict()), stored_shapes(folder), folder)
         return model
+
+
+@dataclass(frozen=True)
+class ReadFrom:
+    """Files that hold a network's configuration and weights, and marks of the weights as they were read.
+
+    A mark is where a tensor lies and how often it was changed in place: torch counts that, but for changes of `.data`.
+    """
+
+    files: tuple[Path, ...]
+    marks: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def now(cls, files: Sequence[Path], state: Mapping[str, Tensor]) -> "ReadFrom | None":
+        """Of weights that were just read; None where torch does not count their changes."""
+        if any(tensor.is_inference() for tensor in state.values()):
+            return None
+        return cls(tuple(files), {name: (tensor.data_ptr(), tensor._version) for name, tensor in state.items()})
+
+    def still_holds(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the files hold these weights: none was changed, cast or moved since."""
+        return self.marks == {name: (tensor.data_ptr(), tensor._version) for name, tensor in state.items()}
+
+
+def read_weights(files: Sequence[Path], folder: Path) -> dict[str, Tensor]:
+    """All weights of safetensors files, finite ones; UserError as `check_finite`.
+
+    The files are mapped into memory: of large ones, which were checked before, a weight that is not used is not read.
+    """
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= load_file(file)
+
+    def check() -> str:
+        check_finite(state, folder)
+        return "finite"
+
+    remembered("finite", files, check)
+    return state
 
 
 def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:

@@ -12,12 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.nn.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_config, stored_shapes, weight_files
-from isthmus.nn.saved_model import Config, check_class, check_finite, check_shapes, values_left_out, without_values
+from isthmus.nn.component_files import (
+    CONFIG,
+    TRANSFORMERS_WEIGHTS,
+    read_config,
+    remembered,
+    stored_shapes,
+    weight_files,
+)
+from isthmus.nn.saved_model import (
+    Config,
+    ReadFrom,
+    check_class,
+    check_shapes,
+    read_weights,
+    values_left_out,
+    without_values,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -52,7 +66,8 @@ class StoredLlama:
         self, config: Any, tensors: Mapping[str, Tensor] | None = None, module: "LlamaForCausalLM | None" = None
     ):
         self.config: Any = config
-        self._tensors, self._module = tensors, module
+        self.read_from: ReadFrom | None = None
+        self._tensors, self._module = tensors or {}, module
 
     @classmethod
     def of(cls, llama: "LlamaForCausalLM | StoredLlama") -> "StoredLlama":
@@ -78,14 +93,13 @@ class StoredLlama:
             config = _read_by_transformers(config, folder)
         shapes = llama_shapes(config)
         check_shapes(shapes, stored_shapes(folder, TRANSFORMERS_WEIGHTS), folder)
-        tensors: dict[str, Tensor] = {}
         if values_left_out():
             tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-        else:
-            for file in weight_files(folder, TRANSFORMERS_WEIGHTS):
-                tensors |= load_file(file)
-            check_finite(tensors, folder)
-        return cls(Config(config), tensors).to(dtype or torch.float32)
+            return cls(Config(config), tensors).to(dtype or torch.float32)
+        files = weight_files(folder, TRANSFORMERS_WEIGHTS)
+        llama = cls(Config(config), read_weights(files, folder)).to(dtype or torch.float32)
+        llama.read_from = ReadFrom.now((folder / CONFIG, *files), llama.state_dict())
+        return llama
 
     @property
     def device(self) -> torch.device:
@@ -115,22 +129,18 @@ class StoredLlama:
             module.load_state_dict(tensors, assign=True)
             # its table of angles is no weight, so it is still on the meta device
             module.model.rotary_emb = type(module.model.rotary_emb)(config=module.config).to(self.device)
-            self._module, self._tensors = module.eval(), None
+            self._module, self._tensors = module.eval(), {}
         return self._module
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights by the names of `LlamaForCausalLM`."""
         if self._module is not None:
             return dict(self._module.state_dict())
-        assert self._tensors is not None, "a stored Llama has tensors or a module"
         return dict(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         """The weight of that name."""
-        if self._module is not None:
-            return self._module.get_parameter(name).detach()
-        assert self._tensors is not None, "a stored Llama has tensors or a module"
-        return self._tensors[name]
+        return self._tensors[name] if self._module is None else self._module.get_parameter(name).detach()
 
     def to(self, *place: torch.device | str | torch.dtype) -> "StoredLlama":
         """Move or cast the weights, in place as modules do: a device, a type or both; returns itself."""
@@ -152,20 +162,15 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     words = (config["vocab_size"], width)
     shapes = {"model.embed_tokens.weight": words, "model.norm.weight": (width,), "lm_head.weight": words}
     for layer in range(config["num_hidden_layers"]):
-        shapes |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "self_attn.q_proj": (queries, width),
-                "self_attn.k_proj": (keys, width),
-                "self_attn.v_proj": (keys, width),
-                "self_attn.o_proj": (width, queries),
-                "mlp.gate_proj": (inner, width),
-                "mlp.up_proj": (inner, width),
-                "mlp.down_proj": (width, inner),
-                "input_layernorm": (width,),
-                "post_attention_layernorm": (width,),
-            }.items()
-        }
+        for names, shape in {
+            "self_attn.q_proj": (queries, width),
+            "self_attn.k_proj self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, queries),
+            "mlp.gate_proj mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "input_layernorm post_attention_layernorm": (width,),
+        }.items():
+            shapes |= {f"model.layers.{layer}.{name}.weight": shape for name in names.split()}
     return shapes
 
 
@@ -202,8 +207,16 @@ _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 def fingerprint(model: nn.Module | StoredLlama) -> str:
     """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
 
-    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it.
+    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it. Of a model
+    that is as it was read from large files it is kept in the cache folder.
     """
+    known: ReadFrom | None = getattr(model, "read_from", None)
+    if known is not None and known.still_holds(model.state_dict()):
+        return remembered(f"fingerprint {model.dtype}", known.files, lambda: _hashed(model))
+    return _hashed(model)
+
+
+def _hashed(model: nn.Module | StoredLlama) -> str:
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", {})
     # transformers' configurations are no mappings; what differs from their defaults is what makes the network
@@ -213,5 +226,5 @@ def fingerprint(model: nn.Module | StoredLlama) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

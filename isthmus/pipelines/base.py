@@ -31,98 +31,7 @@ from isthmus.pipelines.folder import (
 )
 from isthmus.pipelines.labels import listed_names, names_in_order, resolve_labels
 from isthmus.pipelines.options import SamplingOptions, saved_options
-from isthmus.pipelines.request import (
-    Labels,
-    Request,
-    check_output_type,
-    image_seeds,
-    label_list,
-    spread,
-)
-
-
-def model_card(
-    *,
-    kind: str,
-    version: str,
-    image_size: int,
-    class_names: Mapping[str, str],
-    num_classes: int,
-    layout: str,
-    num_parameters: Mapping[str, int],
-    sampling: SamplingOptions,
-    data: Mapping[str, Any],
-    protocol: str,
-) -> str:
-    """Markdown with the front matter the hub reads.
-
-    Args:
-        kind: what the model is, in a few words.
-        version: of Isthmus.
-        image_size: pixels.
-        class_names: index (as text) -> name.
-        num_classes: 0 for unlabelled models.
-        layout: how tokens are laid out, as a sentence.
-        num_parameters: per component.
-        sampling: the defaults saved with the model.
-        data: `name` and `attribution` of the training data.
-        protocol: how the model was trained and measured.
-    """
-    names = names_in_order(class_names)
-    shown = listed_names(names) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    classes = f"{num_classes} ({shown})" if names else str(num_classes) if num_classes else "none (unlabelled)"
-    # a JSON string is a Python string, in the quotes that the rest of the card has
-    first = json.dumps(names[0], ensure_ascii=False) if names else "0"
-    argument = f"class_labels=[{first}], " if num_classes else ""
-    sizes = "; ".join(f"{name} {count / 1e6:.2f}M" for name, count in num_parameters.items())
-    attribution = data.get("attribution") or "unknown. Find out before you publish this model or its images."
-    return f"""---
-library_name: isthmus
-pipeline_tag: unconditional-image-generation
-license: other
-tags:
-- isthmus
-- image-generation
-- autoregressive
----
-
-# {kind}
-
-Images of {image_size} x {image_size} pixels. Classes: {classes}.
-{layout} Parameters: {sizes}.
-
-## Load
-
-```python
-from isthmus import load_pipeline
-
-pipe = load_pipeline("path/to/this/folder")
-pipe({argument}num_images=4, seed=0).images[0].save("sample.png")
-```
-
-or `isthmus sample path/to/this/folder --num 16 --out samples`. Saved with Isthmus {version}.
-
-With diffusers (`pip install "isthmus[diffusers]"`; its own `DiffusionPipeline.from_pretrained` knows no Isthmus):
-
-```python
-from isthmus.diffusers import from_pretrained
-
-pipe = from_pretrained("path/to/this/folder")  # a DiffusionPipeline
-pipe({argument}seed=0).images[0].save("sample.png")
-```
-
-Defaults saved with the model: {sampling.words()}.
-
-## Data and licence
-
-Trained on: {data.get("name") or "unknown"}.
-Licence: {attribution}
-
-## Protocol
-
-{protocol or "Not recorded."}
-"""
-
+from isthmus.pipelines.request import Labels, Request, check_output_type, image_seeds, spread
 
 logger = logging.getLogger("isthmus")
 
@@ -140,6 +49,8 @@ class SavedPipeline:
         num_classes: 0 for models without classes.
         class_names: index (as text) -> name, by number; empty where classes have no names.
         defaults: options of a call that names none.
+        edits: names of the methods that edit an image.
+        has_solver: whether `num_inference_steps` is an argument of its calls and reconstructions.
     """
 
     parts: ClassVar[Mapping[str, Part]] = {}
@@ -149,6 +60,8 @@ class SavedPipeline:
     num_classes: int
     class_names: dict[str, str]
     defaults: SamplingOptions
+    edits: ClassVar[tuple[str, ...]] = ()
+    has_solver: ClassVar[bool] = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # what torch.compile makes; asked for by its mark, since its class is in a module that takes seconds to import
@@ -193,8 +106,8 @@ class SavedPipeline:
     def reconstruct_by_stage(self, images: Images, *, first_index: int = 0) -> dict[str, Images]:
         """Reconstructions in [-1, 1], not clamped, by the name of the stage, in order; the last is the whole one.
 
-        `images` are in [-1, 1] and of the model's size. Image i of them starts from the noise of (0, first_index + i),
-        where a reconstruction starts from noise. Raises UserError where the images do not fit the model.
+        `images` are in [-1, 1] and of the model's size (else UserError). Image i of them starts from the noise of
+        (0, first_index + i), where a reconstruction starts from noise.
         """
 
     @abstractmethod
@@ -209,15 +122,11 @@ class SavedPipeline:
         data: Mapping[str, Any] | None,
         protocol: str,
     ) -> None:
-        """Check and keep what is stored beside the components.
-
-        Raises:
-            UserError: names or defaults do not fit the components.
-        """
+        """Check and keep what is stored beside the components; UserError where names or defaults do not fit them."""
         names = names_in_order(class_names) if isinstance(class_names, Mapping) else tuple(class_names or ())
         if names and len(names) != self.num_classes:
             raise UserError(
-                f"class_names needs one name per class ({self.num_classes}), got {len(names)}. "
+                f"class_names needs one name per class: {self.num_classes} classes, got {len(names)} names. "
                 "Pass the names of the data the transformer was trained on, or none."
             )
         if not isinstance(sampling_defaults, SamplingOptions):
@@ -226,10 +135,11 @@ class SavedPipeline:
         self.defaults = sampling_defaults
         # a mapping: a list of two strings in model_index.json is a component
         self.class_names = {str(index): name for index, name in enumerate(names)}
+        usual = {"resize": "shorter side, antialiased", "crop": "center", "value_range": [-1, 1]}
         self.config = Config(
             class_names=self.class_names,
             sampling_defaults=sampling_defaults.to_dict(),
-            preprocessing=dict(preprocessing or _usual_preprocessing(self.image_size)),
+            preprocessing=dict(preprocessing or {"image_size": self.image_size, **usual}),
             data=dict(data or {}),
             protocol=protocol,
         )
@@ -280,9 +190,7 @@ class SavedPipeline:
     def check_request(self, arguments: Mapping[str, Any], decoding: Mapping[str, bool] | None = None) -> None:
         """Raise UserError where a call of this model cannot take these arguments; nothing is drawn.
 
-        Args:
-            arguments: of a call, by name.
-            decoding: how tokens are computed, as for `prepared`.
+        `decoding` says how tokens are computed, as for `prepared`.
         """
         for call, given in ((type(self).__call__, arguments), (type(self).prepared, decoding or {})):
             unknown = sorted(given.keys() - inspect.signature(call).parameters.keys())
@@ -291,9 +199,21 @@ class SavedPipeline:
         # checks its arguments at once and draws only when it is read
         cast(Any, self).stream(**{"seed": 0, **arguments})
 
+    def refine_with(self, mode: Any) -> None:
+        """Draw tokens again from now on, in one of the modes of a family that can. Raises UserError where it cannot."""
+        raise UserError(f"this model, a {self.kind}, draws no token again. Leave out --refine.")
+
+    def forwards_per_image(self, options: SamplingOptions) -> Any:
+        """What a draw with these options costs, as a dataclass with a text; None where a family does not count it."""
+        return None
+
     def prepared(self, num_images: int) -> dict[str, Any]:
         """Arguments worth computing once for many calls of `num_images` images each."""
         return {}
+
+    def class_ids(self, class_labels: Labels) -> list[int]:
+        """Ids of labels, however they were given; UserError for what is no class of this model."""
+        return resolve_labels(class_labels, class_names=self.class_names, num_classes=self.num_classes)
 
     def label_name(self, class_id: int) -> str:
         """Name of a class id: its class name, the number where classes have no names, "null" for no class."""
@@ -302,29 +222,71 @@ class SavedPipeline:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of configuration and weights of all components: what images depend on beside the options."""
-        given = [name for name in self.optional_parts if getattr(self, name) is not None]
-        joined = "".join(_fingerprint(self.stored(name)) for name in (*self.parts, *given))
-        return hashlib.sha256(joined.encode()).hexdigest()
+        stored = (self.stored(name) for name in (*self.parts, *self.optional_parts))
+        return hashlib.sha256("".join(_fingerprint(part) for part in stored if part is not None).encode()).hexdigest()
 
     def card(self) -> str:
-        """The README.md that `save_pretrained` writes."""
-        models = {name: self.stored(name) for name in self.parts}
-        return model_card(
-            kind=self.kind,
-            version=isthmus.__version__,
-            image_size=self.image_size,
-            class_names=self.class_names,
-            num_classes=self.num_classes,
-            layout=self.layout,
-            num_parameters={
-                name: sum(weight.numel() for weight in weights_of(model).values())
-                for name, model in models.items()
-                if isinstance(model, (torch.nn.Module, StoredLlama))
-            },
-            sampling=self.defaults,
-            data=self.config["data"],
-            protocol=self.config["protocol"],
+        """The README.md that `save_pretrained` writes: Markdown with the front matter the hub reads."""
+        names = names_in_order(self.class_names)
+        shown = listed_names(names) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        count = self.num_classes
+        classes = f"{count} ({shown})" if names else str(count) if count else "none (unlabelled)"
+        # a JSON string is a Python string, in the quotes that the rest of the card has
+        first = json.dumps(names[0], ensure_ascii=False) if names else "0"
+        argument = f"class_labels=[{first}], " if count else ""
+        sizes = "; ".join(
+            f"{name} {sum(weight.numel() for weight in _weights(part)) / 1e6:.2f}M"
+            for name, part in ((name, self.stored(name)) for name in self.parts)
+            if isinstance(part, (torch.nn.Module, StoredLlama))
         )
+        data = self.config["data"]
+        attribution = data.get("attribution") or "unknown. Find out before you publish this model or its images."
+        return f"""---
+library_name: isthmus
+pipeline_tag: unconditional-image-generation
+license: other
+tags:
+- isthmus
+- image-generation
+- autoregressive
+---
+
+# {self.kind}
+
+Images of {self.image_size} x {self.image_size} pixels. Classes: {classes}.
+{self.layout} Parameters: {sizes}.
+
+## Load
+
+```python
+from isthmus import load_pipeline
+
+pipe = load_pipeline("path/to/this/folder")
+pipe({argument}num_images=4, seed=0).images[0].save("sample.png")
+```
+
+or `isthmus sample path/to/this/folder --num 16 --out samples`. Saved with Isthmus {isthmus.__version__}.
+
+With diffusers (`pip install "isthmus[diffusers]"`; its own `DiffusionPipeline.from_pretrained` knows no Isthmus):
+
+```python
+from isthmus.diffusers import from_pretrained
+
+pipe = from_pretrained("path/to/this/folder")  # a DiffusionPipeline
+pipe({argument}seed=0).images[0].save("sample.png")
+```
+
+Defaults saved with the model: {self.defaults.words()}.
+
+## Data and licence
+
+Trained on: {data.get("name") or "unknown"}.
+Licence: {attribution}
+
+## Protocol
+
+{self.config["protocol"] or "Not recorded."}
+"""
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str | None = None) -> None:
         """Write the pipeline folder: model_index.json, components as safetensors, and the card README.md.
@@ -349,16 +311,11 @@ class SavedPipeline:
     ) -> Pipeline:
         """The pipeline saved in a folder, or on the hub; an existing path wins. Weights stay on the CPU.
 
-        `load_pipeline` also picks the class and the device.
-
-        Raises:
-            UserError: there is no such folder or model, it is incomplete, or it has settings we do not know.
+        `load_pipeline` also picks the class and the device. Raises UserError where there is no such folder or model, it
+        is incomplete, or it has settings we do not know.
         """
         folder = model_folder(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
         check_not_float16(dtype)
         index = read_index(folder)
@@ -369,32 +326,31 @@ class SavedPipeline:
             if values.pop(name, [None, None]) != [None, None]:
                 logger.warning("%s was saved with a %s, which is ignored: %s.", folder, name, instead)
         check_settings(values, cls, folder / INDEX_NAME)
-        present = dict(cls.parts)
-        for name, part in cls.parts.items():
-            named = index_entry(part)[1]
+        components = {}
+        for name, part in {**cls.parts, **cls.optional_parts}.items():
+            entry = values.pop(name, None)
             # the class alone: folders of format 1 name the modules of their time
-            if _class_in(values.pop(name, None)) != named:
-                raise UserError(f"{folder / INDEX_NAME} must name {named} as its {name}. Save the model again.")
-        for name, part in cls.optional_parts.items():
-            found = _class_in(values.pop(name, None))
-            if found is None:
+            found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+            if found is None and name in cls.optional_parts:
                 continue
             if found != index_entry(part)[1]:
-                raise UserError(f"{folder} has a {name} that this version does not know. Update Isthmus.")
-            present[name] = part
-        components = {name: _loaded(part, folder / name, dtype) for name, part in present.items()}
+                raise UserError(
+                    f"{folder / INDEX_NAME} must name {index_entry(part)[1]} as its {name}, got {found}. Update "
+                    "Isthmus, or save the model again."
+                )
+            settings = {"dtype": dtype} if issubclass(part, (SavedModel, StoredLlama)) else {}
+            components[name] = part.from_pretrained(folder / name, **settings)
         return cls(**components, **values)
 
-    def _index(self) -> dict[str, Any]:
-        """Contents of model_index.json, in diffusers' layout: a component is [library, class]."""
-        given = {name: part for name, part in self.optional_parts.items() if getattr(self, name) is not None}
-        entries = dict.fromkeys(self.optional_parts, [None, None])
-        entries |= {name: index_entry(part) for name, part in (*self.parts.items(), *given.items())}
-        versions = {"isthmus_format": FORMAT, "isthmus_version": isthmus.__version__}
-        return {"_class_name": type(self).__name__, **versions, **entries, **self.config}
-
     def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
-        index = json.dumps(_sorted(self._index()), indent=2) + "\n"
+        # in diffusers' layout a component is [library, class]
+        entries = {
+            name: [None, None] if self.stored(name) is None else index_entry(part)
+            for name, part in {**self.parts, **self.optional_parts}.items()
+        }
+        versions = {"isthmus_format": FORMAT, "isthmus_version": isthmus.__version__}
+        index = {"_class_name": type(self).__name__, **versions, **entries, **self.config}
+        text = json.dumps(_sorted(index), indent=2) + "\n"
         for name, part in self.components.items():
             if isinstance(part, torch.nn.Module):
                 # None is the writer's own limit, which is not the same for all of them
@@ -403,7 +359,7 @@ class SavedPipeline:
             elif part is not None:
                 part.save_pretrained(folder / name)
         (folder / "README.md").write_text(self.card(), encoding="utf-8")
-        (folder / INDEX_NAME).write_text(index, encoding="utf-8")
+        (folder / INDEX_NAME).write_text(text, encoding="utf-8")
         for weights in folder.rglob("*.safetensors"):
             # safetensors writes for the owner alone; a model is as readable as the rest of its folder
             weights.chmod((folder / INDEX_NAME).stat().st_mode)
@@ -419,8 +375,7 @@ class SavedPipeline:
         check_output_type(options["output_type"])
         resolved = self.defaults.override(**saved_options(options))
         self.check_options(resolved)
-        ids = resolve_labels(label_list(class_labels), class_names=self.class_names, num_classes=self.num_classes)
-        ids = spread(ids, num_images, num_images_per_class)
+        ids = spread(self.class_ids(class_labels), num_images, num_images_per_class)
         given = {name: options[name] for name in ("seed", "generator", "image_index")}
         return Request(ids, image_seeds(len(ids), **given), resolved, options["output_type"])
 
@@ -442,20 +397,9 @@ def index_entry(part: Part) -> list[str]:
     return [part.__module__, part.__name__]
 
 
-def _class_in(entry: Any) -> Any:
-    """The class that an entry of model_index.json names; None where it names no component."""
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-
-
-def weights_of(part: torch.nn.Module | StoredLlama) -> dict[str, torch.Tensor]:
-    """Trainable weights of a component by name."""
-    return part.state_dict() if isinstance(part, StoredLlama) else dict(part.named_parameters())
-
-
-def _loaded(part: Part, folder: Path, dtype: torch.dtype | None) -> Any:
-    if issubclass(part, (SavedModel, StoredLlama)):
-        return part.from_pretrained(folder, dtype=dtype)
-    return part.from_pretrained(folder)
+def _weights(part: torch.nn.Module | StoredLlama) -> list[torch.Tensor]:
+    """Trainable weights of a component."""
+    return list(part.state_dict().values() if isinstance(part, StoredLlama) else part.parameters())
 
 
 def _fingerprint(part: Any) -> str:
@@ -471,7 +415,3 @@ def _sorted(value: Any) -> Any:
         return value
     keys = sorted(value, key=lambda key: (0, int(key), key) if key.isdecimal() else (1, 0, key))
     return {key: _sorted(value[key]) for key in keys}
-
-
-def _usual_preprocessing(image_size: int) -> dict[str, Any]:
-    return {"image_size": image_size, "resize": "shorter side, antialiased", "crop": "center", "value_range": [-1, 1]}

@@ -22,18 +22,12 @@ FORGOTTEN = {
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of a pipeline folder that this version can read.
-
-    Raises:
-        UserError: the folder is missing, empty, no pipeline of ours, or of a newer format.
-    """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(
-            f"a model must be a pipeline folder, got {folder}, which {what}. Pass the folder of a saved model."
-        )
+    """`model_index.json` of a pipeline folder that this version can read; UserError for any other folder."""
     if not (folder / INDEX_NAME).is_file():
-        what = "has no model_index.json" if any(folder.iterdir()) else "is empty"
+        if folder.is_dir():
+            what = "has no model_index.json" if any(folder.iterdir()) else "is empty"
+        else:
+            what = "is a file" if folder.exists() else "does not exist"
         raise UserError(
             f"a model must be a pipeline folder, got {folder}, which {what}. Pass the folder of a saved model."
         )
@@ -57,10 +51,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, renamed to it at the end; an error leaves nothing behind.
 
     An empty folder stays the one it is, and gets the files: a mounted volume, the folder a shell stands in and the end
-    of a link cannot be replaced.
-
-    Raises:
-        UserError: `folder` exists and is not an empty folder, or cannot be written.
+    of a link cannot be replaced. Raises UserError where `folder` is neither new nor empty, or cannot be written.
     """
     check_writable(folder, "the output folder")
     # a link may lead to what does not exist yet
@@ -106,8 +97,7 @@ def model_folder(
 ) -> Path:
     """The folder of a model: the path itself where it exists, else the hub's files, downloaded or from the cache.
 
-    Raises:
-        UserError: neither exists; offline and not cached is one error.
+    Raises UserError where neither exists; offline and not cached is one error.
     """
     path = Path(os.path.expanduser(path_or_hub_id))
     if path.exists():
@@ -117,20 +107,13 @@ def model_folder(
         raise UserError(
             f"a model must be a pipeline folder or a hub id (owner/name), got {name}, which does not exist."
         )
-    return _hub_folder(name, revision, cache_dir, local_files_only)
-
-
-def _hub_folder(name: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    files = ["*.json", "*.safetensors", "README.md"]
     try:
         folder = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", "README.md"],
+            name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, allow_patterns=files
         )
     except (HfHubHTTPError, HFValidationError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

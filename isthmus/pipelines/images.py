@@ -23,14 +23,8 @@ def to_images(images: ImageInput, image_size: int, *, stride: int = 1) -> Images
     Pictures become RGB as `upright_rgb` makes it of any picture, their shorter side is resized to `image_size` with
     antialiasing, and the central square is kept, as images for evaluation are. Tensors keep their size.
 
-    Args:
-        images: as `ImageInput` says.
-        image_size: side of pictures, in pixels.
-        stride: pixels per latent cell; a smaller picture says nothing.
-
-    Raises:
-        UserError: there is no image, it is neither picture nor tensor or smaller than the stride, a picture cannot be
-            read, tensors differ in size, or a tensor has another shape, is not finite, or leaves [-1, 1].
+    Raises UserError as `listed_images` and `checked_images`, for tensors of several sizes, and for an image smaller
+    than `stride`, the pixels per latent cell.
     """
     opened = []
     for one in listed_images(images):
@@ -48,21 +42,17 @@ def to_images(images: ImageInput, image_size: int, *, stride: int = 1) -> Images
 
 
 def listed_images(images: object) -> list[PIL.Image.Image | Tensor]:
-    """Pictures and tensors, one or several, as a list.
-
-    Raises:
-        UserError: there is none, or something is neither a picture nor a tensor.
-    """
+    """Pictures and tensors, one or several, as a list; UserError where there is none, or something else."""
     if isinstance(images, (PIL.Image.Image, Tensor)) or not isinstance(images, Iterable):
         images = [images]
-    given: list[object] = list(images)
-    listed = [one for one in given if isinstance(one, (PIL.Image.Image, Tensor))]
-    if len(listed) < len(given):
-        other = next(one for one in given if not isinstance(one, (PIL.Image.Image, Tensor)))
-        raise UserError(
-            f"images are PIL pictures or tensors in [-1, 1], one or several, got {type(other).__name__}. Open a file "
-            "with PIL.Image.open, make a picture of an array with PIL.Image.fromarray."
-        )
+    listed = []
+    for one in images:
+        if not isinstance(one, (PIL.Image.Image, Tensor)):
+            raise UserError(
+                f"images are PIL pictures or tensors in [-1, 1], one or several, got {type(one).__name__}. Open a file "
+                "with PIL.Image.open, make a picture of an array with PIL.Image.fromarray."
+            )
+        listed.append(one)
     if not listed:
         raise UserError("at least one image is needed, got an empty list. Pass a picture or a tensor.")
     return listed
@@ -77,11 +67,7 @@ def check_size(width: int, height: int, stride: int) -> None:
 
 
 def checked_images(images: Tensor) -> Images:
-    """A tensor of images as (b, 3, h, w), fp32, on the CPU.
-
-    Raises:
-        UserError: it has another shape, is not finite, or leaves [-1, 1].
-    """
+    """A tensor of images as (b, 3, h, w), fp32, on the CPU; UserError for other shapes, types and ranges."""
     batch = images.unsqueeze(0) if images.ndim == 3 else images
     if batch.ndim != 4 or batch.shape[1] != 3 or not batch.numel():
         raise UserError(f"images must be a tensor (b, 3, h, w) or (3, h, w), got {tuple(images.shape)}.")

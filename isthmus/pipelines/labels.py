@@ -7,8 +7,8 @@ is a name where a class has it, and else a number; `id:2` and `name:2` say which
 import difflib
 import logging
 import operator
-from collections.abc import Mapping, Sequence
-from typing import SupportsIndex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 from isthmus.errors import UserError
 
@@ -29,10 +29,7 @@ def listed_names(names: Sequence[str], shown: int = 20) -> str:
 
 
 def whole_number(value: object, name: str) -> int:
-    """A whole number of any make (Python's, numpy's, torch's) as Python's own.
-
-    Raises:
-        UserError: it is something else, a truth value or a float for example.
+    """A whole number of any make (Python's, numpy's, torch's) as Python's own; UserError for anything else.
 
     >>> whole_number(7, "seed")
     7
@@ -45,14 +42,22 @@ def whole_number(value: object, name: str) -> int:
     raise UserError(f"{name} must be a whole number, got {value!r}. Pass an integer.")
 
 
+def elements(values: object) -> list[Any] | None:
+    """The elements of a list, an array or a tensor; None for a single value."""
+    values = getattr(values, "tolist", lambda: values)()  # numpy's and torch's
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) else None
+
+
+def label_list(class_labels: object) -> list[Any]:
+    """Labels as a list, whichever way they were given; `resolve_labels` says which of them are none."""
+    several = elements(class_labels)
+    return [class_labels] if several is None else several
+
+
 def names_in_order(class_names: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of the classes 0, 1, 2, ...; as text, which is how JSON sorts them, 10 comes before 2.
+    """Names of the classes 0, 1, 2, ... of a mapping of index (as text) to name; JSON sorts 10 before 2.
 
-    Args:
-        class_names: index (as text) -> name, in any order; may be empty.
-
-    Raises:
-        UserError: the indices are not those of all classes, each once.
+    Raises UserError where the indices are not those of all classes, each once.
 
     >>> names_in_order({"0": "face", "10": "k", "1": "b"} | {str(i): str(i) for i in range(2, 10)})[-1]
     'k'
@@ -67,32 +72,23 @@ def names_in_order(class_names: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(class_names[index] for index in wanted)
 
 
-def resolve_labels(labels: Sequence[object], *, class_names: Mapping[str, str], num_classes: int) -> list[int]:
-    """Class ids of labels; None is the null label, whose id is `num_classes`.
+def resolve_labels(labels: object, *, class_names: Mapping[str, str], num_classes: int) -> list[int]:
+    """Class ids of labels (one or several: names, whole numbers or None); the id of None is `num_classes`.
 
-    Args:
-        labels: names, whole numbers in 0..num_classes - 1, or None.
-        class_names: index (as text) -> name; may be empty.
-        num_classes: 0 for a model without classes, which takes None only.
-
-    Raises:
-        UserError: a name is unknown (the nearest ones are named) or belongs to several classes, a number is out of
-            range or none, or the model has no classes.
+    `class_names` maps the index (as text) to the name, and may be empty. Raises UserError where a name is unknown (the
+    nearest ones are named) or belongs to several classes, a number is out of range or none, or there are no classes.
 
     >>> resolve_labels(["flag", 0, None], class_names={"0": "face", "1": "flag"}, num_classes=2)
     [1, 0, 2]
     """
-    return [_resolve(label, class_names, num_classes) for label in labels]
+    return [_resolve(label, class_names, num_classes) for label in label_list(labels)]
 
 
 def labels_from_words(words: Sequence[str], class_names: Mapping[str, str]) -> list[Label]:
     """Labels as they are typed: a name, a number, or `null` (or `none`) for no class.
 
     A word that is a name and could be a number or null as well is the name. `id:2` is the class numbered 2, `id:null`
-    no class, `name:2` the class named 2.
-
-    Raises:
-        UserError: what follows `id:` is no number.
+    no class, `name:2` the class named 2. Raises UserError where what follows `id:` is no number.
 
     >>> labels_from_words(["flag", "0", "null", "id:1"], {"0": "face", "1": "flag"})
     ['flag', 0, None, 1]

@@ -45,8 +45,7 @@ def load_pipeline(
         cache_dir: where hub files are kept; None takes the hub's own cache.
         local_files_only: never ask the network.
 
-    Raises:
-        UserError: there is no such model, it is incomplete or of a newer format, or the device is absent.
+    Raises UserError where there is no such model, it is incomplete or of a newer format, or the device is absent.
     """
     chosen = choose_device(device)
     folder = model_folder(path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -59,11 +58,7 @@ def load_pipeline(
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: there is no such device here; the message names those present.
-    """
+    """The device of that name; UserError where it is not here."""
     present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         present.append("mps")
@@ -76,11 +71,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: str | torch.device = "cpu") -> torch.dtype:
-    """The type of that name; None is float32, "auto" what `faster_type` finds on the device.
-
-    Raises:
-        UserError: the type is not one of `DTYPES`.
-    """
+    """The type of that name (UserError for others); None is float32, "auto" what `faster_type` finds on the device."""
     if dtype is None:
         return torch.float32
     if dtype == "auto":

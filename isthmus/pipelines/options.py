@@ -30,12 +30,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 
 class Option(Doc):
-    """What stands beside the type of an option: its default and what it means.
-
-    Attributes:
-        default: value where the option is not given.
-        documentation: a sentence or two, for docstrings and `--help`.
-    """
+    """What stands beside the type of an option: its default, and a sentence or two for docstrings and `--help`."""
 
     def __init__(self, default: Any, documentation: str):
         super().__init__(documentation)
@@ -112,20 +107,14 @@ class SamplingOptions:
     smooth: bool = False
 
     def __post_init__(self):
-        guidance = self.guidance_scale
+        guidance, steps = self.guidance_scale, 1
         if not isinstance(guidance, (int, float, GuidanceSchedule)):
             object.__setattr__(self, "guidance_scale", tuple(guidance))
-            guidance_values(guidance, len(guidance))
-        else:
-            guidance_values(guidance, 1)
+            steps = len(guidance)
+        guidance_values(guidance, steps)
 
     def check(self, *, codebook_size: int, num_steps: int) -> None:
-        """One clear error for what a model of so many codes and guided steps cannot draw with.
-
-        Raises:
-            UserError: `top_k` not in 1..codebook_size, `top_p` not in (0, 1], `temperature` not positive and finite, or
-                guidance with another number of values than the model has steps.
-        """
+        """Raise UserError for what a model of so many codes and guided steps cannot draw with."""
         if self.top_k is not None and not 1 <= self.top_k <= codebook_size:
             raise UserError(
                 f"top_k must be 1..{codebook_size} (the codebook size), got {self.top_k}. Leave it out to turn it off."
@@ -161,27 +150,19 @@ class SamplingOptions:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = asdict(self)
-        if isinstance(self.guidance_scale, GuidanceSchedule):
-            values["guidance_scale"] = self.guidance_scale.to_dict()
-        elif isinstance(self.guidance_scale, Sequence):
+        if isinstance(self.guidance_scale, Sequence):
             values["guidance_scale"] = list(self.guidance_scale)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingOptions":
-        """The options that `to_dict` wrote; what is left out takes its default.
-
-        Raises:
-            UserError: a name is unknown or a value unusable.
-        """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"sampling options are {', '.join(sorted(known))}; got {unknown[0]!r}. Leave it out.")
-        given = dict(values)
-        if isinstance(given.get("guidance_scale"), Mapping):
-            given["guidance_scale"] = GuidanceSchedule(**given["guidance_scale"])
-        return cls(**given)
+        """The options that `to_dict` wrote, what is left out by default; UserError for an unknown name or bad value."""
+        known = sorted(field.name for field in fields(cls))
+        if unknown := sorted(set(values).difference(known)):
+            raise UserError(f"sampling options are {', '.join(known)}; got {unknown[0]!r}. Leave it out.")
+        guidance = values.get("guidance_scale", cls.guidance_scale)
+        guidance = GuidanceSchedule(**guidance) if isinstance(guidance, Mapping) else guidance
+        return cls(**{**values, "guidance_scale": guidance})
 
 
 def saved_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,9 +175,7 @@ def parse_guidance(text: str) -> Guidance:
 
     A number; `linear:START:END` or `cosine:START:END` over the scales, with `:LAST` for the last guided scale
     (from 0), `constant:START:END:LAST` likewise; or one number per step (scale or token), separated by commas.
-
-    Raises:
-        UserError: the text is none of these.
+    UserError for any other text.
 
     >>> parse_guidance("2"), parse_guidance("1,1.5,2")
     (2.0, (1.0, 1.5, 2.0))

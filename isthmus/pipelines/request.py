@@ -1,14 +1,10 @@
-"""What a call asks for: class ids, one seed per image, options; and the steps that every generation yields.
-
-A server or a studio knows `GenerationStep` only, whatever the family.
-"""
+"""What a call asks for: class ids, one seed per image, options; and the steps that every generation yields."""
 
 import functools
-import hashlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeVar, cast, get_args, get_type_hints
 
@@ -20,16 +16,24 @@ from torch import Tensor
 
 from isthmus.errors import UserError, nearest
 from isthmus.pictures import to_pil
-from isthmus.pipelines.labels import Label, whole_number
+from isthmus.pipelines.labels import Label, elements, whole_number
 from isthmus.pipelines.options import OutputType, SamplingOptions, options_of
 
 Pictures = list[PIL.Image.Image] | np.ndarray | Tensor
 """Images as a pipeline returns them: PIL, numpy (b, h, w, 3) in [0, 1], torch (b, 3, h, w) in [0, 1] or features."""
+Whole = SupportsIndex | Sequence[SupportsIndex] | Shaped[np.ndarray, "..."] | Shaped[torch.Tensor, "..."]
+"""A whole number of any make, or one per image."""
+Labels = Label | Sequence[Label] | Int[Tensor, "..."] | Shaped[np.ndarray, "..."]
+"""Labels as a call takes them: one per image, or a single one."""
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+_SEED_BITS = 63
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 @dataclass
 class GenerationStep:
-    """One finished step of a generation.
+    """One finished step of a generation, whatever the family: all that a server or a studio needs to know.
 
     Attributes:
         index: step, from 0 (next-scale models: the scale).
@@ -44,16 +48,16 @@ class GenerationStep:
     preview: Pictures | None = None
 
 
-def token_hashes(token_ids: Sequence[Int[Tensor, "b _"]]) -> list[str]:
-    """SHA-256 (hex) of the token ids of every image, over all steps, as little-endian int32."""
-    rows = zip(*(ids.cpu().numpy().astype("<i4") for ids in token_ids), strict=True)
-    return [hashlib.sha256(b"".join(step.tobytes() for step in row)).hexdigest() for row in rows]
+@dataclass
+class Request:
+    """A call whose labels, seeds and options are known: class id (no class: the null class) and (seed, image index)
+    of every image.
+    """
 
-
-_SEED_BITS = 63
-
-Whole = SupportsIndex | Sequence[SupportsIndex] | Shaped[np.ndarray, "..."] | Shaped[torch.Tensor, "..."]
-"""A whole number of any make, or one per image."""
+    class_labels: list[int]
+    seeds: list[tuple[int, int]]
+    options: SamplingOptions
+    output_type: OutputType
 
 
 def image_seeds(
@@ -69,83 +73,51 @@ def image_seeds(
     given. A list of seeds: image i draws from (seed[i], 0). Generators only make that list, one 63-bit number per
     image: a single one makes all of them, a list makes one each. Nothing given: one fresh seed, which the result names.
 
-    Seeds and numbers are whole numbers of any make, as are those in a list, an array or a tensor.
-
-    Raises:
-        UserError: both a seed and a generator, a negative number or none at all, or a list of another length than
-            `num_images`.
+    Seeds and numbers are whole numbers of any make, as are those in a list, an array or a tensor. Raises UserError for
+    both a seed and a generator, a negative number or none at all, or a list of another length than `num_images`.
 
     >>> image_seeds(2, seed=7, image_index=3), image_seeds(2, seed=[7, 8])
     ([(7, 3), (7, 4)], [(7, 0), (8, 0)])
     """
+
+    def one_each(values: list[Any], name: str) -> list[int]:
+        if len(values) != num_images:
+            raise UserError(f"a list for {name} needs one number per image ({num_images}), got {len(values)}.")
+        return [whole_number(value, name) for value in values]
+
     if seed is not None and generator is not None:
         raise UserError("random numbers come from a seed or a generator, got both. Pass one of them.")
-    if generator is not None:
-        seed = _from_generators(generator, num_images)
+    if isinstance(generator, torch.Generator):
+        seed = _numbers_from(generator, num_images)
+    elif generator is not None:
+        seed = [number for one in generator for number in _numbers_from(one, 1)]
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) >> (64 - _SEED_BITS)
-    several = _listed(seed)
-    if several is None:
-        one = whole_number(seed, "seed")
-        pairs = [(one, index) for index in _per_image(image_index, num_images)]
-    else:
-        if _listed(image_index) is not None or whole_number(image_index, "image_index") != 0:
+    seeds, indices = elements(seed), elements(image_index)
+    if seeds is not None:
+        if indices is not None or whole_number(image_index, "image_index") != 0:
             raise UserError("image_index belongs to a single seed, got it with one seed per image. Leave it out.")
-        pairs = [(one, 0) for one in _checked(several, num_images, "seed")]
+        pairs = [(one, 0) for one in one_each(seeds, "seed" if generator is None else "generator")]
+    else:
+        one = whole_number(seed, "seed")
+        first = 0 if indices is not None else whole_number(image_index, "image_index")
+        numbers = range(first, first + num_images) if indices is None else one_each(indices, "image_index")
+        pairs = [(one, index) for index in numbers]
     if any(one < 0 or index < 0 for one, index in pairs):
         raise UserError(f"seed and image_index must not be negative, got {min(pairs)}.")
     return pairs
 
 
-def _listed(values: object) -> list[object] | None:
-    """The elements of a list, an array or a tensor; None for a single value."""
-    if isinstance(values, (torch.Tensor, np.ndarray)):
-        values = values.tolist()
-    return list(values) if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) else None
-
-
-def _per_image(index: object, num_images: int) -> list[int]:
-    several = _listed(index)
-    if several is not None:
-        return _checked(several, num_images, "image_index")
-    first = whole_number(index, "image_index")
-    return list(range(first, first + num_images))
-
-
-def _checked(values: list[object], num_images: int, name: str) -> list[int]:
-    if len(values) != num_images:
-        raise UserError(f"a list for {name} needs one number per image ({num_images}), got {len(values)}.")
-    return [whole_number(value, name) for value in values]
-
-
-def _from_generators(generator: torch.Generator | Sequence[torch.Generator], num_images: int) -> list[int]:
-    if isinstance(generator, torch.Generator):
-        return _draw(generator, num_images)
-    if len(generator) != num_images:
-        raise UserError(f"a list of generators needs one per image ({num_images}), got {len(generator)}.")
-    return [_draw(one, 1)[0] for one in generator]
-
-
-def _draw(generator: torch.Generator, count: int) -> list[int]:
+def _numbers_from(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(2**_SEED_BITS - 1, (count,), generator=generator, device=generator.device).tolist()
-
-
-Labels = Label | Sequence[Label] | Int[Tensor, "..."] | Shaped[np.ndarray, "..."]
-"""Labels as a call takes them: one per image, or a single one."""
-Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def takes(kind: type) -> Callable[[_Method], _Method]:
     """Decorator of a method with `**options: Unpack[kind]`: it is called with every option of the typed dictionary.
 
     Those that are not given have their default. `inspect.signature` and `help` show all of them, with what the line
-    `options:` of the docstring says in its place.
-
-    Raises:
-        TypeError: an option is unknown (by the method); the nearest is named.
+    `options:` of the docstring says in its place. An option that the method does not know is a TypeError that names the
+    nearest.
     """
     declared = options_of(kind)
     defaults = {name: option.default for name, option in declared.items()}
@@ -166,37 +138,19 @@ def takes(kind: type) -> Callable[[_Method], _Method]:
             return method(self, *arguments, **{**defaults, **given})
 
         cast(Any, with_all).__signature__ = written.replace(parameters=[*own, *added])
-        lines = (method.__doc__ or "").split("\n")
-        for place, line in enumerate(lines):
-            if line.strip().startswith("options:"):
-                indent = line[: len(line) - len(line.lstrip())]
-                entries = [f"{name}: {option.documentation}" for name, option in declared.items()]
-                lines[place : place + 1] = [
-                    part
-                    for entry in entries
-                    for part in textwrap.wrap(entry, 120, initial_indent=indent, subsequent_indent=indent + "    ")
-                ]
+        lines = []
+        for line in (method.__doc__ or "").split("\n"):
+            if not line.strip().startswith("options:"):
+                lines.append(line)
+                continue
+            indent = line[: len(line) - len(line.lstrip())]
+            for name, option in declared.items():
+                entry = f"{name}: {option.documentation}"
+                lines += textwrap.wrap(entry, 120, initial_indent=indent, subsequent_indent=indent + "    ")
         with_all.__doc__ = "\n".join(lines)
         return cast(_Method, with_all)
 
     return decorate
-
-
-@dataclass
-class Request:
-    """What a call asks for, once its labels, seeds and options are known.
-
-    Attributes:
-        class_labels: class id of every image; the null class where none was asked for.
-        seeds: (seed, image index) of every image.
-        options: settings of the draw.
-        output_type: form of the pictures.
-    """
-
-    class_labels: list[int]
-    seeds: list[tuple[int, int]]
-    options: SamplingOptions
-    output_type: OutputType
 
 
 def check_output_type(output_type: OutputType) -> None:
@@ -205,20 +159,8 @@ def check_output_type(output_type: OutputType) -> None:
         raise UserError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}.")
 
 
-def label_list(class_labels: object) -> list[Any]:
-    """Labels as a list, whichever way they were given; `resolve_labels` says which of them are none."""
-    if isinstance(class_labels, (Tensor, np.ndarray)):
-        class_labels = class_labels.tolist()
-    if isinstance(class_labels, Iterable) and not isinstance(class_labels, (str, bytes)):
-        return list(class_labels)
-    return [class_labels]
-
-
 def spread(ids: list[int], num_images: SupportsIndex | None, num_images_per_class: SupportsIndex) -> list[int]:
-    """Class id of every image of a request.
-
-    Raises:
-        UserError: there is no label or no image, or both numbers are given.
+    """Class id of every image of a request; UserError for no label, no image, or both numbers.
 
     >>> spread([4, 2], None, 2), spread([4, 2], 3, 1)
     ([4, 4, 2, 2], [4, 2, 4])

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.guards import pixel_digest
-from isthmus.evaluation.held_out import reconstructions_by_stage
+from isthmus.evaluation.held_out import LITE0, PSNR, reconstructions_by_stage
 from isthmus.evaluation.images import ruined
 from isthmus.evaluation.record import timing_words
 from isthmus.evaluation.scores import Features
@@ -37,9 +37,7 @@ from isthmus.studies.options import BALANCE, DarSetting
 from isthmus.studies.study import Study
 from isthmus.studies.tables import (
     CLASS,
-    DISTANCE,
     FRECHET,
-    PSNR,
     Claim,
     Direction,
     Found,
@@ -150,7 +148,7 @@ def reconstruction(found: DarFound) -> StudyTable:
         "images themselves; ceiling: the images blurred to almost their mean colour.",
         first_column="tokens kept",
         rows=(*kept.values(), floor, ceiling),
-        panels=panels_of((PSNR, DISTANCE, CLASS), "tokens kept", {"held-out images": kept}, floor),
+        panels=panels_of((PSNR, LITE0, CLASS), "tokens kept", {"held-out images": kept}, floor),
         notes=(
             "We know no figure of the paper for reconstructions from fewer tokens; its figures are for previews of "
             "samples (the next table). r-FD is of the reconstructions against the same images.",

@@ -18,11 +18,11 @@ from isthmus.evaluation.classes import Balance, NearestClassMean, choose_classes
 from isthmus.evaluation.evaluate import evaluate_model
 from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
 from isthmus.evaluation.guards import check_duplicates
-from isthmus.evaluation.held_out import HELD_OUT_LIMIT, ReconstructionMeter, as_floats
+from isthmus.evaluation.held_out import HELD_OUT_LIMIT, LITE0, PSNR, ReconstructionMeter, as_floats
 from isthmus.evaluation.images import some
 from isthmus.evaluation.record import Score, read_record
-from isthmus.evaluation.reference import DataSplits, RealSides, open_splits
-from isthmus.evaluation.sample_scores import RealImages
+from isthmus.evaluation.reference import DataSplits, open_splits
+from isthmus.evaluation.sample_scores import RealImages, RealSides
 from isthmus.evaluation.scores import Features
 from isthmus.evaluation.statistics import Gaussian, mean_interval
 from isthmus.nn.perceptual import Lite0Distance
@@ -32,7 +32,7 @@ from isthmus.pipelines.loading import AnyPipeline, choose_device, load_pipeline
 from isthmus.pipelines.options import parse_guidance
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.options import BALANCE
-from isthmus.studies.tables import CLASS, DISTANCE, PSNR, Setting
+from isthmus.studies.tables import CLASS, Setting
 
 Timed = Callable[[], object]
 
@@ -249,8 +249,7 @@ class HeldOut:
             meter.update(self.images[rows], rebuilt[rows])
         scores = meter.scores(Gaussian.of(self.headline))
         return {
-            PSNR: mean_and_interval(scores.psnr),
-            DISTANCE: mean_and_interval(scores.perceptual),
+            **{name: mean_and_interval(scores.values[name]) for name in (PSNR, LITE0)},
             f"r-FD-{self._space}": [scores.frechet],
             **self.class_accuracy(self._features(rebuilt)),
         }

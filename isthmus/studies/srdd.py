@@ -16,6 +16,7 @@ from torch import Tensor
 
 from isthmus.evaluation.features import sample_features
 from isthmus.evaluation.guards import pixel_digest
+from isthmus.evaluation.held_out import LITE0, PSNR
 from isthmus.evaluation.record import timing_words
 from isthmus.next_scale.canvas import fill_unknown
 from isthmus.next_scale.pipeline import NextScalePipeline, NextScalePipelineOutput
@@ -24,7 +25,7 @@ from isthmus.nn.component_files import read_config
 from isthmus.nn.shapes import Images
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.loading import choose_device
-from isthmus.samples import SampleRequest, draw, forwards_per_image, read
+from isthmus.samples import SampleRequest, draw, read
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.measures import (
     HeldOut,
@@ -60,7 +61,7 @@ from isthmus.studies.srdd_priors import (
     weighting,
 )
 from isthmus.studies.study import Study
-from isthmus.studies.tables import DISTANCE, FRECHET, PSNR, Claim, Direction, Reading, Row, StudyTable, study_table
+from isthmus.studies.tables import FRECHET, Claim, Direction, Reading, Row, StudyTable, study_table
 from isthmus.training.train_prior import train_prior
 
 MODES = ("none", "simple", "masked")
@@ -98,9 +99,7 @@ def refined_samples(lab: SrddLab, experiment: Experiment) -> Values:
         request, place = SampleRequest.of(pipeline, labels, classes=rule, seed=seed), lab.folder / experiment.name
         draw(pipeline, place / "samples" / mode, request, batch_size=lab.setting.batch_size, title=mode)
         images = read(place / "samples" / mode, len(request))
-        cost = forwards_per_image(pipeline, request)
-        assert cost is not None, "it is known of next-scale models"
-        forwards[mode] = cost.most
+        forwards[mode] = pipeline.forwards_per_image(request.sampling).most
         drawn[mode] = sample_features(scorer.real.network, images), [pixel_digest(image) for image in images]
     return scorer.values("by_mode", drawn) | {"forwards": forwards}
 
@@ -362,7 +361,7 @@ def editing(found: SrddFound) -> StudyTable:
             for model in (MARKOV.name, CAUSAL.name)
             for way in ways
         ]
-    better: dict[str, Direction] = {HOLE_PSNR: "higher", DISTANCE: "lower"}
+    better: dict[str, Direction] = {HOLE_PSNR: "higher", LITE0: "lower"}
     edits_better = "SRDD edits better than VAR without training (the paper's figures are unknown)"
     resampling = "Simple resampling inside the hole is what the diffusion view adds"
     return StudyTable(
@@ -380,7 +379,7 @@ def editing(found: SrddFound) -> StudyTable:
                 for column, direction in better.items()
             ),
             *(
-                Claim(resampling, SRDD, f"{hole} hole, markov {JUMPS[1]}", f"{hole} hole, markov drawn", DISTANCE)
+                Claim(resampling, SRDD, f"{hole} hole, markov {JUMPS[1]}", f"{hole} hole, markov drawn", LITE0)
                 for hole in HOLES
             ),
         ),

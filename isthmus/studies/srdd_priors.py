@@ -15,6 +15,7 @@ import torch
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
 from isthmus.data.token_cache import TokenCache
+from isthmus.evaluation.held_out import PSNR
 from isthmus.evaluation.record import timing_words
 from isthmus.next_scale.likelihood import signal_to_noise
 from isthmus.next_scale.pipeline import NextScalePipeline
@@ -36,7 +37,6 @@ from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.tables import (
     CLASS,
     FRECHET,
-    PSNR,
     Claim,
     Direction,
     Found,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from isthmus.errors import UserError
-from isthmus.evaluation.statistics import spread
+from isthmus.evaluation.statistics import Measurements
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.options import StudySetting
 
@@ -15,7 +15,7 @@ _NORMAL_95 = 1.96
 Verdict = Literal["agrees", "does not agree", "cannot tell"]
 Direction = Literal["lower", "higher"]
 
-CLASS, PSNR, DISTANCE = "class accuracy (nearest mean)", "PSNR, dB", "lite0 distance"
+CLASS = "class accuracy (nearest mean)"
 KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
 """The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
 
@@ -131,15 +131,15 @@ def student_half_width(deviation: float, count: int) -> float:
 
 def half_width_of_mean(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of a mean; None for a single value."""
-    found = spread(values)
-    return None if found.standard_deviation is None else student_half_width(found.standard_deviation, found.count)
+    found = Measurements.of(values)
+    return None if found.deviation is None else student_half_width(found.deviation, found.count)
 
 
 def mean_and_half_width(readings: Readings) -> tuple[float, float | None]:
     """Over seeds; with one seed, the value with the half width of its own interval."""
     values = [reading.value for reading in readings.values()]
     own = next(iter(readings.values())).half_width
-    return spread(values).mean, half_width_of_mean(values) if len(values) > 1 else own
+    return Measurements.of(values).mean, half_width_of_mean(values) if len(values) > 1 else own
 
 
 def difference(first: Readings, second: Readings) -> Difference | None:
@@ -155,7 +155,7 @@ def difference(first: Readings, second: Readings) -> Difference | None:
         return None
     gaps = [first[seed].value - second[seed].value for seed in seeds]
     if len(seeds) > 1:
-        return Difference(spread(gaps).mean, half_width_of_mean(gaps), len(seeds))
+        return Difference(Measurements.of(gaps).mean, half_width_of_mean(gaps), len(seeds))
     ours, theirs = first[seeds[0]].half_width, second[seeds[0]].half_width
     return Difference(gaps[0], None if ours is None or theirs is None else math.hypot(ours, theirs), 1)
 
@@ -412,9 +412,9 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     """
     if not readings:
         return ""
-    found = spread([reading.value for reading in readings.values()])
-    if found.standard_deviation is not None:
-        return f"{found.mean:.4g} ± {found.standard_deviation:.4g} ({found.count} {repetitions})"
+    found = Measurements.of([reading.value for reading in readings.values()])
+    if found.deviation is not None:
+        return f"{found.mean:.4g} ± {found.deviation:.4g} ({found.count} {repetitions})"
     (reading,) = readings.values()
     if reading.low is None or reading.high is None or reading.low == reading.high:
         return f"{found.mean:.4g}"

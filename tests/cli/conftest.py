@@ -7,6 +7,7 @@ import pytest
 
 from isthmus.cli import main
 from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny_dar import tiny_dar
 
 
 @dataclass
@@ -42,10 +43,23 @@ def refused(isthmus):
     return run
 
 
+SAVED_WITH = {
+    "sampling_defaults": {"guidance_scale": 2.0, "top_k": 8},
+    "data": {"name": "drawings", "attribution": "CC0"},
+}
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """A saved pipeline folder with three classes."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
-    data = {"name": "drawings", "attribution": "CC0"}
-    tiny_pipeline(sampling_defaults={"guidance_scale": 2.0, "top_k": 8}, data=data).save_pretrained(folder)
+    tiny_pipeline(**SAVED_WITH).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dar_model(tmp_path_factory) -> Path:
+    """A saved D-AR pipeline with three classes."""
+    folder = tmp_path_factory.mktemp("cli") / "tiny-dar"
+    tiny_dar(**SAVED_WITH).save_pretrained(folder)
     return folder

@@ -33,18 +33,8 @@ def names(folder):
 
 def test_inpainting_does_not_depend_on_the_batch_size(isthmus, model, image, mask, tmp_path):
     for size in (1, 4):
-        words = (
-            "--classes",
-            "flag,null",
-            "--num",
-            3,
-            "--seed",
-            5,
-            "--batch-size",
-            size,
-            "--out",
-            tmp_path / f"o{size}",
-        )
+        options = f"--classes flag,null --num 3 --seed 5 --batch-size {size}".split()
+        words = (*options, "--out", tmp_path / f"o{size}")
         result = isthmus("edit", "inpaint", model, "--image", image, "--mask", mask, *words)
         assert result.code == 0 and "3 edits" in result.err, result
     assert names(tmp_path / "o1") == ["000000.png", "000001.png", "000002.png", "overview.png", "samples.json"]
@@ -76,23 +66,28 @@ def test_running_again_makes_what_is_missing_of_the_same_edit(isthmus, refused, 
     assert "mask_sha256 differ" in refused("-q", *words)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("class", "--classes", "hand", "--jumps", 1),
-        ("class", "--classes", "hand", "--jumps", "0,1,2", "--jump-scales", 1, "--max-unknown", "0.5,0.25,0"),
-        ("inpaint", "--published", "--no-paste"),
-        ("outpaint", "--right", 8, "--top", 2),
-        ("variations", "--from-scale", 1, "--classes", "face"),
-    ],
-)
-def test_every_edit_writes_its_pictures(words, isthmus, model, image, mask, tmp_path):
-    masked = ("--mask", mask) if words[0] in ("class", "inpaint") else ()
-    result = isthmus(
-        "edit", words[0], model, "--image", image, *masked, "--num", 2, "--out", tmp_path / "o", *words[1:]
-    )
-    assert result.code == 0, result
-    assert names(tmp_path / "o") == ["000000.png", "000001.png", "overview.png", "samples.json"]
+def test_every_edit_writes_its_pictures(isthmus, model, image, mask, tmp_path):
+    for number, words in enumerate(
+        (
+            "class --classes hand --jumps 1",
+            "class --classes hand --jumps 0,1,2 --jump-scales 1 --max-unknown 0.5,0.25,0",
+            "inpaint --published --no-paste",
+            "outpaint --right 8 --top 2",
+            "variations --from-scale 1 --classes face",
+            "super-resolve --max-unknown 0.2",
+        )
+    ):
+        kind, *options = words.split()
+        out, source = tmp_path / str(number), image
+        masked = ("--mask", mask) if kind in ("class", "inpaint") else ()
+        if kind == "super-resolve":
+            source = tmp_path / "small.png"
+            Image.open(image).resize((4, 4)).save(source)
+        result = isthmus("edit", kind, model, "--image", source, *masked, "--num", 2, "--out", out, *options)
+        assert result.code == 0, result
+        assert names(out) == ["000000.png", "000001.png", "overview.png", "samples.json"]
+        with Image.open(out / "000000.png") as picture:
+            assert max(picture.size) == 8
 
 
 def test_one_number_serves_all_scales_and_forwards_are_said(isthmus, model, image, mask, tmp_path):
@@ -121,39 +116,25 @@ def test_the_overview_stretches_nothing(isthmus, model, tmp_path):
     assert cell[30:34].max() < 50 and cell[:12].min() > 200 and cell[-12:].min() > 200
 
 
-def test_super_resolution_of_a_small_file(isthmus, model, image, tmp_path):
-    with Image.open(image) as picture:
-        picture.resize((4, 4)).save(tmp_path / "small.png")
-    words = ("--image", tmp_path / "small.png", "--num", 1, "--out", tmp_path / "o", "--max-unknown", "0.2")
-    assert isthmus("edit", "super-resolve", model, *words).code == 0
-    with Image.open(tmp_path / "o" / "000000.png") as picture:
-        assert picture.size == (8, 8)
-
-
 def test_bad_input_is_one_line_and_writes_nothing(refused, model, image, mask, tmp_path):
-    out = tmp_path / "o"
-    Image.new("L", (8, 8)).save(tmp_path / "empty.png")
-    Image.new("L", (4, 4), 255).save(tmp_path / "small.png")
-    base = ("edit", "inpaint", model, "--image", image, "--out", out)
-    assert "empty" in refused(*base, "--mask", tmp_path / "empty.png")
-    assert "full" in refused(*base, "--mask", tmp_path / "small.png")
-    Image.new("L", (8, 8), 127).save(tmp_path / "grey.png")
-    assert "empty" in refused(*base, "--mask", tmp_path / "grey.png")
-    assert "--mask" in refused(*base, "--mask", tmp_path / "none.png")
-    assert "max_unknown" in refused(*base, "--mask", mask, "--max-unknown", 1.5)
-    assert "one per scale" in refused(*base, "--mask", mask, "--max-unknown", "0.5,0.5")
-    assert "jumps" in refused(*base, "--mask", mask, "--jumps", -1)
-    assert "one per scale" in refused(*base, "--mask", mask, "--jumps", "0,1")
-    assert "without jumps" in refused(*base, "--mask", mask, "--jump-scales", 1)
-    assert "paste=False" in refused(*base, "--mask", mask, "--no-paste", "--seam-px", 1)
-    assert "own rule" in refused(*base, "--mask", mask, "--published", "--max-unknown", 0.2)
-    assert "no class" in refused(*base, "--mask", mask, "--classes", "ship")
-    assert "--classes" in refused("edit", "class", model, "--image", image, "--mask", mask, "--out", out)
-    assert "margins" in refused("edit", "outpaint", model, "--image", image, "--out", out)
-    assert "smaller" in refused("edit", "super-resolve", model, "--image", image, "--out", out)
-    assert "from_scale" in refused("edit", "variations", model, "--image", image, "--from-scale", 9, "--out", out)
-    assert "edit needs one of" in refused("edit", "erase")
-    assert not out.exists()
-    assert "new, empty or a folder of samples" in refused(
-        "edit", "outpaint", model, "--image", image, "--left", 1, "--out", tmp_path
-    )
+    pictures = {"IMAGE": image, "MASK": mask, "EMPTY": tmp_path / "empty.png", "SMALL": tmp_path / "small.png"}
+    Image.new("L", (8, 8), 127).save(pictures["EMPTY"])
+    Image.new("L", (4, 4), 255).save(pictures["SMALL"])
+    for words, said in [
+        ("inpaint MODEL --image IMAGE --mask EMPTY", "empty"),
+        ("inpaint MODEL --image IMAGE --mask SMALL", "full"),
+        ("inpaint MODEL --image IMAGE --mask none.png", "--mask"),
+        ("inpaint MODEL --image none.png --mask MASK", "--image"),
+        ("inpaint MODEL --image IMAGE --mask MASK --num 0", "--num"),
+        ("inpaint MODEL --image IMAGE --mask MASK --jumps 0,1", "one per scale"),
+        ("inpaint MODEL --image IMAGE --mask MASK --published --max-unknown 0.2", "own rule"),
+        ("class MODEL --image IMAGE --mask MASK", "--classes"),
+        ("super-resolve MODEL --image IMAGE", "smaller"),
+        ("erase", "edit needs one of"),
+    ]:
+        given = [str(pictures.get(word, word)).replace("MODEL", str(model)) for word in words.split()]
+        out = ("--out", tmp_path / "o") if "MODEL" in words else ()
+        assert said in refused("edit", *given, *out)
+    assert not (tmp_path / "o").exists()
+    words = ("--image", image, "--left", 1, "--out", tmp_path)
+    assert "new, empty or a folder of samples" in refused("edit", "outpaint", model, *words)

@@ -207,17 +207,17 @@ def test_more_training_images_are_another_protocol(isthmus, model, images, tmp_p
     assert after.protocol.train_sha256 != before.protocol.train_sha256 and samples.stat().st_mtime_ns == drawn
 
 
-@pytest.mark.parametrize("num_labels", [3, 1])
-def test_samples_without_names_of_classes_have_no_class_scores(isthmus, images, tmp_path, num_labels):
+def test_samples_without_names_of_classes_have_no_class_scores(isthmus, images, tmp_path):
     """Numbers of classes are those of whoever drew them: the report says why class scores are missing."""
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "a.npz", rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), np.arange(12) % num_labels)
-    words = ("--samples", tmp_path / "a.npz", "--data", f"folder:{images}", "--out", tmp_path / "b")
-    assert isthmus("evaluate", *words).code == 0
-    record = read_record(tmp_path / "b")
-    (warning,) = (warning for warning in record.warnings if "without names" in warning)
-    assert ("one label" in warning) == (num_labels == 1)
-    assert not any("class" in score.name for score in record.scores)
+    for num_labels in (3, 1):
+        file, out = tmp_path / f"{num_labels}.npz", tmp_path / f"{num_labels}"
+        rng = np.random.default_rng(0)
+        np.savez(file, rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), np.arange(12) % num_labels)
+        assert isthmus("evaluate", "--samples", file, "--data", f"folder:{images}", "--out", out).code == 0
+        record = read_record(out)
+        (warning,) = (warning for warning in record.warnings if "without names" in warning)
+        assert ("one label" in warning) == (num_labels == 1)
+        assert not any("class" in score.name for score in record.scores)
 
 
 def test_of_several_processes_one_scores_images(isthmus, images, tmp_path, monkeypatch):
@@ -257,53 +257,40 @@ def test_d_ar_and_unlabelled_models(evaluate, refused, images, tmp_path):
     assert "the model is unlabelled" in refused("-q", "evaluate", tmp_path / "unlabelled", *words)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("MODEL --out OUT", "--data"),
-        ("--out OUT --data openmoji", "a model or --samples"),
-        ("MODEL --samples NPZ --out OUT", "a model or --samples"),
-        ("--samples NPZ --out OUT", "no --reference"),
-        ("--samples NPZ --reference NPZ --seed 1 --out OUT", "--seed"),
-        ("--samples NPZ --reference NPZ --classes face --out OUT", "--classes"),
-        ("MODEL --data DATA --num 1 --out OUT", "--num"),
-        ("MODEL --data DATA --classes fcae --out OUT", "face"),
-        ("MODEL --data DATA --features vgg --out OUT", "lite0"),
-        ("MODEL --data DATA --features inception:none.pth --out OUT", "none.pth"),
-        ("MODEL --data DATA --solver euler --out OUT", "no solver"),
-        ("MODEL --data DATA --solver-steps 4 --out OUT", "D-AR"),
-        ("MODEL --data DATA --lpips-weights none.pth --out OUT", "16 pixels"),
-        ("MODEL --data DATA --sweep-guidance 1,1.0 --out OUT", "twice"),
-        ("MODEL --data DATA --reference nowhere --out OUT", "nowhere"),
-        ("MODEL --data DATA --reference TRAIN --out OUT", "copying them would score best"),
-        ("MODEL --data DATA --reference STATS --out OUT", "2048"),
-        ("--samples FLOATS --reference NPZ --out OUT", "uint8"),
-        ("--samples ONES --reference NPZ --out OUT", "[0, 1]"),
-        ("--samples COPIES --reference NPZ --out OUT", "must differ"),
-        ("--samples LARGE --reference NPZ --out OUT", "one size"),
-    ],
-)
-def test_what_misleads_is_refused(refused, model, images, tmp_path, words, said):
-    rng = np.random.default_rng(0)
-    good = rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
-    files = {
-        "NPZ": good,
-        "FLOATS": good / 255,
-        "ONES": good // 128,
-        "COPIES": np.repeat(good[:1], 8, axis=0),
-        "LARGE": np.repeat(good, 2, axis=1),
-    }
-    for name, array in files.items():
+def test_what_misleads_is_refused(refused, model, images, tmp_path):
+    good = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    arrays = {"NPZ": good, "FLOATS": good / 255, "ONES": good // 128, "COPIES": np.repeat(good[:1], 8, axis=0)}
+    for name, array in (arrays | {"LARGE": np.repeat(good, 2, axis=1)}).items():
         np.savez(tmp_path / f"{name}.npz", array)
     np.savez(tmp_path / "STATS.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    places = {name: tmp_path / f"{name}.npz" for name in (*files, "STATS")}
-    places |= {"MODEL": model, "DATA": f"folder:{images}", "TRAIN": images / "train", "OUT": tmp_path / "out"}
-    text = [str(places.get(word, word)) for word in words.split()]
-    num = ("--num", 4) if "MODEL" in words and "--num" not in words and "--samples" not in words else ()
-    assert said in refused("-q", "evaluate", *text, *num)
-    assert not (tmp_path / "out" / "evaluation.json").exists()
-
-
-def test_compare_needs_two_evaluations(refused, tmp_path):
+    places = {path.stem: path for path in tmp_path.iterdir()}
+    places |= {"MODEL": model, "DATA": f"folder:{images}", "TRAIN": images / "train"}
+    for words, said in [
+        ("MODEL", "--data"),
+        ("--data openmoji", "a model or --samples"),
+        ("MODEL --samples NPZ", "a model or --samples"),
+        ("--samples NPZ", "no --reference"),
+        ("--samples NPZ --reference NPZ --seed 1", "--seed"),
+        ("--samples NPZ --reference NPZ --classes face", "--classes"),
+        ("--samples NPZ --reference NPZ --label-column kind", "--label-column"),
+        ("MODEL --data DATA --num 1", "--num"),
+        ("MODEL --data DATA --sweep-guidance 1,1.0", "twice"),
+        ("MODEL --data DATA --num 4 --classes fcae", "face"),
+        ("MODEL --data DATA --num 4 --features vgg", "lite0"),
+        ("MODEL --data DATA --num 4 --features inception:none.pth", "none.pth"),
+        ("MODEL --data DATA --num 4 --solver euler", "no solver"),
+        ("MODEL --data DATA --num 4 --solver-steps 4", "D-AR"),
+        ("MODEL --data DATA --num 4 --lpips-weights none.pth", "16 pixels"),
+        ("MODEL --data DATA --num 4 --reference nowhere", "nowhere"),
+        ("MODEL --data DATA --num 4 --reference TRAIN", "copying them would score best"),
+        ("MODEL --data DATA --num 4 --reference STATS", "2048"),
+        ("--samples FLOATS --reference NPZ", "uint8"),
+        ("--samples ONES --reference NPZ", "[0, 1]"),
+        ("--samples COPIES --reference NPZ", "must differ"),
+        ("--samples LARGE --reference NPZ", "one size"),
+    ]:
+        text = [str(places.get(word, word)) for word in words.split()]
+        assert said in refused("-q", "evaluate", *text, "--out", tmp_path / "out")
+        assert not (tmp_path / "out" / "evaluation.json").exists()
     assert "at least two" in refused("compare", tmp_path)
     assert "holds no evaluation.json" in refused("compare", tmp_path, tmp_path)

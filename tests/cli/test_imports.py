@@ -10,8 +10,6 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 
-from tests.pipelines.tiny_dar import tiny_dar
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 # no command needs these, whatever the model; torch._dynamo is torch's compiler, which --compile asks for
 NEVER = (
@@ -57,14 +55,13 @@ def files(tmp_path) -> Path:
     return tmp_path
 
 
-def test_drawing_loads_torch_and_nothing_else_that_is_heavy(model, files):
-    tiny_dar().save_pretrained(files / "dar")
+def test_drawing_loads_torch_and_nothing_else_that_is_heavy(model, dar_model, files):
     image, mask, out = f"{files}/image.png", f"{files}/mask.png", str(files / "out")
     commands = {
         "sample": ["sample", str(model), "--num", "2", "--grid", "--strip", "--out", f"{out}-1"],
-        "sample dar": ["sample", f"{files}/dar", "--num", "2", "--grid", "--strip", "--out", f"{out}-2"],
+        "sample dar": ["sample", str(dar_model), "--num", "2", "--grid", "--strip", "--out", f"{out}-2"],
         "sample dar with a layout": [
-            *("sample", f"{files}/dar", "--num", "1", "--out", f"{out}-3"),
+            *("sample", str(dar_model), "--num", "1", "--out", f"{out}-3"),
             *("--prefix-image", image, "--prefix-tokens", "4"),
         ],
         "inpaint": ["edit", "inpaint", str(model), "--image", image, "--mask", mask, "--out", f"{out}-4"],
@@ -75,14 +72,14 @@ def test_drawing_loads_torch_and_nothing_else_that_is_heavy(model, files):
     assert loaded_by(commands, NEVER, first="torch") == dict.fromkeys(commands, [])
 
 
-def test_describing_loads_no_torch(model, files):
-    tiny_dar().save_pretrained(files / "dar")
+def test_describing_loads_no_torch(model, dar_model):
     commands = {
         "info": ["info", str(model)],
-        "info dar": ["info", f"{files}/dar"],
+        "info dar": ["info", str(dar_model)],
         "card": ["info", str(model), "--card"],
         "data": ["info", "data"],
         "presets": ["info", "presets"],
         "help": ["sample", "--help"],
+        "help of a training": ["train", "prior", "--help"],
     }
     assert loaded_by(commands, ("torch", *NEVER)) == dict.fromkeys(commands, [])

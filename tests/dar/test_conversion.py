@@ -5,17 +5,17 @@ import torch
 
 from isthmus.dar.conversion import (
     PublishedSettings,
-    build_diffusion_tokenizer,
-    build_flow_decoder,
     build_next_token_prior,
-    build_scheduler,
+    build_tokenizer_parts,
     convert_diffusion_tokenizer_state,
     convert_next_token_prior_state,
 )
+from isthmus.dar.decoder import FlowDecoder
 from isthmus.dar.prior import TokenLayout
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.stored_llama import fingerprint
-from isthmus.published import read_weights
+from isthmus.published import build
 
 
 @pytest.fixture(params=["a", "b"])
@@ -31,11 +31,12 @@ def published(golden, variant):
 
 
 def build_all(raw, settings):
-    converted = convert_diffusion_tokenizer_state(raw, settings)
-    return [build(converted) for build in (build_diffusion_tokenizer, build_flow_decoder, build_scheduler)]
+    return build_tokenizer_parts(convert_diffusion_tokenizer_state(raw, settings))
 
 
-def test_sizes_are_read_off_the_file(published, variant):
+def test_sizes_are_read_off_the_file_which_stays_as_it_is(published, variant):
+    raw, _ = published
+    before = {key: tensor.clone() for key, tensor in raw.items()}
     converted = convert_diffusion_tokenizer_state(*published)
     of_a = {
         "image_size": 32, "patch_size": 8, "width": 128, "num_layers": 2, "condition_width": 64,
@@ -63,11 +64,7 @@ def test_sizes_are_read_off_the_file(published, variant):
         "b": {"num_tokens": 24, "num_groups": 6, "tokens_per_step": 8, "num_inference_steps": 9, "time_shift": 3,
               "data_std": 0.5},
     }[variant]  # fmt: skip
-
-
-def test_every_dropped_key_has_its_reason(published, variant):
-    raw, _ = published
-    converted = convert_diffusion_tokenizer_state(*published)
+    # every dropped key has its reason
     heads = {f"diff_decoder.net.repa_out.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")}
     assert set(converted.dropped) == heads | {"quantize.codebook_used"}
     assert all(converted.dropped.values())
@@ -76,6 +73,7 @@ def test_every_dropped_key_has_its_reason(published, variant):
     joined = 2 * 2 * (layers + 2) + 2 * 1 * 2
     kept = len(converted.tokenizer.state) + len(converted.decoder.state)
     assert kept + joined + len(converted.dropped) == len(raw)
+    assert set(raw) == set(before) and all(torch.equal(raw[key], before[key]) for key in raw)
 
 
 def test_settings_without_a_configuration_are_those_of_the_published_model():
@@ -88,19 +86,15 @@ def test_settings_without_a_configuration_are_those_of_the_published_model():
         PublishedSettings.of({}, num_token=3)
 
 
-def test_conversion_does_not_modify_the_file(published):
+def test_half_precision_files_and_files_without_training_leftovers_are_the_same_networks(published):
     raw, settings = published
-    before = {key: tensor.clone() for key, tensor in raw.items()}
-    convert_diffusion_tokenizer_state(raw, settings)
-    assert set(raw) == set(before) and all(torch.equal(raw[key], before[key]) for key in raw)
-
-
-def test_half_precision_files_become_fp32(published):
-    raw, settings = published
-    half = {key: tensor.half() for key, tensor in raw.items()}
-    for one, other in zip(build_all(raw, settings)[:2], build_all(half, settings)[:2], strict=True):
-        assert {p.dtype for p in one.parameters()} == {torch.float32}
-        assert fingerprint(one) == fingerprint(other)  # the fixtures are exact in half precision
+    whole = build_all(raw, settings)[:2]
+    dropped = convert_diffusion_tokenizer_state(raw, settings).dropped
+    less = {key: tensor for key, tensor in raw.items() if key not in dropped}
+    half = {key: tensor.half() for key, tensor in raw.items()}  # the fixtures are exact in half precision
+    for one, other in zip(whole * 2, [*build_all(less, settings)[:2], *build_all(half, settings)[:2]], strict=True):
+        assert {p.dtype for p in other.parameters()} == {torch.float32}
+        assert fingerprint(one) == fingerprint(other)
 
 
 @pytest.mark.slow
@@ -108,33 +102,28 @@ def test_every_missing_key_is_an_error(published):
     raw, settings = published
     dropped = convert_diffusion_tokenizer_state(raw, settings).dropped
     for key in set(raw) - set(dropped):
-        build = build_flow_decoder if key.startswith("diff_decoder") else build_diffusion_tokenizer
         # on the meta device: the networks of this file are built as many times as it has keys
         with torch.device("meta"), pytest.raises(UserError):
-            build(convert_diffusion_tokenizer_state({k: v for k, v in raw.items() if k != key}, settings))
+            converted = convert_diffusion_tokenizer_state({k: v for k, v in raw.items() if k != key}, settings)
+            of_decoder = key.startswith("diff_decoder")
+            part = converted.decoder if of_decoder else converted.tokenizer
+            build(FlowDecoder if of_decoder else DiffusionTokenizer, part, "the file")
 
 
-def test_training_leftovers_may_be_absent(published):
+def test_unknown_keys_and_more_tokens_than_the_tables_hold_are_refused(published):
     raw, settings = published
-    dropped = convert_diffusion_tokenizer_state(raw, settings).dropped
-    less = {key: tensor for key, tensor in raw.items() if key not in dropped}
-    for one, other in zip(build_all(raw, settings)[:2], build_all(less, settings)[:2], strict=True):
-        assert fingerprint(one) == fingerprint(other)
-
-
-@pytest.mark.parametrize(
-    "key", ["mask_token", "diff_decoder.net.pos_embed", "encoder_layers.0.attention.r.weight", "diff_decoder.beta"]
-)
-def test_unknown_keys_are_refused(key, published):
-    raw, settings = published
-    with pytest.raises(UserError, match="no such keys"):
-        convert_diffusion_tokenizer_state(raw | {key: torch.zeros(1)}, settings)
+    for key in ("mask_token", "diff_decoder.net.pos_embed", "encoder_layers.0.attention.r.weight", "diff_decoder.beta"):
+        with pytest.raises(UserError, match="no such keys"):
+            convert_diffusion_tokenizer_state(raw | {key: torch.zeros(1)}, settings)
+    more = {"num_tokens": 4096, "num_groups": 8, "tokens_per_step": None}
+    with pytest.raises(UserError, match="table_rows must be at least num_tokens"):
+        build_all(raw, PublishedSettings(**vars(settings) | more))
 
 
 def test_another_file_is_named(golden):
     prior = golden.tensors("dar/gpt_weights.safetensors")
     with pytest.raises(UserError, match="D-AR tokenizer holds query_embedding.weight"):
-        convert_diffusion_tokenizer_state(prior)
+        convert_diffusion_tokenizer_state(prior, PublishedSettings())
 
 
 def test_continuous_tokenizers_have_no_codebook(published):
@@ -144,14 +133,6 @@ def test_continuous_tokenizers_have_no_codebook(published):
     assert tokenizer.codebook is None
     dropped = convert_diffusion_tokenizer_state(raw, continuous).dropped
     assert "continuous" in dropped["quantize.embedding.weight"]
-
-
-def test_more_tokens_than_the_tables_hold_are_refused(published):
-    raw, settings = published
-    with pytest.raises(UserError, match="table_rows must be at least num_tokens"):
-        build_all(
-            raw, PublishedSettings(**vars(settings) | {"num_tokens": 4096, "num_groups": 8, "tokens_per_step": None})
-        )
 
 
 def published_prior(width=64, num_layers=2, hidden=96, codebook_size=12, num_classes=3):
@@ -177,7 +158,7 @@ def published_prior(width=64, num_layers=2, hidden=96, codebook_size=12, num_cla
 
 
 def test_sizes_of_a_prior_are_read_off_the_file():
-    converted = convert_next_token_prior_state(published_prior())
+    converted = convert_next_token_prior_state(published_prior(), num_tokens=256)
     assert converted.arguments == {
         "codebook_size": 12, "num_classes": 3, "num_tokens": 256, "width": 64, "num_layers": 2, "num_heads": 1,
         "feed_forward_width": 96,
@@ -198,20 +179,12 @@ def test_classes_follow_the_codes_and_are_never_predicted():
 
 def test_what_is_dropped_is_listed_with_its_reason():
     caches = {f"layers.0.attention.kv_cache.{x}_cache": torch.zeros(2, 1, 8, 64) for x in "kv"}
-    dropped = convert_next_token_prior_state(published_prior() | caches).dropped
+    dropped = convert_next_token_prior_state(published_prior() | caches, num_tokens=8).dropped
     assert set(dropped) == set(caches) and all("last image" in why for why in dropped.values())
 
 
-def test_training_checkpoints_are_unwrapped(tmp_path):
-    raw = published_prior()
-    torch.save({"model": {f"_orig_mod.{name}": value for name, value in raw.items()}, "steps": 3}, tmp_path / "a.pt")
-    converted = convert_next_token_prior_state(read_weights(tmp_path / "a.pt"))
-    assert torch.equal(converted.state["lm_head.weight"][:12], raw["output.weight"])
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
+def test_other_files_are_refused():
+    for changed, said in [
         ({"cls_embedding.embedding_table.weight": None}, "its keys begin with layers"),
         ({"layers.0.attention.wqkv.weight": None}, "must be complete"),
         ({"layers.1.attention.wqkv.weight": None}, "does not fit"),
@@ -220,15 +193,14 @@ def test_training_checkpoints_are_unwrapped(tmp_path):
         ({"layers.1.attention.wqkv.weight": torch.zeros(128, 64)}, "as many key as query heads"),
         ({"output.weight": torch.zeros(13, 64)}, "one output row per code"),
         ({"cls_embedding.embedding_table.weight": torch.zeros(4, 32)}, "classes as wide"),
-    ],
-)
-def test_other_files_are_refused(changed, said):
-    raw = {name: value for name, value in (published_prior() | changed).items() if value is not None}
-    with pytest.raises(UserError, match=said):
-        build_next_token_prior(convert_next_token_prior_state(raw))
+    ]:
+        raw = {name: value for name, value in (published_prior() | changed).items() if value is not None}
+        with pytest.raises(UserError, match=said):
+            build_next_token_prior(convert_next_token_prior_state(raw, num_tokens=8))
 
 
 def test_heads_of_another_width_have_to_be_said():
     with pytest.raises(UserError, match="Pass num_heads"):
-        convert_next_token_prior_state(published_prior(width=48))
-    assert convert_next_token_prior_state(published_prior(width=48), num_heads=3).arguments["num_heads"] == 3
+        convert_next_token_prior_state(published_prior(width=48), num_tokens=8)
+    converted = convert_next_token_prior_state(published_prior(width=48), num_tokens=8, num_heads=3)
+    assert converted.arguments["num_heads"] == 3

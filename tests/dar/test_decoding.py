@@ -64,22 +64,15 @@ RAGGED = {"tokens_per_step": 6, "num_condition_layers": 0}
 CANVAS = {"canvas_tokens": 16, "canvas_side": 4, "prediction": "image"}
 
 
-# every number of steps, every layout of windows and every solver, and each solver with each layout
+# every number of steps, every layout of windows and every solver
 @pytest.mark.parametrize(
     ("num_steps", "options", "solver"),
     [
         (1, {}, "euler"),
-        (4, {}, "adams-bashforth"),
-        (5, {}, "adams-bashforth-variable"),
-        (4, OVERLAPPING, "euler"),
+        (4, {}, "adams-bashforth-variable"),
         (3, OVERLAPPING, "adams-bashforth"),
-        (16, OVERLAPPING, "adams-bashforth-variable"),
-        (16, RAGGED, "euler"),
-        (5, RAGGED, "adams-bashforth"),
-        (3, RAGGED, "adams-bashforth-variable"),
-        (3, CANVAS, "euler"),
-        (16, CANVAS, "adams-bashforth"),
-        (4, CANVAS, "adams-bashforth-variable"),
+        (16, RAGGED, "adams-bashforth-variable"),
+        (5, CANVAS, "euler"),
     ],
 )
 def test_the_stream_equals_the_two_phases(num_steps, options, solver):
@@ -95,23 +88,21 @@ def test_the_stream_equals_the_two_phases(num_steps, options, solver):
     assert_close(decode_tokens(tokenizer, decoder, scheduler, token_ids, noise, plan=plan), steps[-1].preview)
 
 
-@pytest.mark.parametrize(("num_steps", "tokens_per_step"), [(4, None), (3, None), (16, None), (5, 8)])
-def test_a_step_runs_before_later_tokens_exist(num_steps, tokens_per_step):
-    tokenizer, decoder, scheduler, token_ids = tiny(tokens_per_step)
-    plan = SolverPlan.of(scheduler, num_inference_steps=num_steps)
-    drawn = 0
+def test_a_step_runs_before_later_tokens_exist():
+    for num_steps, tokens_per_step in ((4, None), (3, None), (16, None), (5, 8)):
+        tokenizer, decoder, scheduler, token_ids = tiny(tokens_per_step)
+        plan, drawn, shown = SolverPlan.of(scheduler, num_inference_steps=num_steps), 0, []
 
-    def prior():
-        nonlocal drawn
-        for part in parts_of(token_ids, plan):
-            drawn += part.shape[1]
-            yield part
+        def prior(token_ids=token_ids, plan=plan):
+            nonlocal drawn
+            for part in parts_of(token_ids, plan):
+                drawn += part.shape[1]
+                yield part
 
-    shown = []
-    for step in flow_steps(tokenizer, decoder, scheduler, plan, prior(), image_noise(SEEDS, 8, 8)):
-        assert drawn == plan.windows[step.index][1]
-        shown.append(step.token_ids)
-    assert torch.equal(torch.cat(shown, dim=1), token_ids[:, : plan.stops[-1]])
+        for step in flow_steps(tokenizer, decoder, scheduler, plan, prior(), image_noise(SEEDS, 8, 8)):
+            assert drawn == plan.windows[step.index][1]
+            shown.append(step.token_ids)
+        assert torch.equal(torch.cat(shown, dim=1), token_ids[:, : plan.stops[-1]])
 
 
 def test_later_tokens_cannot_change_an_earlier_preview():

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -42,15 +44,19 @@ def stock(prior):
         return next_token_logits(prior, LAYOUT, LABELS, TOKENS)
 
 
-@pytest.mark.parametrize("known", [0, 1, 5, 12])
-@pytest.mark.parametrize("build", [LlamaDecoder, with_fixed_step])
-def test_logits_are_those_of_the_stock_module(prior, stock, known, build):
-    decoder = build(prior, LAYOUT) if build is LlamaDecoder else build(prior)
-    assert_close(decoded(decoder, known), stock[:, known:], **NETWORK)
+BUILDS = (lambda prior, **options: LlamaDecoder(prior, LAYOUT, **options), with_fixed_step)
 
 
-@pytest.mark.parametrize("build", [LlamaDecoder, with_fixed_step])
-def test_shared_key_heads(build):
+def test_logits_are_those_of_the_stock_module(prior, stock):
+    before = {name: (value.data_ptr(), value.clone()) for name, value in prior.state_dict().items()}
+    for build, known in itertools.product(BUILDS, (0, 1, 5, 12)):
+        assert_close(decoded(build(prior), known), stock[:, known:], **NETWORK)
+    # and the module is left alone
+    for name, value in prior.state_dict().items():
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1]), name
+
+
+def test_shared_key_heads():
     config = llama_config(LAYOUT, width=32, num_layers=2, num_heads=4)
     config.num_key_value_heads = 2
     torch.manual_seed(0)
@@ -59,18 +65,17 @@ def test_shared_key_heads(build):
         for parameter in prior.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
         expected = next_token_logits(prior, LAYOUT, LABELS, TOKENS)
-    decoder = build(prior, LAYOUT) if build is LlamaDecoder else build(prior)
-    assert_close(decoded(decoder, 4), expected[:, 4:], **NETWORK)
+    for build in BUILDS:
+        assert_close(decoded(build(prior), 4), expected[:, 4:], **NETWORK)
 
 
-@pytest.mark.parametrize("build", [LlamaDecoder, with_fixed_step])
-def test_half_precision_is_near(stock, build):
+def test_half_precision_and_8_bits_are_near(prior, stock):
     half = tiny_prior(num_layers=3).to(torch.bfloat16)
-    decoder = build(half, LAYOUT) if build is LlamaDecoder else build(half)
-    logits = decoded(decoder, 3)
-    assert logits.dtype == torch.float32
     # bf16 keeps 8 bits, and three blocks add up what is lost
-    assert float((logits - stock[:, 3:]).std()) < 0.05 * float(stock.std())
+    for build, (weights, options) in itertools.product(BUILDS, ((half, {}), (prior, {"int8": True}))):
+        logits = decoded(build(weights, **options), 3)
+        assert logits.dtype == torch.float32
+        assert float((logits - stock[:, 3:]).std()) < 0.05 * float(stock.std())
 
 
 @pytest.mark.slow
@@ -91,17 +96,11 @@ def test_logits_of_a_prior_with_large_matrices():
     assert_close(torch.stack(logits, dim=1), expected[:, 2:], **NETWORK)
 
 
-def test_the_module_is_left_alone(prior):
-    before = {name: (value.data_ptr(), value.clone()) for name, value in prior.state_dict().items()}
-    decoded(LlamaDecoder(prior, LAYOUT), 3)
-    for name, value in prior.state_dict().items():
-        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1]), name
-
-
 def test_leading_rows_go_on_alone(prior, stock):
     """After the last guided token the null rows are left behind."""
     inputs = next_token_inputs(LAYOUT, LABELS, TOKENS)
-    for decoder in (LlamaDecoder(prior, LAYOUT), with_fixed_step(prior)):
+    for build in BUILDS:
+        decoder = build(prior)
         cache = decoder.new_cache(3)
         decoder.prefill(inputs[:, :4], cache)
         decoder.step(inputs[:, 4], cache)
@@ -110,28 +109,30 @@ def test_leading_rows_go_on_alone(prior, stock):
             assert_close(logits, stock[:2, p], **NETWORK)
 
 
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-def test_a_whole_product_is_a_linear_layer(shape):
+def assert_linear(product, weight, x, **tolerance):
+    """`product` is x times the matrix in float64, and what it is added to comes on top."""
+    expected = (x.double() @ weight.double().T).float()
+    residual = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    assert_close(product(x), expected, **tolerance)
+    assert_close(product(x, residual), residual + expected, **tolerance)
+
+
+def test_whole_products_are_linear_layers():
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(shape, generator=generator), torch.randn(3, shape[1], generator=generator)
-    product = WholeProduct(weight)
-    assert_close(product(x), x @ weight.T)
-    residual = torch.randn(3, shape[0], generator=generator)
-    assert_close(product.added(residual, x), residual + x @ weight.T)
+    for shape in ((8, 24), (24, 8), (16, 16)):
+        weight, x = torch.randn(shape, generator=generator), torch.randn(3, shape[1], generator=generator)
+        assert_linear(WholeProduct(weight), weight, x)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 40])
-def test_large_products_are_linear_layers_too(num_rows):
+def test_large_products_are_linear_layers_too():
     generator = torch.Generator().manual_seed(0)
     # sums with a spread of 1
-    weight, x = torch.randn(1536, 768, generator=generator) / 768**0.5, torch.randn(num_rows, 768, generator=generator)
+    weight = torch.randn(1536, 768, generator=generator) / 768**0.5
     product = fastest_product(weight, num_rows=2)
     if not isinstance(product, PackedProduct):
         pytest.skip("this build of torch has no oneDNN")
-    expected = (x.double() @ weight.double().T).float()
-    assert_close(product(x), expected, atol=1e-5, rtol=0)
-    residual = torch.randn(num_rows, 1536, generator=generator)
-    assert_close(product.added(residual, x), residual + expected, atol=1e-5, rtol=0)
+    for num_rows in (1, 2, 5, 40):
+        assert_linear(product, weight, torch.randn(num_rows, 768, generator=generator), atol=1e-5, rtol=0)
     assert isinstance(fastest_product(weight, num_rows=1), WholeProduct)
     assert isinstance(fastest_product(weight.bfloat16(), num_rows=2), WholeProduct)
     assert isinstance(fastest_product(weight[:256], num_rows=2), WholeProduct)
@@ -151,12 +152,7 @@ def test_an_int8_product_is_off_by_its_rounding():
     assert_close(many, exact, atol=0.02 * float(exact.abs().max()), rtol=0)
     # a row's result depends on no other row, however many there are
     assert all(torch.equal(torch.cat([product(rows) for rows in x.split(size)]), many) for size in (1, 2, 16, 17))
-    assert torch.equal(product.added(many[:2], x[:2]), many[:2] + product(x[:2]))
-
-
-def test_int8_logits_are_near(prior, stock):
-    for build in (lambda: LlamaDecoder(prior, LAYOUT, int8=True), lambda: with_fixed_step(prior, int8=True)):
-        assert float((decoded(build(), 3) - stock[:, 3:]).std()) < 0.05 * float(stock.std())
+    assert torch.equal(product(x[:2], many[:2]), many[:2] + product(x[:2]))
 
 
 def test_int8_is_refused_where_it_does_not_run(prior):

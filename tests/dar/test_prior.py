@@ -21,20 +21,17 @@ PUBLISHED = TokenLayout(codebook_size=16384, num_classes=1000, num_tokens=256)
 LABELS, TOKENS = torch.tensor([0, 2, 3]), torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("width", "num_layers", "num_heads", "published"),
-    [
+def test_published_sizes():
+    for width, num_layers, num_heads, published in (
         (768, 12, 12, 110_888_448),
         (1024, 24, 16, 342_910_976),
         (1280, 36, 20, 774_699_520),
         (1536, 48, 24, 1_410_972_672),
-    ],
-)
-def test_published_sizes(width, num_layers, num_heads, published):
-    with torch.device("meta"):
-        prior = new_prior(PUBLISHED, width=width, num_layers=num_layers, num_heads=num_heads)
-    # beside the published ones: the rows of the head that classes have in a vocabulary of both
-    assert sum(p.numel() for p in prior.parameters()) == published + 1001 * width
+    ):
+        with torch.device("meta"):
+            prior = new_prior(PUBLISHED, width=width, num_layers=num_layers, num_heads=num_heads)
+        # beside the published ones: the rows of the head that classes have in a vocabulary of both
+        assert sum(p.numel() for p in prior.parameters()) == published + 1001 * width
 
 
 def test_the_module_is_the_stock_one_and_its_config_reads_back():
@@ -66,6 +63,7 @@ def test_each_position_predicts_the_token_at_it():
     inputs = next_token_inputs(LAYOUT, LABELS, TOKENS)
     assert inputs[:, 0].tolist() == [24, 26, 27] and torch.equal(inputs[:, 1:], TOKENS)
     before = next_token_logits(prior, LAYOUT, LABELS, TOKENS)
+    assert next_token_logits(tiny_prior().to(torch.bfloat16), LAYOUT, LABELS, TOKENS).dtype == torch.float32
     assert before.shape == (3, 13, 24)
     changed = TOKENS.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 24
@@ -87,11 +85,6 @@ def test_classes_are_never_predicted():
     assert bool((rows[:24] > 0).all()) and bool((rows[24:] == 0).all())
 
 
-def test_half_precision_gives_fp32_logits():
-    prior = tiny_prior().to(torch.bfloat16)
-    assert next_token_logits(prior, LAYOUT, LABELS, TOKENS).dtype == torch.float32
-
-
 def test_unlabelled_models_have_one_null_class():
     layout = TokenLayout(codebook_size=8, num_classes=0, num_tokens=4)
     assert (layout.vocab_size, layout.null_class_id) == (9, 0)
@@ -99,9 +92,8 @@ def test_unlabelled_models_have_one_null_class():
     assert TokenLayout.of(llama_config(layout, width=8, num_layers=1, num_heads=2), 8) == layout
 
 
-@pytest.mark.parametrize(
-    ("changed", "sizes", "said"),
-    [
+def test_strangers_are_refused():
+    for changed, sizes, said in [
         ({}, (16, None), "same codebook_size"),
         ({}, (24, 16), "positions for 16 token"),
         ({"codebook_size": 64}, (64, None), "vocabulary"),
@@ -111,12 +103,10 @@ def test_unlabelled_models_have_one_null_class():
         ({"tie_word_embeddings": True}, (24, None), "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, (24, None), "hidden_act"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, (24, None), "rope_type"),
-    ],
-)
-def test_strangers_are_refused(changed, sizes, said):
-    settings = llama_config(LAYOUT, width=32, num_layers=1, num_heads=2).to_dict() | changed
-    with pytest.raises(UserError, match=said):
-        TokenLayout.of(LlamaConfig.from_dict(settings), *sizes)
+    ]:
+        settings = llama_config(LAYOUT, width=32, num_layers=1, num_heads=2).to_dict() | changed
+        with pytest.raises(UserError, match=said):
+            TokenLayout.of(LlamaConfig.from_dict(settings), *sizes)
 
 
 def test_a_llama_of_others_is_taken_by_its_sizes():
@@ -125,12 +115,9 @@ def test_a_llama_of_others_is_taken_by_its_sizes():
     assert TokenLayout.of(LlamaConfig.from_dict(settings), codebook_size=24) == LAYOUT
 
 
-@pytest.mark.parametrize("sizes", [(0, 3, 12), (24, -1, 12), (24, 3, 0)])
-def test_sizes_out_of_range_are_refused(sizes):
-    with pytest.raises(UserError):
-        TokenLayout(*sizes)
-
-
-def test_heads_are_an_even_number_of_channels_wide():
+def test_sizes_out_of_range_are_refused():
+    for sizes in ((0, 3, 12), (24, -1, 12), (24, 3, 0)):
+        with pytest.raises(UserError):
+            TokenLayout(*sizes)
     with pytest.raises(UserError, match="twice the heads"):
         llama_config(LAYOUT, width=30, num_layers=1, num_heads=2)

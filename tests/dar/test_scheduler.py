@@ -8,66 +8,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.dar.scheduler import (
-    SOLVERS,
-    FlowMatchingScheduler,
-    interpolate,
-    jump_to_image,
-    shift_time,
-    time_waves,
-    velocity_towards,
-)
+from isthmus.dar.scheduler import SOLVERS, FlowMatchingScheduler, time_waves, velocity_towards
 from isthmus.errors import UserError
 
 
-def drawn_images(seed):
-    return torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+def images(seed=0, batch=2):
+    return torch.randn(batch, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
 @given(st.floats(0, 1), st.floats(0.1, 10))
 def test_shift_has_an_inverse_and_keeps_the_ends(raw_t, shift):
     t = torch.tensor([0.0, raw_t, 1.0], dtype=torch.float64)
-    shifted = shift_time(t, shift)
-    torch.testing.assert_close(shift_time(shifted, 1 / shift), t)
+    shifted = FlowMatchingScheduler(time_shift=shift).shift(t)
+    torch.testing.assert_close(FlowMatchingScheduler(time_shift=1 / shift).shift(shifted), t)
     assert shifted[0] == 0 and shifted[2] == 1
     assert 0 <= shifted[1] <= 1
 
 
-def test_shift_of_two_by_hand():
-    torch.testing.assert_close(shift_time(torch.tensor([0.125, 0.75]), 2.0), torch.tensor([0.125 / 1.875, 0.6]))
-    grid = torch.linspace(0, 1, 9)
-    assert torch.equal(shift_time(grid, 1.0), grid)
-    # more of the steps lie near the noise
-    assert torch.all(shift_time(grid, 2.0)[1:-1] < grid[1:-1])
-
-
-def test_the_path_is_straight_and_the_jump_ends_it():
-    noise, image, t = drawn_images(0), drawn_images(1), torch.tensor([0.0, 0.3, 0.99])
-    x_t = interpolate(noise, image, t)
-    assert torch.equal(x_t[0], noise[0])
-    torch.testing.assert_close(x_t[1], 0.3 * image[1] + 0.7 * noise[1])
-    torch.testing.assert_close(jump_to_image(x_t, image - noise, t), image)
-    one_for_all = interpolate(noise, image, torch.full((3,), 0.4))
-    torch.testing.assert_close(jump_to_image(one_for_all, image - noise, torch.tensor([0.4])), image)
-
-
 def test_velocity_towards_an_image_is_that_of_the_path_until_the_time_left_is_short():
-    noise, image, t = drawn_images(0), drawn_images(1), torch.tensor([0.0, 0.5, 0.95])
-    velocity = velocity_towards(image, interpolate(noise, image, t), t)
+    noise, image, t = images(0, 3), images(1, 3), torch.tensor([0.0, 0.5, 0.95])
+    velocity = velocity_towards(image, FlowMatchingScheduler(data_std=1.0).add_noise(image, noise, t), t)
     torch.testing.assert_close(velocity[:2], (image - noise)[:2])
     torch.testing.assert_close(velocity[2], (image - noise)[2] * 0.05 / 0.1)  # not divided by less than 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_waves_by_hand(dtype):
-    waves = time_waves(torch.tensor([0.25], dtype=dtype), 4)
+def test_waves_by_hand():
+    waves = time_waves(torch.tensor([0.25], dtype=torch.float64), 4)
     angles = [250.0, 250.0 / 100]
     expected = [*map(math.cos, angles), *map(math.sin, angles)]
     torch.testing.assert_close(waves, torch.tensor([expected]), atol=1e-5, rtol=0)
-
-
-def images(seed=0, batch=2):
-    return torch.randn(batch, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
 def solve(scheduler, field, x, *, start=0, **options):
@@ -79,9 +48,9 @@ def solve(scheduler, field, x, *, start=0, **options):
     return x
 
 
-@pytest.fixture(params=[1.0, 2.0, 4.0], ids=lambda shift: f"shift{shift}")
-def scheduler(request):
-    return FlowMatchingScheduler(num_tokens=32, time_shift=request.param)
+@pytest.fixture
+def scheduler():
+    return FlowMatchingScheduler(num_tokens=32, time_shift=2.0)
 
 
 @given(
@@ -111,9 +80,11 @@ def order_of_convergence(scheduler, solver):
     return math.log2(errors[0] / errors[1])
 
 
-def test_order_of_every_solver_on_a_smooth_field(scheduler):
-    assert order_of_convergence(scheduler, "euler") == pytest.approx(1, abs=0.15)
-    assert order_of_convergence(scheduler, "adams-bashforth-variable") == pytest.approx(2, abs=0.25)
+def test_order_of_every_solver_on_a_smooth_field():
+    for shift in (1.0, 2.0, 4.0):
+        scheduler = FlowMatchingScheduler(num_tokens=32, time_shift=shift)
+        assert order_of_convergence(scheduler, "euler") == pytest.approx(1, abs=0.15)
+        assert order_of_convergence(scheduler, "adams-bashforth-variable") == pytest.approx(2, abs=0.25)
 
 
 def test_constant_coefficients_are_second_order_on_an_even_grid_only():
@@ -139,16 +110,16 @@ def test_the_first_executed_step_is_one_of_euler_wherever_it_is(scheduler):
 
 
 def test_previews_reach_the_end(scheduler):
+    def preview(previous, index, **options):
+        return scheduler.to_image(scheduler.step(v, previous, index, x, to_end=True, **options))
+
     x, v, w = images(0), images(1), images(2)
     t = scheduler.times()[3:4]
-    euler = scheduler.solver_preview(v, w, 3, x, solver="euler")
-    torch.testing.assert_close(euler, scheduler.jump(x, v, t))
-    torch.testing.assert_close(scheduler.solver_preview(v, None, 3, x), scheduler.jump(x, v, t))
-    two_step = scheduler.solver_preview(v, w, 3, x)
-    torch.testing.assert_close(two_step, scheduler.jump(x, 1.5 * v - 0.5 * w, t))
+    torch.testing.assert_close(preview(w, 3, solver="euler"), scheduler.jump(x, v, t))
+    torch.testing.assert_close(preview(None, 3), scheduler.jump(x, v, t))
+    torch.testing.assert_close(preview(w, 3), scheduler.jump(x, 1.5 * v - 0.5 * w, t))
     # at the last step the preview is the image
-    last = scheduler.step(v, w, 7, x)
-    torch.testing.assert_close(scheduler.solver_preview(v, w, 7, x), scheduler.to_image(last))
+    torch.testing.assert_close(preview(w, 7), scheduler.to_image(scheduler.step(v, w, 7, x)))
 
 
 def test_noise_and_jump_are_inverse_with_a_time_per_image():
@@ -158,7 +129,10 @@ def test_noise_and_jump_are_inverse_with_a_time_per_image():
     assert torch.equal(x_t[0], noise[0])
     torch.testing.assert_close(x_t[1], 0.125 * image[1] + 0.75 * noise[1])
     torch.testing.assert_close(scheduler.to_image(x_t)[2], image[2])
-    torch.testing.assert_close(scheduler.jump(x_t, scheduler.velocity_target(image, noise), t), image)
+    velocity = scheduler.velocity_target(image, noise)
+    torch.testing.assert_close(scheduler.jump(x_t, velocity, t), image)
+    one_for_all = scheduler.add_noise(image, noise, torch.full((3,), 0.4))
+    torch.testing.assert_close(scheduler.jump(one_for_all, velocity, torch.tensor([0.4])), image)
 
 
 def test_times_by_hand():
@@ -167,6 +141,7 @@ def test_times_by_hand():
     assert FlowMatchingScheduler().times(3).shape == (4,)
     raw_t = torch.linspace(0, 1, 9)
     torch.testing.assert_close(FlowMatchingScheduler().shift(raw_t), torch.tensor(expected))
+    assert torch.equal(FlowMatchingScheduler(time_shift=1.0).shift(raw_t), raw_t)
 
 
 @pytest.mark.slow
@@ -200,11 +175,9 @@ def test_groups_of_random_times_have_the_published_shares():
     scheduler = FlowMatchingScheduler(num_tokens=8)
     starts = scheduler.window_of((torch.arange(1600) + 0.5) / 1600)
     assert torch.bincount(starts).tolist() == [100, 200, 200, 200, 200, 200, 200, 300]
+    # as many steps as groups take one group each
+    assert scheduler.windows() == tuple((g, g + 1) for g in range(8))
     assert scheduler.window_of(torch.tensor([0.0, 1.0])).tolist() == [0, 7]
-
-
-def test_as_many_steps_as_groups_take_one_group_each():
-    assert FlowMatchingScheduler().windows() == tuple((32 * g, 32 * g + 32) for g in range(8))
 
 
 def test_save_and_load(tmp_path):
@@ -212,10 +185,7 @@ def test_save_and_load(tmp_path):
     scheduler.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == "FlowMatchingScheduler"
     loaded = FlowMatchingScheduler.from_pretrained(tmp_path)
-    assert loaded.windows(9) == scheduler.windows(9)
-    assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {
-        k: v for k, v in scheduler.config.items() if k[0] != "_"
-    }
+    assert loaded.windows(9) == scheduler.windows(9) and loaded.config == scheduler.config
 
 
 def test_half_precision_velocities_move_a_fp32_state(scheduler):
@@ -225,32 +195,21 @@ def test_half_precision_velocities_move_a_fp32_state(scheduler):
     torch.testing.assert_close(moved, scheduler.step(v.bfloat16().float(), None, 0, x))
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_what_is_out_of_range_is_named():
+    for arguments, message in [
         ({"num_groups": 7}, "multiple of num_groups"),
         ({"num_groups": 0}, "multiple of num_groups"),
         ({"tokens_per_step": 31}, r"32\.\.256"),
-        ({"tokens_per_step": 0}, r"32\.\.256"),
         ({"tokens_per_step": 257}, r"32\.\.256"),
         ({"time_shift": 0.0}, "positive"),
         ({"data_std": -0.5}, "positive"),
         ({"num_inference_steps": 0}, "at least 1"),
-    ],
-)
-def test_arguments_out_of_range(arguments, message):
-    with pytest.raises(UserError, match=message):
-        FlowMatchingScheduler(**arguments)
-
-
-def test_calls_out_of_range():
+    ]:
+        with pytest.raises(UserError, match=message):
+            FlowMatchingScheduler(**arguments)
     scheduler, x = FlowMatchingScheduler(), images()
     with pytest.raises(UserError, match="at least 1, got 0"):
         scheduler.times(0)
-    for index in (-1, 8):
-        with pytest.raises(UserError, match=r"0\.\.7"):
-            scheduler.step(x, None, index, x)
-        with pytest.raises(UserError, match=r"0\.\.7"):
-            scheduler.solver_preview(x, None, index, x)
-    with pytest.raises(UserError, match=r"0\.\.3"):
-        scheduler.step(x, None, 5, x, num_inference_steps=4)
+    for index, options, last in ((-1, {}, 7), (8, {}, 7), (5, {"num_inference_steps": 4}, 3)):
+        with pytest.raises(UserError, match=rf"0\.\.{last}"):
+            scheduler.step(x, None, index, x, **options)

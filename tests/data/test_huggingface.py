@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from isthmus.data.huggingface import StreamedBatches, name_and_split, open_stream
+from isthmus.data.huggingface import StreamedBatches, hold_out, name_and_split, open_stream
 from isthmus.data.opening import open_source
 from isthmus.data.source import NO_LABELS, WantedColumns
 from isthmus.data.token_cache import TokenCache
@@ -41,24 +41,19 @@ def opened(path, cache_dir, **options):
     return open_source(f"hf:{path}", image_size=8, cache_dir=cache_dir, **options)
 
 
-@pytest.mark.parametrize(
-    "text, wanted",
-    [
-        ("owner/name", ("owner/name", None)),
-        ("owner/name:test", ("owner/name", "test")),
-        ("owner/name:train[:100]", ("owner/name", "train[:100]")),
-        ("C:\\data\\pets", ("C:\\data\\pets", None)),
-        ("C:\\data\\pets:train", ("C:\\data\\pets", "train")),
-        ("/a/path:with/colon", ("/a/path:with/colon", None)),
-    ],
-)
-def test_names_paths_and_splits(text, wanted):
-    assert name_and_split(text) == wanted
-
-
-def test_an_existing_path_with_a_colon_wins(tmp_path):
+def test_names_paths_and_splits(tmp_path):
     (tmp_path / "a:b").mkdir()
-    assert name_and_split(f"{tmp_path}/a:b") == (f"{tmp_path}/a:b", None)
+    for text, name, split in [
+        ("owner/name", "owner/name", None),
+        ("owner/name:test", "owner/name", "test"),
+        ("owner/name:train[:100]", "owner/name", "train[:100]"),
+        ("C:\\data\\pets", "C:\\data\\pets", None),
+        ("C:\\data\\pets:train", "C:\\data\\pets", "train"),
+        ("/a/path:with/colon", "/a/path:with/colon", None),
+        # an existing path wins over a split
+        (f"{tmp_path}/a:b", f"{tmp_path}/a:b", None),
+    ]:
+        assert name_and_split(text) == (name, split)
 
 
 def test_a_table_is_split_by_content(saved, cache_dir):
@@ -112,6 +107,8 @@ def test_refusals(tmp_path, cache_dir):
         opened(tmp_path / "text", cache_dir)
     with pytest.raises(UserError, match="could not be loaded"):
         opened(tmp_path / "text" / "dataset_info.json", cache_dir)
+    with pytest.raises(UserError, match="can be streamed"):
+        open_stream("folder:here")
 
 
 def plain_table(images=range(16), **columns) -> "datasets.Dataset":
@@ -124,14 +121,13 @@ def plain_table(images=range(16), **columns) -> "datasets.Dataset":
 
 
 @pytest.mark.parametrize(
-    ("values", "names"),
+    ("values", "names", "column"),
     [
-        (["dog", "cat"], ("cat", "dog")),
-        ([10, 9], ("9", "10")),
-        ([True, False], ("False", "True")),
+        (["dog", "cat"], ("cat", "dog"), "label"),
+        ([10, 9], ("9", "10"), "kind"),
+        ([True, False], ("False", "True"), "label"),
     ],
 )
-@pytest.mark.parametrize("column", ["label", "kind"])
 def test_texts_and_whole_numbers_are_classes(values, names, column, tmp_path, cache_dir):
     plain_table(**{column: [values[i % 2] for i in range(16)]}).save_to_disk(str(tmp_path / "t"))
     wanted = WantedColumns() if column == "label" else WantedColumns(label=column)
@@ -217,15 +213,15 @@ def streamed(saved, **options):
     return StreamedBatches(open_stream(f"hf:{saved}"), image_size=8, seed=0, **options)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 9])
-def test_a_stream_continues_where_it_stopped(saved, stop):
+def test_a_stream_continues_where_it_stopped(saved):
     whole = rows_of(streamed(saved, batch_size=3), 12)
-    first = streamed(saved, batch_size=3)
-    rows_of(first, stop)
-    state = json.loads(json.dumps(first.state_dict()))
-    rest = rows_of(streamed(saved, batch_size=3, state=state), 12 - stop)
-    for name, rows in rest.items():
-        assert torch.equal(rows, whole[name][3 * stop :]), name
+    for stop in (1, 5, 9):  # within an epoch, at its end and in the next
+        first = streamed(saved, batch_size=3)
+        rows_of(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+        rest = rows_of(streamed(saved, batch_size=3, state=state), 12 - stop)
+        for name, rows in rest.items():
+            assert torch.equal(rows, whole[name][3 * stop :]), name
 
 
 def test_an_epoch_of_a_stream_is_shared_out_once_among_processes(saved):
@@ -249,11 +245,23 @@ def test_broken_images_in_a_stream(tmp_path, caplog):
     assert batch["image"].shape == (4, 3, 8, 8) and "cannot be used" in caplog.text
     with pytest.raises(UserError, match="not an image"):
         next(StreamedBatches(open_stream(f"hf:{tmp_path / 'odd'}", strict=True), image_size=8, seed=0, batch_size=4))
+    none = datasets.Dataset.from_dict({"image": [{"bytes": b"broken", "path": None}]}, features=features)
+    none.save_to_disk(str(tmp_path / "none"))
+    barren = open_stream(f"hf:{tmp_path / 'none'}")
+    for read in (
+        lambda: next(StreamedBatches(barren, image_size=8, seed=0, batch_size=1)),
+        lambda: hold_out(barren, 1),
+    ):
+        with pytest.raises(UserError, match="no image of the stream"):
+            read()
 
 
-def test_only_hubs_can_be_streamed():
-    with pytest.raises(UserError, match="can be streamed"):
-        open_stream("folder:here")
+def test_what_is_held_out_of_a_stream_is_not_trained_on(saved):
+    rest, kept = hold_out(open_stream(f"hf:{saved}"), 3)
+    pictures = [image for image, _ in rest.images()]
+    assert [(kept.load(i) == np.asarray(picture(i))).all() for i in range(3)] == [True] * 3
+    assert len(pictures) == 13 and (pictures[0] == np.asarray(picture(3))).all()
+    assert kept.labels.tolist() == [0, 1, 0] and kept.class_names == ("cat", "dog")
 
 
 def test_a_stream_fills_a_cache(saved, tmp_path):

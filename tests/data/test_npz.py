@@ -43,9 +43,8 @@ def test_grey_and_rgba(tmp_path):
     np.testing.assert_array_equal(opened(saved(tmp_path, solid), val_fraction=0.0).load(0), IMAGES[0])
 
 
-@pytest.mark.parametrize(
-    "arrays, word",
-    [
+def test_refusals(tmp_path):
+    for arrays, said in [
         ((IMAGES.astype(np.float32),), "float32"),
         ((IMAGES.transpose(0, 3, 1, 2),), "channels last"),
         ((IMAGES[:0],), "uint8"),
@@ -53,18 +52,13 @@ def test_grey_and_rgba(tmp_path):
         ((IMAGES, np.full(12, -1)), "got -1"),
         ((IMAGES, np.full(12, 2)), "no image of class 0"),
         ((np.array([{}], dtype=object),), "cannot be read"),
-    ],
-)
-def test_refusals(tmp_path, arrays, word):
-    with pytest.raises(UserError, match=word):
-        opened(saved(tmp_path, *arrays))
-
-
-def test_files_that_are_no_npz(tmp_path):
+    ]:
+        with pytest.raises(UserError, match=said):
+            opened(saved(tmp_path, *arrays))
+    with pytest.raises(UserError, match="needs the name arr_0"):
+        opened(saved(tmp_path, images=IMAGES))
     np.save(tmp_path / "a.npy", IMAGES)
     (tmp_path / "half.npz").write_bytes(saved(tmp_path, IMAGES).read_bytes()[:1000])
     for place, word in (("a.npy", "single array"), ("half.npz", "cannot be read"), ("none.npz", "existing file")):
         with pytest.raises(UserError, match=word):
             opened(tmp_path / place)
-    with pytest.raises(UserError, match="needs the name arr_0"):
-        opened(saved(tmp_path, images=IMAGES))

@@ -75,16 +75,17 @@ def test_drawn_once_then_read(drawings_cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cut", "changed"])
-def test_a_damaged_cache_is_drawn_again(drawings_cache, tmp_path, caplog, kind):
+def test_a_damaged_cache_is_drawn_again(drawings_cache, tmp_path, caplog):
     rendered_openmoji(SIZE, drawings_cache)
     shutil.copytree(drawings_cache, tmp_path / "copy")
     path, digest = rendered_openmoji(SIZE, tmp_path / "copy")
     whole = path.read_bytes()
-    path.write_bytes(whole[:-100] if kind == "cut" else whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
-    with caplog.at_level(logging.WARNING):
-        assert rendered_openmoji(SIZE, tmp_path / "copy")[1] == digest
-    assert "damaged" in caplog.text and path.read_bytes() == whole
+    for damaged in (whole[:-100], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
+        path.write_bytes(damaged)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert rendered_openmoji(SIZE, tmp_path / "copy")[1] == digest
+        assert "damaged" in caplog.text and path.read_bytes() == whole
 
 
 @pytest.mark.slow

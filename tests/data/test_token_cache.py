@@ -1,7 +1,6 @@
 import json
 import logging
 import pickle
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -89,11 +88,6 @@ def test_batches_of_tokens_obey_the_same_laws(cache, start, balanced, world):
     assert alone["token_ids"].dtype == torch.int64
 
 
-def test_balanced_batches_hold_every_class_equally(cache):
-    batch = next(iter(islice(training_batches(CachedTokens(cache, seed=1, balanced=True), batch_size=8), 1)))
-    assert torch.bincount(batch["class_label"]).tolist() == [4, 4]
-
-
 def test_size_and_time_are_said_and_a_second_build_reads(tokenizer, source, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     first = built(tmp_path / "deep" / "tokens", tokenizer, source)
@@ -139,7 +133,7 @@ def test_damaged_caches_are_refused(tokenizer, source, tmp_path):
     path = built(tmp_path / "tokens", tokenizer, source).path
     whole = (path / "tokens.npy").read_bytes()
     (path / "tokens.npy").write_bytes(whole[:-10])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="no token cache that is whole"):
         TokenCache.open(path, tokenizer)
     (path / "tokens.npy").write_bytes(whole)
     record = json.loads((path / "cache.json").read_text())

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from isthmus.next_scale.canvas import (
+    Canvas,
     feathered,
     fill_unknown,
     kept_as_published,
     kept_by_coverage,
-    paste_known,
     project_onto_small,
     unknown_share,
 )
@@ -112,7 +112,7 @@ def test_pasting_is_exact_off_the_seam(seam_px):
     mask[..., 6:10, 5:9] = 1
     generator = torch.Generator().manual_seed(0)
     new, source = (torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(2))
-    pasted = paste_known(new, source, mask, seam_px=seam_px)
+    pasted = Canvas(source, mask, mask, [(0, 0, 16, 16)]).pasted(new, seam_px)
     inside = mask.expand_as(new) > 0
     grown = mask if seam_px == 0 else F.max_pool2d(mask, 2 * seam_px + 1, 1, seam_px)
     outside = grown.expand_as(new) == 0

@@ -45,29 +45,20 @@ def pth(path, content):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
-def test_bare_pickles_and_safetensors_hold_the_same(suffix, small, tmp_path):
+def test_bare_pickles_and_safetensors_hold_the_same(small, tmp_path):
     save_file(small, tmp_path / "weights.safetensors")
     assert_same(read_weights(tmp_path / "weights.safetensors"), small)
-    assert_same(read_weights(str(pth(tmp_path / f"weights{suffix}", small))), small)
+    for suffix in (".pth", ".pt", ".bin"):
+        assert_same(read_weights(str(pth(tmp_path / f"weights{suffix}", small))), small)
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "module.",
-        "_orig_mod.",
-        "module._orig_mod.",
-        "_orig_mod.module.",
-        "model.",
-        "model.module.",
-        "var.",
+def test_prefixes_of_wrappers_are_taken_off(small, tmp_path):
+    for prefix in (
+        "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model.module.", "var.",
         "ema_model.",
-    ],
-)
-def test_prefixes_of_wrappers_are_taken_off(prefix, small, tmp_path):
-    wrapped = {prefix + key: value for key, value in small.items()}
-    assert_same(read_weights(pth(tmp_path / "weights.pth", wrapped), nested=("var",)), small)
+    ):  # fmt: skip
+        wrapped = {prefix + key: value for key, value in small.items()}
+        assert_same(read_weights(pth(tmp_path / "weights.pth", wrapped), nested=("var",)), small)
 
 
 def test_parts_that_were_compiled_or_sharded_on_their_own(small, tmp_path):
@@ -133,19 +124,15 @@ def test_a_file_is_read_by_its_content_and_not_by_its_name(small, tmp_path):
         assert_same(read_weights(tmp_path / name), small)
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: {"trainer": {"var_wo_ddp": state, "config": {"depth": 2}}, "epoch": 3, "args": {"bs": 1}},
-        lambda state: {"state_dict": state, "step": 7},
-        lambda state: {"state_dict": state, "step": torch.tensor(7)},
-        lambda state: {"model": {key + "x": value for key, value in state.items()}, "ema": state},
-        lambda state: {"model_ema": {"module": state}},
-    ],
-    ids=["trainer", "state_dict", "tensor-step", "ema-first", "ema-module"],
-)
-def test_nested_checkpoints(wrap, small, tmp_path):
-    assert_same(read_weights(pth(tmp_path / "weights.pth", wrap(small)), nested=("var_wo_ddp",)), small)
+def test_nested_checkpoints(small, tmp_path):
+    for content in [
+        {"trainer": {"var_wo_ddp": small, "config": {"depth": 2}}, "epoch": 3, "args": {"bs": 1}},
+        {"state_dict": small, "step": 7},
+        {"state_dict": small, "step": torch.tensor(7)},
+        {"model": {key + "x": value for key, value in small.items()}, "ema": small},
+        {"model_ema": {"module": small}},
+    ]:
+        assert_same(read_weights(pth(tmp_path / "weights.pth", content), nested=("var_wo_ddp",)), small)
 
 
 def test_one_checkpoint_can_hold_both_networks(small, tmp_path):
@@ -161,34 +148,30 @@ def test_objects_are_refused_and_not_run(small, tmp_path):
         read_weights(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
+def test_files_that_are_no_weights(tmp_path):
+    for content, said in [
         (b"", "is empty"),
         (b"PK", "not the whole of one"),
         (b"<html>not found</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b'{"width": 8}', "is JSON"),
         (b"GGUF\x03", "quantized for other software"),
-    ],
-    ids=["empty", "two-bytes", "web-page", "lfs-pointer", "json", "gguf"],
-)
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_files_that_are_no_weights(content, said, suffix, tmp_path):
-    path = tmp_path / f"weights{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=said):
-        read_weights(path)
+    ]:
+        for suffix in (".pth", ".safetensors"):
+            path = tmp_path / f"weights{suffix}"
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=said):
+                read_weights(path)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_truncated_files(suffix, share, small, tmp_path):
-    path = tmp_path / f"weights{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)(small, path)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(UserError, match="not the whole of one.*copy or download it again"):
-        read_weights(path)
+def test_truncated_files(small, tmp_path):
+    for path, save in ((tmp_path / "weights.pth", torch.save), (tmp_path / "weights.safetensors", save_file)):
+        save(small, path)
+        whole = path.read_bytes()
+        for share in (0.1, 0.5, 0.99):
+            path.write_bytes(whole[: int(len(whole) * share)])
+            with pytest.raises(UserError, match="not the whole of one.*copy or download it again"):
+                read_weights(path)
 
 
 def test_absent_files(tmp_path):
@@ -197,9 +180,8 @@ def test_absent_files(tmp_path):
             read_weights(path)
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
+def test_contents_that_are_no_state_dict(tmp_path):
+    for content, said in [
         ([torch.zeros(2)], "must hold a state dict, got list"),
         (torch.zeros(2), "must hold a state dict, got Tensor"),
         ({"epoch": 3, "note": "x"}, "holds no tensors"),
@@ -207,12 +189,9 @@ def test_absent_files(tmp_path):
         ({"state_dict": {}}, "holds no tensors"),
         ({"a": torch.zeros(1), "epoch": 3}, r"got others under \['epoch'\]"),
         ({0: torch.zeros(1)}, r"got others under \[0\]"),
-    ],
-    ids=["list", "tensor", "scalars", "nothing", "empty-state", "mixed", "numbers-as-keys"],
-)
-def test_contents_that_are_no_state_dict(content, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        read_weights(pth(tmp_path / "weights.pth", content))
+    ]:
+        with pytest.raises(UserError, match=said):
+            read_weights(pth(tmp_path / "weights.pth", content))
 
 
 def test_every_dropped_key_has_its_reason(prior_state, tokenizer_state):

@@ -1,5 +1,6 @@
 """The editing loop: what is kept stays, what is known decides nothing else, jumps cost what they say."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from isthmus.errors import UserError
-from isthmus.next_scale.editing import Jumps, KnownPart, edit_scales, known_part, tokens_as_they_are
-from isthmus.next_scale.refinement import refined_scales
+from isthmus.next_scale.editing import jumps_of, known_part
+from isthmus.next_scale.refinement import KnownPart, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.nn.draws import EDIT_STREAMS
 from isthmus.pipelines.options import SamplingOptions
@@ -32,7 +33,7 @@ def visits(pipe, known, *, jumps=None, options=OPTIONS, rows=(0, 1, 2)):
     rows = list(rows)
     seeds = [SEEDS[i] for i in rows]
     sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS[rows], seeds, options, EDIT_STREAMS)
-    return list(edit_scales(pipe.image_tokenizer, sampler, known, jumps)), sampler.num_forwards
+    return list(refined_scales(sampler, jumps, known)), sampler.num_forwards
 
 
 def edit(pipe, known, **given):
@@ -51,24 +52,23 @@ def pipe(request):
     return tiny_pipeline(scale_attention=request.param)
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-def test_nothing_known_is_sampling_from_the_numbers_of_edits(pipe, smooth):
-    options = SamplingOptions(guidance_scale=2.0, top_k=9, smooth=smooth)
-    token_ids, features, forwards = edit(pipe, known_of(pipe, torch.ones(3, 1, 8, 8)), options=options)
-    drawn = list(
-        refined_scales(ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options, EDIT_STREAMS))
-    )
-    assert all(torch.equal(ours, scale.token_ids) for ours, scale in zip(token_ids, drawn, strict=True))
-    assert torch.equal(features, drawn[-1].features) and forwards == 3
+def test_nothing_known_is_sampling_from_the_numbers_of_edits(pipe):
+    known = known_of(pipe, torch.ones(3, 1, 8, 8))
+    for options in (OPTIONS, replace(OPTIONS, smooth=True)):
+        token_ids, features, forwards = edit(pipe, known, options=options)
+        sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, options, EDIT_STREAMS)
+        drawn = list(refined_scales(sampler))
+        assert all(torch.equal(ours, scale.token_ids) for ours, scale in zip(token_ids, drawn, strict=True))
+        assert torch.equal(features, drawn[-1].features) and forwards == 3
 
 
-@pytest.mark.parametrize("keeping", ["coverage", "published"])
-def test_everything_known_is_the_image_and_costs_no_forward(pipe, keeping):
-    token_ids, features, forwards = edit(pipe, known_of(pipe, torch.zeros(3, 1, 8, 8), keeping=keeping))
+def test_everything_known_is_the_image_and_costs_no_forward(pipe):
     encoded = pipe.image_tokenizer.encode(IMAGES).token_ids
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(token_ids, encoded, strict=True))
-    assert_close(features, pipe.image_tokenizer.features_up_to(encoded, 2))
-    assert forwards == 0
+    for keeping in ("coverage", "published"):
+        token_ids, features, forwards = edit(pipe, known_of(pipe, torch.zeros(3, 1, 8, 8), keeping=keeping))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(token_ids, encoded, strict=True))
+        assert_close(features, pipe.image_tokenizer.features_up_to(encoded, 2))
+        assert forwards == 0
 
 
 def test_kept_tokens_are_those_given_and_the_others_are_drawn_from_the_mended_state(pipe):
@@ -78,7 +78,7 @@ def test_kept_tokens_are_those_given_and_the_others_are_drawn_from_the_mended_st
         torch.tensor([[True, False, False, True]] * 3),
         torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < 0.5,
     ]
-    token_ids, features, _ = edit(pipe, KnownPart(kept, tokens_as_they_are(source)))
+    token_ids, features, _ = edit(pipe, KnownPart(kept, lambda scale, features: source[scale]))
     for ours, theirs, which in zip(token_ids, source, kept, strict=True):
         assert torch.equal(ours[which], theirs[which])
     assert_close(features, pipe.image_tokenizer.features_up_to(token_ids, 2))
@@ -93,24 +93,24 @@ def test_tokens_found_anew_mend_what_drawn_ones_spill(pipe):
     latents = pipe.image_tokenizer.latents(IMAGES)
     rule = {"max_unknown": 0.0}
     with torch.no_grad():
-        anew = known_of(pipe, mask, **rule)
-        as_is = KnownPart(anew.kept, tokens_as_they_are(pipe.image_tokenizer.requantize(latents)))
+        anew, own = known_of(pipe, mask, **rule), pipe.image_tokenizer.requantize(latents)
+        as_is = KnownPart(anew.kept, lambda scale, features: own[scale])
         errors = [(edit(pipe, known)[1] - latents)[..., 3:].square().mean() for known in (anew, as_is)]
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("jumps", [None, Jumps((0, 0, 2), 2), Jumps((0, 1, 2), 1)])
-def test_an_edit_depends_on_its_own_seed_alone(pipe, jumps):
-    together, _, _ = edit(pipe, known_of(pipe, left_half()), jumps=jumps)
-    for rows in ([2, 0], [1]):
-        alone, _, _ = edit(pipe, known_of(pipe, left_half(len(rows)), rows), jumps=jumps, rows=rows)
-        assert all(torch.equal(ours, theirs[rows]) for ours, theirs in zip(alone, together, strict=True))
+def test_an_edit_depends_on_its_own_seed_alone(pipe):
+    for jumps in (None, jumps_of((0, 0, 2), 2, 3), jumps_of((0, 1, 2), 1, 3)):
+        together, _, _ = edit(pipe, known_of(pipe, left_half()), jumps=jumps)
+        for rows in ([2, 0], [1]):
+            alone, _, _ = edit(pipe, known_of(pipe, left_half(len(rows)), rows), jumps=jumps, rows=rows)
+            assert all(torch.equal(ours, theirs[rows]) for ours, theirs in zip(alone, together, strict=True))
 
 
 def test_a_jump_costs_the_forwards_of_the_scales_it_repeats():
     markov, causal = (tiny_pipeline(scale_attention=kind) for kind in ("markov", "causal"))
     for per_scale, num_scales, cost in (((0, 1, 0), 1, 1), ((0, 0, 2), 1, 2), ((0, 1, 1), 1, 2), ((0, 0, 2), 2, 4)):
-        jumps, rule = Jumps(per_scale, num_scales), {"max_unknown": 0.25}
+        jumps, rule = jumps_of(per_scale, num_scales, 3), {"max_unknown": 0.25}
         assert edit(markov, known_of(markov, left_half(), **rule), jumps=jumps)[2] == 3 + cost
         scales, forwards = visits(causal, known_of(causal, left_half(), **rule), jumps=jumps)
         # a causal model also reads scale 1 again, where a jump over the last scale alone changed scale 0 before it
@@ -127,7 +127,7 @@ def test_with_smooth_a_causal_jump_reads_what_it_keeps_again():
     pipe = tiny_teacher("causal", phi_ratio=0.0, sizes=(1, 2, 4))
     with torch.no_grad():
         pipe.image_tokenizer.codebook.weight.copy_(torch.eye(16))
-    options, jumps, tokenizer = SamplingOptions(top_k=2, smooth=True), Jumps((0, 0, 1), 1), pipe.image_tokenizer
+    options, jumps, tokenizer = SamplingOptions(top_k=2, smooth=True), jumps_of((0, 0, 1), 1, 3), pipe.image_tokenizer
     images = torch.zeros(40, 3, 8, 8)
     known = known_part(tokenizer, pipe.schedule, images, torch.ones(40, 1, 8, 8))
     seeds, labels = [(1, i) for i in range(40)], torch.zeros(40, dtype=torch.long)
@@ -135,7 +135,7 @@ def test_with_smooth_a_causal_jump_reads_what_it_keeps_again():
     def drawn(rows):
         some = KnownPart([kept[rows] for kept in known.kept], known.token_ids)
         sampler = ScaleSampler(tokenizer, pipe.transformer, labels[rows], [seeds[i] for i in rows], options)
-        last = {scale.index: scale.token_ids for scale in edit_scales(tokenizer, sampler, some, jumps)}
+        last = {scale.index: scale.token_ids for scale in refined_scales(sampler, jumps, some)}
         return last, sampler.num_forwards
 
     together, _ = drawn(list(range(40)))
@@ -148,7 +148,7 @@ def test_a_jump_is_not_read_for_where_everything_is_kept():
     pipe = tiny_pipeline(scale_attention="causal")
     options = SamplingOptions(top_k=9, smooth=True)
     known = known_of(pipe, torch.zeros(3, 1, 8, 8))
-    token_ids, _, forwards = edit(pipe, known, jumps=Jumps((0, 0, 1), 1), options=options)
+    token_ids, _, forwards = edit(pipe, known, jumps=jumps_of((0, 0, 1), 1, 3), options=options)
     encoded = pipe.image_tokenizer.encode(IMAGES).token_ids
     assert forwards == 0 and all(torch.equal(a, b) for a, b in zip(token_ids, encoded, strict=True))
 
@@ -156,7 +156,7 @@ def test_a_jump_is_not_read_for_where_everything_is_kept():
 def test_a_causal_jump_leaves_the_cache_as_a_fresh_one_would_be():
     """After jumps, the last scale's prediction is that of a sampler that only ever saw the final tokens."""
     pipe = tiny_pipeline(scale_attention="causal")
-    token_ids, features, _ = edit(pipe, known_of(pipe, left_half()), jumps=Jumps((0, 2, 0), 1))
+    token_ids, features, _ = edit(pipe, known_of(pipe, left_half()), jumps=jumps_of((0, 2, 0), 1, 3))
     sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, LABELS, SEEDS, OPTIONS, EDIT_STREAMS)
     state = sampler.start()
     for scale in range(3):
@@ -175,36 +175,26 @@ def test_scales_from_one_on_are_drawn(pipe):
         assert all(same[:first]) and not any(same[max(first, 1) :])
 
 
-@pytest.mark.parametrize(
-    ("rule", "said"),
-    [
+def test_rules_out_of_range_are_refused():
+    for rule, said in [
         ({"max_unknown": 1.0}, "max_unknown"),
         ({"max_unknown": -0.1}, "max_unknown"),
         ({"max_unknown": (0.5, 0.5)}, "one per scale"),
         ({"from_scale": 4}, "from_scale"),
         ({"from_scale": -1}, "from_scale"),
         ({"num_results": 4}, "takes one image or 4"),
-    ],
-)
-def test_rules_out_of_range_are_refused(rule, said):
-    with pytest.raises(UserError, match=said):
-        known_of(tiny_pipeline(), left_half(), **rule)
+        ({"keeping": "published", "max_unknown": 0.5}, "own rule"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            known_of(tiny_pipeline(), left_half(), **rule)
 
 
-def test_one_number_of_jumps_is_for_scales_that_have_something_to_keep():
-    assert Jumps.of(1, None, 4) == Jumps((0, 0, 1, 1), 2)
-    assert Jumps.of(0, None, 3) == Jumps((0, 0, 0), 2)
-
-
-def test_published_keeping_has_no_share():
-    with pytest.raises(UserError, match="max_unknown"):
-        known_of(tiny_pipeline(), left_half(), keeping="published", max_unknown=0.5)
-
-
-@pytest.mark.parametrize(
-    ("jumps", "jump_scales"),
-    [(-1, 1), (1, 0), ((1, 1), 1), ((0, -1, 0), 1), ((0, 1, 0), 2), ((1, 0, 0), 1), (0, 2), ((0, 0, 0), 1), (1, 3)],
-)
-def test_jumps_out_of_range_are_refused(jumps, jump_scales):
-    with pytest.raises(UserError, match="jump"):
-        Jumps.of(jumps, jump_scales, 3)
+def test_jumps_start_where_a_scale_stays():
+    made = jumps_of(1, None, 4)
+    assert made.rounds_of(4) == (0, 0, 1, 1) and made.jump_scales == 2
+    assert jumps_of(0, None, 3) is None
+    for jumps, jump_scales in [
+        (-1, 1), (1, 0), ((1, 1), 1), ((0, -1, 0), 1), ((0, 1, 0), 2), ((1, 0, 0), 1), (0, 2), ((0, 0, 0), 1), (1, 3),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match="jump"):
+            jumps_of(jumps, jump_scales, 3)

@@ -13,7 +13,6 @@ from isthmus.next_scale.pyramid import (
     bicubic_upsample,
     default_phi_indices,
     next_scale_input,
-    residual_scales,
     tokens_to_map,
 )
 from isthmus.nn import quantization
@@ -52,31 +51,22 @@ def test_derive_takes_given_phi_for_new_sides():
     assert ScaleSchedule((1, 4), (0, 1)).derive((2, 4), phi_indices=(1, 1)) == ScaleSchedule((2, 4), (1, 1))
 
 
-@pytest.mark.parametrize(
-    "sizes, phi, message",
-    [
-        ((), (), "increase"),
-        ((0, 1), (0, 0), "positive"),
-        ((2, 1), (0, 0), "increase"),
-        ((1, 1), (0, 0), "increase"),
-        ((1, 2), (0,), "one non-negative integer per scale"),
-        ((1, 2), (0, -1), "one non-negative integer per scale"),
-    ],
-)
-def test_schedules_that_make_no_sense(sizes, phi, message):
-    with pytest.raises(UserError, match=message):
-        ScaleSchedule(sizes, phi)
-
-
-@pytest.mark.parametrize("sizes", [(), (1, 2), (1, 8)])
-def test_a_derived_schedule_ends_at_the_grid(sizes):
-    with pytest.raises(UserError, match="must end at 4"):
-        ScaleSchedule((1, 2, 4), (0, 1, 2)).derive(sizes)
-
-
-def test_an_unknown_side_needs_phi():
-    with pytest.raises(UserError, match=r"no side \[3\]"):
-        ScaleSchedule((1, 2, 4), (0, 1, 2)).derive((1, 3, 4))
+def test_schedules_that_make_no_sense():
+    for sizes, phi, said in [
+        ((), (), "increase"), ((0, 1), (0, 0), "positive"), ((2, 1), (0, 0), "increase"), ((1, 1), (0, 0), "increase"),
+        ((1, 2), (0,), "one non-negative integer per scale"), ((1, 2), (0, -1), "one non-negative integer per scale"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            ScaleSchedule(sizes, phi)
+    parent = ScaleSchedule((1, 2, 4), (0, 1, 2))
+    for sizes, said in [
+        ((), "must end at 4"),
+        ((1, 2), "must end at 4"),
+        ((1, 8), "end at 4"),
+        ((1, 3, 4), r"side \[3\]"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            parent.derive(sizes)
 
 
 def test_area_averages_overlapping_windows():
@@ -86,13 +76,12 @@ def test_area_averages_overlapping_windows():
     torch.testing.assert_close(found[0, 0, :, 0], torch.tensor([0.5, 2.0, 3.5]))
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 7])
-def test_a_constant_map_stays_constant(side):
+def test_a_constant_map_stays_constant():
     constant = torch.full((2, 3, 7, 7), 1.5)
-    small = area_downsample(constant, side)
-    assert small.shape == (2, 3, side, side)
-    torch.testing.assert_close(small, torch.full_like(small, 1.5))
-    torch.testing.assert_close(bicubic_upsample(small, 7), constant)
+    for side in (1, 2, 3, 7):
+        small = area_downsample(constant, side)
+        torch.testing.assert_close(small, torch.full((2, 3, side, side), 1.5))
+        torch.testing.assert_close(bicubic_upsample(small, 7), constant)
 
 
 def test_the_same_side_is_the_same_tensor():
@@ -139,13 +128,12 @@ def test_a_code_is_nearest_to_itself():
     assert torch.equal(nearest_code(codebook * 7, codebook, normalize=True), torch.arange(50))
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_chunks_change_nothing(normalize):
-    codebook = normal(9, 4, seed=1)
-    latents = normal(quantization._SEARCH_CHUNK + 5, 4)
-    whole = nearest_code(latents, codebook, normalize=normalize)
-    parts = [nearest_code(part, codebook, normalize=normalize) for part in latents.split(777)]
-    assert torch.equal(whole, torch.cat(parts))
+def test_chunks_change_nothing():
+    codebook, latents = normal(9, 4, seed=1), normal(quantization._SEARCH_CHUNK + 5, 4)
+    for normalize in (False, True):
+        whole = nearest_code(latents, codebook, normalize=normalize)
+        parts = [nearest_code(part, codebook, normalize=normalize) for part in latents.split(777)]
+        assert torch.equal(whole, torch.cat(parts))
 
 
 def test_search_is_fp32_under_autocast_and_for_half_inputs():
@@ -170,32 +158,3 @@ def test_rows_and_maps_are_inverse():
     assert torch.equal(codes[:, :, 0, 1], rows[:, 1])
     schedule = ScaleSchedule((1, 3), (0, 0))
     assert torch.equal(next_scale_input(codes, schedule, 1), rows)
-
-
-def test_the_residual_loop_by_hand():
-    schedule = ScaleSchedule((1, 2), (0, 1))
-    offered = [torch.full((1, 1, 1, 1), 2.0), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])]
-    seen = []
-
-    def choose(scale, features):
-        seen.append(features.clone())
-        return torch.full((1, schedule.lengths[scale]), scale), offered[scale]
-
-    states = list(residual_scales(torch.zeros(1, 1, 2, 2), schedule, choose, lambda k, h: h * (10 if k else 1)))
-    assert [state.index for state in states] == [0, 1]
-    assert seen[0].sum() == 0 and torch.equal(seen[1], states[0].features)
-    assert torch.equal(states[0].features, torch.full((1, 1, 2, 2), 2.0))
-    assert torch.equal(states[1].features, 2 + 10 * offered[1])
-
-
-def test_the_residual_loop_leaves_earlier_features_alone():
-    start = torch.zeros(1, 1, 2, 2)
-    schedule = ScaleSchedule((1, 2), (0, 0))
-
-    def choose(scale, _):
-        side = schedule.sizes[scale]
-        return torch.zeros(1, side * side, dtype=torch.long), torch.ones(1, 1, side, side)
-
-    kept = list(residual_scales(start, schedule, choose, lambda _, h: h))
-    assert start.sum() == 0
-    assert [float(state.features.mean()) for state in kept] == [1, 2]

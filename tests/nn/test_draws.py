@@ -46,12 +46,15 @@ def test_streams_leave_the_global_generators_alone():
 
 
 @given(st.lists(st.tuples(SEEDS, st.integers(0, 1000)), min_size=1, max_size=5), st.integers(0, 9), st.integers(1, 9))
-def test_uniforms_of_an_image_do_not_depend_on_its_batch(pairs, scale, num_tokens):
+def test_numbers_of_an_image_do_not_depend_on_its_batch(pairs, scale, num_tokens):
     together = token_uniforms(pairs, scale, num_tokens)
     assert together.shape == (len(pairs), num_tokens) and together.dtype == torch.float32
     assert (together >= 0).all() and (together < 1).all()
-    for row, pair in zip(together, pairs, strict=True):
-        assert torch.equal(token_uniforms([pair], scale, num_tokens)[0], row)
+    gumbels = token_gumbels(pairs, scale, num_tokens, 6)
+    assert gumbels.shape == (len(pairs), num_tokens, 6)
+    for i, pair in enumerate(pairs):
+        assert torch.equal(token_uniforms([pair], scale, num_tokens)[0], together[i])
+        assert torch.equal(token_gumbels([pair], scale, num_tokens, 6)[0], gumbels[i])
 
 
 def test_uniforms_differ_in_every_coordinate():
@@ -70,11 +73,3 @@ def test_uniforms_and_gumbels_are_what_they_are_called():
     # mean: Euler's constant; variance: pi^2 / 6; five standard errors
     assert abs(float(gumbels.mean()) - 0.57722) < 5 * (1.645 / count) ** 0.5
     assert abs(float(gumbels.var()) - 1.645) < 0.1
-
-
-def test_gumbels_of_an_image_do_not_depend_on_its_batch():
-    pairs = [(0, 0), (0, 1), (5, 0)]
-    together = token_gumbels(pairs, 2, 4, 6)
-    assert together.shape == (3, 4, 6)
-    for row, pair in zip(together, pairs, strict=True):
-        assert torch.equal(token_gumbels([pair], 2, 4, 6)[0], row)

@@ -9,8 +9,5 @@ def test_auto_is_bf16_where_it_is_twice_as_fast_and_says_so():
     assert (
         choice.why.startswith("bf16: " if choice.bf16 else "float32: ") and f"{bf16_speedup():.1f} times" in choice.why
     )
-
-
-def test_one_process_measures_once():
-    assert bf16_speedup() == bf16_speedup()
-    assert faster_type(torch.device("cpu")) == faster_type(torch.device("cpu"))
+    # one process measures once
+    assert bf16_speedup() == bf16_speedup() and faster_type(torch.device("cpu")) == choice

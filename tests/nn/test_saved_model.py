@@ -1,9 +1,11 @@
 import copy
 import json
+import os
 import pickle
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -13,7 +15,7 @@ from isthmus.dar.prior import TokenLayout, new_prior
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.nn.saved_model import Config, Recorded, records_arguments, without_values
+from isthmus.nn.saved_model import Config, Recorded, SavedModel, records_arguments, without_values
 from isthmus.nn.stored_llama import StoredLlama, fingerprint, llama_shapes
 
 SIZES = {
@@ -95,14 +97,13 @@ def folder(prior, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 1}, {"head_dim": 24}, {"num_hidden_layers": 3}])
-def test_shapes_are_those_of_the_stock_network(settings):
-    config = LlamaConfig(
-        **{"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 11} | settings
-    )
-    with torch.device("meta"):
-        stock = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
-    assert llama_shapes(config.to_dict()) == stock
+def test_shapes_are_those_of_the_stock_network():
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 11}
+    for settings in ({"num_key_value_heads": 1}, {"head_dim": 24, "num_hidden_layers": 3}):
+        config = LlamaConfig(**sizes | settings)
+        with torch.device("meta"):
+            stock = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
+        assert llama_shapes(config.to_dict()) == stock
 
 
 def test_angles_are_those_of_the_stock_network():
@@ -152,3 +153,46 @@ def test_settings_of_another_version_are_read_by_transformers(prior, folder):
     path.write_text(json.dumps(config | {"wishes": 1}))
     with pytest.raises(UserError, match="wishes"):
         StoredLlama.from_pretrained(folder)
+
+
+class Wide(SavedModel):
+    """17 MB: enough to be remembered."""
+
+    @records_arguments
+    def __init__(self, width: int = 2100):
+        super().__init__()
+        self.linear = nn.Linear(2048, width, bias=False)
+
+
+def test_the_fingerprint_of_large_weights_is_worked_out_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    model = Wide()
+    model.save_pretrained(tmp_path / "model")
+    first = Wide.from_pretrained(tmp_path / "model")
+    assert fingerprint(first) == fingerprint(model)
+    # in bf16 it is another, and so is that of weights that were changed, cast, or exchanged after they were read
+    assert fingerprint(Wide.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)) != fingerprint(model)
+    assert fingerprint(Wide.from_pretrained(tmp_path / "model").to(torch.bfloat16).float()) != fingerprint(model)
+    with torch.no_grad():
+        first.linear.weight[0, 0] += 1
+    assert fingerprint(first) != fingerprint(model)
+    other = Wide.from_pretrained(tmp_path / "model")
+    other.linear = nn.Linear(2048, 2100, bias=False)
+    assert fingerprint(other) != fingerprint(model)
+
+
+def test_what_is_remembered_of_a_file_holds_until_it_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    Wide().save_pretrained(tmp_path / "model")
+    before = fingerprint(Wide.from_pretrained(tmp_path / "model"))
+    file = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    with open(file, "r+b") as opened:
+        opened.seek(-4, 2)
+        opened.write(b"\0\0\xc0\x7f")  # NaN
+    # only to show that nothing is read again: no program changes a file and keeps its time
+    os.utime(file, ns=times)
+    assert fingerprint(Wide.from_pretrained(tmp_path / "model")) == before
+    os.utime(file)
+    with pytest.raises(UserError, match="finite"):
+        Wide.from_pretrained(tmp_path / "model")

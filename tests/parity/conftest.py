@@ -2,13 +2,7 @@
 
 import pytest
 
-from isthmus.dar.conversion import (
-    PublishedSettings,
-    build_diffusion_tokenizer,
-    build_flow_decoder,
-    build_scheduler,
-    convert_diffusion_tokenizer_state,
-)
+from isthmus.dar.conversion import PublishedSettings, build_tokenizer_parts, convert_diffusion_tokenizer_state
 from isthmus.next_scale.conversion import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
 from isthmus.published import read_weights
 
@@ -63,10 +57,7 @@ def published_dar(golden):
         if variant not in built:
             raw = read_weights(golden.path(f"dar/tok_{variant}_weights.safetensors"))
             settings = PublishedSettings.of(golden.json("dar/config.json")[f"tokenizer_{variant}"])
-            converted = convert_diffusion_tokenizer_state(raw, settings)
-            built[variant] = tuple(
-                part(converted) for part in (build_diffusion_tokenizer, build_flow_decoder, build_scheduler)
-            )
+            built[variant] = build_tokenizer_parts(convert_diffusion_tokenizer_state(raw, settings))
         return built[variant]
 
     return build

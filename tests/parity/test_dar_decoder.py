@@ -1,9 +1,12 @@
 """D-AR's pixel decoder and scheduler against the published ones: velocities, whole decodes, previews, training pair."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from isthmus.dar.decoding import SolverPlan, decode_tokens, flow_steps
 from isthmus.dar.scheduler import time_waves
 from tests.testers import assert_parity
 
@@ -15,30 +18,21 @@ def io(golden):
     return golden.tensors("dar/tok_a_decode.safetensors")
 
 
-@torch.no_grad()
-def decode(parts, token_ids, noise, *, steps=None, solver=None, preview_after=None):
-    """The published two-phase route: all conditions, then the solver; after `preview_after` steps its preview."""
-    tokenizer, decoder, scheduler = parts
-    condition = tokenizer.condition(token_ids.long())
-    times, x, previous = decoder.embed_times(scheduler.times(steps)[:-1]), noise, None
-    options = {"num_inference_steps": steps, "solver": solver}
-    for i, (start, end) in enumerate(scheduler.windows(steps)):
-        velocity = decoder.velocity(x, times.at(i), decoder.attend_to(condition[:, start:end]))
-        if i + 1 == preview_after:
-            return scheduler.solver_preview(velocity, previous, i, x, **options)
-        x, previous = scheduler.step(velocity, previous, i, x, **options), velocity
-    return scheduler.to_image(x)
+def steps_of(parts, token_ids, noise, preview="jump", **options):
+    """The solver's steps, each as soon as its tokens have come."""
+    plan = SolverPlan.of(parts[2], **options)
+    tokens = (token_ids[:, start:end].long() for start, end in pairwise((0, *plan.stops)))
+    return list(flow_steps(*parts, plan, tokens, noise, preview=preview))
+
+
+def decode(parts, token_ids, noise, **options):
+    return steps_of(parts, token_ids, noise, **options)[-1].preview
 
 
 @torch.no_grad()
-def test_one_velocity_with_a_time_per_image(io, published_dar):
+def test_times_and_one_velocity_with_a_time_per_image(io, published_dar):
     _, decoder, _ = published_dar("a")
     assert_parity(decoder(io["vel_x"], io["vel_t"], io["vel_cond"]), io["vel_out"], ATOL)
-
-
-@torch.no_grad()
-def test_time_embeddings(io, published_dar):
-    _, decoder, _ = published_dar("a")
     assert_parity(time_waves(io["timestep_embed_t"], 128), io["timestep_embed_dim128"], ATOL)
     assert_parity(decoder.embed_times(io["timestep_embed_t"]).blocks[0], io["block0_time_embed"], ATOL)
 
@@ -78,32 +72,49 @@ def test_every_step_of_the_published_solver(io, published_dar):
         previous = velocity
 
 
-@pytest.mark.parametrize(
-    "name, options",
-    [("full8", {}), ("steps5", {"steps": 5}), ("steps16", {"steps": 16}), ("euler8", {"solver": "euler"})],
-)
-def test_decodes(name, options, io, published_dar):
-    assert_parity(decode(published_dar("a"), io["code"], io["noise"], **options), io[f"{name}_image"], ATOL)
+def test_decodes_of_every_number_of_steps_and_shape(io, published_dar):
+    parts = published_dar("a")
+    for name, options in {
+        "full8": {},
+        "steps5": {"num_inference_steps": 5},
+        "steps16": {"num_inference_steps": 16},
+        "euler8": {"solver": "euler"},
+    }.items():
+        assert_parity(decode(parts, io["code"], io["noise"], **options), io[f"{name}_image"], ATOL)
+    assert_parity(decode(parts, io["code_rect"], io["noise_rect"]), io["rect48x32_image"], ATOL)
 
 
-def test_rectangular_decode(io, published_dar):
-    assert_parity(decode(published_dar("a"), io["code_rect"], io["noise_rect"]), io["rect48x32_image"], ATOL)
+def test_previews_by_the_published_rule_and_by_the_jump(io, published_dar):
+    clipped, jumps = (
+        [step.preview for step in steps_of(published_dar("a"), io["code"], io["noise"], preview)]
+        for preview in ("solver", "jump")
+    )
+    for k in range(8):
+        assert_parity(clipped[k], io[f"preview_clip{k + 1}_image"], ATOL)
+    for k in range(7):
+        assert_parity(jumps[k], io[f"derived_plain_jump_{k + 1}"], ATOL)
+    # with two-step solvers the last jump is no image yet: the last preview is the solver's
+    assert torch.equal(jumps[-1], clipped[-1])
 
 
-@pytest.mark.parametrize("groups", range(1, 9))
-def test_previews(groups, io, published_dar):
-    image = decode(published_dar("a"), io["code"], io["noise"], preview_after=groups)
-    assert_parity(image, io[f"preview_clip{groups}_image"], ATOL)
+def test_a_restart_begins_where_it_says(golden, io, published_dar):
+    """The published option skips its steps twice: asked for step 2 it restarts, otherwise rightly, at step 4."""
+    scheduler = published_dar("a")[2]
+    image, times = golden.tensors("dar/tok_a_encode.safetensors")["image"], scheduler.times()
+    plan = SolverPlan.of(scheduler, first=4)
+    torch.testing.assert_close(times[plan.first : -1], io["start2_t_shifted"])
+    x = scheduler.add_noise(image, io["noise"], times[plan.first].expand(2))
+    assert_parity(decode_tokens(*published_dar("a"), io["code"].long(), x, plan=plan), io["start2_image"], ATOL)
 
 
 def test_decode_with_the_other_switches(golden, published_dar):
     io, parts = golden.tensors("dar/tok_b.safetensors"), published_dar("b")
-    image = decode(parts, io["indices"], io["noise"])
+    steps = steps_of(parts, io["indices"], io["noise"], "solver")
+    image = steps[-1].preview
     assert_parity(image, io["full9_noresize_image"], ATOL)
     # the published setting output_resolution resizes at the end, which is left to the caller
     assert_parity(F.interpolate(image, size=(16, 16), mode="bicubic"), io["full9_image"], ATOL)
-    preview = decode(parts, io["indices"], io["noise"], preview_after=4)
-    assert_parity(preview, io["preview_clip4_noresize_image"], ATOL)
+    assert_parity(steps[3].preview, io["preview_clip4_noresize_image"], ATOL)
 
 
 def test_windows(golden, published_dar):

@@ -86,9 +86,13 @@ def test_gradients(io, prior, layout):
     assert torch.count_nonzero(prior.lm_head.weight.grad[layout.codebook_size :]) == 0
 
 
-@pytest.mark.parametrize("tag", GUIDANCE)
-def test_greedy_tokens(tag, io, prior, layout):
-    assert_parity(greedy(prior, layout, io, GUIDANCE[tag]).int(), io[f"gen_{tag}_tokens"])
+def test_greedy_tokens(io, prior, layout):
+    for tag, guidance in GUIDANCE.items():
+        assert_parity(greedy(prior, layout, io, guidance).int(), io[f"gen_{tag}_tokens"])
+    expected = io["gen_sharedprefix8_cfg4_tokens"]
+    prefix = expected[:1, :8].expand(4, -1)
+    assert torch.equal(prefix, io["gen_cfg4_tokens"][:1, :8].expand(4, -1))
+    assert_parity(greedy(prior, layout, io, 4.0, prefix=Prefix(prefix, [8] * 4)).int(), expected)
 
 
 @pytest.mark.parametrize("tag", ["cfg1", "cfg4", "cfg1p2to8"])
@@ -106,26 +110,16 @@ def test_guided_logits_of_every_step(tag, io, prior, layout):
     assert_parity(guided, io[f"gen_{tag}_logits"], atol=1e-4)
 
 
-def test_shared_prefix(io, prior, layout):
-    expected = io["gen_sharedprefix8_cfg4_tokens"]
-    prefix = expected[:1, :8].expand(4, -1)
-    assert torch.equal(prefix, io["gen_cfg4_tokens"][:1, :8].expand(4, -1))
-    assert_parity(greedy(prior, layout, io, 4.0, prefix=Prefix(prefix, [8] * 4)).int(), expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "filters"),
-    [
-        ("top_k0_top_p0.01", {"top_p": 0.01}),
-        ("top_k0_top_p0.8", {"top_p": 0.8}),
-        ("top_k1_top_p1.0", {"top_k": 1}),
-        ("top_k200_top_p1.0", {"top_k": 128}),
-        ("top_k20_top_p0.5", {"top_k": 20, "top_p": 0.5}),
-        ("top_k5_top_p1.0", {"top_k": 5}),
-    ],
-)
-def test_filters(name, filters, io):
-    assert_parity(filter_logits(io["filter_in"], **filters), io[f"filter_{name}"])
+def test_filters(io):
+    for name, filters in {
+        "top_k0_top_p0.01": {"top_p": 0.01},
+        "top_k0_top_p0.8": {"top_p": 0.8},
+        "top_k1_top_p1.0": {"top_k": 1},
+        "top_k200_top_p1.0": {"top_k": 128},
+        "top_k20_top_p0.5": {"top_k": 20, "top_p": 0.5},
+        "top_k5_top_p1.0": {"top_k": 5},
+    }.items():
+        assert_parity(filter_logits(io["filter_in"], **filters), io[f"filter_{name}"])
 
 
 def test_rotary_angles(io, prior):

@@ -34,7 +34,7 @@ def outputs_of(blocks, call):
 
 
 @torch.no_grad()
-def test_encoder(case):
+def test_encoder_codes_and_conditions(case):
     tokenizer, io = case
     assert_parity(tokenizer.patch_embedding(io["image"]), io["patch_embed"], ATOL)
     captured = []
@@ -46,19 +46,9 @@ def test_encoder(case):
     assert_parity(captured[0], io["encoder_features"], ATOL)
     assert_parity(captured[1], io["z_pre_l2"], ATOL)
     assert_parity(latents.norm(dim=-1), torch.ones(latents.shape[:2]))
-
-
-@torch.no_grad()
-def test_token_ids_and_codes(case):
-    tokenizer, io = case
     encoded = tokenizer.encode(io["image"])
     assert torch.equal(encoded.token_ids, io["indices"].long())
     assert_parity(encoded.quantized, io["quant_ste"], ATOL)
-
-
-@torch.no_grad()
-def test_conditions(case):
-    tokenizer, io = case
     token_ids = io["indices"].long()
     condition, seen = outputs_of(tokenizer.condition_layers, lambda: tokenizer.condition(token_ids))
     for i, x in enumerate(seen):

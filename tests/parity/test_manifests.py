@@ -84,21 +84,20 @@ def test_prior(name, golden, sizes):
     assert count(prior) == sizes[size]["params"]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_published_parameter_counts(size, sizes):
-    depth, scale_sizes, shared_adaln = SIZES[size]
-    published = sizes[size]
-    assert published["width"] == 64 * depth
-    with torch.device("meta"):
-        prior = NextScaleTransformer(
-            scale_sizes=scale_sizes,
-            width=published["width"],
-            num_layers=depth,
-            num_heads=published["heads"],
-            shared_adaln=shared_adaln,
-            drop_path=0.1 * depth / 24,
-        )
-    assert count(prior) == published["params"]
-    assert count(prior.blocks[0]) == published["block_params"]
-    assert prior.schedule.num_tokens == published["L"]
-    assert prior.drop_path_rates[-1] == pytest.approx(published["drop_path_max"])
+def test_published_parameter_counts(sizes):
+    for size, (depth, scale_sizes, shared_adaln) in SIZES.items():
+        published = sizes[size]
+        assert published["width"] == 64 * depth
+        with torch.device("meta"):
+            prior = NextScaleTransformer(
+                scale_sizes=scale_sizes,
+                width=published["width"],
+                num_layers=depth,
+                num_heads=published["heads"],
+                shared_adaln=shared_adaln,
+                drop_path=0.1 * depth / 24,
+            )
+        assert count(prior) == published["params"], size
+        assert count(prior.blocks[0]) == published["block_params"]
+        assert prior.schedule.num_tokens == published["L"]
+        assert prior.drop_path_rates[-1] == pytest.approx(published["drop_path_max"])

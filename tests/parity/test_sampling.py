@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from isthmus.next_scale.canvas import kept_as_published
-from isthmus.next_scale.editing import KnownPart, edit_scales, tokens_as_they_are
 from isthmus.next_scale.pyramid import tokens_to_map
+from isthmus.next_scale.refinement import KnownPart, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.nn.sampling import filter_logits, smooth_temperature, smooth_weights
@@ -31,20 +31,16 @@ def filters_of(name: str) -> dict:
     return {"top_k": int(top_k) or None, "top_p": float(top_p) or None}
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_filters_and_seeded_draw(name, golden):
+def test_filters_and_seeded_draw(golden):
     io = golden.tensors("var/sampling.safetensors")
-    filtered = filter_logits(io["in.logits"], **filters_of(name))
-    assert_parity(torch.isfinite(filtered), io[f"{name}.keep"].bool())
-    drawn = published_draw(filtered, torch.Generator().manual_seed(9))
-    assert_parity(drawn.unsqueeze(-1), io[f"{name}.sampled_idx_seed9"])
-
-
-@pytest.mark.parametrize("top_p", ["0.25", "0.5"])
-def test_number_kept_of_equal_logits(top_p, golden):
-    io = golden.tensors("var/sampling.safetensors")
-    kept = torch.isfinite(filter_logits(torch.full((4,), 1.25), top_p=float(top_p))).sum()
-    assert_parity(kept.reshape(1), io[f"four_equal_logits.p{top_p}.number_kept"])
+    for name in FILTERS:
+        filtered = filter_logits(io["in.logits"], **filters_of(name))
+        assert_parity(torch.isfinite(filtered), io[f"{name}.keep"].bool())
+        drawn = published_draw(filtered, torch.Generator().manual_seed(9))
+        assert_parity(drawn.unsqueeze(-1), io[f"{name}.sampled_idx_seed9"])
+    for top_p in ("0.25", "0.5"):
+        kept = torch.isfinite(filter_logits(torch.full((4,), 1.25), top_p=float(top_p))).sum()
+        assert_parity(kept.reshape(1), io[f"four_equal_logits.p{top_p}.number_kept"])
 
 
 def test_seeded_generation(golden, tokenizer, published_prior):
@@ -127,11 +123,11 @@ def test_the_rule_of_keeping_named_published(task, golden, tokenizer, published_
         assert_parity(
             ours.view_as(io[f"edit.{task}.keep_mask.scale{scale}"]).int(), io[f"edit.{task}.keep_mask.scale{scale}"]
         )
-    known = KnownPart(kept, tokens_as_they_are([io[f"edit.in.tokens.{k}"] for k in range(4)]))
+    known = KnownPart(kept, lambda scale, features: io[f"edit.in.tokens.{scale}"])
     options = SamplingOptions(guidance_scale=GuidanceSchedule("linear", 1.0, 1.0 + edit["cfg"]), top_k=edit["top_k"])
     prior = published_prior("base")[0]
     sampler = ScaleSampler(tokenizer, prior, torch.tensor([edit["label"]]), [(0, 0)], options)
-    for state in edit_scales(tokenizer, sampler, known):
+    for state in refined_scales(sampler, known=known):
         assert_parity(state.features, io[f"edit.{task}.scale{state.index}.f_hat"])
         free = ~kept[state.index]
         assert_parity(state.token_ids[free], io[f"edit.{task}.scale{state.index}.idx"][free])

@@ -40,8 +40,8 @@ def test_stochastic_depth(golden):
         assert prior.drop_path_rates == pytest.approx(table, abs=1e-7)
 
 
-@pytest.mark.parametrize("cfg", [0.0, 1.5, 4.0])
-def test_published_guidance_is_a_linear_schedule(cfg):
+def test_published_guidance_is_a_linear_schedule():
     # published: (1 + t) cond - t uncond with t = cfg k / (K - 1), which is scale 1 + t here
-    found = GuidanceSchedule("linear", 1.0, 1.0 + cfg).values(10)
-    assert found == pytest.approx([1 + cfg * k / 9 for k in range(10)])
+    for cfg in (0.0, 1.5, 4.0):
+        found = GuidanceSchedule("linear", 1.0, 1.0 + cfg).values(10)
+        assert found == pytest.approx([1 + cfg * k / 9 for k in range(10)])

@@ -8,10 +8,20 @@ from isthmus.next_scale.pipeline import NextScalePipeline
 from tests.pipelines.tiny import tiny_pipeline
 
 
+def labelled(scale_attention: str) -> NextScalePipeline:
+    return tiny_pipeline(scale_attention=scale_attention, sampling_defaults={"guidance_scale": 2.0, "top_k": 8})
+
+
+@pytest.fixture
+def pipe() -> NextScalePipeline:
+    """A labelled pipeline."""
+    return labelled("markov")
+
+
 @pytest.fixture(params=["markov", "causal"])
-def pipe(request) -> NextScalePipeline:
+def either(request) -> NextScalePipeline:
     """A labelled pipeline of both kinds of attention."""
-    return tiny_pipeline(scale_attention=request.param, sampling_defaults={"guidance_scale": 2.0, "top_k": 8})
+    return labelled(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -16,15 +17,13 @@ def noise(height, width, mode="RGB"):
     return Image.fromarray(pixels.squeeze())
 
 
-@pytest.mark.parametrize("size", [(8, 8), (17, 9), (5, 31), (64, 48)])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_a_picture_is_seen_as_evaluation_sees_it(size, mode):
-    picture = noise(*size, mode)
-    stored = io.BytesIO()
-    picture.save(stored, format="PNG")
-    expected = centre_view(decode_image(stored.getvalue()), 8)
-    (image,) = to_images(picture, 8)
-    assert np.array_equal(image.add(1).mul(127.5).round().permute(1, 2, 0).numpy(), expected)
+def test_a_picture_is_seen_as_evaluation_sees_it():
+    for size, mode in itertools.product([(8, 8), (17, 9), (5, 31), (64, 48)], ["RGB", "RGBA", "L"]):
+        picture, stored = noise(*size, mode), io.BytesIO()
+        picture.save(stored, format="PNG")
+        expected = centre_view(decode_image(stored.getvalue()), 8)
+        (image,) = to_images(picture, 8)
+        assert np.array_equal(image.add(1).mul(127.5).round().permute(1, 2, 0).numpy(), expected)
 
 
 def test_several_pictures_and_tensors():
@@ -38,25 +37,18 @@ def test_several_pictures_and_tensors():
     assert torch.equal(mixed, torch.cat([both, both]))
 
 
-@pytest.mark.parametrize(
-    ("images", "said"),
-    [
+def test_what_is_no_image_is_refused_in_words():
+    for images, said in [
         (["face.png"], "got str"),
         ("face.png", "got str"),
         (3, "got int"),
         (np.zeros((2, 8, 8, 3), np.uint8), "got ndarray"),
         ([noise(8, 8), np.zeros((8, 8, 3), np.uint8)], "got ndarray"),
         ([], "at least one"),
-    ],
-)
-def test_what_is_neither_picture_nor_tensor_is_refused(images, said):
-    with pytest.raises(UserError, match=said):
-        listed_images(images)
-
-
-@pytest.mark.parametrize(
-    ("images", "said"),
-    [
+    ]:
+        with pytest.raises(UserError, match=said):
+            listed_images(images)
+    for images, said in [
         ([], "at least one"),
         (torch.zeros(8, 8), r"\(b, 3, h, w\)"),
         (torch.zeros(1, 4, 8, 8), r"\(b, 3, h, w\)"),
@@ -65,8 +57,6 @@ def test_what_is_neither_picture_nor_tensor_is_refused(images, said):
         (torch.full((1, 3, 8, 8), float("nan")), "finite"),
         (torch.full((1, 3, 8, 8), 255.0), r"\[-1, 1\], got 255"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 12)], "one size, got 12 x 8, 8 x 8"),
-    ],
-)
-def test_what_is_no_image_is_refused_in_words(images, said):
-    with pytest.raises(UserError, match=said):
-        to_images(images, 8)
+    ]:
+        with pytest.raises(UserError, match=said):
+            to_images(images, 8)

@@ -11,13 +11,10 @@ from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import FOLDER_DEFAULT, SamplingOptions, guidance_on, guidance_text, parse_guidance
 
 
-@pytest.mark.parametrize("guidance", [1, 2.5, [1.0, 2.0, 3.0], GuidanceSchedule("cosine", 1.0, 4.0, 1)])
-def test_options_survive_json(guidance):
-    options = SamplingOptions(guidance_scale=guidance, top_k=5, top_p=0.9, temperature=0.7, smooth=True)
-    assert SamplingOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
-
-
-def test_unknown_options_are_refused():
+def test_options_survive_json():
+    for guidance in (1, 2.5, [1.0, 2.0, 3.0], GuidanceSchedule("cosine", 1.0, 4.0, 1)):
+        options = SamplingOptions(guidance_scale=guidance, top_k=5, top_p=0.9, temperature=0.7, smooth=True)
+        assert SamplingOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
     with pytest.raises(UserError, match="'topk'"):
         SamplingOptions.from_dict({"topk": 3})
 
@@ -27,29 +24,17 @@ def test_none_turns_off_and_the_folder_default_stays():
     assert saved.override(top_k=None, top_p=FOLDER_DEFAULT) == SamplingOptions(top_p=0.9)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), [1.0, float("nan")]])
-def test_guidance_must_be_finite(bad):
-    with pytest.raises(UserError, match="finite"):
-        SamplingOptions(guidance_scale=bad)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
+def test_guidance_as_text():
+    for text, value in [
         ("1.5", 1.5),
         ("linear:1:2.5", GuidanceSchedule("linear", 1.0, 2.5)),
         ("cosine:1:4:2", GuidanceSchedule("cosine", 1.0, 4.0, 2)),
         ("1,2,3", (1.0, 2.0, 3.0)),
-    ],
-)
-def test_guidance_as_text(text, value):
-    assert parse_guidance(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "two", "linear", "linear:1", "square:1:2", "nan", "linear:1:nan", "1,x"])
-def test_other_text_is_no_guidance(text):
-    with pytest.raises(UserError):
-        SamplingOptions(guidance_scale=parse_guidance(text))
+    ]:
+        assert parse_guidance(text) == value
+    for text in ("", "two", "linear", "linear:1", "square:1:2", "nan", "linear:1:nan", "1,x"):
+        with pytest.raises(UserError):
+            SamplingOptions(guidance_scale=parse_guidance(text))
 
 
 def test_a_shortened_schedule_is_guided_as_its_parent_is_at_every_side():
@@ -84,25 +69,22 @@ def test_written_guidance_is_read_as_it_was(guidance):
     assert parse_guidance(guidance_text(guidance)) == guidance
 
 
-@pytest.mark.parametrize(
-    ("filters", "message"),
-    [
+def test_filters_have_their_ranges():
+    for filters in ({"top_k": 16, "top_p": 1.0, "temperature": 0.1}, {}):
+        SamplingOptions(**filters).check(codebook_size=16, num_steps=3)
+    for filters, said in [
         ({"top_k": 0}, "top_k must be 1..16"),
         ({"top_k": 17}, "top_k must be 1..16"),
         ({"guidance_scale": (2.0, 2.0)}, r"one value per step \(3\)"),
+        ({"guidance_scale": math.nan}, "finite"),
+        ({"guidance_scale": math.inf}, "finite"),
+        ({"guidance_scale": [1.0, math.nan]}, "finite"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"top_p": 1.01}, "top_p"),
         ({"top_p": math.nan}, "top_p"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
-    ],
-)
-def test_filters_out_of_range(filters, message):
-    with pytest.raises(UserError, match=message):
-        SamplingOptions(**filters).check(codebook_size=16, num_steps=3)
-
-
-def test_filters_in_range():
-    SamplingOptions(top_k=16, top_p=1.0, temperature=0.1).check(codebook_size=16, num_steps=3)
-    SamplingOptions().check(codebook_size=16, num_steps=3)
+    ]:
+        with pytest.raises(UserError, match=said):
+            SamplingOptions(**filters).check(codebook_size=16, num_steps=3)

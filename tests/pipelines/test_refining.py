@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -7,30 +8,31 @@ from isthmus.cli.info import describe_model, upload_contents
 from isthmus.errors import UserError
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.pipelines.request import token_hashes
 from tests.pipelines.tiny import tiny_pipeline
+from tests.testers import token_hashes
+
+SCHEDULERS = {
+    "none": ScaleRefinementScheduler(),
+    "masked": ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1)),
+    "p_min": ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1), p_min=0.05),
+    "p_min-never": ScaleRefinementScheduler(mode="masked", p_min=1e-30),
+    "near": ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1),
+    "far": ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2),
+}
 
 
 @pytest.mark.parametrize("attention", ["markov", "causal"])
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1)),
-        ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 1), jump_scales=1),
-        ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2),
-    ],
-    ids=["masked", "near", "far"],
-)
-def test_tokens_are_those_of_the_images(attention, scheduler):
-    pipe = tiny_pipeline(scale_attention=attention, scheduler=scheduler)
-    drawn = pipe([0, 1, 2], seed=5, output_type="pt")
-    assert torch.allclose(pipe.decode(drawn.token_ids, output_type="pt"), drawn.images, atol=1e-4)
+def test_tokens_are_those_of_the_images(attention):
+    pipe = tiny_pipeline(scale_attention=attention)
+    for name in ("masked", "near", "far"):
+        pipe.scheduler = SCHEDULERS[name]
+        drawn = pipe([0, 1, 2], seed=5, output_type="pt")
+        assert torch.allclose(pipe.decode(drawn.token_ids, output_type="pt"), drawn.images, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["markov", "causal"])
-def test_a_scheduler_is_part_of_the_saved_model(attention, tmp_path):
-    pipe = tiny_pipeline(scale_attention=attention)
+def test_a_scheduler_is_part_of_the_saved_model(tmp_path):
+    pipe = tiny_pipeline()
     plain, before = pipe([0, 1], seed=3), pipe.fingerprint
     assert plain.num_forwards == 3
     pipe.scheduler = ScaleRefinementScheduler(mode="masked", rounds=(0, 1, 1))
@@ -60,30 +62,17 @@ def test_without_refinement_a_model_is_the_one_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["markov", "causal"])
-@pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        ScaleRefinementScheduler(),
-        ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1)),
-        ScaleRefinementScheduler(mode="masked", rounds=(0, 2, 1), p_min=0.05),
-        ScaleRefinementScheduler(mode="masked", p_min=1e-30),
-        ScaleRefinementScheduler(mode="simple", rounds=(0, 1, 2), jump_scales=1),
-        ScaleRefinementScheduler(mode="simple", rounds=(0, 0, 2), jump_scales=2),
-    ],
-    ids=["none", "masked", "p_min", "p_min-never", "near", "far"],
-)
-def test_a_draw_costs_what_its_scheduler_says(attention, smooth, scheduler):
+def test_a_draw_costs_what_its_scheduler_says(attention):
     pipe = tiny_pipeline(scale_attention=attention)
-    pipe.scheduler = scheduler
-    said = scheduler.forwards_of(3, has_cache=attention == "causal", smooth=smooth)
-    for labels in ([0], [0, 1, 2, None]):
-        count = pipe(labels, seed=5, smooth=smooth, guidance_scale=2.0, output_type="latent").num_forwards
-        assert said.least <= count <= said.most
-    # only these two depend on what is drawn
-    by_draw = scheduler.config["p_min"] is not None
-    by_draw |= attention == "causal" and not smooth and scheduler.config["jump_scales"] == 1
-    assert (said.least < said.most) == by_draw
+    for (name, scheduler), smooth in itertools.product(SCHEDULERS.items(), (False, True)):
+        pipe.scheduler = scheduler
+        said = scheduler.forwards_of(3, has_cache=attention == "causal", smooth=smooth)
+        for labels in ([0], [0, 1, 2, None]):
+            count = pipe(labels, seed=5, smooth=smooth, guidance_scale=2.0, output_type="latent").num_forwards
+            assert said.least <= count <= said.most, name
+        # only these two depend on what is drawn
+        by_draw = name.startswith("p_min") or (name == "near" and attention == "causal" and not smooth)
+        assert (said.least < said.most) == by_draw
 
 
 JUMPS = {"mode": "simple", "rounds": [0, 1], "jump_scales": 1}

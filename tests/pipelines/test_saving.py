@@ -10,7 +10,7 @@ from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.nn.saved_model import check_finite
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
-from isthmus.pipelines.request import token_hashes
+from tests.testers import token_hashes
 
 HERE = Path(__file__).parent
 
@@ -31,9 +31,13 @@ def test_a_folder_of_format_1_still_loads(name, tmp_path):
     assert load_pipeline(tmp_path / "again").fingerprint == expected["fingerprint"]
 
 
-def test_large_weights_are_finite():
-    """Their sum is not."""
+def test_weights_are_finite():
+    # large ones, too: their sum is not
     check_finite({"w": torch.full((8,), 3e38), "h": torch.full((8,), 6e4, dtype=torch.float16)}, "a file")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(UserError, match="NaN or infinity in w of a file"):
+                check_finite({"v": torch.zeros(2), "w": torch.tensor([0, value], dtype=dtype)}, "a file")
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path, saved):
