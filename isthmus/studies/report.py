@@ -57,13 +57,13 @@ def _draw_panel(axis: "Axes", panel: Panel) -> None:
     axis.legend(fontsize=8)
 
 
-def difference_text(found: Difference | None, repetitions: str = "seeds") -> str:
+def difference_text(found: Difference, repetitions: str = "seeds") -> str:
     """First minus second, as a cell; `repetitions` are what it is a mean over.
 
-    >>> difference_text(Difference(-0.5, 0.25, 3)), difference_text(None)
+    >>> difference_text(Difference(-0.5, 0.25, 3)), difference_text(Difference(float("nan"), None, 0))
     ('-0.5 [-0.75, -0.25] (3 seeds)', 'not measured')
     """
-    if found is None:
+    if not found.num_seeds:
         return "not measured"
     seeds = f"one {repetitions.removesuffix('s')}" if found.num_seeds == 1 else f"{found.num_seeds} {repetitions}"
     value, half_width = found.value, found.half_width
@@ -105,11 +105,10 @@ def _parts(
 
 
 def _claim_cells(table: StudyTable) -> Iterator[tuple[str, str, str, str]]:
-    for finding in table.findings():
-        claim = finding.claim
-        gap = difference_text(finding.difference, table.repetitions(claim.column))
+    for claim, found in table.findings():
+        gap = difference_text(found, table.repetitions(claim.column))
         measured = f"{claim.column}, {claim.first} minus {claim.second}: {gap}"
-        yield claim.says, claim.source, measured, finding.verdict
+        yield claim.says, claim.source, measured, found.verdict(claim.direction)
 
 
 def _text(value: Any) -> str:

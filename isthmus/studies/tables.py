@@ -142,8 +142,8 @@ def mean_and_half_width(readings: Readings) -> tuple[float, float | None]:
     return Measurements.of(values).mean, half_width_of_mean(values) if len(values) > 1 else own
 
 
-def difference(first: Readings, second: Readings) -> Difference | None:
-    """First minus second over the seeds that both have; None where they share none.
+def difference(first: Readings, second: Readings) -> Difference:
+    """First minus second over the seeds that both have.
 
     >>> difference({0: Reading(1.0), 1: Reading(2.0)}, {0: Reading(3.0), 1: Reading(4.0)})
     Difference(value=-2.0, half_width=0.0, num_seeds=2)
@@ -152,7 +152,7 @@ def difference(first: Readings, second: Readings) -> Difference | None:
     """
     seeds = sorted(set(first) & set(second))
     if not seeds:
-        return None
+        return Difference(math.nan, None, 0)
     gaps = [first[seed].value - second[seed].value for seed in seeds]
     if len(seeds) > 1:
         return Difference(Measurements.of(gaps).mean, half_width_of_mean(gaps), len(seeds))
@@ -173,19 +173,6 @@ class Claim:
     second: str
     column: str
     direction: Direction = "lower"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A claim beside what was measured; `difference` is None where a row is missing."""
-
-    claim: Claim
-    difference: Difference | None
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the measured difference agrees with the claim."""
-        return "cannot tell" if self.difference is None else self.difference.verdict(self.claim.direction)
 
 
 @dataclass(frozen=True)
@@ -244,13 +231,13 @@ class StudyTable:
         """What the readings of a column repeat."""
         return "rounds" if column in self.timed else "seeds"
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[tuple[Claim, Difference]]:
         """Every claim beside the measured difference; one about a FID by both distances."""
         cells = {row.name: row.cells for row in self.rows}
         for claim in self.claims:
             for column in (KERNEL, FRECHET) if claim.column == FRECHET else (claim.column,):
                 first, second = (cells.get(name, {}).get(column, {}) for name in (claim.first, claim.second))
-                yield Finding(replace(claim, column=column), difference(first, second))
+                yield replace(claim, column=column), difference(first, second)
 
 
 Setting = TypeVar("Setting", bound=StudySetting)

@@ -38,14 +38,7 @@ def test_all_tables_are_filled(finished_dar):
 
 @pytest.mark.slow
 def test_seeds_are_subtracted_from_each_other(finished_dar, data):
-    """Seed 1 is a copy of seed 0: every difference is that of one seed, and certain."""
-    setting = tiny_studies.dar_setting(data)
-    for _, one, both in tiny_studies.of_one_and_two_seeds(DAR_STUDY, setting, finished_dar):
-        if both.difference is None or one.difference is None:
-            assert both.difference is one.difference  # a row that the tiny setting does not have
-            continue
-        assert (both.difference.num_seeds, both.difference.half_width) == (2, 0.0)
-        assert both.difference.value == one.difference.value
+    tiny_studies.assert_seeds_are_subtracted(DAR_STUDY, tiny_studies.dar_setting(data), finished_dar)
 
 
 @pytest.mark.slow

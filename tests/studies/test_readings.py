@@ -21,15 +21,15 @@ def test_with_several_seeds_only_the_gaps_of_equal_seeds_count():
     first = {0: Reading(0.0), 1: Reading(10.0), 2: Reading(20.0)}
     second = {0: Reading(1.0), 1: Reading(11.1), 2: Reading(21.2)}
     found = difference(first, second)
-    assert found is not None and found.value == pytest.approx(-1.1) and found.num_seeds == 3
+    assert found.value == pytest.approx(-1.1) and found.num_seeds == 3
     assert found.verdict("lower") == "agrees" and found.verdict("higher") == "does not agree"
 
 
 def test_seeds_that_one_side_lacks_do_not_count():
     found = difference({0: Reading.around(1.0, 0.1), 5: Reading(9.0)}, {0: Reading.around(2.0, 0.1)})
-    assert found is not None and (found.value, found.num_seeds) == (-1.0, 1)
+    assert (found.value, found.num_seeds) == (-1.0, 1)
     assert found.half_width == pytest.approx(math.hypot(0.1, 0.1))
-    assert difference({0: Reading(1.0)}, {1: Reading(1.0)}) is None
+    assert difference({0: Reading(1.0)}, {1: Reading(1.0)}).num_seeds == 0
 
 
 def test_one_seed_needs_an_interval_that_lies_on_one_side():
@@ -42,6 +42,5 @@ def test_swapping_the_sides_swaps_the_verdict(pairs, direction):
     ours = {i: Reading(a) for i, (a, _) in enumerate(pairs)}
     theirs = {i: Reading(b) for i, (_, b) in enumerate(pairs)}
     there, back = difference(ours, theirs), difference(theirs, ours)
-    assert there is not None and back is not None
     swapped = {"agrees": "does not agree", "does not agree": "agrees", "cannot tell": "cannot tell"}
     assert back.verdict(direction) == swapped[there.verdict(direction)]

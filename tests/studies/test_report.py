@@ -44,7 +44,8 @@ STUDY = Study(name="tiny", title="Tiny", tables=(hand, other), summary=lambda se
 
 
 def test_verdicts_of_known_numbers():
-    verdicts = [finding.verdict for finding in hand.make(Found(SETTING, {"made": {"rows": THREE}})).findings()]
+    found = hand.make(Found(SETTING, {"made": {"rows": THREE}})).findings()
+    verdicts = [difference.verdict(claim.direction) for claim, difference in found]
     assert verdicts == ["agrees", "does not agree", "cannot tell", "cannot tell"]
 
 
