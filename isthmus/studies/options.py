@@ -24,10 +24,11 @@ BALANCE: Literal["data"] = "data"
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Tables that a budget fills, samples per model and setting, and the shares of the presets' steps it trains."""
+    """Tables that a budget fills (none are all), samples per model, and the shares of the presets' steps it trains."""
 
-    tables: tuple[str, ...]
-    num: int
+    tables: tuple[str, ...] = ()
+    # n of the reference: with three seeds, their spread says more than a second chunk of each
+    num: int = 529
     tokenizer_steps: float = 1.0
     prior_steps: float = 1.0
 
@@ -105,7 +106,7 @@ class StudyOptions:
 
     @property
     def bought(self) -> Budget:
-        """What the chosen budget buys."""
+        """By `budget`."""
         return self.budgets[self.budget]
 
     @property
@@ -122,14 +123,9 @@ class StudyOptions:
         unknown = [name for name in self.tables if name not in known]
         if unknown:
             raise UserError(f"--tables takes names of {', '.join(known)}, got {unknown[0]}.")
-        return tuple(name for name in known if name in (self.tables or self.bought.tables))
-
-    def setting(self, device: str, threads: int) -> StudySetting:
-        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
-        raise NotImplementedError
+        return tuple(name for name in known if name in (self.tables or self.bought.tables or known))
 
     def _shared(self, device: str, threads: int) -> dict[str, Any]:
-        """The fields of the setting that are the same in every study."""
         return {
             "seeds": tuple(range(self.seeds or (1 if self.budget == "quick" else 3))),
             "num": self.num or self.bought.num,
@@ -164,7 +160,7 @@ class DarStudyOptions(StudyOptions):
         "quick": Budget(
             tables=("reconstruction", "solvers", "guidance", "order"), num=100, tokenizer_steps=0.75, prior_steps=0.5
         ),
-        "full": Budget(tables=("reconstruction", "previews", "solvers", "guidance", "order"), num=529),
+        "full": Budget(),
     }
 
     preset_tokenizer: str = "dar-small-32"
@@ -173,7 +169,7 @@ class DarStudyOptions(StudyOptions):
     """Preset of the prior."""
 
     def setting(self, device: str, threads: int) -> DarSetting:
-        """See `StudyOptions`."""
+        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
         images = {"data": self.data, "classes": self.chosen_classes}
         tokenizer = diffusion_tokenizer_preset(self.preset_tokenizer)
         prior = next_token_prior_preset(self.preset_prior)
@@ -216,12 +212,7 @@ class SrddStudyOptions(StudyOptions):
     budgets = {
         # three trainings are four fifths of its quarter of an hour
         "quick": Budget(tables=("masks", "guidance", "snr"), num=500, tokenizer_steps=0.75, prior_steps=2 / 3),
-        "full": Budget(
-            tables=("masks", "guidance", "schedules", "weighting", "snr", "refinement", "distillation", "editing"),
-            # n of the reference: with three seeds, their spread says more than a second chunk of each
-            num=529,
-            prior_steps=1.5,
-        ),
+        "full": Budget(prior_steps=1.5),
     }
 
     preset_tokenizer: str = "small-32"
@@ -232,7 +223,7 @@ class SrddStudyOptions(StudyOptions):
     """Preset of the students that learn a shorter schedule."""
 
     def setting(self, device: str, threads: int) -> SrddSetting:
-        """See `StudyOptions`."""
+        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
         images = {"data": self.data, "classes": self.chosen_classes}
         tokenizer, prior = tokenizer_preset(self.preset_tokenizer), prior_preset(self.preset_prior)
         longer = self.bought.prior_steps

@@ -17,7 +17,7 @@ from isthmus.files import alone_in, contents, write_whole
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, facts_of, ordered, run_experiments
 from isthmus.studies.measures import Lab
-from isthmus.studies.options import StudyOptions
+from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
 from isthmus.studies.report import write_study_report
 from isthmus.studies.tables import Found, Setting, TableSpec
 
@@ -106,7 +106,7 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
 _LOOK_PX = 32
 
 
-def run_study(study: Study[Any], options: StudyOptions) -> Path:
+def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
     Sets the number of threads, and the device that trainings of this process take. Raises `UserError` for an option
