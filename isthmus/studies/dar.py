@@ -15,12 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from isthmus.dar.pipeline import DARPipeline
-from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.features import Features, extract_features
 from isthmus.evaluation.guards import pixel_digest
 from isthmus.evaluation.held_out import LITE0, PSNR, reconstructions_by_stage
 from isthmus.evaluation.images import ruined
 from isthmus.evaluation.record import timing_words
-from isthmus.evaluation.scores import Features
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.memory import batch_size_that_fits

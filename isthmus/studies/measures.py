@@ -16,14 +16,13 @@ from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.evaluation.classes import Balance, NearestClassMean, choose_classes
 from isthmus.evaluation.evaluate import evaluate_model
-from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
+from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network
 from isthmus.evaluation.guards import check_duplicates
 from isthmus.evaluation.held_out import HELD_OUT_LIMIT, LITE0, PSNR, ReconstructionMeter, as_floats
 from isthmus.evaluation.images import some
 from isthmus.evaluation.record import Score, read_record
 from isthmus.evaluation.reference import DataSplits, open_splits
-from isthmus.evaluation.sample_scores import RealImages, RealSides
-from isthmus.evaluation.scores import Features
+from isthmus.evaluation.scores import RealImages, RealSides
 from isthmus.evaluation.statistics import Gaussian, mean_interval
 from isthmus.nn.perceptual import Lite0Distance
 from isthmus.nn.shapes import Images
@@ -87,6 +86,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# the size at which drawings are rendered; any will do to see whether images are there, which, and of what classes
 _LOOK_PX = 32
 
 
@@ -111,10 +111,10 @@ class Lab(Generic[Setting]):
         """Of an hf: table."""
         return WantedColumns(self.setting.prior.image_column, self.setting.prior.label_column)
 
-    def held_out(self, image_size: int) -> ImageSource:
-        """The held-out images of the data."""
+    def images(self, split: str, image_size: int = _LOOK_PX) -> ImageSource:
+        """The images of the data; raises `UserError` where they cannot be used."""
         run = self.setting.prior
-        return open_source(run.data, image_size=image_size, split="val", classes=run.classes, columns=self.columns)
+        return open_source(run.data, image_size=image_size, split=split, classes=run.classes, columns=self.columns)
 
     def splits(self, pipeline: AnyPipeline) -> DataSplits:
         """Training and held-out images, as `isthmus evaluate` opens them for this model."""
@@ -129,8 +129,7 @@ class Lab(Generic[Setting]):
     @cached_property
     def balance(self) -> Balance:
         """How often samples have each class; "uniform" for images without any."""
-        # the size is that at which drawings are rendered; any will do to see whether they have classes
-        return BALANCE if self.held_out(_LOOK_PX).class_names else "uniform"
+        return BALANCE if self.images("val").class_names else "uniform"
 
     def network(self) -> FeatureNetwork:
         """Features of all scores."""

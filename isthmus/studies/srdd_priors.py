@@ -514,7 +514,7 @@ def measured_noise(lab: SrddLab, experiment: Experiment) -> Values:
     """Signal-to-noise ratio, dB, after every scale, of held-out images; needs a tokenizer alone."""
     tokenizer = load_tokenizer(str(lab.run_folder(TOKENIZER)))
     tokenizer.to(choose_device(lab.setting.device))
-    images, rows = EvaluationImages(lab.held_out(tokenizer.image_size), tokenizer.image_size), []
+    images, rows = EvaluationImages(lab.images("val", tokenizer.image_size), tokenizer.image_size), []
     for start in range(0, len(images), _AT_ONCE):
         chosen = range(start, min(start + _AT_ONCE, len(images)))
         pixels = torch.stack([torch.as_tensor(images[i]["image"]) for i in chosen]).to(tokenizer.device)

@@ -10,7 +10,6 @@ from typing import Any, Generic
 
 import torch
 
-from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.evaluation.record import circumstances
 from isthmus.files import alone_in, contents, write_whole
@@ -103,9 +102,6 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
     write_whole(record, json.dumps(now) + "\n")
 
 
-_LOOK_PX = 32
-
-
 def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
@@ -120,16 +116,13 @@ def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) ->
         # accelerate, which trainings ask for their device, takes any GPU it finds otherwise
         os.environ["ACCELERATE_USE_CPU"] = "true"
     setting = options.setting(device.type, torch.get_num_threads())
-    # the size is that at which drawings are rendered; any will do to see whether they are there and which they are
-    images = {
-        split: open_source(options.data, image_size=_LOOK_PX, split=split, classes=classes).fingerprint
-        for split in ("train", "val")
-    }
+    folder = options.out or Path(f"study-{study.name}" + ("-full" if options.budget == "full" else ""))
+    lab = Lab(setting, folder)
     return study.run(
         setting,
-        options.out or Path(f"study-{study.name}" + ("-full" if options.budget == "full" else "")),
+        folder,
         tables=tables,
         facts={"budget": options.budget, "data": options.data, "classes": "all" if classes is None else classes},
-        images=images,
+        images={split: lab.images(split).fingerprint for split in ("train", "val")},
         made=lambda: circumstances(device, processes=1),
     )
