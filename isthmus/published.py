@@ -58,6 +58,17 @@ _OTHER_KINDS = (
 )
 
 
+StateDict = dict[str, Tensor]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+# by what a file is known, the most telling key first
+_KINDS = {
+    "cls_embedding.embedding_table.weight": "D-AR prior",
+    "query_embedding.weight": "D-AR tokenizer",
+    "pos_1LC": "VAR prior",
+    "quantize.embedding.weight": "VAR tokenizer",
+}
+
+
 @dataclass
 class PublishedFile:
     """What `read_file` found: tensors by their published keys, and the settings stored beside them as plain values."""
@@ -220,17 +231,6 @@ def _without_prefixes(weights: dict[str, Tensor], nested: tuple[str, ...], path:
     return _without_prefixes(
         {key.removeprefix(front): value for key, value in renamed.items() if key.startswith(front)}, nested, path
     )
-
-
-StateDict = dict[str, Tensor]
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
-# by what a file is known, the most telling key first
-_KINDS = {
-    "cls_embedding.embedding_table.weight": "D-AR prior",
-    "query_embedding.weight": "D-AR tokenizer",
-    "pos_1LC": "VAR prior",
-    "quantize.embedding.weight": "VAR tokenizer",
-}
 
 
 @dataclass
