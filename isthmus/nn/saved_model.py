@@ -166,8 +166,8 @@ class SavedModel(nn.Module, Recorded):
     def from_pretrained(cls: type[AnyModel], folder: str | Path, *, dtype: torch.dtype | None = None) -> AnyModel:
         """The model saved in a folder, in eval mode on the CPU; its shapes alone inside `without_values`.
 
-        `dtype` None keeps the stored type. Raises UserError, before any weight is read, where the folder is incomplete or
-        does not fit the class.
+        `dtype` None keeps the stored type. Raises UserError, before any weight is read, where the folder is incomplete
+        or does not fit the class.
         """
         folder = Path(folder)
         settings = cls.load_config(folder)
