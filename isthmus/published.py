@@ -284,7 +284,7 @@ def rename(
         droppable: pattern of keys that are not needed -> why.
         what: what such a file is called in errors.
         landmark: a key by which such a file is known.
-        seen: keys of the file, where `raw` is a part of it.
+        seen: all keys of the file, where `raw` is a part of it.
 
     Raises UserError where the landmark is absent, or a key matches nothing.
     """
