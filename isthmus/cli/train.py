@@ -63,67 +63,69 @@ _ABOUT: dict[type[Run], str] = {
     "defaults are the teacher's where they are not given.",
     NextTokenPriorRun: "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
 }
-# functions by name: --help does without what they import
-_TRAIN_TOKENIZER = "isthmus.training.train_tokenizer:train_tokenizer"
-_TRAIN_PRIOR = "isthmus.training.train_prior:train_prior"
-_DISTILL = "isthmus.next_scale.distillation:distill"
 
 
 def run_tokenizer(arguments: Sequence[str]) -> None:
     """Train a tokenizer, or print what would be trained."""
     words, config, dry = own_options(arguments)
     presets = {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}
-    kinds = (TokenizerRun, DiffusionTokenizerRun)
-    base = base_run(words, config, kinds, presets, "tokenizer", _tokenizer_preset_for)
-    run_training(base, words, "isthmus train tokenizer", _TRAIN_TOKENIZER, dry, record=config)
+    base = base_run(words, config, presets, "tokenizer", _tokenizer_preset_for)
+    run_training(
+        base, words, "isthmus train tokenizer", "isthmus.training.train_tokenizer:train_tokenizer", dry, config
+    )
 
 
 def run_prior(arguments: Sequence[str]) -> None:
     """Train a prior, or print what would be trained."""
     words, config, dry = own_options(arguments)
     presets = {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}
-    base = base_run(words, config, (PriorRun, NextTokenPriorRun), presets, "prior", _prior_preset_for)
-    run_training(base, words, "isthmus train prior", _TRAIN_PRIOR, dry, record=config)
+    base = base_run(words, config, presets, "prior", _prior_preset_for)
+    run_training(base, words, "isthmus train prior", "isthmus.training.train_prior:train_prior", dry, config)
 
 
 def base_run(
     words: Sequence[str],
     config: str,
-    kinds: Sequence[type[Run]],
     presets: Mapping[str, Preset[Any]],
     what: str,
     default: Callable[[Sequence[str]], str],
 ) -> Run:
     """The run that the options change: of a record, of the preset that is named, or of the default one."""
-    if config:
-        return _from_config(kinds, config, words)
-    return preset_run(presets, option_value(words, "--preset") or default(words), what)
+    preset = option_value(words, "--preset")
+    if not config:
+        return preset_run(presets, preset or default(words), what)
+    if preset:
+        raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
+    if not Path(config).is_file():
+        raise UserError(f"--config must be the run.json of a run, got {config}, which is no file.")
+    kinds = {type(preset.run).__name__: type(preset.run) for preset in presets.values()}
+    record = read_json(Path(config))
+    name = record.get("kind", next(iter(kinds)))
+    if name not in kinds:
+        raise UserError(f"{config} is not the record of a {' or a '.join(kinds)}. Use the command that wrote it.")
+    return run_from_json(kinds[name], record.get("run", record))
 
 
-def run_training(base: Run, words: list[str], prog: str, train: str, dry: bool, *, record: str = "") -> None:
+def run_training(base: Run, words: list[str], prog: str, train: str, dry: bool, record: str) -> None:
     """Train what the base run and the options on top of it say, or print it where `dry`.
 
-    `train` is the "module:function" that does it, `record` the run.json that the base run was read from, if any.
+    `train` is the "module:function" that does it (--help does without its imports), `record` the run.json that the base
+    run was read from, if any.
     """
     about = _DESCRIPTION.format(about=_ABOUT[type(base)])
     run = parse(type(base), words, prog=prog, default=base, description=about)
     logger.debug("%s", json.dumps(run_to_json(run), indent=2))
-    with explaining_places(Path(record), run_to_json(run)):
-        if dry:
-            print(task_of(run).describe(run))
-        else:
-            _train(run, train)
-
-
-def _train(run: Run, train: str) -> None:
-    # imported here: --help does without torch
+    # --help does without torch
     from isthmus.pipelines.memory import naming_next_batch_size
 
     advice = f"Try --batch-size {max(run.batch_size // 2, 1)}."
     if run.accumulate * 2 <= run.batch_size:
         advice = f"Try --accumulate {run.accumulate * 2}: the same batch in smaller parts."
-    with naming_next_batch_size(run.batch_size, advice=advice):
-        logger.info("done: %s", imported(train)(run))
+    with explaining_places(Path(record), run_to_json(run)), naming_next_batch_size(run.batch_size, advice=advice):
+        if dry:
+            print(task_of(run).describe(run))
+        else:
+            logger.info("done: %s", imported(train)(run))
 
 
 def own_options(arguments: Sequence[str], short: Mapping[str, str] = _SHORT) -> tuple[list[str], str, bool]:
@@ -180,36 +182,23 @@ def _presets_of(model: str) -> Mapping[str, str]:
     return DEFAULT_PRESETS.get(str(name), DEFAULT_PRESETS["MultiScaleVQVAE"])
 
 
-def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) -> Run:
-    if option_value(words, "--preset"):
-        raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--config must be the run.json of a run, got {path}, which is no file.")
-    record, by_name = read_json(file), {kind.__name__: kind for kind in kinds}
-    name = record.get("kind", kinds[0].__name__)
-    if name not in by_name:
-        raise UserError(f"{path} is not the record of a {' or a '.join(by_name)}. Use the command that wrote it.")
-    return run_from_json(by_name[name], record.get("run", record))
-
-
 # settings of the images that a student takes over from its teacher's run.json
 _DATA_FIELDS = ("data", "stream", "max_images")
 
 
-def run(arguments: Sequence[str]) -> None:
+def run_distill(arguments: Sequence[str]) -> None:
     """Distil a model, or print what would be trained."""
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--from-model", *arguments]
     words, config, dry = own_options(arguments, {"--from": "--from-model"})
-    base = base_run(words, config, (DistillRun,), DISTILL_PRESETS, "distillation", lambda _: "distill-small")
+    base = base_run(words, config, DISTILL_PRESETS, "distillation", lambda _: "distill-small")
     assert isinstance(base, DistillRun), "the only kind that is asked for"
     teacher = option_value(words, "--from-model")
     if teacher and not config:
         base = taught_by(base, teacher, own_data=bool(option_value(words, "--data")))
     record = config or (str(model_folder(teacher) / "run.json") if teacher else "")
-    run_training(base, words, "isthmus distill", _DISTILL, dry, record=record)
+    run_training(base, words, "isthmus distill", "isthmus.next_scale.distillation:distill", dry, record)
 
 
 def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:

@@ -4,7 +4,6 @@ Source of the method: Gao and Shou, "D-AR: Diffusion via Autoregressive Models".
 layout: what a picture keeps of another one is a prefix of tokens.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, decode_tokens, f
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.options import DAROptions, Solver
 from isthmus.dar.prior import TokenLayout
-from isthmus.dar.sampling import Prefix, generate_tokens, log_likelihood, refuse_smooth
+from isthmus.dar.sampling import Prefix, generate_tokens, log_likelihood
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
@@ -266,29 +265,6 @@ class DARPipeline(SavedPipeline):
         x = self.scheduler.add_noise(images, noise, times[first].expand(rows))
         return self._decoded(token_ids, x, plan, output_type)
 
-    def log_prob(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenInput | None = None,
-    ) -> Float[Tensor, " b"]:
-        """Exact log-likelihood, in nats, of the tokens of images (or of `token_ids`) under their class labels.
-
-        Raises UserError where images or labels are not usable, or both or neither of images and tokens are given.
-        """
-        return self._log_likelihood(images, class_labels, token_ids).sum(dim=1)
-
-    def bits_per_token(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenInput | None = None,
-    ) -> Float[Tensor, "b n"]:
-        """Bits that every token costs, by position; arguments as for `log_prob`."""
-        return -self._log_likelihood(images, class_labels, token_ids) / math.log(2)
-
     @property
     def transformer(self) -> "LlamaForCausalLM":
         """The prior as a stock module, made when it is first asked for: drawing reads its weights alone."""
@@ -326,7 +302,11 @@ class DARPipeline(SavedPipeline):
 
     def check_options(self, options: SamplingOptions) -> None:
         """Raise UserError where this model cannot draw with these options."""
-        refuse_smooth(options)
+        if options.smooth:
+            raise UserError(
+                "smooth mixes the codes of a whole scale, and a next-token prior draws one token at a time. Leave it "
+                "out; a lower temperature gives calmer images."
+            )
         super().check_options(options)
 
     @property
@@ -486,15 +466,10 @@ class DARPipeline(SavedPipeline):
         images = decode_tokens(self.image_tokenizer, self.decoder, self.scheduler, token_ids, x, plan=plan)
         return as_output(images, output_type)
 
-    def _log_likelihood(
+    def _token_nats(
         self, images: ImageInput | None, class_labels: Labels, token_ids: TokenInput | None
     ) -> Float[Tensor, "_ n"]:
-        if (images is None) == (token_ids is None):
-            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
-        if token_ids is None:
-            assert images is not None
-            token_ids = self.encode(images)
-        token_ids = self._token_ids(token_ids)
+        token_ids = self._token_ids(self._tokens_of(images, token_ids))
         labels = self.class_ids(class_labels)
         rows, length = token_ids.shape
         each = torch.tensor(labels * rows if len(labels) == 1 else labels, dtype=torch.long)

@@ -237,7 +237,6 @@ _SMALL_TOKENIZER = DiffusionTokenizerRun(
         perceptual=0.5,
         # the later blocks see little at 32 px and are most of the cost
         perceptual_taps=(0, 2, 4),
-        noise_levels=1,
         times="balanced",
         latest_time=15 / 16,
     ),
@@ -314,7 +313,6 @@ DIFFUSION_TOKENIZER_PRESETS: dict[str, Preset[DiffusionTokenizerRun]] = {
     "finetune-dar-tokenizer": Preset(
         "continue a saved D-AR tokenizer at a lower rate",
         DiffusionTokenizerRun(
-            num_steps=1000,
             continuous_steps=0,
             revive_every=0,
             ema_decay=0.995,

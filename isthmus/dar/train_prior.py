@@ -32,14 +32,19 @@ from isthmus.nn.draws import EMBEDDING_DROPOUT, RESIDUAL_DROPOUT, stream
 from isthmus.nn.saved_model import without_values
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
-from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.arguments import given
 from isthmus.training.checkpoints import gathered
 from isthmus.training.cost import report, training_cost
 from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import save_samples
-from isthmus.training.saved_networks import export_pipeline, kept_classes, refuse_contradictions, sampling_options
+from isthmus.training.saved_networks import (
+    export_pipeline,
+    kept_classes,
+    load_model,
+    refuse_contradictions,
+    sampling_options,
+)
 from isthmus.training.train_prior import PriorTask, bits_by_level
 
 _SEEDS = 2**63
@@ -282,17 +287,9 @@ class NextTokenPriorTask(PriorTask):
         return export_pipeline(accelerator, self.run, self.train, self.options, DARPipeline, **networks)
 
 
-def load_dar_model(path: str) -> DARPipeline:
-    """A saved model to go on from; UserError where it is of another family."""
-    pipeline = load_pipeline(path, device="cpu")
-    if not isinstance(pipeline, DARPipeline):
-        raise UserError(f"{path} holds a {type(pipeline).__name__}, no model of the D-AR family. Pass another model.")
-    return pipeline
-
-
 def starting_point(run: NextTokenPriorRun) -> tuple[TokenizerParts, DARPipeline | None]:
     """The tokenizer of a run, and the saved model that it goes on from; UserError for none, or one without codes."""
-    saved = load_dar_model(run.from_model) if run.from_model else None
+    saved = load_model(run.from_model, DARPipeline) if run.from_model else None
     if saved is not None:
         parts = TokenizerParts(saved.image_tokenizer, saved.decoder, saved.scheduler)
     elif run.tokenizer:

@@ -39,17 +39,12 @@ KeptTokens = list[Bool[Tensor, "b _"]]
 
 
 def unknown_share(mask: Mask, side: int) -> Float[Tensor, "b l"]:
-    """Share of unknown pixels under every token of a side x side scale, row by row; exactly 0 and 1 at the ends.
-
-    Cells overlap by a pixel where `side` does not divide the mask's, as those of the tokenizer's averages do.
-    """
+    """Share of unknown pixels under every token of a side x side scale, row by row; exactly 0 and 1 at the ends."""
     return F.interpolate(mask, size=(side, side), mode="area").flatten(1)
 
 
 def kept_by_coverage(mask: Mask, sizes: Sequence[int], largest_share: Sequence[float]) -> KeptTokens:
     """Tokens with at most this share of unknown pixels, one share in [0, 1) per scale.
-
-    So a token whose pixels are all known is kept, and one whose pixels are all unknown is drawn, at any share.
 
     >>> left_half = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
     >>> kept_by_coverage(left_half, (1, 2), (0.5, 0.5))
@@ -61,8 +56,7 @@ def kept_by_coverage(mask: Mask, sizes: Sequence[int], largest_share: Sequence[f
 def kept_as_published(mask: Mask, sizes: Sequence[int]) -> KeptTokens:
     """VAR's rule (spec of VAR, 2.8): the known cells of the latent grid, resized bilinearly, exceed 1/2; 1 x 1 is kept.
 
-    The mask is first brought to the latent grid, whose side is the last of `sizes`; a cell there is known where at
-    least half of its pixels are.
+    A cell of the latent grid, whose side is the last of `sizes`, is known where at least half of its pixels are.
     """
     grid = sizes[-1]
     known = (unknown_share(mask, grid) <= 0.5).float().view(-1, 1, grid, grid)
@@ -107,8 +101,7 @@ def feathered(mask: Mask, seam_px: int) -> Mask:
 def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w"], *, steps: int = 12) -> Images:
     """Images in [-1, 1] whose averages over the cells of `small` are those of `small`, up to clamping.
 
-    Each step adds the difference, enlarged bicubically (Irani and Peleg, "Improving resolution by image
-    registration", iterative back-projection).
+    Iterative back-projection: Irani and Peleg, "Improving resolution by image registration".
     """
     height, width = images.shape[-2:]
     for _ in range(steps):
@@ -121,10 +114,9 @@ def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w
 def to_masks(masks: object) -> list[Float[Tensor, "1 1 h w"]]:
     """One (1, 1, h, w) mask of zeros and ones per image, on the CPU; 1 = unknown.
 
-    Values lie in 0..1, 0..255 or 0..65535, the smallest of these that holds them, and what is above one half is white:
-    soft edges and the traces of JPEG are said and cut there. Pictures of any mode are read as grey, as images are:
-    upright by their EXIF tag, transparency on white, which is made. Raises UserError for anything that `MaskInput` does
-    not name, and for a mask that is empty or full.
+    Values lie in 0..1, 0..255 or 0..65535, the smallest of these that holds them, and what is above one half is white.
+    Pictures of any mode are read as grey: upright by their EXIF tag, transparency on white, which is made. Raises
+    UserError for anything that `MaskInput` does not name, and for a mask that is empty or full.
     """
     if isinstance(masks, (PIL.Image.Image, np.ndarray, Tensor)) or not isinstance(masks, Iterable):
         masks = [masks]
@@ -182,11 +174,10 @@ def _binary(plane: Shaped[Tensor, "h w"]) -> Float[Tensor, "1 1 h w"]:
 
 @dataclass(frozen=True)
 class Canvas:
-    """Pictures on squares of one size, with masks of what is unknown.
+    """Pictures on squares of one size, scaled so that the longer side is the square's, and centred.
 
-    A picture is scaled so that its longer side is the square's, and centred; the border beside a shorter side is
-    unknown. `mask` (1 = unknown) includes the border, `hole` is the same without it; `boxes` say where each picture
-    lies.
+    `mask` (1 = unknown) includes the border beside a shorter side, `hole` is the same without it; `boxes` say where
+    each picture lies.
     """
 
     pixels: Images
@@ -239,9 +230,9 @@ def place(
 ) -> Canvas:
     """Pictures and their masks (1 = unknown) on squares of `side` pixels, on the device of both.
 
-    `stride` is pixels per latent cell, the smallest picture that says anything. With `hide`, what lies under the mask
-    is painted over from around, before scaling, so that nothing of it is read; the border always is. Raises UserError
-    where a mask has another size than its image, a picture is smaller than the stride, or scaling leaves nothing known.
+    With `hide`, what lies under the mask is painted over from around, before scaling, so that nothing of it is read;
+    the border always is. Raises UserError where a mask has another size than its image, a picture is smaller than
+    `stride` (pixels per latent cell), or scaling leaves nothing known.
     """
     placed = [_place(image, mask, side, stride, hide) for image, mask in zip(images, masks, strict=True)]
     pixels, unknown, holes, boxes = zip(*placed, strict=True)
@@ -280,11 +271,9 @@ def _place(
 def extended(
     image: Float[Tensor, "1 3 h w"], stride: int, left: int, top: int, right: int, bottom: int
 ) -> tuple[Float[Tensor, "1 3 _ _"], Float[Tensor, "1 1 _ _"]]:
-    """A picture with unknown margins of so many pixels, and the mask of these, on its device.
+    """A picture with unknown margins of so many pixels, painted from it, and the mask of these, on its device.
 
-    The margins are painted from the picture: there is nothing of an original under them that a rule of keeping could
-    read, and what is encoded should not be a grey frame. Raises UserError where the picture is smaller than the stride,
-    a margin is negative, or all are 0.
+    Raises UserError where the picture is smaller than the stride, a margin is negative, or all are 0.
     """
     check_size(image.shape[-1], image.shape[-2], stride)
     margins = {"left": left, "top": top, "right": right, "bottom": bottom}

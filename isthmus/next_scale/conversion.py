@@ -159,9 +159,6 @@ def build_prior(converted: Converted) -> NextScaleTransformer:
     return build(NextScaleTransformer, converted, "the prior file")
 
 
-_HITS = "quantize.ema_vocab_hit_SV"
-
-
 def convert_var(
     tokenizer: str | Path,
     prior: str | Path,

@@ -34,7 +34,6 @@ from isthmus.next_scale.train_prior import (
     prior_cost,
     scale_weights,
 )
-from isthmus.next_scale.train_tokenizer import load_next_scale_model
 from isthmus.next_scale.transformer import NextScaleTransformer, sampling_flops
 from isthmus.nn.component_files import read_config
 from isthmus.nn.draws import ROLLOUT, stream
@@ -49,6 +48,7 @@ from isthmus.pipelines.options import guidance_text, parse_guidance
 from isthmus.training.cost import Cost, report, work
 from isthmus.training.images import open_split, open_splits
 from isthmus.training.run import STAGES, check_folder
+from isthmus.training.saved_networks import load_model
 from isthmus.training.train_prior import train_prior
 
 logger = logging.getLogger("isthmus")
@@ -230,12 +230,12 @@ class ScaleDistillationTask(NextScaleTask):
 
     def __init__(self, run: DistillRun):
         # a progressive distillation ends with a teacher that has fewer scales than the model that the run names
-        named = teacher = load_next_scale_model(teacher_named_in(run))
+        named = teacher = load_model(teacher_named_in(run), NextScalePipeline)
         tokenizer, named_sizes = named.image_tokenizer, named.transformer.schedule.sizes
         sizes, mask = student_shape(run, named_sizes, named.transformer.config["scale_attention"])
         stages = removal_stages(named_sizes, sizes)
         if run.progressive and len(stages) > 1:
-            teacher = load_next_scale_model(str(stage_folder(run, stages[-2])))
+            teacher = load_model(str(stage_folder(run, stages[-2])), NextScalePipeline)
         splits = open_splits(run, tokenizer.image_size)
         check_classes(splits[0].class_names, named)
         student = student_of(teacher.transformer, sizes, mask)
@@ -260,7 +260,7 @@ class ScaleDistillationTask(NextScaleTask):
         """Settings, models, who is asked what in every training, cost and memory. No weight is allocated."""
         stages = stage_runs(run)
         with without_values():
-            saved = load_next_scale_model(run.from_model)
+            saved = load_model(run.from_model, NextScalePipeline)
         source = open_split(run, saved.image_size, "train")
         check_classes(source.class_names, saved)
 

@@ -1,11 +1,9 @@
 """The exact probability that a next-scale model gives to a token pyramid, and classification by it.
 
 Source: Kumar et al., "Scale-Wise VAR is Secretly Discrete Diffusion" (the forward process is deterministic, so every KL
-of the bound is a cross-entropy); spec of SRDD, 1, "The law".
-
-Classification is Bayes with equal priors over unguided log-likelihoods. Scales come coarse to fine, so classes that are
-hopeless after the first ones are not looked at any further. Diffusion classifiers do the same with noise levels (Li et
-al., "Your Diffusion Model is Secretly a Zero-Shot Classifier"); here every likelihood is exact.
+of the bound is a cross-entropy); spec of SRDD, 1, "The law". Classification is Bayes with equal priors over unguided
+log-likelihoods, as diffusion classifiers do it with noise levels (Li et al., "Your Diffusion Model is Secretly a
+Zero-Shot Classifier"); classes that are hopeless after the coarse scales are not looked at any further.
 """
 
 from collections.abc import Sequence
@@ -34,12 +32,8 @@ class DiffusionBound:
     """The terms of the negative evidence lower bound, in nats per image.
 
     State x_n is the tokens of the first n scales, x_K the image, x_0 nothing at all. The forward process drops scales,
-    so its posterior q(x_{n+1} | x_n, image) is a point mass, and its KL to the model is -log p(x_{n+1} | x_n).
-
-    Attributes:
-        prior: KL of the last state of the forward process to where generation starts: both are x_0, so 0.
-        steps: KL of every step from x_0 up to x_{K-1}.
-        reconstruction: -log p(x_K | x_{K-1}).
+    so its posterior q(x_{n+1} | x_n, image) is a point mass, and its KL to the model is -log p(x_{n+1} | x_n): `steps`
+    up to x_{K-1}, `reconstruction` for x_K. `prior` is the KL of x_0 to where generation starts, x_0: 0.
     """
 
     prior: Float[Tensor, " b"]
@@ -59,12 +53,10 @@ def token_log_likelihood(
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
 ) -> Float[Tensor, "b l"]:
-    """Nats of every token, log p(token | class, coarser scales), in one teacher-forced pass.
+    """Nats of every token, log p(token | class, coarser scales), in one teacher-forced pass, unguided and unfiltered.
 
-    The model is unguided and unfiltered, at temperature 1. Tokens of one scale are independent given the coarser ones,
-    so a row's sum is log p(pyramid | class), for both kinds of attention.
-
-    Labels are 0..num_classes, the last being the null label; tokens are the caller's to check (`check_token_ids`).
+    Tokens of one scale are independent given the coarser ones, so a row's sum is log p(pyramid | class). Labels are
+    0..num_classes, the last being the null label; tokens are the caller's to check (`check_token_ids`).
     """
     token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
     logits = transformer(class_labels.to(transformer.device), torch.cat(inputs, dim=1)).logits
@@ -78,10 +70,7 @@ def diffusion_bound(
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
 ) -> DiffusionBound:
-    """The bound by running the reverse process on the states of the forward process, scale by scale.
-
-    Arguments are those of `token_log_likelihood`, whose sum it equals: the law of the paper.
-    """
+    """The bound by the reverse process, scale by scale; equal to the sum of `token_log_likelihood`, the paper's law."""
     token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
     conditioning = transformer.condition(class_labels.to(transformer.device))
     cache, costs = transformer.new_cache(len(class_labels)), []
@@ -105,10 +94,7 @@ def _by_scale(
 def signal_to_noise(
     image_tokenizer: MultiScaleVQVAE, latents: LatentMap, schedule: ScaleSchedule | None = None
 ) -> Float[Tensor, "b scales"]:
-    """How much of an image a state holds: ||f||^2 / ||f - Fhat_n||^2 in dB after every scale.
-
-    `latents` f are those of `MultiScaleVQVAE.encode`. It rises with n as in a reversed diffusion.
-    """
+    """How much of the latents f a state holds: ||f||^2 / ||f - Fhat_n||^2 in dB after every scale n."""
     latents = latents.float()
     states = image_tokenizer.token_scales(image_tokenizer.requantize(latents, schedule), schedule)
     noise = torch.stack([(latents - state.features).square().sum(dim=(1, 2, 3)) for state in states], dim=1)
@@ -143,9 +129,8 @@ class ClassScores:
 
     Attributes:
         nats: log p(tokens | class) of the scales that were looked at; a mean over the views.
-        scales: how many scales these are. A class that was dropped has fewer than the others.
-        below_best: nats below the best class, both taken at the last scale at which the class was looked at; 0 for the
-            best.
+        scales: how many scales these are; fewer of a class that was dropped.
+        below_best: nats below the best class, both at the last scale at which the class was looked at.
         tokens: tokens that ran through the network for this image, all classes and views together.
     """
 
@@ -162,10 +147,8 @@ class ClassScores:
 
     @property
     def order(self) -> Int[Tensor, "b candidates"]:
-        """Columns of the candidates, the most probable first.
-
-        Those that were looked at longer come first: how far a dropped class lay below the best says nothing beside
-        one whose distance went on growing. Among equals the nearest to the best is first.
+        """Columns of the candidates, the most probable first: those looked at longest, and of these the nearest to the
+        best. How far a dropped class lay below the best says nothing beside one whose distance went on growing.
         """
         near = self.below_best.sort(dim=1, stable=True).indices
         longest = self.scales.gather(1, near).sort(dim=1, descending=True, stable=True).indices
@@ -175,8 +158,8 @@ class ClassScores:
     def probabilities(self) -> Float[Tensor, "b candidates"]:
         """Posterior under equal priors; exact without pruning.
 
-        A dropped class counts as no nearer to the best than those before it in `order`, so it never exceeds a class
-        that was looked at longer; what it gets is an upper bound as far as the scales seen can tell.
+        A dropped class counts as no nearer to the best than those before it in `order`: what it gets is an upper bound
+        as far as the scales seen can tell.
         """
         order = self.order
         below = self.below_best.double().gather(1, order).cummax(dim=1).values
@@ -213,9 +196,6 @@ def score_classes(
 ) -> ClassScores:
     """Log-likelihoods of images under every candidate class, scale by scale, dropping classes on the way.
 
-    Inputs of the transformer are made once per image, modulations once per class; a causal model keeps the keys of the
-    classes that go on, once these are few enough.
-
     Args:
         token_ids: one (b * num_views, s_k * s_k) per scale; the views of an image lie next to each other.
         candidates: class ids.
@@ -224,7 +204,7 @@ def score_classes(
         margin_nats: a class further below the best than this is dropped; None drops none.
         num_views: token pyramids per image, whose log-likelihoods are averaged.
         tokens_at_once: bounds the memory: tokens that one pass reads and whose keys are held; None is no bound. The
-            answers do not depend on it; a causal model under a bound reads the first scales several times.
+            answers do not depend on it.
     """
     num_scales = transformer.schedule.num_scales
     pairs = _Pairs(image_tokenizer, transformer, token_ids, candidates, num_views, tokens_at_once)
@@ -327,10 +307,9 @@ class _Pairs:
 def perturbed_views(
     latents: LatentMap, image_seeds: Sequence[tuple[int, int]], *, num_views: int, noise: float
 ) -> Float[Tensor, "rows d grid grid"]:
-    """Every latent map, then `num_views` - 1 copies with Gaussian noise: (b * num_views, d, grid, grid).
+    """Every latent map, each followed by `num_views` - 1 copies with Gaussian noise.
 
-    The views of an image lie next to each other. `noise` is a share of the standard deviation of the map itself. The
-    numbers follow from (seed, image index, view).
+    `noise` is a share of the standard deviation of the map itself; the numbers follow from (seed, image index, view).
     """
     views = []
     for one, (seed, index) in zip(latents.float(), image_seeds, strict=True):
@@ -347,16 +326,10 @@ def token_evidence(
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
 ) -> Float[Tensor, "b l"]:
-    """Pointwise mutual information of every token and the class, in nats: log p(token | class) - log p(token | null).
-
-    Positive where the class makes the token more probable than no class does. A row's sum is the evidence that the
-    image gives for the class.
-    """
+    """Pointwise mutual information of token and class, in nats: log p(token | class) - log p(token | null)."""
     null = torch.full_like(class_labels, transformer.null_class_id)
-    labelled, plain = (
-        token_log_likelihood(image_tokenizer, transformer, token_ids, labels) for labels in (class_labels, null)
-    )
-    return labelled - plain
+    labelled = token_log_likelihood(image_tokenizer, transformer, token_ids, class_labels)
+    return labelled - token_log_likelihood(image_tokenizer, transformer, token_ids, null)
 
 
 def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Float[Tensor, "b grid grid"]:
@@ -392,10 +365,7 @@ def check_classification(
     if not 1 <= top_k <= num_candidates:
         raise UserError(f"top_k must lie in 1..{num_candidates} (the classes to choose from), got {top_k}.")
     if noise is not None and num_views == 1:
-        raise UserError(
-            f"view_noise perturbs the views after the first, got {noise} with num_views=1. Ask for more views, or "
-            "leave it out."
-        )
+        raise UserError(f"view_noise perturbs views after the first, got {noise} with num_views=1. Ask for more views.")
     if num_views < 1 or not (noise is None or 0 <= noise <= 1):
         raise UserError(
             f"num_views must be at least 1 and view_noise lie in [0, 1] (a share of the latents' standard deviation), "

@@ -371,31 +371,11 @@ class NextScalePipeline(SavedPipeline):
             raise UserError(f"num_scales must lie in 1..{self.schedule.num_scales}, got {num_scales}.")
         return self.decode(self.encode(images)[:count], output_type=output_type)
 
-    def log_prob(
-        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
-    ) -> Float[Tensor, " b"]:
-        """Exact log-likelihood, in nats, of the token pyramids of images (or of `token_ids`) under their labels.
-
-        It is that of the model without guidance and filters, at temperature 1.
-
-        Args:
-            images: the images, or
-            class_labels: names, indices or None (no class), one per image or one for all.
-            token_ids: what `encode` returns.
-        """
-        return self._measured(token_log_likelihood, images, class_labels, token_ids).sum(dim=1)
-
     def elbo(
         self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
     ) -> Float[Tensor, " b"]:
         """The discrete-diffusion bound on `log_prob`, in nats, stepping scale by scale: the two are equal."""
         return self._measured(lambda *given: diffusion_bound(*given).elbo, images, class_labels, token_ids)
-
-    def bits_per_token(
-        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
-    ) -> Float[Tensor, "b n"]:
-        """Bits that every token costs, all scales one after the other; arguments as for `log_prob`."""
-        return -self._measured(token_log_likelihood, images, class_labels, token_ids) / math.log(2)
 
     def bits_per_pixel(
         self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
@@ -646,20 +626,18 @@ class NextScalePipeline(SavedPipeline):
         each = max(int(read), self.bytes_per_image(guided=False))
         return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
 
+    def _token_nats(self, images: ImageInput | None, class_labels: Labels, token_ids: Any) -> Float[Tensor, "_ n"]:
+        return self._measured(token_log_likelihood, images, class_labels, token_ids)
+
     def _measured(
         self,
         measure: Callable[..., Tensor],
         images: ImageInput | None,
         class_labels: Labels,
-        token_ids: TokenPyramid | None,
+        given: TokenPyramid | None,
     ) -> Tensor:
         """`measure` (of tokenizer, transformer, token ids and labels) of a few images at a time, on the CPU."""
-        if (images is None) == (token_ids is None):
-            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
-        ids = self.class_ids(class_labels)
-        if token_ids is None:
-            assert images is not None
-            token_ids = self.encode(images)
+        ids, token_ids = self.class_ids(class_labels), self._tokens_of(images, given)
         check_token_ids(token_ids, self.schedule.lengths, self.codebook_size)
         labels = torch.tensor(ids * len(token_ids[0]) if len(ids) == 1 else ids)
         if len(labels) != len(token_ids[0]):

@@ -208,7 +208,6 @@ _SMALL_TOKENIZER = TokenizerRun(
     preview_every=350,
     batch_size=16,
     ema_decay=0.995,
-    continuous_steps=100,
     revive_every=50,
     optim=OptimConfig(
         learning_rate=2e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, weight_decay=0.0, max_grad_norm=1.0
@@ -225,7 +224,6 @@ _SMALL_TOKENIZER = TokenizerRun(
         num_phi=4,
         dropout=0.0,
     ),
-    loss=TokenizerLoss(l1=0.2, mse=1.0, perceptual=0.0, codebook=1.0),
 )
 
 TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
@@ -277,14 +275,13 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
                 num_phi=4,
                 dropout=0.05,
             ),
-            loss=TokenizerLoss(l1=0.2, mse=1.0, perceptual=1.0, adversarial=0.4, adversarial_start=0.2),
+            loss=TokenizerLoss(perceptual=1.0, adversarial=0.4, adversarial_start=0.2),
         ),
         108.95,
     ),
     "finetune-tokenizer": Preset(
         "continue a saved tokenizer at a lower rate",
         TokenizerRun(
-            num_steps=1000,
             continuous_steps=0,
             revive_every=0,
             ema_decay=0.995,
@@ -302,7 +299,6 @@ _SMALL_PRIOR = PriorRun(
     batch_size=16,
     ema_decay=0.995,
     num_views=6,
-    scale_loss="token-uniform",
     optim=OptimConfig(learning_rate=1.5e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, max_grad_norm=2.0),
     model=PriorModel(
         width=192,

@@ -330,16 +330,10 @@ class MultiScaleVQVAE(SavedModel):
         return self._pixels(features).clamp(-1, 1)
 
     @whole_fp32()
-    def requantize(
-        self, latents: LatentMap, schedule: ScaleSchedule | None = None, *, num_scales: int | None = None
-    ) -> TokenPyramid:
-        """Token ids of a latent map, or of features, under this tokenizer's schedule or a derived one.
-
-        `schedule` comes from `tokenizer.schedule.derive(scale_sizes)`, which keeps the phi of every side. `num_scales`
-        searches the first scales only, which do not depend on the others; None all.
-        """
+    def requantize(self, latents: LatentMap, schedule: ScaleSchedule | None = None) -> TokenPyramid:
+        """Token ids of a latent map, or of features, under this tokenizer's schedule or one that it derives."""
         scales = self.residual_scales(self._search(latents, schedule), latents, schedule)
-        return [scale.token_ids for scale in islice(scales, num_scales)]
+        return [scale.token_ids for scale in scales]
 
     def features_up_to(self, token_ids: TokenPyramid, scale: int, schedule: ScaleSchedule | None = None) -> LatentMap:
         """Features after `scale` (from 0): the sum of the codes of scales 0..scale, each upsampled and through phi."""
@@ -440,17 +434,16 @@ class MultiScaleVQVAE(SavedModel):
         zero = latents.new_zeros(())
         if not quantize:
             return MultiScaleVQVAEOutput(self._pixels(latents), [], latents, zero, zero)
-        latents = latents.float()
+        latents, num_scales = latents.float(), self.schedule.num_scales
         codebook_loss, commitment_loss, token_ids, features = zero.float(), zero.float(), [], latents
         for state in self.residual_scales(self._search(latents, None), latents):
             features = state.features
             token_ids.append(state.token_ids)
             codebook_loss = codebook_loss + F.mse_loss(features, latents.detach())
             commitment_loss = commitment_loss + F.mse_loss(features.detach(), latents)
-        straight_through = latents + (features - latents).detach()
-        num_scales = self.schedule.num_scales
+        pixels = self._pixels(latents + (features - latents).detach())
         return MultiScaleVQVAEOutput(
-            self._pixels(straight_through), token_ids, latents, codebook_loss / num_scales, commitment_loss / num_scales
+            pixels, token_ids, latents, codebook_loss / num_scales, commitment_loss / num_scales
         )
 
     def _pixels(self, features: LatentMap) -> Images:

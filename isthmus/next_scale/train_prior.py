@@ -28,7 +28,7 @@ from isthmus.next_scale.refinement import refined_scales
 from isthmus.next_scale.runs import PriorRun
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
-from isthmus.next_scale.train_tokenizer import load_next_scale_model, load_tokenizer
+from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import guidance_at
@@ -46,6 +46,7 @@ from isthmus.training.saved_networks import (
     averaged_model,
     export_pipeline,
     kept_classes,
+    load_model,
     refuse_contradictions,
     sampling_options,
 )
@@ -427,7 +428,7 @@ def prior_cost(model: NextScaleTransformer) -> Cost:
 def starting_point(run: PriorRun) -> tuple[MultiScaleVQVAE, NextScalePipeline | None]:
     """The frozen tokenizer of a run, and the saved model that it goes on from; UserError where it names neither."""
     if run.from_model:
-        saved = load_next_scale_model(run.from_model)
+        saved = load_model(run.from_model, NextScalePipeline)
         return saved.image_tokenizer, saved
     if run.tokenizer:
         return load_tokenizer(run.tokenizer), None

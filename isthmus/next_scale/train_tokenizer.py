@@ -33,7 +33,6 @@ from isthmus.nn.quantization import k_means
 from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
 from isthmus.pictures import spread
-from isthmus.pipelines.loading import load_pipeline
 from isthmus.published import perceptual_distance
 from isthmus.training.arguments import given
 from isthmus.training.codebook import code_counts, perplexity
@@ -41,7 +40,13 @@ from isthmus.training.config import OptimConfig
 from isthmus.training.cost import report, training_cost
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.previews import preview_images, save_reconstructions
-from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, export_tokenizer, refuse_contradictions
+from isthmus.training.saved_networks import (
+    TOKENIZER_FOLDER,
+    averaged_model,
+    export_tokenizer,
+    load_model,
+    refuse_contradictions,
+)
 from isthmus.training.train_tokenizer import TokenizerLosses, TokenizerTask
 
 _GROUPS = 8
@@ -403,7 +408,7 @@ def load_tokenizer(path: str) -> MultiScaleVQVAE:
     folder = Path(path)
     if not folder.exists():
         # a hub id brings a whole pipeline
-        return load_next_scale_model(path).image_tokenizer
+        return load_model(path, NextScalePipeline).image_tokenizer
     if (folder / TOKENIZER_FOLDER).is_dir():
         folder = folder / TOKENIZER_FOLDER
     if not (folder / "config.json").is_file():
@@ -412,17 +417,6 @@ def load_tokenizer(path: str) -> MultiScaleVQVAE:
             f"holds no {TOKENIZER_FOLDER}. Finish the run first: the same command continues it."
         )
     return MultiScaleVQVAE.from_pretrained(folder)
-
-
-def load_next_scale_model(path: str) -> NextScalePipeline:
-    """A saved model to go on from; UserError where it is of another family."""
-    pipeline = load_pipeline(path, device="cpu")
-    if not isinstance(pipeline, NextScalePipeline):
-        raise UserError(
-            f"a next-scale run starts from a next-scale model, got {path}, which is a {type(pipeline).__name__}. "
-            "Choose a preset of its family (`isthmus info presets`)."
-        )
-    return pipeline
 
 
 def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:

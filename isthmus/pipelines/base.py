@@ -6,12 +6,15 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex, TypeVar, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import isthmus
 from isthmus.errors import UserError
@@ -29,6 +32,7 @@ from isthmus.pipelines.folder import (
     replaced_within,
     written_whole,
 )
+from isthmus.pipelines.images import ImageInput
 from isthmus.pipelines.labels import listed_names, names_in_order, resolve_labels
 from isthmus.pipelines.options import SamplingOptions, saved_options
 from isthmus.pipelines.request import Labels, Request, check_output_type, image_seeds, spread
@@ -109,6 +113,14 @@ class SavedPipeline:
         `images` are in [-1, 1] and of the model's size (else UserError). Image i of them starts from the noise of
         (0, first_index + i), where a reconstruction starts from noise.
         """
+
+    @abstractmethod
+    def encode(self, images: ImageInput) -> Any:
+        """All tokens of images, coarse to fine, on the CPU."""
+
+    @abstractmethod
+    def _token_nats(self, images: ImageInput | None, class_labels: Labels, token_ids: Any) -> Float[Tensor, "_ n"]:
+        """Log p(token | class, tokens before it) of every token, on the CPU; arguments as for `log_prob`."""
 
     @abstractmethod
     def bytes_per_image(self, *, guided: bool) -> int:
@@ -210,6 +222,29 @@ class SavedPipeline:
     def prepared(self, num_images: int) -> dict[str, Any]:
         """Arguments worth computing once for many calls of `num_images` images each."""
         return {}
+
+    def log_prob(
+        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: Any = None
+    ) -> Float[Tensor, " b"]:
+        """Exact log-likelihood, in nats, of the tokens of images, or of `token_ids` as `encode` returns them.
+
+        It is that of the model without guidance and filters, at temperature 1, under `class_labels`: names, indices or
+        None (no class), one per image or one for all. Raises UserError where images or labels are not usable, or both
+        or neither of images and tokens are given.
+        """
+        return self._token_nats(images, class_labels, token_ids).sum(dim=1)
+
+    def bits_per_token(
+        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: Any = None
+    ) -> Float[Tensor, "_ n"]:
+        """Bits that every token costs, in the order of generation; arguments as for `log_prob`."""
+        return -self._token_nats(images, class_labels, token_ids) / math.log(2)
+
+    def _tokens_of(self, images: ImageInput | None, token_ids: Any) -> Any:
+        """The tokens that a likelihood is of."""
+        if (images is None) == (token_ids is None):
+            raise UserError("a likelihood is that of images or of token_ids, got both or neither. Pass one of them.")
+        return token_ids if images is None else self.encode(images)
 
     def class_ids(self, class_labels: Labels) -> list[int]:
         """Ids of labels, however they were given; UserError for what is no class of this model."""

@@ -15,6 +15,7 @@ from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.nn.saved_model import SavedModel, without_values
 from isthmus.pipelines.base import SavedPipeline
+from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.training.checkpoints import gathered, written_or_explained
 from isthmus.training.config import PriorSampling, Run
@@ -22,6 +23,7 @@ from isthmus.training.optim import ExponentialMovingAverage
 
 logger = logging.getLogger("isthmus")
 AnyModel = TypeVar("AnyModel", bound=SavedModel)
+AnyPipeline = TypeVar("AnyPipeline", bound=SavedPipeline)
 
 TOKENIZER_FOLDER = "image_tokenizer"
 
@@ -37,6 +39,17 @@ def averaged_model(model: AnyModel, ema: ExponentialMovingAverage, *, prefix: st
         copy = type(model)(**model.config)
     copy.load_state_dict({name: value.to(model.device, copy=True) for name, value in state.items()}, assign=True)
     return copy.eval().requires_grad_(False)
+
+
+def load_model(path: str, kind: type[AnyPipeline]) -> AnyPipeline:
+    """A saved model to go on from; UserError where it is of another family than this kind of pipeline."""
+    pipeline = load_pipeline(path, device="cpu")
+    if not isinstance(pipeline, kind):
+        raise UserError(
+            f"this run starts from a {kind.__name__}, got {path}, which is a {type(pipeline).__name__}. Choose a "
+            "preset of its family (`isthmus info presets`)."
+        )
+    return pipeline
 
 
 def kept_classes(class_names: Sequence[str], saved_names: Sequence[str]) -> dict[int, int]:

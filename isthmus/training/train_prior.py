@@ -27,7 +27,7 @@ from isthmus.pictures import spread
 from isthmus.registry import task_of
 from isthmus.training.checkpoints import Progress, resume, save_checkpoint
 from isthmus.training.config import TokensRun
-from isthmus.training.images import augmentation, cache_workers
+from isthmus.training.images import augmentation
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
@@ -256,7 +256,7 @@ def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
         task.train,
         num_views=run.num_views,
         max_images=run.max_images,
-        num_workers=cache_workers(run, task.train),
+        num_workers=run.num_workers,
         image_size=task.image_size,
         augment=augmentation(run, task.train),
         seed=run.seed,

@@ -233,14 +233,6 @@ def test_greedy_rounds_by_p_min_take_place():
     assert sampler.num_forwards == 5
 
 
-def test_the_first_scales_can_be_searched_alone():
-    tokenizer = tiny_pipeline().image_tokenizer
-    features = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    whole = tokenizer.requantize(features)
-    for count in range(4):
-        assert token_hashes(tokenizer.requantize(features, num_scales=count)) == token_hashes(whole[:count])
-
-
 @torch.no_grad()
 def test_a_jump_goes_on_from_the_features_quantised_anew():
     pipe = tiny_pipeline(scale_attention="causal")

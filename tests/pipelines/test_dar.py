@@ -72,7 +72,7 @@ def test_weights_laid_out_once_draw_the_same_images(pipe):
         moved([0], llama_decoder=decoder)
     before = moved.llama_decoder()
     moved.to(torch.bfloat16)
-    with pytest.raises(UserError, match="Lay them out again"):
+    with pytest.raises(UserError, match="before it was moved or cast"):
         moved([0], llama_decoder=before)
 
 

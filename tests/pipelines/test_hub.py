@@ -59,7 +59,8 @@ def test_an_existing_path_wins_over_a_hub_id(hub_cache, saved, tmp_path, monkeyp
     assert model_folder("someone/tiny", cache_dir=hub_cache) == Path("someone/tiny")
 
 
-def test_what_is_neither_a_path_nor_a_hub_id():
-    for name in ("nowhere", "a/b/c", "../x", "/no/such/folder"):
+def test_what_is_neither_a_path_nor_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nowhere", "a/b/c", "../absent", "/no/such/folder"):
         with pytest.raises(UserError, match="does not exist"):
             model_folder(name)
