@@ -178,7 +178,7 @@ def draw(
     number = max(len(request), asked)
     # from the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many; not so
     # an edit, where scales that all images of a batch keep are not predicted
-    each = pipeline.forwards_per_image(request.sampling) if request.method == "__call__" else None
+    per_image = pipeline.forwards_per_image(request.sampling) if request.method == "__call__" else None
     mine = [index for index in range(len(request)) if index % processes.count == processes.rank]
     rows = {index: row for index in mine if (row := _finished(folder, index, request))}
     missing = [index for index in mine if index not in rows]
@@ -194,7 +194,7 @@ def draw(
                 result = method(*request.inputs, **_call(pipeline, request, batch), **prepared)
             if not done and asked < number:
                 # before the first image: a folder with images says what they are
-                _write_manifest(folder, request, number, earlier.get("images", ()), each)
+                _write_manifest(folder, request, number, earlier.get("images", ()), per_image)
             pictures = zip(batch, result.images, _in_a_row(result.token_ids), strict=True)
             rows |= {index: _saved(pipeline, folder, request, index, *one) for index, *one in pictures}
             took.append(getattr(result, "num_forwards", 0))
@@ -204,8 +204,8 @@ def draw(
     if processes.is_first:
         # what others drew, and what an earlier call did that asked for more
         rows |= {i: row for i in range(number) if i not in rows and (row := _finished(folder, i, request))}
-        _write_manifest(folder, request, number, [rows[index] for index in sorted(rows)], each)
-    return Drawn(len(missing), tuple(took), each)
+        _write_manifest(folder, request, number, [rows[index] for index in sorted(rows)], per_image)
+    return Drawn(len(missing), tuple(took), per_image)
 
 
 def check_folder(folder: Path, request: SampleRequest) -> dict[str, Any]:
