@@ -14,7 +14,7 @@ from isthmus.data.huggingface import ImageStream, StreamedBatches, hold_out, ope
 from isthmus.data.images import Augmentation
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
-from isthmus.data.views import Batch, usable_processors
+from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.nn.draws import LABEL_DROP, stream
 from isthmus.nn.shapes import Images
@@ -101,15 +101,6 @@ def first_images(run: Run, source: ImageSource | ImageStream, *, image_size: int
 def stream_states(batches: Iterator[Batch]) -> list[dict[str, Any]] | None:
     """Where a stream stands in every process (all must call); None for data read by index."""
     return gather_object([batches.state_dict()]) if isinstance(batches, StreamedBatches) else None
-
-
-def cache_workers(run: Run, source: ImageSource | ImageStream) -> int:
-    """Processes that decode images while the token cache is built: none for streams and sets held in memory."""
-    if isinstance(source, ImageStream):
-        return 0
-    if run.num_workers is not None:
-        return run.num_workers
-    return 0 if source.in_memory else min(8, usable_processors() // 2)
 
 
 def dropped_labels(
