@@ -17,9 +17,8 @@ from measure import both, in_child, interleaved, machine, peak_mib
 
 from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
 from isthmus.evaluation.neighbours import manifold_scores
-from isthmus.evaluation.reference import RealSide, Reference
-from isthmus.evaluation.sample_scores import score_samples
-from isthmus.evaluation.scores import LabelledFeatures, RealFeatures
+from isthmus.evaluation.reference import LabelledFeatures, RealFeatures, RealSide, Reference
+from isthmus.evaluation.scores import score_samples
 from isthmus.evaluation.statistics import Gaussian, frechet_distance, mean_and_covariance
 from isthmus.nn.perceptual import EfficientNetLite0
 

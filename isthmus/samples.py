@@ -99,16 +99,13 @@ class SampleRequest:
         """Images of a call of the pipeline.
 
         Args:
-            pipeline: draws.
             labels: class id of every image.
             classes: the rule behind `labels`, whatever their number, in JSON values: `class_ids` and more. Its
                 `class_names`, by class id, stand for those of a model without.
-            seed: image i is drawn from (seed, i).
             options: sampling options by name; `FOLDER_DEFAULT` and what is left out stand for the model's own.
             steering: arguments of a call beyond these, such as the number of solver steps.
             decoding: how tokens are computed.
             prefix_image: file of the image whose first tokens are kept.
-            dtype: type of the weights.
 
         Raises:
             UserError: the model does not take an argument, or it is not usable.
@@ -158,12 +155,9 @@ def draw(
     """Fill a folder with the images of a request; those that are there and whole already stay.
 
     Args:
-        pipeline: draws.
         folder: new, empty, or of the same settings; nobody else works in it meanwhile.
-        request: its images.
         batch_size: images drawn at once; None estimates what fits into memory. It changes no token.
         processes: of a launcher: image i is drawn by process i modulo their number. All wait for each other at the end.
-        title: of the progress bar.
 
     Raises:
         UserError: the folder holds something else, or memory ran out (names the next batch size to try). What stops the
@@ -180,12 +174,14 @@ def draw(
     missing = [index for index in mine if index not in rows]
     size = batch_size or batch_size_that_fits(pipeline, guided=request.sampling.guidance_scale != 1)
     prepared = pipeline.prepared(size, **request.decoding) if missing else {}
+    method = getattr(pipeline, request.method)
     took, done = [], 0
     shown = processes.is_first and logger.isEnabledFor(logging.INFO)
     with Display(title, len(missing), "image", shown=shown) as bar:
         while done < len(missing):
             batch = [index for index in missing[done : done + size] if index // GROUP == missing[done] // GROUP]
-            result = _drawn(pipeline, request, batch, prepared, size)
+            with naming_next_batch_size(size):
+                result = method(*request.inputs, **_call(pipeline, request, batch), **prepared)
             if not done and asked < number:
                 # before the first image: a folder with images says what they are
                 _write_manifest(folder, request, number, earlier.get("images", ()), forwards)
@@ -346,21 +342,11 @@ def _forwards_per_image(pipeline: "AnyPipeline", request: SampleRequest) -> Any:
     return pipeline.forwards_per_image(request.sampling) if request.method == "__call__" else None
 
 
-def _drawn(
-    pipeline: "AnyPipeline", request: SampleRequest, indices: Sequence[int], prepared: Mapping[str, Any], size: int
-) -> Any:
-    """The output of the pipeline for some images of a request."""
-    labels = _asked(pipeline, [request.labels[index] for index in indices])
-    with naming_next_batch_size(size):
-        return getattr(pipeline, request.method)(
-            *request.inputs, class_labels=labels, seed=request.seed, image_index=list(indices),
-            **request.arguments, **prepared,
-        )  # fmt: skip
-
-
-def _asked(pipeline: "AnyPipeline", class_ids: Sequence[int]) -> list[Label]:
-    """Class ids as a call takes them."""
-    return [None if one == pipeline.num_classes else int(one) for one in class_ids]
+def _call(pipeline: "AnyPipeline", request: SampleRequest, indices: Sequence[int]) -> dict[str, Any]:
+    """Arguments of a call that draws some images of a request."""
+    ids = [int(request.labels[index]) for index in indices]
+    labels: list[Label] = [None if one == pipeline.num_classes else one for one in ids]
+    return {"class_labels": labels, "seed": request.seed, "image_index": list(indices), **request.arguments}
 
 
 def _in_a_row(token_ids: Tensor | Sequence[Tensor]) -> Int[np.ndarray, "b l"]:
@@ -548,10 +534,7 @@ def _strip(pipeline: "AnyPipeline", samples: Samples, request: SampleRequest) ->
     """The first images, step by step: drawn once more, from their own random numbers."""
     indices = list(range(min(len(samples), _STRIP_ROWS)))
     prepared = pipeline.prepared(len(indices), **request.decoding)
-    steps = pipeline.stream(
-        _asked(pipeline, request.labels[: len(indices)]), seed=request.seed, image_index=indices, output_type="pil",
-        **request.arguments, **prepared,
-    )  # fmt: skip
+    steps = pipeline.stream(**_call(pipeline, request, indices), output_type="pil", **prepared)
     # a step that was taken again counts as it is in the end
     last = {step.index: step.preview for step in steps if isinstance(step.preview, list)}
     columns = list(last.values())

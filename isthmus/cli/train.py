@@ -185,7 +185,7 @@ def _presets_of(model: str) -> Mapping[str, str]:
 _DATA_FIELDS = ("data", "stream", "max_images", "classes", "augment")
 
 
-def run(arguments: Sequence[str]) -> None:
+def run_distill(arguments: Sequence[str]) -> None:
     """Distil a model, or print what would be trained."""
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):

@@ -36,7 +36,7 @@ from isthmus.evaluation.classes import NearestClassMean
 from isthmus.evaluation.features import extract_features, feature_network, sample_features
 from isthmus.evaluation.held_out import as_floats
 from isthmus.evaluation.reference import open_splits
-from isthmus.evaluation.sample_scores import RealImages
+from isthmus.evaluation.scores import RealImages
 from isthmus.files import alone_in, write_whole
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.runs import prior_preset, tokenizer_preset

@@ -36,15 +36,6 @@ class StatisticsOrigin:
 
 
 @dataclass(frozen=True)
-class AdmStatistics:
-    """Mean and covariance of pooled features; `origin` is None in files of others, which do not say."""
-
-    mean: Float[np.ndarray, " d"]
-    covariance: Float[np.ndarray, "d d"]
-    origin: StatisticsOrigin | None = None
-
-
-@dataclass(frozen=True)
 class AdmImages:
     """Images of a file; iterate to read them, as often as you like. `shape` is (N, H, W, 3).
 
@@ -164,8 +155,13 @@ def write_adm_images(
     write_whole(path, write)
 
 
-def read_statistics(path: Path) -> AdmStatistics:
-    """The statistics in a file, in float64. Raises UserError where it holds none, or their shapes do not fit."""
+def read_statistics(
+    path: Path,
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"], StatisticsOrigin | None]:
+    """Mean and covariance of pooled features in a file, in float64; files of others do not say where they are from.
+
+    Raises UserError where it holds none, or their shapes do not fit.
+    """
     if not {"mu", "sigma"} <= _names(path):
         raise UserError(f"{path} holds no mu and sigma. Pass a statistics file.")
     try:
@@ -178,20 +174,22 @@ def read_statistics(path: Path) -> AdmStatistics:
         raise UserError(
             f"{path}: sigma must be (d, d) where mu is (d,), got {covariance.shape} and {mean.shape}. Make it again."
         )
-    return AdmStatistics(mean, covariance, origin)
+    return mean, covariance, origin
 
 
-def write_statistics(path: Path, statistics: AdmStatistics) -> None:
+def write_statistics(
+    path: Path,
+    mean: Float[np.ndarray, " d"],
+    covariance: Float[np.ndarray, "d d"],
+    origin: StatisticsOrigin | None = None,
+) -> None:
     """Write mu and sigma, and their origin where it is known, whole or not at all.
 
     ADM's evaluator also wants mu_s and sigma_s of spatial features and stops where they are missing, as here.
     """
-    origin = {} if statistics.origin is None else vars(statistics.origin)
-    said = {_ORIGIN + name: np.array(value) for name, value in origin.items()}
+    said = {} if origin is None else {_ORIGIN + name: np.array(value) for name, value in vars(origin).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        path, lambda file: np.savez(file, allow_pickle=False, mu=statistics.mean, sigma=statistics.covariance, **said)
-    )
+    write_whole(path, lambda file: np.savez(file, allow_pickle=False, mu=mean, sigma=covariance, **said))
 
 
 def _origin(arrays: np.lib.npyio.NpzFile) -> StatisticsOrigin | None:

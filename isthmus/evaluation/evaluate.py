@@ -8,19 +8,20 @@ second run with all of it there only writes the report again.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
-from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_adm_images, write_statistics
+from isthmus.evaluation.adm_npz import StatisticsOrigin, write_adm_images, write_statistics
 from isthmus.evaluation.classes import Balance, SampleClasses, choose_classes, matched_classes
-from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network, sample_features
+from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
 from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
 from isthmus.evaluation.images import ImageSet, open_images
@@ -38,8 +39,7 @@ from isthmus.evaluation.record import (
 )
 from isthmus.evaluation.reference import open_splits
 from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
-from isthmus.evaluation.sample_scores import RealImages, RealSides, data_facts
-from isthmus.evaluation.scores import Features
+from isthmus.evaluation.scores import RealImages, RealSides, data_facts
 from isthmus.evaluation.statistics import mean_and_covariance
 from isthmus.files import alone_in, contents
 from isthmus.nn.guidance import Guidance
@@ -61,11 +61,9 @@ _OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, NPZ, STATISTICS, *REPORT_FILES)
 def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
     """The record of an earlier run that scored the same samples in the same way; None where they are to be scored.
 
-    Its `measures` are empty where held-out images were not measured to the end. Raises UserError where `out` is a file,
-    or holds the evaluation of something else, or other things.
+    Its `measures` are empty where held-out images were not measured to the end. Raises UserError where `out` holds the
+    evaluation of something else, or other things.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     if not (out / RECORD).is_file():
         foreign = [path.name for path in contents(out) if path.name not in _OURS]
         if foreign:
@@ -95,10 +93,9 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
 
 def _write_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
     """Write mean and covariance of the features in the headline space, as --reference reads them, and their origin."""
-    space = next(iter(network.spaces))
-    mean, covariance, count = mean_and_covariance([features[space]])
-    origin = StatisticsOrigin(space, network.weights_sha256, network.preprocessing, count)
-    write_statistics(path, AdmStatistics(mean.numpy(), covariance.numpy(), origin))
+    mean, covariance, count = mean_and_covariance([features[network.headline]])
+    origin = StatisticsOrigin(network.headline, network.weights_sha256, network.preprocessing, count)
+    write_statistics(path, mean.numpy(), covariance.numpy(), origin)
 
 
 def remove_by_products(out: Path) -> None:
@@ -203,15 +200,11 @@ def evaluate_images(
     Of several processes under torchrun the first one works; there is nothing to share.
 
     Args:
-        samples: an .npz file or a folder.
         out: folder of evaluation.json and the report; new, or of the same images.
         reference: images or statistics to measure against; None takes those of the data set.
         data: data set whose training images judge classes and copies; None leaves both out.
         classes: of the data; none are all.
-        columns: of an hf: table.
-        features: as for `feature_network`.
         statistics: also write statistics.npz, mean and covariance of the images' features.
-        device: where features are computed.
 
     Raises:
         UserError: an argument is not usable, a guard refuses, or `out` holds something else.
@@ -240,13 +233,12 @@ def evaluate_images(
         seconds = {"features": time.perf_counter() - start}
         if done is None:
             remove_by_products(out)
-        if statistics:
-            _write_statistics(out / STATISTICS, found, network)
-        if done is None:
             main = _Measured(images, found, known.labels, known.names)
             facts = circumstances(where, processes=1) | {"seconds": seconds}
             balance, warnings = known.words, [known.warning]
             done = _score(main, {}, real, out, subject=subject, balance=balance, facts=facts, warnings=warnings)
+        if statistics:
+            _write_statistics(out / STATISTICS, found, network)
     _finish(done, out)
 
 
@@ -276,28 +268,19 @@ def evaluate_model(
 ) -> None:
     """Draw `num` images of a model, score them and the model's held-out figures, and write `out`.
 
-    Under torchrun the processes share the drawing; the first one scores and writes.
+    Under torchrun the processes share the drawing; the first one scores and writes. Arguments without words are those
+    of `SampleRequest.of`, `load_pipeline` and `evaluate_images`.
 
     Args:
-        model: a pipeline folder or hub id.
         out: folder of samples, evaluation.json and the report; new, or of an evaluation of the same model.
         data: the data set, as for `open_source`: its held-out images, classes and training images.
         classes: of the data; none are those of the model.
-        columns: of an hf: table.
         num: N, images in all.
-        seed: image i is drawn from (seed, i).
-        options: as for `SampleRequest.of`, like `steering`.
-        steering: solver and steps, where given.
-        features: as for `feature_network`.
-        reference: as for `evaluate_images`.
         balance: every class equally often, or as often as in the data.
         sweep: guidances that are drawn and scored beside.
         npz: also write samples.npz for ADM's evaluator.
-        statistics: as for `evaluate_images`.
         measures: what is measured on held-out images beyond the usual.
         batch_size: images drawn, rebuilt or read at once; None estimates what fits. It changes no score.
-        device: as for `load_pipeline`, like `dtype`.
-        dtype: of the weights.
         real_sides: what was measured of real images before, for many evaluations.
 
     Raises:
@@ -347,18 +330,17 @@ def evaluate_model(
             samples = read(asked[""][0], num)
             if done is None:
                 remove_by_products(out)
-            if npz:
-                labels = chosen.model_ids if pipeline.num_classes else None
-                write_adm_images(out / NPZ, samples, num, labels, chosen.model_names)
-            if statistics:
-                _write_statistics(out / STATISTICS, sample_features(network, samples), network)
-            if done is None:
                 start = time.perf_counter()
                 main, *others = (_measured(read(folder, num), chosen, network) for folder, _ in asked.values())
                 seconds["features"] = time.perf_counter() - start
                 facts = circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds}
                 sets = dict(zip(swept, others, strict=True))
                 done = _score(main, sets, real, out, subject=subject, balance=chosen.words, facts=facts)
+            if npz:
+                labels = chosen.model_ids if pipeline.num_classes else None
+                write_adm_images(out / NPZ, samples, num, labels, chosen.model_names)
+            if statistics:
+                _write_statistics(out / STATISTICS, sample_features(network, samples), network)
             if done.measures != extra:
                 start = time.perf_counter()
                 scores, curves = held_out_scores(
@@ -371,7 +353,8 @@ def evaluate_model(
                     batch_size=batch_size,
                 )
                 done.circumstances["seconds"]["held-out images"] = time.perf_counter() - start
-                curves += _usage(pipeline, samples)
+                drawn_ids = map(samples.token_ids, range(num))
+                curves += usage_curves(drawn_ids, pipeline.stage_lengths, pipeline.codebook_size)
                 done = replace(done, measures=extra, held_out=tuple(scores), curves=tuple(curves))
                 write_record(done, out)
         if processes.is_first:
@@ -403,35 +386,19 @@ def _measured(samples: Samples, chosen: SampleClasses, network: FeatureNetwork) 
     return _Measured(images, sample_features(network, samples), labels, chosen.names)
 
 
-def _usage(pipeline: AnyPipeline, samples: Samples) -> list[Curve]:
-    lengths = pipeline.stage_lengths
-    counts = np.zeros((len(lengths), pipeline.codebook_size), np.int64)
-    for index in range(len(samples)):
-        counts += counts_by_stage(samples.token_ids(index), list(lengths.values()), pipeline.codebook_size)
-    return usage_curves(counts, list(lengths))
-
-
-def counts_by_stage(
-    token_ids: Int[np.ndarray, " l"], lengths: Sequence[int], codebook_size: int
-) -> Int[np.ndarray, "s k"]:
-    """How often every code occurs in every stage; stages that hold no token (a short run) count nothing.
-
-    >>> counts_by_stage(np.array([0, 1, 1]), (1, 2), 3).tolist()
-    [[1, 0, 0], [0, 2, 0]]
-    """
-    parts = np.split(token_ids, np.cumsum(lengths)[:-1])
-    return np.stack([np.bincount(part, minlength=codebook_size) for part in parts])
-
-
-def usage_curves(counts: Int[np.ndarray, "s k"], names: Sequence[str]) -> list[Curve]:
+def usage_curves(
+    token_ids: Iterable[Int[np.ndarray, " l"]], stage_lengths: Mapping[str, int], codebook_size: int
+) -> list[Curve]:
     """Share of the codes in use, and perplexity of their frequencies (1 where one code is always drawn), by stage."""
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    logs = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
-    curves = {
-        "codes in use (share)": (counts > 0).mean(axis=1),
-        "perplexity of the codes": np.exp(-(shares * logs).sum(axis=1)),
-    }
+    # not at the top of the file: it loads what only trainings need
+    from isthmus.training.codebook import code_counts, perplexity
+
+    ends = np.cumsum(list(stage_lengths.values()))
+    counts = torch.zeros(len(ends), codebook_size, dtype=torch.float64)
+    for ids in token_ids:
+        counts += code_counts([torch.from_numpy(part)[None] for part in np.split(ids, ends[:-1])], codebook_size)
+    curves = {"codes in use (share)": (counts > 0).double().mean(dim=1), "perplexity of the codes": perplexity(counts)}
     return [
-        Curve(name=name, along="tokens", positions=tuple(names), values=tuple(map(float, values)))
+        Curve(name=name, along="tokens", positions=tuple(stage_lengths), values=tuple(values.tolist()))
         for name, values in curves.items()
     ]

@@ -33,6 +33,9 @@ from isthmus.nn.stored_llama import no_progress_bars
 from isthmus.pipelines.folder import model_folder
 from isthmus.samples import GROUP, Samples
 
+Rows = Float[np.ndarray, "_ d"]
+Features = dict[str, Float[np.ndarray, "_ _"]]
+
 FID_MIN_IMAGES = 10_000
 """Below this many samples nothing is called FID."""
 
@@ -64,10 +67,9 @@ class FeatureNetwork:
     Attributes:
         run: features by space, and those under `logits`, of images.
         name: "lite0", "inception" or "dinov2:<folder name>".
-        spaces: name of every feature space -> its width; the first is the headline space.
+        spaces: name of every feature space -> its width; the first is the headline.
         preprocessing: what happens to 0..255 values before the network, in words.
         weights_sha256: of the weight file.
-        device: where it runs.
         input_size: side in pixels that every image is resized to; None where images keep theirs.
         logits: name of the output that an Inception score reads, or None.
     """
@@ -81,6 +83,11 @@ class FeatureNetwork:
     device: torch.device
     input_size: int | None = None
     logits: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """The first space."""
+        return next(iter(self.spaces))
 
     def __call__(self, images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
         """What `run` finds, in fp32 on the CPU."""
@@ -96,7 +103,6 @@ def feature_network(spec: str = "lite0", *, device: str | torch.device = "cpu") 
     Args:
         spec: "lite0" (installed with the package), "inception:FILE" (weights of the FID Inception, in the extra
             `inception`) or "dinov2:FOLDER_OR_HUB_ID" (a DINOv2 that transformers saved).
-        device: where it runs.
 
     Raises:
         UserError: the name is none of these, the extra is missing, or the weights are not what they should be.
@@ -272,13 +278,12 @@ def _inception(path: Path, device: torch.device) -> FeatureNetwork:
 
 def extract_features(
     network: FeatureNetwork, images_uint8: Iterable[UInt8[np.ndarray, "_ _ 3"]], *, batch_size: int = 64
-) -> dict[str, Float[np.ndarray, "n _"]]:
+) -> Features:
     """Features of every image, one row each, by space (and the logits of networks that have them).
 
     An image's features do not depend on its neighbours in the batch, beyond the rounding of sums.
 
     Args:
-        network: from `feature_network`.
         images_uint8: any iterable of (h, w, 3) arrays, all of one size, 0..255.
         batch_size: images per forward pass at most; of large images fewer, so that memory does not grow with them.
 
@@ -298,7 +303,7 @@ def extract_features(
     return _joined([{name: rows.numpy() for name, rows in part.items()} for part in parts])
 
 
-def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Float[np.ndarray, "n _"]]:
+def sample_features(network: FeatureNetwork, samples: Samples) -> Features:
     """Features of drawn images by space; those that an earlier call kept in `FEATURES` beside the images are read.
 
     They are of one network: another one's take their place.
@@ -326,11 +331,11 @@ def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Floa
     return known
 
 
-def _joined(parts: list[dict[str, Float[np.ndarray, "_ _"]]]) -> dict[str, Float[np.ndarray, "_ _"]]:
+def _joined(parts: list[Features]) -> Features:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> dict[str, Float[np.ndarray, "n _"]]:
+def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> Features:
     """Features that a file has of these images: of all of them, else of the leading whole groups."""
     try:
         # opened here: np.load leaves a broken archive open

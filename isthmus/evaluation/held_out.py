@@ -120,7 +120,7 @@ class ReconstructionMeter:
     """
 
     def __init__(self, network: FeatureNetwork, perceptual: Lite0Distance, lpips: LPIPSDistance | None):
-        self._network, self._space = network, next(iter(network.spaces))
+        self._network = network
         self._perceptual = perceptual.to(network.device)
         self._lpips = None if lpips is None else lpips.to(network.device)
         self._values: dict[str, list[Tensor]] = {}
@@ -138,7 +138,7 @@ class ReconstructionMeter:
                 found["LPIPS"] = self._lpips(images, targets)
         for name, values in found.items():
             self._values.setdefault(name, []).append(values.cpu())
-        self._features.append(extract_features(self._network, reconstructions)[self._space])
+        self._features.append(extract_features(self._network, reconstructions)[self._network.headline])
 
     def scores(self, originals: Gaussian) -> ReconstructionScores:
         """What was measured; `originals` are the features of the same images."""
@@ -189,7 +189,7 @@ def reconstruction_report(
                 for name, drawn in drawn_by_name.items():
                     known = meters.setdefault(kind, {})
                     known.setdefault(name, ReconstructionMeter(network, perceptual, lpips)).update(originals, drawn)
-            features.append(extract_features(network, originals)[next(iter(network.spaces))])
+            features.append(extract_features(network, originals)[network.headline])
             count += len(batch)
             bar.update(len(batch))
     reference = Gaussian.of(np.concatenate(features))
@@ -239,11 +239,7 @@ def held_out_scores(
     """Reconstruction and likelihood; nothing where there are fewer than two images.
 
     Args:
-        pipeline: of either family.
-        images: held out, of the model's size.
-        network: for the distance of the reconstructions.
         model_ids: the model's id of every class of the data; empty where either side has no classes.
-        lpips: measured too where it is given.
         solver_steps: numbers of solver steps with which images are rebuilt too.
         batch_size: images at once; None estimates what fits, at most `_LARGEST_BATCH`. It changes no score.
 
@@ -262,16 +258,15 @@ def held_out_scores(
             pipeline, images, network, batch_size=size, lpips=lpips, solver_steps=solver_steps
         )
         bits = token_bits(pipeline, images, labels, batch_size=size)
-    space = next(iter(network.spaces))
     given = "given their class" if any(label is not None for label in labels) else "without a class"
     scores = [
-        *_reconstruction(report, space),
+        *_reconstruction(report, network.headline),
         _mean("nats per image", bits.sum(axis=1) * math.log(2), note=f"-log p(tokens) {given}, not of pixels"),
         _mean("bits per token", bits.mean(axis=1)),
     ]
     looked_at = f"{len(images):,} of {total:,} held-out images"
     scores = [replace(score, note="; ".join(filter(None, (score.note, looked_at)))) for score in scores]
-    return scores, _curves(report, bits.mean(axis=0), pipeline.stage_lengths, space)
+    return scores, _curves(report, bits.mean(axis=0), pipeline.stage_lengths, network.headline)
 
 
 def _reconstruction(report: ReconstructionReport, space: str) -> list[Score]:

@@ -69,15 +69,8 @@ class ImageSet:
         return map(self.at, range(self.count))
 
     def shown(self, title: str) -> Iterator[Picture]:
-        """A reading with a progress bar. Raises UserError where sizes differ."""
-        first = None
-        for image in tqdm(self, total=self.count, desc=title, unit="image", disable=None):
-            first = first or image.shape
-            if image.shape != first:
-                raise UserError(
-                    f"{self.name}: all images must have one size, got {first[:2]} and {image.shape[:2]}. Resize them."
-                )
-            yield image
+        """A reading with a progress bar."""
+        return iter(tqdm(self, total=self.count, desc=title, unit="image", disable=None))
 
     def size(self) -> tuple[int, int]:
         """Height and width of the first image, in pixels."""

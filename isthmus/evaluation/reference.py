@@ -1,6 +1,6 @@
 """The real images of an evaluation, measured once: reference, its disjoint other half, training and held-out images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,10 @@ from isthmus.data.source import ANY_COLUMNS, ImageSource, WantedColumns
 from isthmus.data.views import random_view
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin, kind_of_npz, read_statistics
-from isthmus.evaluation.features import FeatureNetwork, extract_features
+from isthmus.evaluation.features import FeatureNetwork, Features, Rows, extract_features
 from isthmus.evaluation.guards import check_reference, check_value_range, pixel_digest
 from isthmus.evaluation.images import ImageSet, Picture, joined, local_path, open_images, real_images, ruined, some
 from isthmus.evaluation.neighbours import nearest_neighbours
-from isthmus.evaluation.scores import Features, LabelledFeatures, RealFeatures, Rows
 from isthmus.evaluation.statistics import Gaussian
 from isthmus.files import sha256_of_file, sha256_of_parts
 from isthmus.nn.draws import AUGMENT, SPLIT, stream
@@ -105,10 +104,7 @@ class DataSplits:
         train: training images, at most `TRAINING_LIMIT` of them.
         num_train: training images in all.
         attribution: licence line.
-        train_labels: of all training images; None where `train` holds them all.
-        views: so many fresh views, as training sees images, of the training and of the held-out ones; None where what
-            training does is not known.
-        view_words: what training does, in words.
+        sources: both splits as training reads them; None where that is not known.
     """
 
     spec: str
@@ -117,9 +113,7 @@ class DataSplits:
     held_out: ImageSet
     num_train: int
     attribution: str
-    train_labels: Int[np.ndarray, " n"] | None = None
-    views: Callable[[int], tuple[ImageSet, ImageSet]] | None = None
-    view_words: str = ""
+    sources: tuple[ImageSource, ImageSource] | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -128,7 +122,7 @@ class DataSplits:
 
     def class_counts(self) -> Int[np.ndarray, " c"]:
         """Images of each class, all training and held-out ones together."""
-        training = self.train.labels if self.train_labels is None else self.train_labels
+        training = self.train.labels if self.sources is None else self.sources[0].labels
         known = [labels for labels in (training, self.held_out.labels) if labels is not None]
         return np.bincount(np.concatenate(known), minlength=len(self.class_names))
 
@@ -158,6 +152,32 @@ class Reference:
     def images_per_measurement(self, num_samples: int) -> int:
         """n; all samples where the reference is a file of statistics."""
         return num_samples if self.images is None else images_per_measurement(num_samples, len(self.images))
+
+
+@dataclass(frozen=True, eq=False)
+class RealFeatures:
+    """Features by space of n real images each.
+
+    Attributes:
+        reference: what samples are measured against.
+        other: disjoint from it; its score is the floor.
+        ruined: `other`, of which mean colour and blur are left; its score is the ceiling.
+    """
+
+    reference: Features
+    other: Features
+    ruined: Features
+
+    def __len__(self) -> int:
+        return len(next(iter(self.reference.values())))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFeatures:
+    """Features in the headline space with their classes."""
+
+    rows: Rows
+    labels: Int[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +226,8 @@ def open_splits(
 
     Args:
         spec: as for `open_source`.
-        image_size: side in pixels.
         classes: those asked for, in this order; none are those of the model.
         wanted: names of the model's classes, which the data set must have where `classes` names none.
-        columns: of an hf: table.
 
     Raises:
         UserError: the data cannot be used, or do not have the model's classes.
@@ -235,20 +253,16 @@ def open_splits(
         real_images(held_out, image_size),
         len(train),
         train.attribution,
-        train_labels=train.labels if train.class_names else None,
-        views=lambda count: (training_views(train, image_size, count), training_views(held_out, image_size, count)),
-        view_words=view_words(train),
+        (train, held_out),
     )
 
 
 def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[int, int]) -> Reference:
-    """The reference of an evaluation: the one given, else images of the data set.
+    """The reference of an evaluation: images or statistics at `path`, else images of the data set.
 
     Built-in sets are small, so theirs is training and held-out images together; of other data it is the held-out part.
 
     Args:
-        data: the data set.
-        path: images or statistics.
         size: of the samples, height and width in pixels.
 
     Raises:
@@ -259,8 +273,8 @@ def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[
         kind = kind_of_npz(path) if path.is_file() else "images"
         statistics, origin = None, None
         if kind != "images":
-            found = read_statistics(path)
-            statistics, origin = Gaussian.from_covariance(found.mean, found.covariance), found.origin
+            mean, covariance, origin = read_statistics(path)
+            statistics = Gaussian.from_covariance(mean, covariance)
         if kind == "statistics":
             return Reference(f"the statistics in {path.name}", sha256_of_file(path), None, statistics, origin=origin)
         images = open_images(path, size=size)
@@ -284,7 +298,6 @@ def measure_real_side(reference: Reference, data: DataSplits | None, network: Fe
     Raises:
         UserError: the reference is the training set, or its images cannot be used.
     """
-    headline = next(iter(network.spaces))
     sets = [_measured(data.train, network), _measured(data.held_out, network)] if data is not None else []
     real, warnings = None, list(reference.warnings)
     if reference.images is not None:
@@ -304,12 +317,14 @@ def measure_real_side(reference: Reference, data: DataSplits | None, network: Fe
     if data is None:
         return RealSide(real, None, None, tuple(warnings))
     training, held_out = (
-        LabelledFeatures(found[headline], _labels(images))
+        LabelledFeatures(found[network.headline], _labels(images))
         for images, (found, _) in zip((data.train, data.held_out), sets, strict=True)
     )
     views = None
-    if data.views is not None:
-        copied, new = (extract_features(network, one.shown(one.name))[headline] for one in data.views(n))
+    if data.sources is not None:
+        side, _ = data.train.size()
+        drawn = (training_views(source, side, n).shown("views") for source in data.sources)
+        copied, new = (extract_features(network, images)[network.headline] for images in drawn)
         views = copied, new
     return RealSide(real, training, held_out, tuple(warnings), views, _searched(data))
 
@@ -331,7 +346,7 @@ def _searched(data: DataSplits) -> str:
     share = len(data.train) / data.num_train
     words = f"searched {len(data.train):,} of {data.num_train:,} training images"
     words += "" if share == 1 else f" ({100 * share:.3g} %; copies of the others are not seen)"
-    return words + " by their central squares" + (f"; ceiling: {data.view_words}" if data.view_words else "")
+    return words + " by their central squares" + (f"; ceiling: {view_words(data.sources[0])}" if data.sources else "")
 
 
 def _labels(images: ImageSet) -> Int[np.ndarray, " n"]:

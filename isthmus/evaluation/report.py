@@ -18,7 +18,7 @@ from isthmus.evaluation.guards import check_duplicates, pixel_digest
 from isthmus.evaluation.images import ImageSet, Picture
 from isthmus.evaluation.record import Curve, EvaluationRecord, Score, Subject, read_record, same_protocol
 from isthmus.evaluation.reference import DataSplits
-from isthmus.evaluation.sample_scores import Neighbours
+from isthmus.evaluation.scores import Neighbours
 from isthmus.files import write_whole
 from isthmus.pictures import draw_grid, save_picture, table
 from isthmus.pipelines.options import SamplingOptions

@@ -1,13 +1,12 @@
 """Distances between sets of features, and how sure a number is.
 
 Frechet distance: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6; Dowson and Landau
-1982; Gaussians are fitted while features stream by, in float64. Its bias depends on the number of images, so it is
-measured on disjoint chunks of one fixed size. Kernel distance (KID): Binkowski et al. 2018, "Demystifying MMD GANs",
-section 3 and equation 4 (unbiased, so it may be negative).
+1982. Its bias depends on the number of images, so it is measured on disjoint chunks of one fixed size. Kernel distance
+(KID): Binkowski et al. 2018, "Demystifying MMD GANs", section 3 and equation 4 (unbiased, so it may be negative).
 
 A share of images (0 or 1 for each) has Wilson's interval: a bootstrap of none or of all says that nothing is unsure. A
 distance between sets is never bootstrapped: drawing with replacement repeats images, which narrows the set and pushes a
-Frechet distance up. Distances are measured on disjoint chunks of the samples, or on several seeds, and spread there.
+Frechet distance up.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -242,8 +241,6 @@ def kernel_distance(
     the mean over cuts, does not claim.
 
     Args:
-        samples: features of one set.
-        reference: features of the other.
         num_subsets: at least so many.
         subset_size: images per subset; None takes 1,000, or a tenth of the smaller set where that is less.
 

@@ -19,12 +19,11 @@ from tqdm.auto import tqdm
 from isthmus.dar.options import Solver
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.runs import DiffusionTokenizerRun, NextTokenPriorRun
-from isthmus.evaluation.features import extract_features
+from isthmus.evaluation.features import Features, extract_features
 from isthmus.evaluation.guards import pixel_digest
 from isthmus.evaluation.held_out import reconstructions_by_stage
 from isthmus.evaluation.images import ruined
 from isthmus.evaluation.record import timing_words
-from isthmus.evaluation.scores import Features
 from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.loading import choose_device, load_pipeline

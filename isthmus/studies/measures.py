@@ -17,14 +17,13 @@ from isthmus.data.source import WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.classes import Balance, NearestClassMean, SampleClasses, choose_classes
 from isthmus.evaluation.evaluate import evaluate_model
-from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
+from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network
 from isthmus.evaluation.guards import check_duplicates
 from isthmus.evaluation.held_out import HELD_OUT_LIMIT, LITE0, PSNR, ReconstructionMeter, as_floats
 from isthmus.evaluation.images import some
 from isthmus.evaluation.record import EvaluationRecord, read_record
 from isthmus.evaluation.reference import DataSplits, open_splits
-from isthmus.evaluation.sample_scores import RealImages, RealSides, SampleScores
-from isthmus.evaluation.scores import Features
+from isthmus.evaluation.scores import RealImages, RealSides, SampleScores
 from isthmus.evaluation.statistics import Gaussian, mean_interval
 from isthmus.nn.perceptual import Lite0Distance
 from isthmus.nn.shapes import Images

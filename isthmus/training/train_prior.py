@@ -19,7 +19,7 @@ from isthmus.data.batches import CachedTokens, EvaluationImages, training_batche
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
-from isthmus.data.views import Batch, usable_processors
+from isthmus.data.views import Batch
 from isthmus.files import alone_in
 from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.stored_llama import fingerprint
@@ -250,16 +250,13 @@ def bits_by_level(
 
 def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
     """The token cache of this run: made at the first start, opened again afterwards."""
-    # processes that decode images: none for streams and sets held in memory
-    held = isinstance(task.train, ImageStream) or (run.num_workers is None and task.train.in_memory)
-    workers = min(8, usable_processors() // 2) if run.num_workers is None else run.num_workers
     return TokenCache.build(
         run.token_cache or run.out / "tokens",
         cast(ImageTokenizer, task.encoder),
         task.train,
         num_views=run.num_views,
         max_images=run.max_images,
-        num_workers=0 if held else workers,
+        num_workers=run.num_workers,
         image_size=task.image_size,
         augment=augmentation(run, task.train),
         seed=run.seed,

@@ -9,9 +9,11 @@ from PIL import Image
 
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import write_adm_images
+from isthmus.evaluation.features import extract_features
 from isthmus.evaluation.images import joined, open_images, some
 from isthmus.evaluation.record import RECORD
 from isthmus.evaluation.reference import choose_reference
+from tests.evaluation.tiny_evaluation import mean_colour
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 LABELS = np.array([0, 1, 0, 1, 0, 1])
@@ -73,7 +75,7 @@ def test_images_of_two_sizes_are_refused_or_brought_to_one(tmp_path):
     Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
     Image.fromarray(np.repeat(PICTURES[1], 2, axis=1)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="one size"):
-        list(open_images(tmp_path).shown("images"))
+        extract_features(mean_colour(), open_images(tmp_path).shown("images"))
     assert {image.shape for image in open_images(tmp_path, size=(4, 4))} == {(4, 4, 3)}
     with pytest.raises(UserError, match="neither"):
         open_images(tmp_path / "nowhere")

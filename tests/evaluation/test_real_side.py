@@ -14,7 +14,7 @@ from isthmus.evaluation.reference import (
     training_views,
     view_words,
 )
-from isthmus.evaluation.sample_scores import RealImages, RealSides, score_samples
+from isthmus.evaluation.scores import RealImages, RealSides, score_samples
 from tests.evaluation.tiny_evaluation import mean_colour
 from tests.training.tiny_runs import write_images
 

@@ -11,12 +11,18 @@ from hypothesis import strategies as st
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin
 from isthmus.evaluation.classes import balance_words, own_frequency_labels
-from isthmus.evaluation.evaluate import counts_by_stage, usage_curves
+from isthmus.evaluation.evaluate import usage_curves
 from isthmus.evaluation.features import FeatureNetwork
 from isthmus.evaluation.images import ImageSet
-from isthmus.evaluation.reference import RealSide, Reference, disjoint_halves, images_per_measurement
-from isthmus.evaluation.sample_scores import fitting, score_samples
-from isthmus.evaluation.scores import LabelledFeatures, RealFeatures, inception_score_list
+from isthmus.evaluation.reference import (
+    LabelledFeatures,
+    RealFeatures,
+    RealSide,
+    Reference,
+    disjoint_halves,
+    images_per_measurement,
+)
+from isthmus.evaluation.scores import fitting, inception_score_list, score_samples
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 
 N, WIDTH = 40, 4
@@ -226,8 +232,7 @@ def test_balance_in_words_depends_on_the_frequencies_alone(labels, times):
 
 
 def test_usage_of_codes_by_hand():
-    counts = counts_by_stage(np.array([0, 1, 2]), (1, 2), 4) + counts_by_stage(np.array([0, 3, 3]), (1, 2), 4)
-    assert counts.tolist() == [[2, 0, 0, 0], [0, 1, 1, 2]]
-    used, perplexity = usage_curves(counts, ("first", "second"))
+    used, perplexity = usage_curves(np.array([[0, 1, 2], [0, 3, 3]]), {"first": 1, "second": 2}, 4)
+    assert used.positions == perplexity.positions == ("first", "second")
     assert used.values == (0.25, 0.75)
     assert perplexity.values == pytest.approx((1.0, 2**1.5))
