@@ -1,6 +1,4 @@
-"""What pipelines of both families share: the call's labels and seeds, a folder written whole and read strictly, its
-card.
-"""
+"""What pipelines of both families share: the call's request, a folder written whole and read strictly, its card."""
 
 import hashlib
 import inspect
