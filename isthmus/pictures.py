@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GAP_PX = 2
-_MIN_SIDE_PX = 64
 _PLAIN_TEXT = 500  # characters of a PNG's text that are written as they are
 
 
@@ -38,16 +37,17 @@ def table(
     *,
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
+    min_side_px: int = 64,
 ) -> Image.Image:
     """Images in rows and columns on white, with names at the left and on top where given.
 
     Serves as a labelled grid (rows = classes) and as a coarse-to-fine strip (columns = scales). Rows may differ in
-    length; images of different size are brought to the largest. Small images are enlarged by a whole factor, pixel by
-    pixel.
+    length; images of different size are brought to the largest. Images smaller than `min_side_px` are enlarged by a
+    whole factor, pixel by pixel.
     """
     width = max(image.width for row in rows for image in row)
     height = max(image.height for row in rows for image in row)
-    factor = max(1, -(-_MIN_SIDE_PX // max(width, height)))
+    factor = max(1, -(-min_side_px // max(width, height)))
     cell = (width * factor, height * factor)
     font = ImageFont.load_default(size=max(11, min(24, cell[1] // 5)))
     line = round(font.getbbox("Ay")[3]) + 2 * _GAP_PX

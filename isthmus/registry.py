@@ -21,6 +21,21 @@ TASKS = {
     "DiffusionTokenizerRun": "isthmus.dar.train_tokenizer:DiffusionTokenizerTask",
     "NextTokenPriorRun": "isthmus.dar.train_prior:NextTokenPriorTask",
 }
+# class of a saved tokenizer -> the presets that are meant where none is named: to go on from it, or from its prior, or
+# for a new prior
+DEFAULT_PRESETS = {
+    "MultiScaleVQVAE": {
+        "tokenizer": "finetune-tokenizer",
+        "prior": "finetune-prior",
+        "new prior": "srdd-small",
+        "new causal prior": "var-small",
+    },
+    "DiffusionTokenizer": {
+        "tokenizer": "finetune-dar-tokenizer",
+        "prior": "finetune-dar-prior",
+        "new prior": "dar-prior-small",
+    },
+}
 
 
 def imported(place: str) -> Any:

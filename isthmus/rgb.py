@@ -81,6 +81,12 @@ def scaled_crop(rgb: Image.Image, size: tuple[int, int], left: int, top: int, si
     return rgb.resize((side, side), Image.Resampling.LANCZOS, box=edges)
 
 
+def centre_square(rgb: Image.Image, side: int) -> Image.Image:
+    """An RGB picture with its shorter side scaled to `side`, and of that the central square."""
+    width, height = shorter_side_to(*rgb.size, side)
+    return scaled_crop(rgb, (width, height), (width - side) // 2, (height - side) // 2, side)
+
+
 def shorter_side_to(width: int, height: int, side: int) -> tuple[int, int]:
     """Width and height once the shorter one is `side`."""
     scale = side / min(width, height)

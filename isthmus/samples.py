@@ -16,10 +16,10 @@ import json
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,8 +32,6 @@ from isthmus.data.images import UnreadableImage, decode_image
 from isthmus.display import Display
 from isthmus.errors import UserError
 from isthmus.files import alone_in, contents, sha256_of_file, write_whole
-from isthmus.next_scale.pipeline import NextScalePipeline
-from isthmus.next_scale.refinement import Forwards, RefinementMode, ScaleRefinementScheduler
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
 from isthmus.pipelines.loading import dtype_name, load_pipeline
@@ -42,12 +40,15 @@ from isthmus.pipelines.options import FOLDER_DEFAULT, SamplingOptions
 from isthmus.processes import Processes, is_first_process, launched_processes
 
 if TYPE_CHECKING:
+    from isthmus.next_scale.refinement import RefinementMode
     from isthmus.pipelines.loading import AnyPipeline
 
 logger = logging.getLogger("isthmus")
 
 MANIFEST = "samples.json"
 GRID, STRIP, OVERVIEW = "grid.png", "strip.png", "overview.png"
+# what every row of samples.json says
+_ROW = {"file": str, "index": int, "class_id": int, "label": str}
 _GRID_ROWS, _GRID_COLUMNS, _STRIP_ROWS = 20, 8, 8
 
 GROUP = 250
@@ -65,9 +66,8 @@ class SampleRequest:
         sampling: options of the draw, in full.
         settings: everything that decides about an image, in JSON values; another number of images has the same.
         arguments: of the call beside labels, seed and numbers.
-        decoding: how tokens are computed (`int8`, `compiled`), where the model has it.
-        method: of the pipeline, that draws.
-        inputs: of the method, before its labels.
+        decoding: how tokens are computed (`int8`, `compiled`).
+        method: of the pipeline, that draws from `inputs`.
     """
 
     labels: Sequence[int]
@@ -99,30 +99,33 @@ class SampleRequest:
         """Images of a call of the pipeline.
 
         Args:
-            pipeline: draws.
             labels: class id of every image.
             classes: the rule behind `labels`, whatever their number, in JSON values: `class_ids` and more. Its
                 `class_names`, by class id, stand for those of a model without.
-            seed: image i is drawn from (seed, i).
             options: sampling options by name; `FOLDER_DEFAULT` and what is left out stand for the model's own.
-            steering: arguments of a call beyond these, such as the number of solver steps, where the model has them.
-            decoding: how tokens are computed, where the model has it.
-            prefix_image: file of the image whose first tokens are kept, where the model has prefixes.
-            dtype: type of the weights.
+            steering: arguments of a call beyond these, such as the number of solver steps.
+            decoding: how tokens are computed.
+            prefix_image: file of the image whose first tokens are kept.
 
         Raises:
-            UserError: the model does not take an option, or an argument is not usable.
+            UserError: the model does not take an argument, or it is not usable.
         """
         options, steering, decoding = dict(options or {}), dict(steering or {}), dict(decoding or {})
         sampling = pipeline.defaults.override(**options)
-        # one refusal for options the model cannot take, before anything is written
         pipeline.check_options(sampling)
         arguments = {name: value for name, value in options.items() if value is not FOLDER_DEFAULT} | steering
         if prefix_image is not None:
             arguments["prefix_image"] = read_image(prefix_image)
             steering["prefix_image"] = sha256_of_file(prefix_image)
         pipeline.check_request({"seed": seed, **arguments}, decoding)
-        settings = _settings(pipeline, classes, seed, sampling, dtype)
+        settings = {
+            "model": pipeline.fingerprint,
+            **classes,
+            "seed": seed,
+            "sampling": sampling.to_dict(),
+            "dtype": dtype,
+            "device": pipeline.device.type,
+        }
         if steering or decoding:
             # only where it is given: folders of samples without it stay what they are
             settings["steering"] = steering | decoding
@@ -131,27 +134,22 @@ class SampleRequest:
         )
 
 
-def _settings(
-    pipeline: "AnyPipeline", classes: Mapping[str, Any], seed: int, sampling: SamplingOptions, dtype: str
-) -> dict[str, Any]:
-    return {
-        "model": pipeline.fingerprint,
-        **classes,
-        "seed": seed,
-        "sampling": sampling.to_dict(),
-        "dtype": dtype,
-        "device": pipeline.device.type,
-    }
-
-
 @dataclass(frozen=True)
 class Drawn:
-    """What a process did: how many images it drew, and of next-scale models the forwards of each of its batches."""
+    """What a process did.
+
+    Attributes:
+        count: how many images it drew.
+        forwards: of each of its batches; 0 where they are not counted.
+        forwards_per_image: what any image of the folder took, whoever drew it; None where that is not known.
+    """
 
     count: int
     forwards: tuple[int, ...]
+    forwards_per_image: Any
 
 
+@alone_in("folder")
 def draw(
     pipeline: "AnyPipeline",
     folder: Path | str,
@@ -164,36 +162,39 @@ def draw(
     """Fill a folder with the images of a request; those that are there and whole already stay.
 
     Args:
-        pipeline: draws.
-        folder: new, empty, or of the same settings.
-        request: its images.
+        folder: new, empty, or of the same settings; nobody else works in it meanwhile.
         batch_size: images drawn at once; None estimates what fits into memory. It changes no token.
         processes: of a launcher: image i is drawn by process i modulo their number. All wait for each other at the end.
-        title: of the progress bar.
 
     Raises:
         UserError: the folder holds something else, or memory ran out (names the next batch size to try). What stops the
             first batch leaves nothing behind.
     """
     folder = Path(folder)
-    check_folder(folder, request)
+    earlier = check_folder(folder, request)
     # nobody writes before everybody has looked
     processes.wait()
-    number, forwards = max(len(request), asked_before(folder)), forwards_per_image(pipeline, request)
+    asked = int(earlier.get("num", 0))
+    number = max(len(request), asked)
+    # from the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many; not so
+    # an edit, where scales that all images of a batch keep are not predicted
+    per_image = pipeline.forwards_per_image(request.sampling) if request.method == "__call__" else None
     mine = [index for index in range(len(request)) if index % processes.count == processes.rank]
     rows = {index: row for index in mine if (row := _finished(folder, index, request))}
     missing = [index for index in mine if index not in rows]
     size = batch_size or batch_size_that_fits(pipeline, guided=request.sampling.guidance_scale != 1)
     prepared = pipeline.prepared(size, **request.decoding) if missing else {}
+    method = getattr(pipeline, request.method)
     took, done = [], 0
     shown = processes.is_first and logger.isEnabledFor(logging.INFO)
     with Display(title, len(missing), "image", shown=shown) as bar:
         while done < len(missing):
             batch = [index for index in missing[done : done + size] if index // GROUP == missing[done] // GROUP]
-            result = _drawn(pipeline, request, batch, prepared, size)
-            if not done and asked_before(folder) < number:
+            with naming_next_batch_size(size):
+                result = method(*request.inputs, **_call(pipeline, request, batch), **prepared)
+            if not done and asked < number:
                 # before the first image: a folder with images says what they are
-                _write_manifest(folder, request, number, _earlier_rows(folder), forwards)
+                _write_manifest(folder, request, number, earlier.get("images", ()), per_image)
             pictures = zip(batch, result.images, _in_a_row(result.token_ids), strict=True)
             rows |= {index: _saved(pipeline, folder, request, index, *one) for index, *one in pictures}
             took.append(getattr(result, "num_forwards", 0))
@@ -203,14 +204,17 @@ def draw(
     if processes.is_first:
         # what others drew, and what an earlier call did that asked for more
         rows |= {i: row for i in range(number) if i not in rows and (row := _finished(folder, i, request))}
-        _write_manifest(folder, request, number, [rows[index] for index in sorted(rows)], forwards)
-    return Drawn(len(missing), tuple(took))
+        _write_manifest(folder, request, number, [rows[index] for index in sorted(rows)], per_image)
+    return Drawn(len(missing), tuple(took), per_image)
 
 
-def check_folder(folder: Path, request: SampleRequest) -> None:
-    """Raise UserError unless a folder is new, empty, or holds samples with the settings of a request."""
+def check_folder(folder: Path, request: SampleRequest) -> dict[str, Any]:
+    """What samples.json says of a folder that has the settings of a request; nothing for a new or empty one.
+
+    Raises UserError where it holds something else.
+    """
     if not folder.exists():
-        return
+        return {}
     if not folder.is_dir():
         raise UserError(f"--out must be a folder, got the file {folder}. Choose another name.")
     if has_chunks(folder):
@@ -221,18 +225,19 @@ def check_folder(folder: Path, request: SampleRequest) -> None:
     if not (folder / MANIFEST).is_file():
         if contents(folder):
             raise UserError(f"--out must be new, empty or a folder of samples, got {folder}. Choose another folder.")
-        return
+        return {}
     try:
-        earlier = dict(_manifest(folder)["settings"])
+        manifest = _manifest(folder)
+        theirs, ours = dict(manifest["settings"]), request.settings
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read ({error}). Choose another folder.") from error
-    ours = dict(request.settings)
-    changed = [name for name in {**ours, **earlier} if _json(ours.get(name)) != _json(earlier.get(name))]
+    changed = [name for name in {**ours, **theirs} if _json(ours.get(name)) != _json(theirs.get(name))]
     if changed:
         raise UserError(
             f"{folder} holds samples with other settings ({', '.join(changed)} differ). "
             "Choose another --out; nothing is overwritten."
         )
+    return manifest
 
 
 def has_chunks(folder: Path) -> bool:
@@ -240,7 +245,7 @@ def has_chunks(folder: Path) -> bool:
     return any(folder.glob("chunk_*.npz"))
 
 
-def asked_before(folder: Path) -> int:
+def _asked_before(folder: Path) -> int:
     """How many images a folder was asked for before; 0 for a new one, and where nothing says."""
     try:
         return int(_manifest(folder)["num"])
@@ -248,20 +253,11 @@ def asked_before(folder: Path) -> int:
         return 0
 
 
-def _earlier_rows(folder: Path) -> list[Any]:
-    """Rows that samples.json has; none where there is none, or it cannot be read."""
-    try:
-        return list(_manifest(folder)["images"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
 @dataclass(frozen=True, eq=False)
 class Samples:
     """The images of a folder; iterate to read the pictures, as often as you like.
 
     Attributes:
-        folder: where they lie.
         settings: that all images share; empty where the folder does not say.
         rows: of samples.json, in order: `file`, `class_id`, `label` and more.
     """
@@ -274,12 +270,19 @@ class Samples:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        return (self.image(index) for index in range(len(self)))
+        return map(self.image, range(len(self)))
 
     @cached_property
     def labels(self) -> Int[np.ndarray, " n"]:
         """Class ids of the model; its null id where no class was asked for."""
-        return np.array([int(row["class_id"]) for row in self.rows], np.int64)
+        return np.array([row["class_id"] for row in self.rows], np.int64)
+
+    @cached_property
+    def token_hashes(self) -> list[str]:
+        """SHA-256 (hex) of the tokens of every image. Raises UserError where a row has none."""
+        if not all("token_ids_sha256" in row for row in self.rows):
+            raise UserError(f"{self.folder / MANIFEST} has rows without token_ids_sha256. Draw the samples again.")
+        return [row["token_ids_sha256"] for row in self.rows]
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """A picture, 0..255. Raises UserError where it cannot be read."""
@@ -302,21 +305,26 @@ class Samples:
 def read(folder: Path | str, num: int | None = None) -> Samples:
     """The finished images of a folder; the first `num` of them where that is given.
 
-    Raises:
-        UserError: it is no folder of samples, or there are fewer.
+    Raises UserError where it is no folder of samples, or there are fewer.
     """
     folder = Path(folder)
     try:
         manifest = _manifest(folder)
         rows, settings = list(manifest["images"])[:num], dict(manifest.get("settings", {}))
-        numbers = [int(row["index"]) for row in rows if isinstance(row["file"], str)]
+        for row in rows:
+            if wrong := [name for name, kind in _ROW.items() if not isinstance(row.get(name), kind)]:
+                raise ValueError(f"a row has no {wrong[0]}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read ({error}). Draw the samples again.") from error
     if not rows:
         raise UserError(f"{folder} holds no finished samples. Run the command that made it to its end.")
-    wanted = len(rows) if num is None else num
+    numbers, wanted = [row["index"] for row in rows], len(rows) if num is None else num
     if numbers != list(range(wanted)):
-        raise UserError(f"{folder} is not whole: {len(rows)} of {wanted} samples lie in a row. Draw the others first.")
+        missing = next((index for index in range(wanted) if index not in numbers), 0)
+        raise UserError(
+            f"{folder} is not whole: of samples 0 to {wanted - 1}, {MANIFEST} lacks {missing}. Run the command that "
+            "made it to its end."
+        )
     return Samples(folder, settings, rows)
 
 
@@ -325,11 +333,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_manifest(
-    folder: Path,
-    request: SampleRequest,
-    number: int,
-    rows: Sequence[Mapping[str, Any]],
-    forwards: Forwards | None,
+    folder: Path, request: SampleRequest, number: int, rows: Sequence[Mapping[str, Any]], forwards: Any
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # beside the settings, which decide them: folders of versions that did not write them are continued
@@ -339,41 +343,16 @@ def _write_manifest(
     write_whole(folder / MANIFEST, text)
 
 
-def forwards_per_image(pipeline: "AnyPipeline", request: SampleRequest) -> Forwards | None:
-    """What an image takes of a next-scale model, rounds included; None for other families, and for edits.
-
-    From the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many. Not so
-    of an edit: scales that all images of a batch keep are not predicted.
-    """
-    if not hasattr(pipeline, "refine_with") or request.method != "__call__":
-        return None
-    model = cast(NextScalePipeline, pipeline)
-    scheduler: ScaleRefinementScheduler = model.scheduler or ScaleRefinementScheduler()
-    cached, scales = not model.transformer.is_markov, model.schedule.num_scales
-    return scheduler.forwards_of(scales, has_cache=cached, smooth=request.sampling.smooth)
-
-
-def _drawn(
-    pipeline: "AnyPipeline", request: SampleRequest, indices: Sequence[int], prepared: Mapping[str, Any], size: int
-) -> Any:
-    """The output of the pipeline for some images of a request."""
-    labels = _asked(pipeline, [request.labels[index] for index in indices])
-    with naming_next_batch_size(size):
-        return getattr(pipeline, request.method)(
-            *request.inputs, class_labels=labels, seed=request.seed, image_index=list(indices),
-            **request.arguments, **prepared,
-        )  # fmt: skip
-
-
-def _asked(pipeline: "AnyPipeline", class_ids: Sequence[int]) -> list[Label]:
-    """Class ids as a call takes them."""
-    return [None if one == pipeline.num_classes else int(one) for one in class_ids]
+def _call(pipeline: "AnyPipeline", request: SampleRequest, indices: Sequence[int]) -> dict[str, Any]:
+    """Arguments of a call that draws some images of a request."""
+    ids = [int(request.labels[index]) for index in indices]
+    labels: list[Label] = [None if one == pipeline.num_classes else one for one in ids]
+    return {"class_labels": labels, "seed": request.seed, "image_index": list(indices), **request.arguments}
 
 
 def _in_a_row(token_ids: Tensor | Sequence[Tensor]) -> Int[np.ndarray, "b l"]:
     """All tokens of every image; a pyramid is a list of scales, a sequence one tensor."""
-    joined = token_ids if isinstance(token_ids, Tensor) else torch.cat(list(token_ids), dim=1)
-    return joined.cpu().numpy()
+    return torch.cat([token_ids] if isinstance(token_ids, Tensor) else list(token_ids), dim=1).cpu().numpy()
 
 
 def _saved(
@@ -451,7 +430,7 @@ def _unpacked(text: Mapping[str, str]) -> Int[np.ndarray, " l"]:
 
 
 def file_name(index: int) -> str:
-    """Name of image `index`."""
+    """Of image `index`."""
     return f"{index:06d}.png"
 
 
@@ -478,7 +457,7 @@ def draw_folder(
     options: Mapping[str, Any],
     steering: Mapping[str, Any],
     decoding: Mapping[str, bool] | None = None,
-    refine: str | None = None,
+    refine: "RefinementMode | None" = None,
     prefix_image: Path | None = None,
     grid: bool,
     strip: bool,
@@ -488,25 +467,9 @@ def draw_folder(
 ) -> None:
     """`isthmus sample`: images 0..num_images - 1 of a model, and pictures of them.
 
-    A folder that was asked for more images before is filled with these. samples.json also says how many forwards an
-    image of a next-scale model took.
-
-    Args:
-        model: a pipeline folder or hub id.
-        out: folder of samples, new or of the same settings.
-        classes: names or ids, taken in turn; none are all classes of the model.
-        num_images: images in all.
-        seed: image i is drawn from (seed, i).
-        options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
-        steering: arguments of a call beyond these, such as the number of solver steps, where the model has them.
-        decoding: how tokens are computed (`int8`, `compiled`), where the model has it.
-        refine: mode in which tokens are drawn again, where the model refines; None is the model's own.
-        prefix_image: file of the image whose first tokens are kept, where the model has prefixes.
-        grid: also write grid.png.
-        strip: also write strip.png.
-        batch_size: images at once; None estimates what fits into memory.
-        device: see `load_pipeline`.
-        dtype: see `load_pipeline`.
+    A folder `out` that was asked for more images before is filled with these. `classes` are names or ids, taken in
+    turn; none are all classes of the model. `refine` None is the model's own mode. The other arguments are those of
+    `load_pipeline`, `SampleRequest.of` and `draw`.
 
     Raises:
         UserError: an argument is not usable, or `out` holds something else than samples with these settings.
@@ -516,13 +479,9 @@ def draw_folder(
         dtype = processes.agreed(dtype_name(dtype, processes.device(device)))
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
         if refine is not None:
-            if not hasattr(pipeline, "refine_with"):
-                raise UserError(f"this model, a {pipeline.kind}, draws no token again. Leave out --refine.")
-            cast(NextScalePipeline, pipeline).refine_with(cast(RefinementMode, refine))
-        names = pipeline.class_names
-        given = labels_from_words(classes, names) if classes else list(range(pipeline.num_classes)) or [None]
-        ids = resolve_labels(given, class_names=names, num_classes=pipeline.num_classes)
-        number = max(num_images, asked_before(out))
+            pipeline.refine_with(refine)
+        ids = _class_ids(pipeline, classes) if classes else list(range(pipeline.num_classes)) or [0]
+        number = max(num_images, _asked_before(out))
         request = SampleRequest.of(
             pipeline,
             [ids[index % len(ids)] for index in range(number)],
@@ -542,10 +501,16 @@ def draw_folder(
             save_picture(_grid(samples), out / GRID)
         if strip:
             save_picture(_strip(pipeline, samples, request), out / STRIP)
-        forwards = forwards_per_image(pipeline, request)
-        cost = "" if forwards is None else f"; {forwards} forwards each"
+        cost = "" if drawn.forwards_per_image is None else f"; {drawn.forwards_per_image} forwards each"
         by = "" if processes.count == 1 else " by the first process"
         logger.info("%d images in %s (%d drawn now%s)%s", number, out, drawn.count, by, cost)
+
+
+def _class_ids(pipeline: "AnyPipeline", words: Sequence[str]) -> list[int]:
+    """Class ids of labels as they are typed; no class where there is none."""
+    names = pipeline.class_names
+    labels = labels_from_words(words, names) or [None]
+    return resolve_labels(labels, class_names=names, num_classes=pipeline.num_classes)
 
 
 def _grid(samples: Samples) -> Image.Image:
@@ -569,10 +534,7 @@ def _strip(pipeline: "AnyPipeline", samples: Samples, request: SampleRequest) ->
     """The first images, step by step: drawn once more, from their own random numbers."""
     indices = list(range(min(len(samples), _STRIP_ROWS)))
     prepared = pipeline.prepared(len(indices), **request.decoding)
-    steps = pipeline.stream(
-        _asked(pipeline, request.labels[: len(indices)]), seed=request.seed, image_index=indices, output_type="pil",
-        **request.arguments, **prepared,
-    )  # fmt: skip
+    steps = pipeline.stream(**_call(pipeline, request, indices), output_type="pil", **prepared)
     # a step that was taken again counts as it is in the end
     last = {step.index: step.preview for step in steps if isinstance(step.preview, list)}
     columns = list(last.values())
@@ -602,24 +564,11 @@ def edit_image(
 ) -> None:
     """`isthmus edit`: edits of an image, and overview.png; the log says how many forwards were made now.
 
-    Args:
-        model: a pipeline folder or hub id.
-        out: folder of edits, new or of the same settings.
-        method: name of the method of `NextScalePipeline` that edits.
-        image: file to edit.
-        mask: file of the mask, for methods that take one.
-        classes: names or ids, taken in turn; none is no class.
-        num_images: results.
-        seed: result i is drawn from (seed, i).
-        settings: arguments of the method.
-        options: sampling options by name.
-        batch_size: results at once; None estimates what fits into memory.
-        device: see `load_pipeline`.
-        dtype: see `load_pipeline`.
+    `settings` are arguments of the method of the pipeline. `classes` are names or ids, taken in turn; none is no class.
+    The other arguments are those of `draw_folder`.
 
     Raises:
-        UserError: an argument is not usable, `out` holds something else, or memory ran out (names the next batch size
-            to try).
+        UserError: an argument is not usable, `out` holds something else, or memory ran out.
     """
     if not is_first_process():
         return  # a few images: nothing to share
@@ -627,19 +576,17 @@ def edit_image(
     inputs = (source,) if mask is None else (source, read_image(mask))
     dtype = dtype_name(dtype, device)
     pipeline = load_pipeline(model, device=device, dtype=dtype)
-    if not isinstance(pipeline, NextScalePipeline):
+    if method not in pipeline.edits:
         raise UserError(f"edits need a next-scale model (VAR, SRDD), got {model}, a {pipeline.kind}.")
-    given = labels_from_words(classes, pipeline.class_names) or [None]
-    ids = resolve_labels(given, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
-    sampling = pipeline.defaults.override(**options)
+    ids = _class_ids(pipeline, classes)
     files = {"image_sha256": sha256_of_file(image)} | ({} if mask is None else {"mask_sha256": sha256_of_file(mask)})
-    number = max(num_images, asked_before(out))
-    request = SampleRequest(
-        labels=[ids[index % len(ids)] for index in range(number)],
-        seed=seed,
-        sampling=sampling,
-        settings=_settings(pipeline, {"class_ids": ids}, seed, sampling, dtype) | {"edit": method, **files, **settings},
-        arguments={**settings, **options},
+    number = max(num_images, _asked_before(out))
+    labels = [ids[index % len(ids)] for index in range(number)]
+    plain = SampleRequest.of(pipeline, labels, classes={"class_ids": ids}, seed=seed, options=options, dtype=dtype)
+    request = replace(
+        plain,
+        settings={**plain.settings, "edit": method, **files, **settings},
+        arguments={**settings, **plain.arguments},
         method=method,
         inputs=inputs,
     )

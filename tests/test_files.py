@@ -78,6 +78,17 @@ def test_a_pipeline_is_saved_where_no_folder_can_be_replaced(tmp_path, make, mon
         assert before in (None, folder.stat().st_ino), "the same folder as before"
 
 
+def test_what_a_killed_writer_leaves_of_a_folder_does_not_make_it_full(tmp_path):
+    with written_whole(tmp_path) as temporary:
+        left = temporary.name
+        (temporary / "a").write_text("a")
+    (tmp_path / "a").unlink()
+    (tmp_path / left).mkdir()
+    with written_whole(tmp_path) as temporary:
+        (temporary / "b").write_text("b")
+    assert (tmp_path / "b").read_text() == "b"
+
+
 def test_what_is_written_whole_into_an_empty_folder_is_all_or_nothing(tmp_path):
     with pytest.raises(ValueError), written_whole(tmp_path) as temporary:
         (temporary / "half").touch()

@@ -12,66 +12,26 @@ from isthmus.dar.runs import (
     diffusion_tokenizer_preset,
     next_token_prior_preset,
 )
-from isthmus.dar.train_prior import build_llama
-from isthmus.dar.train_tokenizer import new_parts
+from isthmus.dar.train_prior import build_prior
+from isthmus.dar.train_tokenizer import build_parts
 from isthmus.errors import UserError
 from isthmus.next_scale.runs import (
+    DISTILL_PRESETS,
     PRIOR_PRESETS,
     SCALES_256,
-    SCALES_512,
     TOKENIZER_PRESETS,
     default_tokenizer_preset,
+    distill_preset,
     prior_preset,
     tokenizer_preset,
 )
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.training.arguments import given
 from isthmus.training.config import run_from_json, run_to_json
 
-
-def arguments(model: object) -> dict[str, object]:
-    return {name: value for name, value in asdict(model).items() if value is not None}
-
-
-@pytest.mark.parametrize("name", [n for n in TOKENIZER_PRESETS if not n.startswith("finetune")])
-def test_tokenizer_presets_have_the_size_they_name(name):
-    preset = TOKENIZER_PRESETS[name]
-    with torch.device("meta"):
-        model = MultiScaleVQVAE(**arguments(preset.run.model))
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert count == pytest.approx(preset.expected_params_millions, abs=0.01)
-    assert model.image_size == int(name.split("-")[1])
-
-
-@pytest.mark.parametrize("name", [n for n, p in PRIOR_PRESETS.items() if p.expected_params_millions])
-def test_published_priors_have_the_published_size(name):
-    preset = PRIOR_PRESETS[name]
-    with torch.device("meta"):
-        model = NextScaleTransformer(
-            scale_sizes=SCALES_512 if name.endswith("512") else SCALES_256,
-            codebook_size=4096,
-            codebook_dim=32,
-            num_classes=1000,
-            **arguments(preset.run.model),
-        )
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert count == pytest.approx(preset.expected_params_millions, abs=0.01)
-
-
-@pytest.mark.parametrize("name", [*TOKENIZER_PRESETS, *PRIOR_PRESETS])
-def test_presets_survive_json(name):
-    run = tokenizer_preset(name) if name in TOKENIZER_PRESETS else prior_preset(name)
-    assert run_from_json(type(run), run_to_json(run)) == run and run.preset == name
-
-
-def test_unknown_presets_and_sizes_are_refused_in_words():
-    with pytest.raises(UserError, match="small-32"):
-        tokenizer_preset("smal-32")
-    with pytest.raises(UserError, match="48"):
-        default_tokenizer_preset(image_size=48, from_model=False)
-
-
-# published parameters (spec of D-AR, 2.1) for 16,384 codes and 1,000 classes
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+# published parameters of D-AR (its spec, 2.1) for 16,384 codes and 1,000 classes
 PUBLISHED_PRIORS = {
     "dar-b": (768, 110_888_448),
     "dar-l": (1024, 342_910_976),
@@ -86,36 +46,62 @@ def count(*models):
     return sum(p.numel() for model in models for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in DIFFUSION_TOKENIZER_PRESETS if not n.startswith("finetune")])
-def test_dar_tokenizer_presets_have_the_size_they_name(name):
-    preset = DIFFUSION_TOKENIZER_PRESETS[name]
+def has_its_size(preset, *models):
+    return count(*models) / 1e6 == pytest.approx(preset.expected_params_millions, abs=0.01)
+
+
+def test_tokenizer_presets_have_the_size_they_name():
+    for name, preset in TOKENIZER_PRESETS.items():
+        if not name.startswith("finetune"):
+            with torch.device("meta"):
+                model = MultiScaleVQVAE(**given(preset.run.model))
+            assert has_its_size(preset, model) and model.image_size == int(name.split("-")[1]), name
+
+
+def test_published_priors_have_the_published_size():
+    for name, preset in PRIOR_PRESETS.items():
+        if preset.expected_params_millions:
+            scales = SCALES_512 if name.endswith("512") else SCALES_256
+            sizes = {"scale_sizes": scales, "codebook_size": 4096, "codebook_dim": 32, "num_classes": 1000}
+            with torch.device("meta"):
+                model = NextScaleTransformer(**sizes, **given(preset.run.model))
+            assert has_its_size(preset, model), name
+
+
+def test_dar_tokenizer_presets_have_the_size_they_name_and_the_published_one_its_weights():
+    for name, preset in DIFFUSION_TOKENIZER_PRESETS.items():
+        if not name.startswith("finetune"):
+            with torch.device("meta"):
+                parts = build_parts(preset.run)
+            assert has_its_size(preset, parts.image_tokenizer, parts.decoder), name
+            assert parts.scheduler.config["num_tokens"] == preset.run.model.num_tokens
+            if name == "dar-tokenizer-v1":
+                assert count(parts.image_tokenizer, parts.decoder) == PUBLISHED_TOKENIZER
+                assert parts.scheduler.windows() == tuple((start, start + 32) for start in range(0, 256, 32))
+
+
+def test_published_llamas_have_the_published_number_of_weights_and_head_rows_of_classes():
+    classes = tuple(map(str, range(1000)))
     with torch.device("meta"):
-        parts = new_parts(preset.run)
-    assert count(parts.image_tokenizer, parts.decoder) / 1e6 == pytest.approx(preset.expected_params_millions, abs=0.01)
-    assert parts.scheduler.config["num_tokens"] == preset.run.model.num_tokens
+        parts = build_parts(diffusion_tokenizer_preset("dar-tokenizer-v1"))
+        for name, (width, published) in PUBLISHED_PRIORS.items():
+            llama = build_prior(next_token_prior_preset(name), parts, None, classes)
+            assert llama.config.vocab_size == TokenLayout(16384, 1000, 256).vocab_size
+            assert count(llama) == published + 1001 * width, name
+            assert has_its_size(NEXT_TOKEN_PRIOR_PRESETS[name], llama), name
 
 
-def test_the_published_tokenizer_has_the_published_number_of_weights():
-    with torch.device("meta"):
-        parts = new_parts(diffusion_tokenizer_preset("dar-tokenizer-v1"))
-    assert count(parts.image_tokenizer, parts.decoder) == PUBLISHED_TOKENIZER
-    assert parts.scheduler.windows() == tuple((start, start + 32) for start in range(0, 256, 32))
-
-
-@pytest.mark.parametrize("name", PUBLISHED_PRIORS)
-def test_published_priors_have_the_published_number_of_weights_and_head_rows_of_classes(name):
-    width, published = PUBLISHED_PRIORS[name]
-    with torch.device("meta"):
-        llama = build_llama(next_token_prior_preset(name), TokenLayout(16384, 1000, 256))
-    assert count(llama) == published + 1001 * width
-    assert count(llama) / 1e6 == pytest.approx(NEXT_TOKEN_PRIOR_PRESETS[name].expected_params_millions, abs=0.01)
-
-
-@pytest.mark.parametrize("name", [*DIFFUSION_TOKENIZER_PRESETS, *NEXT_TOKEN_PRIOR_PRESETS])
-def test_dar_presets_survive_json(name):
-    known = name in DIFFUSION_TOKENIZER_PRESETS
-    run = diffusion_tokenizer_preset(name) if known else next_token_prior_preset(name)
-    assert run_from_json(type(run), run_to_json(run)) == run and run.preset == name
+def test_presets_survive_json():
+    for presets, named in (
+        (TOKENIZER_PRESETS, tokenizer_preset),
+        (PRIOR_PRESETS, prior_preset),
+        (DISTILL_PRESETS, distill_preset),
+        (DIFFUSION_TOKENIZER_PRESETS, diffusion_tokenizer_preset),
+        (NEXT_TOKEN_PRIOR_PRESETS, next_token_prior_preset),
+    ):
+        for name in presets:
+            run = named(name)
+            assert run_from_json(type(run), run_to_json(run)) == run and run.preset == name
 
 
 def test_the_published_tokenizer_has_no_option_that_the_published_recipe_lacks():
@@ -128,8 +114,8 @@ def test_the_published_tokenizer_has_no_option_that_the_published_recipe_lacks()
     assert preset.continuous_steps == preset.revive_every == 0
 
 
-def test_unknown_presets_are_refused_in_words():
-    with pytest.raises(UserError, match="dar-small-32"):
-        diffusion_tokenizer_preset("dar-smal-32")
-    with pytest.raises(UserError, match="dar-xl"):
-        next_token_prior_preset("dar-xll")
+def test_unknown_presets_and_sizes_are_refused_in_words():
+    with pytest.raises(UserError, match="small-32"):
+        tokenizer_preset("smal-32")
+    with pytest.raises(UserError, match="48"):
+        default_tokenizer_preset(48)

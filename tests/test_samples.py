@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from isthmus.errors import UserError
+from isthmus.files import claimed
 from isthmus.processes import Processes
 from isthmus.samples import MANIFEST, check_folder, draw, file_name, read
 from tests.pipelines.tiny import tiny_pipeline
@@ -98,9 +100,12 @@ def test_only_missing_and_damaged_images_are_drawn(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on(tmp_path):
-    """A real process, killed in the middle: what it left is used, and nothing is drawn twice."""
+@pytest.mark.parametrize("before", [0, 4], ids=["new", "growing"])
+def test_a_killed_process_goes_on(tmp_path, before):
+    """A real process, killed in the middle: what was there stays readable, what it left is used, nothing done twice."""
     folder, command = tmp_path / "killed", [sys.executable, "-m", "tests.tiny_samples"]
+    if before:
+        filled(tiny_pipeline(), folder, before)
     process = subprocess.Popen(
         [*command, str(folder)], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -108,14 +113,18 @@ def test_a_killed_process_goes_on(tmp_path):
     assert process.stdout.readline().strip() == "three images"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with pytest.raises(UserError, match="no finished samples"):
-        read(folder)
+    if before:
+        assert len(read(folder)) == before
+    with pytest.raises(UserError, match="no finished samples|lacks 4"):
+        read(folder, NUM)
     left = sorted(folder.glob("0*.png"))
     stamps = [path.stat().st_mtime_ns for path in left]
     samples, drawn = filled(tiny_pipeline(), folder)
-    assert drawn == NUM - len(left) == NUM - 3
+    assert drawn == NUM - len(left) == NUM - before - 3
     assert [path.stat().st_mtime_ns for path in left] == stamps
-    same(everything(samples), everything(filled(tiny_pipeline(), tmp_path / "whole")[0]))
+    whole, _ = filled(tiny_pipeline(), tmp_path / "whole")
+    assert samples.rows == whole.rows
+    same(everything(samples), everything(whole))
 
 
 def test_what_a_folder_holds_else_is_refused(tmp_path):
@@ -143,6 +152,8 @@ def test_what_a_folder_holds_else_is_refused(tmp_path):
             draw(pipeline, tmp_path / name, request)
     with pytest.raises(UserError, match="the file"):
         check_folder(tmp_path / "mine" / "thesis.txt", request)
+    with claimed(tmp_path / "a"), pytest.raises(UserError, match="one process works in a folder at a time"):
+        in_a_thread(lambda: draw(pipeline, tmp_path / "a", request))
 
 
 def test_what_stops_the_first_batch_leaves_nothing_behind(tmp_path):
@@ -153,21 +164,24 @@ def test_what_stops_the_first_batch_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def in_a_thread(work):
+    """What another process would meet: claims of one thread nest."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
 PICTURES = (Image.new("RGB", (8, 8)), Image.new("L", (8, 8), 255))
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "given", "said"),
-    [
+def test_what_a_model_does_not_take_is_refused():
+    for pipeline, given, said in (
         (tiny_pipeline(), {"steering": {"solver": "euler"}}, "no solver"),
         (tiny_pipeline(), {"decoding": {"int8": True}}, "no int8"),
         (tiny_pipeline(), {"options": {"top_k": 0}}, "top_k"),
         (tiny_dar(), {"steering": {"num_inference_steps": 0}}, "num_inference_steps"),
-    ],
-)
-def test_what_a_model_does_not_take_is_refused(pipeline, given, said):
-    with pytest.raises(UserError, match=said):
-        tiny_request(pipeline, **given)
+    ):
+        with pytest.raises(UserError, match=said):
+            tiny_request(pipeline, **given)
 
 
 def test_unlabelled_models(tmp_path):

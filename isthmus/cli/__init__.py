@@ -22,7 +22,7 @@ COMMANDS = {
     "demo": ("isthmus.cli.study:run_demo_command", "the whole story on built-in images: train, sample, report"),
     "train tokenizer": ("isthmus.cli.train:run_tokenizer", "train the image tokenizer, or fine-tune one"),
     "train prior": ("isthmus.cli.train:run_prior", "train a VAR, SRDD or D-AR prior, or fine-tune a model"),
-    "distill": ("isthmus.cli.train:run", "train a student on fewer scales, or under another mask, from a model"),
+    "distill": ("isthmus.cli.train:run_distill", "train a student on fewer scales, or under another mask"),
     "sample": ("isthmus.cli.sample:run", "draw images from a model"),
     "evaluate": ("isthmus.cli.evaluate:run", "score a model's samples, or anyone's images"),
     "compare": ("isthmus.cli.evaluate:run_compare", "one table of evaluations that were measured in the same way"),

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,19 @@ from isthmus.next_scale.runs import (
     DistillRun,
     PriorRun,
     TokenizerRun,
-    default_prior_preset,
     default_tokenizer_preset,
 )
-from isthmus.nn.component_files import read_config
+from isthmus.nn.component_files import read_config, read_json
 from isthmus.pipelines.folder import model_folder, read_index
-from isthmus.pipelines.options import SamplingOptions, guidance_text
-from isthmus.registry import imported, task_of
+from isthmus.pipelines.options import SamplingOptions
+from isthmus.registry import DEFAULT_PRESETS, imported, task_of
 from isthmus.training.config import (
-    AugmentConfig,
     Preset,
     PriorSampling,
     Run,
     explaining_places,
-    find_preset,
-    recorded_settings,
+    preset_run,
+    read_record,
     run_from_json,
     run_to_json,
 )
@@ -64,75 +62,69 @@ _ABOUT: dict[type[Run], str] = {
     "defaults are the teacher's where they are not given.",
     NextTokenPriorRun: "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
 }
-# functions by name: --help does without what they import
-_TRAIN_TOKENIZER = "isthmus.training.train_tokenizer:train_tokenizer"
-_TRAIN_PRIOR = "isthmus.training.train_prior:train_prior"
-_DISTILL = "isthmus.next_scale.distillation:distill"
 
 
 def run_tokenizer(arguments: Sequence[str]) -> None:
     """Train a tokenizer, or print what would be trained."""
     words, config, dry = own_options(arguments)
     presets = {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}
-    default = _tokenizer_preset_for(words) if not config else ""
-    base = base_run(words, config, (TokenizerRun, DiffusionTokenizerRun), presets, "tokenizer", default)
-    run_training(base, words, "isthmus train tokenizer", _TRAIN_TOKENIZER, dry, record=config)
+    base = base_run(words, config, presets, "tokenizer", _tokenizer_preset_for)
+    run_training(
+        base, words, "isthmus train tokenizer", "isthmus.training.train_tokenizer:train_tokenizer", dry, config
+    )
 
 
 def run_prior(arguments: Sequence[str]) -> None:
     """Train a prior, or print what would be trained."""
     words, config, dry = own_options(arguments)
     presets = {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}
-    default = _prior_preset_for(words) if not config else ""
-    base = base_run(words, config, (PriorRun, NextTokenPriorRun), presets, "prior", default)
-    run_training(base, words, "isthmus train prior", _TRAIN_PRIOR, dry, record=config)
+    base = base_run(words, config, presets, "prior", _prior_preset_for)
+    run_training(base, words, "isthmus train prior", "isthmus.training.train_prior:train_prior", dry, config)
 
 
 def base_run(
     words: Sequence[str],
     config: str,
-    kinds: Sequence[type[Run]],
     presets: Mapping[str, Preset[Any]],
     what: str,
-    default: str,
+    default: Callable[[Sequence[str]], str],
 ) -> Run:
     """The run that the options change: of a record, of the preset that is named, or of the default one."""
-    if config:
-        return _from_config(kinds, config, words)
-    name = option_value(words, "--preset") or default
-    return replace(find_preset(presets, name, what).run, preset=name)
+    preset = option_value(words, "--preset")
+    if not config:
+        return preset_run(presets, preset or default(words), what)
+    if preset:
+        raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
+    if not Path(config).is_file():
+        raise UserError(f"--config must be the run.json of a run, got {config}, which is no file.")
+    kinds = {type(preset.run).__name__: type(preset.run) for preset in presets.values()}
+    record = read_json(Path(config))
+    name = record.get("kind", next(iter(kinds)))
+    if name not in kinds:
+        raise UserError(f"{config} is not the record of a {' or a '.join(kinds)}. Use the command that wrote it.")
+    return run_from_json(kinds[name], record.get("run", record))
 
 
-def run_training(base: Run, words: list[str], prog: str, train: str, dry: bool, *, record: str = "") -> None:
+def run_training(base: Run, words: list[str], prog: str, train: str, dry: bool, record: str) -> None:
     """Train what the base run and the options on top of it say, or print it where `dry`.
 
-    `train` is the "module:function" that does it; `record` is the run.json that the base run was read from, where it
-    was.
+    `train` is the "module:function" that does it (--help does without its imports), `record` the run.json that the base
+    run was read from, if any.
     """
     about = _DESCRIPTION.format(about=_ABOUT[type(base)])
     run = parse(type(base), words, prog=prog, default=base, description=about)
     logger.debug("%s", json.dumps(run_to_json(run), indent=2))
-    with explaining_places(Path(record) if record else None, run_to_json(run)):
+    # --help does without torch
+    from isthmus.pipelines.memory import naming_next_batch_size
+
+    advice = f"Try --batch-size {max(run.batch_size // 2, 1)}."
+    if run.accumulate * 2 <= run.batch_size:
+        advice = f"Try --accumulate {run.accumulate * 2}: the same batch in smaller parts."
+    with explaining_places(Path(record), run_to_json(run)), naming_next_batch_size(run.batch_size, advice=advice):
         if dry:
             print(task_of(run).describe(run))
         else:
-            _train(run, train)
-
-
-def _train(run: Run, train: str) -> None:
-    try:
-        logger.info("done: %s", imported(train)(run))
-    except RuntimeError as error:
-        # imported here: it is loaded by now
-        from isthmus.pipelines.memory import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        if run.accumulate * 2 <= run.batch_size:
-            advice = f"Try --accumulate {run.accumulate * 2}: the same batch in smaller parts."
-        else:
-            advice = f"Try --batch-size {max(run.batch_size // 2, 1)}."
-        raise UserError(f"memory ran out at batch size {run.batch_size}. {advice}") from error
+            logger.info("done: %s", imported(train)(run))
 
 
 def own_options(arguments: Sequence[str], short: Mapping[str, str] = _SHORT) -> tuple[list[str], str, bool]:
@@ -162,74 +154,50 @@ def option_value(words: Sequence[str], option: str) -> str:
 
 
 def _tokenizer_preset_for(words: Sequence[str]) -> str:
-    if option_value(words, "--preset"):
-        return ""
-    model = option_value(words, "--from-model")
-    if model and _is_dar(model):
-        return "finetune-dar-tokenizer"
+    if model := option_value(words, "--from-model"):
+        return _presets_of(model)["tokenizer"]
     size = option_value(words, "--image-size")
     # a size that is no number is refused, in words, when the options are parsed
-    image_size = int(size) if size.isdigit() and not option_value(words, "--model.scale-sizes") else None
-    return default_tokenizer_preset(image_size=image_size, from_model=bool(model))
+    ours = size.isdigit() and not option_value(words, "--model.scale-sizes")
+    return default_tokenizer_preset(int(size) if ours else None)
 
 
 def _prior_preset_for(words: Sequence[str]) -> str:
-    if option_value(words, "--preset"):
-        return ""
-    model = option_value(words, "--from-model")
-    if any(_is_dar(path) for path in (model, option_value(words, "--tokenizer")) if path):
-        return "finetune-dar-prior" if model else "dar-prior-small"
-    return default_prior_preset(
-        from_model=bool(model), scale_attention=option_value(words, "--model.scale-attention") or None
-    )
+    if model := option_value(words, "--from-model"):
+        return _presets_of(model)["prior"]
+    presets = _presets_of(option_value(words, "--tokenizer"))
+    mask = option_value(words, "--model.scale-attention")
+    return presets.get(f"new {mask} prior", presets["new prior"])
 
 
-def _is_dar(model: str) -> bool:
-    """Whether a saved model, or the tokenizer of a run, is of the D-AR family.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    folder = model_folder(model)
-    inner = folder / "image_tokenizer"
-    folder = inner if inner.is_dir() else folder
-    return (folder / "config.json").is_file() and read_config(folder).get("_class_name") == "DiffusionTokenizer"
-
-
-def _from_config(kinds: Sequence[type[Run]], path: str, words: Sequence[str]) -> Run:
-    if option_value(words, "--preset"):
-        raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--config must be the run.json of a run, got {path}, which is no file.")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config must be JSON, {path} cannot be read ({error}).") from error
-    by_name = {kind.__name__: kind for kind in kinds}
-    name = record.get("kind", kinds[0].__name__) if isinstance(record, dict) else None
-    if name not in by_name:
-        raise UserError(f"{path} is not the record of a {' or a '.join(by_name)}. Use the command that wrote it.")
-    return run_from_json(by_name[name], record.get("run", record))
+def _presets_of(model: str) -> Mapping[str, str]:
+    """Those of the family of a saved model or tokenizer, of the next-scale family where none is named."""
+    name = None
+    if model:
+        folder = model_folder(model)
+        inner = folder / "image_tokenizer"
+        folder = inner if inner.is_dir() else folder
+        name = read_config(folder).get("_class_name") if (folder / "config.json").is_file() else None
+    return DEFAULT_PRESETS.get(str(name), DEFAULT_PRESETS["MultiScaleVQVAE"])
 
 
 # settings of the images that a student takes over from its teacher's run.json
-_DATA_FIELDS = ("data", "stream", "max_images")
+_DATA_FIELDS = ("data", "stream", "max_images", "classes", "augment")
 
 
-def run(arguments: Sequence[str]) -> None:
+def run_distill(arguments: Sequence[str]) -> None:
     """Distil a model, or print what would be trained."""
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--from-model", *arguments]
     words, config, dry = own_options(arguments, {"--from": "--from-model"})
-    base = base_run(words, config, (DistillRun,), DISTILL_PRESETS, "distillation", "distill-small")
+    base = base_run(words, config, DISTILL_PRESETS, "distillation", lambda _: "distill-small")
     assert isinstance(base, DistillRun), "the only kind that is asked for"
     teacher = option_value(words, "--from-model")
     if teacher and not config:
         base = taught_by(base, teacher, own_data=bool(option_value(words, "--data")))
     record = config or (str(model_folder(teacher) / "run.json") if teacher else "")
-    run_training(base, words, "isthmus distill", _DISTILL, dry, record=record)
+    run_training(base, words, "isthmus distill", "isthmus.next_scale.distillation:distill", dry, record)
 
 
 def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
@@ -245,25 +213,13 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
         raise UserError(
             f"only next-scale models (VAR, SRDD) have scales to leave out, {model} is a {index.get('_class_name')}."
         )
-    run = replace(run, sampling=_sampling(SamplingOptions.from_dict(index["sampling_defaults"])))
-    record = recorded_settings(folder)
-    if record:
-        given = {name: record[name] for name in _DATA_FIELDS if name in record}
-        classes = record.get("classes")
-        augment = AugmentConfig(**record["augment"]) if "augment" in record else run.augment
-        return replace(run, **given, classes=None if classes is None else tuple(classes), augment=augment)
+    run = replace(run, sampling=PriorSampling.of(SamplingOptions.from_dict(index["sampling_defaults"])))
+    if record := read_record(folder / "run.json").get("run"):
+        known = {name: record[name] for name in _DATA_FIELDS if name in record}
+        theirs = run_from_json(DistillRun, known)
+        return replace(run, **{name: getattr(theirs, name) for name in known})
     if not own_data:
         raise UserError(
             f"{model} does not say which images it was trained on (no run.json). Pass --data, and --classes for some."
         )
     return run
-
-
-def _sampling(options: SamplingOptions) -> PriorSampling:
-    return PriorSampling(
-        guidance=guidance_text(options.guidance_scale),
-        top_k=options.top_k,
-        top_p=options.top_p,
-        temperature=options.temperature,
-        smooth=options.smooth,
-    )

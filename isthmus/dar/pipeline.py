@@ -18,7 +18,7 @@ from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, decode_tokens, f
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.options import DAROptions, Solver
 from isthmus.dar.prior import TokenLayout
-from isthmus.dar.sampling import Prefix, generate_tokens, log_likelihood, refuse_smooth
+from isthmus.dar.sampling import Prefix, generate_tokens, log_likelihood
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
@@ -83,6 +83,7 @@ class DARPipeline(SavedPipeline):
     Raises UserError where the components do not belong together, or names or defaults do not fit them.
     """
 
+    has_solver = True
     parts = {
         "image_tokenizer": DiffusionTokenizer,
         "decoder": FlowDecoder,
@@ -301,7 +302,11 @@ class DARPipeline(SavedPipeline):
 
     def check_options(self, options: SamplingOptions) -> None:
         """Raise UserError where this model cannot draw with these options."""
-        refuse_smooth(options)
+        if options.smooth:
+            raise UserError(
+                "smooth mixes the codes of a whole scale, and a next-token prior draws one token at a time. Leave it "
+                "out; a lower temperature gives calmer images."
+            )
         super().check_options(options)
 
     @property

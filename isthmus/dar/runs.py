@@ -1,7 +1,4 @@
-"""Runs of the D-AR family, and named ones with what each must measure. This file imports nothing heavy.
-
-The command line is derived from it.
-"""
+"""Runs of the D-AR family, and named ones. Nothing heavy is imported: the command line is derived from them."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,16 +11,16 @@ from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
     AugmentConfig,
+    ImagesRun,
     OptimConfig,
+    PerceptualLoss,
     Preset,
     PriorSampling,
-    Run,
     TokensRun,
     check_not_negative,
     check_positive,
     check_share,
-    find_preset,
-    tied_revival,
+    preset_run,
 )
 
 
@@ -69,8 +66,11 @@ class FlowSettings(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionTokenizerLoss:
-    """Weights of the losses, and the noise levels they are measured at. 0 leaves a loss out."""
+class DiffusionTokenizerLoss(PerceptualLoss):
+    """Weights of the losses, and the noise levels they are measured at. 0 leaves a loss out.
+
+    The perceptual distance is that of the image that `jump` is about.
+    """
 
     flow: float = 1.0
     """Squared error of the velocity over data_std^2."""
@@ -82,14 +82,8 @@ class DiffusionTokenizerLoss:
     """Squared error of the image that one straight step from here to the end would give."""
     canvas: float = 0.0
     """Squared error of the image that the tokens so far have painted; for decoders with a canvas."""
-    perceptual: float = 0.0
-    """Distance of frozen features between that image and the true one."""
-    perceptual_network: Literal["lite0", "lpips"] = "lite0"
-    """EfficientNet-Lite0 (comes with Isthmus) or LPIPS on VGG16 (needs lpips_weights)."""
     perceptual_taps: tuple[int, ...] = (0, 2, 4, 10, 14)
     """lite0 only: blocks that are compared; the last ones see little in small images."""
-    lpips_weights: tuple[Path, ...] = ()
-    """LPIPS only: files that hold the VGG16 weights and the linear heads."""
     alignment: float = 0.0
     """1 - cosine between a projection of the decoder's inner features and those of a frozen network (REPA)."""
     alignment_layer: int = 8
@@ -115,17 +109,12 @@ class DiffusionTokenizerLoss:
     """Largest raw time that is drawn (0 = noise, 1 = image)."""
 
     def __post_init__(self):
-        check_not_negative(self, "flow", "codebook", "commitment", "jump", "canvas")
-        check_not_negative(self, "perceptual", "alignment", "readout")
+        super().__post_init__()
+        check_not_negative(self, "flow", "codebook", "commitment", "jump", "canvas", "alignment", "readout")
         check_positive(self, "noise_levels", "latest_time", "readout_size", "alignment_layer")
         check_share(self, "latest_time")
         if not self.perceptual_taps or not self.alignment_taps:
             raise UserError("loss.perceptual_taps and loss.alignment_taps need at least one block each, got none.")
-        if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
-            raise UserError(
-                f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
-                f"{self.perceptual_network}. Pass both or neither."
-            )
         if (self.alignment_network == "dinov2") != (self.alignment_folder is not None):
             raise UserError(
                 f"loss.alignment_folder goes with loss.alignment_network dinov2, got {self.alignment_folder} with "
@@ -134,18 +123,9 @@ class DiffusionTokenizerLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionTokenizerRun(Run):
+class DiffusionTokenizerRun(ImagesRun):
     """`isthmus train tokenizer` for the D-AR family."""
 
-    freeze_encoder: bool = False
-    """Train the causal stack and the decoder alone (with --from): token ids stay what they were."""
-    continuous_steps: int = 100
-    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs. 0 starts it
-    at random. One that goes on from a model (--from) has its codebook."""
-    revive_every: int = 100
-    """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
-    usage_warning: float = 0.2
-    """Share of codes in use under which a warning is printed."""
     gap_warning: float = 0.5
     """Gain in dB of an image's own codes over another image's under which a warning is printed."""
     validation_images: int = 128
@@ -163,20 +143,12 @@ class DiffusionTokenizerRun(Run):
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "continuous_steps", "revive_every", "gap_warning")
-        check_share(self, "usage_warning")
+        check_not_negative(self, "gap_warning")
         if self.validation_images < 2:
             raise UserError(
                 f"validation_images must be at least 2 (codes are compared with another image's), got "
                 f"{self.validation_images}."
             )
-        if self.freeze_encoder and not self.from_model:
-            raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
-
-    def tied_to_length(self, before: int, taken: int) -> list[str]:
-        """Also the end of revival, which is a share of the steps."""
-        revival = [] if self.freeze_encoder else tied_revival(self.revive_every, before, self.num_steps, taken)
-        return super().tied_to_length(before, taken) + revival
 
 
 class LlamaModel(
@@ -265,7 +237,6 @@ _SMALL_TOKENIZER = DiffusionTokenizerRun(
         perceptual=0.5,
         # the later blocks see little at 32 px and are most of the cost
         perceptual_taps=(0, 2, 4),
-        noise_levels=1,
         times="balanced",
         latest_time=15 / 16,
     ),
@@ -342,7 +313,6 @@ DIFFUSION_TOKENIZER_PRESETS: dict[str, Preset[DiffusionTokenizerRun]] = {
     "finetune-dar-tokenizer": Preset(
         "continue a saved D-AR tokenizer at a lower rate",
         DiffusionTokenizerRun(
-            num_steps=1000,
             continuous_steps=0,
             revive_every=0,
             ema_decay=0.995,
@@ -425,12 +395,12 @@ NEXT_TOKEN_PRIOR_PRESETS: dict[str, Preset[NextTokenPriorRun]] = {
 
 def diffusion_tokenizer_preset(name: str) -> DiffusionTokenizerRun:
     """The run of a D-AR tokenizer preset. Raises `UserError` for an unknown name."""
-    return replace(find_preset(DIFFUSION_TOKENIZER_PRESETS, name, "D-AR tokenizer").run, preset=name)
+    return preset_run(DIFFUSION_TOKENIZER_PRESETS, name, "D-AR tokenizer")
 
 
 def next_token_prior_preset(name: str) -> NextTokenPriorRun:
     """The run of a D-AR prior preset. Raises `UserError` for an unknown name."""
-    return replace(find_preset(NEXT_TOKEN_PRIOR_PRESETS, name, "D-AR prior").run, preset=name)
+    return preset_run(NEXT_TOKEN_PRIOR_PRESETS, name, "D-AR prior")
 
 
 def describe_folder(folder: Path) -> tuple[dict[str, str], int]:

@@ -64,8 +64,6 @@ def generate_tokens(
     for name, count in (("sampling options", len(each)), ("(seed, image index) pairs", len(image_seeds))):
         if count != batch:
             raise UserError(f"one of the {name} is needed per image, got {count} for {batch} class labels.")
-    for one in each:
-        refuse_smooth(one)
     if list(stops) != sorted(stops) or not all(0 <= stop <= layout.num_tokens for stop in stops):
         raise UserError(
             f"stops are token counts in 0..{layout.num_tokens} that do not decrease, got {list(stops)}. "
@@ -75,7 +73,7 @@ def generate_tokens(
     if not all(0 <= label <= layout.num_classes for label in labels):
         raise UserError(f"class labels must be 0..{layout.num_classes} (the null label), got {labels}.")
     lengths = [0] * batch if prefix is None else prefix.lengths
-    plan = _Plan.of(layout, labels, image_seeds, each, transformer.device)
+    plan = _Plan(layout, labels, image_seeds, each, transformer.device)
     if decoder is not None:
         decoder.check_belongs(StoredLlama.of(transformer), layout)
     tokens = torch.zeros(batch, layout.num_tokens, dtype=torch.long, device=transformer.device)
@@ -89,54 +87,33 @@ def generate_tokens(
     return _turns(decoder, layout, plan, tokens, lengths, stops)
 
 
-@dataclass(frozen=True)
 class _Plan:
-    """Everything about the draws that is known before the first token.
+    """Everything about the draws that is known before the first token."""
 
-    Attributes:
-        guided: per token, whether any image is guided there.
-        temperature: None where it is 1 for all.
-        filters: (top_k, top_p, rows that use them); rows None stands for all.
-    """
-
-    class_labels: Int[Tensor, " b"]
-    guidance: Float[Tensor, "b n"]
-    guided: tuple[bool, ...]
-    temperature: Float[Tensor, "b 1"] | None
-    filters: tuple[tuple[int | None, float | None, Int[Tensor, " _"] | None], ...]
-    uniforms: Float[Tensor, "b n"]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         layout: TokenLayout,
         labels: Sequence[int],
         image_seeds: Sequence[tuple[int, int]],
         options: Sequence[SamplingOptions],
         device: torch.device,
-    ) -> "_Plan":
+    ):
         # an image without a class has nothing to be guided away from
         guidance = [
             guidance_values(one.guidance_scale if label != layout.null_class_id else 1.0, layout.num_tokens)
             for one, label in zip(options, labels, strict=True)
         ]
-        temperatures = [float(one.temperature) for one in options]
-        by_filter: dict[tuple[int | None, float | None], list[int]] = {}
+        # per token, whether any image is guided there
+        self.guided = [any(value != 1 for value in column) for column in zip(*guidance, strict=True)]
+        self.guidance = torch.tensor(guidance, device=device, dtype=torch.float32)
+        temperatures = [[float(one.temperature)] for one in options]
+        self.temperature = torch.tensor(temperatures, device=device, dtype=torch.float32)
+        rows_of: dict[tuple[int | None, float | None], list[int]] = {}
         for row, one in enumerate(options):
-            by_filter.setdefault((one.top_k, one.top_p), []).append(row)
-        return cls(
-            class_labels=torch.tensor(labels, device=device),
-            guidance=torch.tensor(guidance, device=device, dtype=torch.float32),
-            guided=tuple(any(value != 1 for value in column) for column in zip(*guidance, strict=True)),
-            temperature=None
-            if set(temperatures) == {1.0}
-            else torch.tensor(temperatures, device=device, dtype=torch.float32).unsqueeze(1),
-            filters=tuple(
-                (top_k, top_p, torch.tensor(rows, device=device) if len(by_filter) > 1 else None)
-                for (top_k, top_p), rows in by_filter.items()
-            ),
-            uniforms=token_uniforms(image_seeds, 0, layout.num_tokens).to(device),
-        )
+            rows_of.setdefault((one.top_k, one.top_p), []).append(row)
+        self.filters = [(*filters, torch.tensor(rows, device=device)) for filters, rows in rows_of.items()]
+        self.uniforms = token_uniforms(image_seeds, 0, layout.num_tokens).to(device)
+        self.class_labels = torch.tensor(labels, device=device)
 
     @property
     def num_with_null_rows(self) -> int:
@@ -149,10 +126,9 @@ class _Plan:
         cond, uncond = logits[:batch], logits[batch:]
         if self.guided[position]:
             cond = torch.lerp(uncond, cond, self.guidance[:, position : position + 1])
-        if self.temperature is not None:
-            cond = cond / self.temperature
+        cond = cond / self.temperature
         for top_k, top_p, rows in self.filters:
-            if rows is None:
+            if len(self.filters) == 1:
                 cond = filter_logits(cond, top_k=top_k, top_p=top_p)
             elif (top_k, top_p) != (None, None):
                 cond = cond.index_copy(0, rows, filter_logits(cond[rows], top_k=top_k, top_p=top_p))
@@ -193,15 +169,6 @@ def _turns(
                 tokens[:, position] = drawn
         yield tokens[:, start:stop].clone()
         start = stop
-
-
-def refuse_smooth(options: SamplingOptions) -> None:
-    """Raise UserError where codes are to be mixed: a next-token prior draws one at a time."""
-    if options.smooth:
-        raise UserError(
-            "smooth mixes the codes of a whole scale, and a next-token prior draws one token at a time. Leave it out; "
-            "a lower temperature gives calmer images."
-        )
 
 
 @torch.no_grad()

@@ -127,7 +127,9 @@ class DINOv2Features(nn.Module):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self.network, self.num_extra = _load_dino(folder)
+        self.network = _load_dino(folder)
+        # rows that are no patches: class and registers
+        self.num_extra = 1 + int(getattr(self.network.config, "num_register_tokens", 0))
         self.side = _DINO_GRID * int(self.network.config.patch_size)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
@@ -142,7 +144,7 @@ class DINOv2Features(nn.Module):
 
 
 def frozen_features(config: DiffusionTokenizerLoss) -> nn.Module:
-    """The network that a run aligns with. Raises `UserError` where its files do not fit."""
+    """The network that a run aligns with; UserError where its files do not fit."""
     if config.alignment_network == "lite0":
         return Lite0Features(config.alignment_taps)
     assert config.alignment_folder is not None, "the run checks that it is given"
@@ -156,8 +158,7 @@ def feature_shape(network: nn.Module, image_size: int) -> tuple[int, int]:
     return features.shape[1], features.shape[2]
 
 
-def _load_dino(folder: Path) -> tuple[Any, int]:
-    """The network and its number of rows that are no patches (class and registers)."""
+def _load_dino(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"loss.alignment_folder must hold a DINOv2 saved by transformers, got {folder}. Check the path."
@@ -178,36 +179,33 @@ def _load_dino(folder: Path) -> tuple[Any, int]:
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"the DINOv2 in {folder} lacks {len(missing)} weights (first: {missing[:3]}). Copy it again.")
-    return network, 1 + int(getattr(config, "num_register_tokens", 0))
+    return network
 
 
 @dataclass
 class DiffusionTrainingOutput:
     """What one pass of tokenizer and decoder gives; row i * k + j of `rows` is noise level j of image i.
 
-    Attributes:
-        velocity, target: the decoder's velocity and the true one, fp32.
-        jump: the image that one straight step to the end would give.
-        token_ids: None where quantisation was left out.
-        latents: unit vectors before quantisation.
-        codebook_errors, commitment_errors: squared errors of each token.
-        ends: number of tokens up to the end of the window that drives each noise level.
-        aligned: inner features of the decoder as the frozen network's; None where left out.
-        readout: small images read off the first groups of tokens; None where left out.
-        canvas: what the tokens so far have painted, as images; None for decoders without a canvas.
+    What was left out is None: quantisation, alignment, readout, a canvas.
     """
 
     velocity: Float[Tensor, "rows 3 h w"]
     target: Float[Tensor, "rows 3 h w"]
     jump: Float[Tensor, "rows 3 h w"]
+    """The image that one straight step to the end would give."""
     token_ids: Int[Tensor, "b n"] | None
     latents: Float[Tensor, "b n d"]
+    """Unit vectors before quantisation."""
     codebook_errors: Float[Tensor, "b n"]
     commitment_errors: Float[Tensor, "b n"]
     ends: Int[Tensor, "b k"]
+    """Number of tokens up to the end of the window that drives each noise level."""
     aligned: Float[Tensor, "rows c r r"] | None = None
+    """Inner features of the decoder as the frozen network's."""
     readout: Float[Tensor, "b groups 3 s s"] | None = None
+    """Small images read off the first groups of tokens."""
     canvas: Float[Tensor, "rows 3 h w"] | None = None
+    """What the tokens so far have painted, as images."""
 
 
 def diffusion_losses(
@@ -231,7 +229,8 @@ def diffusion_losses(
     levels = output.ends.shape[1]
     repeated = images.repeat_interleave(levels, dim=0)
     # the jump is measured even where it is not trained on: its error is what one sees of a diffusion's progress
-    losses = {"flow": flow_loss(output.velocity, output.target, data_std), "jump": F.mse_loss(output.jump, repeated)}
+    losses = {"flow": F.mse_loss(output.velocity, output.target), "jump": F.mse_loss(output.jump, repeated)}
+    losses["flow"] = losses["flow"] / data_std**2  # measured in images, not in states
     losses["weighted/flow"] = config.flow * losses["flow"]
     if config.jump:
         losses["weighted/jump"] = config.jump * losses["jump"]
@@ -253,13 +252,6 @@ def diffusion_losses(
         losses["readout"] = readout_loss(output.readout, images)
         losses["weighted/readout"] = config.readout * losses["readout"]
     return losses
-
-
-def flow_loss(
-    velocity: Float[Tensor, "rows 3 h w"], target: Float[Tensor, "rows 3 h w"], data_std: float
-) -> Float[Tensor, ""]:
-    """mean((v_pred - v)^2) / data_std^2, which is measured in images, not in states."""
-    return F.mse_loss(velocity.float(), target) / data_std**2
 
 
 def prefix_mean(

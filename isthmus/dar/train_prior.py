@@ -1,7 +1,6 @@
 """Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it.
 
-Dropout masks belong to training positions: they are drawn again from their seeds wherever they are needed, so
-recomputed activations get the same ones.
+Dropout masks belong to training positions: they are drawn again from their seeds wherever they are needed.
 """
 
 import copy
@@ -18,33 +17,35 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from isthmus.dar.decoding import SolverPlan, flow_steps, image_noise
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.prior import TokenLayout, new_prior, next_token_inputs, next_token_loss
-from isthmus.dar.runs import LlamaModel, NextTokenPriorRun
+from isthmus.dar.runs import NextTokenPriorRun
 from isthmus.dar.sampling import generate_tokens
 from isthmus.dar.train_tokenizer import TokenizerParts, load_parts
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.source import ImageSource
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.nn.draws import EMBEDDING_DROPOUT, RESIDUAL_DROPOUT, stream
-from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.saved_model import without_values
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
-from isthmus.pipelines.loading import load_pipeline
 from isthmus.training.arguments import given
 from isthmus.training.checkpoints import gathered
-from isthmus.training.cost import report, training_cost, training_source
-from isthmus.training.images import dropped_labels, open_splits
+from isthmus.training.cost import report, training_cost
+from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import save_samples
-from isthmus.training.saved_networks import export_pipeline, kept_classes, sampling_options
-from isthmus.training.train_prior import PriorTask
+from isthmus.training.saved_networks import (
+    export_pipeline,
+    kept_classes,
+    load_model,
+    refuse_contradictions,
+    sampling_options,
+)
+from isthmus.training.train_prior import PriorTask, bits_by_level
 
 _SEEDS = 2**63
 
@@ -74,16 +75,12 @@ def residual_seeds(positions: Int[Tensor, " b"], num_layers: int, *, seed: int) 
 class ResidualDropout:
     """Dropout of what attention and feed-forward add to the residual stream, as hooks on a stock Llama.
 
-    Args:
-        transformer: the Llama; it is not changed but for the hooks, while they are attached.
-        rate: share that is zeroed, in [0, 1); 0 attaches nothing.
-
-    Attributes:
-        seeds: (b, layers, 2) of the batch that goes through next.
+    `rate` is the share that is zeroed, in [0, 1); 0 attaches nothing.
     """
 
     def __init__(self, transformer: LlamaForCausalLM, rate: float):
         self.transformer, self.rate = transformer, rate
+        # of the batch that goes through next
         self.seeds: Int[Tensor, "b layers 2"] | None = None
 
     @contextmanager
@@ -110,29 +107,26 @@ class ResidualDropout:
 
 @dataclass
 class NextTokenLosses:
-    """What one batch gave.
-
-    Attributes:
-        total: mean cross-entropy, nats per token: what is minimised.
-        nats: (b, l), cross-entropy of every token.
-        hits: (b, l), whether the likeliest code was the right one.
-    """
+    """What one batch gave."""
 
     total: Float[Tensor, ""]
+    """What is minimised: the mean of `nats`."""
     nats: Float[Tensor, "b l"]
+    """Cross-entropy of every token."""
     hits: Bool[Tensor, "b l"]
+    """Whether the likeliest code was the right one."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """Loss, token accuracy, and nats of every place in the sequence."""
+        return {"loss": self.total.detach(), "token_accuracy": self.hits.float().mean(), "nats": self.nats.mean(dim=0)}
 
 
 class NextTokenObjective(nn.Module):
     """A Llama and its loss as one network for the optimizer, the averages and the processes.
 
     The head is applied to its first `codebook_size` rows only: the rows of class ids, which are zero, are never
-    predicted, never get a gradient and stay zero.
-
-    Args:
-        transformer: the Llama.
-        layout: of its vocabulary.
-        embedding_dropout: share of the entries of embedded words that is zeroed in training mode.
+    predicted, never get a gradient and stay zero. `embedding_dropout` is the share of the entries of embedded words
+    that is zeroed in training mode.
     """
 
     def __init__(self, transformer: LlamaForCausalLM, layout: TokenLayout, *, embedding_dropout: float = 0.0):
@@ -152,12 +146,9 @@ class NextTokenObjective(nn.Module):
         token_ids: Int[Tensor, "b l"],
         embedding_seeds: Sequence[int] | None = None,
     ) -> NextTokenLosses:
-        """Losses of all tokens at once (teacher forcing).
+        """Losses of all tokens at once (teacher forcing), of labels 0..num_classes, the last being the null label.
 
-        Args:
-            class_labels: 0..num_classes, where num_classes is the null label.
-            token_ids: all tokens of the images.
-            embedding_seeds: one per image, for the dropout of the embeddings; None drops nothing.
+        Without `embedding_seeds`, one per image, no embeddings are dropped.
         """
         inputs = next_token_inputs(self.layout, class_labels, token_ids[:, :-1])
         embedded = self.transformer.get_input_embeddings()(inputs)
@@ -167,30 +158,6 @@ class NextTokenObjective(nn.Module):
         logits = F.linear(hidden, self.transformer.lm_head.weight[: self.layout.codebook_size]).float()
         nats = next_token_loss(logits, token_ids)
         return NextTokenLosses(nats.mean(), nats.detach(), logits.detach().argmax(dim=-1) == token_ids)
-
-
-def nats_by_group(nats: Float[Tensor, "b l"], num_groups: int) -> Float[Tensor, " groups"]:
-    """Mean over images and over the tokens of each group.
-
-    >>> import torch
-    >>> nats_by_group(torch.tensor([[1.0, 3.0, 5.0, 5.0]]), 2)
-    tensor([2., 5.])
-    """
-    return nats.mean(dim=0).unflatten(0, (num_groups, -1)).mean(dim=1)
-
-
-def load_dar_model(path: str) -> tuple[TokenizerParts, LlamaForCausalLM, tuple[str, ...]]:
-    """Everything of a saved pipeline, to go on training: tokenizer parts, prior, class names (none without names).
-
-    Raises:
-        UserError: there is none, or it is of another family.
-    """
-    pipeline = load_pipeline(path, device="cpu")
-    if not isinstance(pipeline, DARPipeline):
-        raise UserError(f"{path} holds a {type(pipeline).__name__}, no model of the D-AR family. Pass another model.")
-    names = names_in_order(pipeline.class_names)
-    parts = TokenizerParts(pipeline.image_tokenizer, pipeline.decoder, pipeline.scheduler)
-    return parts, pipeline.transformer, names
 
 
 def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> LlamaForCausalLM:
@@ -208,33 +175,19 @@ def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> 
     return averaged.eval().requires_grad_(False)
 
 
-_SIZES = {
-    "width": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "feed_forward_width": "intermediate_size",
-}
-
-
 class NextTokenPriorTask(PriorTask):
-    """A Llama on the tokens of a D-AR tokenizer, as the training loop asks for it.
-
-    Attributes:
-        sharded: what FSDP2 gathers one by one.
-        parts: tokenizer, decoder and scheduler, all frozen.
-        train, held_out: images.
-        network: the Llama with its objective.
-        options: how previews are drawn, and the defaults of the saved pipeline.
-    """
+    """A Llama on the tokens of a D-AR tokenizer, as the training loop asks for it."""
 
     sharded = ("LlamaDecoderLayer",)
+    level = "group"
 
     def __init__(self, run: NextTokenPriorRun):
         self.run = run
-        self.parts, self.train, self.held_out, llama = prepare(run)
+        self.parts, saved = starting_point(run)
         self.tokenizer = self.encoder = self.parts.image_tokenizer
-        self.facts: dict[str, object] = {}
         self.image_size: int = self.tokenizer.config["image_size"]
+        self.train, self.held_out = open_splits(run, self.image_size)
+        llama = build_prior(run, self.parts, saved, self.train.class_names)
         self._groups: int = self.tokenizer.config["num_groups"]
         self.layout = layout_of(self.tokenizer.config, len(self.train.class_names))
         self.network = NextTokenObjective(llama, self.layout, embedding_dropout=run.embedding_dropout)
@@ -252,11 +205,12 @@ class NextTokenPriorTask(PriorTask):
     def describe(run: NextTokenPriorRun) -> str:
         """Settings, size, cost and memory of a run. No weight is allocated."""
         with without_values():
-            start = starting_point(run)
-        source = training_source(run, start.image_size)
+            parts, saved = starting_point(run)
+        config = parts.image_tokenizer.config
+        source = open_split(run, config["image_size"], "train")
         with without_values():
-            llama = build_prior(run, start, source.class_names)
-        layout = layout_of(start.parts.image_tokenizer.config, len(source.class_names))
+            llama = build_prior(run, parts, saved, source.class_names)
+        layout = layout_of(config, len(source.class_names))
 
         def forward(network: LlamaForCausalLM) -> object:
             known = torch.zeros(1, layout.num_tokens - 1, dtype=torch.long)
@@ -280,34 +234,27 @@ class NextTokenPriorTask(PriorTask):
     def losses(self, model: nn.Module, batch: Batch, step: int) -> NextTokenLosses:
         """Losses of one part of a batch, on the device of the model."""
         run, positions, device = self.run, batch["position"], self.tokenizer.device
-        labels = dropped_labels(
-            batch["class_label"].to(device),
-            positions,
-            rate=run.label_dropout,
-            null_class_id=self.layout.null_class_id,
-            seed=run.seed,
-        )
+        labels, null = batch["class_label"].to(device), self.layout.null_class_id
+        labels = dropped_labels(labels, positions, rate=run.label_dropout, null_class_id=null, seed=run.seed)
         if run.residual_dropout:
             num_layers = self.network.transformer.config.num_hidden_layers
             self._dropout.seeds = residual_seeds(positions, num_layers, seed=run.seed)
         seeds = embedding_seeds(positions, seed=run.seed) if run.embedding_dropout else None
         return model(labels, batch["token_ids"].to(device), seeds)
 
-    def part_values(self, losses: NextTokenLosses, batch: Batch) -> dict[str, Tensor]:
-        """What is logged of one part of a batch: loss, token accuracy, and nats per token of every group."""
-        return {
-            "loss": losses.total,
-            "token_accuracy": losses.hits.float().mean(),
-            "nats": nats_by_group(losses.nats, self._groups),
-        }
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of every group."""
+        return dict.fromkeys(range(self._groups), self.layout.num_tokens // self._groups)
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
-        """One log line of training: the loss, token accuracy, bits per token in all and of every group."""
-        values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
-        return values | bits_by_group("train", means["nats"])
+        """The line of all tasks, from the means of groups."""
+        return super().step_values(means | {"nats": self._by_group(means["nats"])}, step)
+
+    def _by_group(self, nats: Float[Tensor, " l"]) -> Float[Tensor, " groups"]:
+        return nats.unflatten(0, (self._groups, -1)).mean(dim=1)
 
     def averaged(self, ema: ExponentialMovingAverage) -> LlamaForCausalLM:
-        """A copy that holds the averages; every process must call it where weights are sharded."""
+        """A copy that holds the averages."""
         return averaged_llama(self.network, ema)
 
     def token_ids(self, images: Tensor) -> Tensor:
@@ -319,7 +266,7 @@ class NextTokenPriorTask(PriorTask):
         """Bits per token of held-out images, in all and per group."""
         objective = NextTokenObjective(model, self.layout).eval()
         nats = [objective(label, ids).nats for ids, label in zip(token_ids.split(32), labels.split(32), strict=True)]
-        return bits_by_group("val", nats_by_group(torch.cat(nats), self._groups))
+        return bits_by_level("val", "group", self._by_group(torch.cat(nats).mean(dim=0)), self.lengths(0))
 
     @torch.no_grad()
     def save_samples(self, model: LlamaForCausalLM, folder: Path, step: int) -> None:
@@ -340,69 +287,42 @@ class NextTokenPriorTask(PriorTask):
         return export_pipeline(accelerator, self.run, self.train, self.options, DARPipeline, **networks)
 
 
-def prepare(
-    run: NextTokenPriorRun,
-) -> tuple[TokenizerParts, ImageSource | ImageStream, ImageSource, LlamaForCausalLM]:
-    """Tokenizer, training images, held-out images and the Llama to train.
-
-    Raises:
-        UserError: something is missing or contradicts the saved model.
-    """
-    start = starting_point(run)
-    train, held_out = open_splits(run, start.image_size)
-    return start.parts, train, held_out, build_prior(run, start, train.class_names)
-
-
-@dataclass(frozen=True)
-class StartingPoint:
-    """What a run finds saved.
-
-    Attributes:
-        parts: tokenizer, decoder and scheduler.
-        llama: the prior to go on from; None for a new one.
-        class_names: of that prior; empty where classes have no names.
-    """
-
-    parts: TokenizerParts
-    llama: LlamaForCausalLM | None = None
-    class_names: tuple[str, ...] = ()
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
-        return self.parts.image_tokenizer.config["image_size"]
-
-
-def starting_point(run: NextTokenPriorRun) -> StartingPoint:
-    """The tokenizer that a run names, and the prior where it names a whole model.
-
-    Raises:
-        UserError: the run names neither, or the tokenizer has no codes.
-    """
-    if run.from_model:
-        start = StartingPoint(*load_dar_model(run.from_model))
+def starting_point(run: NextTokenPriorRun) -> tuple[TokenizerParts, DARPipeline | None]:
+    """The tokenizer of a run, and the saved model that it goes on from; UserError for none, or one without codes."""
+    saved = load_model(run.from_model, DARPipeline) if run.from_model else None
+    if saved is not None:
+        parts = TokenizerParts(saved.image_tokenizer, saved.decoder, saved.scheduler)
     elif run.tokenizer:
-        start = StartingPoint(load_parts(run.tokenizer))
+        parts = load_parts(run.tokenizer)
     else:
         raise UserError(
             "a prior needs a tokenizer, got none. Pass --tokenizer FOLDER (of a tokenizer run) or --from MODEL."
         )
-    if not start.parts.image_tokenizer.config["quantized"]:
+    if not parts.image_tokenizer.config["quantized"]:
         raise UserError("a prior predicts codes, and this tokenizer keeps its tokens continuous. Train one with codes.")
-    return start
+    return parts, saved
 
 
-def build_prior(run: NextTokenPriorRun, start: StartingPoint, class_names: Sequence[str]) -> LlamaForCausalLM:
-    """The Llama to train on images of these classes: new, or from a saved model.
+def build_prior(
+    run: NextTokenPriorRun, parts: TokenizerParts, saved: DARPipeline | None, class_names: Sequence[str]
+) -> LlamaForCausalLM:
+    """The Llama to train on images of these classes: new, or a saved one.
 
     Raises:
         UserError: a size is missing, does not fit, or contradicts the saved model.
     """
-    layout = layout_of(start.parts.image_tokenizer.config, len(class_names))
-    if start.llama is None:
-        return build_llama(run, layout)
-    kept = kept_classes(class_names, start.class_names)
-    return with_new_classes(start.llama, layout, run.model, run.from_model, kept=kept)
+    layout, wanted = layout_of(parts.image_tokenizer.config, len(class_names)), given(run.model)
+    if saved is not None:
+        config = saved.transformer.config
+        sizes = {"width": config.hidden_size, "num_layers": config.num_hidden_layers}
+        sizes |= {"num_heads": config.num_attention_heads, "feed_forward_width": config.intermediate_size}
+        refuse_contradictions(sizes, wanted, run.from_model)
+        kept = kept_classes(class_names, names_in_order(saved.class_names))
+        return with_new_classes(saved.transformer, layout, kept=kept)
+    missing = [name for name in ("width", "num_layers", "num_heads") if name not in wanted]
+    if missing:
+        raise UserError(f"a new prior needs model.{missing[0]}, got none. Name it, or start from a --preset.")
+    return new_prior(layout, **wanted)
 
 
 def layout_of(tokenizer: Mapping[str, Any], num_classes: int) -> TokenLayout:
@@ -410,35 +330,18 @@ def layout_of(tokenizer: Mapping[str, Any], num_classes: int) -> TokenLayout:
     return TokenLayout(tokenizer["codebook_size"], num_classes, tokenizer["num_tokens"])
 
 
-def build_llama(run: NextTokenPriorRun, layout: TokenLayout) -> LlamaForCausalLM:
-    """An untrained Llama of the run's sizes.
-
-    Raises:
-        UserError: a size is missing or does not fit.
-    """
-    wanted = given(run.model)
-    missing = [name for name in ("width", "num_layers", "num_heads") if name not in wanted]
-    if missing:
-        raise UserError(f"a new prior needs model.{missing[0]}, got none. Name it, or start from a --preset.")
-    return new_prior(layout, **wanted)
-
-
 def with_new_classes(
-    source: LlamaForCausalLM,
-    layout: TokenLayout,
-    wanted: LlamaModel,
-    name: str,
-    *,
-    kept: Mapping[int, int] | None = None,
+    source: LlamaForCausalLM, layout: TokenLayout, *, kept: Mapping[int, int] | None = None
 ) -> LlamaForCausalLM:
     """The saved Llama with new classes: each starts at the null class, which is kept; all else is as it was.
 
-    `kept` maps labels to labels of the saved prior that they take over (see `kept_classes`).
-
-    Raises:
-        UserError: an argument contradicts the saved model.
+    `kept` maps labels to labels of the saved prior that they take over (see `kept_classes`). Raises UserError where
+    the Llama is no prior of these tokens.
     """
-    model = LlamaForCausalLM(config_with_classes(source.config, layout, wanted, name))
+    TokenLayout.of(source.config, layout.codebook_size, layout.num_tokens)
+    config = copy.deepcopy(source.config)
+    config.vocab_size = layout.vocab_size
+    model = LlamaForCausalLM(config)
     state, codes = source.state_dict(), layout.codebook_size
     embedding = state["model.embed_tokens.weight"]
     null = len(embedding) - codes - 1
@@ -448,29 +351,3 @@ def with_new_classes(
     state["lm_head.weight"] = torch.cat([head[:codes], head.new_zeros(layout.num_classes + 1, head.shape[1])])
     model.load_state_dict(state)
     return model
-
-
-def config_with_classes(source: LlamaConfig, layout: TokenLayout, wanted: LlamaModel, name: str) -> LlamaConfig:
-    """The settings of a saved Llama with the vocabulary of other classes; all else is kept.
-
-    Raises:
-        UserError: an argument contradicts them, or they are no prior's of these tokens.
-    """
-    for option, value in given(wanted).items():
-        present = getattr(source, _SIZES[option])
-        if value != present:
-            raise UserError(
-                f"model.{option} is {present} in {name}, got {value}. Leave it out: a model that is fine-tuned keeps "
-                "its network."
-            )
-    TokenLayout.of(source, layout.codebook_size, layout.num_tokens)
-    config = copy.deepcopy(source)
-    config.vocab_size = layout.vocab_size
-    return config
-
-
-def bits_by_group(prefix: str, nats: Tensor) -> dict[str, float]:
-    """Bits per token of each group, and of all: groups hold equally many tokens."""
-    bits = [nats_to_bits(value) for value in nats.tolist()]
-    values = {f"{prefix}/bits_per_token": sum(bits) / len(bits)}
-    return values | {f"{prefix}/bits_group{k}": value for k, value in enumerate(bits)}

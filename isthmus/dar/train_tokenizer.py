@@ -1,25 +1,23 @@
-"""What trains a diffusion tokenizer and its pixel decoder: networks, measures, codes. The loop is that of
-`isthmus.training.train_tokenizer`; `tokenizer_losses` has the losses.
-"""
+"""What trains a diffusion tokenizer and its pixel decoder: networks, measures, codes (losses: `tokenizer_losses`)."""
 
+import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from isthmus.dar.decoder import Canvas, FlowDecoder, Painted, shown_at
 from isthmus.dar.decoding import image_noise
 from isthmus.dar.runs import DiffusionTokenizerRun, FlowDecoderModel
 from isthmus.dar.scheduler import FlowMatchingScheduler
-from isthmus.dar.tokenizer import DiffusionTokenizer, DiffusionTokenizerOutput
+from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.dar.tokenizer_losses import (
     DiffusionTrainingOutput,
     diffusion_losses,
@@ -32,7 +30,7 @@ from isthmus.dar.tokenizer_losses import (
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.views import Batch, Sample
+from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.nn.draws import REVIVE, stream
 from isthmus.nn.perceptual import psnr
@@ -43,12 +41,16 @@ from isthmus.pictures import spread
 from isthmus.pipelines.folder import model_folder
 from isthmus.published import perceptual_distance
 from isthmus.training.arguments import given
-from isthmus.training.codebook import CodebookUsage, code_counts
+from isthmus.training.codebook import code_counts, perplexity
 from isthmus.training.cost import num_parameters, report, training_cost
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import PREVIEW_SEED, preview_images, save_reconstructions
 from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, export_tokenizer, refuse_contradictions
 from isthmus.training.train_tokenizer import TokenizerLosses, TokenizerTask
+
+logger = logging.getLogger("isthmus")
+
+_BATCH = 32
 
 
 @torch.no_grad()
@@ -72,11 +74,7 @@ def random_latents(latents: Float[Tensor, "b n d"], count: int, *, seed: int, st
 class AlignmentHead(nn.Module):
     """Inner features of the decoder to those of a frozen network, place by place (spec of D-AR, 1.5.4).
 
-    Args:
-        width: of the decoder.
-        feature_width: of the frozen network.
-        side: places per side; finer features are averaged first.
-        hidden_width: of its two hidden layers.
+    Features on more than `side` places per side are averaged first.
     """
 
     def __init__(self, width: int, feature_width: int, side: int, *, hidden_width: int = 2048):
@@ -100,13 +98,9 @@ class PrefixReadout(nn.Module):
     """A small image from the tokens of the first g groups, for every g, by nothing but a linear map.
 
     It gives every token a reason to say something about the image before the decoder has learnt to listen. Codes add
-    up over groups; conditions already know the earlier groups, so each group is read alone.
+    up over groups (`cumulative`); conditions already know the earlier groups, so each group is read alone.
 
-    Args:
-        num_groups: groups of tokens.
-        group_width: numbers in a group: tokens times their width.
-        size: side of the small image in pixels.
-        cumulative: add up over groups.
+    `group_width` counts the numbers in a group, tokens times their width; `size` is the side of the image in pixels.
     """
 
     def __init__(self, num_groups: int, group_width: int, size: int, *, cumulative: bool):
@@ -128,13 +122,8 @@ class PrefixReadout(nn.Module):
 class TokenizerWithDecoder(nn.Module):
     """Tokenizer and decoder as one network for the optimizer, the averages and the processes.
 
-    Args:
-        image_tokenizer, decoder: what is trained and saved.
-        scheduler: noise levels and the tokens that drive them.
-        alignment: head of the alignment loss, or None.
-        alignment_layer: decoder blocks before the features it reads.
-        readout: head of the read-out loss, or None.
-        reads_condition: whether the read-out reads conditions instead of codes.
+    The heads of the losses `alignment` (of features behind so many decoder blocks) and `readout` (of conditions instead
+    of codes where it `reads_condition`) are trained with them, and not saved.
     """
 
     def __init__(
@@ -156,13 +145,9 @@ class TokenizerWithDecoder(nn.Module):
     def forward(
         self, images: Images, raw_t: Float[Tensor, "b k"], noise: Float[Tensor, "b k 3 h w"], *, quantize: bool = True
     ) -> DiffusionTrainingOutput:
-        """Encode every image once, and predict the velocity at its k noise levels.
+        """Encode every image once, and predict the velocity at its k noise levels, unshifted times of 0 = noise to 1.
 
-        Args:
-            images: (b, 3, h, w) in [-1, 1].
-            raw_t: unshifted times: 0 = noise, 1 = image.
-            noise: standard normal.
-            quantize: False passes the latents on (continuous warm-up).
+        Without `quantize` the latents are passed on (continuous warm-up).
         """
         encoded = self.image_tokenizer(images, quantize=quantize)
         levels = raw_t.shape[1]
@@ -180,6 +165,7 @@ class TokenizerWithDecoder(nn.Module):
             tapped = self.decoder.velocity_and_features(x_t, times, keys, canvas, layer=self.alignment_layer)
             velocity, aligned = tapped.velocity, self.alignment(tapped.features)
         velocity = velocity.float()
+        read = encoded.condition if self.reads_condition else encoded.quantized
         return DiffusionTrainingOutput(
             velocity=velocity,
             target=self.scheduler.velocity_target(repeated, noise),
@@ -190,14 +176,9 @@ class TokenizerWithDecoder(nn.Module):
             commitment_errors=encoded.commitment_errors,
             ends=ends.view_as(raw_t),
             aligned=aligned,
-            readout=self._read(encoded),
+            readout=None if self.readout is None else self.readout(read),
             canvas=None if canvas is None else self.scheduler.to_image(shown_at(canvas, *images.shape[2:]).float()),
         )
-
-    def _read(self, encoded: DiffusionTokenizerOutput) -> Float[Tensor, "b groups 3 s s"] | None:
-        if self.readout is None:
-            return None
-        return self.readout(encoded.condition if self.reads_condition else encoded.quantized)
 
 
 def canvases(painted: Painted | None, ends: Int[Tensor, " rows"], group: int) -> Canvas | None:
@@ -215,18 +196,13 @@ def windows(
 ) -> Float[Tensor, "rows length c"]:
     """Rows [start, start + length) of the condition for every noise level; image i has the levels i * k + j.
 
-    >>> windows(torch.arange(4.0).view(1, 4, 1), torch.tensor([0, 2]), 2).flatten(1).tolist()
-    [[0.0, 1.0], [2.0, 3.0]]
+    >>> windows(torch.arange(8.0).view(2, 4, 1), torch.tensor([0, 2, 1, 2]), 2).flatten(1).int().tolist()
+    [[0, 1], [2, 3], [5, 6], [6, 7]]
     """
     levels = len(starts) // len(condition)
     columns = starts.unsqueeze(1) + torch.arange(length, device=starts.device)
     images = torch.arange(len(condition), device=starts.device).repeat_interleave(levels).unsqueeze(1)
     return condition[images, columns]
-
-
-logger = logging.getLogger("isthmus")
-
-DECODER_FOLDER, SCHEDULER_FOLDER = "decoder", "scheduler"
 
 
 @dataclass(frozen=True)
@@ -239,29 +215,21 @@ class TokenizerParts:
 
 
 def load_parts(path: str) -> TokenizerParts:
-    """Tokenizer, decoder and scheduler in a run folder, a pipeline folder, or a model on the hub.
-
-    Raises:
-        UserError: there is none, it is of another family, or it does not load strictly.
-    """
+    """Tokenizer, decoder and scheduler in a run folder, a pipeline folder, or a model on the hub; UserError if none."""
     folder = model_folder(path)
-    for name in (TOKENIZER_FOLDER, DECODER_FOLDER):
+    for name in (TOKENIZER_FOLDER, "decoder"):
         if not (folder / name / "config.json").is_file():
             raise UserError(
                 "a D-AR tokenizer is the folder of a finished `isthmus train tokenizer` (or of a pipeline), got "
                 f"{path}, which holds no {name}. Finish the run first: the same command continues it."
             )
-    if not (folder / SCHEDULER_FOLDER / "scheduler_config.json").is_file():
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise UserError(f"{path} lacks scheduler/scheduler_config.json. Copy or download it whole.")
     return TokenizerParts(
         DiffusionTokenizer.from_pretrained(folder / TOKENIZER_FOLDER),
-        FlowDecoder.from_pretrained(folder / DECODER_FOLDER),
-        FlowMatchingScheduler.from_pretrained(folder / SCHEDULER_FOLDER),
+        FlowDecoder.from_pretrained(folder / "decoder"),
+        FlowMatchingScheduler.from_pretrained(folder / "scheduler"),
     )
-
-
-# what FlowDecoder takes where nothing is said
-_DECODER_PATCH = 8
 
 
 def build_networks(run: DiffusionTokenizerRun) -> TokenizerWithDecoder:
@@ -270,89 +238,75 @@ def build_networks(run: DiffusionTokenizerRun) -> TokenizerWithDecoder:
     Raises:
         UserError: sizes do not fit each other, or an argument contradicts the saved model.
     """
-    parts = build_parts(run)
+    parts, loss = build_parts(run), run.loss
     tokenizer, decoder = parts.image_tokenizer, parts.decoder
-    size = tokenizer.config["image_size"]
-    if run.loss.times == "balanced":
-        group_spans(tokenizer.config["num_groups"], run.loss.latest_time)
+    config, alignment, readout = tokenizer.config, None, None
+    if loss.times == "balanced":
+        group_spans(config["num_groups"], loss.latest_time)
     if run.freeze_encoder:
         for name, parameter in tokenizer.named_parameters():
             parameter.requires_grad_(name.startswith(("from_code.", "token_position", "condition_layers.")))
     if run.checkpoint_activations:
         tokenizer.enable_gradient_checkpointing()
         decoder.enable_gradient_checkpointing()
+    if loss.alignment:
+        feature_width, side = feature_shape(frozen_features(loss), config["image_size"])
+        side = min(side, config["image_size"] // decoder.config["patch_size"])
+        alignment = AlignmentHead(decoder.config["width"], feature_width, side)
+    from_codes = loss.readout_from == "codes"
+    if loss.readout:
+        width = tokenizer.tokens_per_group * config["codebook_dim" if from_codes else "condition_width"]
+        readout = PrefixReadout(config["num_groups"], width, loss.readout_size, cumulative=from_codes)
     return TokenizerWithDecoder(
         tokenizer,
         decoder,
         parts.scheduler,
-        alignment=alignment_head(run, decoder, size) if run.loss.alignment else None,
-        alignment_layer=run.loss.alignment_layer,
-        readout=readout_head(run, tokenizer) if run.loss.readout else None,
-        reads_condition=run.loss.readout_from == "condition",
+        alignment=alignment,
+        alignment_layer=loss.alignment_layer,
+        readout=readout,
+        reads_condition=not from_codes,
     )
 
 
 def build_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
-    """Tokenizer, decoder and scheduler of a run: new, or from a saved model.
+    """Tokenizer, decoder and scheduler of a run: new, or saved, when the run may change the diffusion.
 
     Raises:
         UserError: sizes do not fit each other, or an argument contradicts the saved model.
     """
-    parts = saved_parts(run) if run.from_model else new_parts(run)
-    check_fit(run, parts.image_tokenizer.config["image_size"], parts.decoder)
-    return parts
-
-
-def new_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
-    """Untrained networks."""
-    tokenizer = DiffusionTokenizer(**given(run.model))
-    arguments = decoder_arguments(run.decoder, tokenizer)
-    decoder = FlowDecoder(condition_width=tokenizer.config["condition_width"], **arguments)
-    return TokenizerParts(tokenizer, decoder, scheduler_for(tokenizer, given(run.flow)))
-
-
-def saved_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
-    """The networks of `from_model`; what the run says of the diffusion takes the place of what is saved."""
-    parts = load_parts(run.from_model)
-    refuse_contradictions(parts.image_tokenizer, given(run.model), run.from_model)
-    wanted = decoder_arguments(run.decoder, parts.image_tokenizer, parts.decoder)
-    refuse_contradictions(parts.decoder, wanted, run.from_model, options="decoder")
-    saved = {name: parts.scheduler.config[name] for name in ("num_inference_steps", "time_shift", "data_std", "solver")}
-    return TokenizerParts(
-        parts.image_tokenizer, parts.decoder, scheduler_for(parts.image_tokenizer, saved | given(run.flow))
-    )
-
-
-def scheduler_for(tokenizer: DiffusionTokenizer, settings: Mapping[str, Any]) -> FlowMatchingScheduler:
-    """The scheduler of a tokenizer's tokens: as many steps as groups where nothing else is said."""
-    config = tokenizer.config
-    return FlowMatchingScheduler(
-        **{
-            "num_inference_steps": config["num_groups"],
-            "num_groups": config["num_groups"],
-            "num_tokens": config["num_tokens"],
-            "tokens_per_step": tokenizer.tokens_per_step,
-            **settings,
-        }
-    )
+    saved, flow = load_parts(run.from_model) if run.from_model else None, given(run.flow)
+    tokenizer = saved.image_tokenizer if saved else DiffusionTokenizer(**given(run.model))
+    config, wanted = tokenizer.config, decoder_arguments(run.decoder, tokenizer, saved and saved.decoder)
+    if saved:
+        refuse_contradictions(config, given(run.model), run.from_model)
+        refuse_contradictions(saved.decoder.config, wanted, run.from_model, options="decoder")
+        kept = ("num_inference_steps", "time_shift", "data_std", "solver")
+        flow = {name: saved.scheduler.config[name] for name in kept} | flow
+    decoder = saved.decoder if saved else FlowDecoder(condition_width=config["condition_width"], **wanted)
+    tokens = {"num_groups": config["num_groups"], "num_tokens": config["num_tokens"]}
+    # as many steps as groups where nothing else is said
+    steps = {"num_inference_steps": config["num_groups"], "tokens_per_step": tokenizer.tokens_per_step}
+    check_fit(run, config["image_size"], decoder)
+    return TokenizerParts(tokenizer, decoder, FlowMatchingScheduler(**(tokens | steps | flow)))
 
 
 def decoder_arguments(
-    settings: FlowDecoderModel, tokenizer: DiffusionTokenizer, saved: FlowDecoder | None = None
+    settings: FlowDecoderModel, tokenizer: DiffusionTokenizer, saved: FlowDecoder | None
 ) -> dict[str, Any]:
     """Named arguments of `FlowDecoder`; positions and canvas are those of the tokenizer's patches and tokens."""
-    arguments, image_size = given(settings), tokenizer.config["image_size"]
+    arguments = given(settings)
     if "canvas" in arguments:
         arguments["canvas_tokens"] = tokenizer.config["num_tokens"] if arguments.pop("canvas") else None
     if "position_table" in arguments:
-        patch = saved.config["patch_size"] if saved else arguments.get("patch_size", _DECODER_PATCH)
-        arguments["position_table"] = image_size // patch if arguments["position_table"] else None
+        default = inspect.signature(FlowDecoder).parameters["patch_size"].default
+        patch = saved.config["patch_size"] if saved else arguments.get("patch_size", default)
+        arguments["position_table"] = tokenizer.config["image_size"] // patch if arguments["position_table"] else None
     return arguments
 
 
 def check_fit(run: DiffusionTokenizerRun, image_size: int, decoder: FlowDecoder) -> None:
     """Raise UserError where the decoder does not fit the images or the losses."""
-    patch = decoder.config["patch_size"]
+    patch, layers = decoder.config["patch_size"], decoder.config["num_layers"]
     if image_size % patch:
         raise UserError(
             f"model.image_size must be a multiple of decoder.patch_size, got {image_size} and {patch}. Change one."
@@ -362,102 +316,52 @@ def check_fit(run: DiffusionTokenizerRun, image_size: int, decoder: FlowDecoder)
             f"loss.canvas needs a decoder with a canvas, got {run.loss.canvas} without one. Set --loss.canvas 0 or "
             "--decoder.canvas True."
         )
-    layers = decoder.config["num_layers"]
     if run.loss.alignment and run.loss.alignment_layer > layers:
         raise UserError(
             f"loss.alignment_layer must be one of the decoder's {layers} blocks, got {run.loss.alignment_layer}."
         )
 
 
-def alignment_head(run: DiffusionTokenizerRun, decoder: FlowDecoder, image_size: int) -> AlignmentHead:
-    """Head to the features of the frozen network, on the coarser of the two grids."""
-    width, side = feature_shape(frozen_features(run.loss), image_size)
-    return AlignmentHead(decoder.config["width"], width, min(side, image_size // decoder.config["patch_size"]))
-
-
-def readout_head(run: DiffusionTokenizerRun, tokenizer: DiffusionTokenizer) -> PrefixReadout:
-    """Head that reads small images off codes or conditions."""
-    from_codes = run.loss.readout_from == "codes"
-    width = tokenizer.config["codebook_dim" if from_codes else "condition_width"]
-    return PrefixReadout(
-        tokenizer.config["num_groups"],
-        tokenizer.tokens_per_group * width,
-        run.loss.readout_size,
-        cumulative=from_codes,
-    )
-
-
-_BATCH = 32
-
 Decode = Callable[[Float[Tensor, "b n d"], Sequence[int]], Images]
 """Codes of all tokens and the numbers of the images, which decide about their noise, to images in [-1, 1]."""
 
 
-@dataclass(frozen=True)
-class DiffusionTokenizerScores:
-    """Measurements on held-out images.
-
-    Attributes:
-        num_images: images measured.
-        psnr: mean over images, dB.
-        psnr_shuffled: the same of decodes from another image's codes, under the same noise.
-        usage: share of the codebook that any group uses; 1 where nothing was quantised.
-        perplexity_by_group: exp(entropy) of the codes of each group; empty where nothing was quantised.
-    """
-
-    num_images: int
-    psnr: float
-    psnr_shuffled: float
-    usage: float
-    perplexity_by_group: list[float]
-
-    @property
-    def gap(self) -> float:
-        """What the right codes are worth, dB: near 0 where the decoder ignores them, however low the flow loss is.
-
-        0 for a single image, which has no other's codes to be compared with.
-        """
-        return self.psnr - self.psnr_shuffled
-
-    def as_floats(self) -> dict[str, float]:
-        """Flat names for a log line."""
-        values = {"psnr": self.psnr, "psnr_shuffled": self.psnr_shuffled, "gap": self.gap, "usage": self.usage}
-        values |= {f"perplexity_group{k}": value for k, value in enumerate(self.perplexity_by_group)}
-        return {f"val/{name}": value for name, value in values.items()}
-
-
 @torch.no_grad()
 def diffusion_tokenizer_scores(
-    tokenizer: DiffusionTokenizer, decode: Decode, images: "Dataset[Sample]", *, limit: int, quantize: bool = True
-) -> DiffusionTokenizerScores:
-    """Measure a tokenizer and its decoder on `limit` images of a data set, evenly spread over it.
+    tokenizer: DiffusionTokenizer, decode: Decode, views: EvaluationImages, *, limit: int, quantize: bool = True
+) -> dict[str, float]:
+    """What a tokenizer and its decoder do on `limit` images, evenly spread over all; for a log line.
 
-    Every image is decoded twice: from its own codes, and from those of the image half the set away, which is of another
-    class where the set is sorted. Without `quantize` the latents take the place of codes, as in training before there
-    is a codebook.
+    Every image is decoded twice under the same noise: from its own codes (`psnr`, dB), and from those of the image half
+    the set away (`psnr_shuffled`), which is of another class where the set is sorted. Their `gap` is what the right
+    codes are worth: near 0 where the decoder ignores them, however low the flow loss is, and for a single image.
+
+    Without `quantize` the latents take the place of codes, as in training before there is a codebook; usage counts as 1
+    and there is no perplexity by group.
     """
-    chosen = spread(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
+    chosen = spread(len(views), limit)
     batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
-
-    def pixels(numbers: Sequence[int]) -> Images:
-        return torch.stack([torch.as_tensor(images[i]["image"]) for i in numbers]).to(tokenizer.device)
-
-    read = [latents_or_codes(tokenizer, pixels(numbers), quantize=quantize) for numbers in batches]
-    codes, ids = torch.cat([codes for codes, _ in read]), [ids.cpu() for _, ids in read if ids is not None]
+    codes, own, shuffled = [], [], []
+    counts = torch.zeros(tokenizer.config["num_groups"], tokenizer.config["codebook_size"])
+    for numbers in batches:
+        images = views.__getitems__(numbers)["image"].to(tokenizer.device)
+        vectors, token_ids = latents_or_codes(tokenizer, images, quantize=quantize)
+        codes.append(vectors)
+        if token_ids is not None:
+            groups = token_ids.split(tokenizer.tokens_per_group, dim=1)
+            counts += code_counts(list(groups), tokenizer.config["codebook_size"]).cpu()
+    codes = torch.cat(codes)
     others = codes.roll(len(chosen) // 2, dims=0)
-    own, shuffled = [], []
     for numbers, right, wrong in zip(batches, codes.split(_BATCH), others.split(_BATCH), strict=True):
-        targets = pixels(numbers)
-        own.append(psnr(decode(right, numbers), targets).cpu())
-        shuffled.append(psnr(decode(wrong, numbers), targets).cpu())
-    usage, perplexity = _usage(tokenizer, ids) if ids else (1.0, [])
-    return DiffusionTokenizerScores(
-        num_images=len(chosen),
-        psnr=float(torch.cat(own).mean()),
-        psnr_shuffled=float(torch.cat(shuffled).mean()),
-        usage=usage,
-        perplexity_by_group=perplexity,
-    )
+        images = views.__getitems__(numbers)["image"].to(tokenizer.device)
+        own.append(psnr(decode(right, numbers), images))
+        shuffled.append(psnr(decode(wrong, numbers), images))
+    values = {"psnr": float(torch.cat(own).mean()), "psnr_shuffled": float(torch.cat(shuffled).mean())}
+    values |= {"gap": values["psnr"] - values["psnr_shuffled"], "usage": 1.0}
+    if counts.any():
+        values["usage"] = float((counts.sum(dim=0) > 0).float().mean())
+        values |= {f"perplexity_group{k}": value for k, value in enumerate(perplexity(counts).tolist())}
+    return {f"val/{name}": value for name, value in values.items()}
 
 
 def latents_or_codes(
@@ -468,28 +372,6 @@ def latents_or_codes(
         return tokenizer.latents(images), None
     encoded = tokenizer.encode(images)
     return encoded.quantized, encoded.token_ids
-
-
-def by_group(tokenizer: DiffusionTokenizer, token_ids: Int[Tensor, "b n"]) -> list[Int[Tensor, "b g"]]:
-    """The token ids of each group."""
-    return list(token_ids.split(tokenizer.tokens_per_group, dim=1))
-
-
-def _usage(tokenizer: DiffusionTokenizer, token_ids: Sequence[Tensor]) -> tuple[float, list[float]]:
-    counts = code_counts(by_group(tokenizer, torch.cat(list(token_ids))), tokenizer.config["codebook_size"])
-    usage = CodebookUsage(*counts.shape, decay=0.0)
-    usage.update(counts)
-    return float((counts.sum(dim=0) > 0).float().mean()), usage.perplexity().tolist()
-
-
-def decoding(parts: TokenizerParts) -> Decode:
-    """Codes to images with the scheduler's own steps and solver, from noise that belongs to the image's number."""
-
-    def decode(quantized: Float[Tensor, "b n d"], numbers: Sequence[int]) -> Images:
-        *_, last = decode_steps(parts, quantized, numbers)
-        return last.clamp(-1, 1)
-
-    return decode
 
 
 @torch.no_grad()
@@ -514,29 +396,13 @@ def decode_steps(parts: TokenizerParts, quantized: Float[Tensor, "b n d"], numbe
     yield scheduler.to_image(x)
 
 
-def frozen_networks(run: DiffusionTokenizerRun, device: torch.device) -> tuple[nn.Module | None, nn.Module | None]:
-    """Perceptual distance and alignment features, each where it has a weight."""
-    loss = run.loss
-    distance = teacher = None
-    if loss.perceptual:
-        taps = {"taps": loss.perceptual_taps} if loss.perceptual_network == "lite0" else {}
-        distance = perceptual_distance(loss.perceptual_network, lpips_weights=loss.lpips_weights, **taps).to(device)
-    if loss.alignment:
-        teacher = frozen_features(loss).to(device)
-    return distance, teacher
-
-
-@dataclass(frozen=True)
-class NoiseLevels:
-    """Levels of noise for one part of a batch.
-
-    Attributes:
-        raw_t: unshifted times.
-        counted_tokens: tokens that the codebook errors count, mean over the parts of the batch and all processes.
-    """
+class NoiseLevels(NamedTuple):
+    """Levels of noise for one part of a batch."""
 
     raw_t: Float[Tensor, "b k"]
+    """Unshifted times."""
     counted_tokens: Float[Tensor, ""]
+    """Tokens that the codebook errors count, mean over the parts of the batch and all processes."""
 
 
 class DiffusionTokenizerTask(TokenizerTask):
@@ -558,14 +424,18 @@ class DiffusionTokenizerTask(TokenizerTask):
         self.num_levels: int = config["num_groups"]
         # after no continuous steps it stays the random one that it is
         self.starts_codebook_at = None if run.from_model else run.continuous_steps or None
-        self._distance, self._teacher = frozen_networks(run, accelerator.device)
+        loss, device = run.loss, accelerator.device
+        self._distance = self._teacher = None
+        if loss.perceptual:
+            taps = {"taps": loss.perceptual_taps} if loss.perceptual_network == "lite0" else {}
+            distance = perceptual_distance(loss.perceptual_network, lpips_weights=loss.lpips_weights, **taps)
+            self._distance = distance.to(device)
+        if loss.alignment:
+            self._teacher = frozen_features(loss).to(device)
 
     @staticmethod
     def describe(run: DiffusionTokenizerRun) -> str:
-        """Settings, size, cost and memory of a run, without heads and frozen networks of optional losses.
-
-        No weight is allocated.
-        """
+        """Settings, size, cost and memory of a run, without heads and frozen networks. No weight is allocated."""
         with without_values():
             parts = build_parts(run)
             network = TokenizerWithDecoder(parts.image_tokenizer, parts.decoder, parts.scheduler)
@@ -585,14 +455,11 @@ class DiffusionTokenizerTask(TokenizerTask):
 
     def draw(self, parts: Sequence[Batch]) -> Sequence[NoiseLevels]:
         """Noise levels; the codebook losses are means over the tokens that those of the whole batch count."""
-        run, scheduler, device = self.run, self._scheduler, self._accelerator.device
-        kind, latest, groups = run.loss.times, run.loss.latest_time, self.num_levels
-        raw_t = [
-            raw_times(
-                part["position"], run.loss.noise_levels, kind=kind, num_groups=groups, latest=latest, seed=run.seed
-            ).to(device)
-            for part in parts
-        ]
+        loss, scheduler, raw_t = self.run.loss, self._scheduler, []
+        settings = {"num_groups": self.num_levels, "latest": loss.latest_time, "seed": self.run.seed}
+        for part in parts:
+            times = raw_times(part["position"], loss.noise_levels, kind=loss.times, **settings)
+            raw_t.append(times.to(self._accelerator.device))
         ends = torch.cat([scheduler.window_of(times.flatten()) for times in raw_t]) + scheduler.tokens_per_step
         counted = cast(Tensor, self._accelerator.reduce(ends.sum().float() / len(raw_t), "mean"))
         return [NoiseLevels(times, counted) for times in raw_t]
@@ -614,8 +481,9 @@ class DiffusionTokenizerTask(TokenizerTask):
             distance=self._distance,
             teacher=self._teacher,
         )
-        token_ids = [] if output.token_ids is None else by_group(self.tokenizer, output.token_ids)
-        return TokenizerLosses(named=named, token_ids=token_ids, latents=output.latents)
+        ids, length = output.token_ids, self.tokenizer.tokens_per_group
+        groups = [] if ids is None else list(ids.split(length, dim=1))
+        return TokenizerLosses(named=named, token_ids=groups, latents=output.latents)
 
     def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
         """K-means over latents."""
@@ -638,19 +506,22 @@ class DiffusionTokenizerTask(TokenizerTask):
 
         Says in words when the decoder does not listen to the codes.
         """
+
+        def decode(vectors: Float[Tensor, "b n d"], numbers: Sequence[int]) -> Images:
+            *_, last = decode_steps(model, vectors, numbers)
+            return last.clamp(-1, 1)
+
         limit, threshold = self.run.validation_images, self.run.gap_warning
-        scores = diffusion_tokenizer_scores(
-            model.image_tokenizer, decoding(model), views, limit=limit, quantize=quantize
-        )
-        if scores.gap < threshold:
+        values = diffusion_tokenizer_scores(model.image_tokenizer, decode, views, limit=limit, quantize=quantize)
+        if values["val/gap"] < threshold:
             logger.warning(
                 "an image's own codes decode %.2f dB better than another image's (threshold %.2f dB): the decoder "
                 "hardly listens to the codes, whatever the flow loss says. Try more steps, --loss.jump, "
                 "--loss.readout, more --loss.noise-levels or --loss.times balanced.",
-                scores.gap,
+                values["val/gap"],
                 threshold,
             )
-        return scores.as_floats()
+        return values
 
     @torch.no_grad()
     def save_previews(
@@ -667,9 +538,5 @@ class DiffusionTokenizerTask(TokenizerTask):
     def export(self, model: TokenizerParts, source: ImageSource | ImageStream) -> Path:
         """Write scheduler, decoder and tokenizer into the run's folder."""
         # the tokenizer last
-        parts = {
-            SCHEDULER_FOLDER: model.scheduler,
-            DECODER_FOLDER: model.decoder,
-            TOKENIZER_FOLDER: model.image_tokenizer,
-        }
+        parts = {"scheduler": model.scheduler, "decoder": model.decoder, TOKENIZER_FOLDER: model.image_tokenizer}
         return export_tokenizer(self._accelerator, self.run, source, parts)

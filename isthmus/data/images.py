@@ -8,7 +8,15 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from isthmus.errors import UserError
-from isthmus.rgb import FAILURES, check_shape, failure_words, scaled_crop, shorter_side_to, upright_rgb
+from isthmus.rgb import (
+    FAILURES,
+    centre_square,
+    check_shape,
+    failure_words,
+    scaled_crop,
+    shorter_side_to,
+    upright_rgb,
+)
 
 ImageUint8 = UInt8[np.ndarray, "h w 3"]
 """One sRGB image, 0..255."""
@@ -94,9 +102,9 @@ def augmented_view(
 ) -> SquareView:
     """One random view of side `image_size`. Draws five numbers, whatever the settings."""
     crop_y, crop_x, shift_y, shift_x, coin = generator.random(5)
-    width, height = shorter_side_to(image.shape[1], image.shape[0], round(augmentation.resize_ratio * image_size))
-    top, left = int(crop_y * (height - image_size + 1)), int(crop_x * (width - image_size + 1))
-    view = _scaled_crop(image, (width, height), left, top, image_size)
+    size = shorter_side_to(image.shape[1], image.shape[0], round(augmentation.resize_ratio * image_size))
+    left, top = (int(share * (side - image_size + 1)) for share, side in zip((crop_x, crop_y), size, strict=True))
+    view = np.array(scaled_crop(Image.fromarray(image), size, left, top, image_size))
     limit = round(augmentation.max_shift * image_size)
     if limit:
         padded = np.pad(view, ((limit, limit), (limit, limit), (0, 0)), mode="edge")
@@ -109,12 +117,4 @@ def augmented_view(
 
 def centre_view(image: ImageUint8, image_size: int) -> SquareView:
     """The view for evaluation: shorter side resized with antialiasing, then the central square."""
-    width, height = shorter_side_to(image.shape[1], image.shape[0], image_size)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    return np.ascontiguousarray(_scaled_crop(image, (width, height), left, top, image_size))
-
-
-def _scaled_crop(image: ImageUint8, size: tuple[int, int], left: int, top: int, side: int) -> SquareView:
-    if (image.shape[1], image.shape[0]) == size:
-        return image[top : top + side, left : left + side]
-    return np.array(scaled_crop(Image.fromarray(image), size, left, top, side))
+    return np.array(centre_square(Image.fromarray(image), image_size))

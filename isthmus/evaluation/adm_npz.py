@@ -1,17 +1,16 @@
 """The `.npz` files of ADM's evaluator (Dhariwal and Nichol, 2021): images (arr_0, arr_1), or statistics of a reference.
 
-An image file holds arr_0 uint8 (N, H, W, 3) and, where there are labels, arr_1 (N,). A statistics file holds mu and
-sigma of pooled Inception features, and mu_s and sigma_s of spatial ones, which are left alone: sFID is not computed
-here. ADM's reference batches hold both: some of the images, and statistics of the whole data set. Our own files name
-their classes in `class_names`, which ADM's evaluator does not read. Images are read and written one after the other: a
-file may be larger than memory.
+An image file holds arr_0 uint8 (N, H, W, 3) and, where there are labels, arr_1 (N,); ours also name their classes in
+`class_names`, which ADM's evaluator does not read. A statistics file holds mu and sigma of pooled Inception features,
+and mu_s and sigma_s of spatial ones, which are left alone: there is no sFID here. ADM's reference batches hold both:
+some of the images, and statistics of the whole data set. Images stream: a file may be larger than memory.
 """
 
 import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Literal, cast
 
@@ -23,21 +22,12 @@ from isthmus.files import write_whole
 
 _FAILURES = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 _VALUES_AT_ONCE = 2**20
-
-
 _ORIGIN = "isthmus_"
 
 
 @dataclass(frozen=True)
 class StatisticsOrigin:
-    """What our own files say of their mean and covariance, beside what ADM's files hold.
-
-    Attributes:
-        space: name of the feature space.
-        weights_sha256: of the feature network.
-        preprocessing: of its input, in words.
-        count: number of images.
-    """
+    """What our own files say of their statistics: feature space, weights and preprocessing of its network, images."""
 
     space: str
     weights_sha256: str
@@ -46,23 +36,10 @@ class StatisticsOrigin:
 
 
 @dataclass(frozen=True)
-class AdmStatistics:
-    """Mean and covariance of pooled features of a reference; `origin` is None in files of others, which do not say."""
-
-    mean: Float[np.ndarray, " d"]
-    covariance: Float[np.ndarray, "d d"]
-    origin: StatisticsOrigin | None = None
-
-
-@dataclass(frozen=True)
 class AdmImages:
-    """Images of a file, not yet read; iterate to read them, as often as you like.
+    """Images of a file; iterate to read them, as often as you like. `shape` is (N, H, W, 3).
 
-    Attributes:
-        path: the file.
-        shape: (N, H, W, 3).
-        labels: one per image, or None.
-        class_names: by label; empty where the file does not name its classes.
+    `class_names` are by label, empty where the file does not name its classes.
     """
 
     path: Path
@@ -93,11 +70,7 @@ class AdmImages:
 
 
 def kind_of_npz(path: Path) -> Literal["images", "statistics", "both"]:
-    """What an ADM file holds.
-
-    Raises:
-        UserError: neither, or the file cannot be read.
-    """
+    """What an ADM file holds. Raises UserError where it is neither, or cannot be read."""
     names = _names(path)
     images, statistics = "arr_0" in names, {"mu", "sigma"} <= names
     if images:
@@ -152,26 +125,17 @@ def write_adm_images(
     labels: Int[np.ndarray, " n"] | None = None,
     class_names: Sequence[str] = (),
 ) -> None:
-    """Write `count` images as they come, whole or not at all.
-
-    Args:
-        path: the file.
-        images: 0..255, of one size.
-        count: how many there are.
-        labels: one per image; None leaves arr_1 out.
-        class_names: by label; empty leaves them out.
+    """Write images (0..255) as they come, whole or not at all; arr_1 and names where they are given.
 
     Raises:
-        UserError: there are more or fewer images, their sizes differ, or there is no image.
+        UserError: there are more or fewer images than `count`, their sizes differ, or there is none.
     """
-    if labels is not None and len(labels) != count:
-        raise UserError(f"labels must be one per image ({count}), got {len(labels)}.")
 
     def write(file: BinaryIO) -> None:
-        source, written, first = iter(images), 0, None
+        written, first = 0, None
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                for image in source:
+                for image in images:
                     if first is None:
                         first = image.shape
                         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first)}
@@ -191,37 +155,41 @@ def write_adm_images(
     write_whole(path, write)
 
 
-def read_statistics(path: Path) -> AdmStatistics:
-    """The statistics in a file, in float64.
+def read_statistics(
+    path: Path,
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"], StatisticsOrigin | None]:
+    """Mean and covariance of pooled features in a file, in float64; files of others do not say where they are from.
 
-    Raises:
-        UserError: it holds none, or their shapes do not fit.
+    Raises UserError where it holds none, or their shapes do not fit.
     """
     if not {"mu", "sigma"} <= _names(path):
         raise UserError(f"{path} holds no mu and sigma. Pass a statistics file.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name].astype(np.float64) for name in ("mu", "sigma")}
+            mean, covariance = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
             origin = _origin(arrays)
     except _FAILURES as error:
         raise _unreadable(path, error) from error
-    if found["mu"].ndim != 1 or found["sigma"].shape != 2 * found["mu"].shape:
-        shapes = {name: array.shape for name, array in found.items()}
-        raise UserError(f"{path}: sigma must be (d, d) where mu is (d,), got {shapes}. Make it again.")
-    return AdmStatistics(found["mu"], found["sigma"], origin)
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        raise UserError(
+            f"{path}: sigma must be (d, d) where mu is (d,), got {covariance.shape} and {mean.shape}. Make it again."
+        )
+    return mean, covariance, origin
 
 
-def write_statistics(path: Path, statistics: AdmStatistics) -> None:
+def write_statistics(
+    path: Path,
+    mean: Float[np.ndarray, " d"],
+    covariance: Float[np.ndarray, "d d"],
+    origin: StatisticsOrigin | None = None,
+) -> None:
     """Write mu and sigma, and their origin where it is known, whole or not at all.
 
     ADM's evaluator also wants mu_s and sigma_s of spatial features and stops where they are missing, as here.
     """
-    origin = {} if statistics.origin is None else vars(statistics.origin)
-    said = {_ORIGIN + name: np.array(value) for name, value in origin.items()}
+    said = {} if origin is None else {_ORIGIN + name: np.array(value) for name, value in vars(origin).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        path, lambda file: np.savez(file, allow_pickle=False, mu=statistics.mean, sigma=statistics.covariance, **said)
-    )
+    write_whole(path, lambda file: np.savez(file, allow_pickle=False, mu=mean, sigma=covariance, **said))
 
 
 def _origin(arrays: np.lib.npyio.NpzFile) -> StatisticsOrigin | None:
@@ -229,10 +197,10 @@ def _origin(arrays: np.lib.npyio.NpzFile) -> StatisticsOrigin | None:
     said = {name.removeprefix(_ORIGIN): arrays[name].item() for name in arrays.files if name.startswith(_ORIGIN)}
     if not said:
         return None
-    wanted = {field.name for field in fields(StatisticsOrigin)}
-    if set(said) != wanted:
-        raise ValueError(f"{_ORIGIN}* must be {', '.join(sorted(wanted))}")
-    return StatisticsOrigin(**said)
+    try:
+        return StatisticsOrigin(**said)
+    except TypeError as error:
+        raise ValueError(f"{_ORIGIN}*: {error}") from error
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
@@ -243,10 +211,8 @@ def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 def _header(member: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether the order is Fortran's, and type: what stands before the numbers of an array."""
     file = cast(BinaryIO, member)
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    first = np.lib.format.read_magic(file) == (1, 0)
+    return np.lib.format.read_array_header_1_0(file) if first else np.lib.format.read_array_header_2_0(file)
 
 
 def _names(path: Path) -> set[str]:

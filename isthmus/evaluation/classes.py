@@ -1,31 +1,31 @@
 """Classes of samples: which class every sample has, and whether samples look like it.
 
-The class of a sample is fixed by its number alone, so that any part can be drawn anywhere. Class consistency judges
-samples with a classifier fitted on training features. Its accuracy on held-out real images stands beside it as the
-`floor`, as the score of real images does beside every distance, and chance as the `ceiling`. Inception score for those
-who ask for it.
+The class of a drawn sample is fixed by its number alone, so that any part can be drawn anywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from isthmus.errors import UserError
+from isthmus.evaluation.statistics import as_double
 from isthmus.files import sha256_of_parts
 from isthmus.pipelines.labels import names_in_order, resolve_labels
 
 if TYPE_CHECKING:
+    from isthmus.evaluation.images import ImageSet
     from isthmus.evaluation.reference import DataSplits
     from isthmus.pipelines.loading import AnyPipeline
 
 EQUAL, AS_IN_DATA, UNKNOWN = "every class equally often", "classes as often as in the data", "unknown (no classes)"
+Balance = Literal["uniform", "data"]
 
 _NAMED = 12  # so many classes are named with their share; of more the shares are told apart by a hash
+_BLOCK_ROWS = 2048  # in float64 at once: of 2,048 columns they are 32 MiB
 
 
 def class_balanced_labels(num: int, num_classes: int) -> Int[np.ndarray, " n"]:
@@ -43,16 +43,10 @@ def own_frequency_labels(num: int, counts: Sequence[int] | Int[np.ndarray, " c"]
     Image i takes the class that lags furthest behind its share, so the first i images have the shares as nearly as
     whole numbers can, whatever `num` is.
 
-    Raises:
-        UserError: there is no image to count.
-
     >>> own_frequency_labels(6, [1, 2]).tolist()
     [1, 0, 1, 1, 0, 1]
     """
-    shares = np.asarray(counts, dtype=np.float64)
-    if shares.ndim != 1 or not shares.sum() > 0 or shares.min() < 0:
-        raise UserError(f"frequencies of classes need at least one image, got the counts {list(counts)}. Pass others.")
-    shares = shares / shares.sum()
+    shares = np.asarray(counts, dtype=np.float64) / np.sum(counts)
     labels, drawn = np.empty(num, dtype=np.int64), np.zeros(len(shares))
     for i in range(num):
         labels[i] = np.argmax(shares * (i + 1) - drawn)
@@ -65,10 +59,7 @@ def balance_words(
 ) -> str:
     """How often each class occurs, in words that the frequencies alone decide, whoever drew the images.
 
-    Args:
-        labels: of the images; None where they have none.
-        names: by label.
-        data_counts: images of each class in the data set, where there is one.
+    `data_counts` are images of each class in the data set, where there is one.
 
     >>> balance_words(np.array([0, 1, 0]), ("face", "flag")), balance_words(None, ())
     ('every class equally often', 'unknown (no classes)')
@@ -89,9 +80,6 @@ def balance_words(
         return ", ".join(f"{name} {share:.3g} %" for name, share in zip(names, shares, strict=True))
     digest = sha256_of_parts(*(part for pair in zip(names, found.tolist(), strict=True) for part in pair))
     return f"{len(names)} classes, {shares.min():.3g} % to {shares.max():.3g} % each ({digest[:12]})"
-
-
-Balance = Literal["uniform", "data"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,16 +111,15 @@ def choose_classes(pipeline: "AnyPipeline", data: "DataSplits", num: int, balanc
     Raises:
         UserError: the classes of the data are not those of the model, or frequencies are asked for and there are none.
     """
-    names, nothing = data.class_names, np.zeros(num, np.int64)
-    model_names = names_in_order(pipeline.class_names)
+    names, nothing, model_names = data.class_names, np.zeros(num, np.int64), names_in_order(pipeline.class_names)
     if balance == "data" and not names:
         raise UserError(f"{data.spec} is unlabelled, so it has no class frequencies. Leave out --balance data.")
+    if balance == "data" and pipeline.num_classes == 0:
+        raise UserError(
+            "the model is unlabelled, so it cannot draw classes as often as in the data. Leave out --balance data."
+        )
     if pipeline.num_classes == 0:
-        if balance == "data":
-            raise UserError(
-                "the model is unlabelled, so it cannot draw classes as often as in the data. Leave out --balance data."
-            )
-        return SampleClasses(nothing, nothing, (), (), balance_words(None, ()), {"class_ids": []}, ())
+        return SampleClasses(nothing, nothing, (), (), UNKNOWN, {"class_ids": []}, ())
     if not names:
         labels, ids = class_balanced_labels(num, pipeline.num_classes), list(range(pipeline.num_classes))
         words = balance_words(labels, model_names or list(map(str, ids)))
@@ -147,7 +134,7 @@ def choose_classes(pipeline: "AnyPipeline", data: "DataSplits", num: int, balanc
             f"{len(names)}. Pass the data it was trained on."
         )
     counts = data.class_counts()
-    rule: dict[str, Any] = {"class_ids": list(ids)}
+    rule: dict[str, Any] = {"class_ids": ids}
     if not model_names:
         # it is given data with as many classes, in its own order
         rule["class_names"] = list(names)
@@ -156,15 +143,48 @@ def choose_classes(pipeline: "AnyPipeline", data: "DataSplits", num: int, balanc
     else:
         labels = own_frequency_labels(num, counts)
         rule["class_counts"] = counts.tolist()
-    words = balance_words(labels, names, counts)
-    model_ids = np.array(ids, np.int64)[labels]
+    words, model_ids = balance_words(labels, names, counts), np.array(ids, np.int64)[labels]
     return SampleClasses(labels, model_ids, names, tuple(ids), words, rule, model_names or names)
 
 
-# rows in float64 at once: 2,048 of 2,048 columns are 32 MiB
-_BLOCK_ROWS = 2048
+@dataclass(frozen=True, eq=False)
+class MatchedClasses:
+    """Classes of images from elsewhere, as far as they are known.
 
-_NO_IMAGE = "fitting classes needs at least one labelled image, got none. Pass the training features."
+    Attributes:
+        labels: in the order of the data set; None where they cannot be told.
+        names: classes of the data set; empty where labels cannot be told.
+        words: the balance, in words.
+        warning: why class scores are left out, or None.
+    """
+
+    labels: Int[np.ndarray, " n"] | None
+    names: tuple[str, ...]
+    words: str
+    warning: str | None = None
+
+
+def matched_classes(images: "ImageSet", data: "DataSplits | None") -> MatchedClasses:
+    """Classes by their names alone: a number says nothing about the order of the classes in another place."""
+    if images.labels is None:
+        return MatchedClasses(None, (), UNKNOWN)
+    used = np.unique(images.labels)
+    unmatched = balance_words(images.labels, images.class_names or tuple(map(str, range(int(used[-1]) + 1))))
+    if data is None or not data.class_names:
+        return MatchedClasses(None, (), unmatched)
+    names = data.class_names
+    if not images.class_names:
+        what = f"labels without names, which cannot be matched with the classes of {data.spec}"
+    elif absent := [name for name in (images.class_names[label] for label in used) if name not in names]:
+        what = f"the class {absent[0]}, which {data.spec} has not"
+    else:
+        places = np.array([names.index(name) if name in names else -1 for name in images.class_names])
+        labels = places[images.labels]
+        return MatchedClasses(labels, names, balance_words(labels, names, data.class_counts()))
+    warning = f"The samples have {what}: class scores are left out."
+    if len(used) == 1:
+        warning += " All samples have one label: a reference of several classes is far from them for that alone."
+    return MatchedClasses(None, (), unmatched, warning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,24 +196,16 @@ class NearestClassMean:
 
     @classmethod
     def fit(cls, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> "NearestClassMean":
-        """Average the training features of every class that occurs. Raises `UserError` when there is no image."""
-        if not len(labels):
-            raise UserError(_NO_IMAGE)
-        classes, index = np.unique(labels, return_inverse=True)
+        """Average the training features of every class that occurs. Raises UserError where there is no image."""
+        classes, index = _classes_of(labels)
         sums = np.stack([features[index == i].sum(axis=0, dtype=np.float64) for i in range(len(classes))])
         return cls(classes, sums / np.bincount(index)[:, None])
 
     def predict(self, features: Float[np.ndarray, "n d"]) -> Int[np.ndarray, " n"]:
         """Label of the nearest mean for every row."""
-        means, found = _double(self.means), np.empty(len(features), self.classes.dtype)
-        for start in range(0, len(features), _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
-            found[rows] = self.classes[torch.cdist(_double(features[rows]), means).argmin(dim=1).numpy()]
-        return found
-
-    def accuracy(self, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> float:
-        """Share in [0, 1] of rows whose nearest mean is that of their label; a label never seen counts as wrong."""
-        return _share(self.predict(features) == labels)
+        means = as_double(self.means)
+        blocks = (torch.cdist(as_double(rows), means).argmin(dim=1).numpy() for rows in _blocks(features))
+        return self.classes[np.concatenate([*blocks])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,38 +229,24 @@ class LinearProbe:
         Raises:
             UserError: there is no image, or `ridge` is not positive.
         """
-        if not len(labels):
-            raise UserError(_NO_IMAGE)
+        classes, index = _classes_of(labels)
         if ridge <= 0:
             raise UserError(f"ridge must be positive, got {ridge}. 0.1 is usual.")
-        classes, index = np.unique(labels, return_inverse=True)
         targets = np.eye(len(classes))[index]
         mean, bias = features.mean(axis=0, dtype=np.float64), targets.mean(axis=0)
-        count, width = features.shape
-        if count < width:
-            rows = np.asarray(features, np.float64) - mean
-            # the same weights from the n x n system
-            small = rows @ rows.T + _penalty(ridge, float(np.square(rows).sum()), width) * np.eye(count)
-            return cls(classes, mean, rows.T @ np.linalg.solve(small, targets - bias), bias)
+        width = features.shape[1]
         scatter, products = np.zeros((width, width)), np.zeros((width, len(classes)))
-        for start in range(0, count, _BLOCK_ROWS):
-            block = np.asarray(features[start : start + _BLOCK_ROWS], np.float64) - mean
-            scatter += block.T @ block
-            products += block.T @ (targets[start : start + _BLOCK_ROWS] - bias)
-        scatter[np.diag_indices(width)] += _penalty(ridge, float(np.trace(scatter)), width)
+        for rows, wanted in zip(_blocks(features), _blocks(targets - bias), strict=True):
+            centred = np.asarray(rows, np.float64) - mean
+            scatter += centred.T @ centred
+            products += centred.T @ wanted
+        scatter[np.diag_indices(width)] += ridge * max(np.trace(scatter) / width, np.finfo(np.float64).tiny)
         return cls(classes, mean, np.linalg.solve(scatter, products), bias)
 
     def predict(self, features: Float[np.ndarray, "n d"]) -> Int[np.ndarray, " n"]:
         """Most likely label for every row."""
-        found = np.empty(len(features), self.classes.dtype)
-        for start in range(0, len(features), _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
-            found[rows] = self.classes[((features[rows] - self.mean) @ self.weights + self.bias).argmax(axis=1)]
-        return found
-
-    def accuracy(self, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> float:
-        """Share in [0, 1] of rows that are given their label; a label never seen counts as wrong."""
-        return _share(self.predict(features) == labels)
+        blocks = (((rows - self.mean) @ self.weights + self.bias).argmax(axis=1) for rows in _blocks(features))
+        return self.classes[np.concatenate([*blocks])]
 
 
 def accuracy_by_class(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> dict[int, float]:
@@ -262,8 +260,6 @@ def accuracy_by_class(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n
 
 def intra_class_diversity(features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> dict[int, float]:
     """Mean Euclidean distance of two different images of a class, for every label with at least two of them.
-
-    Over that of real images it says how much of their variety the samples have: 1 is as varied, 0 all alike.
 
     >>> intra_class_diversity(np.array([[0.0], [3.0], [6.0], [9.0]]), np.array([0, 0, 0, 1]))
     {0: 4.0}
@@ -281,16 +277,11 @@ def inception_score(logits: Float[np.ndarray, "n v"]) -> float:
 
     Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 4. Meant for the logits of
     Inception-v3, 1 (useless) to the number of classes. It grows with the number of images and needs all classes among
-    them: measure shuffled sets of one size.
-
-    Raises:
-        UserError: there is no image.
+    them: measure shuffled sets of one size, at least one image.
     """
-    if not len(logits):
-        raise UserError("an Inception score needs at least one image, got none. Pass logits of samples.")
     total, sums = 0.0, torch.zeros(logits.shape[1], dtype=torch.float64)
-    for start in range(0, len(logits), _BLOCK_ROWS):
-        log_given = torch.log_softmax(_double(logits[start : start + _BLOCK_ROWS]), dim=1)
+    for rows in _blocks(logits):
+        log_given = torch.log_softmax(as_double(rows), dim=1)
         given = log_given.exp()
         total += float((given * log_given).sum())
         sums += given.sum(dim=0)
@@ -299,27 +290,19 @@ def inception_score(logits: Float[np.ndarray, "n v"]) -> float:
     return float(np.exp(total / len(logits) - float(torch.xlogy(mean, mean).sum())))
 
 
-def _penalty(ridge: float, scatter: float, width: int) -> float:
-    """`ridge` times n times the mean variance of a feature, from the sum of squares of all centred features."""
-    return ridge * max(scatter / width, np.finfo(np.float64).tiny)
-
-
 def _mean_pair_distance(rows: Float[np.ndarray, "n d"]) -> float:
-    total, starts = 0.0, range(0, len(rows), _BLOCK_ROWS)
-    for here in starts:
-        block = _double(rows[here : here + _BLOCK_ROWS])
-        for there in starts:
-            others = _double(rows[there : there + _BLOCK_ROWS])
-            total += float(torch.cdist(block, others, compute_mode="donot_use_mm_for_euclid_dist").sum())
+    pairs = ((as_double(ours), as_double(others)) for ours in _blocks(rows) for others in _blocks(rows))
+    total = sum(float(torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist").sum()) for pair in pairs)
     return total / (len(rows) * (len(rows) - 1))
 
 
-def _share(right: Bool[np.ndarray, " n"]) -> float:
-    if not len(right):
-        raise UserError("accuracy needs at least one image, got none. Pass features of samples or held-out images.")
-    return float(right.mean())
+def _classes_of(labels: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " n"]]:
+    """The labels that occur, and the place of every label among them."""
+    if not len(labels):
+        raise UserError("fitting classes needs at least one labelled image, got none. Pass the training features.")
+    classes, index = np.unique(labels, return_inverse=True)
+    return classes, index
 
 
-def _double(array: np.ndarray) -> Tensor:
-    # copied: torch takes no array that is read backwards or may not be written to
-    return torch.from_numpy(np.array(array, dtype=np.float64))
+def _blocks(rows: Float[np.ndarray, "n d"]) -> Iterator[Float[np.ndarray, "_ d"]]:
+    return (rows[start : start + _BLOCK_ROWS] for start in range(0, max(len(rows), 1), _BLOCK_ROWS))

@@ -8,19 +8,20 @@ second run with all of it there only writes the report again.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Int
 
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
-from isthmus.evaluation.adm_npz import AdmStatistics, StatisticsOrigin, write_adm_images, write_statistics
-from isthmus.evaluation.classes import UNKNOWN, Balance, SampleClasses, balance_words, choose_classes
-from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network, sample_features
+from isthmus.evaluation.adm_npz import StatisticsOrigin, write_adm_images, write_statistics
+from isthmus.evaluation.classes import Balance, SampleClasses, choose_classes, matched_classes
+from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
 from isthmus.evaluation.held_out import THE_USUAL, Measures, held_out_scores
 from isthmus.evaluation.images import ImageSet, open_images
@@ -36,11 +37,10 @@ from isthmus.evaluation.record import (
     read_record,
     write_record,
 )
-from isthmus.evaluation.reference import DataSplits, RealSides, open_splits
+from isthmus.evaluation.reference import open_splits
 from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
-from isthmus.evaluation.sample_scores import RealImages, data_facts
-from isthmus.evaluation.scores import Features
-from isthmus.evaluation.statistics import GaussianStatistics
+from isthmus.evaluation.scores import RealImages, RealSides, data_facts
+from isthmus.evaluation.statistics import mean_and_covariance
 from isthmus.files import alone_in, contents
 from isthmus.nn.guidance import Guidance
 from isthmus.pipelines.labels import names_in_order
@@ -48,42 +48,6 @@ from isthmus.pipelines.loading import AnyPipeline, choose_device, dtype_name, lo
 from isthmus.pipelines.options import guidance_text
 from isthmus.processes import is_first_process, launched_processes
 from isthmus.samples import SampleRequest, Samples, check_folder, draw, has_chunks, read
-
-
-def code_counts(
-    token_ids: Int[np.ndarray, "n l"], lengths: Sequence[int], codebook_size: int
-) -> Int[np.ndarray, "s k"]:
-    """How often every code occurs in every step; steps that hold no token (a short run) count nothing.
-
-    >>> code_counts(np.array([[0, 1, 1]]), (1, 2), 3).tolist()
-    [[1, 0, 0], [0, 2, 0]]
-    """
-    ends = np.minimum(np.cumsum(lengths), token_ids.shape[1])
-    starts = np.concatenate([[0], ends[:-1]])
-    parts = [token_ids[:, start:end].reshape(-1) for start, end in zip(starts, ends, strict=True)]
-    return np.stack([np.bincount(part, minlength=codebook_size) for part in parts]).astype(np.int64)
-
-
-def usage_curves(counts: Int[np.ndarray, "s k"], names: Sequence[str], along: str) -> list[Curve]:
-    """Share of the codes in use, and the perplexity of their frequencies, by step."""
-    used = (counts > 0).mean(axis=1)
-    return [
-        Curve(name="codes in use (share)", along=along, positions=tuple(names), values=tuple(map(float, used))),
-        Curve(
-            name="perplexity of the codes",
-            along=along,
-            positions=tuple(names),
-            values=tuple(map(float, _perplexity(counts))),
-        ),
-    ]
-
-
-def _perplexity(counts: Int[np.ndarray, "s k"]) -> Float[np.ndarray, " s"]:
-    """Perplexity, exp of the entropy of each row's frequencies; 1 where one code is always drawn."""
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    logs = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
-    return np.exp(-(shares * logs).sum(axis=1))
-
 
 logger = logging.getLogger("isthmus")
 
@@ -97,13 +61,9 @@ _OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, NPZ, STATISTICS, *REPORT_FILES)
 def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
     """The record of an earlier run that scored the same samples in the same way; None where they are to be scored.
 
-    Its `measures` tell what was measured on held-out images; they are empty where that stage did not end.
-
-    Raises:
-        UserError: `out` is a file, or holds the evaluation of something else, or other things.
+    Its `measures` are empty where held-out images were not measured to the end. Raises UserError where `out` holds the
+    evaluation of something else, or other things.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {out}. Choose another name.")
     if not (out / RECORD).is_file():
         foreign = [path.name for path in contents(out) if path.name not in _OURS]
         if foreign:
@@ -112,10 +72,10 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
                 "Choose another folder."
             )
         return None
-    outdated = outdated_subject(out)
-    before = None if outdated is not None else read_record(out)
-    measured = outdated if before is None else before.subject
-    assert measured is not None, "a record is outdated or it is not"
+    before, measured = None, outdated_subject(out)
+    if measured is None:
+        before = read_record(out)
+        measured = before.subject
     # a model that was moved is the same model
     if replace(measured, name=subject.name) != subject:
         raise UserError(
@@ -131,25 +91,20 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
     return before
 
 
-def write_sample_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
+def _write_statistics(path: Path, features: Features, network: FeatureNetwork) -> None:
     """Write mean and covariance of the features in the headline space, as --reference reads them, and their origin."""
-    space, width = next(iter(network.spaces.items()))
-    statistics = GaussianStatistics(width)
-    statistics.update(features[space])
-    origin = StatisticsOrigin(space, network.weights_sha256, network.preprocessing, statistics.count)
-    write_statistics(path, AdmStatistics(statistics.mean.numpy(), statistics.covariance.numpy(), origin))
+    mean, covariance, count = mean_and_covariance([features[network.headline]])
+    origin = StatisticsOrigin(network.headline, network.weights_sha256, network.preprocessing, count)
+    write_statistics(path, mean.numpy(), covariance.numpy(), origin)
 
 
 def remove_by_products(out: Path) -> None:
-    """Delete samples.npz and statistics.npz of an earlier scoring: beside a new record they would be of other samples.
-
-    What a command asks for is written again.
-    """
+    """Delete what would be of other samples beside a new record; what a command asks for is written again."""
     for name in (NPZ, STATISTICS):
         (out / name).unlink(missing_ok=True)
 
 
-def finish(record: EvaluationRecord, out: Path) -> None:
+def _finish(record: EvaluationRecord, out: Path) -> None:
     """Write the report, and say the first scores and where the others are."""
     write_report(record, out)
     for warning in record.warnings:
@@ -162,24 +117,14 @@ def finish(record: EvaluationRecord, out: Path) -> None:
 
 
 def _line(score: Score) -> str:
-    beside = [
-        f"{name} {value:.4g}"
-        for name, value in (("floor", score.floor), ("ceiling", score.ceiling))
-        if value is not None
-    ]
-    return f"{score.name}: {score.value:.4g}" + (f" ({', '.join(beside)})" if beside else "")
+    ends = {"floor": score.floor, "ceiling": score.ceiling}
+    beside = ", ".join(f"{name} {value:.4g}" for name, value in ends.items() if value is not None)
+    return f"{score.name}: {score.value:.4g}" + (f" ({beside})" if beside else "")
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """A set of images with what scores need.
-
-    Attributes:
-        images: read one after the other.
-        features: of the images, by space.
-        labels: their classes, in the order of `names`; None where they cannot be told.
-        names: classes of the data set; empty where labels cannot be told.
-    """
+class _Measured:
+    """A set of images with what scores need; `labels` are in the order of `names`, the classes of the data set."""
 
     images: ImageSet
     features: Features
@@ -188,15 +133,15 @@ class Measured:
 
 
 def _score(
-    main: Measured,
-    others: Mapping[str, Measured],
+    main: _Measured,
+    others: Mapping[str, _Measured],
     real: RealImages,
     out: Path,
     *,
     subject: Subject,
     balance: str,
     facts: Mapping[str, Any],
-    warnings: Sequence[str] = (),
+    warnings: Sequence[str | None] = (),
 ) -> EvaluationRecord:
     """Every set of images against the real ones; the pictures of the report are saved, the record is written.
 
@@ -211,14 +156,14 @@ def _score(
         swept = real.scores(one.features, one.labels, one.names)
         sweep[words] = swept.scores
         said[words] += [warning for warning in swept.warnings if warning not in scored.warnings]
-    of_sweep = [f"Guidance {words}: {one}" for words, found in said.items() for one in found if one]
     looked = look_at_samples(main.images, main.labels, main.names, out, scored.neighbours, real.splits)
+    of_sweep = [f"Guidance {words}: {one}" for words, found in said.items() for one in found if one]
     record = EvaluationRecord(
         protocol=real.protocol(len(main.images), balance),
         subject=subject,
         data={} if real.splits is None else data_facts(real.splits),
         circumstances={**facts, "seconds": {**facts["seconds"], "scoring": time.perf_counter() - start}},
-        warnings=(*scored.warnings, *([looked] if looked else []), *warnings, *of_sweep),
+        warnings=(*scored.warnings, *filter(None, (looked, *warnings)), *of_sweep),
         scores=scored.scores,
         class_scores=scored.by_class,
         measures={},
@@ -230,7 +175,7 @@ def _score(
 
 
 def _duplicates(guidance: str, images: ImageSet) -> str | None:
-    """The warning of samples at one guidance of a sweep. Raises `UserError`, which names it, where most are equal."""
+    """The warning of samples at one guidance of a sweep. Raises UserError, which names it, where most are equal."""
     try:
         return check_duplicates([pixel_digest(image) for image in images])
     except UserError as error:
@@ -250,20 +195,16 @@ def evaluate_images(
     statistics: bool = False,
     device: str = "auto",
 ) -> None:
-    """Score anyone's images: an .npz file or a folder, against another or against a data set.
+    """Score anyone's images, as `open_images` reads them, against others or against a data set.
 
     Of several processes under torchrun the first one works; there is nothing to share.
 
     Args:
-        samples: as for `open_images`.
         out: folder of evaluation.json and the report; new, or of the same images.
         reference: images or statistics to measure against; None takes those of the data set.
         data: data set whose training images judge classes and copies; None leaves both out.
         classes: of the data; none are all.
-        columns: of an hf: table.
-        features: as for `feature_network`.
         statistics: also write statistics.npz, mean and covariance of the images' features.
-        device: where features are computed.
 
     Raises:
         UserError: an argument is not usable, a guard refuses, or `out` holds something else.
@@ -284,7 +225,7 @@ def evaluate_images(
     subject = Subject(
         name=str(samples), kind="images from elsewhere", fingerprint=images.fingerprint, sampling={}, steering={}
     )
-    done = scored_record(out, real.protocol(len(images), known.balance), subject, sweep=[])
+    done = scored_record(out, real.protocol(len(images), known.words), subject, sweep=[])
     if done is None or statistics:
         start = time.perf_counter()
         check_value_range(images)
@@ -292,65 +233,13 @@ def evaluate_images(
         seconds = {"features": time.perf_counter() - start}
         if done is None:
             remove_by_products(out)
+            main = _Measured(images, found, known.labels, known.names)
+            facts = circumstances(where, processes=1) | {"seconds": seconds}
+            balance, warnings = known.words, [known.warning]
+            done = _score(main, {}, real, out, subject=subject, balance=balance, facts=facts, warnings=warnings)
         if statistics:
-            write_sample_statistics(out / STATISTICS, found, network)
-        if done is None:
-            done = _score(
-                Measured(images, found, known.labels, known.names),
-                {},
-                real,
-                out,
-                subject=subject,
-                balance=known.balance,
-                facts=circumstances(where, processes=1) | {"seconds": seconds},
-                warnings=[known.warning] if known.warning else [],
-            )
-    finish(done, out)
-
-
-@dataclass(frozen=True, eq=False)
-class MatchedClasses:
-    """Classes of images from elsewhere, as far as they are known.
-
-    Attributes:
-        labels: in the order of the data set; None where they cannot be told.
-        names: classes of the data set; empty where labels cannot be told.
-        balance: how often each class occurs, in words.
-        warning: why class scores are left out, or None.
-    """
-
-    labels: Int[np.ndarray, " n"] | None
-    names: tuple[str, ...]
-    balance: str
-    warning: str | None
-
-
-def matched_classes(images: ImageSet, data: DataSplits | None) -> MatchedClasses:
-    """Classes by their names alone: a number says nothing about the order of the classes in another place."""
-    if images.labels is None:
-        return MatchedClasses(None, (), UNKNOWN, None)
-    if data is None or not data.class_names:
-        named = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
-        return MatchedClasses(None, (), balance_words(images.labels, named), None)
-    names = data.class_names
-    if not images.class_names:
-        return _unmatched(images, f"labels without names, which cannot be matched with the classes of {data.spec}")
-    used = np.unique(images.labels)
-    absent = [images.class_names[label] for label in used if images.class_names[label] not in names]
-    if absent:
-        return _unmatched(images, f"the class {absent[0]}, which {data.spec} has not")
-    places = np.array([names.index(name) if name in names else -1 for name in images.class_names])
-    labels = places[images.labels]
-    return MatchedClasses(labels, names, balance_words(labels, names, data.class_counts()), None)
-
-
-def _unmatched(images: ImageSet, what: str) -> MatchedClasses:
-    assert images.labels is not None, "only labelled images can fail to match"
-    named = images.class_names or tuple(map(str, range(int(images.labels.max()) + 1)))
-    warning = f"The samples have {what}: class scores are left out."
-    if len(np.unique(images.labels)) == 1:
-        warning += " All samples have one label: a reference of several classes is far from them for that alone."
-    return MatchedClasses(None, (), balance_words(images.labels, named), warning)
+            _write_statistics(out / STATISTICS, found, network)
+    _finish(done, out)
 
 
 @alone_in("out")
@@ -379,109 +268,79 @@ def evaluate_model(
 ) -> None:
     """Draw `num` images of a model, score them and the model's held-out figures, and write `out`.
 
-    Under torchrun the processes share the drawing; the first one scores and writes.
+    Under torchrun the processes share the drawing; the first one scores and writes. Arguments without words are those
+    of `SampleRequest.of`, `load_pipeline` and `evaluate_images`.
 
     Args:
-        model: a pipeline folder or hub id.
         out: folder of samples, evaluation.json and the report; new, or of an evaluation of the same model.
         data: the data set, as for `open_source`: its held-out images, classes and training images.
         classes: of the data; none are those of the model.
-        columns: of an hf: table.
         num: N, images in all.
-        seed: image i is drawn from (seed, i).
-        options: sampling options by name; `FOLDER_DEFAULT` stands for the model's own.
-        steering: solver and steps of a D-AR model, where given.
-        features: as for `feature_network`.
-        reference: images or statistics to measure against; None takes those of the data set.
         balance: every class equally often, or as often as in the data.
         sweep: guidances that are drawn and scored beside.
         npz: also write samples.npz for ADM's evaluator.
-        statistics: also write statistics.npz, mean and covariance of the samples' features.
         measures: what is measured on held-out images beyond the usual.
         batch_size: images drawn, rebuilt or read at once; None estimates what fits. It changes no score.
-        device: see `load_pipeline`.
-        dtype: see `load_pipeline`.
-        real_sides: what was measured of real images before, for many evaluations; None measures anew.
+        real_sides: what was measured of real images before, for many evaluations.
 
     Raises:
         UserError: an argument is not usable, a guard refuses, or `out` holds something else.
     """
     with launched_processes() as processes:
-        # everything that can be refused is refused here, before anything is written
+        # everything that can be refused is refused before anything is written
         network = feature_network(features, device=choose_device(processes.device(device)))
         # the first process decides for all: a busy core may measure something else
         dtype = processes.agreed(dtype_name(dtype, processes.device(device)))
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
-        names = names_in_order(pipeline.class_names)
-        splits = open_splits(
-            data, image_size=pipeline.image_size, classes=tuple(classes), wanted=names, columns=columns
-        )
+        names, side = names_in_order(pipeline.class_names), pipeline.image_size
+        splits = open_splits(data, image_size=side, classes=tuple(classes), wanted=names, columns=columns)
         chosen = choose_classes(pipeline, splits, num, balance)
-        size = (pipeline.image_size, pipeline.image_size)
-        real = RealImages.of(network, splits, reference, size=size, sides=real_sides)
+        real = RealImages.of(network, splits, reference, size=(side, side), sides=real_sides)
         measures.check(pipeline)
         lpips, extra = measures.lpips(), measures.facts()
 
-        def request(guided: Mapping[str, Any]) -> SampleRequest:
-            return SampleRequest.of(
-                pipeline, chosen.model_ids.tolist(), classes=chosen.rule, seed=seed, options=guided, steering=steering,
-                dtype=dtype,
-            )  # fmt: skip
-
-        folders, requests = {"": out / SAMPLES_FOLDER}, {"": request(options)}
-        for one in sweep:
-            words = guidance_text(one)
-            folders[words] = out / SWEEP_FOLDER / words.replace(":", "-")
-            requests[words] = request({**options, "guidance_scale": one})
+        drawing: dict[str, Any] = {"seed": seed, "steering": steering, "dtype": dtype}
+        asked = _requests(pipeline, chosen, out, options, sweep, drawing)
         # a finished evaluation of an earlier version is read; its chunks are refused where samples are needed
-        if not any(map(has_chunks, folders.values())):
-            for words, folder in folders.items():
-                check_folder(folder, requests[words])
+        if not any(has_chunks(folder) for folder, _ in asked.values()):
+            for folder, wanted in asked.values():
+                check_folder(folder, wanted)
         subject = Subject(
             name=model,
             kind=pipeline.kind,
             fingerprint=pipeline.fingerprint,
             seed=seed,
-            sampling=json.loads(json.dumps(requests[""].sampling.to_dict())),
+            sampling=json.loads(json.dumps(asked[""][1].sampling.to_dict())),
             steering=dict(steering),
             dtype=dtype,
         )
-        swept = [words for words in folders if words]
+        swept = [words for words in asked if words]
         done = scored_record(out, real.protocol(num, chosen.words), subject, sweep=swept)
         if done is None or done.measures != extra or npz or statistics:
             # before anything is drawn: the guards of the reference may refuse
             if done is None and processes.is_first:
                 real.measured(num)
             start, drawn = time.perf_counter(), 0
-            for words, folder in folders.items():
+            for words, (folder, wanted) in asked.items():
                 title = f"guidance {words}" if words else "samples"
-                drawn += draw(
-                    pipeline, folder, requests[words], batch_size=batch_size, processes=processes, title=title
-                ).count
+                drawn += draw(pipeline, folder, wanted, batch_size=batch_size, processes=processes, title=title).count
             if not processes.is_first:
                 return
             seconds = {"drawing": time.perf_counter() - start} if drawn else {}
-            samples = read(folders[""], num)
+            samples = read(asked[""][0], num)
             if done is None:
                 remove_by_products(out)
+                start = time.perf_counter()
+                main, *others = (_measured(read(folder, num), chosen, network) for folder, _ in asked.values())
+                seconds["features"] = time.perf_counter() - start
+                facts = circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds}
+                sets = dict(zip(swept, others, strict=True))
+                done = _score(main, sets, real, out, subject=subject, balance=chosen.words, facts=facts)
             if npz:
                 labels = chosen.model_ids if pipeline.num_classes else None
                 write_adm_images(out / NPZ, samples, num, labels, chosen.model_names)
             if statistics:
-                write_sample_statistics(out / STATISTICS, sample_features(network, samples), network)
-            if done is None:
-                start = time.perf_counter()
-                main, *others = (_measured(read(folder, num), chosen, network) for folder in folders.values())
-                seconds["features"] = time.perf_counter() - start
-                done = _score(
-                    main,
-                    dict(zip(swept, others, strict=True)),
-                    real,
-                    out,
-                    subject=subject,
-                    balance=chosen.words,
-                    facts=circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds},
-                )
+                _write_statistics(out / STATISTICS, sample_features(network, samples), network)
             if done.measures != extra:
                 start = time.perf_counter()
                 scores, curves = held_out_scores(
@@ -494,23 +353,52 @@ def evaluate_model(
                     batch_size=batch_size,
                 )
                 done.circumstances["seconds"]["held-out images"] = time.perf_counter() - start
-                curves += _usage(pipeline, samples)
+                drawn_ids = map(samples.token_ids, range(num))
+                curves += usage_curves(drawn_ids, pipeline.stage_lengths, pipeline.codebook_size)
                 done = replace(done, measures=extra, held_out=tuple(scores), curves=tuple(curves))
                 write_record(done, out)
         if processes.is_first:
-            finish(done, out)
+            _finish(done, out)
 
 
-def _measured(samples: Samples, chosen: SampleClasses, network: FeatureNetwork) -> Measured:
+def _requests(
+    pipeline: AnyPipeline,
+    chosen: SampleClasses,
+    out: Path,
+    options: Mapping[str, Any],
+    sweep: Sequence[Guidance],
+    drawing: Mapping[str, Any],
+) -> dict[str, tuple[Path, SampleRequest]]:
+    """Folders and images by guidance; that of the options is ""."""
+    guidances = {guidance_text(one): {"guidance_scale": one} for one in sweep}
+    labels, asked = chosen.model_ids.tolist(), {}
+    for words, guided in {"": {}, **guidances}.items():
+        folder = out / SWEEP_FOLDER / words.replace(":", "-") if words else out / SAMPLES_FOLDER
+        request = SampleRequest.of(pipeline, labels, classes=chosen.rule, options={**options, **guided}, **drawing)
+        asked[words] = folder, request
+    return asked
+
+
+def _measured(samples: Samples, chosen: SampleClasses, network: FeatureNetwork) -> _Measured:
     """Drawn images, whose features are kept beside them."""
-    images = ImageSet(str(samples.folder), "", None, (), len(samples), samples.__iter__, samples.image)
+    images = ImageSet(str(samples.folder), "", None, (), len(samples), at=samples.image)
     labels = chosen.labels if chosen.names else None
-    return Measured(images, sample_features(network, samples), labels, chosen.names)
+    return _Measured(images, sample_features(network, samples), labels, chosen.names)
 
 
-def _usage(pipeline: AnyPipeline, samples: Samples) -> list[Curve]:
-    stages, size = pipeline.stage_lengths, pipeline.codebook_size
-    counts = np.zeros((len(stages), size), np.int64)
-    for index in range(len(samples)):
-        counts += code_counts(samples.token_ids(index)[None], list(stages.values()), size)
-    return usage_curves(counts, list(stages), "tokens")
+def usage_curves(
+    token_ids: Iterable[Int[np.ndarray, " l"]], stage_lengths: Mapping[str, int], codebook_size: int
+) -> list[Curve]:
+    """Share of the codes in use, and perplexity of their frequencies (1 where one code is always drawn), by stage."""
+    # not at the top of the file: it loads what only trainings need
+    from isthmus.training.codebook import code_counts, perplexity
+
+    ends = np.cumsum(list(stage_lengths.values()))
+    counts = torch.zeros(len(ends), codebook_size, dtype=torch.float64)
+    for ids in token_ids:
+        counts += code_counts([torch.from_numpy(part)[None] for part in np.split(ids, ends[:-1])], codebook_size)
+    curves = {"codes in use (share)": (counts > 0).double().mean(dim=1), "perplexity of the codes": perplexity(counts)}
+    return [
+        Curve(name=name, along="tokens", positions=tuple(stage_lengths), values=tuple(values.tolist()))
+        for name, values in curves.items()
+    ]

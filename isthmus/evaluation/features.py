@@ -10,11 +10,13 @@ fidelity (extra `inception`).
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,8 +31,10 @@ from isthmus.nn.perceptual import HEAD_WIDTH, TAP_CHANNELS, EfficientNetLite0, p
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.stored_llama import no_progress_bars
 from isthmus.pipelines.folder import model_folder
-from isthmus.pipelines.memory import is_out_of_memory
 from isthmus.samples import GROUP, Samples
+
+Rows = Float[np.ndarray, "_ d"]
+Features = dict[str, Float[np.ndarray, "_ _"]]
 
 FID_MIN_IMAGES = 10_000
 """Below this many samples nothing is called FID."""
@@ -39,39 +43,56 @@ FID_SIZE_PX = 299
 """Side to which images must have been resized by the network's own preprocessing for a FID."""
 
 
+# the image processor that DINOv2 was published with: shorter side, central square, and the statistics of ImageNet
+_RESIZED_PX, _CROP_PX = 256, 224
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# of the only file of Inception weights that is opened
+_PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_INCEPTION, _LOGITS = "inception-2048", "inception-logits"
+
+FEATURES = "features.npz"
+"""What `sample_features` keeps, in the folder of the samples."""
+
+_ROWS = "features/"
+_PIXELS_AT_ONCE = 2**22
+# images per forward of the network, whatever the batch of the draw: sums are rounded alike
+_BATCH = 50
+
+
+@dataclass(eq=False)
 class FeatureNetwork:
     """A network, frozen, with all that a record says of it.
 
     Attributes:
+        run: features by space, and those under `logits`, of images.
         name: "lite0", "inception" or "dinov2:<folder name>".
-        spaces: name of every feature space -> its width; the first is the headline space.
-        logits: name of the output that an Inception score reads, or None.
+        spaces: name of every feature space -> its width; the first is the headline.
         preprocessing: what happens to 0..255 values before the network, in words.
+        weights_sha256: of the weight file.
         input_size: side in pixels that every image is resized to; None where images keep theirs.
-        weights_sha256: hash of the weight file.
+        logits: name of the output that an Inception score reads, or None.
     """
 
-    def __init__(
-        self,
-        run: Callable[[UInt8[Tensor, "b 3 h w"]], dict[str, Tensor]],
-        *,
-        name: str,
-        spaces: dict[str, int],
-        preprocessing: str,
-        weights_sha256: str,
-        device: torch.device,
-        input_size: int | None = None,
-        logits: str | None = None,
-    ):
-        self.name, self.spaces, self.preprocessing = name, spaces, preprocessing
-        self.weights_sha256, self.input_size, self.logits = weights_sha256, input_size, logits
-        self.device = device
-        self._run = run
+    run: Callable[[UInt8[Tensor, "b 3 h w"]], dict[str, Tensor]]
+    _: KW_ONLY
+    name: str
+    spaces: dict[str, int]
+    preprocessing: str
+    weights_sha256: str
+    device: torch.device
+    input_size: int | None = None
+    logits: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """The first space."""
+        return next(iter(self.spaces))
 
     def __call__(self, images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """Features in fp32 on the CPU: one entry per space, and one named `logits` where there are any."""
+        """What `run` finds, in fp32 on the CPU."""
         with torch.inference_mode(), whole_fp32():
-            found = self._run(images_uint8.to(self.device))
+            found = self.run(images_uint8.to(self.device))
         # copied out of inference mode: tensors the caller may use anywhere
         return {name: rows.float().cpu().clone() for name, rows in found.items()}
 
@@ -82,7 +103,6 @@ def feature_network(spec: str = "lite0", *, device: str | torch.device = "cpu") 
     Args:
         spec: "lite0" (installed with the package), "inception:FILE" (weights of the FID Inception, in the extra
             `inception`) or "dinov2:FOLDER_OR_HUB_ID" (a DINOv2 that transformers saved).
-        device: where it runs.
 
     Raises:
         UserError: the name is none of these, the extra is missing, or the weights are not what they should be.
@@ -93,18 +113,18 @@ def feature_network(spec: str = "lite0", *, device: str | torch.device = "cpu") 
     kind, _, place = spec.partition(":")
     device = torch.device(device)
     if spec == "lite0":
-        return lite0_network(device)
+        return _lite0(device)
     if kind == "inception" and place:
-        return inception_network(Path(place), device)
+        return _inception(Path(place), device)
     if kind == "dinov2" and place:
-        return dinov2_network(place, device)
+        return _dinov2(place, device)
     raise UserError(
         f"features must be lite0, inception:FILE_OF_WEIGHTS or dinov2:FOLDER_OR_HUB_ID, got {spec!r}. "
         "lite0 is installed with this package."
     )
 
 
-def lite0_network(device: torch.device) -> FeatureNetwork:
+def _lite0(device: torch.device) -> FeatureNetwork:
     """EfficientNet-Lite0 at the images' own size: its last tap averaged over space, and its pooled head."""
     network = EfficientNetLite0().to(device)
 
@@ -123,57 +143,37 @@ def lite0_network(device: torch.device) -> FeatureNetwork:
     )
 
 
-def score_name(metric: str, space: str, num_images: int, input_size: int | None) -> str:
+def score_name(metric: Literal["frechet", "kernel"], space: str, num_images: int, input_size: int | None) -> str:
     """Name of a distance, after the features it was measured on.
 
     FID is one thing only: Frechet, on Inception features, of at least `FID_MIN_IMAGES` samples, with images resized to
     299 px by the network's own rule. KID is the kernel distance on the same features, at any number (it has no bias).
     Everything else carries the name of its features.
 
-    Args:
-        metric: "frechet" or "kernel".
-        space: a key of `FeatureNetwork.spaces`.
-        num_images: samples that were measured.
-        input_size: `FeatureNetwork.input_size`.
-
-    Raises:
-        UserError: another metric.
-
     >>> score_name("frechet", "lite0-192", 50_000, None), score_name("kernel", "lite0-192", 500, None)
     ('FD-lite0-192', 'KD-lite0-192')
     >>> score_name("frechet", "inception-2048", 50_000, 299), score_name("frechet", "inception-2048", 2_000, 299)
     ('FID', 'FD-inception-2048')
     """
-    if metric not in ("frechet", "kernel"):
-        raise UserError(f"metric must be frechet or kernel, got {metric!r}.")
-    if metric == "frechet" and space == "inception-2048" and num_images >= FID_MIN_IMAGES and input_size == FID_SIZE_PX:
-        return "FID"
-    if metric == "kernel" and space == "inception-2048" and input_size == FID_SIZE_PX:
-        return "KID"
+    if space == _INCEPTION and input_size == FID_SIZE_PX and (metric == "kernel" or num_images >= FID_MIN_IMAGES):
+        return "FID" if metric == "frechet" else "KID"
     return f"{'FD' if metric == 'frechet' else 'KD'}-{space}"
 
 
-# the image processor that DINOv2 was published with: shorter side, central square, and the statistics of ImageNet
-_RESIZED_PX, _CROP_PX = 256, 224
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def dinov2_network(place: str, device: torch.device) -> FeatureNetwork:
-    """The network of a folder or hub id; an existing folder wins. It runs in fp32.
-
-    Raises:
-        UserError: there is no DINOv2, or not all of its weights as safetensors.
-    """
+def _dinov2(place: str, device: torch.device) -> FeatureNetwork:
+    """The network of a folder or hub id; an existing folder wins. It runs in fp32."""
     folder = model_folder(place)
-    network = _load(folder).to(device)
+    network = _dinov2_of(folder).to(device)
     width, short_name = int(network.config.hidden_size), Path(place).name
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (_MEAN, _STD))
     space = f"dinov2-{short_name}-{width}"
 
     def run(images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        pixels = _prepared(images_uint8)
+        pixels = _central_square(images_uint8)
         return {space: network(pixel_values=(pixels / 255 - mean) / std).pooler_output}
 
+    digests = [sha256_of_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
     return FeatureNetwork(
         run,
         name=f"dinov2:{short_name}",
@@ -182,13 +182,13 @@ def dinov2_network(place: str, device: torch.device) -> FeatureNetwork:
             f"shorter side to {_RESIZED_PX} px (bicubic, antialiased), central {_CROP_PX} px, v / 255 minus mean over "
             "deviation of ImageNet"
         ),
-        weights_sha256=_hash_of(sorted(folder.glob("*.safetensors"))),
+        weights_sha256=digests[0] if len(digests) == 1 else joined,
         device=device,
         input_size=_CROP_PX,
     )
 
 
-def _prepared(images_uint8: UInt8[Tensor, "b 3 h w"]) -> Tensor:
+def _central_square(images_uint8: UInt8[Tensor, "b 3 h w"]) -> Tensor:
     """Values 0..255 of the central square, in fp32."""
     height, width = images_uint8.shape[2:]
     scale = _RESIZED_PX / min(height, width)
@@ -199,7 +199,7 @@ def _prepared(images_uint8: UInt8[Tensor, "b 3 h w"]) -> Tensor:
     return resized[:, :, top : top + _CROP_PX, left : left + _CROP_PX]
 
 
-def _load(folder: Path) -> Any:
+def _dinov2_of(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModel
 
     try:
@@ -235,42 +235,16 @@ def _unusable(folder: Path, error: Exception) -> UserError:
     )
 
 
-def _hash_of(files: list[Path]) -> str:
-    """Hash of a file; of several, the hash of their hashes in the order of their names."""
-    digests = [sha256_of_file(path) for path in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of the only file that is opened."""
-
-_FEATURES, _LOGITS = "inception-2048", "inception-logits"
-
-
-def checked_weights(path: Path) -> str:
-    """Hash of the weight file, which nothing opens before it is known to be the published one.
-
-    Raises:
-        UserError: there is no such file, or it is another one.
-    """
+def _inception(path: Path, device: torch.device) -> FeatureNetwork:
+    """Inception-v3 of every published FID. Nothing opens the weights before they are known to be the published ones."""
     if not path.is_file():
         raise UserError(f"Inception weights must be a file, but {path} is none. Check the path after inception:.")
-    found = sha256_of_file(path)
-    if found != PUBLISHED_SHA256:
+    digest = sha256_of_file(path)
+    if digest != _PUBLISHED_SHA256:
         raise UserError(
-            f"Inception weights must be weights-inception-2015-12-05-6726825d.pth with SHA-256 {PUBLISHED_SHA256}, "
-            f"got {found}. Scores on other weights compare with nothing; download the published file again."
+            f"Inception weights must be weights-inception-2015-12-05-6726825d.pth with SHA-256 {_PUBLISHED_SHA256}, "
+            f"got {digest}. Scores on other weights compare with nothing; download the published file again."
         )
-    return found
-
-
-def inception_network(path: Path, device: torch.device) -> FeatureNetwork:
-    """Pooled 2,048-wide features and the logits without bias, as FID and Inception score take them.
-
-    Raises:
-        UserError: the file is not the published one, or the extra is not installed.
-    """
-    digest = checked_weights(path)
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]  extra
             FeatureExtractorInceptionV3,
@@ -288,12 +262,12 @@ def inception_network(path: Path, device: torch.device) -> FeatureNetwork:
 
     def run(images_uint8: UInt8[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         features, logits = network(images_uint8)
-        return {_FEATURES: features, _LOGITS: logits}
+        return {_INCEPTION: features, _LOGITS: logits}
 
     return FeatureNetwork(
         run,
         name="inception",
-        spaces={_FEATURES: 2048},
+        spaces={_INCEPTION: 2048},
         preprocessing="bilinear to 299 px as TensorFlow 1 does it, (v - 128) / 128 for v in 0..255",
         weights_sha256=digest,
         device=device,
@@ -302,53 +276,39 @@ def inception_network(path: Path, device: torch.device) -> FeatureNetwork:
     )
 
 
-_PIXELS_AT_ONCE = 2**22
-
-
 def extract_features(
     network: FeatureNetwork, images_uint8: Iterable[UInt8[np.ndarray, "_ _ 3"]], *, batch_size: int = 64
-) -> dict[str, Float[np.ndarray, "n _"]]:
+) -> Features:
     """Features of every image, one row each, by space (and the logits of networks that have them).
 
     An image's features do not depend on its neighbours in the batch, beyond the rounding of sums.
 
     Args:
-        network: from `feature_network`.
-        images_uint8: an array (n, h, w, 3) or any iterable of (h, w, 3) arrays, all of one size, 0..255.
+        images_uint8: any iterable of (h, w, 3) arrays, all of one size, 0..255.
         batch_size: images per forward pass at most; of large images fewer, so that memory does not grow with them.
 
     Raises:
-        UserError: images of two sizes, or memory ran out.
+        UserError: images of two sizes.
     """
-    parts: dict[str, list[np.ndarray]] = {}
-    source = iter(images_uint8)
-    first = list(islice(source, 1))
-    size = min(batch_size, images_at_once(network, first[0].shape[:2])) if first else batch_size
-    source = chain(first, source)
-    while batch := list(islice(source, size)):
-        if len({image.shape for image in batch}) > 1:
-            sizes = sorted({image.shape[:2] for image in batch})
-            raise UserError(f"images must have one size, got {sizes[:3]}. Resize them first.")
-        for name, rows in _features(network, np.stack(batch)).items():
-            parts.setdefault(name, []).append(rows.numpy())
-    if not parts:
+    source, parts = iter(images_uint8), []
+    first = next(source, None)
+    if first is None:
         return {name: np.empty((0, width), np.float32) for name, width in network.spaces.items()}
-    return {name: np.concatenate(rows) for name, rows in parts.items()}
+    pixels = max(math.prod(first.shape[:2]), (network.input_size or 0) ** 2)
+    size, source = min(batch_size, max(1, _PIXELS_AT_ONCE // pixels)), chain([first], source)
+    while batch := list(islice(source, size)):
+        if sizes := [image.shape[:2] for image in batch if image.shape != first.shape]:
+            raise UserError(f"images must have one size, got {first.shape[:2]} and {sizes[0]}. Resize them first.")
+        parts.append(network(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)))
+    return _joined([{name: rows.numpy() for name, rows in part.items()} for part in parts])
 
 
-FEATURES = "features.npz"
-"""What `sample_features` keeps, in the folder of the samples."""
+def sample_features(network: FeatureNetwork, samples: Samples) -> Features:
+    """Features of drawn images by space; those that an earlier call kept in `FEATURES` beside the images are read.
 
-# images per forward of the network, whatever the batch of the draw: sums are rounded alike
-_BATCH = 50
-
-
-def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Float[np.ndarray, "n _"]]:
-    """Features of drawn images by space, from their pictures; those that an earlier call kept are read.
-
-    They are kept in `FEATURES` beside the images, of one network: another one's take their place.
+    They are of one network: another one's take their place.
     """
-    hashes = np.array([row["token_ids_sha256"] for row in samples.rows])
+    hashes = np.array(samples.token_hashes)
     made_by = json.dumps(
         [network.name, network.weights_sha256, network.preprocessing, dict(samples.settings)], sort_keys=True
     )
@@ -362,7 +322,7 @@ def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Floa
                 group = range(first, min(first + GROUP, len(samples)))
                 parts.append(extract_features(network, map(samples.image, group), batch_size=_BATCH))
                 bar.update(len(group))
-        known = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        known = _joined(parts)
         arrays = {_ROWS + name: rows for name, rows in known.items()}
         write_whole(
             path,
@@ -371,10 +331,11 @@ def sample_features(network: FeatureNetwork, samples: Samples) -> dict[str, Floa
     return known
 
 
-_ROWS = "features/"
+def _joined(parts: list[Features]) -> Features:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> dict[str, Float[np.ndarray, "n _"]]:
+def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> Features:
     """Features that a file has of these images: of all of them, else of the leading whole groups."""
     try:
         # opened here: np.load leaves a broken archive open
@@ -388,28 +349,3 @@ def _kept_features(path: Path, made_by: str, hashes: np.ndarray) -> dict[str, Fl
             return {name.removeprefix(_ROWS): archive[name][:count] for name in archive.files if _ROWS in name}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return {}
-
-
-def images_at_once(network: FeatureNetwork, size: tuple[int, ...]) -> int:
-    """How many images of `size` pixels (height, width) a network is given at once, at least one.
-
-    >>> from isthmus.evaluation.features import feature_network
-    >>> lite0 = feature_network("lite0")
-    >>> images_at_once(lite0, (256, 256)), images_at_once(lite0, (4096, 4096))
-    (64, 1)
-    """
-    height, width = size
-    return max(1, _PIXELS_AT_ONCE // max(height * width, (network.input_size or 0) ** 2))
-
-
-def _features(network: FeatureNetwork, images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, torch.Tensor]:
-    try:
-        return network(torch.from_numpy(images).permute(0, 3, 1, 2))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        count, height, width, _ = images.shape
-        raise UserError(
-            f"memory ran out in the feature network {network.name} on {count} image(s) of {height} x {width} px. Free "
-            f"memory on {network.device.type}{', or use --device cpu' if network.device.type != 'cpu' else ''}."
-        ) from error

@@ -12,6 +12,9 @@ from jaxtyping import Float, Int, UInt8
 
 from isthmus.errors import UserError
 
+FEWEST_FOR_FRECHET = 1000
+"""Below this many images the kernel distance and the class scores lead."""
+
 BUILT_IN_SENTENCE = (
     "The set is small: the reference is its training and held-out images together, so a model that copies its training "
     "images would score well. Read the share of memorised samples beside every distance."
@@ -27,15 +30,9 @@ MOST_MOVED = 0.05
 # where only a share of the training images was looked at: how many may be found before all are taken to be there
 _MOST_EXPECTED, _FEWEST_SHARED = 0.8, 10
 
-FEWEST_FOR_FRECHET = 1000
-"""Below this many images the kernel distance and the class scores lead."""
-
 
 def check_enough_images(count: int, width: int, *, space: str) -> str | None:
-    """Too few images for a covariance of this width.
-
-    Raises:
-        UserError: fewer than two images.
+    """Too few images for a covariance of this width. Raises UserError for fewer than two.
 
     >>> print(check_enough_images(100, 192, space="lite0-192"))
     100 images give lite0-192 features a covariance of rank 99 of 192: ...
@@ -52,13 +49,9 @@ def check_enough_images(count: int, width: int, *, space: str) -> str | None:
 
 
 def check_value_range(images: Iterable[UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w 3"]]) -> None:
-    """Images must be 8-bit values 0..255; those of a set that only reaches 1 were scaled by somebody.
+    """Raise UserError for floats, or where no image has a value above 1: somebody scaled them.
 
-    Args:
-        images: the set, or its first few hundred images; it is read up to the first one that settles the matter.
-
-    Raises:
-        UserError: floats, or no value above 1 in all of them.
+    Images are read up to the first one that settles the matter.
     """
     looked_at = 0
     for image in images:
@@ -78,13 +71,9 @@ def check_value_range(images: Iterable[UInt8[np.ndarray, "h w 3"] | Float[np.nda
 
 
 def check_duplicates(digests: Sequence[str] | Sequence[bytes]) -> str | None:
-    """Samples that are equal to the last bit: all but the first of each kind count as duplicates.
+    """Samples that are equal to the last bit, by their `pixel_digest`s: all but the first of each kind are duplicates.
 
-    Args:
-        digests: one per image, from `pixel_digest`.
-
-    Raises:
-        UserError: more than `MOST_DUPLICATES` of the images are duplicates.
+    Raises UserError where more than `MOST_DUPLICATES` of the images are.
 
     >>> print(check_duplicates(["a", "b", "b", "c"]))
     1 of 4 images (25 %) equals an earlier one to the last bit. ...
@@ -92,14 +81,13 @@ def check_duplicates(digests: Sequence[str] | Sequence[bytes]) -> str | None:
     number = len(digests) - len(set(digests))
     if not number:
         return None
-    share = number / len(digests)
+    share, verb = number / len(digests), "equals" if number == 1 else "equal"
     found = f"{number} of {len(digests)} images ({100 * share:.3g} %)"
     if share > MOST_DUPLICATES:
         raise UserError(
             f"samples must differ, but {found} equal an earlier one to the last bit. Check the seeds (image i must be "
             "drawn from its own), or the model, which may have collapsed."
         )
-    verb = "equals" if number == 1 else "equal"
     return f"{found} {verb} an earlier one to the last bit. Variety scores count them as they are."
 
 
@@ -111,10 +99,7 @@ def pixel_digest(image: UInt8[np.ndarray, "h w 3"]) -> str:
 def check_reference(
     reference_digests: Iterable[str], training_digests: Iterable[str], *, built_in: bool, looked_at: float = 1.0
 ) -> str | None:
-    """A reference that is the training set rewards copying.
-
-    Built-in sets are so small that their reference holds the training images; they get `BUILT_IN_SENTENCE`. Otherwise
-    a reference with some training images is a warning, and one made of nothing else an error.
+    """A reference that is the training set rewards copying; `BUILT_IN_SENTENCE` for the small sets of the package.
 
     Args:
         reference_digests: `pixel_digest` of the reference images.
@@ -125,11 +110,10 @@ def check_reference(
     Raises:
         UserError: every reference image is a training image, or seems to be where only a share was looked at.
     """
-    reference = list(reference_digests)
-    known = set(training_digests)
-    shared = sum(digest in known for digest in reference)
     if built_in:
         return BUILT_IN_SENTENCE
+    reference, known = list(reference_digests), set(training_digests)
+    shared = sum(digest in known for digest in reference)
     # of a reference that is made of training images, about this many are among those that were looked at
     expected = looked_at * len(reference)
     some = "" if looked_at == 1 else f" among the {100 * looked_at:.3g} % of the training images that were looked at"
@@ -173,11 +157,6 @@ def check_balance(
     sample_labels: Int[np.ndarray, " n"], reference_labels: Int[np.ndarray, " m"], names: Sequence[str]
 ) -> str | None:
     """Samples whose classes are not as frequent as the reference's are off by that alone.
-
-    Args:
-        sample_labels: classes of the samples, in the order of `names`.
-        reference_labels: classes of the reference, in the same order.
-        names: of the classes.
 
     >>> print(check_balance(np.array([0, 1]), np.array([0, 0, 0, 1]), ["face", "flag"]))
     Classes are not as frequent as in the reference (face: 50 % of the samples, 75 % of the reference): ...

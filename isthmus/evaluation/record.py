@@ -8,6 +8,8 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,17 +23,20 @@ import isthmus
 from isthmus.errors import UserError
 from isthmus.files import write_whole
 
+RECORD = "evaluation.json"
+FORMAT = 3
+
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "torch-fidelity")
+# lists stand for tuples, and null for a number that was not finite
+_JSON = Config(cast=[tuple], type_hooks={float: lambda value: math.nan if value is None else float(value)})
 
 
 def circumstances(device: torch.device, *, processes: int) -> dict[str, Any]:
     """Date (UTC), versions and hardware, in JSON values."""
     found = {"isthmus": isthmus.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # of an extra that is not installed
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue  # an extra that is not installed
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": found,
@@ -44,30 +49,17 @@ def circumstances(device: torch.device, *, processes: int) -> dict[str, Any]:
 
 
 def timing_words(device: torch.device) -> str:
-    """What a time was taken on: device, its name, threads."""
+    """What a time was taken on."""
     return f"{device.type} ({_hardware(device)}), {torch.get_num_threads()} threads"
 
 
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {os.cpu_count()} cores"
-
-
-def _cpu_name() -> str:
     facts = Path("/proc/cpuinfo")
-    if facts.is_file():
-        for line in facts.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-RECORD = "evaluation.json"
-FORMAT = 3
-
-# lists stand for tuples, and null for a number that was not finite
-_JSON = Config(cast=[tuple], type_hooks={float: lambda value: math.nan if value is None else float(value)})
+    lines = facts.read_text(encoding="utf-8", errors="replace").splitlines() if facts.is_file() else ()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +68,14 @@ class Score:
 
     Attributes:
         name: such as "FD-lite0-192"; it names the features.
-        value: the score.
-        better: "lower" or "higher"; "" where neither is.
         images: images in one measurement; 0 where a score is of no images.
-        measurements: measurements (disjoint chunks, subsets) that `value` is the mean of.
+        measurements: disjoint chunks, or subsets, that `value` is the mean of.
         deviation: standard deviation between measurements; None for a single one.
         error: standard error of `value`, where the estimator has one.
         low: lower end of a 95 % interval, for means over images alone: Wilson's of a share, a bootstrap of any other.
-        high: upper end; neither interval is symmetric about `value`.
+        high: its upper end; neither interval is symmetric about `value`.
         floor: the same score of real images that are disjoint from the reference.
         ceiling: the same score of real images of which only mean colour and blur are left.
-        note: what else to know.
     """
 
     name: str
@@ -105,15 +94,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A score by scale, position, number of tokens or guidance.
-
-    Attributes:
-        name: what is measured, with its unit.
-        along: what the positions are.
-        positions: names, in order.
-        values: one per position.
-        note: what else to know.
-    """
+    """A score with its unit by scale, position, number of tokens or solver steps, which `along` says."""
 
     name: str
     along: str
@@ -127,19 +108,17 @@ class Protocol:
     """What must agree before scores are compared.
 
     Attributes:
-        features: name of the feature network.
+        features: the feature network.
         features_sha256: of its weight file.
         preprocessing: of its input, in words.
         num_samples: N.
         chunk_images: n; distances are means over disjoint chunks of n samples, against n reference images.
         balance: how often each class is drawn, in words.
         image_size: "height x width" in pixels.
-        classes: names, where there are any.
-        reference: what the reference is, in words.
-        reference_images: how many real images there were; 0 where a file of statistics does not say.
-        reference_sha256: of their contents.
+        reference: in words.
+        reference_images: 0 where a file of statistics does not say.
         train_sha256: of the training images that judge classes and copies; "" without a data set.
-        held_out_sha256: of the held-out images; "" likewise.
+        held_out_sha256: likewise.
     """
 
     features: str
@@ -167,8 +146,7 @@ class Subject:
         fingerprint: SHA-256 of the model's configuration and weights, or of the images.
         seed: image i was drawn from (seed, i); None for images from elsewhere.
         sampling: guidance schedule, filters and temperature.
-        steering: solver and steps, where the model has them and they were given.
-        dtype: of the weights while drawing.
+        steering: solver and steps, where they were given.
     """
 
     name: str
@@ -185,8 +163,6 @@ class EvaluationRecord:
     """Everything in evaluation.json.
 
     Attributes:
-        protocol: what must agree.
-        subject: what was measured.
         data: name, fingerprints and classes of the data set, where one was given.
         circumstances: versions, date, hardware, seconds.
         warnings: what makes a score mislead.
@@ -195,9 +171,7 @@ class EvaluationRecord:
         measures: what was measured on held-out images beyond the usual: hashes of LPIPS' weights, solver steps; empty
             where held-out images were not measured, or not yet.
         held_out: reconstruction and likelihood of held-out images.
-        curves: scores by scale, position or number of tokens.
         sweep: guidance -> scores, where a sweep was asked for.
-        format: of the file.
     """
 
     protocol: Protocol
@@ -239,24 +213,24 @@ def read_record(folder: Path) -> EvaluationRecord:
             f"{path} is of format {written}: an earlier version measured some scores in another way, so that they do "
             f"not compare; this version reads {FORMAT}. Evaluate again: samples that are there are used."
         )
-    try:
+    with _undamaged(path):
         # a part that is not there is damage, also where it could be empty
         return from_dict(EvaluationRecord, {one.name: values[one.name] for one in fields(EvaluationRecord)}, _JSON)
-    except (KeyError, TypeError, ValueError, AttributeError, DaciteError) as error:
-        raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
 
 
 def outdated_subject(folder: Path) -> Subject | None:
-    """What a record of an earlier format measured; None where the record is of this format or a newer one.
-
-    Raises:
-        UserError: there is no record, or it cannot be read.
-    """
+    """What a record of an earlier format measured; None for one of this format. Raises UserError where none is read."""
     path, values, written = _written(folder)
     if written >= FORMAT:
         return None
-    try:
+    with _undamaged(path):
         return from_dict(Subject, values["subject"], _JSON)
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, DaciteError) as error:
         raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
 
@@ -306,11 +280,9 @@ def _written(folder: Path) -> tuple[Path, dict[str, Any], int]:
     path = folder / RECORD if folder.is_dir() else folder
     if not path.is_file():
         raise UserError(f"{folder} holds no {RECORD}. Pass the --out of a finished `isthmus evaluate`.")
-    try:
+    with _undamaged(path):
         values = json.loads(path.read_text(encoding="utf-8"))
         return path, values, int(values["format"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not the record of an evaluation ({error}). Evaluate again.") from error
 
 
 def _shown(record: EvaluationRecord, name: str, value: Any) -> str:

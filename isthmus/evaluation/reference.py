@@ -1,6 +1,6 @@
 """The real images of an evaluation, measured once: reference, its disjoint other half, training and held-out images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,22 +13,23 @@ from isthmus.data.source import ANY_COLUMNS, ImageSource, WantedColumns
 from isthmus.data.views import random_view
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin, kind_of_npz, read_statistics
-from isthmus.evaluation.features import FeatureNetwork, extract_features
+from isthmus.evaluation.features import FeatureNetwork, Features, Rows, extract_features
 from isthmus.evaluation.guards import check_reference, check_value_range, pixel_digest
 from isthmus.evaluation.images import ImageSet, Picture, joined, local_path, open_images, real_images, ruined, some
-from isthmus.evaluation.neighbours import COPY_QUANTILE, nearest_neighbours
-from isthmus.evaluation.scores import Features, LabelledFeatures, RealFeatures, Rows
+from isthmus.evaluation.neighbours import nearest_neighbours
 from isthmus.evaluation.statistics import Gaussian
-from isthmus.files import sha256_of_file, sha256_of_parts
+from isthmus.files import sha256_of_file
 from isthmus.nn.draws import AUGMENT, SPLIT, stream
+
+TRAINING_LIMIT = 50_000
+"""Training images that are measured (class means, nearest neighbours); of larger sets evenly spread ones are taken."""
+
+# marks the streams of views: training's own have one number after the purpose
+_MEASURED = 1
 
 
 def images_per_measurement(num_samples: int, num_real: int) -> int:
-    """n: the size at which floor, ceiling and score are all computed, min(N, half the real images).
-
-    Raises:
-        UserError: there are too few images on either side.
-    """
+    """n: the size at which floor, ceiling and score are all computed, min(N, half the real images)."""
     n = min(num_samples, num_real // 2)
     if n < 2:
         raise UserError(
@@ -38,18 +39,13 @@ def images_per_measurement(num_samples: int, num_real: int) -> int:
 
 
 def disjoint_halves(
-    labels: Int[np.ndarray, " n"], size: int, *, seed: int = 0
+    labels: Int[np.ndarray, " n"], size: int
 ) -> tuple[Int[np.ndarray, " size"], Int[np.ndarray, " size"]]:
-    """Indices of two disjoint sets of `size` images, both with the class frequencies of all images.
+    """Indices of two disjoint sets of `size` images (half of all at most), both with the class frequencies of all.
 
-    Fixed by the labels and the seed; the default is part of the protocol. Unlabelled images have one label.
-
-    Raises:
-        UserError: `size` is more than half of the images.
+    Fixed by the labels. Unlabelled images have one label.
     """
-    if not 1 <= size <= len(labels) // 2:
-        raise UserError(f"a half must hold 1..{len(labels) // 2} of {len(labels)} images, got {size}.")
-    generator, dealt = stream(seed, SPLIT), 0
+    generator, dealt = stream(0, SPLIT), 0
     sides, places = np.empty(len(labels), np.int64), np.empty(len(labels))
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
@@ -62,18 +58,10 @@ def disjoint_halves(
     return first, second
 
 
-# marks the streams of these views: training's own have one number after the purpose
-_MEASURED = 1
-
-
 def training_views(source: ImageSource, image_size: int, count: int, *, seed: int = 0) -> ImageSet:
-    """`count` fresh views of images that are evenly spread over the split, with the set's own augmentation.
+    """`count` fresh views of images that are evenly spread over the split, as training would see them.
 
-    Args:
-        source: a split: training images as training sees them, or held-out ones changed alike.
-        image_size: side in pixels.
-        count: how many views; an image is seen again where there are more of them than images.
-        seed: view k is drawn from (seed, k).
+    View k is drawn from (seed, k); an image is seen again where there are more views than images.
     """
     chosen = np.arange(count) * len(source) // count
 
@@ -81,15 +69,7 @@ def training_views(source: ImageSource, image_size: int, count: int, *, seed: in
         generator = stream(seed, AUGMENT, index, _MEASURED)
         return random_view(source, int(chosen[index]), image_size, source.augmentation, generator)
 
-    return ImageSet(
-        "views",
-        sha256_of_parts(source.fingerprint, image_size, repr(source.augmentation), count, seed),
-        source.labels[chosen] if source.class_names else None,
-        source.class_names,
-        count,
-        lambda: (at(index) for index in range(count)),
-        at,
-    )
+    return ImageSet("views", "", None, (), count, at=at)
 
 
 def view_words(source: ImageSource) -> str:
@@ -107,10 +87,6 @@ def view_words(source: ImageSource) -> str:
     return "training images as training sees them" + (f", {listed}" if listed else "")
 
 
-TRAINING_LIMIT = 50_000
-"""Training images that are measured (class means, nearest neighbours); of larger sets evenly spread ones are taken."""
-
-
 @dataclass(frozen=True)
 class DataSplits:
     """The data set of a model, as it is evaluated.
@@ -119,13 +95,9 @@ class DataSplits:
         spec: as in --data.
         built_in: whether it comes with the package.
         train: training images, at most `TRAINING_LIMIT` of them.
-        held_out: images nothing was trained on.
         num_train: training images in all.
         attribution: licence line.
-        train_labels: of all training images; None where `train` holds them all.
-        views: so many fresh views, as training sees images, of the training and of the held-out ones; None where what
-            training does is not known.
-        view_words: what training does to its images, in words.
+        sources: both splits as training reads them; None where that is not known.
     """
 
     spec: str
@@ -134,9 +106,7 @@ class DataSplits:
     held_out: ImageSet
     num_train: int
     attribution: str
-    train_labels: Int[np.ndarray, " n"] | None = None
-    views: Callable[[int], tuple[ImageSet, ImageSet]] | None = None
-    view_words: str = ""
+    sources: tuple[ImageSource, ImageSource] | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -145,7 +115,7 @@ class DataSplits:
 
     def class_counts(self) -> Int[np.ndarray, " c"]:
         """Images of each class, all training and held-out ones together."""
-        training = self.train.labels if self.train_labels is None else self.train_labels
+        training = self.train.labels if self.sources is None else self.sources[0].labels
         known = [labels for labels in (training, self.held_out.labels) if labels is not None]
         return np.bincount(np.concatenate(known), minlength=len(self.class_names))
 
@@ -158,7 +128,7 @@ class Reference:
         words: what it is.
         fingerprint: SHA-256 (hex) of its contents.
         images: None for a file of statistics alone.
-        statistics: mean and covariance of such a file; beside images they are of the whole set the images are from.
+        statistics: of such a file; beside images they are of the whole set the images are from.
         holds_training: whether it is training and held-out images of a built-in set together.
         warnings: what a report should say of it.
         origin: which features the statistics are of; None where the file does not say.
@@ -178,16 +148,40 @@ class Reference:
 
 
 @dataclass(frozen=True, eq=False)
+class RealFeatures:
+    """Features by space of n real images each.
+
+    Attributes:
+        reference: what samples are measured against.
+        other: disjoint from it; its score is the floor.
+        ruined: `other`, of which mean colour and blur are left; its score is the ceiling.
+    """
+
+    reference: Features
+    other: Features
+    ruined: Features
+
+    def __len__(self) -> int:
+        return len(next(iter(self.reference.values())))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFeatures:
+    """Features in the headline space with their classes."""
+
+    rows: Rows
+    labels: Int[np.ndarray, " n"]
+
+
+@dataclass(frozen=True, eq=False)
 class RealSide:
     """Measured real images.
 
     Attributes:
         reference: features of the two halves; None where the reference is a file of statistics.
-        training: in the headline space; None without a data set.
-        held_out: the same.
+        training: in the headline space; None, as `held_out`, without a data set.
         warnings: of the guards.
-        views: features in the headline space of fresh views, as training sees images, of training and of held-out ones;
-            None where there are none.
+        views: features in the headline space of fresh views, as training sees images, of training and of held-out ones.
         searched: which training images copies are looked for among, and what the views are, in words.
     """
 
@@ -199,19 +193,14 @@ class RealSide:
     searched: str = ""
 
     @cached_property
-    def copy_distance(self) -> float:
-        """Samples nearer to a training image than this count as memorised; for sets with both splits alone."""
-        return float(np.quantile(self.held_out_distances, COPY_QUANTILE))
-
-    @cached_property
     def held_out_distances(self) -> Float[np.ndarray, " k"]:
-        """Of every held-out image to its nearest training image; for sets with both splits alone."""
+        """Of every held-out image to its nearest training image; where there is a data set."""
         assert self.training is not None and self.held_out is not None, "only where there is a data set"
         return nearest_neighbours(self.held_out.rows, self.training.rows)[1]
 
     @cached_property
     def view_distances(self) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]] | None:
-        """The same of both sets of `views`: what copies and what new images would have; None where there are none."""
+        """The same of both sets of `views`: what copies and what new images would have."""
         if self.views is None or self.training is None:
             return None
         copied, new = (nearest_neighbours(rows, self.training.rows)[1] for rows in self.views)
@@ -230,15 +219,12 @@ def open_splits(
 
     Args:
         spec: as for `open_source`.
-        image_size: side in pixels.
         classes: those asked for, in this order; none are those of the model.
         wanted: names of the model's classes, which the data set must have where `classes` names none.
-        columns: of an hf: table.
 
     Raises:
         UserError: the data cannot be used, or do not have the model's classes.
     """
-    kind, _ = parse_spec(spec)
     chosen = classes or None
     if chosen is None and wanted:
         there = open_source(spec, image_size=image_size, columns=columns).class_names
@@ -255,25 +241,21 @@ def open_splits(
     )
     return DataSplits(
         spec,
-        kind in BUILT_IN,
+        parse_spec(spec)[0] in BUILT_IN,
         some(real_images(train, image_size), TRAINING_LIMIT),
         real_images(held_out, image_size),
         len(train),
         train.attribution,
-        train_labels=train.labels if train.class_names else None,
-        views=lambda count: (training_views(train, image_size, count), training_views(held_out, image_size, count)),
-        view_words=view_words(train),
+        (train, held_out),
     )
 
 
 def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[int, int]) -> Reference:
-    """The reference of an evaluation: the one given, else images of the data set.
+    """The reference of an evaluation: images or statistics at `path`, else images of the data set.
 
     Built-in sets are small, so theirs is training and held-out images together; of other data it is the held-out part.
 
     Args:
-        data: the data set.
-        path: images or statistics; None takes images of the data set.
         size: of the samples, height and width in pixels.
 
     Raises:
@@ -284,8 +266,8 @@ def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[
         kind = kind_of_npz(path) if path.is_file() else "images"
         statistics, origin = None, None
         if kind != "images":
-            found = read_statistics(path)
-            statistics, origin = Gaussian.from_covariance(found.mean, found.covariance), found.origin
+            mean, covariance, origin = read_statistics(path)
+            statistics = Gaussian.from_covariance(mean, covariance)
         if kind == "statistics":
             return Reference(f"the statistics in {path.name}", sha256_of_file(path), None, statistics, origin=origin)
         images = open_images(path, size=size)
@@ -309,63 +291,39 @@ def measure_real_side(reference: Reference, data: DataSplits | None, network: Fe
     Raises:
         UserError: the reference is the training set, or its images cannot be used.
     """
-    headline = next(iter(network.spaces))
-    sets = {"train": _measured(data.train, network), "held_out": _measured(data.held_out, network)} if data else {}
-    real, digests = None, []
+    sets = [_measured(data.train, network), _measured(data.held_out, network)] if data is not None else []
+    real, warnings = None, list(reference.warnings)
     if reference.images is not None:
         if reference.holds_training:
-            names = next(iter(sets.values())).features
-            features = {name: np.concatenate([part.features[name] for part in sets.values()]) for name in names}
-            digests = [digest for part in sets.values() for digest in part.digests]
+            features = {name: np.concatenate([found[name] for found, _ in sets]) for name in sets[0][0]}
+            digests = sets[0][1] + sets[1][1]
         elif data is not None and reference.images is data.held_out:
-            features, digests = sets["held_out"].features, sets["held_out"].digests
+            features, digests = sets[1]
         else:
-            measured = _measured(reference.images, network)
-            features, digests = measured.features, measured.digests
+            features, digests = _measured(reference.images, network)
         real = _halves(reference.images, features, network, n)
-    warning = None
-    if data is not None and digests:
-        looked_at = len(data.train) / data.num_train
-        warning = check_reference(
-            digests, sets["train"].digests, built_in=reference.holds_training, looked_at=looked_at
-        )
-    warnings = (*reference.warnings, *([] if warning is None else [warning]))
-    views, searched = None, ""
-    if data is not None:
-        searched = _searched(data)
-        if data.views is not None:
-            copied, new = (extract_features(network, one.shown(one.name))[headline] for one in data.views(n))
-            views = copied, new
-    labelled = {name: LabelledFeatures(part.features[headline], _labels(part.images)) for name, part in sets.items()}
-    return RealSide(real, labelled.get("train"), labelled.get("held_out"), warnings, views, searched)
+        if data is not None:
+            looked_at = len(data.train) / data.num_train
+            built_in = reference.holds_training
+            warning = check_reference(digests, sets[0][1], built_in=built_in, looked_at=looked_at)
+            warnings += [] if warning is None else [warning]
+    if data is None:
+        return RealSide(real, None, None, tuple(warnings))
+    training, held_out = (
+        LabelledFeatures(found[network.headline], _labels(images))
+        for images, (found, _) in zip((data.train, data.held_out), sets, strict=True)
+    )
+    views = None
+    if data.sources is not None:
+        side, _ = data.train.size()
+        drawn = (training_views(source, side, n).shown("views") for source in data.sources)
+        copied, new = (extract_features(network, images)[network.headline] for images in drawn)
+        views = copied, new
+    return RealSide(real, training, held_out, tuple(warnings), views, _searched(data))
 
 
-class RealSides:
-    """Real sides that were measured before: of many models against the same images, the first one alone measures."""
-
-    def __init__(self):
-        self._known: dict[str, RealSide] = {}
-
-    def measure(self, reference: Reference, data: DataSplits | None, network: FeatureNetwork, n: int) -> RealSide:
-        """`measure_real_side`, or what it found before for the same images, features and n."""
-        images = reference.images
-        against = (reference.fingerprint, reference.holds_training, images and (images.resized, images.size()))
-        judged = data and (data.train.fingerprint, data.held_out.fingerprint, data.class_names, data.num_train)
-        key = sha256_of_parts(against, judged, network.name, network.weights_sha256, n)
-        if key not in self._known:
-            self._known[key] = measure_real_side(reference, data, network, n)
-        return self._known[key]
-
-
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    images: ImageSet
-    features: Features
-    digests: list[str]
-
-
-def _measured(images: ImageSet, network: FeatureNetwork) -> _Measured:
-    """Features and digests, in one reading."""
+def _measured(images: ImageSet, network: FeatureNetwork) -> tuple[Features, list[str]]:
+    """Features and `pixel_digest`s, in one reading."""
     digests: list[str] = []
 
     def noted() -> Iterator[Picture]:
@@ -374,14 +332,14 @@ def _measured(images: ImageSet, network: FeatureNetwork) -> _Measured:
             yield image
 
     check_value_range(images)
-    return _Measured(images, extract_features(network, noted()), digests)
+    return extract_features(network, noted()), digests
 
 
 def _searched(data: DataSplits) -> str:
     share = len(data.train) / data.num_train
     words = f"searched {len(data.train):,} of {data.num_train:,} training images"
     words += "" if share == 1 else f" ({100 * share:.3g} %; copies of the others are not seen)"
-    return words + " by their central squares" + (f"; ceiling: {data.view_words}" if data.view_words else "")
+    return words + " by their central squares" + (f"; ceiling: {view_words(data.sources[0])}" if data.sources else "")
 
 
 def _labels(images: ImageSet) -> Int[np.ndarray, " n"]:

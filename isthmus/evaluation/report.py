@@ -18,7 +18,7 @@ from isthmus.evaluation.guards import check_duplicates, pixel_digest
 from isthmus.evaluation.images import ImageSet, Picture
 from isthmus.evaluation.record import Curve, EvaluationRecord, Score, Subject, read_record, same_protocol
 from isthmus.evaluation.reference import DataSplits
-from isthmus.evaluation.sample_scores import Neighbours
+from isthmus.evaluation.scores import Neighbours
 from isthmus.files import write_whole
 from isthmus.pictures import draw_grid, save_picture, table
 from isthmus.pipelines.options import SamplingOptions
@@ -26,8 +26,27 @@ from isthmus.pipelines.options import SamplingOptions
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CURVES, SWEEP = "curves.png", "sweep.png"
+logger = logging.getLogger("isthmus")
+
+SAMPLES, NEIGHBOURS, CURVES, SWEEP = "samples.png", "neighbours.png", "curves.png", "sweep.png"
+REPORT_FILES = ("evaluation.json", "report.md", "report.html", SAMPLES, NEIGHBOURS, CURVES, SWEEP)
+"""What a report consists of; nothing else is written beside it."""
+
+HEAD = ("score", "value", "uncertainty", "floor", "ceiling", "images", "better", "note")
+
+_ROWS, _COLUMNS, _PAIRS = 20, 10, 10
 _SWEPT = 6  # scores of a sweep that are drawn
+_MOST_COLUMNS = 40  # of a curve with more positions there is the plot, and the record
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #999; }
+img { max-width: 100%; image-rendering: pixelated; }
+code { background: #f3f3f3; padding: 0 .25rem; }
+blockquote { border-left: 4px solid #d08000; background: #fff6e5; margin: 1rem 0; padding: .1rem .8rem; }
+"""
 
 
 def draw_curves(curves: Sequence[Curve], path: Path) -> None:
@@ -44,9 +63,7 @@ def draw_sweep(record: EvaluationRecord, path: Path) -> None:
     """One panel per score: its value against guidance, with the floor as a line."""
 
     def draw(panel: "Axes", name: str) -> None:
-        found: dict[str, Score] = {
-            guidance: score for guidance, scores in record.sweep.items() for score in scores if score.name == name
-        }
+        found = {words: one for words, scores in record.sweep.items() for one in scores if one.name == name}
         _line(panel, name, tuple(found), tuple(score.value for score in found.values()))
         panel.set_xlabel("guidance")
         floor = next(iter(found.values())).floor
@@ -66,10 +83,6 @@ def _line(panel: "Axes", title: str, positions: Sequence[str], values: Sequence[
     panel.grid(alpha=0.3)
 
 
-SAMPLES, NEIGHBOURS = "samples.png", "neighbours.png"
-_ROWS, _COLUMNS, _PAIRS = 20, 10, 10
-
-
 def look_at_samples(
     images: ImageSet,
     labels: Int[np.ndarray, " n"] | None,
@@ -80,8 +93,7 @@ def look_at_samples(
 ) -> str | None:
     """Read the samples once: save samples.png and neighbours.png, and say how many are duplicates.
 
-    Raises:
-        UserError: most samples are duplicates.
+    Raises UserError where most samples are.
     """
     for earlier in (SAMPLES, NEIGHBOURS):
         (out / earlier).unlink(missing_ok=True)
@@ -119,30 +131,9 @@ def _grid_places(images: ImageSet, labels: Int[np.ndarray, " n"] | None) -> list
 def _pair_places(neighbours: Neighbours) -> list[int]:
     """The samples nearest to a training image, half of those shown, then evenly spread ones from near to far."""
     order = np.argsort(neighbours.distance, kind="stable")
-    near = order[: _PAIRS // 2]
-    rest = order[_PAIRS // 2 :]
-    spread = rest[np.linspace(0, len(rest) - 1, min(_PAIRS - len(near), len(rest))).round().astype(int)]
-    return [int(index) for index in (*near, *spread)]
-
-
-logger = logging.getLogger("isthmus")
-
-REPORT_FILES = ("evaluation.json", "report.md", "report.html", SAMPLES, NEIGHBOURS, CURVES, SWEEP)
-"""What a report consists of; nothing else is written beside it."""
-
-_MOST_COLUMNS = 40  # of a curve with more positions there is the plot, and the record
-
-HEAD = ("score", "value", "uncertainty", "floor", "ceiling", "images", "better", "note")
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #999; }
-img { max-width: 100%; image-rendering: pixelated; }
-code { background: #f3f3f3; padding: 0 .25rem; }
-blockquote { border-left: 4px solid #d08000; background: #fff6e5; margin: 1rem 0; padding: .1rem .8rem; }
-"""
+    near, rest = order[: _PAIRS // 2], order[_PAIRS // 2 :]
+    others = rest[np.linspace(0, len(rest) - 1, min(_PAIRS - len(near), len(rest))).round().astype(int)]
+    return [*near.tolist(), *others.tolist()]
 
 
 def write_report(record: EvaluationRecord, out: Path) -> None:
@@ -161,13 +152,7 @@ def write_report(record: EvaluationRecord, out: Path) -> None:
 
 
 def write_pages(folder: Path, text: str, *, title: str) -> None:
-    """Write report.md, and report.html, which needs nothing else: it opens by a double click, and can be sent.
-
-    Args:
-        folder: of the report, with the pictures that the text shows.
-        text: the report as Markdown.
-        title: of the page.
-    """
+    """Write report.md, and report.html with the pictures of the folder inside: one file that can be sent."""
     page = html_page(text, folder, title=title)
     write_whole(folder / "report.md", text)
     write_whole(folder / "report.html", page)
@@ -203,11 +188,8 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     | 1 | 2 |
     """
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def markdown_picture(file: Path, caption: str) -> str:
@@ -232,7 +214,7 @@ def _parts(record: EvaluationRecord, out: Path) -> Iterator[str]:
     for warning in record.warnings:
         yield f"> **Note.** {warning}"
     yield "## Scores"
-    yield markdown_table(HEAD, [score_cells(score) for score in record.scores])
+    yield markdown_table(HEAD, [_score_cells(score) for score in record.scores])
     yield (
         f"Floor: real images that are disjoint from the reference. Ceiling: the same images, blurred until little more "
         f"than their mean colour is left. Both are measured as the samples are: n = {protocol.chunk_images} images "
@@ -241,7 +223,12 @@ def _parts(record: EvaluationRecord, out: Path) -> Iterator[str]:
         "over images: Wilson's of a share, a bootstrap of any other. Numbers compare only where features, n, image "
         "size and reference are the same, which `isthmus compare` checks."
     )
-    yield from _pictures(out)
+    yield from _picture(out / SAMPLES, "Samples; rows are classes, where there are any")
+    yield from _picture(
+        out / NEIGHBOURS,
+        "Samples over their nearest training images, with the distance in feature space: the nearest of all at the "
+        "left, then evenly spread to the farthest",
+    )
     if record.class_scores:
         columns = list(dict.fromkeys(name for found in record.class_scores.values() for name in found))
         yield "## Classes"
@@ -251,7 +238,7 @@ def _parts(record: EvaluationRecord, out: Path) -> Iterator[str]:
         )
     if record.held_out:
         yield "## The model on held-out images"
-        yield markdown_table(HEAD, [score_cells(score) for score in record.held_out])
+        yield markdown_table(HEAD, [_score_cells(score) for score in record.held_out])
     if record.curves:
         yield "## Step by step"
         yield from _picture(out / CURVES, "Held-out images and samples, by step of the generation")
@@ -264,7 +251,7 @@ def _parts(record: EvaluationRecord, out: Path) -> Iterator[str]:
         yield "## Guidance"
         yield from _picture(out / SWEEP, "Scores against guidance")
         names = [score.name for score in next(iter(record.sweep.values()))]
-        rows = [(words, *(with_spread(score) for score in scores)) for words, scores in record.sweep.items()]
+        rows = [(words, *(_with_uncertainty(score) for score in scores)) for words, scores in record.sweep.items()]
         yield markdown_table(("guidance", *names), rows)
     yield "## Everything that made these numbers"
     yield markdown_table(("what", "value"), [(name, value) for name, value in _facts(record)])
@@ -272,7 +259,7 @@ def _parts(record: EvaluationRecord, out: Path) -> Iterator[str]:
         yield record.data["attribution"]
 
 
-def score_cells(score: Score) -> tuple[str, ...]:
+def _score_cells(score: Score) -> tuple[str, ...]:
     """A row of the table of scores."""
     images = str(score.images) if score.images else ""
     if score.measurements > 1:
@@ -281,16 +268,14 @@ def score_cells(score: Score) -> tuple[str, ...]:
     return (score.name, *cells, images, score.better, score.note)
 
 
-def with_spread(score: Score) -> str:
+def _with_uncertainty(score: Score) -> str:
     """A value and its uncertainty in one cell."""
     return f"{number(score.value)} {_uncertainty(score)}".strip()
 
 
 def number(value: float | None) -> str:
     """Four digits; nothing for nothing."""
-    if value is None:
-        return ""
-    return f"{value:.4g}"
+    return "" if value is None else f"{value:.4g}"
 
 
 def _uncertainty(score: Score) -> str:
@@ -305,25 +290,16 @@ def _uncertainty(score: Score) -> str:
 
 def _summary(record: EvaluationRecord) -> str:
     protocol, subject = record.protocol, record.subject
-    drawn = "" if subject.seed is None else f", drawn with seed {subject.seed}, {sampling_words(subject)}"
+    drawn = "" if subject.seed is None else f", drawn with seed {subject.seed}, {_sampling_words(subject)}"
     return (
         f"{subject.kind}. N = {protocol.num_samples} samples ({protocol.balance}){drawn}; n = {protocol.chunk_images} "
         f"per measurement; features {protocol.features} at {protocol.image_size} px; reference: {protocol.reference}."
     )
 
 
-def sampling_words(subject: Subject) -> str:
+def _sampling_words(subject: Subject) -> str:
     """How the samples were drawn; nothing for images from elsewhere."""
     return SamplingOptions.from_dict(subject.sampling).words() if subject.sampling else ""
-
-
-def _pictures(out: Path) -> Iterator[str]:
-    yield from _picture(out / SAMPLES, "Samples; rows are classes, where there are any")
-    yield from _picture(
-        out / NEIGHBOURS,
-        "Samples over their nearest training images, with the distance in feature space: the nearest of all at the "
-        "left, then evenly spread to the farthest",
-    )
 
 
 def _picture(file: Path, caption: str) -> Iterator[str]:
@@ -351,12 +327,8 @@ def _text(value: Any) -> str:
 def compare(folders: Sequence[Path]) -> str:
     """Markdown: a row per score, a column per evaluation.
 
-    Raises:
-        UserError: fewer than two evaluations, one cannot be read, or two were measured in different ways; the message
-            says in what.
+    Raises UserError where one cannot be read, or two were measured in different ways.
     """
-    if len(folders) < 2:
-        raise UserError(f"a comparison needs at least two evaluations, got {len(folders)}. Pass their folders.")
     records = [read_record(folder) for folder in folders]
     for folder, record in zip(folders[1:], records[1:], strict=True):
         differences = same_protocol(records[0], record)
@@ -365,23 +337,17 @@ def compare(folders: Sequence[Path]) -> str:
                 f"{folders[0]} and {folder} were measured in different ways, so their scores do not compare: "
                 f"{'; '.join(differences)}. Evaluate one of them again in the way of the other."
             )
+    protocol, names = records[0].protocol, _column_names(folders)
     return joined(
         [
             "# Comparison",
-            _protocol(records[0]),
-            markdown_table(("", *_column_names(folders)), _subject_rows(records)),
-            markdown_table(("score", "better", *_column_names(folders), "floor", "ceiling"), _score_rows(records)),
+            f"N = {protocol.num_samples} samples each ({protocol.balance}), n = {protocol.chunk_images} per "
+            f"measurement, features {protocol.features}, {protocol.image_size} px, reference: {protocol.reference}.",
+            markdown_table(("", *names), _subject_rows(records)),
+            markdown_table(("score", "better", *names, "floor", "ceiling"), _score_rows(records)),
             "Uncertainty: [95 % interval] of a mean over images, else +- deviation between chunks of samples. "
             "Likelihoods are those of tokens: they compare only between models on one image tokenizer.",
         ]
-    )
-
-
-def _protocol(record: EvaluationRecord) -> str:
-    protocol = record.protocol
-    return (
-        f"N = {protocol.num_samples} samples each ({protocol.balance}), n = {protocol.chunk_images} per measurement, "
-        f"features {protocol.features}, {protocol.image_size} px, reference: {protocol.reference}."
     )
 
 
@@ -396,7 +362,7 @@ def _subject_rows(records: Sequence[EvaluationRecord]) -> list[tuple[str, ...]]:
         "model": [record.subject.name for record in records],
         "kind": [record.subject.kind for record in records],
         "seed": [str(record.subject.seed) for record in records],
-        "sampling": [sampling_words(record.subject) for record in records],
+        "sampling": [_sampling_words(record.subject) for record in records],
         "warnings": [str(len(record.warnings)) for record in records],
     }
     return [(name, *values) for name, values in facts.items()]
@@ -409,6 +375,6 @@ def _score_rows(records: Sequence[EvaluationRecord]) -> list[tuple[str, ...]]:
     for name in names:
         found = [record.score(name) for record in records]
         first = next(score for score in found if score is not None)
-        cells = ["" if score is None else with_spread(score) for score in found]
+        cells = ["" if score is None else _with_uncertainty(score) for score in found]
         rows.append((name, first.better, *cells, number(first.floor), number(first.ceiling)))
     return rows

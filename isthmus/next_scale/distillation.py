@@ -19,24 +19,20 @@ from accelerate import PartialState
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.source import ImageSource
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.files import alone_in
+from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.pyramid import ScaleSchedule, next_scale_input
 from isthmus.next_scale.runs import DistillRun
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.train_prior import (
+    NextScaleLosses,
     NextScaleTask,
-    PriorLosses,
     encoder_for,
-    load_teacher,
     next_scale_loss,
-    path_factors,
     prior_cost,
     scale_weights,
-    step_values,
 )
 from isthmus.next_scale.transformer import NextScaleTransformer, sampling_flops
 from isthmus.nn.component_files import read_config
@@ -47,16 +43,21 @@ from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
 from isthmus.nn.stored_llama import fingerprint
 from isthmus.pipelines.folder import model_folder
+from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.options import guidance_text, parse_guidance
-from isthmus.training.cost import Cost, report, training_source, work
-from isthmus.training.images import dropped_labels, open_splits
+from isthmus.training.cost import Cost, report, work
+from isthmus.training.images import open_split, open_splits
 from isthmus.training.run import STAGES, check_folder
+from isthmus.training.saved_networks import load_model
 from isthmus.training.train_prior import train_prior
+
+logger = logging.getLogger("isthmus")
+
+BASELINE, SCORES = "without_teacher", "scores"
 
 
 def check_student_sizes(teacher_sizes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sides of a student's scales, as a tuple; UserError unless they are some of the teacher's, with its first and
-    last.
+    """The sides of a student's scales; UserError unless they are some of the teacher's, its first and last among them.
 
     The first scale is drawn from the class alone, from a table that belongs to that side; the last is the latent grid;
     and the tokenizer quantises a side with the phi that the parent schedule gives it.
@@ -170,82 +171,54 @@ class TeacherRollouts:
         tokenizer, theirs = self.tokenizer, self.teacher_schedule
         ours = [scale.features for scale in tokenizer.token_scales(token_ids, self.schedule)]
         known = [scale.features for scale in tokenizer.token_scales(teacher_ids, theirs)]
-        context = _TeacherContext(self.teacher, theirs, labels, known)
-        found = []
+        conditioning, cache = self.teacher.condition(labels), self.teacher.new_cache(len(labels))
+        read, found = 0, []  # of the image's own scales, how many the cache holds
+
+        def predict(k: int, features: LatentMap) -> Float[Tensor, "b l v"]:
+            # scale 0 reads no features, whatever is passed
+            inputs = next_scale_input(features, theirs, k)[:, : None if k else 0]
+            return self.teacher.forward_scale(k, inputs, conditioning, cache)
+
         for scale in self.scales:
             a, b = (theirs.sizes.index(self.schedule.sizes[k]) for k in (scale - 1, scale))
-            context.rewind(a + 1)
+            if cache is not None:
+                cache.truncate(theirs.offsets[read])  # what was drawn is forgotten
+                for k in range(read, a + 1):
+                    predict(k, known[max(k - 1, 0)])
+                read = a + 1
             features = known[a]
             for k in range(a + 1, b + 1):
                 uniforms = rollout_uniforms(positions, theirs, k, seed=seed)
-                drawn = draw_tokens(context.predict(k, features).float(), uniforms)
+                drawn = draw_tokens(predict(k, features).float(), uniforms)
                 features = tokenizer.add_codes(features, tokenizer.lookup(drawn), k, theirs)
             found.append(tokenizer.nearest_tokens(features - ours[scale - 1], self.schedule.sizes[scale]))
         return found
 
 
-class _TeacherContext:
-    """The teacher behind the image's own tokens of its first scales, to be asked for the next one.
-
-    `known` holds the features after each of the image's own scales.
-    """
-
-    def __init__(
-        self,
-        teacher: NextScaleTransformer,
-        schedule: ScaleSchedule,
-        labels: Int[Tensor, " b"],
-        known: Sequence[LatentMap],
-    ):
-        self.teacher, self.schedule, self.known = teacher, schedule, known
-        self.conditioning = teacher.condition(labels)
-        self.cache = teacher.new_cache(len(labels))
-        self.read = 0  # of the image's own scales, how many the cache holds
-
-    def rewind(self, scales: int) -> None:
-        """Behind the image's own first `scales` scales, no fewer than before; draws are forgotten."""
-        if self.cache is None:
-            return
-        self.cache.truncate(self.schedule.offsets[self.read])
-        for k in range(self.read, scales):
-            self.predict(k, self.known[max(k - 1, 0)])
-        self.read = scales
-
-    def predict(self, scale: int, features: LatentMap) -> Float[Tensor, "b l v"]:
-        """Logits of `scale`, from the features of the scales before it; scale 0 reads none, whatever is passed."""
-        inputs = next_scale_input(features, self.schedule, scale)[:, : None if scale else 0]
-        return self.teacher.forward_scale(scale, inputs, self.conditioning, self.cache)
-
-
 def student_of(teacher: NextScaleTransformer, scale_sizes: Sequence[int], scale_attention: str) -> NextScaleTransformer:
     """A transformer on `scale_sizes` with the teacher's weights; UserError as `check_student_sizes`."""
     sizes = check_student_sizes(teacher.schedule.sizes, scale_sizes)
-    arguments: dict[str, Any] = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
-    student = NextScaleTransformer(**(arguments | {"scale_sizes": sizes, "scale_attention": scale_attention}))
-    student.load_state_dict(rows_by_side(teacher.state_dict(), teacher.schedule, student.schedule))
+    student = NextScaleTransformer(**(teacher.config | {"scale_sizes": sizes, "scale_attention": scale_attention}))
+    # of the tables of scales and positions the rows of these sides, all else as it is
+    weights, kept = teacher.state_dict(), [teacher.schedule.sizes.index(side) for side in sizes]
+    positions = weights["position"].split(list(teacher.schedule.lengths), dim=1)
+    weights["position"] = torch.cat([positions[k] for k in kept], dim=1)
+    weights["scale_embedding.weight"] = weights["scale_embedding.weight"][kept]
+    student.load_state_dict(weights)
     return student
 
 
-def rows_by_side(weights: Mapping[str, Tensor], schedule: ScaleSchedule, shorter: ScaleSchedule) -> dict[str, Tensor]:
-    """Weights for `shorter`: of the tables of scales and positions the rows of its sides, all else as it is."""
-    kept = [schedule.sizes.index(side) for side in shorter.sizes]
-    positions = weights["position"].split(list(schedule.lengths), dim=1)
-    tables = {
-        "scale_embedding.weight": weights["scale_embedding.weight"][kept],
-        "position": torch.cat([positions[k] for k in kept], dim=1),
-    }
-    return {**weights, **tables}
-
-
 @dataclass(kw_only=True)
-class DistillationLosses(PriorLosses):
-    """What one batch gave; `by_scale` is the cross-entropy on data tokens.
-
-    `teacher_by_scale` stands beside it, in nats per token: the divergence from the teacher where it can be asked about
-    the student's input, the cross-entropy on its rollouts elsewhere; zeros without a teacher.
-    """
+class DistillationLosses(NextScaleLosses):
+    """What one batch gave; `by_scale` is the cross-entropy on data tokens."""
 
     teacher_by_scale: Float[Tensor, " scales"]
+    """Nats per token: the divergence from the teacher where it can be asked about the student's input, the
+    cross-entropy on its rollouts elsewhere; zeros without a teacher."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """Also what the teacher says."""
+        return super().logged() | {"teacher": self.teacher_by_scale}
 
 
 class ScaleDistillationTask(NextScaleTask):
@@ -256,8 +229,21 @@ class ScaleDistillationTask(NextScaleTask):
     """
 
     def __init__(self, run: DistillRun):
-        tokenizer, train, held_out, self.teacher, student, named_sizes = prepare(run)
-        super().__init__(run, tokenizer, train, held_out, student, guided_sizes=named_sizes)
+        # a progressive distillation ends with a teacher that has fewer scales than the model that the run names
+        named = teacher = load_model(teacher_named_in(run), NextScalePipeline)
+        tokenizer, named_sizes = named.image_tokenizer, named.transformer.schedule.sizes
+        sizes, mask = student_shape(run, named_sizes, named.transformer.config["scale_attention"])
+        stages = removal_stages(named_sizes, sizes)
+        if run.progressive and len(stages) > 1:
+            teacher = load_model(str(stage_folder(run, stages[-2])), NextScalePipeline)
+        splits = open_splits(run, tokenizer.image_size)
+        check_classes(splits[0].class_names, named)
+        student = student_of(teacher.transformer, sizes, mask)
+        for name, parameter in student.named_parameters():
+            # the mark of hidden tokens stays the teacher's: nothing here is trained on partly hidden scales
+            parameter.requires_grad_(name != "mask_embedding")
+        super().__init__(run, tokenizer, splits, student, guided_sizes=named_sizes)
+        self.teacher = teacher.transformer.eval().requires_grad_(False)
         self.run: DistillRun = run
         self.facts = {"teacher_fingerprint": fingerprint(self.teacher)}
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
@@ -271,15 +257,12 @@ class ScaleDistillationTask(NextScaleTask):
 
     @staticmethod
     def describe(run: DistillRun) -> str:
-        """Settings, teacher and student, who is asked what in every training, cost and memory.
-
-        No weight is allocated.
-        """
+        """Settings, models, who is asked what in every training, cost and memory. No weight is allocated."""
         stages = stage_runs(run)
         with without_values():
-            saved = load_teacher(run.from_model)
-        source = training_source(run, saved.tokenizer.image_size)
-        check_classes(source.class_names, saved.class_names, saved.transformer.null_class_id)
+            saved = load_model(run.from_model, NextScalePipeline)
+        source = open_split(run, saved.image_size, "train")
+        check_classes(source.class_names, saved)
 
         sizes, mask = student_shape(run, saved.transformer.schedule.sizes, saved.transformer.config["scale_attention"])
         models = [saved.transformer]
@@ -298,15 +281,12 @@ class ScaleDistillationTask(NextScaleTask):
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> DistillationLosses:
         """Losses of one part of a batch, on the device of the model."""
-        run, schedule, device, positions = self.run, self.schedule, self.tokenizer.device, batch["position"]
+        run, schedule, device = self.run, self.schedule, self.tokenizer.device
         token_ids, teacher_ids = self._pyramids(batch["token_ids"].to(device))
-        null, seed = self.network.null_class_id, run.seed
-        labels = batch["class_label"].to(device)
-        labels = dropped_labels(labels, positions, rate=run.label_dropout, null_class_id=null, seed=seed)
-        keep = path_factors(positions, self.network.drop_path_rates, seed=seed)
+        labels, keep = self._dropouts(batch)
         with torch.no_grad():
             inputs = self.tokenizer.scale_inputs(token_ids, schedule)
-        logits = model(labels, inputs, keep=None if keep is None else keep.to(device)).logits
+        logits = model(labels, inputs, keep=keep).logits
 
         scales = range(schedule.num_scales)
         data = next_scale_loss(logits, torch.cat(token_ids, dim=1), schedule, self._weights, scales=scales)
@@ -316,28 +296,18 @@ class ScaleDistillationTask(NextScaleTask):
             parts = logits.split(list(schedule.lengths), dim=1)
             for k, theirs in zip(self.asked, self._teacher_logits(labels, inputs), strict=True):
                 said[k] = scale_divergence(theirs, parts[k])
-            drawn = self._rollouts.targets(labels, token_ids, teacher_ids, positions, seed=seed) if self.rolled else []
+            drawn = []
+            if self.rolled:
+                drawn = self._rollouts.targets(labels, token_ids, teacher_ids, batch["position"], seed=run.seed)
             for k, targets in zip(self.rolled, drawn, strict=True):
                 said[k] = F.cross_entropy(parts[k].float().transpose(1, 2), targets)
         by_scale = torch.stack(said)
         total = data.total + run.distillation_weight * (by_scale.new_tensor(self._weights) * by_scale).sum()
-        return DistillationLosses(total, data.by_scale, data.scales, data.logits, teacher_by_scale=by_scale.detach())
-
-    def part_values(self, losses: DistillationLosses, batch: Batch) -> dict[str, Tensor]:
-        """What is logged of one part: loss, token accuracy, and nats per token of every scale, data and teacher."""
-        targets = batch["token_ids"][:, : self.schedule.num_tokens].to(losses.logits.device)
-        hits = losses.logits.argmax(dim=-1) == targets
-        return {
-            "loss": losses.total,
-            "token_accuracy": hits.float().mean(),
-            "nats": losses.by_scale,
-            "teacher": losses.teacher_by_scale,
-        }
+        return DistillationLosses(**(vars(data) | {"total": total}), teacher_by_scale=by_scale.detach())
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
         """One log line of training; where the teacher is asked its part is a divergence, elsewhere a cross-entropy."""
-        values = step_values(means, self.schedule, range(self.schedule.num_scales))
-        nats = means["teacher"].tolist()
+        values, nats = super().step_values(means, step), means["teacher"].tolist()
         asked = {f"train/teacher_divergence_scale{k}": nats[k] for k in self.asked}
         return values | asked | {f"train/teacher_rollout_scale{k}": nats[k] for k in self.rolled}
 
@@ -358,32 +328,6 @@ class ScaleDistillationTask(NextScaleTask):
         known = [self.teacher.schedule.sizes.index(self.schedule.sizes[k]) for k in self.asked]
         logits = self.teacher(labels, chosen, scales=known).logits
         return list(logits.split([lengths[k] for k in self.asked], dim=1))
-
-
-def prepare(
-    run: DistillRun,
-) -> tuple[
-    MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer, NextScaleTransformer, tuple[int, ...]
-]:
-    """Tokenizer, training images, held-out images, teacher, student (which starts as the teacher), and some sides.
-
-    The sides are those of the model that the run names: at the end of a progressive distillation the teacher has fewer.
-    Raises UserError where there is no teacher, it cannot teach this student, or it was trained on other classes.
-    """
-    source = load_teacher(teacher_named_in(run))
-    sizes, mask = student_shape(run, source.transformer.schedule.sizes, source.transformer.config["scale_attention"])
-    teacher = source
-    stages = removal_stages(source.transformer.schedule.sizes, sizes)
-    if run.progressive and len(stages) > 1:
-        teacher = load_teacher(str(stage_folder(run, stages[-2])))
-    train, held_out = open_splits(run, source.tokenizer.image_size)
-    check_classes(train.class_names, source.class_names, source.transformer.null_class_id)
-    student = student_of(teacher.transformer, sizes, mask)
-    for name, parameter in student.named_parameters():
-        # the mark of hidden tokens stays the teacher's: nothing here is trained on partly hidden scales
-        parameter.requires_grad_(name != "mask_embedding")
-    frozen = teacher.transformer.eval().requires_grad_(False)
-    return source.tokenizer, train, held_out, frozen, student, source.transformer.schedule.sizes
 
 
 def teacher_named_in(run: DistillRun) -> str:
@@ -407,10 +351,11 @@ def student_shape(
     return sizes, mask
 
 
-def check_classes(found: Sequence[str], teacher_names: Sequence[str], num_classes: int) -> None:
-    """Raise UserError for images of other classes than the teacher's, which may have `num_classes` without names."""
-    if len(found) != num_classes or (teacher_names and tuple(found) != tuple(teacher_names)):
-        known = ", ".join(teacher_names) or f"{num_classes} without names"
+def check_classes(found: Sequence[str], teacher: NextScalePipeline) -> None:
+    """Raise UserError for images of other classes than the teacher's, which may have no names."""
+    names = names_in_order(teacher.class_names)
+    if len(found) != teacher.num_classes or (names and tuple(found) != names):
+        known = ", ".join(names) or f"{teacher.num_classes} without names"
         raise UserError(
             f"a student is trained on the classes of its teacher ({known}), got {', '.join(found) or 'none'}. Pass the "
             "teacher's --data and --classes, or fine-tune the teacher first: isthmus train prior --from MODEL."
@@ -422,19 +367,16 @@ def stage_folder(run: DistillRun, sizes: tuple[int, ...]) -> Path:
     return run.out / STAGES / "-".join(map(str, sizes))
 
 
-logger = logging.getLogger("isthmus")
-
-BASELINE, SCORES = "without_teacher", "scores"
-
-
 @alone_in("run.out")
 def distill(run: DistillRun) -> Path:
     """Train the student, continuing where an earlier call stopped; returns its pipeline folder.
 
     With `progressive` the students on the way lie in `out`/stages, with `baseline` the one without a teacher in
-    `out`/without_teacher. At the end the log has the commands that measure them beside each other. Raises UserError,
-    before anything is trained, where teacher, schedule, images and folder do not fit each other; Ctrl-C raises
-    KeyboardInterrupt after a last checkpoint.
+    `out`/without_teacher. At the end the log has the commands that measure them beside each other.
+
+    Raises:
+        UserError: teacher, schedule, images and folder do not fit each other (before anything is trained).
+        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
     """
     stages = stage_runs(run)
     check_folder(run)
@@ -490,12 +432,9 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
         folder = stage_folder(run, stage)
         # a list of guidance values counts on the scales of the teacher that a run names
         text = guidance_text(guidance_at(guidance, teacher_sizes, taught))
-        runs.append(
-            replace(
-                run, out=folder, scale_sizes=stage, from_model=teacher, progressive=False, baseline=False,
-                sampling=replace(run.sampling, guidance=text),
-            )
-        )  # fmt: skip
+        sampling = replace(run.sampling, guidance=text)
+        alone = replace(run, out=folder, progressive=False, baseline=False, sampling=sampling)
+        runs.append(replace(alone, scale_sizes=stage, from_model=teacher))
         teacher, taught = str(folder), stage
     return [*runs, run]
 
@@ -507,14 +446,8 @@ def baseline_run(run: DistillRun, num_stages: int) -> DistillRun | None:
     """
     if not run.baseline or (run.distillation_weight == 0 and num_stages == 1):
         return None
-    return replace(
-        run,
-        out=run.out / BASELINE,
-        num_steps=run.num_steps * num_stages,
-        distillation_weight=0.0,
-        progressive=False,
-        baseline=False,
-    )
+    alone = replace(run, out=run.out / BASELINE, progressive=False, baseline=False)
+    return replace(alone, num_steps=run.num_steps * num_stages, distillation_weight=0.0)
 
 
 def _trainings(run: DistillRun, models: Sequence[Mapping[str, Any]], costs: Sequence[Cost]) -> dict[str, str]:

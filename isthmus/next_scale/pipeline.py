@@ -26,7 +26,7 @@ from isthmus.next_scale.likelihood import (
     token_log_likelihood,
 )
 from isthmus.next_scale.options import InpaintOptions, NextScaleOptions
-from isthmus.next_scale.refinement import KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
+from isthmus.next_scale.refinement import Forwards, KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
 from isthmus.next_scale.sampling import ScaleSampler, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
@@ -124,6 +124,7 @@ class NextScalePipeline(SavedPipeline):
 
     parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
     optional_parts = {"scheduler": ScaleRefinementScheduler}
+    edits = ("inpaint", "outpaint", "super_resolve", "edit_class", "variations")
 
     def __init__(
         self,
@@ -451,6 +452,12 @@ class NextScalePipeline(SavedPipeline):
         scheduler.rounds_of(self.schedule.num_scales)
         # left out, not one that does nothing: a model whose images are equal keeps its fingerprint
         self.scheduler = None if mode == "none" else scheduler
+
+    def forwards_per_image(self, options: SamplingOptions) -> Forwards:
+        """Predictions of a scale in one draw, rounds included."""
+        scheduler = self.scheduler or ScaleRefinementScheduler()
+        cached, scales = not self.transformer.is_markov, self.schedule.num_scales
+        return scheduler.forwards_of(scales, has_cache=cached, smooth=options.smooth)
 
     @property
     def codebook_size(self) -> int:

@@ -1,7 +1,4 @@
-"""Runs of the next-scale family, and named ones with what each must measure. This file imports nothing heavy.
-
-The command line is derived from it.
-"""
+"""Runs of the next-scale family, and named ones. Nothing heavy is imported: the command line is derived from them."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,16 +10,16 @@ from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
     AugmentConfig,
+    ImagesRun,
     OptimConfig,
+    PerceptualLoss,
     Preset,
     PriorSampling,
-    Run,
     TokensRun,
     check_not_negative,
     check_positive,
     check_share,
-    find_preset,
-    tied_revival,
+    preset_run,
 )
 
 
@@ -37,19 +34,13 @@ class TokenizerModel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerLoss:
+class TokenizerLoss(PerceptualLoss):
     """Weights of the tokenizer's losses."""
 
     l1: float = 0.2
     """Absolute error."""
     mse: float = 1.0
     """Squared error."""
-    perceptual: float = 0.0
-    """Distance of frozen features."""
-    perceptual_network: Literal["lite0", "lpips"] = "lite0"
-    """EfficientNet-Lite0 (comes with Isthmus) or LPIPS on VGG16 (needs lpips_weights)."""
-    lpips_weights: tuple[Path, ...] = ()
-    """LPIPS only: files that hold the VGG16 weights and the linear heads."""
     codebook: float = 1.0
     """Codebook and commitment loss together."""
     adversarial: float = 0.0
@@ -64,31 +55,18 @@ class TokenizerLoss:
     """Peak learning rate of the discriminator."""
 
     def __post_init__(self):
-        check_not_negative(self, "l1", "mse", "perceptual", "codebook", "adversarial")
+        super().__post_init__()
+        check_not_negative(self, "l1", "mse", "codebook", "adversarial")
         check_share(self, "adversarial_start", "adversarial_warmup")
         check_positive(self, "discriminator_channels", "discriminator_learning_rate")
-        if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
-            raise UserError(
-                f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
-                f"{self.perceptual_network}. Pass both or neither."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerRun(Run):
+class TokenizerRun(ImagesRun):
     """`isthmus train tokenizer`."""
 
     image_size: int | None = None
     """Side of the images in pixels; None takes the model's."""
-    freeze_encoder: bool = False
-    """Train the decoder alone (with --from): token ids stay what they were."""
-    continuous_steps: int = 100
-    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs. One that goes
-    on from a model (--from) has its codebook."""
-    revive_every: int = 100
-    """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
-    usage_warning: float = 0.2
-    """Share of codes in use under which a warning is printed."""
     model: TokenizerModel = field(default_factory=TokenizerModel)
     """Network."""
     loss: TokenizerLoss = field(default_factory=TokenizerLoss)
@@ -96,18 +74,11 @@ class TokenizerRun(Run):
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "continuous_steps", "revive_every")
-        check_share(self, "usage_warning")
-        if self.image_size is not None:
-            check_positive(self, "image_size")
-        if self.freeze_encoder and not self.from_model:
-            raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
+        check_positive(self, "image_size")
 
     def tied_to_length(self, before: int, taken: int) -> list[str]:
-        """Also the end of revival and the start of the discriminator, which are shares of the steps."""
+        """Also the start of the discriminator, which is a share of the steps."""
         tied = super().tied_to_length(before, taken)
-        if not self.freeze_encoder:
-            tied += tied_revival(self.revive_every, before, self.num_steps, taken)
         if self.loss.adversarial and taken > round(self.loss.adversarial_start * min(before, self.num_steps)):
             tied.append(f"loss.adversarial {self.loss.adversarial}")
         return tied
@@ -145,8 +116,7 @@ class PriorRun(TokensRun):
     def __post_init__(self):
         super().__post_init__()
         check_share(self, "label_smoothing", "refinement_probability")
-        if self.scales_per_step is not None:
-            check_positive(self, "scales_per_step")
+        check_positive(self, "scales_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +145,6 @@ class DistillRun(TokensRun):
 SCALES_32 = (1, 2, 3, 4, 6, 8)
 SCALES_64 = (1, 2, 3, 4, 6, 8, 12, 16)
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 PUBLISHED_SOURCE = "Tian et al. 2024, README of the published code (its own evaluation, guidance 1.5)"
 
 
@@ -187,8 +156,8 @@ def _published_prior(
     gate: float,
     peak: float,
     final_ratio: float,
-    final_weight_decay: float,
     epochs: int,
+    final_weight_decay: float = 0.05,
     batch_size: int = 768,
     pixels: int = 256,
     shared_adaln: bool = False,
@@ -237,7 +206,6 @@ _SMALL_TOKENIZER = TokenizerRun(
     preview_every=350,
     batch_size=16,
     ema_decay=0.995,
-    continuous_steps=100,
     revive_every=50,
     optim=OptimConfig(
         learning_rate=2e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, weight_decay=0.0, max_grad_norm=1.0
@@ -254,7 +222,6 @@ _SMALL_TOKENIZER = TokenizerRun(
         num_phi=4,
         dropout=0.0,
     ),
-    loss=TokenizerLoss(l1=0.2, mse=1.0, perceptual=0.0, codebook=1.0),
 )
 
 TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
@@ -306,14 +273,13 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
                 num_phi=4,
                 dropout=0.05,
             ),
-            loss=TokenizerLoss(l1=0.2, mse=1.0, perceptual=1.0, adversarial=0.4, adversarial_start=0.2),
+            loss=TokenizerLoss(perceptual=1.0, adversarial=0.4, adversarial_start=0.2),
         ),
         108.95,
     ),
     "finetune-tokenizer": Preset(
         "continue a saved tokenizer at a lower rate",
         TokenizerRun(
-            num_steps=1000,
             continuous_steps=0,
             revive_every=0,
             ema_decay=0.995,
@@ -331,7 +297,6 @@ _SMALL_PRIOR = PriorRun(
     batch_size=16,
     ema_decay=0.995,
     num_views=6,
-    scale_loss="token-uniform",
     optim=OptimConfig(learning_rate=1.5e-3, schedule="cosine", warmup_steps=50, final_ratio=0.02, max_grad_norm=2.0),
     model=PriorModel(
         width=192,
@@ -347,38 +312,9 @@ _SMALL_PRIOR = PriorRun(
     sampling=PriorSampling(guidance="linear:1:3", top_k=None, top_p=0.95),
 )
 
-_D16 = _published_prior(
-    16, fid=3.55, params=310.28, gate=1e-3, peak=3e-4, final_ratio=0.1, final_weight_decay=0.05, epochs=200
-)
-_D20 = _published_prior(
-    20, fid=2.95, params=600.92, gate=1e-3, peak=3e-4, final_ratio=0.1, final_weight_decay=0.05, epochs=250
-)
-_D24 = _published_prior(
-    24, fid=2.33, params=1033.40, gate=1e-4, peak=2.4e-4, final_ratio=0.01, final_weight_decay=0.05, epochs=350
-)
-_D30 = _published_prior(
-    30,
-    fid=1.97,
-    params=2010.02,
-    gate=1e-5,
-    peak=3.2e-4,
-    final_ratio=0.01,
-    final_weight_decay=0.08,
-    epochs=350,
-    batch_size=1024,
-)
-_D36 = _published_prior(
-    36,
-    fid=2.63,
-    params=2353.89,
-    gate=5e-6,
-    peak=2.4e-4,
-    final_ratio=0.01,
-    final_weight_decay=0.08,
-    epochs=350,
-    pixels=512,
-    shared_adaln=True,
-)
+_D16 = _published_prior(16, fid=3.55, params=310.28, gate=1e-3, peak=3e-4, final_ratio=0.1, epochs=200)
+_D20 = _published_prior(20, fid=2.95, params=600.92, gate=1e-3, peak=3e-4, final_ratio=0.1, epochs=250)
+_D24 = _published_prior(24, fid=2.33, params=1033.40, gate=1e-4, peak=2.4e-4, final_ratio=0.01, epochs=350)
 
 PRIOR_PRESETS: dict[str, Preset[PriorRun]] = {
     "srdd-small": Preset("SRDD on a laptop: a few minutes on two cores", _SMALL_PRIOR),
@@ -389,8 +325,29 @@ PRIOR_PRESETS: dict[str, Preset[PriorRun]] = {
     "var-d16": _D16,
     "var-d20": _D20,
     "var-d24": _D24,
-    "var-d30": _D30,
-    "var-d36-512": _D36,
+    "var-d30": _published_prior(
+        30,
+        fid=1.97,
+        params=2010.02,
+        gate=1e-5,
+        peak=3.2e-4,
+        final_ratio=0.01,
+        epochs=350,
+        final_weight_decay=0.08,
+        batch_size=1024,
+    ),
+    "var-d36-512": _published_prior(
+        36,
+        fid=2.63,
+        params=2353.89,
+        gate=5e-6,
+        peak=2.4e-4,
+        final_ratio=0.01,
+        epochs=350,
+        final_weight_decay=0.08,
+        pixels=512,
+        shared_adaln=True,
+    ),
     "srdd-d16": _markov(_D16, "VAR-d16's recipe with the Markov mask and log-normal scale weights"),
     "srdd-d20": _markov(_D20, "VAR-d20's recipe with the Markov mask and log-normal scale weights"),
     "finetune-prior": Preset(
@@ -436,27 +393,21 @@ DISTILL_PRESETS: dict[str, Preset[DistillRun]] = {
 
 def tokenizer_preset(name: str) -> TokenizerRun:
     """The run of a tokenizer preset. Raises `UserError` for an unknown name."""
-    return replace(find_preset(TOKENIZER_PRESETS, name, "tokenizer").run, preset=name)
+    return preset_run(TOKENIZER_PRESETS, name, "tokenizer")
 
 
 def prior_preset(name: str) -> PriorRun:
     """The run of a prior preset. Raises `UserError` for an unknown name."""
-    return replace(find_preset(PRIOR_PRESETS, name, "prior").run, preset=name)
+    return preset_run(PRIOR_PRESETS, name, "prior")
 
 
 def distill_preset(name: str) -> DistillRun:
     """The run of a distillation preset. Raises `UserError` for an unknown name."""
-    return replace(find_preset(DISTILL_PRESETS, name, "distillation").run, preset=name)
+    return preset_run(DISTILL_PRESETS, name, "distillation")
 
 
-def default_tokenizer_preset(*, image_size: int | None, from_model: bool) -> str:
-    """The preset that is meant when none is named: by image size, or fine-tuning where a model is given.
-
-    Raises:
-        UserError: no preset has that image size.
-    """
-    if from_model:
-        return "finetune-tokenizer"
+def default_tokenizer_preset(image_size: int | None) -> str:
+    """The preset that makes images of this size where none is named; UserError where there is none."""
     by_size = {32: "small-32", 64: "small-64", 256: "vqvae-256"}
     if image_size is not None and image_size not in by_size:
         raise UserError(
@@ -464,13 +415,6 @@ def default_tokenizer_preset(*, image_size: int | None, from_model: bool) -> str
             "set --model.scale-sizes so that its last side times the stride is the image size."
         )
     return by_size[image_size or 32]
-
-
-def default_prior_preset(*, from_model: bool, scale_attention: str | None) -> str:
-    """The preset that is meant when none is named."""
-    if from_model:
-        return "finetune-prior"
-    return "var-small" if scale_attention == "causal" else "srdd-small"
 
 
 def describe_folder(folder: Path) -> tuple[dict[str, str], int]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,29 +28,29 @@ from isthmus.next_scale.refinement import refined_scales
 from isthmus.next_scale.runs import PriorRun
 from isthmus.next_scale.sampling import ScaleSampler
 from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
-from isthmus.next_scale.train_tokenizer import load_next_scale_model, load_tokenizer
+from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import guidance_at
-from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
 from isthmus.training.arguments import given
 from isthmus.training.config import TokensRun
-from isthmus.training.cost import Cost, report, training_cost, training_source
-from isthmus.training.images import dropped_labels, open_splits
+from isthmus.training.cost import Cost, report, training_cost
+from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import save_samples
 from isthmus.training.saved_networks import (
     averaged_model,
     export_pipeline,
     kept_classes,
+    load_model,
     refuse_contradictions,
     sampling_options,
 )
-from isthmus.training.train_prior import PriorTask
+from isthmus.training.train_prior import PriorTask, bits_by_level
 
 
 def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
@@ -74,22 +74,23 @@ def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequ
 
 
 @dataclass
-class PriorLosses:
-    """What one batch gave.
-
-    Attributes:
-        total: what is minimised.
-        by_scale: mean cross-entropy of each scale that was run, nats per token.
-        scales: which scales those are.
-        logits: (b, l, v), for measurements.
-        counted: (b, l), tokens that the loss is on; None where it is on all.
-    """
+class NextScaleLosses:
+    """What one batch gave."""
 
     total: Float[Tensor, ""]
+    """What is minimised."""
     by_scale: Float[Tensor, " scales"]
-    scales: tuple[int, ...]
+    """Mean cross-entropy of each scale that was run, nats per token."""
     logits: Float[Tensor, "b l v"]
+    token_ids: Int[Tensor, "b l"]
     counted: Bool[Tensor, "b l"] | None = None
+    """Tokens that the loss is on; None where it is on all."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """Loss, token accuracy, and nats per token of every scale run."""
+        hits = self.logits.argmax(dim=-1) == self.token_ids
+        hits = hits if self.counted is None else hits[self.counted]
+        return {"loss": self.total.detach(), "token_accuracy": hits.float().mean(), "nats": self.by_scale}
 
 
 def next_scale_loss(
@@ -101,7 +102,7 @@ def next_scale_loss(
     scales: Sequence[int],
     label_smoothing: float = 0.0,
     counted: Bool[Tensor, "b l"] | None = None,
-) -> PriorLosses:
+) -> NextScaleLosses:
     """Weighted cross-entropy over `scales`; `logits` and `token_ids` hold their tokens only.
 
     With a random subset of the scales the sum is scaled by all / run, so that its mean over subsets is the full loss.
@@ -119,7 +120,7 @@ def next_scale_loss(
         by_scale = torch.stack([part.mean() for part in losses.split(lengths, dim=1)])
     chosen = by_scale.new_tensor([weights[k] for k in scales])
     total = (chosen * by_scale).sum() * (schedule.num_scales / len(scales))
-    return PriorLosses(total, by_scale.detach(), tuple(scales), logits.detach(), counted)
+    return NextScaleLosses(total, by_scale.detach(), logits.detach(), token_ids, counted)
 
 
 def path_factors(
@@ -152,17 +153,14 @@ def select_scales(rows: Tensor, schedule: ScaleSchedule, scales: Sequence[int], 
 
 @dataclass
 class PartlyShown:
-    """What the inputs of a batch show of their own tokens.
-
-    Attributes:
-        counted: (b, L), True where a token is predicted: hidden, or of a scale that shows none of its own.
-        marked: (b, L), True where a token is hidden beside others that are shown.
-        shows: (b, scales), True where a scale shows tokens of its own.
-    """
+    """What the inputs of a batch show of their own tokens."""
 
     counted: Bool[Tensor, "b l"]
+    """True where a token is predicted: hidden, or of a scale that shows none of its own."""
     marked: Bool[Tensor, "b l"]
+    """True where a token is hidden beside others that are shown."""
     shows: Bool[Tensor, "b scales"]
+    """True where a scale shows tokens of its own."""
 
 
 def partly_shown(
@@ -180,13 +178,14 @@ def partly_shown(
     """
     marked, shows = [], []
     for position in positions.tolist():
-        rows, flags = [np.zeros(lengths[0], dtype=bool)], [False]
-        chosen = _one_of(len(lengths), stream(seed, HIDDEN_TOKENS, position), probability) if one_scale else None
+        rows, flags, chosen = [np.zeros(lengths[0], dtype=bool)], [False], None
+        random = stream(seed, HIDDEN_TOKENS, position)
+        if one_scale and len(lengths) > 1 and random.random() < probability:
+            chosen = int(random.integers(1, len(lengths)))
         for scale, length in enumerate(lengths[1:], start=1):
             random = stream(seed, HIDDEN_TOKENS, position, scale)
-            shown = bool(random.random() < probability)
-            if one_scale:
-                shown = scale == chosen
+            coin = random.random()
+            shown = scale == chosen if one_scale else coin < probability
             count = math.ceil((1 - random.random()) * length)
             hidden = np.zeros(length, dtype=bool)
             hidden[random.permutation(length)[:count]] = True
@@ -196,13 +195,6 @@ def partly_shown(
         shows.append(flags)
     marks, flags = torch.from_numpy(np.stack(marked)), torch.tensor(shows)
     return PartlyShown(marks | ~flags.repeat_interleave(torch.tensor(lengths), dim=1), marks, flags)
-
-
-def _one_of(num_scales: int, random: np.random.Generator, probability: float) -> int | None:
-    """A scale from 1 on, with this probability; none otherwise, or where there is only the first."""
-    if num_scales < 2 or random.random() >= probability:
-        return None
-    return int(random.integers(1, num_scales))
 
 
 @torch.no_grad()
@@ -231,10 +223,6 @@ class ScheduleEncoder(nn.Module):
     """Images to the tokens of one or several schedules, one behind the other.
 
     `config` names the schedules, so that a cache made under others is told apart by its fingerprint.
-
-    Args:
-        tokenizer: frozen.
-        schedules: derived from the tokenizer's.
     """
 
     def __init__(self, tokenizer: MultiScaleVQVAE, schedules: Sequence[ScaleSchedule]):
@@ -258,40 +246,29 @@ def encoder_for(tokenizer: MultiScaleVQVAE, *schedules: ScaleSchedule) -> MultiS
 class NextScaleTask(PriorTask):
     """A base to derive from: the networks, what is measured while training, and what is left behind.
 
-    Args:
-        run: the run.
-        tokenizer: frozen.
-        train: images to train on.
-        held_out: images to measure on.
-        network: the transformer in training; its scales are the tokenizer's, or some of them.
-        guided_sizes: sides that a list of guidance values in the run counts on; None is those of the network.
-
-    Attributes:
-        sharded: what FSDP2 gathers one by one: not whole blocks, since all modulations are computed ahead of them.
-        encoder: fills the token cache with the tokens of the transformer's scales.
-        facts: what run.json keeps beside the run, and a continued run must share.
-        options: how previews are drawn, and the defaults of the saved pipeline.
+    The scales of `network` are the tokenizer's, or some of them. `guided_sizes` are the sides that a list of guidance
+    values in the run counts on; None is those of the network.
     """
 
+    # not whole blocks, since all modulations are computed ahead of them
     sharded = ("BlockModulation", "MultiHeadAttention", "FeedForward")
+    level = "scale"
 
     def __init__(
         self,
         run: TokensRun,
         tokenizer: MultiScaleVQVAE,
-        train: ImageSource | ImageStream,
-        held_out: ImageSource,
+        splits: tuple[ImageSource | ImageStream, ImageSource],
         network: NextScaleTransformer,
         *,
         guided_sizes: Sequence[int] | None = None,
     ):
-        self.run = run
-        self.tokenizer, self.train, self.held_out, self.network = tokenizer, train, held_out, network
+        self.run, self.tokenizer, self.network = run, tokenizer, network
+        self.train, self.held_out = splits
         self.image_size = tokenizer.image_size
         # the phi of every side is the tokenizer's, also where the transformer leaves scales out
         self.schedule = tokenizer.schedule.derive(network.schedule.sizes)
         self.encoder = encoder_for(tokenizer, self.schedule)
-        self.facts: dict[str, object] = {}
         guided = self.schedule.sizes if guided_sizes is None else tuple(guided_sizes)
         options = sampling_options(
             run.sampling,
@@ -306,8 +283,12 @@ class NextScaleTask(PriorTask):
         self.tokenizer.to(device)
 
     def averaged(self, ema: ExponentialMovingAverage) -> NextScaleTransformer:
-        """A copy that holds the averages; every process must call it where weights are sharded."""
+        """A copy that holds the averages."""
         return averaged_model(self.network, ema)
+
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of every scale."""
+        return dict(enumerate(self.schedule.lengths))
 
     def token_ids(self, images: Tensor) -> Tensor:
         """All tokens (b, L) of images."""
@@ -324,9 +305,7 @@ class NextScaleTask(PriorTask):
             logits = model(label, tokenizer.scale_inputs(list(ids.split(lengths, dim=1)), schedule)).logits
             loss = next_scale_loss(logits, ids, schedule, uniform, scales=range(schedule.num_scales))
             sums += loss.by_scale * len(ids)
-        by_scale = [nats_to_bits(value) for value in (sums / len(token_ids)).tolist()]
-        mean = sum(bits * length for bits, length in zip(by_scale, lengths, strict=True)) / schedule.num_tokens
-        return {"val/bits_per_token": mean, **{f"val/bits_scale{k}": bits for k, bits in enumerate(by_scale)}}
+        return bits_by_level("val", "scale", sums / len(token_ids), dict(enumerate(lengths)))
 
     @torch.no_grad()
     def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
@@ -338,6 +317,14 @@ class NextScaleTask(PriorTask):
 
         save_samples(draw, self.train.class_names, model.null_class_id, folder, step)
 
+    def _dropouts(self, batch: Batch) -> tuple[Int[Tensor, " b"], Float[Tensor, "b layers 2"] | None]:
+        """Labels, some of them dropped, and the factors of stochastic depth, on the device of the training."""
+        device, positions, seed = self.tokenizer.device, batch["position"], self.run.seed
+        labels, null = batch["class_label"].to(device), self.network.null_class_id
+        labels = dropped_labels(labels, positions, rate=self.run.label_dropout, null_class_id=null, seed=seed)
+        keep = path_factors(positions, self.network.drop_path_rates, seed=seed)
+        return labels, None if keep is None else keep.to(device)
+
     def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
         """Write the pipeline."""
         networks = {"image_tokenizer": self.tokenizer, "transformer": model}
@@ -348,7 +335,9 @@ class NextScalePriorTask(NextScaleTask):
     """VAR and SRDD, as the training loop asks for them; the loss is the cross-entropy of every token."""
 
     def __init__(self, run: PriorRun):
-        super().__init__(run, *prepare(run))
+        tokenizer, saved = starting_point(run)
+        splits = open_splits(run, tokenizer.image_size)
+        super().__init__(run, tokenizer, splits, build_prior(run, tokenizer, saved, splits[0].class_names))
         self.run: PriorRun = run
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
 
@@ -357,7 +346,7 @@ class NextScalePriorTask(NextScaleTask):
         """Settings, size, cost and memory of a run. No weight is allocated."""
         with without_values():
             tokenizer, saved = starting_point(run)
-        source = training_source(run, tokenizer.image_size)
+        source = open_split(run, tokenizer.image_size, "train")
         with without_values():
             model = build_prior(run, tokenizer, saved, source.class_names)
         about = (
@@ -372,37 +361,28 @@ class NextScalePriorTask(NextScaleTask):
         # scale 0 has a table of its own, and only the others embed words
         return run.scales_per_step is not None
 
-    @staticmethod
-    def is_compiled(run: PriorRun) -> bool:
-        """Whether the blocks are compiled."""
-        return run.compile
+    def compile(self) -> None:
+        """Compile the blocks."""
+        if self.run.compile:
+            self.network.compile_blocks()
 
-    def losses(self, model: nn.Module, batch: Batch, step: int) -> PriorLosses:
+    def losses(self, model: nn.Module, batch: Batch, step: int) -> NextScaleLosses:
         """Losses of one part of a batch, on the device of the model."""
-        run, schedule, config = self.run, self.schedule, self.network.config
-        device = self.tokenizer.device
-        scales = scale_subset(schedule.num_scales, run.scales_per_step, seed=run.seed, step=step)
-        token_ids, positions = batch["token_ids"].to(device), batch["position"]
-        labels = dropped_labels(
-            batch["class_label"].to(device),
-            positions,
-            rate=run.label_dropout,
-            null_class_id=config["num_classes"],
-            seed=run.seed,
-        )
+        run, schedule = self.run, self.schedule
+        scales, positions = self._scales(step), batch["position"]
+        token_ids = batch["token_ids"].to(self.tokenizer.device)
         inputs, marked, counted = self._inputs(list(token_ids.split(list(schedule.lengths), dim=1)), positions)
-        keep = path_factors(positions, self.network.drop_path_rates, seed=run.seed)
+        labels, keep = self._dropouts(batch)
         output = model(
             labels,
             select_scales(inputs, schedule, scales, first=1),
             scales=scales,
-            keep=None if keep is None else keep.to(device),
+            keep=keep,
             hidden=None if marked is None else select_scales(marked, schedule, scales, first=1),
         )
-        targets = select_scales(token_ids, schedule, scales)
         return next_scale_loss(
             output.logits,
-            targets,
+            select_scales(token_ids, schedule, scales),
             schedule,
             self._weights,
             scales=scales,
@@ -427,29 +407,12 @@ class NextScalePriorTask(NextScaleTask):
         inputs = partial_inputs(self.tokenizer, token_ids, shown, schedule)
         return inputs, shown.marked[:, first:].to(device), shown.counted.to(device)
 
-    def part_values(self, losses: PriorLosses, batch: Batch) -> dict[str, Tensor]:
-        """What is logged of one part of a batch: loss, token accuracy, and nats per token of every scale run."""
-        targets = select_scales(batch["token_ids"].to(losses.logits.device), self.schedule, losses.scales)
-        hits = losses.logits.argmax(dim=-1) == targets
-        if losses.counted is not None:
-            hits = hits[losses.counted]
-        return {"loss": losses.total, "token_accuracy": hits.float().mean(), "nats": losses.by_scale}
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of the scales that this step runs."""
+        return {k: self.schedule.lengths[k] for k in self._scales(step)}
 
-    def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
-        """One log line of training."""
-        scales = scale_subset(self.schedule.num_scales, self.run.scales_per_step, seed=self.run.seed, step=step)
-        return step_values(means, self.schedule, scales)
-
-
-def prepare(run: PriorRun) -> tuple[MultiScaleVQVAE, ImageSource | ImageStream, ImageSource, NextScaleTransformer]:
-    """Tokenizer, training images, held-out images and the prior to train.
-
-    Raises:
-        UserError: something is missing or contradicts the saved model.
-    """
-    tokenizer, saved = starting_point(run)
-    train, held_out = open_splits(run, tokenizer.image_size)
-    return tokenizer, train, held_out, build_prior(run, tokenizer, saved, train.class_names)
+    def _scales(self, step: int) -> tuple[int, ...]:
+        return scale_subset(self.schedule.num_scales, self.run.scales_per_step, seed=self.run.seed, step=step)
 
 
 def prior_cost(model: NextScaleTransformer) -> Cost:
@@ -462,36 +425,11 @@ def prior_cost(model: NextScaleTransformer) -> Cost:
     return training_cost(model, forward)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A saved model that another one starts or learns from.
-
-    Attributes:
-        tokenizer: its image tokenizer.
-        transformer: its prior.
-        class_names: in the order of the labels; empty where classes have no names.
-    """
-
-    tokenizer: MultiScaleVQVAE
-    transformer: NextScaleTransformer
-    class_names: tuple[str, ...]
-
-
-def load_teacher(path: str) -> Teacher:
-    """Tokenizer, prior and class names of a saved pipeline."""
-    pipeline = load_next_scale_model(path)
-    return Teacher(pipeline.image_tokenizer, pipeline.transformer, names_in_order(pipeline.class_names))
-
-
-def starting_point(run: PriorRun) -> tuple[MultiScaleVQVAE, Teacher | None]:
-    """The frozen tokenizer of a run, and the saved model that it goes on from, where there is one.
-
-    Raises:
-        UserError: the run names neither.
-    """
+def starting_point(run: PriorRun) -> tuple[MultiScaleVQVAE, NextScalePipeline | None]:
+    """The frozen tokenizer of a run, and the saved model that it goes on from; UserError where it names neither."""
     if run.from_model:
-        saved = load_teacher(run.from_model)
-        return saved.tokenizer, saved
+        saved = load_model(run.from_model, NextScalePipeline)
+        return saved.image_tokenizer, saved
     if run.tokenizer:
         return load_tokenizer(run.tokenizer), None
     raise UserError(
@@ -500,20 +438,15 @@ def starting_point(run: PriorRun) -> tuple[MultiScaleVQVAE, Teacher | None]:
 
 
 def build_prior(
-    run: PriorRun, tokenizer: MultiScaleVQVAE, saved: Teacher | None, class_names: Sequence[str]
+    run: PriorRun, tokenizer: MultiScaleVQVAE, saved: NextScalePipeline | None, class_names: Sequence[str]
 ) -> NextScaleTransformer:
-    """The prior to train on images of these classes: new, or from a saved model.
-
-    Raises:
-        UserError: an argument contradicts the saved model, or another one.
-    """
+    """The prior to train on images of these classes: new, or a saved one; UserError where arguments contradict it."""
     wanted = given(run.model)
     num_classes, refined = len(class_names), run.refinement_probability > 0
     if saved is not None:
-        kept = kept_classes(class_names, saved.class_names)
-        return with_new_classes(
-            saved.transformer, num_classes, wanted, run.from_model, kept=kept, mask_embedding=refined
-        )
+        refuse_contradictions(saved.transformer.config, wanted, run.from_model)
+        kept = kept_classes(class_names, names_in_order(saved.class_names))
+        return with_new_classes(saved.transformer, num_classes, kept=kept, mask_embedding=refined)
     model = NextScaleTransformer(
         scale_sizes=tokenizer.schedule.sizes,
         codebook_size=tokenizer.config["codebook_size"],
@@ -533,8 +466,6 @@ def build_prior(
 def with_new_classes(
     source: NextScaleTransformer,
     num_classes: int,
-    wanted: dict[str, object],
-    name: str,
     *,
     kept: Mapping[int, int] | None = None,
     mask_embedding: bool = False,
@@ -543,15 +474,9 @@ def with_new_classes(
 
     `kept` maps labels to labels of the saved prior whose rows they take over (see `kept_classes`).
     `mask_embedding` adds the mark of hidden tokens where there is none; it starts at zero and changes nothing.
-
-    Raises:
-        UserError: an argument contradicts the saved model.
     """
-    refuse_contradictions(source, wanted, name)
-    arguments: dict[str, Any] = {k: v for k, v in source.config.items() if not k.startswith("_")}
-    arguments["num_classes"] = num_classes
-    arguments["has_mask_embedding"] = mask_embedding or source.mask_embedding is not None
-    model = NextScaleTransformer(**arguments)
+    marked = mask_embedding or source.mask_embedding is not None
+    model = NextScaleTransformer(**(source.config | {"num_classes": num_classes, "has_mask_embedding": marked}))
     state = source.state_dict()
     if model.mask_embedding is not None:
         state.setdefault("mask_embedding", torch.zeros_like(model.mask_embedding))
@@ -559,12 +484,3 @@ def with_new_classes(
     state["class_embedding.weight"] = state["class_embedding.weight"][rows].clone()
     model.load_state_dict(state)
     return model
-
-
-def step_values(means: dict[str, Tensor], schedule: ScaleSchedule, scales: Sequence[int]) -> dict[str, float]:
-    """One log line of training: the loss, bits per token of every scale and of all, token accuracy."""
-    values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
-    lengths = [schedule.lengths[k] for k in scales]
-    bits = [nats_to_bits(nats) for nats in means["nats"].tolist()]
-    values["train/bits_per_token"] = sum(b * n for b, n in zip(bits, lengths, strict=True)) / sum(lengths)
-    return values | {f"train/bits_scale{k}": b for k, b in zip(scales, bits, strict=True)}

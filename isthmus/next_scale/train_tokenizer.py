@@ -1,17 +1,15 @@
-"""What trains a multi-scale tokenizer: losses, optional patch GAN, measures, codes. The loop is that of
-`isthmus.training.train_tokenizer`.
+"""What trains a multi-scale tokenizer: losses, optional patch GAN, measures, codes.
 
 The discriminator judges overlapping patches (Isola et al., 2017). The weight of the generator's loss is the ratio of
 the two gradients' norms at the decoder's last weight (Esser et al., 2021), so that neither drowns the other, times a
-factor that starts late and warms up, since a decoder that cannot draw yet learns nothing from a critic.
-
-The codebook starts from k-means over the residuals of all scales; codes that no scale uses are moved onto residuals of
-current images.
+factor that starts late and warms up, since a decoder that cannot draw yet learns nothing from being judged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +17,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from isthmus.data.batches import EvaluationImages
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.views import Batch, Sample
+from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.pyramid import area_downsample
@@ -34,65 +31,66 @@ from isthmus.nn.draws import KMEANS, REVIVE, stream
 from isthmus.nn.perceptual import psnr
 from isthmus.nn.quantization import k_means
 from isthmus.nn.saved_model import without_values
-from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens
+from isthmus.nn.shapes import FeatureMap, Images, LatentMap, ScaleTokens, TokenPyramid
 from isthmus.pictures import spread
-from isthmus.pipelines.loading import load_pipeline
 from isthmus.published import perceptual_distance
 from isthmus.training.arguments import given
-from isthmus.training.codebook import CodebookUsage, code_counts
+from isthmus.training.codebook import code_counts, perplexity
 from isthmus.training.config import OptimConfig
 from isthmus.training.cost import report, training_cost
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.previews import preview_images, save_reconstructions
-from isthmus.training.saved_networks import TOKENIZER_FOLDER, averaged_model, export_tokenizer, refuse_contradictions
+from isthmus.training.saved_networks import (
+    TOKENIZER_FOLDER,
+    averaged_model,
+    export_tokenizer,
+    load_model,
+    refuse_contradictions,
+)
 from isthmus.training.train_tokenizer import TokenizerLosses, TokenizerTask
 
 _GROUPS = 8
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutional critic: one logit per patch of the image, high for real.
+    """Convolutions: one logit per patch of the image, high for real.
 
     GroupNorm instead of BatchNorm: an image's verdict depends on no other image, so neither the batch nor the number of
     processes matters, and the generator's pass cannot shift any statistics.
 
-    ==================  ===========================================================================================
-    argument            meaning
-    ==================  ===========================================================================================
-    `base_channels`     channels after the first convolution (a multiple of 8); doubled by each further one, at most 8 x
-    `num_downsamples`   stride-2 convolutions (at least 1); a patch is 12 pixels wide for 1, 26 for 2, 54 for 3
-    ==================  ===========================================================================================
+    `base_channels` (a multiple of 8) come out of the first convolution, twice and four times as many of the next ones.
+    A patch is 26 pixels wide.
     """
 
-    def __init__(self, *, base_channels: int = 32, num_downsamples: int = 2):
+    def __init__(self, *, base_channels: int):
         super().__init__()
-        if num_downsamples < 1 or base_channels < 8 or base_channels % _GROUPS:
+        if base_channels % _GROUPS:
             raise UserError(
-                f"a patch discriminator needs at least one downsampling and a multiple of {_GROUPS} channels, "
-                f"got num_downsamples={num_downsamples} and base_channels={base_channels}. Try 2 and 32."
+                f"loss.discriminator_channels must be a multiple of {_GROUPS}, got {base_channels}. Try 32."
             )
-        widths = [base_channels * min(2**level, 8) for level in range(num_downsamples + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for before, after in zip(widths[:-2], widths[1:-1], strict=True):
-            layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False), nn.GroupNorm(_GROUPS, after), nn.LeakyReLU(0.2)]
-        # stride 1: widens the patch without thinning out the verdicts
-        layers += [
-            nn.Conv2d(widths[-2], widths[-1], 3, 1, 1, bias=False),
-            nn.GroupNorm(_GROUPS, widths[-1]),
+        first, second, third = base_channels, 2 * base_channels, 4 * base_channels
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, first, 4, 2, 1),
             nn.LeakyReLU(0.2),
-        ]
-        layers.append(nn.Conv2d(widths[-1], 1, 3, 1, 1))
-        self.layers = nn.Sequential(*layers)
+            nn.Conv2d(first, second, 4, 2, 1, bias=False),
+            nn.GroupNorm(_GROUPS, second),
+            nn.LeakyReLU(0.2),
+            # stride 1: widens the patch without thinning out the verdicts
+            nn.Conv2d(second, third, 3, 1, 1, bias=False),
+            nn.GroupNorm(_GROUPS, third),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(third, 1, 3, 1, 1),
+        )
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 rows columns"]:
-        """Logits per patch of images in [-1, 1]; h and w are divided by 2**num_downsamples."""
+        """Logits per patch of images in [-1, 1]; a quarter as many rows and columns."""
         return self.layers(images)
 
 
 def discriminator_hinge_loss(
     real_logits: Float[Tensor, "b 1 h w"], fake_logits: Float[Tensor, "b 1 h w"]
 ) -> Float[Tensor, ""]:
-    """Hinge loss mean relu(1 - real) + mean relu(1 + fake): 2 for an undecided critic, 0 once both margins are kept."""
+    """Hinge loss mean relu(1 - real) + mean relu(1 + fake): 2 where undecided, 0 once both margins are kept."""
     return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
 
 
@@ -101,29 +99,23 @@ def generator_hinge_loss(fake_logits: Float[Tensor, "b 1 h w"]) -> Float[Tensor,
     return -fake_logits.mean()
 
 
-def _unchanged(gradient: Tensor) -> Tensor:
-    return gradient
-
-
 def adaptive_weight(
     reconstruction_loss: Float[Tensor, ""],
     generator_loss: Float[Tensor, ""],
     last_weight: Float[Tensor, "..."],
     *,
-    low: float = 0.015,
-    high: float = 1e4,
-    average: Callable[[Tensor], Tensor] = _unchanged,
+    average: Callable[[Tensor], Tensor] = torch.Tensor.detach,
 ) -> Float[Tensor, ""]:
-    """||grad of reconstruction|| / (||grad of generator loss|| + 1e-6) at the decoder's last weight, in [low, high].
+    """||grad of reconstruction|| / (||grad of generator loss|| + 1e-6) at the decoder's last weight, 0.015 to 10,000.
 
     Both losses must depend on `last_weight`, and their graphs stay alive. No gradient flows through the result.
     `average` turns a gradient of this process into the mean over all processes, so that every process uses the weight
     of the global batch. The weight must be whole (single process or DDP), not a shard.
     """
     (wanted,) = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
-    (critic,) = torch.autograd.grad(generator_loss, last_weight, retain_graph=True)
-    ratio = average(wanted).norm() / (average(critic).norm() + 1e-6)
-    return ratio.clamp(low, high).detach()
+    (judged,) = torch.autograd.grad(generator_loss, last_weight, retain_graph=True)
+    ratio = average(wanted).norm() / (average(judged).norm() + 1e-6)
+    return ratio.clamp(0.015, 1e4).detach()
 
 
 def warm_up_factor(step: int, *, start: int, warm_up_steps: int) -> float:
@@ -132,11 +124,7 @@ def warm_up_factor(step: int, *, start: int, warm_up_steps: int) -> float:
     >>> [warm_up_factor(step, start=10, warm_up_steps=4) for step in (0, 9, 10, 11, 13, 500)]
     [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
     """
-    if step < start:
-        return 0.0
-    if warm_up_steps <= 0:
-        return 1.0
-    return min(1.0, (step - start + 1) / warm_up_steps)
+    return min(max((step - start + 1) / max(warm_up_steps, 1), 0.0), 1.0)
 
 
 def reconstruction_losses(
@@ -166,49 +154,36 @@ def reconstruction_losses(
     return losses
 
 
-class Critic:
-    """The patch discriminator with its optimizer; it starts late (see above).
-
-    Attributes:
-        start: step from which it trains, and judges.
-    """
+class Discriminator:
+    """The patch discriminator with its optimizer; from the step `start` on it trains, and judges."""
 
     def __init__(self, run: TokenizerRun, accelerator: Accelerator):
         loss = run.loss
         self.run, self.accelerator = run, accelerator
-        self.start, self._warm_up_steps = (
-            round(s * run.num_steps) for s in (loss.adversarial_start, loss.adversarial_warmup)
-        )
+        self.start = round(loss.adversarial_start * run.num_steps)
+        self._warm_up_steps = round(loss.adversarial_warmup * run.num_steps)
         self.optim = OptimConfig(
             learning_rate=loss.discriminator_learning_rate, beta1=0.5, beta2=0.9, weight_decay=5e-4, warmup_steps=0
         )
-        self.discriminator = PatchDiscriminator(base_channels=loss.discriminator_channels)
+        self.network = PatchDiscriminator(base_channels=loss.discriminator_channels)
 
     def prepare(self) -> None:
-        """Hand discriminator and optimizer to accelerate."""
-        optimizer = adamw(self.discriminator, self.optim)
-        self.discriminator, self.optimizer = self.accelerator.prepare(self.discriminator, optimizer)
+        """Hand network and optimizer to accelerate."""
+        self.network, self.optimizer = self.accelerator.prepare(self.network, adamw(self.network, self.optim))
 
     def generator_losses(
         self, pixels: Float[Tensor, ""], fake: Images, last_weight: Float[Tensor, "..."], step: int
     ) -> dict[str, Tensor]:
-        """What the discriminator asks of the decoder, weighed against the pixel losses; nothing before `start`.
-
-        Both `pixels` and `fake` depend on `last_weight`, the last one of the decoder.
-        """
+        """What is asked of the decoder, weighed against the loss of `pixels` at its `last_weight`; nothing at first."""
         factor = warm_up_factor(step, start=self.start, warm_up_steps=self._warm_up_steps)
         if factor == 0:
             return {}
-        judge = self.accelerator.unwrap_model(self.discriminator)
+        judge = self.accelerator.unwrap_model(self.network)
         judge.requires_grad_(False)
         loss = generator_hinge_loss(judge(fake.float()))
         judge.requires_grad_(True)
-        weight = adaptive_weight(
-            pixels,
-            loss,
-            last_weight,
-            average=lambda gradient: self.accelerator.reduce(gradient, "mean"),  # pyright: ignore[reportArgumentType]
-        )
+        average: Any = partial(self.accelerator.reduce, reduction="mean")
+        weight = adaptive_weight(pixels, loss, last_weight, average=average)
         return {
             "generator": loss,
             "adversarial_weight": weight,
@@ -216,86 +191,62 @@ class Critic:
         }
 
     def step(self, real: Images, fake: Images, step: int) -> dict[str, Tensor]:
-        """One step of the discriminator, on a part that the tokenizer has just seen; nothing before `start`."""
+        """One step, on a part that the tokenizer has just seen; nothing before `start`."""
         if step < self.start:
             return {}
         accelerator = self.accelerator
         set_rates(self.optimizer, step - self.start, self.optim, max(self.run.num_steps - self.start, 1))
         # `accumulate` counts its calls; this one is about the part that the last one was about
         accelerator.step -= 1
-        with accelerator.accumulate(self.discriminator):
-            logits = self.discriminator(torch.cat([real, fake.float()]))
+        with accelerator.accumulate(self.network):
+            logits = self.network(torch.cat([real, fake.float()]))
             loss = discriminator_hinge_loss(*logits.chunk(2))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.discriminator.parameters(), self.run.optim.max_grad_norm)
+                accelerator.clip_grad_norm_(self.network.parameters(), self.run.optim.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return {"discriminator": loss.detach()}
 
 
-@dataclass(frozen=True)
-class TokenizerScores:
-    """How well a tokenizer does on images it has not seen.
-
-    Attributes:
-        num_images: images measured.
-        psnr: mean over images, dB.
-        psnr_by_scale: of the reconstruction from scales 0..k, mean over at most 64 of them.
-        usage: share of the codebook that any scale uses.
-        usage_by_scale, perplexity_by_scale: the same for every scale.
-    """
-
-    num_images: int
-    psnr: float
-    psnr_by_scale: list[float]
-    usage: float
-    usage_by_scale: list[float]
-    perplexity_by_scale: list[float]
-
-    def as_floats(self) -> dict[str, float]:
-        """Flat names for a log line."""
-        values = {"val/psnr": self.psnr, "val/usage": self.usage}
-        for name in ("psnr", "usage", "perplexity"):
-            values |= {f"val/{name}_scale{k}": v for k, v in enumerate(getattr(self, f"{name}_by_scale"))}
-        return values
-
-
 @torch.no_grad()
-def tokenizer_scores(tokenizer: MultiScaleVQVAE, images: "Dataset[Sample]", *, limit: int = 1024) -> TokenizerScores:
-    """Measure a tokenizer on `limit` images of a data set, evenly spread over it."""
-    device = tokenizer.codebook.weight.device
-    chosen = spread(len(images), limit)  # pyright: ignore[reportArgumentType]  map-style data sets have a length
-    values, partial = [], []
+def tokenizer_scores(
+    tokenizer: MultiScaleVQVAE, views: EvaluationImages, *, limit: int = 1024, quantize: bool = True
+) -> dict[str, float]:
+    """PSNR of reconstructions (dB), usage and perplexity of `limit` images, evenly spread over all; for a log line.
+
+    By scale: the reconstruction from scales 0..k, of at most 64 images, and the codes of scale k. Without `quantize`,
+    before there is a codebook, the decoder sees the latents: nothing is known by scale, and usage counts as 1.
+    """
+    chosen, device = spread(len(views), limit), tokenizer.device
     starts = range(0, len(chosen), 32)
     shown = {starts[i] for i in spread(len(starts), 2)}
-    usage = CodebookUsage(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings, decay=0.0)
     counts = torch.zeros(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings)
+    whole, by_scale = [], []
     for start in starts:
-        batch = _stack(images, chosen[start : start + 32]).to(device)
-        token_ids = tokenizer.encode(batch).token_ids
+        images = views.__getitems__(chosen[start : start + 32])["image"].to(device)
+        if not quantize:
+            whole.append(psnr(tokenizer.decode_features(tokenizer.latents(images)), images))
+            continue
+        token_ids = tokenizer.encode(images).token_ids
         counts += code_counts(token_ids, tokenizer.codebook.num_embeddings).cpu()
-        values.append(psnr(tokenizer.decode(token_ids), batch).cpu())
+        whole.append(psnr(tokenizer.decode(token_ids), images))
         if start in shown:
-            by_scale = [
-                psnr(tokenizer.decode_features(tokenizer.features_up_to(token_ids, k)), batch).cpu()
-                for k in range(tokenizer.schedule.num_scales)
-            ]
-            partial.append(torch.stack(by_scale, dim=1))
-    usage.update(counts)
-    return TokenizerScores(
-        num_images=len(chosen),
-        psnr=float(torch.cat(values).mean()),
-        psnr_by_scale=torch.cat(partial).mean(dim=0).tolist(),
-        usage=float((counts.sum(dim=0) > 0).float().mean()),
-        usage_by_scale=(counts > 0).float().mean(dim=1).tolist(),
-        perplexity_by_scale=usage.perplexity().tolist(),
-    )
+            parts = stages(tokenizer, token_ids).values()
+            by_scale.append(torch.stack([psnr(part, images) for part in parts], dim=1))
+    values = {"val/psnr": float(torch.cat(whole).mean()), "val/usage": 1.0}
+    if not quantize:
+        return values
+    values["val/usage"] = float((counts.sum(dim=0) > 0).float().mean())
+    rows = {"psnr": torch.cat(by_scale).mean(dim=0), "usage": (counts > 0).float().mean(dim=1)}
+    rows["perplexity"] = perplexity(counts)
+    return values | {f"val/{name}_scale{k}": v for name, row in rows.items() for k, v in enumerate(row.tolist())}
 
 
-def _stack(images: "Dataset[Sample]", indices: Sequence[int] | range) -> Images:
-    rows = [images[i]["image"] for i in indices]
-    return torch.stack([torch.as_tensor(row) for row in rows])
+def stages(tokenizer: MultiScaleVQVAE, token_ids: TokenPyramid) -> dict[str, Images]:
+    """What the scales 0..k add up to, by the side of scale k."""
+    scales = zip(tokenizer.schedule.sizes, tokenizer.token_scales(token_ids), strict=True)
+    return {f"{side} x {side}": tokenizer.decode_features(scale.features) for side, scale in scales}
 
 
 @torch.no_grad()
@@ -350,26 +301,20 @@ def random_residuals(
 
 
 @torch.no_grad()
-def save_previews(tokenizer: MultiScaleVQVAE, views: EvaluationImages, folder: Path, step: int) -> Path:
-    """Rows = held-out images; columns = scales 0..k added up, the image itself last."""
+def save_previews(
+    tokenizer: MultiScaleVQVAE, views: EvaluationImages, folder: Path, step: int, *, quantize: bool = True
+) -> Path:
+    """Rows = held-out images; columns = scales 0..k added up (or the decoded latents), the image itself last."""
     images, _ = preview_images(views)
     images = images.to(tokenizer.device)
-    token_ids = tokenizer.encode(images).token_ids
-    stages = {
-        f"{size} x {size}": tokenizer.decode_features(tokenizer.features_up_to(token_ids, k))
-        for k, size in enumerate(tokenizer.schedule.sizes)
-    }
-    return save_reconstructions(stages, images, folder, step)
+    encoded = tokenizer.encode(images)
+    decoded = {"decoded": tokenizer.decode_features(encoded.latents)}
+    return save_reconstructions(stages(tokenizer, encoded.token_ids) if quantize else decoded, images, folder, step)
 
 
 @dataclass(kw_only=True)
 class MultiScaleLosses(TokenizerLosses):
-    """What one part of a batch gave.
-
-    Attributes:
-        images: that part, on the device of the training.
-        reconstructed: the decoder's images of it.
-    """
+    """What one part of a batch gave; `reconstructed` are the decoder's images of its `images`."""
 
     images: Images
     reconstructed: Images
@@ -391,7 +336,7 @@ class MultiScaleTokenizerTask(TokenizerTask):
         self.image_size = network.image_size
         self.codebook_size, self.num_levels = network.codebook.num_embeddings, network.schedule.num_scales
         self.starts_codebook_at = None if run.from_model else run.continuous_steps
-        self._critic = Critic(run, accelerator) if run.loss.adversarial else None
+        self._discriminator = Discriminator(run, accelerator) if run.loss.adversarial else None
         self._distance = None
         if run.loss.perceptual:
             distance = perceptual_distance(run.loss.perceptual_network, lpips_weights=run.loss.lpips_weights)
@@ -408,9 +353,9 @@ class MultiScaleTokenizerTask(TokenizerTask):
         return report(run, f"scales {', '.join(map(str, model.schedule.sizes))}; images of {side} px", cost)
 
     def prepare_others(self) -> None:
-        """The discriminator, with an optimizer of its own."""
-        if self._critic:
-            self._critic.prepare()
+        """The discriminator."""
+        if self._discriminator:
+            self._discriminator.prepare()
 
     def losses(self, model: nn.Module, batch: Batch, drawn: None, *, step: int, quantize: bool) -> MultiScaleLosses:
         """Losses of one part of a batch, the discriminator's wish among them."""
@@ -418,20 +363,17 @@ class MultiScaleTokenizerTask(TokenizerTask):
         output = model(images, quantize=quantize)
         weight = self.network.config["commitment_weight"]
         named = reconstruction_losses(output, images, self._distance, self.run.loss, commitment_weight=weight)
-        if self._critic:
+        if self._discriminator:
             last = self.network.decoder.conv_out.weight
-            named |= self._critic.generator_losses(named["weighted/pixels"], output.images, last, step)
+            named |= self._discriminator.generator_losses(named["weighted/pixels"], output.images, last, step)
+        pixels = output.images.detach()
         return MultiScaleLosses(
-            named=named,
-            token_ids=output.token_ids,
-            latents=output.latents,
-            images=images,
-            reconstructed=output.images.detach(),
+            named=named, token_ids=output.token_ids, latents=output.latents, images=images, reconstructed=pixels
         )
 
     def train_others(self, losses: MultiScaleLosses, step: int) -> dict[str, Tensor]:
         """A step of the discriminator on the same part."""
-        return self._critic.step(losses.images, losses.reconstructed, step) if self._critic else {}
+        return self._discriminator.step(losses.images, losses.reconstructed, step) if self._discriminator else {}
 
     def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
         """K-means over the residuals of all scales."""
@@ -447,13 +389,13 @@ class MultiScaleTokenizerTask(TokenizerTask):
 
     def measure(self, model: MultiScaleVQVAE, views: EvaluationImages, *, quantize: bool) -> dict[str, float]:
         """PSNR, usage and perplexity, also by scale."""
-        return tokenizer_scores(model, views).as_floats()
+        return tokenizer_scores(model, views, quantize=quantize)
 
     def save_previews(
         self, model: MultiScaleVQVAE, views: EvaluationImages, folder: Path, step: int, *, quantize: bool
     ) -> None:
         """Held-out images, scale by scale."""
-        save_previews(model, views, folder, step)
+        save_previews(model, views, folder, step, quantize=quantize)
 
     def export(self, model: MultiScaleVQVAE, source: ImageSource | ImageStream) -> Path:
         """Write the tokenizer into the run's folder."""
@@ -462,15 +404,11 @@ class MultiScaleTokenizerTask(TokenizerTask):
 
 
 def load_tokenizer(path: str) -> MultiScaleVQVAE:
-    """The tokenizer in a run folder, a pipeline folder, a tokenizer folder, or a model on the hub.
-
-    Raises:
-        UserError: there is none, or it does not load strictly.
-    """
+    """The tokenizer in a run folder, a pipeline folder, or a tokenizer folder, or of a hub model; UserError if none."""
     folder = Path(path)
     if not folder.exists():
         # a hub id brings a whole pipeline
-        return load_next_scale_model(path).image_tokenizer
+        return load_model(path, NextScalePipeline).image_tokenizer
     if (folder / TOKENIZER_FOLDER).is_dir():
         folder = folder / TOKENIZER_FOLDER
     if not (folder / "config.json").is_file():
@@ -481,27 +419,12 @@ def load_tokenizer(path: str) -> MultiScaleVQVAE:
     return MultiScaleVQVAE.from_pretrained(folder)
 
 
-def load_next_scale_model(path: str) -> NextScalePipeline:
-    """A saved model to go on from. Raises `UserError` where it is of another family."""
-    pipeline = load_pipeline(path, device="cpu")
-    if not isinstance(pipeline, NextScalePipeline):
-        raise UserError(
-            f"a next-scale run starts from a next-scale model, got {path}, which is a {type(pipeline).__name__}. "
-            "Choose a preset of its family (`isthmus info presets`)."
-        )
-    return pipeline
-
-
 def build_tokenizer(run: TokenizerRun) -> MultiScaleVQVAE:
-    """The network of a run: from a saved model, or new from the run's arguments.
-
-    Raises:
-        UserError: an argument contradicts the saved model or the image size.
-    """
+    """The network of a run: new, or a saved one; UserError where arguments contradict it, or the image size."""
     wanted = given(run.model)
     if run.from_model:
         model = load_tokenizer(run.from_model)
-        refuse_contradictions(model, wanted, run.from_model)
+        refuse_contradictions(model.config, wanted, run.from_model)
     else:
         model = MultiScaleVQVAE(**wanted)
     if run.image_size is not None and run.image_size != model.image_size:

@@ -51,6 +51,8 @@ class SavedPipeline:
         num_classes: 0 for models without classes.
         class_names: index (as text) -> name, by number; empty where classes have no names.
         defaults: options of a call that names none.
+        edits: names of the methods that edit an image.
+        has_solver: whether `num_inference_steps` is an argument of its calls and reconstructions.
     """
 
     parts: ClassVar[Mapping[str, Part]] = {}
@@ -60,6 +62,8 @@ class SavedPipeline:
     num_classes: int
     class_names: dict[str, str]
     defaults: SamplingOptions
+    edits: ClassVar[tuple[str, ...]] = ()
+    has_solver: ClassVar[bool] = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # what torch.compile makes; asked for by its mark, since its class is in a module that takes seconds to import
@@ -204,6 +208,14 @@ class SavedPipeline:
                 raise UserError(f"this model, a {self.kind}, has no {', '.join(unknown)}. Leave it out.")
         # checks its arguments at once and draws only when it is read
         cast(Any, self).stream(**{"seed": 0, **arguments})
+
+    def refine_with(self, mode: Any) -> None:
+        """Draw tokens again from now on, in one of the modes of a family that can. Raises UserError where it cannot."""
+        raise UserError(f"this model, a {self.kind}, draws no token again. Leave out --refine.")
+
+    def forwards_per_image(self, options: SamplingOptions) -> Any:
+        """What a draw with these options costs, as a dataclass with a text; None where a family does not count it."""
+        return None
 
     def prepared(self, num_images: int) -> dict[str, Any]:
         """Arguments worth computing once for many calls of `num_images` images each."""

@@ -62,7 +62,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
         with replaced_within(folder) as temporary:
             yield temporary
         return
-    temporary = folder.absolute().parent / f".{folder.name}.partial-{uuid4().hex[:8]}"
+    temporary = folder.absolute().parent / f".{folder.name}.{uuid4().hex[:8]}.partial"
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -74,7 +74,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 @contextmanager
 def replaced_within(folder: Path) -> Iterator[Path]:
     """A temporary folder in `folder`; at the end its entries take the place of those of the same name."""
-    temporary = folder / f".partial-{uuid4().hex[:8]}"
+    temporary = folder / f".{uuid4().hex[:8]}.partial"
     temporary.mkdir()
     try:
         yield temporary

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isthmus.errors import UserError
 from isthmus.nn.shapes import Images
-from isthmus.rgb import scaled_crop, shorter_side_to, upright_rgb
+from isthmus.rgb import centre_square, upright_rgb
 
 ImageInput = PIL.Image.Image | Tensor | Sequence[PIL.Image.Image | Tensor]
 """A PIL picture, a tensor (b, 3, h, w) or (3, h, w) in [-1, 1], or several of these."""
@@ -33,7 +33,7 @@ def to_images(images: ImageInput, image_size: int, *, stride: int = 1) -> Images
             check_size(batch.shape[-1], batch.shape[-2], stride)
         else:
             check_size(one.width, one.height, stride)
-            batch = from_pictures([_square(one, image_size)])
+            batch = from_pictures([centre_square(upright_rgb(one), image_size)])
         opened.append(batch)
     sizes = {f"{one.shape[-1]} x {one.shape[-2]}" for one in opened}
     if len(sizes) > 1:
@@ -88,9 +88,3 @@ def from_pictures(pictures: Sequence[PIL.Image.Image]) -> Images:
     """RGB pictures of one size as a tensor in [-1, 1]."""
     pixels = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-
-
-def _square(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
-    rgb = upright_rgb(picture)
-    width, height = shorter_side_to(*rgb.size, side)
-    return scaled_crop(rgb, (width, height), (width - side) // 2, (height - side) // 2, side)

@@ -76,13 +76,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def naming_next_batch_size(batch_size: int) -> Iterator[None]:
-    """Where memory runs out in the block: a UserError that names the --batch-size to try next."""
+def naming_next_batch_size(batch_size: int, *, advice: str = "") -> Iterator[None]:
+    """Where memory runs out in the block: a UserError with this advice, or with the --batch-size to try next."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         smaller = f"Try --batch-size {batch_size // 2}."
-        advice = smaller if batch_size > 1 else "Use a smaller model or --dtype bfloat16."
-        raise UserError(f"memory ran out at batch size {batch_size}. {advice}") from error
+        smaller = smaller if batch_size > 1 else "Use a smaller model or --dtype bfloat16."
+        raise UserError(f"memory ran out at batch size {batch_size}. {advice or smaller}") from error

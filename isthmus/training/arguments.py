@@ -1,12 +1,11 @@
 """Arguments of a network as a part of a run, read off its constructor: the one place that declares them.
 
-The constructor is read as text. Importing its module would import torch, which takes seconds, and presets and the
-command line are derived from runs.
+The constructor is read as text: importing its module would import torch, and the command line is derived from runs.
 """
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, make_dataclass
 from importlib.util import find_spec
 from textwrap import dedent
@@ -20,8 +19,8 @@ _TYPES = {"bool": bool, "float": float, "int": int, "str": str, "Literal": Liter
 def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
     """A frozen dataclass to derive from: those arguments of a constructor that a run may set, all None at first.
 
-    None leaves an argument to the constructor, or to the model that is gone on from. Sequences are tuples, as they are
-    on the command line, whose help is what the docstring says of an argument: each of these needs its line there.
+    None leaves an argument to the constructor, or to the model that is gone on from. Sequences become tuples, as on the
+    command line, whose help is the line that the docstring has of each.
 
     Args:
         place: module, colon, class or function.
@@ -29,17 +28,17 @@ def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
         types: what names in annotations mean, beside those of Python.
 
     Raises:
-        ValueError: there is no such argument.
+        ValueError: there is no such place or argument.
 
     >>> sizes = arguments_of("isthmus.next_scale.tokenizer:MultiScaleVQVAE", ["codebook_size", "scale_sizes"])
     >>> sizes(scale_sizes=(1, 2))
     MultiScaleVQVAE(codebook_size=None, scale_sizes=(1, 2))
     """
-    declared = dict(_declared(place))
-    if unknown := [name for name in names if name not in declared]:
-        raise ValueError(f"{place} has no argument {unknown[0]}, it has {', '.join(declared)}.")
+    declared = _declared(place)
     fields = []
     for name in names:
+        if name not in declared:
+            raise ValueError(f"{place} has no argument {name}, it has {', '.join(declared)}.")
         annotation, about = declared[name]
         hint = eval(annotation, {**_TYPES, **types})
         hint = tuple[get_args(hint)[0], ...] if get_origin(hint) is Sequence else hint
@@ -52,19 +51,19 @@ def given(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if value is not None}
 
 
-def _declared(place: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Name of every argument, its type as it is written, and what is said of it."""
+def _declared(place: str) -> dict[str, tuple[str, str]]:
+    """Name of every argument -> its type as it is written, and what is said of it."""
     module, name = place.split(":")
     spec = find_spec(module)
     source: Any = spec.loader if spec else None
-    tree = ast.parse(source.get_source(module))
-    found = next(node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name)
-    inner = (node for node in ast.walk(found) if isinstance(node, ast.FunctionDef))
-    function = found if isinstance(found, ast.FunctionDef) else next(n for n in inner if n.name == "__init__")
-    about = _args_section(ast.get_docstring(found) or "")
-    for argument in (*function.args.args, *function.args.kwonlyargs):
-        if argument.annotation is not None:
-            yield argument.arg, (ast.unparse(argument.annotation), about.get(argument.arg, ""))
+    found = [node for node in ast.parse(source.get_source(module)).body if getattr(node, "name", None) == name]
+    inner = [node for top in found for node in ast.walk(top) if isinstance(node, ast.FunctionDef)]
+    function = next((f for f in inner if f in found or f.name == "__init__"), None)
+    if function is None:
+        raise ValueError(f"{place} must be a function, or a class with a constructor of its own.")
+    about = _args_section(ast.get_docstring(found[0]) or "")  # pyright: ignore[reportArgumentType]  a class or function
+    arguments = (*function.args.args, *function.args.kwonlyargs)
+    return {a.arg: (ast.unparse(a.annotation), about.get(a.arg, "")) for a in arguments if a.annotation is not None}
 
 
 def _args_section(docstring: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,30 @@ from isthmus.errors import UserError
 from isthmus.training.optim import ExponentialMovingAverage
 
 
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts optimizer steps; `images` those seen over all processes."""
+
+    step: int = 0
+    images: int = 0
+    num_steps: int = 0
+    stream_states: list[dict[str, Any]] | None = None
+    """Where a stream stands, one entry per process; None for data read by index."""
+
+    def due(self, every: int, *, ahead: int = 0) -> bool:
+        """Whether something done every so many steps is due after this step (or `ahead` more), the last included."""
+        step = self.step + ahead
+        return step % every == 0 or step == self.num_steps
+
+
 def newest_checkpoint(out: Path) -> Path | None:
     """The complete checkpoint of the highest step in a run folder, or None."""
-    found = _checkpoints(out)
-    return found[-1] if found else None
+    return max(_checkpoints(out), key=step_of, default=None)
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    folder = out / "checkpoints"
-    paths = folder.iterdir() if folder.is_dir() else ()
-    complete = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(complete, key=step_of)
+    paths = (out / "checkpoints").glob("checkpoint-*")
+    return sorted((p for p in paths if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,7 +61,7 @@ def step_of(checkpoint: Path) -> int:
 def save_checkpoint(
     accelerator: Accelerator,
     ema: ExponentialMovingAverage,
-    progress: "Progress",
+    progress: Progress,
     out: Path,
     *,
     keep: int,
@@ -56,8 +69,7 @@ def save_checkpoint(
 ) -> None:
     """Write the state after `progress.step`; keep the newest `keep` checkpoints. Every process must call.
 
-    Raises:
-        UserError: the disk is full, or the folder cannot be written; no checkpoint has changed.
+    Raises UserError where that fails; no checkpoint has changed then.
     """
     final = out / "checkpoints" / f"checkpoint-{progress.step:08d}"
     if final.exists():
@@ -73,7 +85,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             save_file(averages, partial / "ema.safetensors")
             save_file({k: v.contiguous() for k, v in (extras or {}).items()}, partial / "extras.safetensors")
-            record = {"step": progress.step, "images": progress.images, "stream_states": progress.stream_states}
+            record = {name: value for name, value in vars(progress).items() if name != "num_steps"}
             (partial / "progress.json").write_text(json.dumps(record), encoding="utf-8")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -90,12 +102,11 @@ def save_checkpoint(
 
 
 def resume(
-    accelerator: Accelerator, ema: ExponentialMovingAverage, progress: "Progress", out: Path
+    accelerator: Accelerator, ema: ExponentialMovingAverage, progress: Progress, out: Path
 ) -> dict[str, Tensor] | None:
     """Load the newest checkpoint into everything prepared; returns its extras, or None where there is none.
 
-    Raises:
-        UserError: the checkpoint cannot be read, or belongs to another network.
+    Raises UserError for one that cannot be read, or of another network.
     """
     newest = newest_checkpoint(out)
     if newest is None:
@@ -138,11 +149,7 @@ def like(template: Tensor | None, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def written_or_explained(target: Path, *temporary: Path) -> Iterator[None]:
-    """Writing that fails takes its temporary folders away and becomes one sentence about `target`.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
-    """
+    """Writing that fails takes its temporary folders away and becomes one UserError about `target`."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -151,18 +158,13 @@ def written_or_explained(target: Path, *temporary: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         for leftover in temporary:
             shutil.rmtree(leftover, ignore_errors=True)
+        # errors without a number come from writers of files that grew too large
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "Free some space" if full else "See that the folder is there and can be written"
         raise UserError(
-            f"{target} could not be written ({_first_line(error)}). {_advice(error)} and give the same command "
-            "again: it continues from the newest checkpoint."
+            f"{target} could not be written ({_first_line(error)}). {advice} and give the same command again: it "
+            "continues from the newest checkpoint."
         ) from error
-
-
-def _advice(error: Exception) -> str:
-    """What to do about a write that failed; errors without a number come from writers of files that grew too large."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError) and error.errno is not None and error.errno not in full:
-        return "See that the folder is there and can be written"
-    return "Free some space"
 
 
 def _first_line(error: Exception) -> str:
@@ -172,34 +174,11 @@ def _first_line(error: Exception) -> str:
 def _flush(*paths: Path) -> None:
     """Contents before the name: after a power cut a renamed folder must not hold empty files."""
     for path in paths:
-        if path.is_dir():
-            # Windows opens no folders, and some network file systems flush none
-            with suppress(OSError):
-                _flush_one(path, os.O_RDONLY)
-        else:
+        # Windows opens no folders, and some network file systems flush none
+        with suppress(OSError) if path.is_dir() else nullcontext():
             # to be flushed, a file has to be open for writing on Windows
-            _flush_one(path, os.O_RDWR)
-
-
-def _flush_one(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `step` counts optimizer steps; `images` those seen over all processes."""
-
-    step: int = 0
-    images: int = 0
-    num_steps: int = 0
-    stream_states: list[dict[str, Any]] | None = None
-    """Where a stream stands, one entry per process; None for data read by index."""
-
-    def due(self, every: int, *, ahead: int = 0) -> bool:
-        """Whether something done every so many steps is due after this step (or `ahead` more), the last included."""
-        step = self.step + ahead
-        return step % every == 0 or step == self.num_steps
+            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -1,13 +1,9 @@
 """Care of a codebook in training: how much of it is used, its start from data, the revival of unused codes.
 
 A codebook that starts at random before the encoder has learnt anything is used by a few codes only and stays so. So the
-encoder may train without quantisation first; the codebook then starts from what it puts out, and codes that fall out of
-use are moved onto what the encoder puts out for current images. What that is, residuals of all scales or latents, is up
-to the family.
+encoder may train without quantisation first; the codebook then starts from what it puts out (residuals of all scales,
+or latents), and codes that fall out of use are moved onto what it puts out for current images.
 """
-
-import logging
-from collections.abc import Callable
 
 import torch
 from accelerate.utils import broadcast
@@ -17,8 +13,6 @@ from torch import Tensor, nn
 from isthmus.errors import UserError
 from isthmus.nn.shapes import TokenPyramid
 from isthmus.training.optim import ExponentialMovingAverage
-
-logger = logging.getLogger("isthmus")
 
 _USED_SHARE = 0.08
 
@@ -32,27 +26,30 @@ def code_counts(token_ids: TokenPyramid, codebook_size: int) -> Float[Tensor, "s
     return torch.stack([torch.bincount(ids.flatten(), minlength=codebook_size).float() for ids in token_ids])
 
 
+def perplexity(hits: Float[Tensor, "scales k"]) -> Float[Tensor, " scales"]:
+    """exp(entropy) of the codes of each scale: 1 (one code, or no hits) to k (all alike).
+
+    >>> perplexity(torch.tensor([[8.0, 0.0], [2.0, 2.0]])).tolist()
+    [1.0, 2.0]
+    """
+    shares = hits / hits.sum(dim=1, keepdim=True).clamp_min(torch.finfo(hits.dtype).tiny)
+    return torch.special.entr(shares).sum(dim=1).exp()
+
+
 class CodebookUsage:
     """Moving average of the hits per step of every code, one row per scale (or group of tokens).
 
-    The average is free of the bias towards its zero start: after `step` updates it is divided by
-    1 - decay ** step, so the first step already gives the hits of that step.
-
-    Args:
-        num_scales: rows.
-        codebook_size: columns.
-        decay: share of the average that one update keeps, in [0, 1).
-        device: where the average lives.
+    An update keeps the share `decay` of it, in [0, 1). Divided by 1 - decay ** step it is free of the bias towards its
+    zero start, so the first step already gives the hits of that step.
 
     >>> usage = CodebookUsage(num_scales=1, codebook_size=4)
     >>> usage.update(code_counts([torch.tensor([[0, 0, 1, 1]])], 4))
-    >>> usage.perplexity().tolist(), usage.used().tolist()
-    ([2.0], [[True, True, False, False]])
+    >>> usage.used().tolist()
+    [[True, True, False, False]]
     """
 
     def __init__(self, num_scales: int, codebook_size: int, *, decay: float = 0.99, device: torch.device | str = "cpu"):
-        self.decay = decay
-        self.step = 0
+        self.decay, self.step = decay, 0
         self._average = torch.zeros(num_scales, codebook_size, device=device)
 
     @torch.no_grad()
@@ -64,12 +61,6 @@ class CodebookUsage:
     def hits(self) -> Float[Tensor, "scales k"]:
         """Average hits per step; zeros before the first update."""
         return self._average / (1 - self.decay**self.step) if self.step else self._average.clone()
-
-    def perplexity(self) -> Float[Tensor, " scales"]:
-        """exp(entropy) of the codes of each scale: 1 (one code) to codebook_size (all alike); 1 before any update."""
-        hits = self.hits()
-        shares = hits / hits.sum(dim=1, keepdim=True).clamp_min(torch.finfo(hits.dtype).tiny)
-        return torch.special.entr(shares).sum(dim=1).exp()
 
     def used(self) -> Bool[Tensor, "scales k"]:
         """Codes with at least 8 % of the hits that they would have if all codes of that scale were hit alike.
@@ -85,11 +76,7 @@ class CodebookUsage:
         return {"average": self._average.clone(), "step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`.
-
-        Raises:
-            UserError: the state belongs to another number of scales or codes, or lacks an entry.
-        """
+        """Continue from `state_dict()`. Raises UserError for one of another number of scales or codes."""
         found = {key: tuple(value.shape) for key, value in state.items()}
         expected = {"average": tuple(self._average.shape), "step": ()}
         if found != expected:
@@ -102,28 +89,20 @@ class CodebookUsage:
 
 
 @torch.no_grad()
-def start_codebook(network: nn.Module, name: str, codes: Float[Tensor, "k d"], ema: ExponentialMovingAverage) -> None:
-    """Set the codebook, the parameter `name` of the network, in every process alike; its average starts anew."""
-    codebook = network.get_parameter(name)
-    codebook.copy_(codes)
-    # sums on a GPU may differ between processes, and nothing later would bring the copies together again
-    broadcast(codebook.data)
-    ema.restart(name, codebook)
-
-
-@torch.no_grad()
-def revive_codes(
+def set_codes(
     network: nn.Module,
     name: str,
-    dead: Bool[Tensor, " k"],
-    choose: Callable[[int], Float[Tensor, "n d"]],
+    codes: Float[Tensor, "n d"],
     ema: ExponentialMovingAverage,
-) -> int:
-    """Move the codes in `dead` onto as many rows of `choose(count)`, in every process alike; returns how many moved."""
-    count = int(dead.sum())
-    if count:
-        codebook = network.get_parameter(name)
-        codebook[dead] = choose(count).to(codebook)
-        broadcast(codebook.data)
-        ema.restart(name, codebook, rows=dead)
-    return count
+    *,
+    rows: Bool[Tensor, " k"] | None = None,
+) -> None:
+    """Set the codebook, the parameter `name` of the network, or n `rows` of it, in every process alike.
+
+    Their averages start anew.
+    """
+    codebook = network.get_parameter(name)
+    codebook[slice(None) if rows is None else rows] = codes.to(codebook)
+    # sums on a GPU may differ between processes, and nothing later would bring the copies together again
+    broadcast(codebook.data)
+    ema.restart(name, codebook, rows=rows)

@@ -1,5 +1,4 @@
-"""Runs as typed, frozen values: what a training does, said once, written to `run.json`, checked before anything
-starts.
+"""Runs as typed, frozen values: what a training does, said once, written to `run.json`, checked before it starts.
 
 This file imports nothing heavy: the command line is derived from it.
 """
@@ -9,11 +8,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from isthmus.errors import UserError, nearest
+from isthmus.pipelines.options import SamplingOptions, guidance_text, parse_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +162,71 @@ class PriorSampling:
     smooth: bool = False
     """Mix codes instead of drawing one: softer images (next-scale models)."""
 
+    @classmethod
+    def of(cls, options: SamplingOptions) -> "PriorSampling":
+        """The defaults of a saved model."""
+        values = dict(vars(options))
+        return cls(guidance=guidance_text(values.pop("guidance_scale")), **values)
+
+    def options(self) -> SamplingOptions:
+        """What a pipeline reads. Raises UserError for guidance that cannot be read."""
+        values = dict(vars(self))
+        return SamplingOptions(guidance_scale=parse_guidance(values.pop("guidance")), **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualLoss:
+    """What the losses of all tokenizers share."""
+
+    perceptual: float = 0.0
+    """Distance of frozen features."""
+    perceptual_network: Literal["lite0", "lpips"] = "lite0"
+    """EfficientNet-Lite0 (comes with Isthmus) or LPIPS on VGG16 (needs lpips_weights)."""
+    lpips_weights: tuple[Path, ...] = ()
+    """LPIPS only: files that hold the VGG16 weights and the linear heads."""
+
+    def __post_init__(self):
+        check_not_negative(self, "perceptual")
+        if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
+            raise UserError(
+                f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
+                f"{self.perceptual_network}. Pass both or neither."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesRun(Run):
+    """What the trainings of all tokenizers share: images, and a codebook that is cared for."""
+
+    freeze_encoder: bool = False
+    """Train what decodes alone (with --from): token ids stay what they were."""
+    continuous_steps: int = 100
+    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs (D-AR: 0
+    starts it at random). One that goes on from a model (--from) has its codebook."""
+    revive_every: int = 100
+    """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
+    usage_warning: float = 0.2
+    """Share of codes in use under which a warning is printed."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_not_negative(self, "continuous_steps", "revive_every")
+        check_share(self, "usage_warning")
+        if self.freeze_encoder and not self.from_model:
+            raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
+
+    def revives_at(self, step: int) -> bool:
+        """Whether unused codes move after this step; not at the end, since a code that has moved needs to settle."""
+        late = step > 0.8 * self.num_steps
+        return bool(self.revive_every) and step % self.revive_every == 0 and not (self.freeze_encoder or late)
+
+    def tied_to_length(self, before: int, taken: int) -> list[str]:
+        """Also the end of revival, which is a share of the steps."""
+        tied, other = super().tied_to_length(before, taken), replace(self, num_steps=before)
+        if any(self.revives_at(step) != other.revives_at(step) for step in range(1, taken + 1)):
+            tied.append(f"revive_every {self.revive_every}")
+        return tied
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokensRun(Run):
@@ -189,9 +254,7 @@ class TokensRun(Run):
         object.__setattr__(self, "tokenizer", str(self.tokenizer))
         if self.token_cache is not None:
             object.__setattr__(self, "token_cache", Path(self.token_cache))
-        check_positive(self, "num_views")
-        if self.max_images is not None:
-            check_positive(self, "max_images")
+        check_positive(self, "num_views", "max_images")
         if self.stream and self.max_images is None:
             raise UserError("a stream has no end, so its token cache needs one. Pass --max-images NUMBER.")
         check_share(self, "label_dropout")
@@ -200,21 +263,6 @@ class TokensRun(Run):
                 f"a model to start from brings its own tokenizer, got --tokenizer {self.tokenizer} as well. "
                 "Leave it out."
             )
-
-
-# share of the steps after which codes are revived no more: one that has just moved needs steps to settle
-LAST_REVIVAL = 0.8
-
-
-def tied_revival(revive_every: int, before: int, now: int, taken: int) -> list[str]:
-    """The setting of revivals where one of the first `taken` steps revives in a run of `now` steps, not of `before`.
-
-    >>> tied_revival(10, 100, 200, 100), tied_revival(30, 100, 200, 85), tied_revival(0, 100, 200, 100)
-    (['revive_every 10'], [], [])
-    """
-    shorter, longer = sorted((LAST_REVIVAL * before, LAST_REVIVAL * now))
-    times = range(revive_every, taken + 1, revive_every) if revive_every else ()
-    return [f"revive_every {revive_every}"] if any(shorter < step <= longer for step in times) else []
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -226,11 +274,7 @@ def run_to_json(run: Run) -> dict[str, Any]:
 
 
 def run_from_json(kind: type[AnyRun], values: dict[str, Any]) -> AnyRun:
-    """The run that `run_to_json` wrote.
-
-    Raises:
-        UserError: a field is unknown, so the file belongs to another version or kind of run.
-    """
+    """The run that `run_to_json` wrote. Raises UserError for a field of another version or kind of run."""
     return _from_plain(kind, values, "")
 
 
@@ -256,10 +300,11 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Raise `UserError` where a named field is not above 0."""
+    """Raise `UserError` where a named field is given (not None) and not above 0."""
     for name in names:
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} must be positive, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name} must be positive, got {value}.")
 
 
 def check_not_negative(config: object, *names: str) -> None:
@@ -276,42 +321,29 @@ def check_share(config: object, *names: str) -> None:
             raise UserError(f"{name} must lie in [0, 1], got {getattr(config, name)}.")
 
 
-# settings that name a place
-_PLACES = ("data", "tokenizer", "from_model", "token_cache")
-
-
-def recorded_settings(folder: Path) -> dict[str, Any] | None:
-    """Settings of the training that made the model in a folder; None where it has no record, or none of ours."""
-    return _settings_in(folder / "run.json")
-
-
-def _settings_in(record: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any]:
+    """What a run.json holds, its settings under "run"; nothing where it is missing, or none of ours."""
     try:
-        values = json.loads(record.read_text(encoding="utf-8"))
-        return dict(values["run"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "run": dict(record["run"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 @contextmanager
-def explaining_places(record: Path | None, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Where relative paths of a record lead nowhere, what is refused inside also says where they came from.
+def explaining_places(record: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Where relative paths that came from a record lead nowhere, what is refused inside also says so.
 
-    Args:
-        record: the run.json that the settings were read from; None changes nothing.
-        settings: those that are used, of that record or given instead.
-
-    Raises:
-        UserError: what was raised inside, with that sentence behind it.
+    `settings` are those that are used: what they share with the record was read from it.
     """
     try:
         yield
     except UserError as error:
-        recorded = {} if record is None else _settings_in(record) or {}
+        recorded = read_record(record).get("run", {})
         lost = [
             f"{name} {place}"
-            for name, place in ((name, str(settings.get(name) or "")) for name in _PLACES)
-            if place and place == str(recorded.get(name)) and _leads_nowhere(place, str(error))
+            for name in ("data", "tokenizer", "from_model", "token_cache")
+            if (place := settings.get(name)) and place == recorded.get(name) and _leads_nowhere(place, str(error))
         ]
         if not lost:
             raise
@@ -333,27 +365,22 @@ IMAGENET_IMAGES = 1_281_167
 
 @dataclass(frozen=True)
 class Preset(Generic[AnyRun]):
-    """A run to start from.
-
-    Attributes:
-        about: one line.
-        run: the run.
-        expected_params_millions: parameters of the network, checked by a test; None where the model decides.
-        reported_fid: figure that its authors report, if any.
-        source: where that figure comes from.
-    """
+    """A run to start from."""
 
     about: str
     run: AnyRun
     expected_params_millions: float | None = None
+    """Parameters of the network, checked by a test; None where the model decides."""
     reported_fid: float | None = None
+    """What its authors report, if anything."""
     source: str = ""
+    """Where that figure comes from."""
 
 
-def find_preset(presets: Mapping[str, Preset[AnyRun]], name: str, kind: str) -> Preset[AnyRun]:
-    """The preset of that name. Raises `UserError` for an unknown name, with the nearest known ones."""
+def preset_run(presets: Mapping[str, Preset[AnyRun]], name: str, kind: str) -> AnyRun:
+    """The run of the preset of that name. Raises `UserError` for an unknown name, with the nearest known ones."""
     if name not in presets:
         near = difflib.get_close_matches(name, presets, n=3, cutoff=0.3)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(presets)}."
         raise UserError(f"{kind} presets have no {name!r}. {hint}")
-    return presets[name]
+    return replace(presets[name].run, preset=name)

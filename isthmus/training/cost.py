@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus.data.opening import open_source
-from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.training.config import Run, run_to_json
-
-# the meta device knows no autocast, which networks turn off around what must stay fp32; fake CPU tensors do
-
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -25,25 +20,19 @@ _BYTES_PER_PARAMETER = 5 * 4
 
 @dataclass
 class Cost:
-    """What one image costs in training.
-
-    Attributes:
-        num_parameters: of the network.
-        flops: forward and backward pass of one image, multiply and add counted apart.
-        activation_bytes: kept for the backward pass, per image, in fp32.
-    """
+    """What one image costs in training."""
 
     num_parameters: int
     flops: int
+    """Forward and backward pass, multiply and add counted apart."""
     activation_bytes: int
+    """Kept for the backward pass, in fp32."""
 
 
 def training_cost(network: Network, forward: Callable[[Network], Any]) -> Cost:
-    """Count what `forward` (of one image) does and keeps; the backward pass counts twice.
+    """Count what `forward`, which calls the network on an image that it makes itself, does and keeps.
 
-    Args:
-        network: made `without_values`; no weight is allocated.
-        forward: calls the network on an image that it makes itself.
+    The backward pass counts twice. The network is made `without_values`, and no weight is allocated.
     """
     kept: dict[int, Tensor] = {}  # held, so that no address is used twice
 
@@ -52,33 +41,19 @@ def training_cost(network: Network, forward: Callable[[Network], Any]) -> Cost:
             kept[id(tensor.untyped_storage())] = tensor
         return tensor
 
+    # the meta device knows no autocast, which networks turn off around what must stay fp32; fake CPU tensors do
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
         own = {id(p) for p in network.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(note, note), FlopCounterMode(display=False) as counter:
             forward(network)
-    return Cost(
-        num_parameters=num_parameters(network),
-        flops=3 * counter.get_total_flops(),
-        activation_bytes=sum(tensor.numel() * tensor.element_size() for tensor in kept.values()),
-    )
+    activation_bytes = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    return Cost(num_parameters(network), 3 * counter.get_total_flops(), activation_bytes)
 
 
 def num_parameters(network: nn.Module) -> int:
     """Number of weights."""
     return sum(p.numel() for p in network.parameters())
-
-
-def training_source(run: Run, image_size: int) -> ImageSource:
-    """The training images of a run, opened and not read."""
-    return open_source(
-        run.data,
-        image_size=image_size,
-        split="train",
-        classes=run.classes,
-        strict=run.strict,
-        columns=WantedColumns(run.image_column, run.label_column),
-    )
 
 
 def work(cost: Cost, num_steps: int, batch_size: int) -> str:
@@ -88,10 +63,7 @@ def work(cost: Cost, num_steps: int, batch_size: int) -> str:
 
 
 def report(run: Run, network: str, cost: Cost, *, trainings: Mapping[str, str] | None = None) -> str:
-    """The run as JSON, then its network, size, cost and memory.
-
-    `trainings`: for a run of several trainings, one row each (name, text); None is a single training.
-    """
+    """The run as JSON, then its network, size, cost and memory; `trainings` has a row for each of several."""
     part = run.batch_size // run.accumulate
     memory = cost.num_parameters * _BYTES_PER_PARAMETER + part * cost.activation_bytes
     rows = {

@@ -1,9 +1,7 @@
-"""What a run trains on: images by index, or a stream of them, random views of those, and a held-out part to measure
-on.
-"""
+"""What a run trains on: random views of images by index or of a stream, and a held-out part to measure on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +14,28 @@ from isthmus.data.huggingface import ImageStream, StreamedBatches, hold_out, ope
 from isthmus.data.images import Augmentation
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
-from isthmus.data.views import Batch, usable_processors
+from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.nn.draws import LABEL_DROP, stream
 from isthmus.nn.shapes import Images
+from isthmus.training.arguments import given
 from isthmus.training.config import Run
+
+# rows at the start of a stream that are measured on and never trained on
+_HELD_OUT_OF_STREAM = 256
 
 
 def augmentation(run: Run, source: ImageSource | ImageStream) -> Augmentation:
     """The augmentation of a run on `source`."""
-    named = {name: value for name, value in asdict(run.augment).items() if value is not None}
-    return replace(source.augmentation, **named)
+    return replace(source.augmentation, **given(run.augment))
 
 
-# rows at the start of a stream that are measured on and never trained on
-HELD_OUT_OF_STREAM = 256
+def open_split(run: Run, image_size: int, split: str) -> ImageSource:
+    """The "train" or "val" images of a run, opened and not read. Raises UserError where they cannot be used."""
+    columns = WantedColumns(run.image_column, run.label_column)
+    return open_source(
+        run.data, image_size=image_size, split=split, classes=run.classes, strict=run.strict, columns=columns
+    )
 
 
 def open_splits(run: Run, image_size: int) -> tuple[ImageSource | ImageStream, ImageSource]:
@@ -39,18 +44,12 @@ def open_splits(run: Run, image_size: int) -> tuple[ImageSource | ImageStream, I
     Raises:
         UserError: the data set cannot be used, in words; or a stream is asked for classes, which it cannot choose.
     """
+    if not run.stream:
+        return open_split(run, image_size, "train"), open_split(run, image_size, "val")
+    if run.classes is not None:
+        raise UserError(f"a stream cannot choose classes, got --classes {', '.join(run.classes)}. Leave one out.")
     columns = WantedColumns(run.image_column, run.label_column)
-    if run.stream:
-        if run.classes is not None:
-            raise UserError(f"a stream cannot choose classes, got --classes {', '.join(run.classes)}. Leave one out.")
-        return hold_out(open_stream(run.data, strict=run.strict, columns=columns), HELD_OUT_OF_STREAM)
-    train, held_out = (
-        open_source(
-            run.data, image_size=image_size, split=split, classes=run.classes, strict=run.strict, columns=columns
-        )
-        for split in ("train", "val")
-    )
-    return train, held_out
+    return hold_out(open_stream(run.data, strict=run.strict, columns=columns), _HELD_OUT_OF_STREAM)
 
 
 def image_batches(
@@ -93,27 +92,15 @@ def image_batches(
 def first_images(run: Run, source: ImageSource | ImageStream, *, image_size: int, count: int) -> Images:
     """The first `count` training views (or up to a batch more), the same in every process."""
     batches = image_batches(run, source, image_size=image_size, step=0, rank=0, world_size=1, stream_states=None)
-    parts, seen = [], 0
-    for batch in batches:
-        parts.append(batch["image"])
-        seen += len(parts[-1])
-        if seen >= count:
-            break
+    parts: list[Images] = []
+    while sum(map(len, parts)) < count:
+        parts.append(next(batches)["image"])
     return torch.cat(parts)
 
 
 def stream_states(batches: Iterator[Batch]) -> list[dict[str, Any]] | None:
     """Where a stream stands in every process (all must call); None for data read by index."""
     return gather_object([batches.state_dict()]) if isinstance(batches, StreamedBatches) else None
-
-
-def cache_workers(run: Run, source: ImageSource | ImageStream) -> int:
-    """Processes that decode images while the token cache is built: none for streams and sets held in memory."""
-    if isinstance(source, ImageStream):
-        return 0
-    if run.num_workers is not None:
-        return run.num_workers
-    return 0 if source.in_memory else min(8, usable_processors() // 2)
 
 
 def dropped_labels(

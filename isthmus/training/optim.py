@@ -22,24 +22,22 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     >>> learning_rate(10, config, 101), round(learning_rate(100, config, 101), 6)
     (1.0, 0.1)
     """
-    return config.learning_rate * _ratio(step, config, num_steps)
-
-
-def _ratio(step: int, config: OptimConfig, num_steps: int) -> float:
-    if step < config.warmup_steps:
-        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(num_steps - 1 - config.warmup_steps, 1)
     left, final = 1 - config.final_ratio, config.final_ratio
-    if config.schedule == "constant":
-        return 1.0
-    if config.schedule == "cosine":
-        return final + left * (0.5 + 0.5 * math.cos(math.pi * progress))
-    if config.schedule == "two-slope":
-        if progress < config.knee:
-            return 1 - 0.4 * left * progress / config.knee
-        return final + 0.6 * left * (1 - progress) / (1 - config.knee)
-    after = max(progress - config.plateau, 0) / (1 - config.plateau)
-    return final**after if config.schedule == "exponential" else 1 - left * after
+    if step < config.warmup_steps:
+        ratio = config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+    elif config.schedule == "constant":
+        ratio = 1.0
+    elif config.schedule == "cosine":
+        ratio = final + left * (0.5 + 0.5 * math.cos(math.pi * progress))
+    elif config.schedule == "two-slope" and progress < config.knee:
+        ratio = 1 - 0.4 * left * progress / config.knee
+    elif config.schedule == "two-slope":
+        ratio = final + 0.6 * left * (1 - progress) / (1 - config.knee)
+    else:
+        after = max(progress - config.plateau, 0) / (1 - config.plateau)
+        ratio = final**after if config.schedule == "exponential" else 1 - left * after
+    return config.learning_rate * ratio
 
 
 def weight_decay(step: int, config: OptimConfig, num_steps: int) -> float:
@@ -50,7 +48,7 @@ def weight_decay(step: int, config: OptimConfig, num_steps: int) -> float:
     return config.final_weight_decay + (config.weight_decay - config.final_weight_decay) * course
 
 
-def decays(name: str, parameter: torch.Tensor) -> bool:
+def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: matrices and convolutions yes; vectors, biases, tables of positions no."""
     # the start token has a sequence dimension of its own, so dimensions alone do not tell a table from a matrix
     return parameter.ndim > 1 and not name.endswith("bias") and not any(part in name for part in _NO_DECAY)
@@ -58,10 +56,9 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters, decayed and not decayed in two groups."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for name, p in trainable if decays(name, p)], "decays": True},
-        {"params": [p for name, p in trainable if not decays(name, p)], "decays": False},
+        {"params": [p for name, p in trainable(model) if decays(name, p) == decayed], "decays": decayed}
+        for decayed in (True, False)
     ]
     # fused: 3 to 5 times faster than the default on CPU, and one kernel on GPU
     return torch.optim.AdamW(
@@ -86,16 +83,12 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, config: OptimConfig, 
 class ExponentialMovingAverage:
     """Averages of a model's parameters, one tensor per parameter and made from it, so that shards stay shards.
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)): the first steps average over a few only.
-
-    Args:
-        model: the bare model after `accelerator.prepare`, which trains (and may have sharded) its parameters in place.
-        decay: share of the old average that an update keeps, in [0, 1].
+    Update n keeps the share min(decay, (1 + n) / (10 + n)) of the old average: the first steps average over a few only.
+    `model` is the bare one after `accelerator.prepare`, which trains (and may have sharded) its parameters in place.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.num_updates = 0
+        self.decay, self.num_updates = decay, 0
         self.averages = {name: p.detach().clone().float() for name, p in trainable(model)}
 
     @torch.no_grad()
@@ -122,14 +115,8 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned.
-
-        Raises:
-            UserError: the names of the parameters differ.
-        """
-        names = set(state) - {"num_updates"}
-        if names != set(self.averages):
-            differing = sorted(names ^ set(self.averages))
+        """Take over what `state_dict` returned. Raises UserError where the names of the parameters differ."""
+        if differing := sorted((set(state) - {"num_updates"}) ^ set(self.averages)):
             raise UserError(
                 f"averages and model must have the same parameters, {len(differing)} differ (first: {differing[:3]}). "
                 "Continue with the network of the checkpoint."

@@ -18,7 +18,7 @@ PREVIEW_SEED = 0
 def preview_images(views: EvaluationImages, num_images: int = 8) -> tuple[Images, Sequence[int]]:
     """Held-out images in [-1, 1], spread over all, and their numbers."""
     numbers = spread(len(views), num_images)
-    return torch.stack([torch.as_tensor(views[i]["image"]) for i in numbers]), numbers
+    return views.__getitems__(numbers)["image"], numbers
 
 
 def save_reconstructions(stages: dict[str, Images], images: Images, folder: Path, step: int) -> Path:

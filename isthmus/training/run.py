@@ -12,7 +12,8 @@ import platform
 import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -40,29 +41,11 @@ from isthmus.nn.draws import weight_seed
 from isthmus.nn.precision import TypeChoice, faster_type
 from isthmus.processes import process_count
 from isthmus.training.checkpoints import Progress, newest_checkpoint, step_of, whole
-from isthmus.training.config import Run, run_to_json
-
-LogLines = list[dict[str, float]]
-
-
-def read_log(path: Path) -> LogLines:
-    """Lines of a log.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def column(log: LogLines, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one measurement."""
-    rows = [(line["step"], line[name]) for line in log if name in line]
-    return [step for step, _ in rows], [value for _, value in rows]
-
-
-def last(log: LogLines, name: str) -> float:
-    """The last value of a measurement; NaN where there is none."""
-    values = column(log, name)[1]
-    return values[-1] if values else float("nan")
-
+from isthmus.training.config import Run, read_record, run_to_json
 
 logger = logging.getLogger("isthmus")
+
+LogLines = list[dict[str, float]]
 
 # folder, inside that of a run, of the runs that have to be finished before it
 STAGES = "stages"
@@ -97,8 +80,8 @@ def start_run(run: Run, *, find_unused_parameters: bool = False, sharded: Sequen
     """Folders, precision, processes and trackers of a run; `sharded` names the modules that FSDP2 gathers one by one.
 
     Raises:
-        UserError: the folder belongs to another run, the batch does not divide over the processes, or accelerate did
-            not turn on the processes or the FSDP2 that were asked for; or torch has other defaults than its own.
+        UserError: the folder is another run's, the batch does not divide over the processes, accelerate did not turn on
+            the processes or the FSDP2 that were asked for, or the caller has changed torch's defaults.
     """
     launched = process_count()
     _check_defaults_of_torch()
@@ -107,14 +90,18 @@ def start_run(run: Run, *, find_unused_parameters: bool = False, sharded: Sequen
     cpu = not torch.accelerator.is_available()
     # the others wait while the first process encodes the data set; launchers notice a dead process by itself
     processes = PartialState(cpu=cpu, timeout=timedelta(days=1))
-    precision = agreed_precision(run, processes)
+    precision = _agreed_precision(run, processes)
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=_accelerate_name(precision),
+        mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate, sync_with_dataloader=False),
         log_with=list(run.track) or None,
         project_dir=str(run.out),
-        fsdp_plugin=_fsdp2(sharded) if sharded else None,
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=list(sharded)
+        )
+        if sharded
+        else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
     accelerator.register_save_state_pre_hook(_save_bare_weights)
@@ -170,12 +157,6 @@ def _keep_freed_memory() -> None:
         mallopt(parameter, 2**31 - 1)
 
 
-def _fsdp2(modules: Sequence[str]) -> FullyShardedDataParallelPlugin:
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=list(modules)
-    )
-
-
 def _save_bare_weights(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
     """Checkpoints keep the names of the bare model: DDP would write others, which one process could not read."""
     weights[:] = [_bare(model).state_dict() for model in models[: len(weights)]]
@@ -189,21 +170,18 @@ def _bare(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def agreed_precision(run: Run, processes: PartialState) -> TypeChoice:
-    """The type that products of this run are computed in, the same in every process and after every interruption."""
-    choices = [_precision(run, torch.device(processes.device or "cpu")) if processes.is_main_process else None]
+def _agreed_precision(run: Run, processes: PartialState) -> str:
+    """Accelerate's name of what products are computed in: the same in every process and after every interruption."""
+    names: list[str] = [""]
+    if processes.is_main_process:
+        names = ["bf16" if _precision(run, torch.device(processes.device or "cpu")).bf16 else "no"]
     if processes.num_processes > 1:
-        broadcast_object_list(choices)
-    assert choices[0] is not None
-    if is_initialized() and AcceleratorState().mixed_precision != _accelerate_name(choices[0]):
+        broadcast_object_list(names)
+    if is_initialized() and AcceleratorState().mixed_precision != names[0]:
         # accelerate holds on to the type of the first run of a process, and a demo has several: a new `Accelerator`
         # asks for a restart of the interpreter. There is no public way to forget it (1.x; its own tests use this one).
         AcceleratorState._reset_state()
-    return choices[0]
-
-
-def _accelerate_name(choice: TypeChoice) -> str:
-    return "bf16" if choice.bf16 else "no"
+    return names[0]
 
 
 def _precision(run: Run, device: torch.device) -> TypeChoice:
@@ -212,44 +190,40 @@ def _precision(run: Run, device: torch.device) -> TypeChoice:
     if newest_checkpoint(run.out) is None:
         return faster_type(device)
     # a run goes on in the type that it began with, whatever a busier or another machine would measure
-    began = _recorded(run.out).get("precision")
+    began = read_record(run.out / "run.json").get("precision")
     if began is None:  # recorded before it was measured: float32 on every CPU
         return faster_type(device) if device.type == "cuda" else TypeChoice(False, "float32: as the run began")
     return TypeChoice(bool(began["bf16"]), str(began["why"]))
 
 
-def _recorded(out: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}  # `check_folder` says what is wrong with it
-
-
 def check_folder(run: Run) -> None:
     """Refuse a folder that holds something else than this run, or cannot be written."""
     check_writable(run.out)
-    record = run.out / "run.json"
-    if not record.is_file():
+    path = run.out / "run.json"
+    if not path.is_file():
         # earlier stages have records of their own
         if any(path.name != STAGES for path in contents(run.out)):
             raise UserError(
                 f"--out must be new, empty or the folder of this run, got {run.out}. Choose another folder."
             )
         return
-    before, now = _read_record(record), run_to_json(run)
-    if before["kind"] != type(run).__name__:
-        raise UserError(f"{run.out} holds a {before['kind']}, this is a {type(run).__name__}. Choose another --out.")
+    record, kind = read_record(path), type(run).__name__
+    if "kind" not in record:
+        raise UserError(f"{path} is not the record of a run. Choose another --out.")
+    if record["kind"] != kind:
+        raise UserError(f"{run.out} holds a {record['kind']}, this is a {kind}. Choose another --out.")
     newest = newest_checkpoint(run.out)
     if newest is None:
         return
-    changed = sorted(name for name in now if name not in _FREE_FIELDS and before["run"].get(name) != now[name])
+    before, now = record["run"], run_to_json(run)
+    changed = sorted(name for name in now if name not in _FREE_FIELDS and before.get(name) != now[name])
     if changed == ["num_steps"]:
-        _check_length(run, before["run"].get("num_steps"), step_of(newest))
+        _check_length(run, before["num_steps"], step_of(newest))
     elif changed:
-        details = ", ".join(f"{name}: {before['run'].get(name)} -> {now[name]}" for name in changed[:3])
+        details = ", ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed[:3])
         raise UserError(
             f"{run.out} holds a run with other settings ({details}). Continue it with its own settings "
-            f"(--config {record}), or choose another --out."
+            f"(--config {path}), or choose another --out."
         )
 
 
@@ -268,22 +242,18 @@ def _check_length(run: Run, before: int, taken: int) -> None:
         )
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"kind": str(record["kind"]), "run": dict(record["run"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the record of a run. Choose another --out.") from error
-
-
 def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
     """run.json: everything needed to repeat the run, and what it ran on; trackers start here.
 
-    Raises:
-        UserError: a run that is continued was started on other images or with another tokenizer.
+    Raises UserError where a run that is continued was started with other `facts`: images, tokenizer.
     """
     if accelerator.is_main_process:
-        _refuse_changed_facts(run, facts)
+        before = {} if newest_checkpoint(run.out) is None else read_record(run.out / "run.json")
+        if changed := sorted(name for name, value in facts.items() if before.get(name, value) != value):
+            raise UserError(
+                f"{run.out} was started with another {' and '.join(changed)}, so it cannot go on as the same run. "
+                "Restore the images and the models it began with, or choose another --out."
+            )
         run.out.mkdir(parents=True, exist_ok=True)
         precision = _precision(run, accelerator.device)
         record = {
@@ -308,17 +278,24 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
         accelerator.init_trackers("isthmus", config=flat)
 
 
-def _refuse_changed_facts(run: Run, facts: dict[str, Any]) -> None:
-    record = run.out / "run.json"
-    if newest_checkpoint(run.out) is None or not record.is_file():
-        return
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = sorted(name for name, value in facts.items() if name in before and before[name] != value)
-    if changed:
-        raise UserError(
-            f"{run.out} was started with another {' and '.join(changed)}, so it cannot go on as the same run. "
-            "Restore the images and the models it began with, or choose another --out."
-        )
+def read_log(path: Path) -> LogLines:
+    """Lines of a log.jsonl, but for the last of a killed run, which may be cut."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def column(log: LogLines, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one measurement."""
+    rows = [(line["step"], line[name]) for line in log if name in line]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def last(log: LogLines, name: str) -> float:
+    """The last value of a measurement; NaN where there is none."""
+    return next((line[name] for line in reversed(log) if name in line), float("nan"))
 
 
 @dataclass
@@ -330,11 +307,9 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Forget lines after `step`: a killed run may have logged past its last checkpoint."""
-        if not self.accelerator.is_main_process or not self.path.exists():
-            return
-        lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) is not None]
-        kept = [line for line in lines if (_step_of(line) or 0) <= step]
-        write_whole(self.path, "".join(line + "\n" for line in kept))
+        if self.accelerator.is_main_process and self.path.exists():
+            kept = [line for line in read_log(self.path) if line["step"] <= step]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         """Add one line."""
@@ -345,34 +320,13 @@ class Log:
                 file.write(json.dumps({"step": progress.step, "images": progress.images, **rounded}) + "\n")
 
 
-def _step_of(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return None  # the last line of a killed run may be cut
-
-
-@dataclass
-class StepMeans:
-    """Means of what one step measures, over the parts of its batch and over all processes: those of the whole batch.
+def means_of(parts: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Means of what the parts of a batch measured, over all processes: those of the whole batch. Every process calls.
 
     Parts and processes hold equal shares, so means of means are means.
     """
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    parts: int = 0
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Values of one part, the same names each time."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if self.parts else value
-        self.parts += 1
-
-    def over_processes(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """The means, the same in every process; every process must call."""
-        means = {name: value / self.parts for name, value in self.sums.items()}
-        return accelerator.reduce(means, "mean")  # pyright: ignore[reportReturnType]  any nesting goes in and out
+    means = {name: torch.stack([part[name].float() for part in parts]).mean(dim=0) for name in parts[0]}
+    return accelerator.reduce(means, "mean")  # pyright: ignore[reportReturnType]  any nesting goes in and out
 
 
 class StopRequest:
@@ -426,11 +380,7 @@ class FiniteGuard:
             self._finite &= torch.isfinite(own.detach()).all()
 
     def check(self, run: Run, step: int, weights: Iterable[Tensor] = ()) -> None:
-        """Stop before anything is saved; `weights` are what would be saved.
-
-        Raises:
-            UserError: one of them or a watched value was not finite; names the last good checkpoint.
-        """
+        """Raise UserError where a watched value, or one of the `weights` to be saved, was not finite."""
         self.watch(*weights)
         if bool(self._finite):
             return
@@ -440,12 +390,6 @@ class FiniteGuard:
             f"losses and gradients must be finite, got NaN or Inf at or before step {step}; {advice}. "
             "Lower optim.learning_rate or optim.max_grad_norm and start again in another folder."
         )
-
-
-def close_trackers(accelerator: Accelerator) -> None:
-    """Let trackers write what they hold. The process group stays: the caller may train again."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:

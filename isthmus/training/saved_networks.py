@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +15,15 @@ from isthmus.data.source import ImageSource
 from isthmus.errors import UserError
 from isthmus.nn.saved_model import SavedModel, without_values
 from isthmus.pipelines.base import SavedPipeline
-from isthmus.pipelines.options import SamplingOptions, parse_guidance
+from isthmus.pipelines.loading import load_pipeline
+from isthmus.pipelines.options import SamplingOptions
 from isthmus.training.checkpoints import gathered, written_or_explained
 from isthmus.training.config import PriorSampling, Run
 from isthmus.training.optim import ExponentialMovingAverage
 
 logger = logging.getLogger("isthmus")
 AnyModel = TypeVar("AnyModel", bound=SavedModel)
+AnyPipeline = TypeVar("AnyPipeline", bound=SavedPipeline)
 
 TOKENIZER_FOLDER = "image_tokenizer"
 
@@ -28,14 +31,25 @@ TOKENIZER_FOLDER = "image_tokenizer"
 def averaged_model(model: AnyModel, ema: ExponentialMovingAverage, *, prefix: str = "") -> AnyModel:
     """A whole copy of `model` that holds the averages (and its own frozen weights), in eval mode.
 
-    `prefix` begins the names of its parameters where the averages are those of a larger module. Every process must
-    call it where weights are sharded.
+    `prefix` begins its parameters' names in the network that is averaged. Every process calls where weights are shared
+    out.
     """
     state = gathered(dict(model.state_dict())) | gathered(ema.averages_under(prefix))
     with without_values():
-        copy = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+        copy = type(model)(**model.config)
     copy.load_state_dict({name: value.to(model.device, copy=True) for name, value in state.items()}, assign=True)
     return copy.eval().requires_grad_(False)
+
+
+def load_model(path: str, kind: type[AnyPipeline]) -> AnyPipeline:
+    """A saved model to go on from; UserError where it is of another family than this kind of pipeline."""
+    pipeline = load_pipeline(path, device="cpu")
+    if not isinstance(pipeline, kind):
+        raise UserError(
+            f"this run starts from a {kind.__name__}, got {path}, which is a {type(pipeline).__name__}. Choose a "
+            "preset of its family (`isthmus info presets`)."
+        )
+    return pipeline
 
 
 def kept_classes(class_names: Sequence[str], saved_names: Sequence[str]) -> dict[int, int]:
@@ -49,15 +63,14 @@ def kept_classes(class_names: Sequence[str], saved_names: Sequence[str]) -> dict
 
 
 def refuse_contradictions(
-    model: SavedModel, wanted: Mapping[str, object], name: str, *, options: str = "model"
+    saved: Mapping[str, Any], wanted: Mapping[str, object], name: str, *, options: str = "model"
 ) -> None:
-    """A model that is trained on keeps its network; `options` is the run's field that holds what is wanted.
+    """A model that is trained on keeps its network: UserError where an argument in `wanted` is not the saved one.
 
-    Raises:
-        UserError: an argument in `wanted` differs from the saved model's.
+    `options` is the run's field that holds what is wanted.
     """
     for option, value in wanted.items():
-        present = model.config[option]
+        present = saved[option]
         if value != (tuple(present) if isinstance(present, (list, tuple)) else present):
             raise UserError(
                 f"{options}.{option} is {present} in {name}, got {value}. Leave it out: a model that is fine-tuned "
@@ -70,18 +83,11 @@ def sampling_options(
 ) -> SamplingOptions:
     """A run's settings of draws for its model; without classes there is nothing to guide.
 
-    Raises:
-        UserError: the model cannot draw with them. Asked at the start, that costs nothing; the first preview may come
-            after days.
+    Raises UserError where the model cannot draw with them: at the start, since the first preview may come after days.
     """
-    guidance = parse_guidance(settings.guidance) if num_classes else 1.0
-    options = SamplingOptions(
-        guidance_scale=guidance,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        temperature=settings.temperature,
-        smooth=settings.smooth,
-    )
+    options = settings.options()
+    if not num_classes:
+        options = replace(options, guidance_scale=1.0)
     options.check(codebook_size=codebook_size, num_steps=num_guided_steps)
     return options
 
@@ -91,10 +97,7 @@ def export_tokenizer(
 ) -> Path:
     """Write what makes up a tokenizer, networks and scheduler by the names of their folders; returns the run's folder.
 
-    `TOKENIZER_FOLDER` is the last of `parts`: with it all are there.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
+    `TOKENIZER_FOLDER` is the last of `parts`: with it all are there. Raises UserError where the disk is full.
     """
     if accelerator.is_main_process:
         partial = run.out / "export.partial"
@@ -125,10 +128,7 @@ def export_pipeline(
 ) -> Path:
     """Write a pipeline of `networks` into the run's folder: a trained run loads like a downloaded model.
 
-    `options` become the defaults of a call.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
+    `options` become the defaults of a call. Raises UserError where the disk is full.
     """
     if accelerator.is_main_process:
         pipeline = kind(
@@ -136,18 +136,11 @@ def export_pipeline(
             class_names=source.class_names,
             sampling_defaults=options,
             data={"name": source.name, "attribution": source.attribution},
-            protocol=protocol(run),
+            protocol=f"{run.num_steps} steps of {run.batch_size} images, seed {run.seed}, averaged weights (decay "
+            f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl",
         )
         with written_or_explained(run.out):
             pipeline.save_pretrained(run.out)
         logger.info("pipeline written to %s", run.out)
     accelerator.wait_for_everyone()
     return run.out
-
-
-def protocol(run: Run) -> str:
-    """How a model was trained, in a sentence for its card."""
-    return (
-        f"{run.num_steps} steps of {run.batch_size} images, seed {run.seed}, averaged weights (decay "
-        f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl"
-    )

@@ -1,17 +1,18 @@
 """Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR.
 
-The families differ in what a loss is: `NextScalePriorTask`, `ScaleDistillationTask` and `NextTokenPriorTask` say so.
-The loop is one.
+What a loss is, the family's task says: `NextScalePriorTask`, `ScaleDistillationTask`, `NextTokenPriorTask`.
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
@@ -20,48 +21,62 @@ from isthmus.data.source import ImageSource
 from isthmus.data.token_cache import ImageTokenizer, TokenCache
 from isthmus.data.views import Batch
 from isthmus.files import alone_in
+from isthmus.nn.sampling import nats_to_bits
 from isthmus.nn.stored_llama import fingerprint
 from isthmus.pictures import spread
 from isthmus.registry import task_of
 from isthmus.training.checkpoints import Progress, resume, save_checkpoint
 from isthmus.training.config import TokensRun
-from isthmus.training.images import augmentation, cache_workers
+from isthmus.training.images import augmentation
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
     Log,
-    StepMeans,
     StopRequest,
     clip_gradients,
-    close_trackers,
     display,
+    means_of,
     start_run,
     write_record,
 )
 
+logger = logging.getLogger("isthmus")
+
+# held-out images whose likelihood is measured while training
+_VALIDATION_IMAGES = 1024
+
+
+@runtime_checkable
+class PriorLosses(Protocol):
+    """What one part of a batch gave."""
+
+    total: Tensor
+    """What is minimised."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """What is averaged over parts and processes for the log, without gradients."""
+        ...
+
 
 @runtime_checkable
 class PriorTask(Protocol):
-    """What a run trains: tokenizer, prior and images, and what a loss is; to derive from.
-
-    Attributes:
-        sharded: names of the modules that FSDP2 gathers one by one.
-        tokenizer: frozen.
-        encoder: what fills the token cache: the tokenizer, or the tokenizer under other schedules.
-        network: the prior in training.
-        train, held_out: images.
-        image_size: side of the images in pixels.
-        facts: what run.json keeps beside the run, and a continued run must share.
-    """
+    """What a run trains: tokenizer, prior and images, and what a loss is; to derive from."""
 
     sharded: tuple[str, ...]
+    """Names of the modules that FSDP2 gathers one by one."""
     tokenizer: Any
+    """Frozen."""
     encoder: Any
+    """What fills the token cache: the tokenizer, or the tokenizer under other schedules."""
     network: Any
+    """The prior in training."""
     train: ImageSource | ImageStream
     held_out: ImageSource
     image_size: int
-    facts: dict[str, object]
+    level: Literal["scale", "group"]
+    """What bits are counted by."""
+    facts: Mapping[str, object] = {}
+    """What run.json keeps beside the run, and a continued run must share."""
 
     def __init__(self, run: Any) -> None: ...
 
@@ -75,10 +90,8 @@ class PriorTask(Protocol):
         """Whether a step may leave parameters without a gradient."""
         return False
 
-    @staticmethod
-    def is_compiled(run: Any) -> bool:
-        """Whether the blocks of the network go through `torch.compile`."""
-        return False
+    def compile(self) -> None:
+        """Send the blocks of the network through `torch.compile`, where the run asks for it."""
 
     def place(self, device: torch.device) -> None:
         """Move what is frozen, previews included, to the device of the training."""
@@ -88,17 +101,18 @@ class PriorTask(Protocol):
         """What holds while training and is no part of the network: nothing."""
         return nullcontext()
 
-    def losses(self, model: nn.Module, batch: Batch, step: int) -> Any:
-        """Losses of one part of a batch; `total` is minimised."""
+    def losses(self, model: nn.Module, batch: Batch, step: int) -> PriorLosses:
+        """Losses of one part of a batch, on the device of the model."""
         ...
 
-    def part_values(self, losses: Any, batch: Batch) -> dict[str, Tensor]:
-        """What is averaged over parts and processes for the log."""
+    def lengths(self, step: int) -> dict[int, int]:
+        """Tokens of every level that this step predicts, by its number."""
         ...
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
-        """One log line from those means."""
-        ...
+        """One log line from the means of what is logged."""
+        values = {f"train/{name}": means[name].item() for name in ("loss", "token_accuracy")}
+        return values | bits_by_level("train", self.level, means["nats"], self.lengths(step))
 
     def averaged(self, ema: ExponentialMovingAverage) -> Any:
         """A copy of the network that holds the averages; every process must call it where weights are sharded."""
@@ -109,7 +123,7 @@ class PriorTask(Protocol):
         ...
 
     def held_out_bits(self, model: Any, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
-        """Bits per token of held-out images."""
+        """Bits per token of held-out images, in all and per scale or group, from token ids (n, L) and labels (n,)."""
         ...
 
     def save_samples(self, model: Any, folder: Path, step: int) -> None:
@@ -119,12 +133,6 @@ class PriorTask(Protocol):
     def export(self, accelerator: Accelerator, model: Any) -> Path:
         """Write the pipeline folder."""
         ...
-
-
-logger = logging.getLogger("isthmus")
-
-# held-out images whose likelihood is measured while training
-_VALIDATION_IMAGES = 1024
 
 
 @alone_in("run.out")
@@ -159,8 +167,7 @@ def train_prior(run: TokensRun) -> Path:
     validation = held_out_tokens(task) if accelerator.is_main_process else None
 
     model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
-    if kind.is_compiled(run):
-        bare.compile_blocks()
+    task.compile()
     ema = ExponentialMovingAverage(bare, run.ema_decay)
     progress, log = Progress(num_steps=run.num_steps), Log(accelerator, run.out / "log.jsonl")
     resume(accelerator, ema, progress, run.out)
@@ -187,7 +194,7 @@ def train_prior(run: TokensRun) -> Path:
                 save()
                 raise KeyboardInterrupt
             rate = set_rates(optimizer, progress.step, run.optim, run.num_steps)
-            means = StepMeans()
+            measured = []
 
             for batch in islice(batches, run.accumulate):
                 with accelerator.accumulate(model):
@@ -200,7 +207,7 @@ def train_prior(run: TokensRun) -> Path:
                     optimizer.zero_grad(set_to_none=True)
                 guard.watch(losses.total)
                 if progress.due(run.log_every, ahead=1):
-                    means.add(task.part_values(losses, batch))
+                    measured.append(losses.logged())
 
             progress.step += 1
             progress.images += run.batch_size
@@ -209,7 +216,7 @@ def train_prior(run: TokensRun) -> Path:
 
             if progress.due(run.log_every):
                 guard.check(run, progress.step)
-                values = task.step_values(means.over_processes(accelerator), progress.step - 1)
+                values = task.step_values(means_of(measured, accelerator), progress.step - 1)
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
                 bar.measured({"bits": f"{values['train/bits_per_token']:.3f}"}, images=progress.images)
             if progress.due(run.validate_every) or progress.due(run.preview_every):
@@ -221,8 +228,24 @@ def train_prior(run: TokensRun) -> Path:
             if progress.due(run.save_every):
                 save()
     folder = task.export(accelerator, task.averaged(ema))
-    close_trackers(accelerator)
+    # they write what they hold; the process group stays, since the caller may train again
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
+
+
+def bits_by_level(
+    prefix: str, level: str, nats: Float[Tensor, " levels"], lengths: Mapping[int, int]
+) -> dict[str, float]:
+    """Bits per token of all, and of the levels by their numbers; `lengths` are their tokens.
+
+    >>> found = bits_by_level("val", "scale", torch.tensor([3.0, 1.0]) / nats_to_bits(1), {0: 1, 2: 3})
+    >>> {name: round(bits, 4) for name, bits in found.items()}
+    {'val/bits_per_token': 1.5, 'val/bits_scale0': 3.0, 'val/bits_scale2': 1.0}
+    """
+    bits = {k: nats_to_bits(value) for k, value in zip(lengths, nats.tolist(), strict=True)}
+    mean = sum(bits[k] * length for k, length in lengths.items()) / sum(lengths.values())
+    return {f"{prefix}/bits_per_token": mean} | {f"{prefix}/bits_{level}{k}": value for k, value in bits.items()}
 
 
 def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
@@ -233,7 +256,7 @@ def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
         task.train,
         num_views=run.num_views,
         max_images=run.max_images,
-        num_workers=cache_workers(run, task.train),
+        num_workers=run.num_workers,
         image_size=task.image_size,
         augment=augmentation(run, task.train),
         seed=run.seed,
@@ -245,13 +268,11 @@ def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
 @torch.no_grad()
 def held_out_tokens(task: PriorTask) -> tuple[Tensor, Tensor]:
     """Token ids (n, L) and labels (n,) of held-out images, without augmentation."""
-    views = EvaluationImages(task.held_out, task.image_size)
-    device = task.tokenizer.device
+    views, device = EvaluationImages(task.held_out, task.image_size), task.tokenizer.device
     ids, labels = [], []
     chosen = spread(len(views), _VALIDATION_IMAGES)
     for start in range(0, len(chosen), 64):
-        rows = [views[i] for i in chosen[start : start + 64]]
-        images = torch.stack([torch.as_tensor(row["image"]) for row in rows]).to(device)
-        ids.append(task.token_ids(images))
-        labels += [int(row["class_label"]) for row in rows]
-    return torch.cat(ids), torch.tensor(labels, device=device)
+        batch = views.__getitems__(chosen[start : start + 64])
+        ids.append(task.token_ids(batch["image"].to(device)))
+        labels.append(batch["class_label"])
+    return torch.cat(ids), torch.cat(labels).to(device)

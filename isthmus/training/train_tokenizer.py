@@ -1,7 +1,7 @@
 """Train a tokenizer on images (`isthmus train tokenizer`): a pyramid of scales, or groups of tokens and their decoder.
 
-The families differ in what a loss is, in what the codes are near and in what is trained beside the network:
-`MultiScaleTokenizerTask` and `DiffusionTokenizerTask` say so. The loop is one.
+What a loss is, what the codes are near and what is trained beside the network, the family's task says:
+`MultiScaleTokenizerTask`, `DiffusionTokenizerTask`.
 """
 
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -24,46 +24,37 @@ from isthmus.files import alone_in
 from isthmus.nn.shapes import Images, TokenPyramid
 from isthmus.registry import task_of
 from isthmus.training.checkpoints import Progress, resume, save_checkpoint
-from isthmus.training.codebook import CodebookUsage, code_counts, revive_codes, start_codebook
-from isthmus.training.config import LAST_REVIVAL
+from isthmus.training.codebook import CodebookUsage, code_counts, perplexity, set_codes
+from isthmus.training.config import ImagesRun
 from isthmus.training.images import first_images, image_batches, open_splits, stream_states
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
     Log,
-    StepMeans,
     StopRequest,
     clip_gradients,
-    close_trackers,
     display,
+    means_of,
     start_run,
     write_record,
 )
 
-if TYPE_CHECKING:
-    from isthmus.dar.runs import DiffusionTokenizerRun
-    from isthmus.next_scale.runs import TokenizerRun
+logger = logging.getLogger("isthmus")
 
-    AnyTokenizerRun = TokenizerRun | DiffusionTokenizerRun
-else:
-    # the families lie above this folder
-    AnyTokenizerRun = Any
+# images the codebook starts from
+_CODEBOOK_IMAGES = 512
 
 
 @dataclass(kw_only=True)
 class TokenizerLosses:
-    """What one part of a batch gave.
-
-    Attributes:
-        named: losses for the log; those under `weighted/` add up to what is minimised.
-        token_ids: (b, n) of every scale, or group of tokens; empty where nothing was quantised.
-        latents: (b, ...), what the encoder put out.
-        total: what is minimised.
-    """
+    """What one part of a batch gave."""
 
     named: dict[str, Tensor]
+    """For the log; those under `weighted/` add up to what is minimised."""
     token_ids: TokenPyramid
+    """(b, n) of every scale, or group of tokens; empty where nothing was quantised."""
     latents: Tensor
+    """(b, ...), what the encoder put out."""
     total: Float[Tensor, ""] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,23 +66,18 @@ class TokenizerTask(Protocol):
     """What a run trains: its networks, and what a loss is; to derive from.
 
     Made on the device of the training, in training mode.
-
-    Attributes:
-        network: what the optimizer trains.
-        image_size: side of the images in pixels.
-        codebook: name of the codebook among the network's parameters; None for continuous tokens.
-        codebook_size: number of codes.
-        starts_codebook_at: step before which the codebook starts from the encoder's outputs; None where it never does.
-        level: what usage is counted by.
-        num_levels: how many of them there are.
     """
 
     network: Any
+    """What the optimizer trains."""
     image_size: int
     codebook: str | None
+    """Name of the codebook among the network's parameters; None for continuous tokens."""
     codebook_size: int
     starts_codebook_at: int | None
+    """Step before which the codebook starts from the encoder's outputs; None where it never does."""
     level: Literal["scale", "group"]
+    """What usage is counted by."""
     num_levels: int
 
     def __init__(self, run: Any, accelerator: Accelerator) -> None: ...
@@ -141,14 +127,8 @@ class TokenizerTask(Protocol):
         ...
 
 
-logger = logging.getLogger("isthmus")
-
-# images the codebook starts from
-_CODEBOOK_IMAGES = 512
-
-
 @alone_in("run.out")
-def train_tokenizer(run: AnyTokenizerRun) -> Path:
+def train_tokenizer(run: ImagesRun) -> Path:
     """Train until `num_steps`, continuing where an earlier call stopped; returns the run's folder.
 
     Raises:
@@ -194,9 +174,9 @@ def train_tokenizer(run: AnyTokenizerRun) -> Path:
             quantize = task.codebook is not None and (bool(run.from_model) or progress.step >= run.continuous_steps)
             if task.codebook is not None and progress.step == task.starts_codebook_at:
                 images = first_images(run, train, image_size=image_size, count=_CODEBOOK_IMAGES)
-                start_codebook(bare, task.codebook, task.first_codes(images.to(accelerator.device)), ema)
+                set_codes(bare, task.codebook, task.first_codes(images.to(accelerator.device)), ema)
 
-            counts, means = torch.zeros_like(usage.hits()), StepMeans()
+            counts, measured = torch.zeros_like(usage.hits()), []
             parts = list(islice(batches, run.accumulate))
             for batch, drawn in zip(parts, task.draw(parts), strict=True):
                 with accelerator.accumulate(model):
@@ -211,14 +191,15 @@ def train_tokenizer(run: AnyTokenizerRun) -> Path:
                 if losses.token_ids:
                     counts += code_counts(losses.token_ids, task.codebook_size)
                 guard.watch(losses.total)
-                means.add({**losses.named, **others, "loss": losses.total})
+                values = {**losses.named, **others, "loss": losses.total}
+                measured.append({name: value.detach() for name, value in values.items()})
 
             progress.step += 1
             progress.images += run.batch_size
             ema.update(bare)
             if quantize:
                 usage.update(cast(Tensor, accelerator.reduce(counts, "sum")))
-                if revival_is_due(run, progress.step):
+                if run.revives_at(progress.step):
                     # those of the last part of the whole batch
                     latents = cast(Tensor, accelerator.gather(losses.latents.detach()))
                     revive(task, latents, usage, ema, progress.step)
@@ -226,7 +207,7 @@ def train_tokenizer(run: AnyTokenizerRun) -> Path:
 
             if progress.due(run.log_every):
                 guard.check(run, progress.step)
-                values = {f"train/{name}": value.item() for name, value in means.over_processes(accelerator).items()}
+                values = {f"train/{name}": value.item() for name, value in means_of(measured, accelerator).items()}
                 values |= used_codes(task, usage) if quantize else {}
                 log.write(progress, values | {"train/learning_rate": rate, "train/grad_norm": grad_norm.item()})
                 bar.measured({"loss": f"{values['train/loss']:.3f}"}, images=progress.images)
@@ -241,14 +222,10 @@ def train_tokenizer(run: AnyTokenizerRun) -> Path:
             if progress.due(run.save_every):
                 save()
     folder = task.export(task.averaged(ema), train)
-    close_trackers(accelerator)
+    # they write what they hold; the process group stays, since the caller may train again
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
-
-
-def revival_is_due(run: AnyTokenizerRun, step: int) -> bool:
-    """Whether unused codes move after this step."""
-    late = step > LAST_REVIVAL * run.num_steps
-    return bool(run.revive_every) and step % run.revive_every == 0 and not (run.freeze_encoder or late)
 
 
 def revive(
@@ -257,17 +234,18 @@ def revive(
     """Move the codes that no level uses to where these latents need some."""
     assert task.codebook is not None, "there is no usage without codes"
     dead = ~usage.used().any(dim=0)
-    if moved := revive_codes(task.network, task.codebook, dead, lambda n: task.new_codes(latents, n, step), ema):
-        logger.info("step %d: revived %d of %d codes", step, moved, len(dead))
+    if count := int(dead.sum()):
+        set_codes(task.network, task.codebook, task.new_codes(latents, count, step), ema, rows=dead)
+        logger.info("step %d: revived %d of %d codes", step, count, len(dead))
 
 
 def used_codes(task: TokenizerTask, usage: CodebookUsage) -> dict[str, float]:
     """What a log line says of the codes: the share that any level uses, and the perplexity of every level."""
     values = {"train/usage": float(usage.used().any(dim=0).float().mean())}
-    return values | {f"train/perplexity_{task.level}{k}": float(v) for k, v in enumerate(usage.perplexity())}
+    return values | {f"train/perplexity_{task.level}{k}": float(v) for k, v in enumerate(perplexity(usage.hits()))}
 
 
-def warn_of_collapse(run: AnyTokenizerRun, usage: float, quantize: bool) -> None:
+def warn_of_collapse(run: ImagesRun, usage: float, quantize: bool) -> None:
     """Say in words when held-out images use too few codes."""
     if quantize and usage < run.usage_warning:
         logger.warning(

@@ -4,8 +4,7 @@ import pytest
 
 from isthmus.cli.train import taught_by
 from isthmus.next_scale.distillation import teaching
-from isthmus.next_scale.runs import DISTILL_PRESETS
-from isthmus.training.config import run_from_json, run_to_json
+from isthmus.next_scale.runs import distill_preset
 from tests.cli.test_train import resolved
 from tests.pipelines.tiny import tiny_pipeline
 from tests.training.tiny_runs import write_images
@@ -80,17 +79,14 @@ def test_a_dry_run_without_weight_says_that_no_teacher_is_asked(isthmus, four_sc
     assert all("no teacher is asked" in staged[f"stage {number}/2"] for number in (1, 2)) and "baseline" in staged
 
 
-@pytest.mark.parametrize(
-    ("mask", "sizes", "said"),
-    [
+def test_what_is_asked_of_a_teacher():
+    for mask, sizes, said in (
         ("markov", (1, 2, 3, 4), "at all scales"),
         ("causal", (1, 3, 4), "at 1 of 3 scales, rollouts at the others"),
         ("markov", (1, 3, 4), "at 2 of 3 scales, rollouts at the others"),
-    ],
-)
-def test_what_is_asked_of_a_teacher(mask, sizes, said):
-    teacher = {"scale_sizes": (1, 2, 3, 4), "scale_attention": mask}
-    assert said in teaching(teacher, {"scale_sizes": sizes, "scale_attention": mask}, weight=1.0)
+    ):
+        teacher = {"scale_sizes": (1, 2, 3, 4), "scale_attention": mask}
+        assert said in teaching(teacher, {"scale_sizes": sizes, "scale_attention": mask}, weight=1.0)
 
 
 def test_the_student_without_a_teacher_can_be_added_with_one_option(isthmus, refused, taught, tmp_path):
@@ -104,14 +100,10 @@ def test_the_student_without_a_teacher_can_be_added_with_one_option(isthmus, ref
 
 def test_what_cannot_be_is_one_line_and_leaves_nothing(refused, taught, model, tmp_path):
     out = tmp_path / "run"
-    assert "needs a teacher" in refused("distill", "--out", out)
     assert "Nearest: 1,2,4" in refused("distill", taught, "--scale-sizes", "1,3,4", "--out", out)
-    assert "got the same" in refused("distill", taught, "--out", out)
     assert "no run.json" in refused("distill", model, "--scale-sizes", "1,4", "--out", out)
     words = ("distill", model, "--scale-sizes", "1,4", "--data", "photos", "--out", out)
     assert "classes of its teacher (face, flag, hand)" in refused(*words, "--dry-run")
-    assert "classes of its teacher" in refused(*words)
-    assert "tokenizer" in refused("distill", taught, "--scale-sizes", "1,4", "--tokenizer", model, "--out", out)
     assert "did you mean" in refused("distill", taught, "--scale-size", "1,4", "--out", out).lower()
     assert "does not exist" in refused("distill", tmp_path / "no", "--scale-sizes", "1,4", "--out", out)
     words = ("distill", taught, "--scale-sizes", "1,4", "--report-images", 8, "--out", out)
@@ -128,15 +120,9 @@ def test_help_needs_no_model(isthmus):
     assert result.code == 0 and "--scale-sizes" in result.out and "--distillation-weight" in result.out
 
 
-@pytest.mark.parametrize("name", DISTILL_PRESETS)
-def test_presets_survive_json(name):
-    run = DISTILL_PRESETS[name].run
-    assert run_from_json(type(run), run_to_json(run)) == run
-
-
-@pytest.mark.parametrize("guidance, text", [(2.0, "2"), ({"kind": "linear", "start": 1.0, "end": 3.0}, "linear:1:3")])
-def test_guidance_is_written_as_on_the_command_line(tmp_path, guidance, text):
-    folder = tmp_path / "model"
-    tiny_pipeline(sampling_defaults={"guidance_scale": guidance}).save_pretrained(folder)
-    run = taught_by(DISTILL_PRESETS["distill-small"].run, str(folder), own_data=True)
-    assert run.sampling.guidance == text
+def test_guidance_is_written_as_on_the_command_line(tmp_path):
+    for guidance, text in ((2.0, "2"), ({"kind": "linear", "start": 1.0, "end": 3.0}, "linear:1:3")):
+        folder = tmp_path / text.partition(":")[0]
+        tiny_pipeline(sampling_defaults={"guidance_scale": guidance}).save_pretrained(folder)
+        run = taught_by(distill_preset("distill-small"), str(folder), own_data=True)
+        assert run.sampling.guidance == text

@@ -46,18 +46,15 @@ def generated(llama, layout, **options):
     return llama.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, 1:]
 
 
-def test_stock_transformers_draws_our_greedy_tokens(pipeline, llama):
+def test_stock_transformers_draws_our_greedy_tokens_also_with_constant_guidance(pipeline, llama):
     assert type(llama) is LlamaForCausalLM
-    assert torch.equal(generated(llama, pipeline.token_layout, do_sample=False), ours(pipeline, 1.0))
-
-
-@pytest.mark.parametrize("guidance", [0.5, 3.0])
-def test_and_with_constant_guidance(pipeline, llama, guidance):
     layout = pipeline.token_layout
+    plain = generated(llama, layout, do_sample=False)
+    assert torch.equal(plain, ours(pipeline, 1.0))
     null = torch.full((3, 1), layout.vocab_size - 1)
-    tokens = generated(llama, layout, do_sample=False, guidance_scale=guidance, negative_prompt_ids=null)
-    assert torch.equal(tokens, ours(pipeline, guidance))
-    assert not torch.equal(tokens, ours(pipeline, 1.0))
+    for guidance in (0.5, 3.0):
+        tokens = generated(llama, layout, do_sample=False, guidance_scale=guidance, negative_prompt_ids=null)
+        assert torch.equal(tokens, ours(pipeline, guidance)) and not torch.equal(tokens, plain)
 
 
 def test_drawn_tokens_are_codes_and_as_many_as_an_image_has(pipeline, llama):
@@ -86,14 +83,11 @@ def test_the_folder_says_how_to_draw(folder, pipeline):
         ast.parse(block)
 
 
-def test_filters_that_are_off_stay_off(tmp_path):
-    written = json.loads((export_llama(tiny_dar(), tmp_path / "out") / "generation_config.json").read_text())
+def test_filters_that_are_off_stay_off_and_unlabelled_models_have_one_prompt(tmp_path):
+    folder = export_llama(tiny_dar(num_classes=0), tmp_path / "out")
+    written = json.loads((folder / "generation_config.json").read_text())
     assert (written["top_k"], written.get("top_p", 1.0)) == (0, 1.0)
-
-
-def test_unlabelled_models_have_one_prompt(tmp_path):
-    readme = (export_llama(tiny_dar(num_classes=0), tmp_path / "out") / "README.md").read_text()
-    assert "every prompt is the one id 16" in readme
+    assert "every prompt is the one id 16" in (folder / "README.md").read_text()
 
 
 def test_from_a_saved_pipeline(pipeline, tmp_path, folder):

@@ -214,7 +214,6 @@ def test_unlabelled_models_draw():
 def test_bad_arguments_raise_before_the_first_token_is_asked_for(prior):
     good = {"class_labels": LABELS, "image_seeds": SEEDS, "options": SamplingOptions(), "stops": (N,)}
     for arguments, said in [
-        ({"options": SamplingOptions(smooth=True)}, "smooth"),
         ({"options": SamplingOptions(guidance_scale=(2.0, 2.0))}, "one value per step"),
         ({"options": [SamplingOptions()] * 4}, "per image, got 4"),
         ({"image_seeds": SEEDS[:2]}, "per image, got 2"),

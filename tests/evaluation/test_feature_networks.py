@@ -101,10 +101,10 @@ def test_a_weight_file_is_not_opened_unless_it_is_the_published_one(tmp_path):
         feature_network(f"inception:{tmp_path / 'absent.pth'}")
 
 
-@pytest.mark.parametrize("spec", ["vgg", "inception", "dinov2:", "lite0:x", ""])
-def test_other_names_are_refused(spec):
-    with pytest.raises(UserError, match="features must be lite0"):
-        feature_network(spec)
+def test_other_names_are_refused():
+    for spec in ("vgg", "inception", "dinov2:", "lite0:x", ""):
+        with pytest.raises(UserError, match="features must be lite0"):
+            feature_network(spec)
 
 
 def test_fid_is_one_thing_only():
@@ -113,5 +113,3 @@ def test_fid_is_one_thing_only():
     assert score_name("frechet", "inception-2048", 50_000, None) == "FD-inception-2048"
     assert score_name("frechet", "lite0-1280", 50_000, None) == "FD-lite0-1280"
     assert score_name("kernel", "inception-2048", 500, 299) == "KID"
-    with pytest.raises(UserError, match="frechet or kernel"):
-        score_name("fid", "lite0-192", 1, None)

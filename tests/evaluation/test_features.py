@@ -38,11 +38,8 @@ def test_lite0_features_are_those_of_the_network_on_the_images_that_the_values_s
     np.testing.assert_allclose(found["lite0-192"], middle, rtol=1e-4, atol=1e-5)
 
 
-def test_no_image_gives_no_rows(network):
+def test_no_image_gives_no_rows_and_two_sizes_are_refused(network):
     assert [rows.shape for rows in extract_features(network, []).values()] == [(0, 192), (0, 1280)]
-
-
-def test_images_of_two_sizes_are_refused(network):
     with pytest.raises(UserError, match="one size"):
         extract_features(network, [np.zeros((32, 32, 3), np.uint8), np.zeros((33, 32, 3), np.uint8)])
 
@@ -69,8 +66,8 @@ def test_features_of_samples_are_kept_beside_them(tmp_path, monkeypatch):
     # not a mock: the constant alone is smaller, so that a few images fill several groups
     monkeypatch.setattr("isthmus.evaluation.features.GROUP", 4)
     pipeline, network, seen = tiny_pipeline(), mean_colour(), []
-    run = network._run
-    network._run = lambda images: seen.append(len(images)) or run(images)
+    run = network.run
+    network.run = lambda images: seen.append(len(images)) or run(images)
 
     def features(num: int, network=network):
         draw(pipeline, tmp_path, tiny_request(pipeline, num))

@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import UserError
-from isthmus.evaluation.statistics import bootstrap_interval, mean_interval, spread, wilson_interval
+from isthmus.evaluation.statistics import bootstrap_interval, mean_interval, wilson_interval
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20), st.integers(0, 3))
-def test_the_interval_holds_the_mean_and_lies_within_the_values(values, seed):
-    found = bootstrap_interval(np.array(values), seed=seed)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20))
+def test_the_interval_lies_within_the_values_and_is_found_again(values):
+    found = bootstrap_interval(np.array(values))
     assert min(values) - 1e-9 <= found.low <= found.high <= max(values) + 1e-9
-    assert found == bootstrap_interval(np.array(values), seed=seed)
+    assert found == bootstrap_interval(np.array(values))
 
 
 def test_the_interval_is_as_wide_as_that_of_the_normal_law():
@@ -23,9 +23,9 @@ def test_the_interval_is_as_wide_as_that_of_the_normal_law():
 
 def test_it_holds_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(1)
-    found = [bootstrap_interval((rng.random(100) < 0.3).astype(float), level=0.9) for _ in range(200)]
+    found = [bootstrap_interval((rng.random(100) < 0.3).astype(float)) for _ in range(200)]
     held = np.mean([one.low <= 0.3 <= one.high for one in found])
-    assert 0.84 <= held <= 0.96
+    assert 0.91 <= held <= 0.99
 
 
 @given(st.integers(1, 300), st.data())
@@ -46,18 +46,7 @@ def test_shares_are_wilsons_and_other_means_are_bootstrapped():
     assert mean_interval(others) == bootstrap_interval(others)
 
 
-@pytest.mark.parametrize("arguments", [(0, 0), (3, 2), (-1, 2)])
-def test_impossible_shares_are_refused(arguments):
-    with pytest.raises(UserError, match="got"):
-        wilson_interval(*arguments)
-
-
-@pytest.mark.parametrize("arguments", [{"values": np.zeros(0)}, {"values": np.ones(2), "level": 1.0}])
-def test_impossible_intervals_are_refused(arguments):
-    with pytest.raises(UserError, match="got"):
-        bootstrap_interval(**arguments)
-
-
-def test_a_spread_of_nothing_is_refused():
-    with pytest.raises(UserError, match="at least one"):
-        spread([])
+def test_an_interval_of_nothing_is_refused():
+    for interval in (bootstrap_interval, mean_interval):
+        with pytest.raises(UserError, match="got none"):
+            interval(np.zeros(0))

@@ -8,14 +8,13 @@ from isthmus.evaluation import reference as real_side
 from isthmus.evaluation.features import extract_features, feature_network
 from isthmus.evaluation.record import Score
 from isthmus.evaluation.reference import (
-    RealSides,
     choose_reference,
     measure_real_side,
     open_splits,
     training_views,
     view_words,
 )
-from isthmus.evaluation.sample_scores import score_samples
+from isthmus.evaluation.scores import RealImages, RealSides, score_samples
 from tests.evaluation.tiny_evaluation import mean_colour
 from tests.training.tiny_runs import write_images
 
@@ -53,7 +52,7 @@ def test_copies_of_training_are_found_as_the_ceiling_says_and_new_images_as_the_
 def test_views_are_those_of_training_and_their_own(tmp_path):
     source = open_source(write_images(tmp_path / "a.npz", count=40, side=16), image_size=8)
     views = training_views(source, 8, 60)
-    assert len(views) == len(list(views)) == 60 and views.size() == (8, 8) and views.labels is not None
+    assert len(views) == len(list(views)) == 60 and views.size() == (8, 8)
     again = training_views(source, 8, 60, seed=1)
     assert any(not np.array_equal(one, other) for one, other in zip(views, again, strict=True))
     assert all(np.array_equal(one, other) for one, other in zip(views, views, strict=True))
@@ -77,11 +76,11 @@ def test_what_is_used_again_is_what_would_be_measured(tmp_path):
     references = [choose_reference(one, None, size=(8, 8)) for one in splits]
 
     def measured(which: int, n: int):
-        return sides.measure(references[which], splits[which], network, n)
+        return RealImages(network, splits[which], references[which], (8, 8), sides).measured(n)
 
     first = measured(0, 2)
     assert measured(0, 2) is first
-    for which, n in ((0, 1), (1, 2)):
+    for which, n in ((0, 3), (1, 2)):
         other = measured(which, n)
         assert other is not first
         direct = measure_real_side(references[which], splits[which], network, n)
@@ -90,4 +89,4 @@ def test_what_is_used_again_is_what_would_be_measured(tmp_path):
         assert np.array_equal(other.reference.ruined["colour"], direct.reference.ruined["colour"])
     # another order of the classes is another numbering of the labels
     turned = open_splits(specs[0], image_size=8, classes=tuple(reversed(splits[0].class_names)), wanted=())
-    assert sides.measure(references[0], turned, network, 2) is not first
+    assert RealImages(network, turned, references[0], (8, 8), sides).measured(2) is not first

@@ -11,12 +11,18 @@ from hypothesis import strategies as st
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin
 from isthmus.evaluation.classes import balance_words, own_frequency_labels
-from isthmus.evaluation.evaluate import code_counts, usage_curves
+from isthmus.evaluation.evaluate import usage_curves
 from isthmus.evaluation.features import FeatureNetwork
 from isthmus.evaluation.images import ImageSet
-from isthmus.evaluation.reference import RealSide, Reference, disjoint_halves, images_per_measurement
-from isthmus.evaluation.sample_scores import fitting, score_samples
-from isthmus.evaluation.scores import LabelledFeatures, RealFeatures, inception_score_list
+from isthmus.evaluation.reference import (
+    LabelledFeatures,
+    RealFeatures,
+    RealSide,
+    Reference,
+    disjoint_halves,
+    images_per_measurement,
+)
+from isthmus.evaluation.scores import fitting, inception_score_list, score_samples
 from isthmus.evaluation.statistics import Gaussian, frechet_distance
 
 N, WIDTH = 40, 4
@@ -148,6 +154,9 @@ def test_statistics_of_other_features_leave_the_images_with_a_warning():
     reference = fitting(Reference("both", "0", images, Gaussian.of(rows(1))), network({"net-7": 7}), (8, 8))
     assert reference.statistics is None and reference.images is images and "mu" not in reference.words
     assert len(reference.warnings) == 1 and "4 wide" in reference.warnings[0]
+    other = StatisticsOrigin("net-4", "other weights", "", 500)
+    reference = fitting(Reference("both", "0", images, Gaussian.of(rows(1)), origin=other), network(), (8, 8))
+    assert reference.statistics is None and "other features" in reference.warnings[0]
     fits = fitting(Reference("both", "0", images, Gaussian.of(rows(1))), network(), (8, 8))
     assert fits.statistics is not None and "only their width" in fits.warnings[0], "the file does not say its features"
 
@@ -226,8 +235,7 @@ def test_balance_in_words_depends_on_the_frequencies_alone(labels, times):
 
 
 def test_usage_of_codes_by_hand():
-    counts = code_counts(np.array([[0, 1, 2], [0, 3, 3]]), (1, 2), 4)
-    assert counts.tolist() == [[2, 0, 0, 0], [0, 1, 1, 2]]
-    used, perplexity = usage_curves(counts, ("first", "second"), "steps")
+    used, perplexity = usage_curves(np.array([[0, 1, 2], [0, 3, 3]]), {"first": 1, "second": 2}, 4)
+    assert used.positions == perplexity.positions == ("first", "second")
     assert used.values == (0.25, 0.75)
     assert perplexity.values == pytest.approx((1.0, 2**1.5))

@@ -52,10 +52,6 @@ def test_gradients_are_those_of_masked_attention(attention, mask):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_masks_by_hand():
-    assert scale_causal_mask([1, 2, 1]).int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-
-
 @given(LENGTHS)
 def test_cached_attention_is_causal_attention(lengths):
     q, k, v = heads(sum(lengths))

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 from isthmus.cli.info import describe_model
-from isthmus.dar.train_prior import load_dar_model
 from isthmus.errors import UserError
 from isthmus.evaluation.classes import choose_classes
 from isthmus.evaluation.reference import open_splits
-from isthmus.next_scale.train_prior import load_teacher
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import load_pipeline
-from isthmus.training.saved_networks import kept_classes
+from isthmus.training.saved_networks import kept_classes, load_model
 from tests.pipelines.tiny import tiny_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
@@ -50,7 +48,7 @@ def test_classes_keep_their_numbers(made, tmp_path):
         loaded.save_pretrained(tmp_path / f"{folder.name} again")
         assert load_pipeline(tmp_path / f"{folder.name} again").class_names == pipe.class_names
         # what a run that starts from it knows, and which of the classes of other data it keeps
-        kept_names = load_teacher(str(folder)).class_names if made is tiny_pipeline else load_dar_model(str(folder))[2]
+        kept_names = names_in_order(load_model(str(folder), type(pipe)).class_names)
         assert kept_names == tuple(names)
         assert kept_classes([names[10], "other", names[2]], kept_names) == {0: 10, 2: 2}
 

@@ -13,32 +13,30 @@ from isthmus.next_scale.train_tokenizer import (
 )
 
 
-@pytest.mark.parametrize(("downsamples", "patch"), [(1, 12), (2, 26), (3, 54)])
-def test_a_logit_sees_a_patch_of_the_documented_size(downsamples, patch):
+def test_a_logit_sees_a_patch_of_the_documented_size():
     torch.manual_seed(0)
-    critic = PatchDiscriminator(base_channels=8, num_downsamples=downsamples)
+    judge = PatchDiscriminator(base_channels=8)
     # without the norms, which look at the whole image, only the convolutions spread what a logit sees
-    convolutions = torch.nn.Sequential(*(m for m in critic.layers if not isinstance(m, torch.nn.GroupNorm)))
+    convolutions = torch.nn.Sequential(*(m for m in judge.layers if not isinstance(m, torch.nn.GroupNorm)))
     images = torch.zeros(1, 3, 96, 96, requires_grad=True)
     logits = convolutions(images)
-    assert logits.shape == critic(images).shape == (1, 1, 96 >> downsamples, 96 >> downsamples)
+    assert logits.shape == judge(images).shape == (1, 1, 24, 24)
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     assert images.grad is not None
     rows = images.grad.abs().sum(dim=(0, 1, 3)).nonzero()
-    assert int(rows.max() - rows.min()) + 1 == patch
+    assert int(rows.max() - rows.min()) + 1 == 26
 
 
 def test_an_image_does_not_feel_its_neighbours():
     torch.manual_seed(0)
-    critic, images = PatchDiscriminator(base_channels=16), torch.rand(3, 3, 32, 32) * 2 - 1
-    alone = torch.cat([critic(image[None]) for image in images])
-    torch.testing.assert_close(critic(images), alone, rtol=1e-4, atol=1e-5)
+    judge, images = PatchDiscriminator(base_channels=16), torch.rand(3, 3, 32, 32) * 2 - 1
+    alone = torch.cat([judge(image[None]) for image in images])
+    torch.testing.assert_close(judge(images), alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arguments", [{"num_downsamples": 0}, {"base_channels": 12}, {"base_channels": 0}])
-def test_sizes_that_do_not_fit_are_refused(arguments):
-    with pytest.raises(UserError, match="at least one downsampling and a multiple of 8"):
-        PatchDiscriminator(**arguments)
+def test_channels_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="must be a multiple of 8, got 12"):
+        PatchDiscriminator(base_channels=12)
 
 
 def test_hinge_losses_by_hand():
@@ -51,23 +49,23 @@ def test_hinge_losses_by_hand():
     assert discriminator_hinge_loss(undecided, undecided) == 2
 
 
-def test_a_critic_learns_and_a_generator_follows():
+def test_a_discriminator_learns_and_a_generator_follows():
     """A few steps tell grey from noise; the generator's gradient then raises the logit of its image."""
     torch.manual_seed(0)
-    critic = PatchDiscriminator(base_channels=8, num_downsamples=1)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3)
+    judge = PatchDiscriminator(base_channels=8)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3)
     for _ in range(30):
         real, fake = torch.rand(8, 3, 16, 16) * 2 - 1, torch.rand(8, 3, 1, 1).expand(8, 3, 16, 16) * 2 - 1
-        loss = discriminator_hinge_loss(critic(real), critic(fake))
+        loss = discriminator_hinge_loss(judge(real), judge(fake))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < 1
     image = torch.zeros(1, 3, 16, 16, requires_grad=True)
-    before = generator_hinge_loss(critic(image))
+    before = generator_hinge_loss(judge(image))
     (gradient,) = torch.autograd.grad(before, image)
     step = 0.05 * gradient / gradient.abs().max()
-    assert generator_hinge_loss(critic(image - step)) < before
+    assert generator_hinge_loss(judge(image - step)) < before
 
 
 def two_losses(reconstruction_slope: float, generator_slope: float) -> tuple[torch.Tensor, ...]:
@@ -76,10 +74,10 @@ def two_losses(reconstruction_slope: float, generator_slope: float) -> tuple[tor
     return (reconstruction_slope * weight).sum(), (generator_slope * weight).sum(), weight
 
 
-@given(st.floats(0.5, 50), st.floats(0.5, 50))
+@given(st.floats(1, 50), st.floats(1, 50))
 def test_adaptive_weight_balances_the_gradients(reconstruction_slope, generator_slope):
     reconstruction, generator, weight = two_losses(reconstruction_slope, -generator_slope)
-    ratio = adaptive_weight(reconstruction, generator, weight, low=0)
+    ratio = adaptive_weight(reconstruction, generator, weight)
     assert not ratio.requires_grad
     (balanced,) = torch.autograd.grad(ratio * generator, weight)
     torch.testing.assert_close(balanced.norm(), torch.tensor(2 * reconstruction_slope), rtol=1e-4, atol=1e-4)
@@ -88,7 +86,6 @@ def test_adaptive_weight_balances_the_gradients(reconstruction_slope, generator_
 def test_adaptive_weight_stays_within_its_bounds():
     assert adaptive_weight(*two_losses(1.0, 0.0)) == 1e4
     torch.testing.assert_close(adaptive_weight(*two_losses(0.0, 1.0)), torch.tensor(0.015))
-    assert adaptive_weight(*two_losses(1.0, 0.0), high=5.0) == 5
 
 
 def test_adaptive_weight_of_averaged_gradients():

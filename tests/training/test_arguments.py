@@ -21,31 +21,34 @@ from isthmus.training.config import run_from_json
 NOT_READ = {"position_table", "canvas"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "constructor"),
-    [
-        (TokenizerModel, MultiScaleVQVAE),
-        (PriorModel, NextScaleTransformer),
-        (DiffusionTokenizerModel, DiffusionTokenizer),
-        (FlowDecoderModel, FlowDecoder),
-        (FlowSettings, FlowMatchingScheduler),
-        (LlamaModel, llama_config),
-    ],
-)
-def test_what_a_run_sets_is_what_the_constructor_takes(settings, constructor):
-    function = constructor.__init__ if isinstance(constructor, type) else constructor
-    taken, hints = inspect.signature(function).parameters, get_type_hints(settings, include_extras=True)
-    for name in {field.name for field in fields(settings)} - NOT_READ:
-        hint, about = hints[name].__origin__, hints[name].__metadata__[0].documentation
-        wanted = taken[name].annotation
-        if get_origin(wanted) is Sequence:
-            wanted = tuple[get_args(wanted)[0], ...]
-        assert hint == wanted | None
-        assert about.endswith(".") and not about[0].islower(), f"{name} has no help"
-    assert all(value is None for value in vars(settings()).values())
+SETTINGS = {
+    TokenizerModel: MultiScaleVQVAE,
+    PriorModel: NextScaleTransformer,
+    DiffusionTokenizerModel: DiffusionTokenizer,
+    FlowDecoderModel: FlowDecoder,
+    FlowSettings: FlowMatchingScheduler,
+    LlamaModel: llama_config,
+}
 
 
-def test_an_argument_that_is_not_there_is_refused():
+def test_what_a_run_sets_is_what_the_constructor_takes():
+    for settings, constructor in SETTINGS.items():
+        function = constructor.__init__ if isinstance(constructor, type) else constructor
+        taken, hints = inspect.signature(function).parameters, get_type_hints(settings, include_extras=True)
+        for name in {field.name for field in fields(settings)} - NOT_READ:
+            hint, about = hints[name].__origin__, hints[name].__metadata__[0].documentation
+            wanted = taken[name].annotation
+            if get_origin(wanted) is Sequence:
+                wanted = tuple[get_args(wanted)[0], ...]
+            assert hint == wanted | None
+            assert about.endswith(".") and not about[0].islower(), f"{name} has no help"
+        assert all(value is None for value in vars(settings()).values())
+
+
+def test_an_argument_or_a_place_that_is_not_there_is_refused():
+    for place in ("isthmus.next_scale.transformer:Nothing", "isthmus.errors:UserError"):
+        with pytest.raises(ValueError, match="must be a function, or a class with a constructor"):
+            arguments_of(place, ["width"])
     with pytest.raises(ValueError, match="has no argument widht, it has scale_sizes"):
         arguments_of("isthmus.next_scale.transformer:NextScaleTransformer", ["widht"])
     with pytest.raises(TypeError, match="widht"):

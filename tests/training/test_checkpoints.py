@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, the newest few are kept, and a damaged one is named."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -49,25 +50,25 @@ def test_the_newest_few_are_kept(tmp_path, images, trained_tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("keep", [0.0, 0.5])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
-    tmp_path, capsys, images, trained_tokenizer, trained_prior, name, keep
+    tmp_path, capsys, images, trained_tokenizer, trained_prior
 ):
     run = killed_after(4, prior_run(images, trained_prior, trained_tokenizer), tmp_path / "run")
     newest = run.out / "checkpoints" / "checkpoint-00000004"
-    whole = (newest / name).read_bytes()
-    (newest / name).write_bytes(whole[: int(keep * len(whole))])
     record = tmp_path / "again.json"
     record.write_text(json.dumps(run_to_json(run)))
     words = ["--quiet", "train", "prior", "--config", str(record)]
-    assert main(words) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said and str(newest) in said and "Delete that folder" in said
-    if name == "optimizer.bin":  # the advice, once
-        shutil.rmtree(newest)
-        assert main(words) == 0
-        assert_same(weights(run.out / "transformer"), weights(trained_prior / "transformer"))
+    for name, keep in itertools.product(FILES, (0.0, 0.5)):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[: int(keep * len(whole))])
+        assert main(words) == 2
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said and str(newest) in said and "Delete that folder" in said, name
+        (newest / name).write_bytes(whole)
+    # the advice
+    shutil.rmtree(newest)
+    assert main(words) == 0
+    assert_same(weights(run.out / "transformer"), weights(trained_prior / "transformer"))
 
 
 @pytest.mark.slow
@@ -80,11 +81,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, images, trained_to
         train(run)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"kind": "PriorRun"}', '{"kind": "PriorRun", "run": 3}'])
-def test_a_foreign_record_is_refused(tmp_path, images, trained_tokenizer, text):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(UserError, match="not the record of a run"):
-        train(prior_run(images, tmp_path, trained_tokenizer))
+def test_a_foreign_record_is_refused(tmp_path, images, trained_tokenizer):
+    for text in ("", "[]", '{"kind": "PriorRun"}', '{"kind": "PriorRun", "run": 3}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match="not the record of a run"):
+            train(prior_run(images, tmp_path, trained_tokenizer))
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A codebook starts from the data, its dead codes come back to life, and how much of it is used is counted."""
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from isthmus.dar import train_tokenizer as dar
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.next_scale import train_tokenizer as next_scale
+from isthmus.next_scale.runs import TokenizerRun
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.nn.quantization import k_means
-from isthmus.training.codebook import CodebookUsage, code_counts, revive_codes, start_codebook
+from isthmus.training.codebook import CodebookUsage, code_counts, perplexity, set_codes
+from isthmus.training.config import OptimConfig
 from isthmus.training.optim import ExponentialMovingAverage
 from tests.testers import randomized
 
@@ -49,15 +51,14 @@ class CodebookLaws:
     def first_codes(self, model: nn.Module, images: Tensor, *, seed: int) -> Tensor:
         raise AssertionError("a test class says what its codebook starts from")
 
-    def chooser(self, model: nn.Module, latents: Tensor) -> Callable[[int], Tensor]:
+    def new_codes(self, model: nn.Module, latents: Tensor, count: int) -> Tensor:
         raise AssertionError("a test class says what its dead codes move to")
 
     def test_a_codebook_from_the_data_is_nearer_than_a_random_one_and_depends_on_the_seed_alone(self, model):
         images, errors, average = torch.rand(32, 3, 8, 8) * 2 - 1, [], ExponentialMovingAverage(model, 0.9)
         for start in (False, True, True):
             if start:
-                codes = self.first_codes(model.train(), images, seed=0)
-                start_codebook(model, CODEBOOK, codes, average)
+                set_codes(model, CODEBOOK, self.first_codes(model.train(), images, seed=0), average)
             with torch.no_grad():
                 errors.append(self.error(model.eval(), images))
         assert errors[1] == errors[2] < 0.5 * errors[0]
@@ -65,15 +66,11 @@ class CodebookLaws:
 
     def test_only_dead_codes_move_and_their_averages_with_them(self, model):
         latents = model.latents(torch.randn(8, 3, 8, 8)).detach()
-        before, dead, average = (
-            model.codebook.weight.clone(),
-            torch.arange(16) % 2 == 0,
-            ExponentialMovingAverage(model, 0.9),
-        )
-        assert revive_codes(model, CODEBOOK, dead, self.chooser(model, latents), average) == 8
+        before, dead = model.codebook.weight.clone(), torch.arange(16) % 2 == 0
+        average = ExponentialMovingAverage(model, 0.9)
+        set_codes(model, CODEBOOK, self.new_codes(model, latents, 8), average, rows=dead)
         for codes in (model.codebook.weight, average.averages[CODEBOOK]):
             assert torch.equal((codes != before).any(dim=1), dead)
-        assert revive_codes(model, CODEBOOK, torch.zeros_like(dead), self.chooser(model, latents), average) == 0
 
 
 class TestMultiScaleCodebook(CodebookLaws):
@@ -87,8 +84,8 @@ class TestMultiScaleCodebook(CodebookLaws):
     def first_codes(self, model, images, *, seed):
         return next_scale.first_codes(model, images, seed=seed)
 
-    def chooser(self, model, latents):
-        return lambda count: next_scale.random_residuals(model, latents, count, seed=0, step=5)
+    def new_codes(self, model, latents, count):
+        return next_scale.random_residuals(model, latents, count, seed=0, step=5)
 
     def error(self, model, images):
         latents = model.latents(images)
@@ -115,8 +112,8 @@ class TestUnitCodebook(CodebookLaws):
     def first_codes(self, model, images, *, seed):
         return dar.first_codes(model, images, 16, seed=seed)
 
-    def chooser(self, model, latents):
-        return lambda count: dar.random_latents(latents, count, seed=0, step=5)
+    def new_codes(self, model, latents, count):
+        return dar.random_latents(latents, count, seed=0, step=5)
 
     def error(self, model, images):
         encoded = model.encode(images)
@@ -146,13 +143,6 @@ def test_counts_are_per_scale():
     assert code_counts(token_ids, 5).tolist() == [[0, 0, 0, 2, 0], [1, 2, 5, 0, 0]]
 
 
-def test_counts_of_parts_add_up():
-    # what processes of a distributed run rely on
-    ids = torch.randint(7, (6, 4), generator=torch.Generator().manual_seed(0))
-    parts = code_counts([ids[:2]], 7) + code_counts([ids[2:]], 7)
-    assert torch.equal(parts, code_counts([ids], 7))
-
-
 def test_constant_hits_are_their_own_average_from_the_first_step():
     usage = CodebookUsage(num_scales=2, codebook_size=3)
     counts = one_hot([1, 0, 0], [1, 2, 1])
@@ -173,8 +163,9 @@ def test_average_by_hand():
 
 def test_perplexity_of_known_distributions():
     usage = CodebookUsage(num_scales=3, codebook_size=4)
+    assert perplexity(usage.hits()).tolist() == [1, 1, 1]
     usage.update(one_hot([8, 0, 0, 0], [2, 2, 0, 0], [1, 1, 1, 1]))
-    torch.testing.assert_close(usage.perplexity(), one_hot(1, 2, 4))
+    torch.testing.assert_close(perplexity(usage.hits()), one_hot(1, 2, 4))
     assert usage.used().sum(dim=1).tolist() == [1, 2, 4]
 
 
@@ -201,7 +192,17 @@ def test_saved_usage_goes_on_as_if_never_interrupted():
     assert torch.equal(second.hits(), straight.hits()) and second.step == straight.step
 
 
-@pytest.mark.parametrize("state", [{}, {"average": torch.zeros(1, 5), "step": torch.tensor(3)}])
-def test_state_of_another_tokenizer_is_refused(state):
-    with pytest.raises(UserError, match="codebook usage"):
-        CodebookUsage(num_scales=2, codebook_size=5).load_state_dict(state)
+def test_state_of_another_tokenizer_is_refused():
+    for state in ({}, {"average": torch.zeros(1, 5), "step": torch.tensor(3)}):
+        with pytest.raises(UserError, match="codebook usage"):
+            CodebookUsage(num_scales=2, codebook_size=5).load_state_dict(state)
+
+
+def test_steps_revive_until_the_last_fifth_and_tie_a_run_to_its_length():
+    run = TokenizerRun(revive_every=10, num_steps=100)
+    assert [step for step in range(1, 101) if run.revives_at(step)] == list(range(10, 81, 10))
+    longer = replace(run, num_steps=200, optim=OptimConfig(schedule="constant"))
+    # the steps 90 and 100 would have revived in a run of 200; of the first 85 none does otherwise
+    assert longer.tied_to_length(100, 100) == ["revive_every 10"] and longer.tied_to_length(100, 85) == []
+    for other in ({"revive_every": 0}, {"freeze_encoder": True, "from_model": "m"}):
+        assert replace(longer, **other).tied_to_length(100, 100) == []

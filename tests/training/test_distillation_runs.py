@@ -30,7 +30,7 @@ from isthmus.training.config import PriorSampling, run_from_json, run_to_json
 from isthmus.training.train_prior import train_prior
 from tests.made_once import made_once
 from tests.testers import LOGGED, NO_DIVERGENCE
-from tests.training.tiny_runs import assert_same, forget_after, prior_run, weights, write_images
+from tests.training.tiny_runs import assert_same, killed_after, log_lines, prior_run, weights, write_images
 from tests.training.tiny_teacher import distill_run, tiny_teacher
 
 pytestmark = pytest.mark.slow
@@ -61,10 +61,6 @@ def straight(tmp_path_factory, images, teacher) -> Path:
     )
 
 
-def log_lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_student_is_a_pipeline_on_the_shorter_schedule(straight, teacher):
     pipe = load_pipeline(straight, device="cpu")
     assert pipe.schedule.sizes == (1, 3, 4)
@@ -84,25 +80,18 @@ def test_a_student_is_a_pipeline_on_the_shorter_schedule(straight, teacher):
     assert all(lines[0][f"train/teacher_divergence_scale{k}"] < NO_DIVERGENCE for k in (0, 2))
     record = json.loads((straight / "run.json").read_text())
     assert record["kind"] == "DistillRun" and len(record["teacher_fingerprint"]) == 64
+    run = run_from_json(DistillRun, record["run"])
+    assert run_to_json(run) == record["run"] and run.scale_sizes == (1, 3, 4)
 
 
 def test_a_distillation_goes_on_bit_for_bit(tmp_path, images, teacher, straight):
-    out = tmp_path / "run"
-    shutil.copytree(straight, out)
-    forget_after(out, 2)
-    distill(distill_run(images, out, teacher))
-    assert_same(weights(out / "transformer"), weights(straight / "transformer"))
-    assert log_lines(out) == log_lines(straight)
+    run = killed_after(2, distill_run(images, straight, teacher), tmp_path / "run")
+    distill(run)
+    assert_same(weights(run.out / "transformer"), weights(straight / "transformer"))
+    assert log_lines(run.out) == log_lines(straight)
 
 
-def test_a_finished_distillation_only_exports(tmp_path, images, teacher, straight):
-    out = tmp_path / "run"
-    shutil.copytree(straight, out)
-    distill(distill_run(images, out, teacher))
-    assert_same(weights(out / "transformer"), weights(straight / "transformer"))
-
-
-def test_the_student_without_a_teacher_can_follow_a_finished_one(tmp_path, images, teacher, straight):
+def test_a_finished_one_only_exports_and_the_student_without_a_teacher_can_follow(tmp_path, images, teacher, straight):
     out = tmp_path / "run"
     shutil.copytree(straight, out)
     distill(distill_run(images, out, teacher, baseline=True))
@@ -242,7 +231,7 @@ def test_without_weight_nobody_is_asked(images, teacher, tmp_path):
 def test_the_mark_of_hidden_tokens_stays_the_teachers(tmp_path, images, teacher):
     """A teacher that was trained for refinement, so it has one weight that no step of a distillation reaches."""
     pipeline = load_pipeline(teacher, device="cpu")
-    marked = with_new_classes(pipeline.transformer, 2, {}, "teacher", mask_embedding=True)
+    marked = with_new_classes(pipeline.transformer, 2, mask_embedding=True)
     with torch.no_grad():
         dict(marked.named_parameters())["mask_embedding"].fill_(0.5)
     type(pipeline)(pipeline.image_tokenizer, marked, class_names=["0", "1"]).save_pretrained(tmp_path / "teacher")
@@ -257,20 +246,9 @@ def test_a_student_can_be_fine_tuned_like_any_model(tmp_path, images, straight):
     assert load_pipeline(run.out, device="cpu").schedule.sizes == (1, 3, 4)
 
 
-def test_guidance_by_scale_is_read_at_the_students_sides(tmp_path, images, teacher):
-    run = distill_run(images, tmp_path / "run", teacher, sampling=PriorSampling(guidance="1,2,3,4"))
-    assert ScaleDistillationTask(run).options.guidance_scale == (1, 3, 4)
-
-
-def test_run_json_repeats_a_distillation(straight):
-    record = json.loads((straight / "run.json").read_text())
-    run = run_from_json(distill_run("", Path(), Path()).__class__, record["run"])
-    assert run_to_json(run) == record["run"] and run.scale_sizes == (1, 3, 4)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
+def test_what_cannot_be_taught_is_refused_before_training(tmp_path, images, teacher):
+    run = distill_run(images, tmp_path / "out", teacher)
+    for changes, message in (
         ({"from_model": ""}, "needs a teacher"),
         ({"from_model": "nowhere/at-all"}, "nowhere/at-all"),
         ({"scale_sizes": (1, 5, 4)}, "Nearest: 1,4"),
@@ -282,19 +260,12 @@ def test_run_json_repeats_a_distillation(straight):
         ({"classes": ("0",)}, r"classes of its teacher \(0, 1\), got 0"),
         ({"classes": ("1", "0")}, "got 1, 0"),
         ({"data": "folder:nowhere"}, "nowhere"),
-    ],
-)
-def test_what_cannot_be_taught_is_refused_before_training(tmp_path, images, teacher, changes, message):
-    run = replace(distill_run(images, tmp_path / "out", teacher), **changes)
-    with pytest.raises(UserError, match=message):
-        distill(run)
+        ({"distillation_weight": -1.0}, "distillation_weight"),
+        ({"tokenizer": "other"}, "brings its own tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill(replace(run, **changes))
     assert not run.out.exists()
-
-
-def test_values_out_of_range(tmp_path, images, teacher):
-    for changes in ({"distillation_weight": -1.0}, {"tokenizer": "other"}):
-        with pytest.raises(UserError):
-            distill_run(images, tmp_path, teacher, **changes)
 
 
 def test_images_without_classes(tmp_path):

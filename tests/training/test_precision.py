@@ -38,18 +38,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("training", TRAININGS)
-def test_an_interrupted_run_in_bf16_goes_on_bit_for_bit(tmp_path, straight, training):
+def test_an_interrupted_run_in_bf16_goes_on_bit_for_bit_and_keeps_everything_in_fp32(tmp_path, straight, training):
     run = straight[training]
     again = train(killed_after(4, run, tmp_path / "run"))
-    assert_same(*(tensors_of(folder / "checkpoints" / "checkpoint-00000006") for folder in (run.out, again)))
-
-
-@pytest.mark.parametrize("training", TRAININGS)
-def test_weights_averages_and_statistics_are_kept_in_fp32(straight, training):
-    checkpoint = straight[training].out / "checkpoints" / "checkpoint-00000006"
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    checkpoints = [folder / "checkpoints" / "checkpoint-00000006" for folder in (run.out, again)]
+    assert_same(*map(tensors_of, checkpoints))
+    optimizer = torch.load(checkpoints[0] / "optimizer.bin", weights_only=True)["state"]
     moments = [value for state in optimizer.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    kept = [*tensors_of(checkpoint).values(), *moments]
+    kept = [*tensors_of(checkpoints[0]).values(), *moments]
     assert kept and not [t.dtype for t in kept if t.is_floating_point() and t.dtype != torch.float32]
 
 
@@ -59,29 +55,21 @@ def test_the_type_and_its_reason_are_recorded(tmp_path, images, trained_tokenize
     assert precision["why"].startswith("bf16: products" if precision["bf16"] else "float32: products")
 
 
-@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("bf16", [True, False, None])
 def test_a_run_goes_on_in_the_type_it_began_with(tmp_path, images, straight, trained_tokenizer, trained_prior, bf16):
-    """Whatever a machine measures: the record of the folder decides about the rest of the run."""
+    """Whatever a machine measures: the record of the folder decides; one of a version that did not measure, fp32."""
     before = straight["next-scale", "prior"] if bf16 else prior_run(images, trained_prior, trained_tokenizer)
     run = replace(killed_after(2, before, tmp_path / "run"), mixed_precision="auto")
     record = json.loads((run.out / "run.json").read_text())
     record["run"]["mixed_precision"] = "auto"
-    record["precision"] = {"bf16": bf16, "why": "as it was measured"}
-    (run.out / "run.json").write_text(json.dumps(record))
-    train(run)
-    assert json.loads((run.out / "run.json").read_text())["precision"] == record["precision"]
-    assert_same(*(tensors_of(each.out / "checkpoints" / "checkpoint-00000006") for each in (before, run)))
-
-
-def test_a_run_of_a_version_that_did_not_measure_goes_on_in_float32(tmp_path, images, trained_tokenizer, trained_prior):
-    before = prior_run(images, trained_prior, trained_tokenizer)
-    run = replace(killed_after(2, before, tmp_path / "run"), mixed_precision="auto")
-    record = json.loads((run.out / "run.json").read_text())
-    record["run"]["mixed_precision"] = "auto"
     del record["precision"]
+    if bf16 is not None:
+        record["precision"] = {"bf16": bf16, "why": "as it was measured"}
     (run.out / "run.json").write_text(json.dumps(record))
     train(run)
-    assert json.loads((run.out / "run.json").read_text())["precision"]["bf16"] is False
+    precision = json.loads((run.out / "run.json").read_text())["precision"]
+    assert precision == record.get("precision", {"bf16": False, "why": "float32: as the run began"})
+    assert_same(*(tensors_of(each.out / "checkpoints" / "checkpoint-00000006") for each in (before, run)))
 
 
 def test_runs_of_two_types_fit_into_one_process(tmp_path, images, trained_tokenizer):

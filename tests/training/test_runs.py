@@ -71,20 +71,14 @@ class TrainingLaws:
     def misfits(self, images: str, out: Path, tokenizer: Path, prior: Path) -> list[tuple[Run, str]]:
         raise AssertionError("a test class says which runs are refused, and what the refusal names")
 
-    @pytest.mark.parametrize("step", [2, 4, 6])
-    @pytest.mark.parametrize("kind", ["tokenizer", "prior"])
-    def test_a_run_goes_on_bit_for_bit_and_a_finished_one_only_exports(
-        self, tmp_path, images, tokenizer, prior, kind, step
-    ):
-        straight = (
-            self.family.tokenizer_run(images, tokenizer)
-            if kind == "tokenizer"
-            else self.family.prior_run(images, prior, tokenizer)
-        )
-        run = killed_after(step, straight, tmp_path / "run")
-        assert train(run) == run.out
-        assert_same(weights(run.out), weights(straight.out))
-        assert (run.out / "log.jsonl").read_text() == (straight.out / "log.jsonl").read_text()
+    @pytest.mark.parametrize("steps", [(2, 6), (4, 2), (6, 4)])
+    def test_a_run_goes_on_bit_for_bit_and_a_finished_one_only_exports(self, tmp_path, images, tokenizer, prior, steps):
+        runs = self.family.tokenizer_run(images, tokenizer), self.family.prior_run(images, prior, tokenizer)
+        for step, straight in zip(steps, runs, strict=True):
+            run = killed_after(step, straight, tmp_path / straight.out.parent.name)
+            assert train(run) == run.out
+            assert_same(weights(run.out), weights(straight.out))
+            assert (run.out / "log.jsonl").read_text() == (straight.out / "log.jsonl").read_text()
 
     def test_accumulation_changes_nothing_but_memory(self, tmp_path, images, tokenizer, prior):
         whole = self.family.tokenizer_run(images, tmp_path / "whole", revive_every=0, **self.whole_batch)
@@ -153,17 +147,6 @@ class TrainingLaws:
                 train(run)
         assert not (tmp_path / "out").exists()
 
-    def test_another_run_in_the_same_folder_is_refused(self, images, tokenizer, prior):
-        made = self.family
-        for run, message in (
-            (made.prior_run(images, prior, tokenizer, seed=1), "other settings .seed: 0 -> 1"),
-            (made.tokenizer_run(images, tokenizer, seed=1), "other settings .seed: 0 -> 1"),
-            (made.tokenizer_run(images, prior), type(made.prior_run(images, prior, tokenizer)).__name__),
-            (made.prior_run(images, tokenizer, tokenizer), type(made.tokenizer_run(images, tokenizer)).__name__),
-        ):
-            with pytest.raises(UserError, match=message):
-                train(run)
-
 
 class TestNextScale(TrainingLaws):
     family = FAMILIES["next-scale"]
@@ -191,20 +174,15 @@ class TestNextScale(TrainingLaws):
 
     def test_fine_tuning_starts_where_the_source_stands(self, prior):
         source = load_pipeline(prior, device="cpu").transformer
-        model = next_scale.with_new_classes(source, 5, {}, "source").eval()
+        model = next_scale.with_new_classes(source, 5).eval()
         inputs = torch.randn(2, 20, 4)
         with torch.no_grad():
             before = source(torch.tensor([source.null_class_id] * 2), inputs).logits
             for label in (0, 4, model.null_class_id):
                 assert torch.equal(model(torch.tensor([label] * 2), inputs).logits, before)
-            known = next_scale.with_new_classes(source, 3, {}, "source", kept={2: 0}).eval()
+            known = next_scale.with_new_classes(source, 3, kept={2: 0}).eval()
             old = source(torch.tensor([0, source.null_class_id]), inputs).logits
             assert torch.equal(known(torch.tensor([2, 0]), inputs).logits, old)
-
-    def test_random_scales_train_as_well(self, tmp_path, images, tokenizer):
-        run = prior_run(images, tmp_path / "s", tokenizer, scales_per_step=1, checkpoint_activations=True)
-        train(run)
-        assert (run.out / "model_index.json").is_file()
 
 
 class TestDAR(TrainingLaws):
@@ -228,6 +206,7 @@ class TestDAR(TrainingLaws):
             (replace(llama, tokenizer=""), "needs a tokenizer"),
             (replace(llama, model=LlamaModel(width=16)), r"model\.num_layers"),
             (replace(llama, model=LlamaModel(width=18, num_layers=1, num_heads=2)), "even|twice the heads"),
+            (next_token_prior_run(images, out, "", from_model=str(prior), model=LlamaModel(width=32)), "width is 16"),
             (replace(llama, sampling=PriorSampling(guidance="strong")), "strong"),
             (replace(llama, sampling=PriorSampling(guidance="1,2")), "one value per step"),
             (replace(llama, sampling=PriorSampling(top_p=1.5)), "top_p"),
@@ -288,21 +267,19 @@ class TestDAR(TrainingLaws):
     def test_fine_tuning_starts_where_the_source_stands(self, prior):
         source = load_pipeline(prior, device="cpu").transformer
         old, new = TokenLayout(16, 2, 4), TokenLayout(16, 5, 4)
-        model = dar.with_new_classes(source, new, LlamaModel(), "source").eval()
+        model = dar.with_new_classes(source, new).eval()
         ids = torch.randint(16, (2, 4))
         with torch.no_grad():
             before = next_token_logits(source, old, torch.tensor([old.null_class_id] * 2), ids)
             for label in (0, 4, new.null_class_id):
                 assert torch.equal(next_token_logits(model, new, torch.tensor([label] * 2), ids), before)
-            known = dar.with_new_classes(source, new, LlamaModel(), "source", kept={3: 1}).eval()
+            known = dar.with_new_classes(source, new, kept={3: 1}).eval()
             expected = next_token_logits(source, old, torch.tensor([1, old.null_class_id]), ids)
             assert torch.equal(next_token_logits(known, new, torch.tensor([3, 0]), ids), expected)
-        with pytest.raises(UserError, match=r"model\.width is 16"):
-            dar.with_new_classes(source, new, LlamaModel(width=32), "source")
         # settings that a run cannot name stay as well
         config = copy.deepcopy(source.config)
         config.num_key_value_heads, config.rms_norm_eps = 1, 1e-3
-        grouped = dar.with_new_classes(LlamaForCausalLM(config), new, LlamaModel(), "source")
+        grouped = dar.with_new_classes(LlamaForCausalLM(config), new)
         assert (grouped.config.num_key_value_heads, grouped.config.rms_norm_eps) == (1, 1e-3)
 
     def test_a_frozen_encoder_with_latent_norm_keeps_the_tokens_of_other_images(self, tmp_path, images):
@@ -342,6 +319,16 @@ def test_runs_of_the_two_families_do_not_mix(
         with pytest.raises(UserError, match=message):
             train(run)
     assert not out.exists()
+
+
+def test_another_run_in_the_same_folder_is_refused(images, trained_tokenizer, trained_prior):
+    for run, message in (
+        (prior_run(images, trained_prior, trained_tokenizer, seed=1), "other settings .seed: 0 -> 1"),
+        (tokenizer_run(images, trained_tokenizer, seed=1), "other settings .seed: 0 -> 1"),
+        (tokenizer_run(images, trained_prior), "holds a PriorRun, this is a TokenizerRun"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(run)
 
 
 @pytest.fixture

@@ -12,7 +12,17 @@ import torch
 import isthmus
 from isthmus.errors import UserError
 from isthmus.files import claimed
-from tests.training.tiny_runs import FAMILIES, OPTIM, Family, assert_same, prior_run, tokenizer_run, train, weights
+from tests.training.tiny_runs import (
+    FAMILIES,
+    OPTIM,
+    Family,
+    assert_same,
+    diffusion_tokenizer_run,
+    prior_run,
+    tokenizer_run,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -35,18 +45,18 @@ def test_any_thread_and_any_seed_trains(tmp_path, images, family):
     assert_same(weights(run.out), weights(other.out))
 
 
-def test_changed_defaults_of_torch_are_refused(tmp_path, images, family):
+def test_changed_defaults_of_torch_are_refused(tmp_path, images):
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.raises(UserError, match="set_default_dtype"):
-            train(family.tokenizer_run(images, tmp_path / "run", **BRIEF))
+            train(tokenizer_run(images, tmp_path / "run", **BRIEF))
     finally:
         torch.set_default_dtype(torch.float32)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_in_a_folder_where_another_is_at_work_is_refused(tmp_path, images, family):
-    run = family.tokenizer_run(images, tmp_path / "run", **BRIEF)
+def test_a_run_in_a_folder_where_another_is_at_work_is_refused(tmp_path, images):
+    run = tokenizer_run(images, tmp_path / "run", **BRIEF)
     refused: list[UserError] = []
 
     def start_again() -> None:
@@ -65,14 +75,14 @@ def test_a_run_in_a_folder_where_another_is_at_work_is_refused(tmp_path, images,
     assert not (run.out / ".lock").exists()
 
 
-def test_a_run_fills_an_empty_disk_at_the_end_of_a_link(tmp_path, images, family, monkeypatch):
+def test_a_run_fills_an_empty_disk_at_the_end_of_a_link(tmp_path, images, monkeypatch):
     (tmp_path / "disk/lost+found").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     monkeypatch.chdir(tmp_path / "disk")
-    assert train(family.tokenizer_run(images, tmp_path / "link", **BRIEF)).exists()
+    assert train(diffusion_tokenizer_run(images, tmp_path / "link", **BRIEF)).exists()
     assert (tmp_path / "disk/run.json").is_file()
     # the folder that the shell stands in
-    train(family.tokenizer_run(images, Path("."), **BRIEF))
+    train(diffusion_tokenizer_run(images, Path("."), **BRIEF))
 
 
 def test_a_finished_run_goes_on_as_if_it_had_been_asked_for_at_once(tmp_path, images, family, request):
@@ -92,8 +102,8 @@ def test_a_finished_run_goes_on_as_if_it_had_been_asked_for_at_once(tmp_path, im
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_whose_steps_depend_on_their_number_is_not_made_longer(tmp_path, images, family):
-    run = family.tokenizer_run(images, tmp_path / "run", **BRIEF)
+def test_a_run_whose_steps_depend_on_their_number_is_not_made_longer(tmp_path, images):
+    run = tokenizer_run(images, tmp_path / "run", **BRIEF)
     train(run)
     with pytest.raises(UserError, match=f"optim.schedule linear.*--from {run.out}"):
         train(replace(run, num_steps=4))
