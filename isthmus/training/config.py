@@ -199,7 +199,7 @@ class ImagesRun(Run):
     """What the trainings of all tokenizers share: images, and a codebook that is cared for."""
 
     freeze_encoder: bool = False
-    """Train what decodes alone (with --from): token ids stay what they were."""
+    """Train only what decodes (with --from): token ids stay what they were."""
     continuous_steps: int = 100
     """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs (D-AR: 0
     starts it at random). One that goes on from a model (--from) has its codebook."""
