@@ -392,13 +392,13 @@ class IsthmusPipeline(DiffusionPipeline):
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
         """What `t` is in each step."""
 
-    @abstractmethod
     def _pixels(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1] of latents."""
+        return latents
 
-    @abstractmethod
     def _joined(self, token_ids: list[Tensor]) -> Tensor | list[Tensor]:
         """Tokens of all steps, as our own pipeline returns them."""
+        return token_ids
 
 
 class NextScaleDiffusionPipeline(IsthmusPipeline):
@@ -440,16 +440,15 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
 
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         sizes, side = self.native.schedule.sizes, self.native.image_size
-        for name, own, words in (
-            ("num_inference_steps", len(sizes), f"are its {len(sizes)} scales ({', '.join(map(str, sizes))})"),
-            ("height", side, f"of its images are {side} pixels"),
-            ("width", side, f"of its images are {side} pixels"),
-        ):
-            value = foreign.pop(name, None)
-            if value not in (None, own):
-                what = "the steps of this model" if name == "num_inference_steps" else "both sides"
-                more = " `isthmus distill` makes a model with fewer." if name == "num_inference_steps" else ""
-                raise UserError(f"{what} {words}, got {name}={value}. Leave it out.{more}")
+        asked = foreign.pop("num_inference_steps", None)
+        if asked not in (None, len(sizes)):
+            raise UserError(
+                f"the steps of this model are its {len(sizes)} scales ({', '.join(map(str, sizes))}), got "
+                f"num_inference_steps={asked}. Leave it out. `isthmus distill` makes a model with fewer."
+            )
+        for name in ("height", "width"):
+            if (asked := foreign.pop(name, None)) not in (None, side):
+                raise UserError(f"both sides of its images are {side} pixels, got {name}={asked}. Leave it out.")
         super()._refuse_foreign(foreign)
 
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
@@ -457,9 +456,6 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return pixels_of(self.native.image_tokenizer, latents)
-
-    def _joined(self, token_ids: list[Tensor]) -> list[Tensor]:
-        return token_ids
 
 
 class DARDiffusionPipeline(IsthmusPipeline):
@@ -504,9 +500,6 @@ class DARDiffusionPipeline(IsthmusPipeline):
 
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
         return list(self.native.scheduler.times(options["num_inference_steps"])[:-1])
-
-    def _pixels(self, latents: Tensor) -> Tensor:
-        return latents
 
     def _joined(self, token_ids: list[Tensor]) -> Tensor:
         return torch.cat(token_ids, dim=1)

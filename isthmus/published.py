@@ -58,6 +58,17 @@ _OTHER_KINDS = (
 )
 
 
+StateDict = dict[str, Tensor]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+# by what a file is known, the most telling key first
+_KINDS = {
+    "cls_embedding.embedding_table.weight": "D-AR prior",
+    "query_embedding.weight": "D-AR tokenizer",
+    "pos_1LC": "VAR prior",
+    "quantize.embedding.weight": "VAR tokenizer",
+}
+
+
 @dataclass
 class PublishedFile:
     """What `read_file` found: tensors by their published keys, and the settings stored beside them as plain values."""
@@ -222,17 +233,6 @@ def _without_prefixes(weights: dict[str, Tensor], nested: tuple[str, ...], path:
     )
 
 
-StateDict = dict[str, Tensor]
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
-# by what a file is known, the most telling key first
-_KINDS = {
-    "cls_embedding.embedding_table.weight": "D-AR prior",
-    "query_embedding.weight": "D-AR tokenizer",
-    "pos_1LC": "VAR prior",
-    "quantize.embedding.weight": "VAR tokenizer",
-}
-
-
 @dataclass
 class Converted:
     """One converted file: constructor arguments, weights under our names, and why each dropped key is not needed."""
@@ -284,7 +284,7 @@ def rename(
         droppable: pattern of keys that are not needed -> why.
         what: what such a file is called in errors.
         landmark: a key by which such a file is known.
-        seen: keys of the file, where `raw` is a part of it.
+        seen: all keys of the file, where `raw` is a part of it.
 
     Raises UserError where the landmark is absent, or a key matches nothing.
     """

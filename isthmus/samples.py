@@ -136,10 +136,17 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a process did: how many images it drew, and the forwards of each of its batches, 0 where not counted."""
+    """What a process did.
+
+    Attributes:
+        count: how many images it drew.
+        forwards: of each of its batches; 0 where they are not counted.
+        forwards_per_image: what any image of the folder took, whoever drew it; None where that is not known.
+    """
 
     count: int
     forwards: tuple[int, ...]
+    forwards_per_image: Any
 
 
 @alone_in("folder")
@@ -168,7 +175,10 @@ def draw(
     # nobody writes before everybody has looked
     processes.wait()
     asked = int(earlier.get("num", 0))
-    number, forwards = max(len(request), asked), _forwards_per_image(pipeline, request)
+    number = max(len(request), asked)
+    # from the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many; not so
+    # an edit, where scales that all images of a batch keep are not predicted
+    per_image = pipeline.forwards_per_image(request.sampling) if request.method == "__call__" else None
     mine = [index for index in range(len(request)) if index % processes.count == processes.rank]
     rows = {index: row for index in mine if (row := _finished(folder, index, request))}
     missing = [index for index in mine if index not in rows]
@@ -184,7 +194,7 @@ def draw(
                 result = method(*request.inputs, **_call(pipeline, request, batch), **prepared)
             if not done and asked < number:
                 # before the first image: a folder with images says what they are
-                _write_manifest(folder, request, number, earlier.get("images", ()), forwards)
+                _write_manifest(folder, request, number, earlier.get("images", ()), per_image)
             pictures = zip(batch, result.images, _in_a_row(result.token_ids), strict=True)
             rows |= {index: _saved(pipeline, folder, request, index, *one) for index, *one in pictures}
             took.append(getattr(result, "num_forwards", 0))
@@ -194,8 +204,8 @@ def draw(
     if processes.is_first:
         # what others drew, and what an earlier call did that asked for more
         rows |= {i: row for i in range(number) if i not in rows and (row := _finished(folder, i, request))}
-        _write_manifest(folder, request, number, [rows[index] for index in sorted(rows)], forwards)
-    return Drawn(len(missing), tuple(took))
+        _write_manifest(folder, request, number, [rows[index] for index in sorted(rows)], per_image)
+    return Drawn(len(missing), tuple(took), per_image)
 
 
 def check_folder(folder: Path, request: SampleRequest) -> dict[str, Any]:
@@ -331,15 +341,6 @@ def _write_manifest(
     values = {"isthmus_version": isthmus.__version__, "settings": request.settings, "num": number, **cost}
     text = json.dumps({**values, "images": rows}, indent=1) + "\n"
     write_whole(folder / MANIFEST, text)
-
-
-def _forwards_per_image(pipeline: "AnyPipeline", request: SampleRequest) -> Any:
-    """What an image takes of a model that counts it; None for others, and for edits.
-
-    From the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many. Not so
-    of an edit: scales that all images of a batch keep are not predicted.
-    """
-    return pipeline.forwards_per_image(request.sampling) if request.method == "__call__" else None
 
 
 def _call(pipeline: "AnyPipeline", request: SampleRequest, indices: Sequence[int]) -> dict[str, Any]:
@@ -500,8 +501,7 @@ def draw_folder(
             save_picture(_grid(samples), out / GRID)
         if strip:
             save_picture(_strip(pipeline, samples, request), out / STRIP)
-        forwards = _forwards_per_image(pipeline, request)
-        cost = "" if forwards is None else f"; {forwards} forwards each"
+        cost = "" if drawn.forwards_per_image is None else f"; {drawn.forwards_per_image} forwards each"
         by = "" if processes.count == 1 else " by the first process"
         logger.info("%d images in %s (%d drawn now%s)%s", number, out, drawn.count, by, cost)
 

@@ -4,24 +4,17 @@ from collections.abc import Sequence
 
 from isthmus.cli.options import parse
 from isthmus.demo.options import DemoOptions
-from isthmus.studies.options import (
-    DAR_BUDGETS,
-    SRDD_BUDGETS,
-    DarStudyOptions,
-    SrddStudyOptions,
-    dar_setting,
-    srdd_setting,
-)
+from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
 
 
 def run_srdd(arguments: Sequence[str]) -> None:
     """Run the study of next-scale models."""
     options = parse(SrddStudyOptions, arguments, prog="isthmus study srdd")
     # imported here: --help does without
-    from isthmus.studies.srdd_tables import SRDD_STUDY
+    from isthmus.studies.srdd import SRDD_STUDY
     from isthmus.studies.study import run_study
 
-    run_study(SRDD_STUDY, options, SRDD_BUDGETS, srdd_setting)
+    run_study(SRDD_STUDY, options)
 
 
 def run_dar(arguments: Sequence[str]) -> None:
@@ -31,7 +24,7 @@ def run_dar(arguments: Sequence[str]) -> None:
     from isthmus.studies.dar import DAR_STUDY
     from isthmus.studies.study import run_study
 
-    run_study(DAR_STUDY, options, DAR_BUDGETS, dar_setting)
+    run_study(DAR_STUDY, options)
 
 
 def run_demo_command(arguments: Sequence[str]) -> None:

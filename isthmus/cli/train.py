@@ -29,7 +29,6 @@ from isthmus.pipelines.folder import model_folder, read_index
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.registry import DEFAULT_PRESETS, imported, task_of
 from isthmus.training.config import (
-    AugmentConfig,
     Preset,
     PriorSampling,
     Run,
@@ -183,7 +182,7 @@ def _presets_of(model: str) -> Mapping[str, str]:
 
 
 # settings of the images that a student takes over from its teacher's run.json
-_DATA_FIELDS = ("data", "stream", "max_images")
+_DATA_FIELDS = ("data", "stream", "max_images", "classes", "augment")
 
 
 def run_distill(arguments: Sequence[str]) -> None:
@@ -216,10 +215,9 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
         )
     run = replace(run, sampling=PriorSampling.of(SamplingOptions.from_dict(index["sampling_defaults"])))
     if record := read_record(folder / "run.json").get("run"):
-        given = {name: record[name] for name in _DATA_FIELDS if name in record}
-        classes = record.get("classes")
-        augment = AugmentConfig(**record["augment"]) if "augment" in record else run.augment
-        return replace(run, **given, classes=None if classes is None else tuple(classes), augment=augment)
+        known = {name: record[name] for name in _DATA_FIELDS if name in record}
+        theirs = run_from_json(DistillRun, known)
+        return replace(run, **{name: getattr(theirs, name) for name in known})
     if not own_data:
         raise UserError(
             f"{model} does not say which images it was trained on (no run.json). Pass --data, and --classes for some."

@@ -17,8 +17,13 @@ from torch.distributed.nn.functional import all_reduce
 from isthmus.errors import UserError
 from isthmus.nn.attention import Attend, prefix_causal_mask
 
+Rows = Float[Tensor, "b l width"]
+Heads = Float[Tensor, "b heads l c"]
+Seen = Float[Tensor, "b heads seen c"]
 RotaryTable = Float[Tensor, "l pairs 2"]
 """Cosine and sine of every position and pair, in fp32."""
+NORM_EPS = 1e-6
+"""Epsilon of every norm in the tokenizer."""
 
 
 def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_000.0) -> RotaryTable:
@@ -62,16 +67,12 @@ def with_unrotated(table: RotaryTable, count: int) -> Float[Tensor, "longer pair
     return torch.cat([table, identity])
 
 
-def rotate(x: Float[Tensor, "b heads l c"], table: RotaryTable) -> Float[Tensor, "b heads l c"]:
+def rotate(x: Heads, table: RotaryTable) -> Heads:
     """Turn every pair of channels (a, b) to (cos a - sin b, sin a + cos b), in fp32, returned in the type of `x`."""
     pairs = x.float().unflatten(-1, (-1, 2))
     # complex multiplication is this rotation, in one pass over memory
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-
-
-NORM_EPS = 1e-6
-"""Epsilon of every norm in the tokenizer."""
 
 
 def plain_norm(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
@@ -110,11 +111,6 @@ class SharedBatchNorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum or 0.0)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)
         return (input - mean) * (variance + self.eps).rsqrt()
-
-
-Rows = Float[Tensor, "b l width"]
-Heads = Float[Tensor, "b heads l c"]
-Seen = Float[Tensor, "b heads seen c"]
 
 
 def full_attention(q: Heads, k: Seen, v: Seen, softmax_scale: float) -> Heads:

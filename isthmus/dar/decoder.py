@@ -28,7 +28,10 @@ from isthmus.nn.attention import FeedForward
 from isthmus.nn.saved_model import SavedModel, records_arguments
 from isthmus.nn.shapes import Images
 
+Rows = Float[Tensor, "b l width"]
+Canvas = Float[Tensor, "b 3 side side"]
 Painted = Float[Tensor, "b n 3 side side"]
+KeysValues = tuple[Float[Tensor, "b heads seen c"], Float[Tensor, "b heads seen c"]]
 
 
 class TokenCanvas(nn.Module):
@@ -59,14 +62,9 @@ class TokenCanvas(nn.Module):
         return painted.unflatten(2, (3, self.side, self.side))
 
 
-def shown_at(canvas: Float[Tensor, "b 3 side side"], height: int, width: int) -> Images:
+def shown_at(canvas: Canvas, height: int, width: int) -> Images:
     """The small image at the size of the pixels."""
     return F.interpolate(canvas, size=(height, width), mode="bilinear")
-
-
-Rows = Float[Tensor, "b l width"]
-Canvas = Float[Tensor, "b 3 side side"]
-KeysValues = tuple[Float[Tensor, "b heads seen c"], Float[Tensor, "b heads seen c"]]
 
 
 @dataclass

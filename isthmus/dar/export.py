@@ -28,8 +28,9 @@ def export_llama(model: str | Path | DARPipeline, out: str | Path) -> Path:
             raise UserError(f"only D-AR models have a Llama to export, {model} is a {type(pipeline).__name__}.")
         with no_progress_bars():
             pipeline.transformer.save_pretrained(folder)
-        generation_config(pipeline.token_layout, pipeline.defaults).save_pretrained(folder)
-        (folder / "README.md").write_text(readme(pipeline), encoding="utf-8")
+        settings = generation_config(pipeline.token_layout, pipeline.defaults)
+        settings.save_pretrained(folder)
+        (folder / "README.md").write_text(readme(pipeline, settings), encoding="utf-8")
         for weights in folder.glob("*.safetensors"):
             # safetensors writes for the owner alone; a model is as readable as the rest of its folder
             weights.chmod((folder / "config.json").stat().st_mode)
@@ -56,24 +57,23 @@ def generation_config(layout: TokenLayout, sampling: SamplingOptions) -> Generat
     )
 
 
-def readme(pipeline: DARPipeline) -> str:
+def readme(pipeline: DARPipeline, settings: GenerationConfig) -> str:
     """The README.md of the exported folder."""
     layout = pipeline.token_layout
-    values = {
-        "version": isthmus.__version__,
-        "codes": layout.codebook_size,
-        "last_code": layout.codebook_size - 1,
-        "null": layout.vocab_size - 1,
-        "tokens": layout.num_tokens,
-        "positions": layout.num_tokens + 1,
-        "temperature": float(pipeline.defaults.temperature),
-        "vllm_top_k": pipeline.defaults.top_k or 0,
-        "sglang_top_k": pipeline.defaults.top_k or -1,
-        "top_p": 1.0 if pipeline.defaults.top_p is None else float(pipeline.defaults.top_p),
-        "classes": _classes(pipeline),
-        "attribution": pipeline.config["data"].get("attribution") or "unknown. Find out before you publish this model.",
-    }
-    return _README.format(**values)
+    return _README.format(
+        version=isthmus.__version__,
+        codes=layout.codebook_size,
+        last_code=layout.codebook_size - 1,
+        null=layout.vocab_size - 1,
+        tokens=layout.num_tokens,
+        positions=layout.num_tokens + 1,
+        temperature=settings.temperature,
+        vllm_top_k=settings.top_k,
+        sglang_top_k=settings.top_k or -1,
+        top_p=settings.top_p,
+        classes=_classes(pipeline),
+        attribution=pipeline.config["data"].get("attribution") or "unknown. Find out before you publish this model.",
+    )
 
 
 def _classes(pipeline: DARPipeline) -> str:

@@ -52,19 +52,8 @@ class PackedProduct:
     From 2 to 8 rows it takes 1.3 to 2.9 times less time than the module's layout, for one row more.
     """
 
-    SMALLEST = 2**18
-    """Weights of a matrix below which `WholeProduct` is as fast."""
-
     def __init__(self, weight: Float[Tensor, "out in"]):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 2)
-
-    @classmethod
-    def pays(cls, weight: Float[Tensor, "out in"], num_rows: int) -> bool:
-        """Whether this is the fastest way here, and torch has it (Inductor uses the same two operators)."""
-        fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= cls.SMALLEST
-        operators = ("_reorder_linear_weight", "_linear_pointwise")
-        present = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
-        return num_rows > 1 and fits and present
 
     def __call__(self, x: Float[Tensor, "rows in"], added_to: Tensor | None = None) -> Float[Tensor, "rows out"]:
         """X times the matrix; see `Product`."""
@@ -99,7 +88,11 @@ Product = WholeProduct | PackedProduct | Int8Product
 
 def fastest_product(weight: Float[Tensor, "out in"], num_rows: int) -> Product:
     """The matrix as it is, in the layout that is fastest for about this many rows."""
-    return PackedProduct(weight) if PackedProduct.pays(weight, num_rows) else WholeProduct(weight)
+    # with fewer than 2^18 weights `WholeProduct` is as fast; Inductor uses the same two operators
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= 2**18
+    operators = ("_reorder_linear_weight", "_linear_pointwise")
+    present = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    return PackedProduct(weight) if num_rows > 1 and fits and present else WholeProduct(weight)
 
 
 # new tokens one below the other, whatever sequence they are of, and any width
@@ -155,7 +148,6 @@ class LlamaDecoder:
         if compiled:
             check_compiler(self.device)
         self.layout, self._source = layout, weakref.ref(transformer)
-
         self.num_positions = layout.num_tokens + 1
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width, self.norm_eps = config.head_dim, config.rms_norm_eps

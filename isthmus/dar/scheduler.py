@@ -22,11 +22,7 @@ def velocity_towards(image: Images, x_t: Images, t: Float[Tensor, " _"], *, shor
 
 
 def time_waves(t: Float[Tensor, " n"], width: int) -> Float[Tensor, "n width"]:
-    """Cosines, then sines, of 1000 t at width / 2 frequencies from 1 down to 1/10000 (exclusive).
-
-    >>> time_waves(torch.tensor([0.0]), 4)
-    tensor([[1., 1., 0., 0.]])
-    """
+    """Cosines, then sines, of 1000 t at width / 2 frequencies from 1 down to 1/10000 (exclusive)."""
     exponents = torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2)
     angles = 1000 * t.float()[:, None] * 10_000.0**-exponents
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -136,8 +132,7 @@ class FlowMatchingScheduler(Recorded):
         solver: Solver | None = None,
         to_end: bool = False,
     ) -> Images:
-        """The state after step `index` (from 0), from the state before it and the decoder's velocity at
-        `times()[index]`.
+        """The state after step `index`, from the state before it and the decoder's velocity at `times()[index]`.
 
         `previous_velocity` is that of the step before; None takes a step of Euler, as the first step that is executed
         must, wherever it starts. Number of steps and solver are those of the whole way; None takes the configured ones.

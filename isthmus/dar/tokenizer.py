@@ -31,6 +31,11 @@ from isthmus.nn.quantization import nearest_code
 from isthmus.nn.saved_model import SavedModel, records_arguments
 from isthmus.nn.shapes import Images
 
+Rows = Float[Tensor, "b l width"]
+TokenIds = Int[Tensor, "b n"]
+Codes = Float[Tensor, "b n d"]
+Condition = Float[Tensor, "b n condition_width"]
+
 
 class LinearQueries(nn.Module):
     """One vector per token: `rank` numbers read off the image, averaged to `side` pixels, by a linear map, widened.
@@ -49,12 +54,6 @@ class LinearQueries(nn.Module):
         """Images in [-1, 1] of any sides."""
         small = F.adaptive_avg_pool2d(images, self.side).flatten(1).to(self.read.weight.dtype)
         return self.widen(self.read(small).unflatten(1, (self.num_tokens, -1)))
-
-
-Rows = Float[Tensor, "b l width"]
-TokenIds = Int[Tensor, "b n"]
-Codes = Float[Tensor, "b n d"]
-Condition = Float[Tensor, "b n condition_width"]
 
 
 @dataclass

@@ -127,7 +127,9 @@ class DINOv2Features(nn.Module):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self.network, self.num_extra = _load_dino(folder)
+        self.network = _load_dino(folder)
+        # rows that are no patches: class and registers
+        self.num_extra = 1 + int(getattr(self.network.config, "num_register_tokens", 0))
         self.side = _DINO_GRID * int(self.network.config.patch_size)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
@@ -156,8 +158,7 @@ def feature_shape(network: nn.Module, image_size: int) -> tuple[int, int]:
     return features.shape[1], features.shape[2]
 
 
-def _load_dino(folder: Path) -> tuple[Any, int]:
-    """The network and its number of rows that are no patches (class and registers)."""
+def _load_dino(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"loss.alignment_folder must hold a DINOv2 saved by transformers, got {folder}. Check the path."
@@ -178,7 +179,7 @@ def _load_dino(folder: Path) -> tuple[Any, int]:
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"the DINOv2 in {folder} lacks {len(missing)} weights (first: {missing[:3]}). Copy it again.")
-    return network, 1 + int(getattr(config, "num_register_tokens", 0))
+    return network
 
 
 @dataclass

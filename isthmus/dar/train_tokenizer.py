@@ -348,7 +348,8 @@ def diffusion_tokenizer_scores(
         vectors, token_ids = latents_or_codes(tokenizer, images, quantize=quantize)
         codes.append(vectors)
         if token_ids is not None:
-            counts += code_counts(by_group(tokenizer, token_ids), tokenizer.config["codebook_size"]).cpu()
+            groups = token_ids.split(tokenizer.tokens_per_group, dim=1)
+            counts += code_counts(list(groups), tokenizer.config["codebook_size"]).cpu()
     codes = torch.cat(codes)
     others = codes.roll(len(chosen) // 2, dims=0)
     for numbers, right, wrong in zip(batches, codes.split(_BATCH), others.split(_BATCH), strict=True):
@@ -371,11 +372,6 @@ def latents_or_codes(
         return tokenizer.latents(images), None
     encoded = tokenizer.encode(images)
     return encoded.quantized, encoded.token_ids
-
-
-def by_group(tokenizer: DiffusionTokenizer, token_ids: Int[Tensor, "b n"]) -> list[Int[Tensor, "b g"]]:
-    """The token ids of each group."""
-    return list(token_ids.split(tokenizer.tokens_per_group, dim=1))
 
 
 @torch.no_grad()
@@ -485,8 +481,9 @@ class DiffusionTokenizerTask(TokenizerTask):
             distance=self._distance,
             teacher=self._teacher,
         )
-        token_ids = [] if output.token_ids is None else by_group(self.tokenizer, output.token_ids)
-        return TokenizerLosses(named=named, token_ids=token_ids, latents=output.latents)
+        ids, length = output.token_ids, self.tokenizer.tokens_per_group
+        groups = [] if ids is None else list(ids.split(length, dim=1))
+        return TokenizerLosses(named=named, token_ids=groups, latents=output.latents)
 
     def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
         """K-means over latents."""

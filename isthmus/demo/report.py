@@ -1,9 +1,9 @@
 """report.md of the demo: pictures, curves, and numbers with everything that made them."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,210 +11,105 @@ import isthmus
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
+from isthmus.evaluation.report import markdown_table
 from isthmus.files import write_whole
 from isthmus.next_scale.pipeline import NextScalePipeline
-from isthmus.training.run import LogLines, column, last
+from isthmus.training.run import LogLines, column, last, read_log
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Scores = dict[str, Any]
+"""What the demo measures on its samples, as `isthmus evaluate` does, and how they were drawn: scores.json.
+
+Shares of samples: `class_accuracy` (the nearest class mean is that of the own class), and `memorised` (nearer to a
+training image than 99 % of held-out images are); `memorised_views` are true copies, shifted and mirrored as training
+sees them. Of D-AR also held-out images, dB: `psnr` from their own codes, `psnr_shuffled` from another image's,
+`psnr_small` shrunk to 4 x 4 and back; `first_preview` is a share of the time of a single image.
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoScores:
-    """What the demo measures on its samples, as `isthmus evaluate` does, and how they were drawn.
-
-    Attributes:
-        class_accuracy: share of samples whose nearest class mean is their own class.
-        class_accuracy_held_out: the same for held-out images, which are real.
-        accuracy_by_class: class name -> share, of the samples.
-        memorised: share of samples nearer to a training image than 99 % of held-out images are.
-        memorised_views: the same of training images, shifted and mirrored as training sees them: what this search finds
-            of true copies.
-        num_samples: images drawn, the same number of each class.
-        guidance, seed: how they were drawn.
-        seconds_per_image: drawing, pixels and files included.
-        model: fingerprint of what drew them.
-    """
-
-    class_accuracy: float
-    class_accuracy_held_out: float
-    accuracy_by_class: dict[str, float]
-    memorised: float
-    memorised_views: float
-    num_samples: int
-    guidance: str
-    seed: int
-    seconds_per_image: float
-    model: str
+def logs_of(folder: Path) -> tuple[LogLines, LogLines]:
+    """Those of the tokenizer and of the prior."""
+    return read_log(folder / "tokenizer" / "log.jsonl"), read_log(folder / "model" / "log.jsonl")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DARScores(DemoScores):
-    """And on held-out images through the tokens of a D-AR model.
-
-    Attributes:
-        psnr: of held-out images from their own codes, dB, mean over images.
-        psnr_shuffled: of held-out images from another image's codes.
-        psnr_small: of held-out images shrunk to 4 x 4 and back, what a handful of colours gives.
-        reconstruction_accuracy: share of reconstructed held-out images whose nearest class mean is their own class.
-        num_held_out: images these are measured on.
-        first_preview: share of the time of a single image after which its first preview is there.
-    """
-
-    psnr: float
-    psnr_shuffled: float
-    psnr_small: float
-    reconstruction_accuracy: float
-    num_held_out: int
-    first_preview: float
-
-
-def draw_curves(tokenizer_log: LogLines, prior_log: LogLines, scale_sizes: tuple[int, ...], path: Path) -> None:
-    """Four panels: PSNR and codebook usage of the tokenizer; bits per token of the prior, in all and per scale."""
+def draw_curves(folder: Path, scale_sizes: Sequence[int] | None) -> None:
+    """curves.png: PSNR and codebook usage of the tokenizer, bits per token of the prior; bits by scale, or losses."""
     # imported here: matplotlib belongs to the extra `demo`, and `isthmus demo --help` does without
     from matplotlib.figure import Figure
 
+    tokenizer_log, prior_log = logs_of(folder)
     figure = Figure(figsize=(11, 6), layout="constrained")
-    (psnr, usage), (bits, by_scale) = figure.subplots(2, 2)
-    psnr.plot(*column(tokenizer_log, "val/psnr"), marker="o")
-    psnr.set(title="tokenizer: PSNR on held-out images", ylabel="dB")
-    usage.plot(*column(tokenizer_log, "val/usage"), marker="o", label="held-out images")
-    usage.plot(*column(tokenizer_log, "train/usage"), label="training (moving average)")
-    usage.set(title="tokenizer: share of codes in use", ylim=(0, 1.02))
-    usage.legend()
-    bits.plot(*column(prior_log, "train/bits_per_token"), alpha=0.6, label="training (one batch)")
-    bits.plot(*column(prior_log, "val/bits_per_token"), marker="o", label="held-out images")
-    bits.set(title="prior: bits per token", ylabel="bits")
-    bits.legend()
-    for k, size in enumerate(scale_sizes):
-        by_scale.plot(*column(prior_log, f"val/bits_scale{k}"), label=f"{size} x {size}")
-    by_scale.set(title="prior: bits per token by scale, held-out images", ylabel="bits")
-    by_scale.legend(ncols=2)
-    for panel in (psnr, usage, bits, by_scale):
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    (psnr, usage), (bits, other) = figure.subplots(2, 2)
+    usage_names = {"val/usage": "held-out images", "train/usage": "training (moving average)"}
+    _draw(usage, tokenizer_log, usage_names, title="tokenizer: share of codes in use", ylim=(0, 1.02))
+    bits_names = {"train/bits_per_token": "training (one batch)", "val/bits_per_token": "held-out images"}
+    _draw(bits, prior_log, bits_names, title="prior: bits per token", ylabel="bits")
+    psnr_names = {"val/psnr": "their own codes"}
+    if scale_sizes is None:
+        psnr_names["val/psnr_shuffled"] = "another image's codes"
+        names = {f"train/{name}": name for name in ("flow", "jump", "canvas")}
+        _draw(other, tokenizer_log, names, title="tokenizer: losses", yscale="log")
+    else:
+        names = {f"val/bits_scale{k}": f"{size} x {size}" for k, size in enumerate(scale_sizes)}
+        _draw(other, prior_log, names, title="prior: bits per token by scale, held-out images", ylabel="bits")
+    _draw(psnr, tokenizer_log, psnr_names, title="tokenizer: PSNR of held-out images", ylabel="dB")
+    write_whole(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def draw_dar_curves(tokenizer_log: LogLines, prior_log: LogLines, path: Path) -> None:
-    """Four panels: PSNR with right and wrong codes, losses and codebook usage of the tokenizer; bits of the prior."""
-    # imported here: see above
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    (quality, losses), (usage, bits) = figure.subplots(2, 2)
-    quality.plot(*column(tokenizer_log, "val/psnr"), marker="o", label="their own codes")
-    quality.plot(*column(tokenizer_log, "val/psnr_shuffled"), marker="o", label="another image's codes")
-    quality.set(title="tokenizer: PSNR of held-out images", ylabel="dB")
-    quality.legend()
-    for name in ("flow", "jump", "canvas"):
-        losses.plot(*column(tokenizer_log, f"train/{name}"), label=name)
-    losses.set(title="tokenizer: losses", yscale="log")
-    losses.legend()
-    usage.plot(*column(tokenizer_log, "val/usage"), marker="o", label="held-out images")
-    usage.plot(*column(tokenizer_log, "train/usage"), label="training (moving average)")
-    usage.set(title="tokenizer: share of codes in use", ylim=(0, 1.02))
-    usage.legend()
-    bits.plot(*column(prior_log, "train/bits_per_token"), alpha=0.6, label="training")
-    bits.plot(*column(prior_log, "val/bits_per_token"), marker="o", label="held-out images")
-    bits.set(title="prior: bits per token", ylabel="bits")
-    bits.legend()
-    for panel in (quality, losses, usage, bits):
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+def _draw(panel: "Axes", log: LogLines, names: Mapping[str, str], **settings: Any) -> None:
+    for name, label in names.items():
+        panel.plot(*column(log, name), label=label, marker="o" if name.startswith("val/") else None, markersize=4)
+    panel.set(xlabel="step", **settings)
+    panel.grid(alpha=0.3)
+    panel.legend(ncols=2 if len(names) > 3 else 1)
 
 
 def next_scale_report(
-    options: DemoOptions,
-    pipeline: NextScalePipeline,
-    train: ImageSource,
-    scores: DemoScores,
-    tokenizer_log: LogLines,
-    prior_log: LogLines,
-    seconds: dict[str, float],
+    options: DemoOptions, pipeline: NextScalePipeline, train: ImageSource, scores: Scores, seconds: Mapping[str, float]
 ) -> None:
     """Write report.md of the next-scale demo."""
-    sizes, codebook_size = pipeline.schedule.sizes, pipeline.image_tokenizer.config["codebook_size"]
-    params = _parameters(pipeline, "image_tokenizer", "transformer")
-    ratio = scores.class_accuracy / max(scores.class_accuracy_held_out, 1e-9)
+    sizes, (tokenizer_log, prior_log) = pipeline.schedule.sizes, logs_of(options.folder)
     bits = " | ".join(f"{last(prior_log, f'val/bits_scale{k}'):.2f}" for k in range(len(sizes)))
     psnr = " | ".join(f"{last(tokenizer_log, f'val/psnr_scale{k}'):.1f}" for k in range(len(sizes)))
-    text = f"""# Isthmus demo
-
-An SRDD model trained from nothing on {len(train)} drawings of {len(train.class_names)} classes
-({", ".join(train.class_names)}), {pipeline.image_tokenizer.image_size} px, seed {options.seed}.
-
-![samples](samples.png)
-
-Rows are classes. One image of each class, coarse to fine:
+    ratio = scores["class_accuracy"] / max(scores["class_accuracy_held_out"], 1e-9)
+    _write(
+        options, pipeline, train, scores, seconds,
+        title="Isthmus demo",
+        model="An SRDD model trained",
+        pictures="""Rows are classes. One image of each class, coarse to fine:
 
 ![scales](scales.png)
 
 Held-out images, rebuilt from the first scales and from all of them; the image itself is last:
 
-![reconstructions](reconstructions.png)
-
-![curves](curves.png)
-
-## Numbers
-
-| | |
-|---|---|
-| tokenizer | {params["image_tokenizer"]:,} parameters |
-| PSNR on held-out images | {last(tokenizer_log, "val/psnr"):.2f} dB |
-| codes that held-out images use | {last(tokenizer_log, "val/usage"):.0%} of {codebook_size} |
-| prior | {params["transformer"]:,} parameters |
-| bits per token on held-out images | {last(prior_log, "val/bits_per_token"):.3f} |
-{_samples_rows(scores)}
-| class accuracy of held-out images | {scores.class_accuracy_held_out:.1%} |
-| samples over held-out | {ratio:.1%} |
-{_copies_rows(scores)}
-| drawing one image | {scores.seconds_per_image * 1000:.0f} ms |
-
-{_how_measured(train, scores)}
-
-| scale | {" | ".join(f"{s} x {s}" for s in sizes)} |
+![reconstructions](reconstructions.png)""",
+        rows={
+            "PSNR on held-out images": f"{last(tokenizer_log, 'val/psnr'):.2f} dB",
+            "samples over held-out": f"{ratio:.1%}",
+        },
+        below=f"""| scale | {" | ".join(f"{s} x {s}" for s in sizes)} |
 |---|{"---|" * len(sizes)}
 | PSNR up to this scale, dB | {psnr} |
 | bits per token | {bits} |
 
-{_circumstances(options, seconds)}
-
-## Next
-
-```
-isthmus sample {options.folder}/model --classes {train.class_names[0]} --num 16 --seed 1 --out samples --grid --strip
-isthmus info {options.folder}/model
-isthmus train prior --from {options.folder}/model --data folder:PATH_TO_YOUR_IMAGES --out mine
-isthmus demo --classes all --out demo-all
-isthmus demo --family dar
-```
-
-{train.attribution}
-"""
-    write_whole(options.folder / "report.md", text)
+""",
+        last_commands="isthmus demo --classes all --out demo-all\nisthmus demo --family dar",
+    )  # fmt: skip
 
 
 def dar_report(
-    options: DemoOptions,
-    pipeline: DARPipeline,
-    train: ImageSource,
-    scores: DARScores,
-    tokenizer_log: LogLines,
-    prior_log: LogLines,
-    seconds: dict[str, float],
+    options: DemoOptions, pipeline: DARPipeline, train: ImageSource, scores: Scores, seconds: Mapping[str, float]
 ) -> None:
     """Write report.md of the D-AR demo."""
-    params = _parameters(pipeline, "image_tokenizer", "decoder", "transformer")
     layout, scheduler = pipeline.token_layout, pipeline.scheduler.config
-    text = f"""# Isthmus demo: D-AR
-
-A Llama whose tokens drive the steps of a pixel diffusion, trained from nothing on {len(train)} drawings of
-{len(train.class_names)} classes ({", ".join(train.class_names)}), {pipeline.image_size} px, seed {options.seed},
-budget {options.budget}: {layout.num_tokens} tokens of {layout.codebook_size} codes, {scheduler["num_inference_steps"]}
-solver steps ({scheduler["solver"]}).
-
-![samples](samples.png)
-
-Rows are classes. One image of each class while it is drawn: the columns say how many tokens existed.
+    _write(
+        options, pipeline, train, scores, seconds,
+        title="Isthmus demo: D-AR",
+        model=f"""A Llama whose tokens drive the steps of a pixel diffusion ({layout.num_tokens} tokens of
+{layout.codebook_size} codes, {scheduler["num_inference_steps"]} solver steps, {scheduler["solver"]}), trained""",
+        pictures="""Rows are classes. One image of each class while it is drawn, by the number of tokens that existed.
 
 ![previews](previews.png)
 
@@ -225,80 +120,93 @@ Held-out images, what their tokens give back, and the same images shrunk to 4 x 
 Layout control: the first tokens of one held-out image (last column) are kept, as many as the column says; the others
 are drawn under the label of the row.
 
-![layout](layout.png)
+![layout](layout.png)""",
+        rows={
+            f"PSNR of {scores['num_held_out']} held-out images from their own codes": f"{scores['psnr']:.2f} dB",
+            "from another image's codes": f"{scores['psnr_shuffled']:.2f} dB",
+            "gap": f"{scores['psnr'] - scores['psnr_shuffled']:.2f} dB",
+            "images shrunk to 4 x 4 and back": f"{scores['psnr_small']:.2f} dB",
+            "class accuracy of reconstructed held-out images": f"{scores['reconstruction_accuracy']:.1%}",
+            "first preview of a single image": f"after {scores['first_preview']:.0%} of its time",
+        },
+        below="",
+        last_commands=f"""isthmus export llama {options.folder}/model --out llama
+isthmus demo --family dar --budget long""",
+    )  # fmt: skip
+
+
+def _write(
+    options: DemoOptions,
+    pipeline: NextScalePipeline | DARPipeline,
+    train: ImageSource,
+    scores: Scores,
+    seconds: Mapping[str, float],
+    *,
+    title: str,
+    model: str,
+    pictures: str,
+    rows: Mapping[str, str],
+    below: str,
+    last_commands: str,
+) -> None:
+    tokenizer_log, prior_log = logs_of(options.folder)
+    parts = {"image_tokenizer": "tokenizer", "decoder": "pixel decoder", "transformer": "prior"}
+    parameters = {
+        words: f"{sum(weight.numel() for weight in getattr(pipeline, part).parameters()):,} parameters"
+        for part, words in parts.items()
+        if hasattr(pipeline, part)
+    }
+    codes = pipeline.image_tokenizer.config["codebook_size"]
+    by_class = ", ".join(f"{name} {share:.0%}" for name, share in scores["accuracy_by_class"].items())
+    numbers = {
+        **parameters,
+        **rows,
+        "codes that held-out images use": f"{last(tokenizer_log, 'val/usage'):.0%} of {codes}",
+        "bits per token on held-out images": f"{last(prior_log, 'val/bits_per_token'):.3f}",
+        "class accuracy of held-out images": f"{scores['class_accuracy_held_out']:.1%}",
+        f"class accuracy of {scores['num_samples']} samples": f"{scores['class_accuracy']:.1%} ({by_class})",
+        "samples that look copied": f"{scores['memorised']:.1%}",
+        "training images, shifted and mirrored, that look copied": f"{scores['memorised_views']:.1%}",
+        "drawing one image, in batches of 50": f"{scores['seconds_per_image'] * 1000:.0f} ms",
+    }
+    phases = [(phase, f"{value:.0f}") for phase, value in (*seconds.items(), ("all", sum(seconds.values())))]
+    text = f"""# {title}
+
+{model} from nothing on {len(train)} drawings of {len(train.class_names)} classes
+({", ".join(train.class_names)}), {pipeline.image_size} px, seed {options.seed}, budget {options.budget}.
+
+![samples](samples.png)
+
+{pictures}
 
 ![curves](curves.png)
 
 ## Numbers
 
-| | |
-|---|---|
-| tokenizer | {params["image_tokenizer"]:,} parameters |
-| pixel decoder | {params["decoder"]:,} parameters |
-| prior | {params["transformer"]:,} parameters |
-| PSNR of {scores.num_held_out} held-out images from their own codes | {scores.psnr:.2f} dB |
-| from another image's codes | {scores.psnr_shuffled:.2f} dB |
-| gap | {scores.psnr - scores.psnr_shuffled:.2f} dB |
-| images shrunk to 4 x 4 and back | {scores.psnr_small:.2f} dB |
-| codes that held-out images use | {last(tokenizer_log, "val/usage"):.0%} of {layout.codebook_size} |
-| bits per token on held-out images | {last(prior_log, "val/bits_per_token"):.3f} |
-| class accuracy of held-out images | {scores.class_accuracy_held_out:.1%} |
-| class accuracy of their reconstructions | {scores.reconstruction_accuracy:.1%} |
-{_samples_rows(scores)}
-{_copies_rows(scores)}
-| drawing one image, in batches of 50 | {scores.seconds_per_image * 1000:.0f} ms |
-| first preview of a single image | after {scores.first_preview:.0%} of its time |
+{markdown_table(("", ""), list(numbers.items()))}
 
-{_how_measured(train, scores)}
+Class accuracy: the nearest class mean among {len(train.class_names)} classes on pooled 192-d features of
+EfficientNet-Lite0 at native size, means of the training images. A sample looks copied if it is nearer to a training
+image than 99 % of the held-out images are; the row below it says what this search finds of true copies, so a small
+share is no acquittal. Samples: seed {scores["seed"]}, {scores["guidance"]}.
 
-{_circumstances(options, seconds)}
+{below}{markdown_table(("phase", "seconds"), phases)}
+
+Isthmus {isthmus.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. Products of the trainings:
+{_precisions(options.folder)}.
 
 ## Next
 
 ```
 isthmus sample {options.folder}/model --classes {train.class_names[0]} --num 16 --seed 1 --out samples --grid --strip
-isthmus export llama {options.folder}/model --out llama
+isthmus info {options.folder}/model
 isthmus train prior --from {options.folder}/model --data folder:PATH_TO_YOUR_IMAGES --out mine
-isthmus demo --family dar --budget long
+{last_commands}
 ```
 
 {train.attribution}
 """
     write_whole(options.folder / "report.md", text)
-
-
-def _parameters(pipeline: Any, *parts: str) -> dict[str, int]:
-    return {name: sum(weight.numel() for weight in getattr(pipeline, name).parameters()) for name in parts}
-
-
-def _samples_rows(scores: DemoScores) -> str:
-    by_class = ", ".join(f"{name} {share:.0%}" for name, share in scores.accuracy_by_class.items())
-    return f"| class accuracy of {scores.num_samples} samples | {scores.class_accuracy:.1%} ({by_class}) |"
-
-
-def _copies_rows(scores: DemoScores) -> str:
-    return (
-        f"| samples that look copied | {scores.memorised:.1%} |\n"
-        f"| training images, shifted and mirrored, that look copied | {scores.memorised_views:.1%} |"
-    )
-
-
-def _how_measured(train: ImageSource, scores: DemoScores) -> str:
-    return f"""Class accuracy: the nearest class mean among {len(train.class_names)} classes on pooled 192-d features of
-EfficientNet-Lite0 at native size, means of the training images. A sample looks copied if it is nearer to a training
-image than 99 % of the held-out images are; the row below it says what this search finds of true copies, so a small
-share is no acquittal. Samples: seed {scores.seed}, {scores.guidance}."""
-
-
-def _circumstances(options: DemoOptions, seconds: dict[str, float]) -> str:
-    phases = "\n".join(f"| {phase} | {value:.0f} |" for phase, value in seconds.items())
-    return f"""| phase | seconds |
-|---|---|
-{phases}
-| all | {sum(seconds.values()):.0f} |
-
-Isthmus {isthmus.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. Products of the trainings:
-{_precisions(options.folder)}."""
 
 
 def _precisions(folder: Path) -> str:

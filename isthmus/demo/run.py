@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +24,7 @@ from isthmus.data.batches import EvaluationImages
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
-from isthmus.demo.report import (
-    DARScores,
-    DemoScores,
-    dar_report,
-    draw_curves,
-    draw_dar_curves,
-    next_scale_report,
-)
+from isthmus.demo.report import Scores, dar_report, draw_curves, next_scale_report
 from isthmus.evaluation.classes import NearestClassMean
 from isthmus.evaluation.features import extract_features, feature_network, sample_features
 from isthmus.evaluation.held_out import as_floats
@@ -47,7 +40,6 @@ from isthmus.pictures import save_picture, table, to_pil, to_uint8
 from isthmus.pipelines.loading import AnyPipeline, load_pipeline
 from isthmus.samples import SampleRequest, Samples, draw, read
 from isthmus.training.config import Run
-from isthmus.training.run import read_log
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 
@@ -65,10 +57,9 @@ LONGER = 4
 def run_demo(options: DemoOptions) -> Path:
     """Run every stage that is not finished yet and write `report.md`; returns the folder.
 
-    Raises:
-        UserError: an unknown class, or the folder holds something else.
+    Raises `UserError` for an unknown class, or where the folder holds something else.
     """
-    clock = Clock(options.folder / "seconds.json")
+    folder, clock = options.folder, Clock(options.folder / "seconds.json")
     logger.info("1/4 images: %s at %d px", DATA, IMAGE_SIZE_PX)
     train, held_out = clock.time(
         "images",
@@ -78,76 +69,61 @@ def run_demo(options: DemoOptions) -> Path:
         ),
     )
     logger.info("    %d images to train on, %d held out: %s", len(train), len(held_out), ", ".join(train.class_names))
+
     if options.family == "dar":
-        run_dar_demo(options, train, clock)
+        logger.info("2/4 tokenizer: pixels to a sequence of tokens, groups of which drive the steps of a diffusion")
+        first, second = diffusion_tokenizer_preset("dar-small-32"), next_token_prior_preset("dar-prior-small")
+        # a prior of so few images overfits long before a tokenizer does
+        words, longer = "a Llama that predicts the next token", 3
     else:
-        run_next_scale_demo(options, train, held_out, clock)
-    logger.info("done in %.0f s: see %s", sum(clock.seconds.values()), options.folder / "report.md")
-    return options.folder
+        logger.info("2/4 tokenizer: pixels to tokens of six scales")
+        first, second = tokenizer_preset("small-32"), prior_preset("srdd-small")
+        words, longer = "an SRDD transformer that predicts each scale from the one before", LONGER
+    clock.time("tokenizer", lambda: train_tokenizer(stage_run(first, options, "tokenizer", longer=LONGER)))
 
-
-def run_next_scale_demo(options: DemoOptions, train: ImageSource, held_out: ImageSource, clock: "Clock") -> None:
-    """Train a tokenizer and an SRDD prior, sample and report."""
-    folder = options.folder
-    logger.info("2/4 tokenizer: pixels to tokens of six scales")
-    tokenizer_run = stage_run(tokenizer_preset("small-32"), options, "tokenizer", longer=LONGER)
-    clock.time("tokenizer", lambda: train_tokenizer(tokenizer_run))
-
-    logger.info("3/4 prior: an SRDD transformer that predicts each scale from the one before")
+    logger.info("3/4 prior: %s", words)
     tokenizer = str(folder / "tokenizer")
-    prior_run = stage_run(prior_preset("srdd-small"), options, "model", longer=LONGER, tokenizer=tokenizer)
-    clock.time("prior", lambda: train_prior(prior_run))
+    clock.time("prior", lambda: train_prior(stage_run(second, options, "model", longer=longer, tokenizer=tokenizer)))
 
     logger.info("4/4 samples, pictures and report")
     pipeline = load_pipeline(str(folder / "model"), device="cpu")
-    assert isinstance(pipeline, NextScalePipeline), "the prior's run writes one"
-    scores = finished_scores(options, DemoScores)
-    if scores is None or scores.model != fingerprint(pipeline.transformer):
-        forget_samples(options, scores)
+    model = pipeline.fingerprint if isinstance(pipeline, DARPipeline) else fingerprint(pipeline.transformer)
+    record = folder / "scores.json"
+    scores: Scores | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if scores is None or (scores["seed"], scores["model"]) != (options.seed, model):
+        if scores is not None and scores["seed"] == options.seed:
+            # they are of another model
+            shutil.rmtree(folder / "samples", ignore_errors=True)
         samples = clock.time("drawing", lambda: draw_samples(pipeline, options))
-        scores = clock.time("samples", lambda: finish(options, pipeline, samples, held_out, clock))
-    tokenizer_log, prior_log = (read_log(folder / name / "log.jsonl") for name in ("tokenizer", "model"))
-    draw_curves(tokenizer_log, prior_log, pipeline.schedule.sizes, folder / "curves.png")
-    next_scale_report(options, pipeline, train, scores, tokenizer_log, prior_log, clock.seconds)
+
+        def finish() -> Scores:
+            size = pipeline.image_size
+            splits = open_splits(DATA, image_size=size, classes=options.chosen_classes or (), wanted=())
+            real = RealImages.of(feature_network("lite0"), splits, size=(size, size))
+            figures = {**sample_figures(real, samples, pipeline, options, clock), "model": model}
+            if isinstance(pipeline, DARPipeline):
+                return figures | dar_figures(pipeline, real, len(samples), options)
+            draw_scales(pipeline, held_out, options)
+            return figures
+
+        scores = clock.time("samples", finish)
+        write_whole(record, json.dumps(scores, indent=2))
+    if isinstance(pipeline, DARPipeline):
+        draw_curves(folder, None)
+        dar_report(options, pipeline, train, scores, clock.seconds)
+    else:
+        draw_curves(folder, pipeline.schedule.sizes)
+        next_scale_report(options, pipeline, train, scores, clock.seconds)
+    logger.info("done in %.0f s: see %s", sum(clock.seconds.values()), folder / "report.md")
+    return folder
 
 
-def finish(
-    options: DemoOptions, pipeline: NextScalePipeline, samples: Samples, held_out: ImageSource, clock: "Clock"
-) -> DemoScores:
-    """Measure and picture the samples."""
+def draw_scales(pipeline: NextScalePipeline, held_out: ImageSource, options: DemoOptions) -> None:
+    """scales.png and reconstructions.png."""
     columns = [f"{size} x {size}" for size in pipeline.schedule.sizes]
     draw_previews(pipeline, held_out.class_names, options, columns, "scales.png")
     shown = save_previews(pipeline.image_tokenizer, EvaluationImages(held_out, pipeline.image_size), options.folder, 0)
     shown.replace(options.folder / "reconstructions.png")
-    figures = sample_figures(real_images(pipeline, options), samples, pipeline, options, clock)
-    return kept(options, DemoScores(**figures, model=fingerprint(pipeline.transformer)))
-
-
-def run_dar_demo(options: DemoOptions, train: ImageSource, clock: "Clock") -> None:
-    """Train a diffusion tokenizer and a Llama prior, sample and report."""
-    folder = options.folder
-    logger.info("2/4 tokenizer: pixels to a sequence of tokens, groups of which drive the steps of a diffusion")
-    preset = diffusion_tokenizer_preset("dar-small-32")
-    tokenizer_run = stage_run(preset, options, "tokenizer", longer=LONGER)
-    clock.time("tokenizer", lambda: train_tokenizer(tokenizer_run))
-
-    logger.info("3/4 prior: a Llama that predicts the next token")
-    tokenizer = str(folder / "tokenizer")
-    # a prior of so few images overfits long before a tokenizer does
-    prior_run = stage_run(next_token_prior_preset("dar-prior-small"), options, "model", longer=3, tokenizer=tokenizer)
-    clock.time("prior", lambda: train_prior(prior_run))
-
-    logger.info("4/4 samples, pictures and report")
-    pipeline = load_pipeline(str(folder / "model"), device="cpu")
-    assert isinstance(pipeline, DARPipeline), "the prior's run writes one"
-    scores = finished_scores(options, DARScores)
-    if scores is None or scores.model != pipeline.fingerprint:
-        forget_samples(options, scores)
-        samples = clock.time("drawing", lambda: draw_samples(pipeline, options))
-        scores = clock.time("samples", lambda: finish_dar(options, pipeline, samples, clock))
-    tokenizer_log, prior_log = (read_log(folder / name / "log.jsonl") for name in ("tokenizer", "model"))
-    draw_dar_curves(tokenizer_log, prior_log, folder / "curves.png")
-    dar_report(options, pipeline, train, scores, tokenizer_log, prior_log, clock.seconds)
 
 
 _PREFIX_SHARES = (0, 1 / 32, 3 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -156,9 +132,8 @@ _SMALL_SIDE_PX = 4
 _TIMINGS = 5
 
 
-def finish_dar(options: DemoOptions, pipeline: DARPipeline, samples: Samples, clock: "Clock") -> DARScores:
-    """Measure and picture samples and held-out images."""
-    real = real_images(pipeline, options)
+def dar_figures(pipeline: DARPipeline, real: RealImages, num_samples: int, options: DemoOptions) -> Scores:
+    """Picture samples and held-out images, and measure these through the tokens."""
     assert real.splits is not None and real.splits.held_out.labels is not None, "the data set has classes"
     held_out, names, headline = real.splits.held_out, list(real.splits.class_names), next(iter(real.network.spaces))
     unseen, labels = as_floats(np.stack(list(held_out))), real.splits.held_out.labels
@@ -167,22 +142,18 @@ def finish_dar(options: DemoOptions, pipeline: DARPipeline, samples: Samples, cl
     draw_reconstructions(unseen, rebuilt, labels, options)
     # whatever comes first, its layout is what the others take on
     draw_layouts(pipeline, unseen[:1], names, options)
-    figures = sample_figures(real, samples, pipeline, options, clock)
-    training = real.measured(len(samples)).training
+    training = real.measured(num_samples).training
     assert training is not None, "there is a data set"
     judge = NearestClassMean.fit(training.rows, training.labels)
     features = extract_features(real.network, to_uint8(rebuilt))[headline]
-    scores = DARScores(
-        **figures,
-        psnr=psnr(rebuilt, unseen).mean().item(),
-        psnr_shuffled=psnr(shuffled, unseen).mean().item(),
-        psnr_small=psnr(shrunk_and_back(unseen), unseen).mean().item(),
-        reconstruction_accuracy=float((judge.predict(features) == labels).mean()),
-        num_held_out=len(unseen),
-        first_preview=first_preview,
-        model=pipeline.fingerprint,
-    )
-    return kept(options, scores)
+    return {
+        "psnr": psnr(rebuilt, unseen).mean().item(),
+        "psnr_shuffled": psnr(shuffled, unseen).mean().item(),
+        "psnr_small": psnr(shrunk_and_back(unseen), unseen).mean().item(),
+        "reconstruction_accuracy": float((judge.predict(features) == labels).mean()),
+        "num_held_out": len(unseen),
+        "first_preview": first_preview,
+    }
 
 
 class Clock:
@@ -218,31 +189,6 @@ def stage_run(preset: StageRun, options: DemoOptions, folder: str, *, longer: in
     )
 
 
-Scores = TypeVar("Scores", bound=DemoScores)
-
-
-def finished_scores(options: DemoOptions, kind: type[Scores]) -> Scores | None:
-    """What an earlier run measured of samples of this seed."""
-    record = options.folder / "scores.json"
-    if not record.is_file():
-        return None
-    before = kind(**json.loads(record.read_text(encoding="utf-8")))
-    return before if before.seed == options.seed else None
-
-
-def kept(options: DemoOptions, scores: Scores) -> Scores:
-    """Scores, written for later runs."""
-    text = json.dumps(asdict(scores), indent=2)
-    write_whole(options.folder / "scores.json", text)
-    return scores
-
-
-def forget_samples(options: DemoOptions, scores: DemoScores | DARScores | None) -> None:
-    """Delete the samples of another model, whose scores these are."""
-    if scores is not None:
-        shutil.rmtree(options.folder / "samples", ignore_errors=True)
-
-
 def draw_samples(pipeline: AnyPipeline, options: DemoOptions) -> Samples:
     """The folder samples/, the same number of images of each class one after the other, and samples.png."""
     classes = list(range(pipeline.num_classes))
@@ -261,17 +207,10 @@ def draw_samples(pipeline: AnyPipeline, options: DemoOptions) -> Samples:
     return samples
 
 
-def real_images(pipeline: AnyPipeline, options: DemoOptions) -> RealImages:
-    """What samples of the demo are measured against, as `isthmus evaluate` does it."""
-    size = pipeline.image_size
-    splits = open_splits(DATA, image_size=size, classes=options.chosen_classes or (), wanted=())
-    return RealImages.of(feature_network("lite0"), splits, size=(size, size))
-
-
 def sample_figures(
     real: RealImages, samples: Samples, pipeline: AnyPipeline, options: DemoOptions, clock: Clock
-) -> dict[str, Any]:
-    """The fields of `DemoScores` that do not tell the model."""
+) -> Scores:
+    """What is measured on the samples of every model."""
     assert real.splits is not None, "the demo has a data set"
     names, accuracy = real.splits.class_names, "class accuracy (nearest mean)"
     found = real.scores(sample_features(real.network, samples), samples.labels, names)
@@ -304,10 +243,16 @@ def draw_previews(
 
 
 def draw_dar_previews(pipeline: DARPipeline, names: Sequence[str], options: DemoOptions) -> float:
-    """previews.png, by number of tokens; returns when the first preview came, as a share of the whole."""
+    """previews.png, by number of tokens; returns after which share of an image's time its first preview is there."""
     columns = pipeline.step_names(pipeline.scheduler.config["num_inference_steps"])
     draw_previews(pipeline, names, options, [name.split()[0] for name in columns], "previews.png")
-    return float(np.median([first_preview_share(pipeline, options.seed) for _ in range(_TIMINGS)]))
+    shares = []
+    for _ in range(_TIMINGS):
+        start = time.perf_counter()
+        label = 0 if pipeline.num_classes else None
+        times = [time.perf_counter() - start for _ in pipeline.stream(label, seed=options.seed)]
+        shares.append(times[0] / times[-1])
+    return float(np.median(shares))
 
 
 def reconstructions(pipeline: DARPipeline, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,23 +280,14 @@ def draw_reconstructions(images: Tensor, rebuilt: Tensor, labels: np.ndarray, op
     save_picture(picture, options.folder / "reconstructions.png")
 
 
-def first_preview_share(pipeline: DARPipeline, seed: int) -> float:
-    """Share of the time of a single image after which its first preview is there."""
-    start = time.perf_counter()
-    times = [time.perf_counter() - start for _ in pipeline.stream(0 if pipeline.num_classes else None, seed=seed)]
-    return times[0] / times[-1]
-
-
 def draw_layouts(pipeline: DARPipeline, reference: Tensor, names: Sequence[str], options: DemoOptions) -> None:
     """Rows = labels, columns = how many first tokens of the reference are kept; the reference itself comes last."""
     total = pipeline.token_layout.num_tokens
     lengths = sorted({round(share * total) for share in _PREFIX_SHARES})
     rows = []
     for label in range(pipeline.num_classes):
-        output = pipeline(
-            [label] * len(lengths), prefix_image=reference, prefix_tokens=lengths, seed=options.seed,
-            image_index=[label] * len(lengths),
-        )  # fmt: skip
+        labels = [label] * len(lengths)
+        output = pipeline(labels, prefix_image=reference, prefix_tokens=lengths, seed=options.seed, image_index=labels)
         assert isinstance(output.images, list), "a call returns PIL images by default"
         rows.append([*output.images, *to_pil(reference)])
     columns = [*(str(length) for length in lengths), "image"]

@@ -209,33 +209,29 @@ def fitting(against: Reference, network: FeatureNetwork, size: tuple[int, int]) 
     Statistics of other features that lie beside images are left out, with a warning. Raises UserError where the images
     have another size than the samples, or there is nothing but statistics of other features.
     """
-    if against.images is None:
-        statistics_space(against, network)
-        return _checked_by_width(against)
-    if against.images.size() != size:
+    images, statistics, warning = against.images, against.statistics, None
+    if images is not None and images.size() != size:
         raise UserError(
-            f"samples and reference must have one size, got {size} and {against.images.size()}. Resize one of them."
+            f"samples and reference must have one size, got {size} and {images.size()}. Resize one of them."
         )
-    if against.statistics is None:
+    if statistics is None:
         return against
-    if len(against.statistics.mean) in network.spaces.values():
-        return _checked_by_width(against)
-    words = f"{len(against.images)} images of {against.images.name}"
-    warning = (
-        f"The mu and sigma beside the reference images are {len(against.statistics.mean)} wide, the features "
-        f"{network.name} are not: every score is measured against the images alone."
-    )
-    return replace(against, words=words, statistics=None, warnings=(*against.warnings, warning))
-
-
-def _checked_by_width(against: Reference) -> Reference:
-    if against.origin is not None:
-        return against
-    warning = (
-        f"The mu and sigma of the reference ({against.words}) do not say of which features they are, so only their "
-        "width could be checked. They must be of the very network and preprocessing that this report names."
-    )
-    return replace(against, warnings=(*against.warnings, warning))
+    try:
+        statistics_space(against, network)
+    except UserError:
+        if images is None:
+            raise
+        warning = (
+            f"The mu and sigma beside the reference images ({len(statistics.mean)} wide) are of other features than "
+            f"{network.name}: every score is measured against the images alone."
+        )
+        against = replace(against, words=f"{len(images)} images of {images.name}", statistics=None)
+    if warning is None and against.origin is None:
+        warning = (
+            f"The mu and sigma of the reference ({against.words}) do not say of which features they are, so only their "
+            "width could be checked. They must be of the very network and preprocessing that this report names."
+        )
+    return against if warning is None else replace(against, warnings=(*against.warnings, warning))
 
 
 def distance_scores(samples: Features, real: RealFeatures, network: FeatureNetwork) -> list[Score]:

@@ -98,13 +98,13 @@ def feathered(mask: Mask, seam_px: int) -> Mask:
     return total / (seam_px + 1)
 
 
-def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w"], *, steps: int = 12) -> Images:
+def project_onto_small(images: Images, small: Float[Tensor, "b 3 small_h small_w"]) -> Images:
     """Images in [-1, 1] whose averages over the cells of `small` are those of `small`, up to clamping.
 
     Iterative back-projection: Irani and Peleg, "Improving resolution by image registration".
     """
     height, width = images.shape[-2:]
-    for _ in range(steps):
+    for _ in range(12):
         missing = small - F.interpolate(images, size=small.shape[-2:], mode="area")
         images = images + F.interpolate(missing, size=(height, width), mode="bicubic", align_corners=False)
         images = images.clamp(-1, 1)

@@ -1,8 +1,4 @@
-"""The pipeline of the next-scale family (VAR and SRDD): labels and seeds in, images out; edits, likelihoods, classes.
-
-Source of the method: Tian et al., "Visual Autoregressive Modeling"; Kumar et al., "Scale-Wise VAR is Secretly Discrete
-Diffusion". Edits need no training, and any model of the family will do, imported ones included.
-"""
+"""The pipeline of the next-scale family (VAR and SRDD): labels and seeds to images, edits, likelihoods, classes."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,8 +180,7 @@ class NextScalePipeline(SavedPipeline):
         """Draw images and show them while they grow: one `GenerationStep` with a preview per scale.
 
         Where the scheduler jumps back, the scales that it repeats are shown again, under their own index. The
-        arguments, the tokens and the last preview are those of a call. Bad arguments raise at once, before the first
-        step is asked for.
+        arguments, the tokens and the last preview are those of a call.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
         total, form = self.schedule.num_scales, request.output_type
@@ -207,7 +202,6 @@ class NextScalePipeline(SavedPipeline):
         """Make the pixels under the mask anew. What lies there now is not read.
 
         Args:
-            image: what to edit.
             mask: of the image's size; white (1) is made, black (0) is kept. As images: one, or one each.
             options: see `InpaintOptions`.
         """
@@ -230,14 +224,8 @@ class NextScalePipeline(SavedPipeline):
     ) -> NextScalePipelineOutput:
         """Make what lies beyond the edges: the picture with margins of so many of its pixels, at the model's size.
 
-        Whatever the rule of keeping, what is read of a margin is painted from the picture: there is no original.
-
         Args:
-            image: what to extend.
-            left: pixels to add at the left,
-            top: at the top,
-            right: at the right,
-            bottom: and below.
+            left: pixels to add at the left, as at the other three edges.
             options: see `InpaintOptions`.
         """
         images = open_images(image)
@@ -258,10 +246,7 @@ class NextScalePipeline(SavedPipeline):
         num_images: SupportsIndex | None = None,
         **options: Unpack[InpaintOptions],
     ) -> NextScalePipelineOutput:
-        """Make the pixels under the mask anew, as part of an image of another class.
-
-        Arguments and errors are those of `inpaint`, but for the labels, which have to be classes.
-        """
+        """Make the pixels under the mask anew, as part of an image of another class; arguments as for `inpaint`."""
         if any(label is None for label in label_list(class_labels)):
             raise UserError("edit_class needs a class for every image, got None. Use inpaint for edits without one.")
         return self.inpaint(image, mask, class_labels, num_images=num_images, **options)
@@ -327,7 +312,6 @@ class NextScalePipeline(SavedPipeline):
         """Images that share the scales before `from_scale` with `image`, which is resized and cropped as by `encode`.
 
         Args:
-            image: what to vary.
             from_scale: first scale (from 0) that is drawn; 0 keeps nothing, the number of scales everything.
             options: see `NextScaleOptions`.
         """
@@ -341,8 +325,7 @@ class NextScalePipeline(SavedPipeline):
     def encode(self, images: ImageInput) -> TokenPyramid:
         """Token ids of every scale, one int tensor (b, s_k * s_k) each, coarse to fine, on the CPU.
 
-        The tokenizer computes in the type it was loaded in: in bfloat16 the ids of many images differ from those in
-        float32, here and wherever images are read (likelihood, classification, edits).
+        The tokenizer computes in the type it was loaded in: in bfloat16 the ids of many images differ from float32.
         """
         with torch.no_grad():
             token_ids = [self.image_tokenizer.requantize(part, self.schedule) for part in self._latents(images)]
@@ -422,6 +405,7 @@ class NextScalePipeline(SavedPipeline):
             top_k=top_k, num_candidates=len(candidates), num_views=num_views, noise=view_noise, prune_nats=prune_nats
         )
         noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
+        token_bytes = self._token_bytes(self.transformer.config["num_layers"])
         parts, first = [], image_index
         for some in (some for latents in self._latents(images) for some in latents.split(_CLASSIFIED_AT_ONCE)):
             seeds = image_seeds(len(some), seed=seed, image_index=first)
@@ -432,7 +416,8 @@ class NextScalePipeline(SavedPipeline):
             parts.append(
                 score_classes(
                     self.image_tokenizer, self.transformer, token_ids, candidates, keep=top_k,
-                    margin_nats=prune_nats, num_views=num_views, tokens_at_once=self._tokens_that_fit(),
+                    margin_nats=prune_nats, num_views=num_views,
+                    tokens_at_once=max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token_bytes)),
                 )
             )  # fmt: skip
         scores = ClassScores.joined(parts)
@@ -447,13 +432,8 @@ class NextScalePipeline(SavedPipeline):
         """Where an image speaks for its class: nats of pointwise mutual information per cell of the latent grid.
 
         log p(token | class) - log p(token | no class), each token spread over its cell, all scales added. A map's sum
-        is log p(image's tokens | class) - log p(image's tokens). `isthmus.pictures.heat_map` draws it
-        over the central square of a picture, which is what is read of one.
-
-        Args:
-            images: the images, or
-            class_labels: one class per image, or one for all.
-            token_ids: what `encode` returns.
+        is log p(image's tokens | class) - log p(image's tokens). Arguments as for `log_prob`, every label a class.
+        `isthmus.pictures.heat_map` draws it over the central square of a picture, which is what is read of one.
         """
         if any(label is None for label in label_list(class_labels)):
             raise UserError("evidence is evidence for a class, got None. Pass a class for every image.")
@@ -520,10 +500,8 @@ class NextScalePipeline(SavedPipeline):
         return found
 
     def bytes_per_image(self, *, guided: bool) -> int:
-        """Peak bytes that one more image in a batch takes, roughly.
-
-        Whichever is larger: the last scale in the transformer (feed-forward, keys and values, logits and their sorted
-        and cumulated copies), or the widest maps of the pixel decoder.
+        """Peak bytes that one more image in a batch takes, roughly: of the last scale in the transformer (feed-forward,
+        keys and values, logits and their sorted and cumulated copies), or of the widest maps of the pixel decoder.
         """
         config, schedule = self.transformer.config, self.schedule
         width, tokens, rows = config["width"], schedule.lengths[-1], 2 if guided else 1
@@ -619,11 +597,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _images_at_once(self) -> int:
         """How many images fit, whatever is done with them: pixels, a draw, or all tokens in one teacher-forced pass."""
-        config, size = self.transformer.config, self.transformer.dtype.itemsize
-        block = config["width"] * (10 + 2 * config["mlp_ratio"]) * size
-        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
-        read = self.schedule.num_tokens * (block + 4 * config["codebook_size"] * 4)
-        each = max(int(read), self.bytes_per_image(guided=False))
+        each = max(self.schedule.num_tokens * self._token_bytes(), self.bytes_per_image(guided=False))
         return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
 
     def _token_nats(self, images: ImageInput | None, class_labels: Labels, token_ids: Any) -> Float[Tensor, "_ n"]:
@@ -660,13 +634,13 @@ class NextScalePipeline(SavedPipeline):
             raise UserError(f"every class to choose from is named once, got {given}.")
         return ids
 
-    def _tokens_that_fit(self) -> int:
-        """Tokens whose keys, activations and logits fit into the memory that is free."""
+    def _token_bytes(self, kept_layers: int = 0) -> int:
+        """Of a token that is read: activations, the keys and values that are kept, and logits."""
         config, size = self.transformer.config, self.transformer.dtype.itemsize
         # keys and values twice: dropping rows copies those that stay
-        block = config["width"] * (4 * config["num_layers"] + 10 + 2 * config["mlp_ratio"]) * size
-        token = int(block + 4 * config["codebook_size"] * 4)
-        return max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token))
+        block = config["width"] * (4 * kept_layers + 10 + 2 * config["mlp_ratio"]) * size
+        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
+        return int(block + 4 * config["codebook_size"] * 4)
 
 
 def _parts(token_ids: TokenPyramid, at_once: int) -> list[list[Tensor]]:

@@ -18,9 +18,8 @@ from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens
 def default_phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
     """Which of `num_phi` convolutions follows each scale: the one whose tick is nearest to k / (K - 1).
 
-    Ticks are evenly spaced from 1/(3n) to 1 - 1/(3n) for n = 4 and from 1/(2n) otherwise. For ten scales and four
-    phi two scales lie half-way between ticks and float64 rounding decides; the published weights depend on that
-    choice, so the arithmetic below is float64 on purpose and a test holds it against the published tables.
+    Ticks are evenly spaced from 1/(3n) to 1 - 1/(3n) for n = 4 and from 1/(2n) otherwise. For ten scales and four phi
+    two scales lie half-way between ticks and float64 rounding decides, on which the published weights depend.
 
     >>> default_phi_indices(10, 4)
     (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
@@ -87,31 +86,20 @@ class ScaleSchedule:
         """Where every scale starts in the sequence of all tokens, and the total at the end (K + 1 entries)."""
         return tuple(sum(self.lengths[:k]) for k in range(self.num_scales + 1))
 
-    def derive(self, sizes: Sequence[int], phi_indices: Sequence[int] | None = None) -> "ScaleSchedule":
+    def derive(self, sizes: Sequence[int]) -> "ScaleSchedule":
         """A schedule on the same tokenizer: every side keeps the phi this schedule gives it (spec of SRDD, 3.3).
-
-        Raises UserError where a side is unknown here and `phi_indices` is not given, or the last side is not the grid.
 
         >>> official = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), default_phi_indices(10, 4))
         >>> official.derive((1, 3, 5, 8, 13, 16)).phi_indices
         (0, 1, 1, 2, 3, 3)
         """
-        sizes = tuple(map(int, sizes))
-        if not sizes or sizes[-1] != self.grid:
+        sizes, phi_of = tuple(map(int, sizes)), dict(zip(self.sizes, self.phi_indices, strict=True))
+        if not sizes or sizes[-1] != self.grid or not phi_of.keys() >= set(sizes):
             raise UserError(
-                f"scale_sizes must end at {self.grid} (the latent grid), got {sizes}. "
-                "Pass a schedule whose last side is the latent grid of the tokenizer."
+                f"scale_sizes must be those of the image tokenizer, {self.sizes}, or some of them ending at "
+                f"{self.grid}, got {sizes}. Pass such sides, or the tokenizer that the transformer was trained on."
             )
-        if phi_indices is None:
-            known = dict(zip(self.sizes, self.phi_indices, strict=True))
-            missing = [s for s in sizes if s not in known]
-            if missing:
-                raise UserError(
-                    f"a derived schedule takes its phi from the parent schedule {self.sizes}, which has no side "
-                    f"{missing}. Use sides of the parent, or pass phi_indices."
-                )
-            phi_indices = [known[s] for s in sizes]
-        return ScaleSchedule(sizes, tuple(phi_indices))
+        return ScaleSchedule(sizes, tuple(phi_of[side] for side in sizes))
 
 
 def area_downsample(features: FeatureMap, size: int) -> Float[Tensor, "b d {size} {size}"]:

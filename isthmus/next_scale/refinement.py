@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.next_scale.pyramid import Scale, tokens_to_map
+from isthmus.next_scale.pyramid import Scale
 from isthmus.next_scale.sampling import ScaleDraw, ScaleSampler
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.saved_model import Recorded, records_arguments
@@ -29,9 +29,7 @@ DEFAULT_JUMP_SCALES = 2
 
 @dataclass(frozen=True)
 class Forwards:
-    """Predictions of a scale in one draw, rounds included; labelled and null rows of a scale are one. `least` is `most`
-    unless the number depends on what is drawn.
-    """
+    """Predictions of a scale in one draw, rounds included: two numbers where they depend on what is drawn."""
 
     least: int
     most: int
@@ -49,8 +47,8 @@ class ScaleRefinementScheduler(Recorded):
             features after a scale are quantised anew, all but the last `jump_scales` scales of that are kept and the
             others drawn again (RePaint's jump); a jump costs the forwards of the scales it repeats.
         rounds: one number per scale, coarse to fine, 0 for what is left out; None is one round at the second to fourth
-            scale (simple: from the first scale that a jump can start from, `jump_scales` counted from 0, to the fourth:
-            with 2 the third and fourth). The first scale has no context and none.
+            scale (simple: from the first scale that a jump can start from to the fourth). The first scale has no
+            context and none.
         share: masked only: share of a scale's tokens that a round draws again, in (0, 1]; None is 0.3, where `p_min`
             does not say otherwise.
         p_min: masked only, instead of a share: tokens less probable than this are drawn again, in (0, 1).
@@ -133,9 +131,8 @@ class ScaleRefinementScheduler(Recorded):
     def forwards_of(self, num_scales: int, *, has_cache: bool, smooth: bool) -> Forwards:
         """What a draw costs, whatever the batch it is part of; `has_cache` for a causal model.
 
-        Two things depend on what is drawn: a round by `p_min` in which no token is less probable is left out, and a
-        jump of a causal model reads the kept scales again where their tokens changed (with `smooth`, which mixes codes,
-        always).
+        Two things depend on what is drawn: a round by `p_min` that finds no such token is left out, and a jump of a
+        causal model reads the kept scales again where their tokens changed (with `smooth` always).
 
         >>> scheduler = ScaleRefinementScheduler(mode="simple")
         >>> str(scheduler.forwards_of(6, has_cache=False, smooth=False))
@@ -200,7 +197,7 @@ def refined_scales(
 
 def merged(old: ScaleDraw, new: ScaleDraw, hidden: Bool[Tensor, "b l"]) -> ScaleDraw:
     """`new` where hidden, `old` elsewhere."""
-    chosen = tokens_to_map(hidden.unsqueeze(-1).to(old.codes.dtype)).bool()
+    chosen = hidden.reshape(len(hidden), 1, *old.codes.shape[-2:])
     return ScaleDraw(
         torch.where(hidden, new.token_ids, old.token_ids),
         torch.where(chosen, new.codes, old.codes),
@@ -252,7 +249,7 @@ class _Loop:
         if kept is None:
             return self._add(scale, drawn.token_ids, drawn.codes)
         source = self._source(scale)
-        kept_map = kept.view(len(kept), 1, *drawn.codes.shape[-2:])
+        kept_map = kept.reshape(len(kept), 1, *drawn.codes.shape[-2:])
         codes = torch.where(kept_map, self.sampler.tokenizer.lookup(source), drawn.codes)
         return self._add(scale, torch.where(kept, source, drawn.token_ids), codes)
 

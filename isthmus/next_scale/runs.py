@@ -74,8 +74,7 @@ class TokenizerRun(ImagesRun):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.image_size is not None:
-            check_positive(self, "image_size")
+        check_positive(self, "image_size")
 
     def tied_to_length(self, before: int, taken: int) -> list[str]:
         """Also the start of the discriminator, which is a share of the steps."""
@@ -117,8 +116,7 @@ class PriorRun(TokensRun):
     def __post_init__(self):
         super().__post_init__()
         check_share(self, "label_smoothing", "refinement_probability")
-        if self.scales_per_step is not None:
-            check_positive(self, "scales_per_step")
+        check_positive(self, "scales_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)

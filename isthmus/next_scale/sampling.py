@@ -32,15 +32,7 @@ def shared_schedule(image_tokenizer: MultiScaleVQVAE, transformer: NextScaleTran
                 f"image tokenizer and transformer must have the same {name}, got {ours} and {theirs}. "
                 "Pass the tokenizer that the transformer was trained on."
             )
-    sizes, parent = transformer.schedule.sizes, image_tokenizer.schedule
-    if sizes == parent.sizes:
-        return parent
-    if sizes[-1] != parent.grid or not set(sizes) <= set(parent.sizes):
-        raise UserError(
-            f"the transformer's scale_sizes must be those of the image tokenizer, {parent.sizes}, or some of them "
-            f"ending at {parent.grid}, got {sizes}. Pass the tokenizer that the transformer was trained on."
-        )
-    return parent.derive(sizes)
+    return image_tokenizer.schedule.derive(transformer.schedule.sizes)
 
 
 def null_row_scales(guidance: Sequence[float], *, markov: bool) -> tuple[bool, ...]:
@@ -166,7 +158,9 @@ class ScaleSampler:
         inputs = inputs.to(self._transformer.dtype).repeat(copies, 1, 1)
         hidden = None if hidden is None else hidden.repeat(copies, 1)
         conditioning = self._conditioning.rows(slice(copies * self._batch))
-        logits = self._transformer.forward_scale(scale, inputs, conditioning, self._cache, hidden=hidden).float()
+        with torch.inference_mode():  # a hundredth faster than no_grad; what leaves the sampler is computed outside
+            logits = self._transformer.forward_scale(scale, inputs, conditioning, self._cache, hidden=hidden)
+        logits = logits.float()
         if copies == 1:
             return logits
         return guided_logits(logits[: self._batch], logits[self._batch :], self.guidance[scale])

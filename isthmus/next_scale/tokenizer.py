@@ -57,9 +57,7 @@ def cpu_layout(dtype: torch.dtype, image_size: int) -> torch.memory_format:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), dropout before the second convolution, with a 1x1 convolution on x
-    where the width changes. Widths are multiples of 32.
-    """
+    """x + conv(silu(norm(conv(silu(norm(x)))))), dropout before the last; a 1x1 convolution on x where widths differ"""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
@@ -251,8 +249,8 @@ class MultiScaleVQVAE(SavedModel):
         commitment_weight: weight of the commitment loss beside the codebook loss ("beta").
         dropout: rate inside residual blocks.
         pixel_unshuffle: side of the squares of pixels that enter as channels of one place, and come back as pixels at
-            the exit. Convolutions at full resolution have few channels, so that memory bounds them, not arithmetic; 2
-            leaves a quarter of the places. 1 is off, as in the published network.
+            the exit: convolutions at full resolution are bound by memory, and 2 leaves a quarter of the places. 1 is
+            off, as in the published network.
 
     Raises UserError where the schedule does not increase, or an argument is out of its range.
 
@@ -382,7 +380,7 @@ class MultiScaleVQVAE(SavedModel):
         no hidden code reaches any place.
         """
         schedule = schedule or self.schedule
-        kept = codes.masked_fill(tokens_to_map(hidden.unsqueeze(-1).float()).bool(), 0)
+        kept = codes.masked_fill(hidden.reshape(len(hidden), 1, *codes.shape[-2:]), 0)
         phi, grid = schedule.phi_indices[scale], schedule.grid
         shown = self._phi(phi, bicubic_upsample(kept, grid))
         nothing = self._phi(phi, torch.zeros_like(shown[:1]))
@@ -475,8 +473,7 @@ class MultiScaleVQVAE(SavedModel):
 def latents_of(image_tokenizer: MultiScaleVQVAE, images: Images) -> LatentMap:
     """Latents of images in [-1, 1], of the tokenizer's size, in fp32 on its device.
 
-    The encoder computes in the type of its weights: with those of a bfloat16 model the latents are others than in
-    float32, and so are tokens that lie near the border of two codes.
+    The encoder computes in the type of its weights, so tokens near the border of two codes depend on it.
     """
     device, dtype = image_tokenizer.device, image_tokenizer.dtype
     images = images.to(device, dtype).contiguous(memory_format=_layout(image_tokenizer, device))

@@ -40,10 +40,7 @@ def modulated_norm(
 
 
 class _ModulatedNorm(torch.autograd.Function):
-    """One layer norm per image, whose gain and bias are the image's modulation: one pass over memory each way.
-
-    The result has the type of the modulation, that of the product which reads it.
-    """
+    """One layer norm per image, whose gain and bias are the image's modulation (and its type): one pass each way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -105,10 +102,8 @@ class NextScaleTransformerOutput:
 
 @dataclass
 class Conditioning:
-    """Everything that depends on the class label alone: computed once per image, not once per scale.
-
-    `start` is the class vector, which is also the token of scale 0; `blocks` holds gates, scales and shifts of each
-    block, `head` scale and shift before the logits.
+    """Everything that depends on the class label alone: the class vector, which is also the token of scale 0; gates,
+    scales and shifts of each block; scale and shift before the logits.
     """
 
     start: Float[Tensor, "b width"]
@@ -332,8 +327,7 @@ class NextScaleTransformer(SavedModel):
     def compile_blocks(self) -> None:
         """Run the blocks through `torch.compile` from now on, one compiled block for all of them and for each length.
 
-        Results equal those of before within rounding (1e-5 in fp32), so tokens near a tie may differ: one seed is one
-        image among compiled models, and among others. Raises UserError as `check_compiler`.
+        Results equal those of before within rounding, so tokens near a tie may differ. UserError as `check_compiler`.
         """
         check_compiler(self.device)
         # one entry per length and number of rows; the default of 8 would leave later scales uncompiled

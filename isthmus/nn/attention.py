@@ -211,7 +211,8 @@ def scale_causal_mask(lengths: Sequence[int]) -> Tensor:
     >>> scale_causal_mask([1, 2]).int().tolist()
     [[1, 0, 0], [1, 1, 1], [1, 1, 1]]
     """
-    scale = torch.repeat_interleave(torch.tensor(lengths))
+    # with its size, which a dry run cannot read off values
+    scale = torch.repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
     return scale[:, None] >= scale[None, :]
 
 

@@ -26,10 +26,6 @@ def whole_fp32() -> Iterator[None]:
     """No TF32 inside: GPUs since Ampere round the products of convolutions to 10 bits unless they are told not to.
 
     It changes nothing for other types than float32, and serves as a decorator as well.
-
-    >>> with whole_fp32():
-    ...     torch.backends.cudnn.allow_tf32
-    False
     """
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
@@ -54,10 +50,9 @@ def faster_type(device: torch.device) -> TypeChoice:
         return TypeChoice(has, "bf16: this GPU has it" if has else "float32: this GPU has no bf16")
     if device.type != "cpu":
         return TypeChoice(False, f"float32: bf16 is not tried on {device.type}")
-    speedup = bf16_speedup()
-    bf16 = speedup >= _WORTH_WHILE
+    bf16 = bf16_speedup() >= _WORTH_WHILE
     name = "bf16" if bf16 else "float32"
-    return TypeChoice(bf16, f"{name}: products in bf16 run {speedup:.1f} times as fast as in float32 here")
+    return TypeChoice(bf16, f"{name}: products in bf16 run {bf16_speedup():.1f} times as fast as in float32 here")
 
 
 @cache

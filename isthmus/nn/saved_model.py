@@ -166,10 +166,14 @@ class SavedModel(nn.Module, Recorded):
     def from_pretrained(cls: type[AnyModel], folder: str | Path, *, dtype: torch.dtype | None = None) -> AnyModel:
         """The model saved in a folder, in eval mode on the CPU; its shapes alone inside `without_values`.
 
-        `dtype` None keeps the stored type. Raises UserError as `on_meta`, before any weight is loaded.
+        `dtype` None keeps the stored type. Raises UserError, before any weight is read, where the folder is incomplete
+        or does not fit the class.
         """
         folder = Path(folder)
-        model = cls.on_meta(folder)
+        settings = cls.load_config(folder)
+        with without_values():
+            model = cls(**settings)
+        check_shapes(shapes_of(model.state_dict()), stored_shapes(folder), folder)
         if values_left_out():
             return model.to(dtype).eval()
         files = weight_files(folder)
@@ -179,15 +183,6 @@ class SavedModel(nn.Module, Recorded):
         model.load_state_dict(state, assign=True)
         model.read_from = ReadFrom.now((folder / CONFIG, *files), model.state_dict())
         return model.eval()
-
-    @classmethod
-    def on_meta(cls: type[AnyModel], folder: Path) -> AnyModel:
-        """The model of a folder without values; UserError where the folder is incomplete or does not fit the class."""
-        settings = cls.load_config(folder)
-        with without_values():
-            model = cls(**settings)
-        check_shapes(shapes_of(model.state_dict()), stored_shapes(folder), folder)
-        return model
 
 
 @dataclass(frozen=True)

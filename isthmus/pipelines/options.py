@@ -1,7 +1,7 @@
 """How pictures are drawn: the options of a call, declared once, and the values that a model carries as its own.
 
 The options of a family add to `CallOptions` (`next_scale/options.py`, `dar/options.py`). Pipelines, command line and
-documentation read these declarations. This file does not import torch: the command line is derived from it.
+documentation read these declarations; this file does not import torch.
 """
 
 import math
@@ -223,11 +223,8 @@ def _shortest(value: float) -> str:
 def guidance_on(guidance_scale: Guidance, scale_sizes: Sequence[int], parent_sizes: Sequence[int]) -> tuple[float, ...]:
     """One guidance value per scale; a schedule is read at the position its side has in the parent's scales.
 
-    A model on a shortened set of scales is thus guided at every resolution as the full one is. Numbers and sequences
-    with one value per scale are taken as they are.
+    A model on a shortened set of scales is thus guided at every resolution as the full one is.
 
-    >>> guidance_on(GuidanceSchedule("linear", 1.0, 4.0), (1, 4), (1, 2, 3, 4))
-    (1.0, 4.0)
     >>> guidance_on(GuidanceSchedule("linear", 1.0, 4.0), (2, 4), (1, 2, 3, 4))
     (2.0, 4.0)
     """

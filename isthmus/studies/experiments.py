@@ -1,26 +1,26 @@
 """Experiments as data, run one after the other; what is finished is never run twice.
 
-Every experiment has a folder of its own and is finished when its `result.json` is there, which appears whole or not at
-all. A study that was killed goes on with the same command: finished experiments are skipped, and the one that was
-running goes on where its own files allow (trainings from their last checkpoint, samples from their last chunk).
+An experiment has a folder of its own and is finished when its `result.json` is there, which appears whole or not.
+After a kill, the one that was running goes on where its own files allow: at the last checkpoint, or the last image.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import UserError
 from isthmus.files import write_whole
+from isthmus.training.config import Run, run_to_json
 
 logger = logging.getLogger("isthmus")
 
 RESULT = "result.json"
 Values = dict[str, Any]
-"""What an experiment found, in JSON values."""
+"""What an experiment found, or when, where and with which versions it ran, in JSON values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class Experiment:
 
     Attributes:
         name: of its folder, such as "prior-markov-seed0".
-        kind: which work it is; a study knows a function for every kind.
+        kind: which work it is, written beside the result.
+        work: does it, from the lab of the study and the experiment.
         settings: everything that decides its result, in JSON values. A result made with others is refused.
         after: experiments that it reads.
         seconds: rough cost on two cores with the small presets; the ratios tell how much is left.
@@ -37,22 +38,42 @@ class Experiment:
 
     name: str
     kind: str
+    work: "Callable[[Any, Experiment], Values]"
     settings: dict[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     seconds: float = 1.0
 
 
-Results = Mapping[str, Values]
-"""What experiments found, by the name of the experiment."""
+def for_every_seed(
+    seeds: Iterable[int],
+    name: str,
+    work: Callable[[Any, Experiment], Values],
+    *,
+    after: str,
+    seconds: float,
+    kind: str | None = None,
+    **settings: Any,
+) -> Iterator[Experiment]:
+    """An experiment with each training seed; `name` and `after` lack it, and `kind` None is the name."""
+    for seed in seeds:
+        yield Experiment(
+            name=f"{name}-seed{seed}",
+            kind=kind or name,
+            work=work,
+            settings={"seed": seed, **settings},
+            after=(f"{after}-seed{seed}",),
+            seconds=seconds,
+        )
 
-Work = Callable[[Experiment], Values]
 
-Facts = dict[str, Any]
-"""When, where and with which versions an experiment ran, in JSON values (`circumstances`)."""
+def run_settings(run: Run, *filled_in: str) -> Values:
+    """A run as settings of an experiment, without what the study fills in."""
+    left_out = ("out", "tokenizer", "token_cache", *filled_in)
+    return {name: value for name, value in run_to_json(run).items() if name not in left_out}
 
 
 def ordered(experiments: Iterable[Experiment]) -> list[Experiment]:
-    """Each experiment once, in the order given, which must put every one behind those it reads.
+    """Each experiment once, in the order given.
 
     Raises:
         ValueError: one name stands for two experiments, or one comes before what it reads.
@@ -90,15 +111,11 @@ def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Value
 
 
 def run_experiments(
-    experiments: Sequence[Experiment], folder: Path, work: Mapping[str, Work], *, made: Callable[[], Facts]
+    experiments: Sequence[Experiment], folder: Path, lab: Any, *, made: Callable[[], Values]
 ) -> dict[str, Values]:
     """Run what is not finished; a line per experiment says how long it took and what is left. Returns all results.
 
-    Args:
-        experiments: in an order that can be run.
-        folder: each has one of its name in it.
-        work: what does experiments of each kind.
-        made: what is noted beside every result when it is finished.
+    `lab` is what every work is given, and `made` tells what is noted beside every result.
 
     Raises:
         UserError: a result was made with other settings, or an experiment cannot be run.
@@ -112,35 +129,29 @@ def run_experiments(
         logger.info("%d/%d %s ...", len(experiments) - len(left) + index + 1, len(experiments), experiment.name)
         start = time.perf_counter()
         # as they will be read: a study that goes on makes the report of one that was never stopped
-        values = json.loads(json.dumps(work[experiment.kind](experiment)))
+        values = json.loads(json.dumps(experiment.work(lab, experiment)))
         seconds = time.perf_counter() - start
-        _write(folder / experiment.name / RESULT, experiment, values, seconds, made())
+        path = folder / experiment.name / RESULT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"kind": experiment.kind, "settings": experiment.settings, "seconds": round(seconds, 3)}
+        write_whole(path, json.dumps({**record, "made": made(), "values": values}, indent=1) + "\n")
         results[experiment.name] = values
         spent, planned = spent + seconds, planned + experiment.seconds
         rest = left[index + 1 :]
         ahead = sum(other.seconds for other in rest) * spent / planned
-        logger.info("    %s: %.0f s; %d left, about %s", experiment.name, seconds, len(rest), _minutes(ahead))
+        in_words = f"{ahead:.0f} s" if ahead < 90 else f"{ahead / 60:.0f} min"
+        logger.info("    %s: %.0f s; %d left, about %s", experiment.name, seconds, len(rest), in_words)
     return {experiment.name: results[experiment.name] for experiment in experiments}
 
 
-def results_by_seed(results: Results, name: str, seeds: Iterable[int]) -> dict[int, Values]:
-    """What the experiment `name` found for each of `seeds`.
-
-    >>> results_by_seed({"prior-seed0": {"bits": 5.0}, "prior-seed1": {"bits": 5.2}}, "prior", (0, 1))
-    {0: {'bits': 5.0}, 1: {'bits': 5.2}}
-    """
-    return {seed: results[f"{name}-seed{seed}"] for seed in seeds}
-
-
-def facts_of(experiments: Sequence[Experiment], folder: Path) -> Facts:
+def facts_of(experiments: Sequence[Experiment], folder: Path) -> Values:
     """What made the finished results: every fact of theirs, all values of one that differs between them.
 
     Dates are those of the first and the last. `minutes of all experiments` adds up the calls that finished them.
     """
     records = [record for one in experiments if (record := _read(folder / one.name / RESULT)) is not None]
-    names = dict.fromkeys(name for record in records for name in record["made"])
-    facts: Facts = {"experiments": len(experiments)}
-    for name in names:
+    facts: Values = {"experiments": len(experiments)}
+    for name in dict.fromkeys(name for record in records for name in record["made"]):
         found = [record["made"][name] for record in records if name in record["made"]]
         distinct = list({json.dumps(one): one for one in found}.values())
         if name == "date":
@@ -149,19 +160,7 @@ def facts_of(experiments: Sequence[Experiment], folder: Path) -> Facts:
     return facts | {"minutes of all experiments": sum(record["seconds"] for record in records) / 60}
 
 
-def _write(path: Path, experiment: Experiment, values: Values, seconds: float, made: Facts) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "kind": experiment.kind,
-        "settings": experiment.settings,
-        "seconds": round(seconds, 3),
-        "made": made,
-        "values": values,
-    }
-    write_whole(path, json.dumps(record, indent=1) + "\n")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Values | None:
     """A record; None where there is none that can be read, so that the experiment runs again."""
     if not path.is_file():
         return None
@@ -171,10 +170,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         logger.warning("%s cannot be read; its experiment runs again", path)
         return None
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _short(value: Any) -> str:

@@ -2,10 +2,12 @@
 from it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+from isthmus.dar.options import Solver
 from isthmus.dar.runs import (
     DiffusionTokenizerRun,
     NextTokenPriorRun,
@@ -14,14 +16,62 @@ from isthmus.dar.runs import (
 )
 from isthmus.errors import UserError
 from isthmus.next_scale.runs import DistillRun, PriorRun, TokenizerRun, distill_preset, prior_preset, tokenizer_preset
+from isthmus.training.config import Run, TokensRun
 
 BALANCE: Literal["data"] = "data"
 """Classes of samples: as often as in the data, whose mix the reference has. Another would be part of every distance."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Tables that a budget fills (none are all), samples per model, and the shares of the presets' steps it trains."""
+
+    tables: tuple[str, ...] = ()
+    # n of the reference: with three seeds, their spread says more than a second chunk of each
+    num: int = 529
+    tokenizer_steps: float = 1.0
+    prior_steps: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySetting:
+    """Everything that decides the results of a study.
+
+    Attributes:
+        tokenizer: the run of all tokenizers; the study fills in where it goes, and the seed where there are several.
+        prior: the run that all priors share.
+        seeds: of the trainings, and of the samples drawn from what was trained.
+        num: samples per model and guidance.
+        guidances: measured beside the prior's own.
+        batch_size: images drawn at once; None estimates what fits.
+        threads: of torch on the CPU, for what is timed.
+    """
+
+    tokenizer: Run
+    prior: TokensRun
+    seeds: tuple[int, ...]
+    num: int
+    guidances: tuple[str, ...]
+    batch_size: int | None = None
+    device: str = "cpu"
+    threads: int = 1
+
+    @property
+    def own_guidance(self) -> str:
+        """The guidance that priors are saved with."""
+        return self.prior.sampling.guidance
+
+    @property
+    def seed_words(self) -> str:
+        """Training seeds, in words."""
+        return ", ".join(map(str, self.seeds))
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyOptions:
     """Scripted experiments at equal data, parameters, steps and seeds, with a report. The same command goes on."""
+
+    budgets: ClassVar[Mapping[str, Budget]]
 
     budget: Literal["quick", "full"] = "quick"
     """quick: some of the tables, in 15 minutes or less on two cores; full: all, in one hour (dar) to three (srdd)."""
@@ -55,68 +105,46 @@ class StudyOptions:
             raise UserError("--classes needs names of classes, or all, got none.")
 
     @property
-    def num_seeds(self) -> int:
-        """Trainings of every model."""
-        return self.seeds or (1 if self.budget == "quick" else 3)
+    def bought(self) -> Budget:
+        """By `budget`."""
+        return self.budgets[self.budget]
 
     @property
     def chosen_classes(self) -> tuple[str, ...] | None:
         """Names of the classes; None is all of them."""
         return None if tuple(self.classes) == ("all",) else tuple(self.classes)
 
+    def tables_among(self, known: tuple[str, ...]) -> tuple[str, ...]:
+        """Tables to fill, in the order of the report. Raises `UserError` for an unknown name.
 
-@dataclass(frozen=True)
-class Budget:
-    """What a budget buys.
+        >>> DarStudyOptions(tables=("order", "solvers")).tables_among(("solvers", "guidance", "order"))
+        ('solvers', 'order')
+        """
+        unknown = [name for name in self.tables if name not in known]
+        if unknown:
+            raise UserError(f"--tables takes names of {', '.join(known)}, got {unknown[0]}.")
+        return tuple(name for name in known if name in (self.tables or self.bought.tables or known))
 
-    Attributes:
-        tables: names of the tables it fills.
-        num: samples per model and setting.
-        tokenizer_steps: of the tokenizer preset's steps, this share is trained.
-        prior_steps: the same of the prior's.
-    """
-
-    tables: tuple[str, ...]
-    num: int
-    tokenizer_steps: float = 1.0
-    prior_steps: float = 1.0
-
-
-def study_folder(options: StudyOptions, name: str) -> Path:
-    """Where everything goes.
-
-    >>> str(study_folder(StudyOptions(), "srdd")), str(study_folder(StudyOptions(budget="full"), "srdd"))
-    ('study-srdd', 'study-srdd-full')
-    """
-    if options.out is not None:
-        return options.out
-    return Path(f"study-{name}" + ("-full" if options.budget == "full" else ""))
+    def _shared(self, device: str, threads: int) -> dict[str, Any]:
+        return {
+            "seeds": tuple(range(self.seeds or (1 if self.budget == "quick" else 3))),
+            "num": self.num or self.bought.num,
+            "batch_size": self.batch_size,
+            "device": device,
+            "threads": threads,
+        }
 
 
-def chosen_tables(asked: tuple[str, ...], of_budget: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Tables to fill, in the order of the report.
+@dataclass(frozen=True, kw_only=True)
+class DarSetting(StudySetting):
+    """Everything that decides the results of a study of D-AR, with rules and numbers of solver steps."""
 
-    Raises:
-        UserError: one is unknown.
-
-    >>> chosen_tables(("b", "a"), ("c",), ("a", "b", "c")), chosen_tables((), ("c",), ("a", "b", "c"))
-    (('a', 'b'), ('c',))
-    """
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise UserError(f"--tables takes names of {', '.join(known)}, got {unknown[0]}.")
-    return tuple(name for name in known if name in (asked or of_budget))
-
-
-DAR_BUDGETS = {
-    # few samples for guidance: the table costs a minute and a half beside the trainings
-    "quick": Budget(
-        tables=("reconstruction", "solvers", "guidance", "order"), num=100, tokenizer_steps=0.75, prior_steps=0.5
-    ),
-    "full": Budget(tables=("reconstruction", "previews", "solvers", "guidance", "order"), num=529),
-}
-
-SOLVERS = ("euler", "adams-bashforth", "adams-bashforth-variable")
+    tokenizer: DiffusionTokenizerRun
+    prior: NextTokenPriorRun
+    # off, the paper's constant and its linear schedule
+    guidances: tuple[str, ...] = ("1", "1.5", "linear:1.1:8")
+    solvers: tuple[Solver, ...] = ("euler", "adams-bashforth", "adams-bashforth-variable")
+    solver_steps: tuple[int, ...] = (4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,73 +155,49 @@ class DarStudyOptions(StudyOptions):
     same command goes on where it was stopped.
     """
 
+    budgets = {
+        # few samples for guidance: the table costs a minute and a half beside the trainings
+        "quick": Budget(
+            tables=("reconstruction", "solvers", "guidance", "order"), num=100, tokenizer_steps=0.75, prior_steps=0.5
+        ),
+        "full": Budget(),
+    }
+
     preset_tokenizer: str = "dar-small-32"
     """Preset of the tokenizer (`isthmus info presets`); bigger ones are for GPUs."""
     preset_prior: str = "dar-prior-small"
     """Preset of the prior."""
 
+    def setting(self, device: str, threads: int) -> DarSetting:
+        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
+        images = {"data": self.data, "classes": self.chosen_classes}
+        tokenizer = diffusion_tokenizer_preset(self.preset_tokenizer)
+        prior = next_token_prior_preset(self.preset_prior)
+        return DarSetting(
+            tokenizer=replace(
+                tokenizer,
+                num_steps=round(tokenizer.num_steps * self.bought.tokenizer_steps),
+                continuous_steps=round(tokenizer.continuous_steps * self.bought.tokenizer_steps),
+                **images,
+            ),
+            prior=replace(prior, num_steps=round(prior.num_steps * self.bought.prior_steps), **images),
+            **self._shared(device, threads),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class DarSetting:
-    """Everything that decides the results of a study.
+class SrddSetting(StudySetting):
+    """Everything that decides the results of a study of SRDD.
 
-    Attributes:
-        tokenizer: the run of all tokenizers; the study fills in the seed and where it goes.
-        prior: the run of all priors.
-        seeds: of the trainings of tokenizer and prior, and of the samples drawn from them.
-        num: samples per model and setting.
-        guidances: measured beside the prior's own: off, the paper's constant and its linear schedule.
-        solvers: rules of a solver step.
-        solver_steps: how many of them.
-        batch_size: images drawn at once; None estimates what fits.
-        device: where networks run.
-        threads: of torch on the CPU, for what is timed.
+    All students share the run `student`, in which the study fills in teacher, scales and seed; `rounds` are of timing.
     """
 
-    tokenizer: DiffusionTokenizerRun
-    prior: NextTokenPriorRun
-    seeds: tuple[int, ...]
-    num: int
-    guidances: tuple[str, ...] = ("1", "1.5", "linear:1.1:8")
-    solvers: tuple[str, ...] = SOLVERS
-    solver_steps: tuple[int, ...] = (4, 8, 16)
-    batch_size: int | None = None
-    device: str = "cpu"
-    threads: int = 1
-
-
-def dar_setting(options: DarStudyOptions, device: str, threads: int) -> DarSetting:
-    """What the options resolve to. Raises `UserError` for unknown presets."""
-    budget, chosen = DAR_BUDGETS[options.budget], {"data": options.data, "classes": options.chosen_classes}
-    tokenizer = diffusion_tokenizer_preset(options.preset_tokenizer)
-    prior = next_token_prior_preset(options.preset_prior)
-    return DarSetting(
-        tokenizer=replace(
-            tokenizer,
-            num_steps=round(tokenizer.num_steps * budget.tokenizer_steps),
-            continuous_steps=round(tokenizer.continuous_steps * budget.tokenizer_steps),
-            **chosen,
-        ),
-        prior=replace(prior, num_steps=round(prior.num_steps * budget.prior_steps), **chosen),
-        seeds=tuple(range(options.num_seeds)),
-        num=options.num or budget.num,
-        batch_size=options.batch_size,
-        device=device,
-        threads=threads,
-    )
-
-
-# the prior of the comparisons is trained longer where there is time: short trainings favour no side for sure
-SRDD_BUDGETS = {
-    # three trainings are four fifths of its quarter of an hour
-    "quick": Budget(tables=("masks", "guidance", "snr"), num=500, tokenizer_steps=0.75, prior_steps=2 / 3),
-    "full": Budget(
-        tables=("masks", "guidance", "schedules", "weighting", "snr", "refinement", "distillation", "editing"),
-        # n of the reference: with three seeds, their spread says more than a second chunk of each
-        num=529,
-        prior_steps=1.5,
-    ),
-}
+    tokenizer: TokenizerRun
+    prior: PriorRun
+    student: DistillRun
+    # constant ones
+    guidances: tuple[str, ...] = ("1", "1.5", "2", "3", "5")
+    rounds: int = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +208,13 @@ class SrddStudyOptions(StudyOptions):
     trains three and fills all. The same command goes on where it was stopped.
     """
 
+    # the prior of the comparisons is trained longer where there is time: short trainings favour no side for sure
+    budgets = {
+        # three trainings are four fifths of its quarter of an hour
+        "quick": Budget(tables=("masks", "guidance", "snr"), num=500, tokenizer_steps=0.75, prior_steps=2 / 3),
+        "full": Budget(prior_steps=1.5),
+    }
+
     preset_tokenizer: str = "small-32"
     """Preset of the tokenizer (`isthmus info presets`); bigger ones are for GPUs."""
     preset_prior: str = "srdd-small"
@@ -211,61 +222,28 @@ class SrddStudyOptions(StudyOptions):
     preset_student: str = "distill-small"
     """Preset of the students that learn a shorter schedule."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class SrddSetting:
-    """Everything that decides the results of a study.
-
-    Attributes:
-        tokenizer: its run; the study fills in where it goes.
-        prior: the run that all priors share; the study varies mask, scales, loss weights and seed.
-        student: the run that all students share; the study fills in teacher, scales and seed.
-        seeds: of the priors' trainings, and of the samples drawn from them.
-        num: samples per model and guidance.
-        guidances: constant ones that are swept; the prior's own is measured beside them.
-        refinement_probability: of the prior that is trained for refinement.
-        jumps: in edits, each measured.
-        rounds: of timing.
-        batch_size: images drawn at once; None estimates what fits.
-        device: where networks run.
-        threads: of torch on the CPU, for what is timed.
-    """
-
-    tokenizer: TokenizerRun
-    prior: PriorRun
-    student: DistillRun
-    seeds: tuple[int, ...]
-    num: int
-    guidances: tuple[str, ...] = ("1", "1.5", "2", "3", "5")
-    refinement_probability: float = 0.5
-    jumps: tuple[int, ...] = (0, 1)
-    rounds: int = 9
-    batch_size: int | None = None
-    device: str = "cpu"
-    threads: int = 1
-
-
-def srdd_setting(options: SrddStudyOptions, device: str, threads: int) -> SrddSetting:
-    """What the options resolve to. Raises `UserError` for unknown presets."""
-    budget, chosen = SRDD_BUDGETS[options.budget], {"data": options.data, "classes": options.chosen_classes}
-    tokenizer, prior = tokenizer_preset(options.preset_tokenizer), prior_preset(options.preset_prior)
-    # a student sees the images that its teacher saw, and draws as it does
-    same = {"num_views": prior.num_views, "augment": prior.augment, "sampling": prior.sampling}
-    # the student without a teacher is an experiment of its own
-    same["baseline"] = False
-    return SrddSetting(
-        tokenizer=replace(tokenizer, num_steps=round(tokenizer.num_steps * budget.tokenizer_steps), **chosen),
-        prior=replace(
-            prior,
-            num_steps=round(prior.num_steps * budget.prior_steps),
-            validate_every=max(round(prior.validate_every * budget.prior_steps), 1),
-            scale_loss="token-uniform",
-            **chosen,
-        ),
-        student=replace(distill_preset(options.preset_student), **same, **chosen),
-        seeds=tuple(range(options.num_seeds)),
-        num=options.num or budget.num,
-        batch_size=options.batch_size,
-        device=device,
-        threads=threads,
-    )
+    def setting(self, device: str, threads: int) -> SrddSetting:
+        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
+        images = {"data": self.data, "classes": self.chosen_classes}
+        tokenizer, prior = tokenizer_preset(self.preset_tokenizer), prior_preset(self.preset_prior)
+        longer = self.bought.prior_steps
+        return SrddSetting(
+            tokenizer=replace(tokenizer, num_steps=round(tokenizer.num_steps * self.bought.tokenizer_steps), **images),
+            prior=replace(
+                prior,
+                num_steps=round(prior.num_steps * longer),
+                validate_every=max(round(prior.validate_every * longer), 1),
+                scale_loss="token-uniform",
+                **images,
+            ),
+            # a student sees the images that its teacher saw, and draws as it does
+            student=replace(
+                distill_preset(self.preset_student),
+                num_views=prior.num_views,
+                augment=prior.augment,
+                sampling=prior.sampling,
+                baseline=False,  # the student without a teacher is an experiment of its own
+                **images,
+            ),
+            **self._shared(device, threads),
+        )

@@ -7,21 +7,47 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.evaluation.report import joined, markdown_picture, markdown_table, write_pages
 from isthmus.pictures import draw_grid
-from isthmus.studies.tables import RULE, Difference, Finding, Panel, StudyTable, TableSpec, number
+from isthmus.studies.tables import RULE, Difference, Panel, StudyTable, TableSpec, mean_and_half_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+logger = logging.getLogger("isthmus")
 
-def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """One panel beside the other; a line's bars are 95 % intervals."""
-    draw_grid(panels, _draw_curves, path)
+_CLAIM_HEAD = ("claim of a paper", "source", "measured here", "verdict")
 
 
-def _draw_curves(axis: "Axes", panel: Panel) -> None:
-    for line in panel.lines:
-        bars = list(line.half_widths) or None
-        axis.errorbar(line.x, line.y, yerr=bars, label=line.name, marker="o", markersize=3, capsize=2)
+def write_study_report(
+    folder: Path,
+    title: str,
+    summary: str,
+    specs: Sequence[TableSpec[Any]],
+    tables: Mapping[str, StudyTable],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write both reports, and a picture per table with curves where matplotlib is installed; returns report.md.
+
+    Those of `specs`, all tables of the study, that are not in `tables` are marked "not run"; `facts` made the numbers.
+    """
+    for spec in specs:
+        # of an earlier run, maybe of other results
+        (folder / f"{spec.name}.png").unlink(missing_ok=True)
+    try:
+        for name, table in tables.items():
+            if table.panels:
+                draw_grid(table.panels, _draw_panel, folder / f"{name}.png")
+    except ImportError:
+        logger.warning('The report has no plots: they need matplotlib. Run: pip install "isthmus[eval]"')
+    text = joined([f"# {title}", summary, *_parts(folder, specs, tables, facts)])
+    write_pages(folder, text, title=title)
+    return folder / "report.md"
+
+
+def _draw_panel(axis: "Axes", panel: Panel) -> None:
+    for name, points in panel.lines.items():
+        means, widths = zip(*map(mean_and_half_width, points.values()), strict=True)
+        bars = None if None in widths else widths
+        axis.errorbar(list(points), means, yerr=bars, label=name, marker="o", markersize=3, capsize=2)
     if panel.level is not None:
         name, value = panel.level
         axis.axhline(value, color="tab:green", linestyle="--", label=name)
@@ -31,79 +57,26 @@ def _draw_curves(axis: "Axes", panel: Panel) -> None:
     axis.legend(fontsize=8)
 
 
-logger = logging.getLogger("isthmus")
-
-_CLAIM_HEAD = ("claim of a paper", "source", "measured here", "verdict")
-
-
-def write_study_report(
-    folder: Path,
-    *,
-    title: str,
-    summary: Sequence[str],
-    specs: Sequence[TableSpec[Any]],
-    tables: Mapping[str, StudyTable],
-    facts: Mapping[str, Any],
-) -> Path:
-    """Write both reports, and a picture per table with curves where matplotlib is installed; returns report.md.
-
-    Args:
-        folder: of the study.
-        title: of the report.
-        summary: its first paragraphs.
-        specs: all tables of the study; those that are not in `tables` are marked "not run".
-        tables: finished tables by name.
-        facts: what made the numbers.
-    """
-    for spec in specs:
-        # of an earlier run, maybe of other results
-        (folder / f"{spec.name}.png").unlink(missing_ok=True)
-    for name, table in tables.items():
-        if table.panels:
-            _draw(table, folder / f"{name}.png")
-    write_pages(folder, joined(_parts(folder, title, summary, specs, tables, facts)), title=title)
-    return folder / "report.md"
-
-
-def difference_text(found: Difference | None, repetitions: str = "seeds") -> str:
+def difference_text(found: Difference, repetitions: str = "seeds") -> str:
     """First minus second, as a cell; `repetitions` are what it is a mean over.
 
-    >>> difference_text(Difference(-0.5, 0.25, 3)), difference_text(None)
+    >>> difference_text(Difference(-0.5, 0.25, 3)), difference_text(Difference(float("nan"), None, 0))
     ('-0.5 [-0.75, -0.25] (3 seeds)', 'not measured')
     """
-    if found is None:
+    if not found.num_seeds:
         return "not measured"
     seeds = f"one {repetitions.removesuffix('s')}" if found.num_seeds == 1 else f"{found.num_seeds} {repetitions}"
-    if found.half_width is None:
-        return f"{number(found.value)}, no interval ({seeds})"
-    if found.half_width == 0:
-        return f"{number(found.value)} ({seeds})"
-    low, high = found.value - found.half_width, found.value + found.half_width
-    return f"{number(found.value)} [{number(low)}, {number(high)}] ({seeds})"
-
-
-def _draw(table: StudyTable, path: Path) -> None:
-    try:
-        draw_panels(table.panels, path)
-    except ImportError:
-        logger.warning('The report has no plots: they need matplotlib. Run: pip install "isthmus[eval]"')
+    value, half_width = found.value, found.half_width
+    if half_width is None:
+        return f"{value:.4g}, no interval ({seeds})"
+    interval = f" [{value - half_width:.4g}, {value + half_width:.4g}]" if half_width else ""
+    return f"{value:.4g}{interval} ({seeds})"
 
 
 def _parts(
-    folder: Path,
-    title: str,
-    summary: Sequence[str],
-    specs: Sequence[TableSpec[Any]],
-    tables: Mapping[str, StudyTable],
-    facts: Mapping[str, Any],
+    folder: Path, specs: Sequence[TableSpec[Any]], tables: Mapping[str, StudyTable], facts: Mapping[str, Any]
 ) -> Iterator[str]:
-    yield f"# {title}"
-    yield from summary
-    claims = {
-        spec.name: [_finding_cells(finding, tables[spec.name]) for finding in tables[spec.name].findings()]
-        for spec in specs
-        if spec.name in tables
-    }
+    claims = {name: list(_claim_cells(table)) for name, table in tables.items()}
     rows = [(spec.title, *cells) for spec in specs for cells in claims.get(spec.name, ())]
     if rows:
         yield "## Claims"
@@ -115,29 +88,27 @@ def _parts(
         )
     for spec in specs:
         yield f"## {spec.title}"
-        if spec.name in tables:
-            yield from _table_parts(tables[spec.name], claims[spec.name], folder / f"{spec.name}.png")
-        else:
+        if spec.name not in tables:
             yield f"Not run. `--tables {spec.name}` or `--budget full` fills this table."
+            continue
+        table, picture = tables[spec.name], folder / f"{spec.name}.png"
+        yield table.about
+        yield markdown_table(*table.text())
+        if claims[spec.name]:
+            yield markdown_table(_CLAIM_HEAD, claims[spec.name])
+        if table.panels and picture.is_file():
+            titles = "; ".join(panel.title for panel in table.panels)
+            yield markdown_picture(picture, f"{titles} (bars: 95 % intervals)")
+        yield from table.notes
     yield "## What made these numbers"
     yield markdown_table(("what", "value"), [(name, _text(value)) for name, value in facts.items()])
 
 
-def _table_parts(table: StudyTable, claims: Sequence[Sequence[str]], picture: Path) -> Iterator[str]:
-    yield table.about
-    yield markdown_table(*table.text())
-    if claims:
-        yield markdown_table(_CLAIM_HEAD, claims)
-    if table.panels and picture.is_file():
-        yield markdown_picture(picture, "; ".join(panel.title for panel in table.panels) + " (bars: 95 % intervals)")
-    yield from table.notes
-
-
-def _finding_cells(finding: Finding, table: StudyTable) -> tuple[str, str, str, str]:
-    claim = finding.claim
-    gap = difference_text(finding.difference, table.repetitions(claim.column))
-    measured = f"{claim.column}, {claim.first} minus {claim.second}: {gap}"
-    return claim.says, claim.source, measured, finding.verdict
+def _claim_cells(table: StudyTable) -> Iterator[tuple[str, str, str, str]]:
+    for claim, found in table.findings():
+        gap = difference_text(found, table.repetitions(claim.column))
+        measured = f"{claim.column}, {claim.first} minus {claim.second}: {gap}"
+        yield claim.says, claim.source, measured, found.verdict(claim.direction)
 
 
 def _text(value: Any) -> str:
@@ -145,4 +116,4 @@ def _text(value: Any) -> str:
         return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
-    return number(value) if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

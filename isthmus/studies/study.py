@@ -6,44 +6,33 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 
-from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.evaluation.record import circumstances
 from isthmus.files import alone_in, contents, write_whole
 from isthmus.pipelines.loading import choose_device
-from isthmus.studies.experiments import Experiment, Facts, Work, facts_of, ordered, run_experiments
-from isthmus.studies.options import Budget, StudyOptions, chosen_tables, study_folder
+from isthmus.studies.experiments import Experiment, Values, facts_of, ordered, run_experiments
+from isthmus.studies.measures import Lab
+from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
 from isthmus.studies.report import write_study_report
-from isthmus.studies.tables import TableSpec
+from isthmus.studies.tables import Found, Setting, TableSpec
 
 logger = logging.getLogger("isthmus")
-
-Setting = TypeVar("Setting")
 
 _RECORD = "study.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study(Generic[Setting]):
-    """What a study is made of.
-
-    Attributes:
-        name: "srdd" or "dar".
-        title: of the report.
-        tables: all tables there are.
-        work: how experiments of every kind are done, in a folder with a setting.
-        summary: first paragraphs of the report.
-    """
+    """All tables there are, and the title and first paragraph of the report."""
 
     name: str
     title: str
     tables: tuple[TableSpec[Setting], ...]
-    work: Callable[[Setting, Path], Mapping[str, Work]]
-    summary: Callable[[Setting], Sequence[str]]
+    summary: Callable[[Setting], str]
 
     @property
     def table_names(self) -> tuple[str, ...]:
@@ -65,9 +54,9 @@ class Study(Generic[Setting]):
         tables: Sequence[str],
         facts: Mapping[str, Any],
         images: Mapping[str, str],
-        made: Callable[[], Facts],
+        made: Callable[[], Values],
     ) -> Path:
-        """Run what is not finished, fill the tables and write the report; returns report.md.
+        """Run what is not finished, fill the tables of these names and write the report; returns report.md.
 
         Args:
             setting: everything that decides the results.
@@ -78,34 +67,25 @@ class Study(Generic[Setting]):
             made: when, where and with which versions this process runs; noted beside every result.
 
         Raises:
-            UserError: the folder holds something else, or experiments with other settings or images, or one cannot be
-                run.
+            UserError: the folder holds something else, or experiments with other settings or images.
         """
         experiments = self.plan(setting, tables)
         claim_folder(folder, self.name, images)
         logger.info("study %s: %d experiments for the tables %s", self.name, len(experiments), ", ".join(tables))
-        results = run_experiments(experiments, folder, self.work(setting, folder), made=made)
-        filled = {spec.name: spec.make(setting, results) for spec in self.tables if spec.name in tables}
-        report = write_study_report(
-            folder,
-            title=self.title,
-            summary=self.summary(setting),
-            specs=self.tables,
-            tables=filled,
-            facts={**facts, "images (sha256)": images, **facts_of(experiments, folder)},
-        )
+        found = Found(setting, run_experiments(experiments, folder, Lab(setting, folder), made=made))
+        filled = {spec.name: spec.make(found) for spec in self.tables if spec.name in tables}
+        facts = {**facts, "images (sha256)": images, **facts_of(experiments, folder)}
+        report = write_study_report(folder, self.title, self.summary(setting), self.tables, filled, facts)
         logger.info("done: %s", report)
         return report
 
 
 def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
-    """Make the folder of a study, or find it again.
+    """Begin the record of a study, or find it again.
 
     Raises:
-        UserError: it is a file, holds something else, or a study of other images.
+        UserError: the folder holds something else, or a study of other images.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out must be a folder, got the file {folder}. Choose another name.")
     record, now = folder / _RECORD, {"study": name, "images": dict(images)}
     if record.is_file():
         try:
@@ -119,71 +99,30 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
         return
     if contents(folder):
         raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(record, json.dumps(now) + "\n")
 
 
-Options = TypeVar("Options", bound=StudyOptions)
-
-_LOOK_PX = 32
-
-
-def run_study(
-    study: Study[Setting],
-    options: Options,
-    budgets: Mapping[str, Budget],
-    make_setting: Callable[[Options, str, int], Setting],
-) -> Path:
+def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
-    Args:
-        study: which one.
-        options: as from the command line.
-        budgets: what each budget of this study buys.
-        make_setting: what the options resolve to on a device ("cpu", "cuda") with so many `threads`.
-
-    Raises:
-        UserError: an option is not usable, or the folder holds something else.
+    Sets the number of threads, and the device that trainings of this process take. Raises `UserError` for an option
+    that is not usable, or where the folder holds something else.
     """
-    tables = chosen_tables(options.tables, budgets[options.budget].tables, study.table_names)
-    device = prepared_device(options)
-    setting = make_setting(options, device.type, torch.get_num_threads())
-    return study.run(
-        setting,
-        study_folder(options, study.name),
-        tables=tables,
-        facts=study_facts(options),
-        images=images_of(options),
-        made=lambda: circumstances(device, processes=1),
-    )
-
-
-def prepared_device(options: StudyOptions) -> torch.device:
-    """The device of the options, which trainings of this process take as well; sets the number of threads.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    tables, classes = options.tables_among(study.table_names), options.chosen_classes
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     if device.type == "cpu":
         # accelerate, which trainings ask for their device, takes any GPU it finds otherwise
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    return device
-
-
-def images_of(options: StudyOptions) -> dict[str, str]:
-    """Fingerprints of the images by split. Raises `UserError` where they cannot be used, before anything is written."""
-    # the size is that at which drawings are rendered; any will do to see whether they are there and which they are
-    sources = {
-        split: open_source(options.data, image_size=_LOOK_PX, split=split, classes=options.chosen_classes)
-        for split in ("train", "val")
-    }
-    return {split: source.fingerprint for split, source in sources.items()}
-
-
-def study_facts(options: StudyOptions) -> dict[str, Any]:
-    """What was asked for, beside the settings of the experiments."""
-    classes = options.chosen_classes
-    return {"budget": options.budget, "data": options.data, "classes": "all" if classes is None else classes}
+    setting = options.setting(device.type, torch.get_num_threads())
+    folder = options.out or Path(f"study-{study.name}" + ("-full" if options.budget == "full" else ""))
+    lab = Lab(setting, folder)
+    return study.run(
+        setting,
+        folder,
+        tables=tables,
+        facts={"budget": options.budget, "data": options.data, "classes": "all" if classes is None else classes},
+        images={split: lab.images(split).fingerprint for split in ("train", "val")},
+        made=lambda: circumstances(device, processes=1),
+    )

@@ -1,18 +1,26 @@
-"""Tables of a study: readings, how sure they are, and the written rule behind every verdict.
-
-A table is a function of results: rows of readings, the papers' claims about them, and curves.
-"""
+"""Tables of a study: readings, how sure they are, and the written rule behind every verdict."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, TypeVar
 
+from isthmus.errors import UserError
 from isthmus.evaluation.statistics import Measurements
 from isthmus.studies.experiments import Experiment, Values
+from isthmus.studies.options import StudySetting
+
+_NORMAL_95 = 1.96
 
 Verdict = Literal["agrees", "does not agree", "cannot tell"]
 Direction = Literal["lower", "higher"]
+
+CLASS = "class accuracy (nearest mean)"
+KERNEL, FRECHET = "KD-lite0-192", "FD-lite0-192"
+"""The kernel distance leads where n < 1,000; the Frechet distance is what the papers' FID is on other features."""
+
+SAMPLE_SCORES = (KERNEL, FRECHET, CLASS, "memorised share", "nearer than held-out")
+"""Scores of samples that the tables show; the evaluations' own reports have the others."""
 
 RULE = (
     "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see "
@@ -28,12 +36,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Reading:
-    """One measurement of one seed.
-
-    Attributes:
-        value: what was measured.
-        low: lower end of its own 95 % interval; None where it has none.
-        high: upper end.
+    """One measurement of one seed, with the ends of its own 95 % interval where it has one.
 
     >>> Reading.around(2.0, 0.5), Reading(2.0).half_width
     (Reading(value=2.0, low=1.5, high=2.5), None)
@@ -63,35 +66,48 @@ Readings = dict[int, Reading]
 """Measurements of one thing by training seed."""
 
 
-def written_readings(found: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, Readings]:
-    """Readings by column of one row, from what the experiment of every seed wrote: a value, then its ends if any.
+def by_column(found: Mapping[int, Mapping[str, Any]], read: Callable[[Any], Reading]) -> dict[str, Readings]:
+    """Readings of one row, from what the experiment of every seed wrote for every column.
 
-    >>> written_readings({0: {"PSNR": [20.0, 19.5, 20.5]}, 1: {"PSNR": [21.0]}})["PSNR"][1]
+    >>> by_column({0: {"PSNR": [20.0, 19.5, 20.5]}, 1: {"PSNR": [21.0]}}, lambda written: Reading(*written))["PSNR"][1]
     Reading(value=21.0, low=None, high=None)
     """
     columns: dict[str, Readings] = {}
     for seed, values in found.items():
         for column, written in values.items():
-            columns.setdefault(column, {})[seed] = Reading(*written)
+            columns.setdefault(column, {})[seed] = read(written)
     return columns
+
+
+def score_reading(score: Mapping[str, Any]) -> Reading:
+    """A score with its own 95 % interval.
+
+    Its own ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
+
+    >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
+    Reading(value=3.0, low=2.02, high=3.98)
+    """
+    value = math.nan if score["value"] is None else float(score["value"])
+    low, high, error, deviation = (score[name] for name in ("low", "high", "error", "deviation"))
+    if low is not None and high is not None:
+        return Reading(value, low, high)
+    if error is not None:
+        return Reading.around(value, _NORMAL_95 * error)
+    if deviation is not None and score["measurements"] > 1:
+        return Reading.around(value, student_half_width(deviation, score["measurements"]))
+    return Reading(value)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second.
-
-    Attributes:
-        value: mean over seeds.
-        half_width: of the 95 % interval; None where it cannot be said.
-        num_seeds: seeds that both sides have.
-    """
+    """First minus second, mean over the seeds that both have; `half_width` of its 95 % interval, where there is one."""
 
     value: float
     half_width: float | None
     num_seeds: int
 
     def verdict(self, claimed: Direction) -> Verdict:
-        """Whether the first is `claimed` ("lower", "higher") than the second.
+        """Whether the first is `claimed` than the second.
 
         >>> [Difference(value, 1.0, 3).verdict("lower") for value in (-2.0, 0.5, 2.0)]
         ['agrees', 'cannot tell', 'does not agree']
@@ -101,28 +117,33 @@ class Difference:
         return "agrees" if (self.value < 0) == (claimed == "lower") else "does not agree"
 
 
-def student_95(degrees: int) -> float:
-    """97.5 % point of Student's t.
+def student_half_width(deviation: float, count: int) -> float:
+    """Half of the 95 % interval of a mean of `count` values with this standard deviation, by Student's t.
 
-    >>> round(student_95(2), 3), round(student_95(20), 3)
-    (4.303, 2.086)
+    >>> round(student_half_width(1.0, 4), 3)  # 3.182 / 2
+    1.591
     """
     # not at the top of the file: it takes seconds to import
     from scipy import stats
 
-    return float(stats.t.ppf(0.975, degrees))
+    return float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
 
 
 def half_width_of_mean(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of a mean; None for a single value."""
     found = Measurements.of(values)
-    if found.deviation is None:
-        return None
-    return student_95(found.count - 1) * found.deviation / math.sqrt(found.count)
+    return None if found.deviation is None else student_half_width(found.deviation, found.count)
 
 
-def difference(first: Readings, second: Readings) -> Difference | None:
-    """First minus second over the seeds that both have; None where they share none.
+def mean_and_half_width(readings: Readings) -> tuple[float, float | None]:
+    """Over seeds; with one seed, the value with the half width of its own interval."""
+    values = [reading.value for reading in readings.values()]
+    own = next(iter(readings.values())).half_width
+    return Measurements.of(values).mean, half_width_of_mean(values) if len(values) > 1 else own
+
+
+def difference(first: Readings, second: Readings) -> Difference:
+    """First minus second over the seeds that both have.
 
     >>> difference({0: Reading(1.0), 1: Reading(2.0)}, {0: Reading(3.0), 1: Reading(4.0)})
     Difference(value=-2.0, half_width=0.0, num_seeds=2)
@@ -131,29 +152,19 @@ def difference(first: Readings, second: Readings) -> Difference | None:
     """
     seeds = sorted(set(first) & set(second))
     if not seeds:
-        return None
+        return Difference(math.nan, None, 0)
     gaps = [first[seed].value - second[seed].value for seed in seeds]
-    mean = Measurements.of(gaps).mean
     if len(seeds) > 1:
-        return Difference(mean, half_width_of_mean(gaps), len(seeds))
+        return Difference(Measurements.of(gaps).mean, half_width_of_mean(gaps), len(seeds))
     ours, theirs = first[seeds[0]].half_width, second[seeds[0]].half_width
-    return Difference(mean, None if ours is None or theirs is None else math.hypot(ours, theirs), 1)
+    return Difference(gaps[0], None if ours is None or theirs is None else math.hypot(ours, theirs), 1)
 
 
-Setting = TypeVar("Setting", contravariant=True)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Claim:
-    """What a paper says about two rows of a table.
+    """What a paper says, with its figures: the first row is lower, or higher, than the second in this column.
 
-    Attributes:
-        says: the claim, with the paper's figures.
-        source: where it stands.
-        first: row that is claimed to be lower or higher ...
-        second: ... than this one.
-        column: in which column.
-        direction: which of both.
+    `FRECHET` stands for a FID, which is judged by the kernel distance too.
     """
 
     says: str
@@ -161,53 +172,22 @@ class Claim:
     first: str
     second: str
     column: str
-    direction: Direction
+    direction: Direction = "lower"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A claim beside what was measured; `difference` is None where a row is missing."""
-
-    claim: Claim
-    difference: Difference | None
-    verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One line of a panel.
-
-    Attributes:
-        name: in the legend.
-        x, y: points.
-        half_widths: of the bars at the points; empty for none.
-    """
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    half_widths: Sequence[float] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Lines over one axis; `level` is a dashed horizontal line with its name."""
+    """Lines over one axis, readings at every x by name; `level` is a dashed horizontal line with its name."""
 
     title: str
     along: str
-    lines: tuple[Line, ...]
+    lines: Mapping[str, Mapping[Any, Readings]]
     level: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row.
-
-    Attributes:
-        name: of what was measured.
-        facts: text cells by column, such as the guidance.
-        cells: readings by column.
-    """
+    """One row: text cells, such as the guidance, and readings, both by column."""
 
     name: str
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -221,9 +201,6 @@ class StudyTable:
     Attributes:
         about: what was compared, and what was held equal.
         first_column: head of the names of the rows.
-        rows: in order.
-        claims: of the papers, about these rows.
-        panels: curves.
         timed: columns whose readings are rounds of timing, not seeds.
         notes: what else to know, a paragraph each; also what no paper has a figure for.
     """
@@ -236,18 +213,10 @@ class StudyTable:
     timed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def columns(self) -> tuple[list[str], list[str]]:
-        """Names of the text columns and of the columns of readings, in the order in which rows bring them up."""
-        facts, cells = {}, {}
-        for row in self.rows:
-            facts |= dict.fromkeys(row.facts)
-            cells |= dict.fromkeys(row.cells)
-        return list(facts), list(cells)
-
     def text(self) -> tuple[list[str], list[list[str]]]:
-        """Head and cells as text."""
-        facts, cells = self.columns()
-        head = [self.first_column, *facts, *cells]
+        """Head and cells as text; columns stand in the order in which rows bring them up."""
+        facts = dict.fromkeys(name for row in self.rows for name in row.facts)
+        cells = dict.fromkeys(name for row in self.rows for name in row.cells)
         rows = [
             [
                 row.name,
@@ -256,63 +225,173 @@ class StudyTable:
             ]
             for row in self.rows
         ]
-        return head, rows
+        return [self.first_column, *facts, *cells], rows
 
     def repetitions(self, column: str) -> str:
         """What the readings of a column repeat."""
         return "rounds" if column in self.timed else "seeds"
 
-    def findings(self) -> Iterator[Finding]:
-        """Every claim beside the measured difference."""
-        by_name = {row.name: row for row in self.rows}
+    def findings(self) -> Iterator[tuple[Claim, Difference]]:
+        """Every claim beside the measured difference; one about a FID by both distances."""
+        cells = {row.name: row.cells for row in self.rows}
         for claim in self.claims:
-            sides = [by_name[name].cells.get(claim.column) if name in by_name else None for name in claim_rows(claim)]
-            found = difference(sides[0], sides[1]) if sides[0] is not None and sides[1] is not None else None
-            yield Finding(claim, found, "cannot tell" if found is None else found.verdict(claim.direction))
+            for column in (KERNEL, FRECHET) if claim.column == FRECHET else (claim.column,):
+                first, second = (cells.get(name, {}).get(column, {}) for name in (claim.first, claim.second))
+                yield replace(claim, column=column), difference(first, second)
 
 
-@dataclass(frozen=True, kw_only=True)
+Setting = TypeVar("Setting", bound=StudySetting)
+
+
+@dataclass(frozen=True)
+class Found(Generic[Setting]):
+    """What the experiments of a study with this setting found, by name, as tables read it.
+
+    Methods take names of experiments without their seeds.
+    """
+
+    setting: Setting
+    results: Mapping[str, Values]
+
+    def by_seed(self, experiment: str, *path: str | int) -> dict[int, Any]:
+        """What was found with each training seed, all of it or what lies at `path`."""
+        found: Any = {seed: self.results[f"{experiment}-seed{seed}"] for seed in self.setting.seeds}
+        for step in path:
+            found = {seed: values[step] for seed, values in found.items()}
+        return found
+
+    def first(self, experiment: str, *path: str | int) -> Any:
+        """The same of the first seed."""
+        return self.by_seed(experiment, *path)[self.setting.seeds[0]]
+
+    def points(self, experiment: str, values: str, x: Iterable[float]) -> dict[float, Readings]:
+        """Readings at every `x` of the list that was found under `values`."""
+        by_seed = self.by_seed(experiment, values)
+        return {at: {seed: Reading(found[i]) for seed, found in by_seed.items()} for i, at in enumerate(x)}
+
+    def held_out_score(self, experiment: str, name: str) -> Readings:
+        """A score of the evaluation of held-out images; empty where it was not measured."""
+        return by_column(self.by_seed(experiment, "held_out"), score_reading).get(name, {})
+
+    def held_out_row(self, name: str, experiment: str, *path: str | int, column: str = "", once: bool = False) -> "Row":
+        """What lies at `path` of held-out images: by column, or in one, a value and the ends of its interval if any.
+
+        `once`: no training decides it, so the first seed speaks for all.
+        """
+        by_seed = {seed: {column: at} if column else at for seed, at in self.by_seed(experiment, *path).items()}
+        if once:
+            by_seed = {0: next(iter(by_seed.values()))}
+        facts = {"images": str(self.first(experiment, "images")), "seeds": self.setting.seed_words}
+        return Row(name=name, facts=facts, cells=by_column(by_seed, lambda written: Reading(*written)))
+
+    def sample_row(
+        self,
+        name: str,
+        experiment: str,
+        *path: str,
+        guidance: str | None = None,
+        facts: Mapping[str, str] | None = None,
+        cells: Mapping[str, Readings] | None = None,
+    ) -> "Row":
+        """Scores of samples at `path`, with what stands beside every number of samples.
+
+        No path is that of an evaluation at `guidance`, by default the prior's own. `facts` stand before those of
+        samples, `cells` behind the scores.
+        """
+        protocol, guidance = self.first(experiment, "protocol"), guidance or self.setting.own_guidance
+        measured = by_column(self.by_seed(experiment, *(path or ("by_guidance", guidance))), score_reading)
+        beside = {"guidance": guidance, "N": str(protocol["num_samples"]), "n": str(protocol["chunk_images"])}
+        return Row(
+            name=name,
+            facts={**(facts or {}), **beside, "seeds": self.setting.seed_words},
+            cells={**{one: measured[one] for one in SAMPLE_SCORES if one in measured}, **(cells or {})},
+        )
+
+    def real_rows(self, experiment: str, *path: str) -> "tuple[Row, Row]":
+        """Floor and ceiling beside scores at a path as for `sample_row`: what real, and ruined, images score."""
+        scores = self.first(experiment, *(path or ("by_guidance", self.setting.own_guidance)))
+        measured = [name for name in SAMPLE_SCORES if name in scores]
+
+        def row(side: str) -> Row:
+            values = {name: scores[name][side] for name in measured if scores[name][side] is not None}
+            return Row(name=side, cells={name: {0: Reading(float(value))} for name, value in values.items()})
+
+        return row("floor"), row("ceiling")
+
+    def protocol_words(self, *experiments: str) -> str:
+        """How the samples of these experiments were measured.
+
+        Raises:
+            UserError: in different ways, so that they do not stand in one table.
+        """
+        first, *others = (one for name in experiments for one in self.by_seed(name, "protocol").values())
+        for other in others:
+            differences = [name.replace("_", " ") for name in first if first[name] != other[name]]
+            if differences:
+                raise UserError(
+                    "two experiments of one table were measured in different ways, so their scores do not compare: "
+                    f"they differ in {', '.join(differences)}. Remove the folder of the older one, or choose another "
+                    "--out."
+                )
+        return (
+            f"N samples per row and seed ({first['balance']}), n images per distance against n of "
+            f"{first['reference']}; features {first['features']} ({first['features_sha256'][:12]}), "
+            f"{first['image_size']} px. Floor: real images disjoint from the reference (of class accuracy: held-out "
+            "images); ceiling: real images blurred to almost their mean colour (of class accuracy: chance; of "
+            "memorised shares and of what is nearer than held-out images: training images as training sees them, which "
+            "is how much of true copies these two can see)."
+        )
+
+    def warnings(self, *experiments: str) -> tuple[str, ...]:
+        """What the guards said of these samples, each sentence once."""
+        said = (one for name in experiments for found in self.by_seed(name, "warnings").values() for one in found)
+        return tuple(f"Warning: {one}" for one in dict.fromkeys(said))
+
+
+@dataclass(frozen=True)
 class TableSpec(Generic[Setting]):
-    """A table that a study may fill.
+    """A table that a study may fill, by its name on the command line.
 
-    Attributes:
-        name: on the command line.
-        title: in the report.
-        experiments: those it needs, in an order that can be run; other tables may share them.
-        make: the table, from the results of all experiments that were run, by name.
+    `experiments` are those it needs, in an order that can be run; other tables may share them.
     """
 
     name: str
     title: str
-    experiments: Callable[[Setting], Sequence[Experiment]]
-    make: Callable[[Setting, Mapping[str, Values]], StudyTable]
+    experiments: Callable[[Setting], Iterable[Experiment]]
+    make: Callable[[Found[Setting]], StudyTable]
 
 
-def claim_rows(claim: Claim) -> tuple[str, str]:
-    """The two rows a claim is about."""
-    return claim.first, claim.second
+def study_table(
+    title: str, experiments: Callable[[Any], Iterable[Experiment]]
+) -> Callable[[Callable[[Found[Setting]], StudyTable]], TableSpec[Setting]]:
+    """A decorator: the function makes the table of its own name, from what `experiments` found."""
+    return lambda make: TableSpec(make.__name__, title, experiments, make)
 
 
-def line_of(name: str, points: Mapping[int, Readings] | Mapping[float, Readings]) -> Line:
-    """Means over seeds with their 95 % intervals; with one seed, the value with its own."""
-    columns = {x: list(readings.values()) for x, readings in points.items()}
-    widths = [
-        half_width_of_mean([one.value for one in column]) if len(column) > 1 else column[0].half_width
-        for column in columns.values()
-    ]
-    known = [width for width in widths if width is not None]
-    return Line(
-        name=name,
-        x=list(columns),
-        y=[Measurements.of([one.value for one in column]).mean for column in columns.values()],
-        half_widths=known if len(known) == len(widths) else (),
-    )
+def panels_of(
+    columns: Sequence[str],
+    along: str,
+    lines: Mapping[str, Mapping[Any, Row]],
+    floor: Row,
+    words: str = "",
+) -> tuple[Panel, ...]:
+    """A panel for each of `columns` that was measured, with `words` in its title: rows at x, by the name of their line.
+
+    What real images score, in the row `floor`, is a level.
+    """
+    panels = []
+    for column in columns:
+        if any(column not in row.cells for rows in lines.values() for row in rows.values()):
+            continue
+        drawn = {name: {x: row.cells[column] for x, row in rows.items()} for name, rows in lines.items()}
+        real = next(iter(floor.cells.get(column, {}).values()), None)
+        panels.append(Panel(column + words, along, drawn, real and ("real images", real.value)))
+    return tuple(panels)
 
 
 def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
     """Mean and standard deviation over seeds; with one seed, the value and its own 95 % interval.
 
-    >>> from isthmus.studies.tables import Reading
     >>> cell_text({0: Reading(1.0), 1: Reading(3.0)})
     '2 ± 1.414 (2 seeds)'
     >>> cell_text({0: Reading.around(2.0, 0.25)}), cell_text({0: Reading(2.0)})
@@ -322,13 +401,8 @@ def cell_text(readings: Readings | None, repetitions: str = "seeds") -> str:
         return ""
     found = Measurements.of([reading.value for reading in readings.values()])
     if found.deviation is not None:
-        return f"{number(found.mean)} ± {number(found.deviation)} ({found.count} {repetitions})"
+        return f"{found.mean:.4g} ± {found.deviation:.4g} ({found.count} {repetitions})"
     (reading,) = readings.values()
     if reading.low is None or reading.high is None or reading.low == reading.high:
-        return number(found.mean)
-    return f"{number(found.mean)} [{number(reading.low)}, {number(reading.high)}]"
-
-
-def number(value: float) -> str:
-    """Four digits."""
-    return f"{value:.4g}"
+        return f"{found.mean:.4g}"
+    return f"{found.mean:.4g} [{reading.low:.4g}, {reading.high:.4g}]"

@@ -199,7 +199,7 @@ class ImagesRun(Run):
     """What the trainings of all tokenizers share: images, and a codebook that is cared for."""
 
     freeze_encoder: bool = False
-    """Train what decodes alone (with --from): token ids stay what they were."""
+    """Train only what decodes (with --from): token ids stay what they were."""
     continuous_steps: int = 100
     """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs (D-AR: 0
     starts it at random). One that goes on from a model (--from) has its codebook."""
@@ -254,9 +254,7 @@ class TokensRun(Run):
         object.__setattr__(self, "tokenizer", str(self.tokenizer))
         if self.token_cache is not None:
             object.__setattr__(self, "token_cache", Path(self.token_cache))
-        check_positive(self, "num_views")
-        if self.max_images is not None:
-            check_positive(self, "max_images")
+        check_positive(self, "num_views", "max_images")
         if self.stream and self.max_images is None:
             raise UserError("a stream has no end, so its token cache needs one. Pass --max-images NUMBER.")
         check_share(self, "label_dropout")
@@ -302,10 +300,11 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Raise `UserError` where a named field is not above 0."""
+    """Raise `UserError` where a named field is given (not None) and not above 0."""
     for name in names:
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} must be positive, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name} must be positive, got {value}.")
 
 
 def check_not_negative(config: object, *names: str) -> None:

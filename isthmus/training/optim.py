@@ -56,10 +56,9 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters, decayed and not decayed in two groups."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for name, p in trainable if decays(name, p)], "decays": True},
-        {"params": [p for name, p in trainable if not decays(name, p)], "decays": False},
+        {"params": [p for name, p in trainable(model) if decays(name, p) == decayed], "decays": decayed}
+        for decayed in (True, False)
     ]
     # fused: 3 to 5 times faster than the default on CPU, and one kernel on GPU
     return torch.optim.AdamW(

@@ -82,8 +82,6 @@ def test_settings_without_a_configuration_are_those_of_the_published_model():
         num_tokens=32, data_std=0.5
     )
     assert PublishedSettings.of({"num_all_queries": 32}, num_tokens=24, num_groups=6).num_tokens == 24
-    with pytest.raises(UserError, match=r"no settings \['num_token'\]"):
-        PublishedSettings.of({}, num_token=3)
 
 
 def test_half_precision_files_and_files_without_training_leftovers_are_the_same_networks(published):

@@ -154,6 +154,9 @@ def test_statistics_of_other_features_leave_the_images_with_a_warning():
     reference = fitting(Reference("both", "0", images, Gaussian.of(rows(1))), network({"net-7": 7}), (8, 8))
     assert reference.statistics is None and reference.images is images and "mu" not in reference.words
     assert len(reference.warnings) == 1 and "4 wide" in reference.warnings[0]
+    other = StatisticsOrigin("net-4", "other weights", "", 500)
+    reference = fitting(Reference("both", "0", images, Gaussian.of(rows(1)), origin=other), network(), (8, 8))
+    assert reference.statistics is None and "other features" in reference.warnings[0]
     fits = fitting(Reference("both", "0", images, Gaussian.of(rows(1))), network(), (8, 8))
     assert fits.statistics is not None and "only their width" in fits.warnings[0], "the file does not say its features"
 

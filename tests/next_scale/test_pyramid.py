@@ -47,10 +47,6 @@ def test_a_derived_schedule_keeps_sides_and_phi(sizes, data):
     assert derived.derive(kept) == derived and parent.derive(parent.sizes) == parent
 
 
-def test_derive_takes_given_phi_for_new_sides():
-    assert ScaleSchedule((1, 4), (0, 1)).derive((2, 4), phi_indices=(1, 1)) == ScaleSchedule((2, 4), (1, 1))
-
-
 def test_schedules_that_make_no_sense():
     for sizes, phi, said in [
         ((), (), "increase"), ((0, 1), (0, 0), "positive"), ((2, 1), (0, 0), "increase"), ((1, 1), (0, 0), "increase"),
@@ -59,13 +55,8 @@ def test_schedules_that_make_no_sense():
         with pytest.raises(UserError, match=said):
             ScaleSchedule(sizes, phi)
     parent = ScaleSchedule((1, 2, 4), (0, 1, 2))
-    for sizes, said in [
-        ((), "must end at 4"),
-        ((1, 2), "must end at 4"),
-        ((1, 8), "end at 4"),
-        ((1, 3, 4), r"side \[3\]"),
-    ]:
-        with pytest.raises(UserError, match=said):
+    for sizes in ((), (1, 2), (1, 8), (1, 3, 4)):
+        with pytest.raises(UserError, match="ending at 4"):
             parent.derive(sizes)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from isthmus.studies.dar import DAR_STUDY
 from isthmus.studies.options import DarSetting, SrddSetting
-from isthmus.studies.srdd_tables import SRDD_STUDY
+from isthmus.studies.srdd import SRDD_STUDY
 from isthmus.studies.study import Study
 from tests.made_once import made_once
 from tests.studies.tiny_studies import dar_setting, run, srdd_setting, tiny_data

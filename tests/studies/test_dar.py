@@ -8,8 +8,8 @@ import pytest
 
 from isthmus.studies.dar import DAR_STUDY
 from isthmus.studies.experiments import RESULT
-from isthmus.studies.options import DAR_BUDGETS, DarStudyOptions, dar_setting
-from isthmus.studies.srdd_tables import SRDD_STUDY
+from isthmus.studies.options import DarStudyOptions
+from isthmus.studies.srdd import SRDD_STUDY
 from tests.studies import tiny_studies
 
 
@@ -18,11 +18,11 @@ def values(folder: Path, name: str):
 
 
 def test_budgets_name_their_tables():
-    assert DAR_BUDGETS["full"].tables == DAR_STUDY.table_names
-    assert set(DAR_BUDGETS["quick"].tables) < set(DAR_STUDY.table_names)
-    quick, full = (dar_setting(DarStudyOptions(budget=budget), "cpu", 2) for budget in ("quick", "full"))
-    assert quick.tokenizer.num_steps < full.tokenizer.num_steps
-    plan = {experiment.name for experiment in DAR_STUDY.plan(quick, DAR_BUDGETS["quick"].tables)}
+    quick, full = (DarStudyOptions(budget=budget) for budget in ("quick", "full"))
+    assert full.tables_among(DAR_STUDY.table_names) == DAR_STUDY.table_names
+    assert set(quick.bought.tables) < set(DAR_STUDY.table_names)
+    assert quick.setting("cpu", 2).tokenizer.num_steps < full.setting("cpu", 2).tokenizer.num_steps
+    plan = {experiment.name for experiment in DAR_STUDY.plan(quick.setting("cpu", 2), quick.bought.tables)}
     measured = {f"{name}-seed0" for name in ("reconstruction", "solvers", "guidance", "order")}
     assert {"tokenizer-seed0", "prior-seed0"} | measured == plan
 
@@ -38,14 +38,7 @@ def test_all_tables_are_filled(finished_dar):
 
 @pytest.mark.slow
 def test_seeds_are_subtracted_from_each_other(finished_dar, data):
-    """Seed 1 is a copy of seed 0: every difference is that of one seed, and certain."""
-    setting = tiny_studies.dar_setting(data)
-    for _, one, both in tiny_studies.of_one_and_two_seeds(DAR_STUDY, setting, finished_dar):
-        if both.difference is None or one.difference is None:
-            assert both.difference is one.difference  # a row that the tiny setting does not have
-            continue
-        assert (both.difference.num_seeds, both.difference.half_width) == (2, 0.0)
-        assert both.difference.value == one.difference.value
+    tiny_studies.assert_seeds_are_subtracted(DAR_STUDY, tiny_studies.dar_setting(data), finished_dar)
 
 
 @pytest.mark.slow
@@ -72,14 +65,23 @@ def test_all_tokens_rebuild_what_the_models_own_solver_rebuilds(finished_dar):
     assert last["PSNR, dB"] == pytest.approx(solved["by_solver"][name]["PSNR, dB"], abs=1e-3)
 
 
-@pytest.mark.parametrize(("study", "kind"), [(DAR_STUDY, "solvers"), (SRDD_STUDY, "cost")])
-def test_times_of_another_device_or_number_of_threads_are_not_taken_over(study, kind):
+def settings(study, kind: str, **changes):
     make = tiny_studies.dar_setting if study is DAR_STUDY else tiny_studies.srdd_setting
-    for change in ({"device": "cuda"}, {"threads": 2}):
-        ours, theirs = (
-            [one.settings for one in study.plan(make("", **some), study.table_names) if one.kind == kind]
-            for some in ({}, change)
-        )
+    return [one.settings for one in study.plan(make("", **changes), study.table_names) if one.kind == kind]
+
+
+@pytest.mark.parametrize(
+    ("change", "decided"),
+    [
+        ({"device": "cuda"}, [(DAR_STUDY, "solvers"), (SRDD_STUDY, "cost"), (SRDD_STUDY, "drawing")]),
+        ({"threads": 2}, [(DAR_STUDY, "solvers"), (SRDD_STUDY, "cost"), (SRDD_STUDY, "drawing")]),
+        ({"num": 9}, [(DAR_STUDY, "evaluation"), (DAR_STUDY, "previews"), (SRDD_STUDY, "evaluation"),
+                      (SRDD_STUDY, "refined"), (SRDD_STUDY, "student-samples")]),
+    ],
+)  # fmt: skip
+def test_results_of_another_device_or_number_of_threads_or_samples_are_not_taken_over(change, decided):
+    for study, kind in decided:
+        ours, theirs = settings(study, kind), settings(study, kind, **change)
         assert ours and all(a != b for a, b in zip(ours, theirs, strict=True))
 
 

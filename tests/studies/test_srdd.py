@@ -14,12 +14,13 @@ from isthmus.data.opening import open_source
 from isthmus.errors import UserError
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.studies.experiments import RESULT, finished
-from isthmus.studies.measures import EvaluationSetting
-from isthmus.studies.options import SRDD_BUDGETS, SrddStudyOptions, srdd_setting
-from isthmus.studies.srdd import every_second, holes, psnr_inside
-from isthmus.studies.srdd_tables import SRDD_STUDY, masks
+from isthmus.studies.measures import Lab
+from isthmus.studies.options import SrddStudyOptions
+from isthmus.studies.srdd import HOLES, SRDD_STUDY, holes, masks, psnr_inside
+from isthmus.studies.srdd_priors import every_second
+from isthmus.studies.tables import Found
 from tests.studies import tiny_studies
-from tests.training.tiny_runs import prior_run, write_images
+from tests.training.tiny_runs import write_images
 
 
 def values(folder: Path, name: str):
@@ -27,10 +28,10 @@ def values(folder: Path, name: str):
 
 
 def test_budgets_name_their_tables():
-    assert SRDD_BUDGETS["full"].tables == SRDD_STUDY.table_names
-    assert set(SRDD_BUDGETS["quick"].tables) < set(SRDD_STUDY.table_names)
-    quick = srdd_setting(SrddStudyOptions(), "cpu", 2)
-    plan = {experiment.name for experiment in SRDD_STUDY.plan(quick, SRDD_BUDGETS["quick"].tables)}
+    quick, full = SrddStudyOptions(), SrddStudyOptions(budget="full")
+    assert full.tables_among(SRDD_STUDY.table_names) == SRDD_STUDY.table_names
+    assert set(quick.bought.tables) < set(SRDD_STUDY.table_names)
+    plan = {experiment.name for experiment in SRDD_STUDY.plan(quick.setting("cpu", 2), quick.bought.tables)}
     assert {"tokenizer", "prior-causal-seed0", "prior-markov-seed0", "sweep-markov-seed0", "snr"} <= plan
     assert not any("short" in name or "lognormal" in name or "seed1" in name for name in plan)
 
@@ -52,24 +53,19 @@ def test_compared_priors_differ_in_what_is_compared_alone(data):
 @pytest.mark.slow
 def test_all_tables_are_filled(finished_srdd):
     text = (finished_srdd / "report.md").read_text()
-    assert "Not run" not in text
+    assert "Not run" not in text and "not measured" not in text
     for word in ("causal", "markov", "linear:1:2.5", "every second scale", "log-normal", "4 x 4", "FD-lite0-192"):
         assert word in text
+    for word in ("centre hole, painted over", "random hole, causal drawn, 1 jump", "2x, bicubic", "4x, markov drawn"):
+        assert f"| {word} |" in text
     assert "| cannot tell |" in text
     assert {path.stem for path in finished_srdd.glob("*.png")} == {"masks", "guidance", "weighting", "snr"}
 
 
 @pytest.mark.slow
 def test_seeds_are_subtracted_from_each_other(finished_srdd, data):
-    """Seed 1 is a copy of seed 0: every difference is that of one seed, and certain."""
-    setting = tiny_studies.srdd_setting(data)
-    for table, one, both in tiny_studies.of_one_and_two_seeds(SRDD_STUDY, setting, finished_srdd):
-        found, column = both.difference, both.claim.column
-        if column in table.timed or column.startswith("MB") or column.startswith("SNR"):
-            continue  # rounds, counts and the one tokenizer
-        assert found is not None and one.difference is not None
-        assert (found.num_seeds, found.half_width) == (2, 0.0)
-        assert found.value == one.difference.value
+    setting, counted = tiny_studies.srdd_setting(data), ("MB", "SNR")  # and of the one tokenizer
+    tiny_studies.assert_seeds_are_subtracted(SRDD_STUDY, setting, finished_srdd, not_by_seed=counted)
 
 
 @pytest.mark.slow
@@ -80,10 +76,10 @@ def test_what_the_guards_say_of_samples_stands_in_the_report(finished_srdd):
         assert said and all(f"Warning: {one}" in report for one in said)
 
 
-@pytest.mark.parametrize(("num_classes", "balance"), [(2, "data"), (0, "uniform")])
-def test_samples_have_the_classes_of_the_data(num_classes, balance, tmp_path):
-    data = write_images(tmp_path / "images.npz", count=80, num_classes=num_classes)
-    assert EvaluationSetting.of(prior_run(data, tmp_path, ""), num=8, batch_size=None, device="cpu").balance == balance
+def test_samples_have_the_classes_of_the_data(tmp_path):
+    for num_classes, balance in ((2, "data"), (0, "uniform")):
+        images = write_images(tmp_path / f"{num_classes}.npz", count=80, num_classes=num_classes)
+        assert Lab(tiny_studies.srdd_setting(images), tmp_path).balance == balance
 
 
 @pytest.mark.slow
@@ -93,7 +89,7 @@ def test_rows_of_two_protocols_are_refused(finished_srdd, data):
     changed = copy.deepcopy(results)
     changed["samples-causal-seed0"]["protocol"]["reference_sha256"] = "of other images"
     with pytest.raises(UserError, match="differ in reference sha256"):
-        masks(setting, changed)
+        masks.make(Found(setting, changed))
 
 
 @pytest.mark.slow
@@ -119,14 +115,6 @@ def test_students_differ_in_their_teacher_alone(finished_srdd):
     assert taught["scale_sizes"] == [1, 4] and taught["from_model"].endswith("prior-markov-seed0/run")
 
 
-@pytest.mark.slow
-def test_edits_are_measured_in_the_hole(finished_srdd):
-    found = values(finished_srdd, "edits-markov-seed0")
-    assert set(found["by_hole"]) == {"centre", "random"} and set(found["by_factor"]) == {"2", "4"}
-    for rows in found["by_hole"].values():
-        assert list(rows) == ["painted over", "drawn", "drawn, 1 jump"]
-
-
 def test_psnr_in_the_hole_by_hand():
     originals, made, mask = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
     mask[:, :, 0] = 1
@@ -136,11 +124,11 @@ def test_psnr_in_the_hole_by_hand():
     assert found.tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["centre", "random"])
-def test_holes_are_those_of_an_image_whatever_the_number(kind):
-    masks = holes(kind, 6, 16)
-    assert torch.equal(masks[:2], holes(kind, 2, 16)) and set(masks.unique().tolist()) == {0.0, 1.0}
-    assert all(0 < mask.mean() < 1 for mask in masks)
+def test_holes_are_those_of_an_image_whatever_the_number():
+    for kind in HOLES:
+        found = holes(kind, 6, 16)
+        assert torch.equal(found[:2], holes(kind, 2, 16)) and set(found.unique().tolist()) == {0.0, 1.0}
+        assert all(0 < mask.mean() < 1 for mask in found)
 
 
 @pytest.mark.slow
@@ -195,12 +183,3 @@ def test_a_killed_study_goes_on_to_the_same_numbers(srdd_copy, data):
     tiny_studies.run(SRDD_STUDY, tiny_studies.srdd_setting(data), srdd_copy)
     assert {name: values(srdd_copy, name) for name in before} == before
     assert os.stat(kept).st_mtime_ns == untouched
-
-
-@pytest.mark.slow
-def test_another_number_of_samples_is_refused_and_nothing_is_run(srdd_copy, data):
-    (srdd_copy / "snr" / RESULT).unlink()
-    setting = tiny_studies.srdd_setting(data, num=9)
-    with pytest.raises(UserError, match="made with another num"):
-        tiny_studies.run(SRDD_STUDY, setting, srdd_copy)
-    assert not (srdd_copy / "snr" / RESULT).exists()
