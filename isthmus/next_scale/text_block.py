@@ -251,6 +251,7 @@ class SandwichBlock(nn.Module):
     ) -> Float[Tensor, "b 6 width"]:
         """Gates, scales and shifts of images from the vector of their text, and that of their size where it counts."""
         if self.size_scale is not None:
+            assert size is not None, "a block with a size condition is given it"
             start = start + self.size_scale * size
         return self.modulation(F.silu(start))
 

@@ -1,7 +1,7 @@
 """Rotary positions: pairs of channels (2j, 2j + 1) of queries and keys turn by angles that grow with the position.
 
-Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2. Which token lies where is
-the caller's: each model has its own table.
+Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2. Where tokens lie is
+the caller's to say: each model has its own table.
 """
 
 import torch

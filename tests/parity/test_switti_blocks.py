@@ -1,4 +1,4 @@
-"""Switti's blocks against the published ones: branches, modulation, tables, size features, blocks, logits, gradients."""
+"""Switti's blocks against the published ones: branches, modulation, tables, size features, logits, gradients."""
 
 import re
 
