@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.next_scale.transformer import BlockModulation
 from isthmus.nn.attention import Attend, FeedForward, Heads
 from isthmus.nn.rotary import RotaryTable, rotary_table, rotate
 
@@ -243,7 +242,7 @@ class SandwichBlock(nn.Module):
             self.cross_attention = TextCrossAttention(width, num_heads, text_width)
         self.feed_forward_norm_in, self.feed_forward_norm_out = RMSNorm(width), RMSNorm(width)
         self.feed_forward = feed_forward
-        self.modulation = BlockModulation(width)
+        self.modulation = nn.Linear(width, 6 * width)
         self.size_scale = nn.Parameter(torch.zeros(1, width)) if size_condition else None
 
     def modulate(
@@ -253,7 +252,7 @@ class SandwichBlock(nn.Module):
         if self.size_scale is not None:
             assert size is not None, "a block with a size condition is given it"
             start = start + self.size_scale * size
-        return self.modulation(F.silu(start))
+        return self.modulation(F.silu(start)).unflatten(-1, (6, -1))
 
     def keys_values(self, words: Words, mask: Bool[Tensor, "b seen"]) -> TextKeysValues | None:
         """What the block sees of prompts, for all scales; None where it sees no words."""
@@ -297,6 +296,6 @@ class SandwichBlock(nn.Module):
             outputs.append(self.feed_forward.down)
         for linear in outputs:
             linear.weight.div_(math.sqrt(2 * num_layers))
-        gates, others = self.modulation.linear.weight.unflatten(0, (6, -1)).split((2, 4))
+        gates, others = self.modulation.weight.unflatten(0, (6, -1)).split((2, 4))
         gates.mul_(init_gate)
         others.mul_(init_modulation)

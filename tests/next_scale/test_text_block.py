@@ -180,9 +180,9 @@ def test_initial_weights_of_branches_are_scaled_down():
         if feed_forward == "gelu":
             factors["feed_forward.down.weight"] = 0.25
         after = block.state_dict()
-        modulation = before.pop("modulation.linear.weight")
+        modulation = before.pop("modulation.weight")
         expected = torch.cat([modulation[: 2 * WIDTH] * 1e-3, modulation[2 * WIDTH :] * 0.5])
-        torch.testing.assert_close(after["modulation.linear.weight"], expected)
+        torch.testing.assert_close(after["modulation.weight"], expected)
         for name, weight in before.items():
             torch.testing.assert_close(after[name], weight * factors[name])
 

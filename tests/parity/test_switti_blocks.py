@@ -41,7 +41,7 @@ PARTS = {
     "ffn.down_proj": "feed_forward.down",
     "ffn.fc1": "feed_forward.up",
     "ffn.fc2": "feed_forward.down",
-    "ada_lin.1": "modulation.linear",
+    "ada_lin.1": "modulation",
 }
 ENDS = {
     "word_embed": "word_embedding",
