@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import UserError
 from isthmus.nn.attention import Attend, FeedForward, Heads
-from isthmus.nn.rotary import RotaryTable, rotary_table, rotate
+from isthmus.nn.rotary import RotaryTable, rotary_table
 
 _EPS = 1e-6  # of every norm here
 
@@ -55,7 +55,7 @@ class SwiGLU(nn.Module):
 
 
 def scale_rotary_table(side: int, head_width: int, *, base: float = 10_000.0, extent: float = 128.0) -> RotaryTable:
-    """Table of a scale's tokens, row by row, on the CPU: column and row lie at 0..extent, whatever the side is.
+    """Table of a scale's tokens, row by row, on the CPU (`rotated`): column and row lie at 0..extent at any side.
 
     Half the pairs turn with the column (first) and half with the row. Raises UserError where `head_width` is not a
     multiple of 4.
@@ -93,12 +93,10 @@ class SandwichAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Stream, attend: Attend, rotary: RotaryTable | None) -> Stream:
-        """Mix the tokens with `attend(q, k, v, softmax_scale)`; `rotary` turns queries and keys, None neither."""
+    def forward(self, x: Stream, attend: Attend) -> Stream:
+        """Mix the tokens with `attend(q, k, v, softmax_scale)`."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (_heads(t, self.num_heads) for t in (_normed(q, v.dtype), _normed(k, v.dtype), v))
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
         mixed = attend(q, k, v, 1 / math.sqrt(v.shape[-1]))
         return self.proj(mixed.transpose(1, 2).flatten(2).to(v.dtype))
 
@@ -264,18 +262,16 @@ class SandwichBlock(nn.Module):
         modulation: Float[Tensor, "b 6 width"],
         attend: Attend,
         keep: Float[Tensor, "b 2"] | None = None,
-        rotary: RotaryTable | None = None,
         text: TextKeysValues | None = None,
     ) -> Stream:
         """The stream behind the block.
 
-        `keep` multiplies the two gated branches per image, as in VAR's block; `rotary` is on the device of `x`; `text`
-        is what `keys_values` returned.
+        `keep` multiplies the two gated branches per image, as in VAR's block; `text` is what `keys_values` returned.
         """
         gates = modulation[:, :2] if keep is None else modulation[:, :2] * keep.unsqueeze(-1)
         gate1, gate2 = (g.unsqueeze(1) for g in gates.unbind(1))
         scale1, scale2, shift1, shift2 = (m.unsqueeze(1) for m in modulation[:, 2:].unbind(1))
-        attended = self.attention(torch.addcmul(shift1, self.attention_norm_in(x), 1 + scale1), attend, rotary)
+        attended = self.attention(torch.addcmul(shift1, self.attention_norm_in(x), 1 + scale1), attend)
         x = torch.addcmul(x, gate1, self.attention_norm_out(attended))
         if self.cross_attention is not None:
             assert text is not None, "a block that sees words is given them"

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from isthmus.nn.attention import Attend, Heads
+
 RotaryTable = Float[Tensor, "l pairs 2"]
 """Cosine and sine of every position and pair, in fp32."""
 
@@ -33,3 +35,13 @@ def rotate(x: Float[Tensor, "b heads l c"], table: RotaryTable) -> Float[Tensor,
     # complex multiplication is this rotation, in one pass over memory
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rotated(attend: Attend, table: RotaryTable) -> Attend:
+    """The attention `attend` with queries and keys turned first; a cache then keeps keys as they were turned."""
+
+    def turning(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
+        own = table.to(q.device)
+        return attend(rotate(q, own), rotate(k, own), v, softmax_scale)
+
+    return turning

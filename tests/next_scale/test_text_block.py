@@ -17,6 +17,7 @@ from isthmus.next_scale.text_block import (
 )
 from isthmus.next_scale.transformer import NextScaleBlock
 from isthmus.nn.attention import FeedForward, KeyValueCache, causal_attention, markov_attention
+from isthmus.nn.rotary import rotated
 from tests.testers import NETWORK, randomized
 
 WIDTH, HEADS, TEXT = 16, 2, 12
@@ -39,30 +40,33 @@ def words():
     return torch.randn(2, 5, TEXT), torch.tensor([[True] * 5, [True, True, False, False, False]])
 
 
-def rotary(sides=SIDES):
-    return torch.cat([scale_rotary_table(side, WIDTH // HEADS) for side in sides])
+def turned(attend, sides=SIDES):
+    return rotated(attend, torch.cat([scale_rotary_table(side, WIDTH // HEADS) for side in sides]))
 
 
-def run(block, x, words, attend, table, start=None):
+MARKOV = turned(markov_attention(LENGTHS))
+
+
+def run(block, x, words, attend=MARKOV, start=None):
     start = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH) if start is None else start
-    return block(x, block.modulate(start, start.flip(0)), attend, None, table, block.keys_values(*words))
+    return block(x, block.modulate(start, start.flip(0)), attend, None, block.keys_values(*words))
 
 
 def test_a_scale_alone_is_the_scale_among_others(block, words):
     x = torch.randn(2, 14, WIDTH)
-    whole = run(block, x, words, markov_attention(LENGTHS), rotary())
+    whole = run(block, x, words)
     parts = zip(SIDES, x.split(LENGTHS, dim=1), strict=True)
-    alone = [run(block, part, words, markov_attention([side**2]), rotary((side,))) for side, part in parts]
+    alone = [run(block, part, words, turned(markov_attention([side**2]), (side,))) for side, part in parts]
     torch.testing.assert_close(torch.cat(alone, dim=1), whole, **NETWORK)
 
 
 @torch.no_grad()
 def test_a_cache_changes_nothing(block, words):
     x = torch.randn(2, 14, WIDTH)
-    whole = run(block, x, words, causal_attention(LENGTHS), rotary())
+    whole = run(block, x, words, turned(causal_attention(LENGTHS)))
     cache = KeyValueCache(1, 2, HEADS, 14, WIDTH // HEADS, device=x.device, dtype=x.dtype)
     for side, part, expected in zip(SIDES, x.split(LENGTHS, dim=1), whole.split(LENGTHS, dim=1), strict=True):
-        behind = run(block, part, words, cache.attention(0), rotary((side,)))
+        behind = run(block, part, words, turned(cache.attention(0), (side,)))
         cache.advance(side**2)
         torch.testing.assert_close(behind, expected, **NETWORK)
 
@@ -70,12 +74,12 @@ def test_a_cache_changes_nothing(block, words):
 def test_words_that_do_not_count_change_nothing(block, words):
     hidden, mask = words
     x = torch.randn(2, 14, WIDTH)
-    expected = run(block, x, words, markov_attention(LENGTHS), rotary())
+    expected = run(block, x, words)
     for other in (
         (torch.where(mask[..., None], hidden, torch.full_like(hidden, 1e3)), mask),
         (torch.nn.functional.pad(hidden, (0, 0, 0, 3)), torch.nn.functional.pad(mask, (0, 3))),
     ):
-        torch.testing.assert_close(run(block, x, other, markov_attention(LENGTHS), rotary()), expected, **NETWORK)
+        torch.testing.assert_close(run(block, x, other), expected, **NETWORK)
     seen = block.keys_values(*words)
     one = block.keys_values(hidden[1:, :2], mask[1:, :2])
     torch.testing.assert_close(seen.rows(slice(1, 2)).keys[:, :, :2], one.keys, **NETWORK)
@@ -83,7 +87,7 @@ def test_words_that_do_not_count_change_nothing(block, words):
 
 def test_gradients_reach_the_text_and_every_weight(block, words):
     hidden, start = words[0].requires_grad_(), torch.randn(2, WIDTH, requires_grad=True)
-    run(block, torch.randn(2, 14, WIDTH), words, markov_attention(LENGTHS), rotary(), start).square().sum().backward()
+    run(block, torch.randn(2, 14, WIDTH), words, start=start).square().sum().backward()
     for name, tensor in [*block.named_parameters(), ("words", hidden), ("start", start)]:
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
     assert not hidden.grad[~words[1]].any()
@@ -92,7 +96,7 @@ def test_gradients_reach_the_text_and_every_weight(block, words):
 def test_stochastic_depth_leaves_the_gated_branches_out(block, words):
     x, start = torch.randn(2, 14, WIDTH), torch.randn(2, WIDTH)
     modulation, seen = block.modulate(start, start), block.keys_values(*words)
-    dropped = block(x, modulation, markov_attention(LENGTHS), torch.zeros(2, 2), rotary(), seen)
+    dropped = block(x, modulation, MARKOV, torch.zeros(2, 2), seen)
     looked = block.cross_attention_norm_out(block.cross_attention(block.cross_attention_norm_in(x), seen))
     torch.testing.assert_close(dropped, x + looked)
 
@@ -110,16 +114,15 @@ def test_a_block_without_words_and_size(words):
 @torch.no_grad()
 def test_bf16_is_near_fp32(block, words, kind):
     x = torch.randn(2, 14, WIDTH)
-    expected = run(block, x, words, markov_attention(LENGTHS), rotary())
+    expected = run(block, x, words)
     start = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)
     if kind == "weights":
         half = copy.deepcopy(block).bfloat16()
-        given = (x.bfloat16(), (words[0].bfloat16(), words[1]), markov_attention(LENGTHS), rotary(), start.bfloat16())
-        behind = run(half, *given)
+        behind = run(half, x.bfloat16(), (words[0].bfloat16(), words[1]), start=start.bfloat16())
         assert behind.dtype == torch.bfloat16
     else:
         with torch.autocast("cpu", torch.bfloat16):
-            behind = run(block, x, words, markov_attention(LENGTHS), rotary(), start)
+            behind = run(block, x, words, start=start)
     # 8 bits of mantissa in some ten roundings of numbers around 3
     assert (behind.float() - expected).norm() < 0.03 * expected.norm()
 
@@ -152,7 +155,7 @@ def test_a_sandwich_that_gets_the_look_at_a_text_starts_as_itself(words):
     blind.load_state_dict({name: seeing.state_dict()[name] for name in blind.state_dict()})
     with torch.no_grad():
         seeing.cross_attention_norm_out.weight.zero_()
-    arguments = (torch.randn(2, 14, WIDTH), torch.randn(2, 6, WIDTH), markov_attention(LENGTHS), None, rotary())
+    arguments = (torch.randn(2, 14, WIDTH), torch.randn(2, 6, WIDTH), MARKOV, None)
     assert torch.equal(seeing(*arguments, seeing.keys_values(*words)), blind(*arguments))
 
 

@@ -18,6 +18,7 @@ from isthmus.next_scale.text_block import (
 )
 from isthmus.next_scale.transformer import modulated_norm
 from isthmus.nn.attention import FeedForward, causal_attention, markov_attention
+from isthmus.nn.rotary import rotated
 from tests.testers import assert_gradient, assert_gradient_summary, assert_parity
 
 ATOL = 2e-5
@@ -102,9 +103,10 @@ class Switti(nn.Module):
         """Logits, and the stream behind every block."""
         start, size = self.start_and_size(io)
         x, behind = self.embed(start, io["in.x_wo_first_l"]), []
+        attend = attend if self.rotary is None else rotated(attend, self.rotary)
         for block in self.blocks:
             text = block.keys_values(io["in.text_hidden"][:2], io["in.text_mask"][:2])
-            x = block(x, block.modulate(start, size), attend, None, self.rotary, text)
+            x = block(x, block.modulate(start, size), attend, None, text)
             behind.append(x)
         scale, shift = self.head_modulation(F.silu(start)).unflatten(-1, (2, 1, -1)).unbind(1)
         return self.head(modulated_norm(x, scale, shift, 1e-6)), behind
@@ -176,7 +178,8 @@ def test_branches_of_the_first_block(case):
         )
     x = network.embed(start, io["in.x_wo_first_l"])
     assert_parity(x, io["out.embedded"], ATOL)
-    block(x, modulation, markov_attention(LENGTHS), None, network.rotary, block.keys_values(hidden, mask))
+    attend = rotated(markov_attention(LENGTHS), network.rotary)
+    block(x, modulation, attend, None, block.keys_values(hidden, mask))
     for published in names:
         assert_parity(seen[published], io[f"out.block0.{published}"], ATOL)
 
