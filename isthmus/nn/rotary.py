@@ -32,6 +32,9 @@ def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_00
 def rotate(x: Float[Tensor, "b heads l c"], table: RotaryTable) -> Float[Tensor, "b heads l c"]:
     """Turn every pair of channels (a, b) to (cos a - sin b, sin a + cos b), in fp32, returned in the type of `x`."""
     pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # compilers have no code for complex numbers, and join these products themselves
+        (a, b), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
+        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2).to(x.dtype)
     # complex multiplication is this rotation, in one pass over memory
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
