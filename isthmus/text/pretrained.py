@@ -59,6 +59,11 @@ class PretrainedTextEncoder(SavedModel):
         max_length: int,
     ):
         super().__init__()
+        if not networks or len(hidden_layers) != len(networks):
+            raise UserError(
+                f"a text encoder has at least one network, and one hidden layer (or None) for each, got "
+                f"{len(networks)} and {len(hidden_layers)}."
+            )
         self.networks = nn.ModuleList(networks).requires_grad_(False).eval()
         self._tokenizer_files, self.hidden_layers, self.max_length = list(tokenizers), list(hidden_layers), max_length
         for network, layer, tokenizer in zip(networks, hidden_layers, self.tokenizers, strict=True):

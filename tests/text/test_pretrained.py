@@ -215,6 +215,7 @@ def test_folders_that_are_no_text_encoder(change, said, folders, tmp_path):
     [
         ({"hidden_layers": [3]}, "1 to 2"),
         ({"hidden_layers": [0]}, "1 to 2"),
+        ({"hidden_layers": [1, 2]}, "one hidden layer .* got 1 and 2"),
         ({"max_length": 2}, "at least 3"),
         ({"max_length": 78}, "room for 77"),
     ],
