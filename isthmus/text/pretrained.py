@@ -30,8 +30,10 @@ _NETWORKS = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model":
 _WITH_PROJECTION = "CLIPTextModelWithProjection"
 # what transformers notes about a file, not about the network
 _ABOUT_FILES = {"architectures", "dtype", "transformers_version"}
+# settings by which transformers loads, or even downloads, code
+_NAMES_CODE = {"auto_map", "attn_implementation", "quantization_config"}
 _TOKENIZER = "tokenizer.json"
-_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
 class PretrainedTextEncoder(SavedModel):
@@ -262,10 +264,12 @@ def _network(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     arguments = {"add_pooling_layer": False} if found == "BertModel" else {}
     with _quietly():
         try:
+            own = kind.config_class.from_dict(_harmless(config))
             if values_left_out():
-                return kind(kind.config_class.from_pretrained(folder, local_files_only=True), **arguments)
+                return kind(own, **arguments)
             network, report = kind.from_pretrained(
                 folder,
+                config=own,
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 local_files_only=True,
@@ -293,6 +297,12 @@ def _network_name(config: Mapping[str, Any]) -> str | None:
     return _NETWORKS.get(str(config.get("model_type")))
 
 
+def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the network that reads text, without those that name code to load."""
+    settings = config.get("text_config", config)  # half of a CLIP
+    return {name: value for name, value in settings.items() if not name.startswith("_") and name not in _NAMES_CODE}
+
+
 def _foreign_tokenizer(folder: Path) -> str:
     """The tokenizer in a folder of transformers, as JSON of the `tokenizers` library, with what transformers adds."""
     from transformers import AutoTokenizer
@@ -301,7 +311,7 @@ def _foreign_tokenizer(folder: Path) -> str:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             return tokenizer.backend_tokenizer.to_str()
-        except (*_UNREADABLE, ImportError) as error:
+        except _UNREADABLE as error:
             raise UserError(
                 f"a text encoder needs the files of its tokenizer beside its weights, those in {folder} are missing or "
                 f"cannot be read ({_first_line(error)}). Copy them into it."

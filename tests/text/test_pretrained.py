@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -162,6 +163,21 @@ def test_long_prompts_are_cut_and_it_is_said_where(folders, caplog):
     features = encoder.encode(["a red cat on the house"])
     assert "more than the 5 words that are read: it is cut before 'on the house', after 'a red cat'" in caplog.text
     torch.testing.assert_close(features.hidden, encoder.encode(["a red cat"]).hidden)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_nothing_in_a_folder_is_executed(file, folders, tmp_path):
+    folder, trace = shutil.copytree(folders["bert"], tmp_path / "bert"), tmp_path / "trace"
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Own: pass\n")
+    config = json.loads((folder / file).read_text())
+    names = {"AutoConfig": "own.Own", "AutoModel": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    config |= {"auto_map": names, "attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+    (folder / file).write_text(json.dumps(config))
+    loaded = PretrainedTextEncoder.from_folders(folder)
+    with without_values():
+        PretrainedTextEncoder.from_folders(folder)
+    assert loaded.networks[0].config._attn_implementation in ("eager", "sdpa")
+    assert not trace.exists()
 
 
 def without_a_weight(folder):
