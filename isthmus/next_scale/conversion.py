@@ -149,6 +149,69 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
     return Converted(arguments, state, dropped)
 
 
+_SWITTI_KEYS = [
+    (r"word_embed\.(weight|bias)", r"word_embedding.\1"),
+    (r"text_pooler\.(weight|bias)", r"text_start.\1"),
+    (r"lvl_embed\.weight", r"scale_embedding.weight"),
+    (r"pos_start", r"start_position"),
+    (r"pos_1LC", r"position"),
+    (r"crop_embed\.weight", r"size_condition.frequency_bits"),
+    (r"crop_proj\.(weight|bias)", r"size_condition.projection.\1"),
+    (r"blocks\.(\d+)\.crop_cond_scales", r"blocks.\1.size_scale"),
+    (r"blocks\.(\d+)\.attn\.to_qkv\.(weight|bias)", r"blocks.\1.attention.qkv.\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"blocks.\1.attention.proj.\2"),
+    (r"blocks\.(\d+)\.cross_attn\.to_(q|kv)\.(weight|bias)", r"blocks.\1.cross_attention.\2.\3"),
+    (r"blocks\.(\d+)\.cross_attn\.proj\.(weight|bias)", r"blocks.\1.cross_attention.proj.\2"),
+    (r"blocks\.(\d+)\.attention_y_norm\.weight", r"blocks.\1.text_norm.weight"),
+    (r"blocks\.(\d+)\.self_attention_norm1\.weight", r"blocks.\1.attention_norm_in.weight"),
+    (r"blocks\.(\d+)\.self_attention_norm2\.weight", r"blocks.\1.attention_norm_out.weight"),
+    (r"blocks\.(\d+)\.cross_attention_norm1\.weight", r"blocks.\1.cross_attention_norm_in.weight"),
+    (r"blocks\.(\d+)\.cross_attention_norm2\.weight", r"blocks.\1.cross_attention_norm_out.weight"),
+    (r"blocks\.(\d+)\.ffn_norm1\.weight", r"blocks.\1.feed_forward_norm_in.weight"),
+    (r"blocks\.(\d+)\.ffn_norm2\.weight", r"blocks.\1.feed_forward_norm_out.weight"),
+    (r"blocks\.(\d+)\.ffn\.(up|gate|down)_proj\.weight", r"blocks.\1.feed_forward.\2.weight"),
+    (r"blocks\.(\d+)\.ffn\.fc1\.(weight|bias)", r"blocks.\1.feed_forward.up.\2"),
+    (r"blocks\.(\d+)\.ffn\.fc2\.(weight|bias)", r"blocks.\1.feed_forward.down.\2"),
+    (r"blocks\.(\d+)\.ada_lin\.1\.(weight|bias)", r"blocks.\1.modulation.\2"),
+    (r"head_nm\.ada_lin\.1\.(weight|bias)", r"head_modulation.\1"),
+    (r"head\.(weight|bias)", r"head.\1"),
+]
+_SWITTI_DROPPED = {key: _PRIOR_DROPPED[key] for key in ("lvl_1L", "attn_bias_for_masking")}
+
+
+def convert_switti_state(
+    raw: Mapping[str, Tensor], num_heads: int | None = None, rope_base: float = 10_000.0, rope_extent: float = 128.0
+) -> Converted:
+    """Published Switti weights to `NextScaleTransformer` arguments and weights."""
+    state, dropped = rename(raw, _SWITTI_KEYS, _SWITTI_DROPPED, "Switti prior", "text_pooler.weight")
+    counts = torch.bincount(raw["lvl_1L"].flatten().long()).tolist()
+    codebook_size, width = state["head.weight"].shape
+    swiglu, sized = "blocks.0.feed_forward.gate.weight" in state, "size_condition.frequency_bits" in state
+    if sized:
+        state["size_condition.frequency_bits"] = state["size_condition.frequency_bits"].contiguous().view(torch.int32)
+    arguments = {
+        "scale_sizes": tuple(round(count**0.5) for count in counts),
+        "codebook_size": codebook_size,
+        "codebook_dim": state["word_embedding.weight"].shape[1],
+        "width": width,
+        "num_layers": len(indexed(state, r"blocks\.(\d+)\.attention\.qkv\.weight")),
+        "num_heads": num_heads or max(width // 64, 1),
+        "num_classes": 0,
+        "scale_attention": "causal" if float(raw["attn_bias_for_masking"][0, 0, -1, 0]) == 0 else "markov",
+        "l2_attention": False,
+        "mlp_ratio": 8 / 3 if swiglu else state["blocks.0.feed_forward.up.weight"].shape[0] / width,
+        "text_pooled_width": state["text_start.weight"].shape[1],
+        "text_width": state["blocks.0.text_norm.weight"].shape[0],
+        "norm": "rms_sandwich",
+        "position": "learned" if "position" in state else "rope2d",
+        "rope_base": rope_base,
+        "rope_extent": rope_extent,
+        "feed_forward": "swiglu" if swiglu else "gelu",
+        "size_condition": sized,
+    }
+    return Converted(arguments, state, dropped)
+
+
 def build_tokenizer(converted: Converted) -> MultiScaleVQVAE:
     """A tokenizer with the converted weights, in eval mode."""
     return build(MultiScaleVQVAE, converted, "the tokenizer file")

@@ -17,7 +17,8 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, TokenStreams, token_gumbels, token_uniforms
 from isthmus.nn.sampling import draw_tokens, filter_logits, guided_logits, smooth_weights
 from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens
-from isthmus.pipelines.options import SamplingOptions, guidance_on
+from isthmus.pipelines.options import SamplingOptions, SmoothSchedule, guidance_on
+from isthmus.text.encoders import TextFeatures
 
 
 def shared_schedule(image_tokenizer: MultiScaleVQVAE, transformer: NextScaleTransformer) -> ScaleSchedule:
@@ -71,6 +72,14 @@ class ScaleDraw:
         return self.logits.softmax(dim=-1).gather(-1, self.token_ids.unsqueeze(-1)).squeeze(-1)
 
 
+@dataclass
+class AskedTexts:
+    """Distinct prompts, the last being the null text, and which of them each image is of."""
+
+    features: TextFeatures
+    rows: Int[Tensor, " b"]
+
+
 class ScaleSampler:
     """Predict, draw and add, scale by scale, for loops that may visit a scale again or go back to an earlier one.
 
@@ -92,24 +101,31 @@ class ScaleSampler:
         image_seeds: Sequence[tuple[int, int]],
         options: SamplingOptions,
         streams: TokenStreams = DRAW_STREAMS,
+        texts: AskedTexts | None = None,
     ):
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.tokenizer, self.options, self.image_seeds, self.num_forwards = image_tokenizer, options, image_seeds, 0
         self._streams, self._transformer, self._codebook = streams, transformer, image_tokenizer.codebook.weight
         self.guidance = guidance_on(options.guidance_scale, self.schedule.sizes, image_tokenizer.schedule.sizes)
-        if bool((class_labels == transformer.null_class_id).all()):
+        labels, rows = class_labels.to(transformer.device), torch.zeros_like(class_labels)
+        if texts is not None:
+            rows = texts.rows
+        asked = torch.stack([labels, rows.to(labels.device)], dim=1)
+        null_row = 0 if texts is None else len(texts.features) - 1
+        null = asked.new_tensor([[transformer.null_class_id, null_row]])
+        if bool((asked == null).all()):
             self.guidance = (1.0,) * self.schedule.num_scales  # nothing to guide away from
         self._with_null = null_row_scales(self.guidance, markov=transformer.is_markov)
         self._batch, doubled = len(class_labels), any(self._with_null)
         # ahead of the loop, in which a GPU need not wait for the CPU; rounds after the first make their own
         self._uniforms = [self._new_uniforms(scale, 0) for scale in range(self.schedule.num_scales)]
-        rows = class_labels.to(transformer.device)
         if doubled:
-            rows = torch.cat([rows, torch.full_like(rows, transformer.null_class_id)])
+            asked = torch.cat([asked, null.expand_as(asked)])
         with torch.no_grad():
-            labels, row = rows.unique(return_inverse=True)  # every label is computed once
-            self._conditioning = transformer.condition(labels).rows(row)
-        self._cache = transformer.new_cache(len(rows))
+            distinct, row = asked.unique(dim=0, return_inverse=True)  # every condition is computed once
+            text = None if texts is None else texts.features.rows(distinct[:, 1])
+            self._conditioning = transformer.condition(distinct[:, 0], text).rows(row)
+        self._cache = transformer.new_cache(len(asked))
 
     def start(self) -> LatentMap:
         """Features before scale 0: zeros."""
@@ -169,12 +185,17 @@ class ScaleSampler:
     def draw(self, scale: int, logits: Float[Tensor, "b l v"], *, round_index: int = 0) -> ScaleDraw:
         """Tokens from guided logits, with the random numbers of (seed, image index, scale, round)."""
         options = self.options
-        if options.temperature != 1:
-            logits = logits / options.temperature
+        temperature = options.temperature
+        temperature = temperature if isinstance(temperature, (int, float)) else temperature[scale]
+        if temperature != 1:
+            logits = logits / temperature
         filtered = filter_logits(logits, top_k=options.top_k, top_p=options.top_p)
         uniforms = self._new_uniforms(scale, round_index) if round_index else self._uniforms[scale]
         token_ids = draw_tokens(filtered, uniforms)
-        if not options.smooth:
+        smooth = SmoothSchedule() if options.smooth is True else options.smooth
+        if not smooth or not smooth.first <= scale <= (
+            len(self.schedule.sizes) if smooth.last is None else smooth.last
+        ):
             return ScaleDraw(token_ids, self.tokenizer.lookup(token_ids), logits)
         # the place among the parent's scales: a shortened schedule is smoothed as the full one is
         sizes = self.tokenizer.schedule.sizes
@@ -183,7 +204,7 @@ class ScaleSampler:
             self.image_seeds, scale, token_ids.shape[1], self._codebook.shape[0], round_index=round_index,
             purpose=self._streams.gumbels,
         )  # fmt: skip
-        mixed = smooth_weights(filtered, gumbels, ratio) @ self._codebook.float()
+        mixed = smooth_weights(filtered if smooth.filtered else logits, gumbels, ratio) @ self._codebook.float()
         return ScaleDraw(token_ids, tokens_to_map(mixed), logits)
 
     @torch.no_grad()

@@ -16,6 +16,14 @@ from torch import Tensor, nn
 
 from isthmus.errors import UserError
 from isthmus.next_scale.pyramid import ScaleSchedule
+from isthmus.next_scale.text_block import (
+    GatedTextBranch,
+    SandwichBlock,
+    SizeCondition,
+    SwiGLU,
+    TextKeysValues,
+    scale_rotary_table,
+)
 from isthmus.nn.attention import (
     Attend,
     FeedForward,
@@ -26,7 +34,9 @@ from isthmus.nn.attention import (
     trains_on_cpu,
 )
 from isthmus.nn.precision import check_compiler
+from isthmus.nn.rotary import rotated
 from isthmus.nn.saved_model import SavedModel, records_arguments
+from isthmus.text.encoders import TextFeatures
 
 
 def modulated_norm(
@@ -102,30 +112,53 @@ class NextScaleTransformerOutput:
 
 @dataclass
 class Conditioning:
-    """Everything that depends on the class label alone: the class vector, which is also the token of scale 0; gates,
-    scales and shifts of each block; scale and shift before the logits.
+    """Everything that depends on the class label and the text alone: computed once per image, not once per scale.
+
+    `start` is the vector of class and text, which is also the token of scale 0; `blocks` holds gates, scales and shifts
+    of each block, `head` scale and shift before the logits, `text` what each block sees of the words.
     """
 
     start: Float[Tensor, "b width"]
     blocks: tuple[Float[Tensor, "b 6 width"], ...]
     head: Float[Tensor, "b 2 width"]
+    text: tuple[TextKeysValues | None, ...]
 
     def rows(self, chosen: slice | Int[Tensor, " rows"]) -> "Conditioning":
         """Some of the images, or one several times."""
-        return Conditioning(self.start[chosen], tuple(block[chosen] for block in self.blocks), self.head[chosen])
+        return Conditioning(
+            self.start[chosen],
+            tuple(block[chosen] for block in self.blocks),
+            self.head[chosen],
+            tuple(None if text is None else text.rows(chosen) for text in self.text),
+        )
 
 
 class NextScaleBlock(nn.Module):
     """Attention and feed-forward, each behind a modulated norm and a gate (spec of VAR, 2.3)."""
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float, *, l2_attention: bool, shared_adaln: bool, norm_eps: float
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        l2_attention: bool,
+        shared_adaln: bool,
+        norm_eps: float,
+        text_width: int | None = None,
     ):
         super().__init__()
         self.norm_eps = norm_eps
         self.attention = MultiHeadAttention(width, num_heads, l2_attention=l2_attention)
         self.feed_forward = FeedForward(width, round(width * mlp_ratio))
         self.modulation = SharedModulationOffset(width) if shared_adaln else BlockModulation(width)
+        self.text = None if text_width is None else GatedTextBranch(width, num_heads, text_width)
+
+    def keys_values(
+        self, words: Float[Tensor, "b seen text_width"], mask: Bool[Tensor, "b seen"]
+    ) -> TextKeysValues | None:
+        """What the block sees of prompts, for all scales; None where it sees no words."""
+        return None if self.text is None else self.text.keys_values(words, mask)
 
     def forward(
         self,
@@ -133,12 +166,15 @@ class NextScaleBlock(nn.Module):
         modulation: Float[Tensor, "b 6 width"],
         attend: Attend,
         keep: Float[Tensor, "b 2"] | None = None,
+        text: TextKeysValues | None = None,
     ) -> Stream:
         """`keep` multiplies the two branches per image (stochastic depth: 0 or 1 / keep rate); None keeps both."""
         gates = modulation[:, :2] if keep is None else modulation[:, :2] * keep.unsqueeze(-1)
         gate1, gate2 = (g.unsqueeze(1) for g in gates.unbind(1))
         scale1, scale2, shift1, shift2 = (m.unsqueeze(1) for m in modulation[:, 2:].unbind(1))
         x = torch.addcmul(x, gate1, self.attention(modulated_norm(x, scale1, shift1, self.norm_eps), attend))
+        if self.text is not None and text is not None:
+            x = self.text(x, text)
         return torch.addcmul(x, gate2, self.feed_forward(modulated_norm(x, scale2, shift2, self.norm_eps)))
 
 
@@ -157,6 +193,14 @@ class NextScaleTransformer(SavedModel):
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         init_gate: factor on the initial weights that make the gates ("alng"): small values start near identity.
         init_modulation: factor on the initial weights that make scales and shifts.
+        text_pooled_width: of the vector of a prompt, which is added to that of the class; None reads no text.
+        text_width: of the vector of a word, which every block looks at; None reads the vector of the prompt alone.
+        norm: "layer" (VAR's block) or "rms_sandwich" (Switti's: norms on both sides of every branch).
+        position: "learned" (a table over all tokens) or "rope2d" (queries and keys turn; corners of scales coincide).
+        rope_base: largest period of "rope2d", in units of 2 pi.
+        rope_extent: coordinate of the last row and column of every scale.
+        feed_forward: "gelu" or "swiglu", which Switti's block has.
+        size_condition: Switti's block may know the original size of an image.
         has_mask_embedding: learn a vector, zero at the start, that marks hidden tokens: for models trained for
             refinement (spec of SRDD, 3.2). Without it hidden tokens are not marked.
 
@@ -183,28 +227,58 @@ class NextScaleTransformer(SavedModel):
         init_gate: float = 1e-3,
         init_modulation: float = 0.5,
         has_mask_embedding: bool = False,
+        text_pooled_width: int | None = None,
+        text_width: int | None = None,
+        norm: Literal["layer", "rms_sandwich"] = "layer",
+        position: Literal["learned", "rope2d"] = "learned",
+        rope_base: float = 10_000.0,
+        rope_extent: float = 128.0,
+        feed_forward: Literal["gelu", "swiglu"] = "gelu",
+        size_condition: bool = False,
     ):
         super().__init__()
         if width % num_heads:
             raise UserError(f"width must be a multiple of num_heads, got width {width} and {num_heads} heads.")
         if scale_attention not in ("causal", "markov"):
             raise UserError(f"scale_attention must be causal or markov, got {scale_attention!r}. Pick one of the two.")
+        sandwich = norm == "rms_sandwich"
+        if sandwich and (l2_attention or shared_adaln):
+            raise UserError(
+                "norm rms_sandwich has an attention and modulations of its own: l2_attention and shared_adaln must be "
+                "False."
+            )
+        if not sandwich and (feed_forward != "gelu" or size_condition):
+            raise UserError("feed_forward swiglu and size_condition belong to norm rms_sandwich. Leave them out.")
+        if text_width is not None and text_pooled_width is None:
+            raise UserError("text_width needs text_pooled_width: a text is read as words and as a whole. Pass both.")
         # phi belongs to the tokenizer: the transformer only needs the sides
         self.schedule = ScaleSchedule(tuple(scale_sizes), (0,) * len(scale_sizes))
         self.null_class_id = num_classes
         first = self.schedule.lengths[0]
         self.word_embedding = nn.Linear(codebook_dim, width)
-        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        # a model of texts alone has no class vector, not even of no class
+        has_classes = num_classes > 0 or text_pooled_width is None
+        self.class_embedding = nn.Embedding(num_classes + 1, width) if has_classes else None
+        self.text_start = None if text_pooled_width is None else nn.Linear(text_pooled_width, width)
+        self.size_condition = SizeCondition(width) if size_condition else None
         self.scale_embedding = nn.Embedding(self.schedule.num_scales, width)
         self.start_position = nn.Parameter(torch.empty(1, first, width))
-        self.position = nn.Parameter(torch.empty(1, self.schedule.num_tokens, width))
+        learned = position == "learned"
+        self.position = nn.Parameter(torch.empty(1, self.schedule.num_tokens, width)) if learned else None
         self.shared_modulation = BlockModulation(width) if shared_adaln else None
-        self.blocks = nn.ModuleList(
-            NextScaleBlock(
-                width, num_heads, mlp_ratio, l2_attention=l2_attention, shared_adaln=shared_adaln, norm_eps=norm_eps
-            )
-            for _ in range(num_layers)
-        )
+
+        def block() -> NextScaleBlock | SandwichBlock:
+            if not sandwich:
+                return NextScaleBlock(
+                    width, num_heads, mlp_ratio, l2_attention=l2_attention, shared_adaln=shared_adaln,
+                    norm_eps=norm_eps, text_width=text_width,
+                )  # fmt: skip
+            feed = FeedForward(width, round(width * mlp_ratio))
+            if feed_forward == "swiglu":
+                feed = SwiGLU(width, int(width * mlp_ratio))
+            return SandwichBlock(width, num_heads, feed, text_width=text_width, size_condition=size_condition)
+
+        self.blocks = nn.ModuleList(block() for _ in range(num_layers))
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, codebook_size)
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if has_mask_embedding else None
@@ -222,13 +296,46 @@ class NextScaleTransformer(SavedModel):
         last = max(self.config["num_layers"] - 1, 1)
         return tuple(self.config["drop_path"] * i / last for i in range(self.config["num_layers"]))
 
-    def condition(self, class_labels: Int[Tensor, " b"]) -> Conditioning:
-        """Class vector and all modulations of a batch of labels (0..num_classes, the last being the null label)."""
-        start = self.class_embedding(class_labels)
+    def condition(
+        self,
+        class_labels: Int[Tensor, " b"],
+        text: TextFeatures | None = None,
+        image_sizes: Int[Tensor, "b 2"] | None = None,
+    ) -> Conditioning:
+        """Class vector, all modulations, and keys and values of the words.
+
+        `class_labels` are 0..num_classes, the last being the null label; `text` has one prompt for each of them, and
+        `image_sizes` the original height and width (`size_condition`; None is 512 x 512).
+        """
+        if (text is None) != (self.text_start is None):
+            raise UserError("a model of texts is asked with a text, and one of classes alone without. Pass or drop it.")
+        start = None if self.class_embedding is None else self.class_embedding(class_labels)
+        if text is not None and self.text_start is not None:
+            told = self.text_start(text.pooled.to(self.dtype))
+            start = told if start is None else start + told
+        assert start is not None, "a model has classes or a text"
         activated = F.silu(start)
         source = activated if self.shared_modulation is None else self.shared_modulation(activated)
-        blocks = tuple(block.modulation(source) for block in cast("Iterable[NextScaleBlock]", self.blocks))
-        return Conditioning(start, blocks, self.head_modulation(activated).unflatten(-1, (2, -1)))
+        size = None
+        if self.size_condition is not None:
+            image_sizes = start.new_full((len(start), 2), 512).int() if image_sizes is None else image_sizes
+            size = self.size_condition(image_sizes)
+        blocks, seen = [], []
+        for block in cast("Iterable[NextScaleBlock | SandwichBlock]", self.blocks):
+            sandwich = isinstance(block, SandwichBlock)
+            blocks.append(block.modulate(start, size) if sandwich else block.modulation(source))
+            seen.append(None if text is None else block.keys_values(text.hidden.to(self.dtype), text.mask))
+        head = self.head_modulation(activated).unflatten(-1, (2, -1))
+        return Conditioning(start, tuple(blocks), head, tuple(seen))
+
+    def _placed(self, attend: Attend, scales: Sequence[int]) -> Attend:
+        """The attention of tokens of these scales, with rotary positions where the model has them."""
+        if self.position is not None:
+            return attend
+        head_width = self.config["width"] // self.config["num_heads"]
+        settings = {"base": self.config["rope_base"], "extent": self.config["rope_extent"]}
+        sizes = self.schedule.sizes
+        return rotated(attend, torch.cat([scale_rotary_table(sizes[k], head_width, **settings) for k in scales]))
 
     def embed(
         self,
@@ -244,7 +351,10 @@ class NextScaleTransformer(SavedModel):
         if scales[0] == 0:
             words = torch.cat([start.unsqueeze(1) + self.start_position, words], dim=1)
         # one split and one concatenation: a slice per scale would pad its gradient to the whole table
-        positions, levels = self.position.split(list(self.schedule.lengths), dim=1), self.scale_embedding.weight
+        levels = self.scale_embedding.weight
+        if self.position is None:
+            return words + torch.cat([levels[k].expand(1, self.schedule.lengths[k], -1) for k in scales], dim=1)
+        positions = self.position.split(list(self.schedule.lengths), dim=1)
         return words + torch.cat([positions[k] + levels[k] for k in scales], dim=1)
 
     def forward(
@@ -252,6 +362,8 @@ class NextScaleTransformer(SavedModel):
         class_labels: Int[Tensor, " b"],
         scale_inputs: Float[Tensor, "b inputs d"],
         *,
+        text: TextFeatures | None = None,
+        image_sizes: Int[Tensor, "b 2"] | None = None,
         scales: Sequence[int] | None = None,
         keep: Float[Tensor, "b layers 2"] | None = None,
         hidden: Bool[Tensor, "b inputs"] | None = None,
@@ -281,11 +393,12 @@ class NextScaleTransformer(SavedModel):
             )
         if not self.is_markov and scales != tuple(range(len(scales))):
             raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}. Fill it up.")
-        conditioning = self.condition(class_labels)
-        attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
+        conditioning = self.condition(class_labels, text, image_sizes)
+        attend = self._placed(markov_attention(lengths) if self.is_markov else causal_attention(lengths), scales)
         x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, conditioning.blocks[i], attend, None if keep is None else keep[:, i])
+            own = None if keep is None else keep[:, i]
+            x = self.run_block(block, x, conditioning.blocks[i], attend, own, conditioning.text[i])
         return NextScaleTransformerOutput(self._logits(x, conditioning.head))
 
     def forward_scale(
@@ -309,7 +422,8 @@ class NextScaleTransformer(SavedModel):
         x = self.embed(conditioning.start, scale_input, (scale,), hidden)
         own = markov_attention([x.shape[1]])
         for i, block in enumerate(self.blocks):
-            x = block(x, conditioning.blocks[i], own if cache is None else cache.attention(i))
+            attend = self._placed(own if cache is None else cache.attention(i), (scale,))
+            x = block(x, conditioning.blocks[i], attend, None, conditioning.text[i])
         if cache is not None:
             cache.advance(x.shape[1])
         return self._logits(x, conditioning.head)
@@ -349,11 +463,20 @@ class NextScaleTransformer(SavedModel):
                     nn.init.trunc_normal_(module.weight, std=std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            for table in (self.start_position, self.position):
-                nn.init.trunc_normal_(table, std=std)
+            nn.init.trunc_normal_(self.start_position, std=std)
+            if self.position is not None:
+                nn.init.trunc_normal_(self.position, std=std)
+            if self.text_start is not None and self.class_embedding is not None:
+                # beside classes a text starts as nothing, as the gates of its words do
+                nn.init.zeros_(self.text_start.weight)
             self.head.weight.mul_(0.02)
             self.head_modulation.weight.mul_(init_modulation)
-            for block in cast("Iterable[NextScaleBlock]", self.blocks):
+            for block in cast("Iterable[NextScaleBlock | SandwichBlock]", self.blocks):
+                if isinstance(block, SandwichBlock):
+                    block.scale_initial_weights(depth, init_gate, init_modulation)
+                    continue
+                if block.text is not None:
+                    block.text.attention.proj.weight.div_(math.sqrt(2 * depth))
                 block.attention.proj.weight.div_(math.sqrt(2 * depth))
                 block.feed_forward.down.weight.div_(math.sqrt(2 * depth))
                 if isinstance(block.modulation, SharedModulationOffset):

@@ -16,7 +16,8 @@ class GuidanceSchedule:
     """Guidance by step k of K.
 
     linear: start + (end - start) k / (K - 1); cosine: start + (end - start) (1 - cos(pi k / (K - 1))) / 2;
-    constant: `end`. One step alone takes `end`. After `last_guided_step` (from 0) the value is 1.
+    constant: `end`. One step alone takes `end`. Before `first_guided_step` and after `last_guided_step` (from 0) the
+    value is 1.
 
     >>> GuidanceSchedule("linear", 1.0, 3.0, last_guided_step=1).values(3)
     (1.0, 2.0, 1.0)
@@ -26,6 +27,7 @@ class GuidanceSchedule:
     start: float = 1.0
     end: float = 1.0
     last_guided_step: int | None = None
+    first_guided_step: int = 0
 
     def __post_init__(self):
         if self.kind not in ("constant", "linear", "cosine"):
@@ -44,7 +46,9 @@ class GuidanceSchedule:
         """One value per step."""
         positions = [1.0] if num_steps == 1 else [k / (num_steps - 1) for k in range(num_steps)]
         last = num_steps - 1 if self.last_guided_step is None else self.last_guided_step
-        return tuple(self.at(position) if k <= last else 1.0 for k, position in enumerate(positions))
+        return tuple(
+            self.at(position) if self.first_guided_step <= k <= last else 1.0 for k, position in enumerate(positions)
+        )
 
     def to_dict(self) -> dict[str, str | float | int | None]:
         """Plain values for JSON."""

@@ -90,6 +90,15 @@ def options_of(kind: type) -> dict[str, Option]:
     return {name: option for name, hint in hints for option in get_args(hint) if isinstance(option, Option)}
 
 
+@dataclass(frozen=True)
+class SmoothSchedule:
+    """Which scales mix codes (from 0, `last` None is the last), and whether the filters act before."""
+
+    first: int = 0
+    last: int | None = None
+    filtered: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Values of the options that are saved with a model (`CallOptions`, `NextScaleOptions`); None is off.
@@ -103,8 +112,8 @@ class SamplingOptions:
     guidance_scale: Guidance = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    temperature: float | int = 1.0
-    smooth: bool = False
+    temperature: float | int | Sequence[float] = 1.0
+    smooth: bool | SmoothSchedule = False
 
     def __post_init__(self):
         guidance, steps = self.guidance_scale, 1
