@@ -1,7 +1,4 @@
-"""Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it.
-
-Dropout masks belong to training positions: they are drawn again from their seeds wherever they are needed.
-"""
+"""Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
