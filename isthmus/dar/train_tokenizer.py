@@ -170,10 +170,7 @@ class TokenizerWithDecoder(nn.Module):
             velocity=velocity,
             target=self.scheduler.velocity_target(repeated, noise),
             jump=self.scheduler.jump(x_t, velocity, t),
-            token_ids=encoded.token_ids,
-            latents=encoded.latents,
-            codebook_errors=encoded.codebook_errors,
-            commitment_errors=encoded.commitment_errors,
+            encoded=encoded,
             ends=ends.view_as(raw_t),
             aligned=aligned,
             readout=readout,
@@ -471,9 +468,9 @@ class DiffusionTokenizerTask(TokenizerTask):
             distance=self._distance,
             teacher=self._teacher,
         )
-        ids, length = output.token_ids, self.tokenizer.tokens_per_group
+        ids, length = output.encoded.token_ids, self.tokenizer.tokens_per_group
         groups = [] if ids is None else list(ids.split(length, dim=1))
-        return TokenizerLosses(named=named, token_ids=groups, latents=output.latents)
+        return TokenizerLosses(named=named, token_ids=groups, latents=output.encoded.latents)
 
     def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
         """K-means over latents."""
