@@ -230,7 +230,7 @@ class ScaleDistillationTask(NextScaleTask):
 
     def __init__(self, run: DistillRun):
         # a progressive distillation ends with a teacher that has fewer scales than the model that the run names
-        named = teacher = load_model(run.from_model, NextScalePipeline)
+        named = teacher = load_model(teacher_named_in(run), NextScalePipeline)
         tokenizer, named_sizes = named.image_tokenizer, named.transformer.schedule.sizes
         sizes, mask = student_shape(run, named_sizes, named.transformer.config["scale_attention"])
         stages = removal_stages(named_sizes, sizes)
@@ -330,6 +330,13 @@ class ScaleDistillationTask(NextScaleTask):
         return list(logits.split([lengths[k] for k in self.asked], dim=1))
 
 
+def teacher_named_in(run: DistillRun) -> str:
+    """The model that a run distils; UserError where it names none."""
+    if not run.from_model:
+        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
+    return run.from_model
+
+
 def student_shape(
     run: DistillRun, teacher_sizes: tuple[int, ...], teacher_attention: str
 ) -> tuple[tuple[int, ...], str]:
@@ -408,9 +415,7 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
 
     Raises UserError where there is no teacher, or its scales do not allow this student, or this guidance.
     """
-    if not run.from_model:
-        raise UserError("a distillation needs a teacher, got none. Name it: isthmus distill MODEL --scale-sizes ...")
-    saved = read_config(model_folder(run.from_model) / "transformer")
+    saved = read_config(model_folder(teacher_named_in(run)) / "transformer")
     if "scale_sizes" not in saved:
         raise UserError(
             f"only next-scale models (VAR, SRDD) have scales to leave out, {run.from_model} is of another family."
