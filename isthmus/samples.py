@@ -31,7 +31,7 @@ import isthmus
 from isthmus.data.images import UnreadableImage, decode_image
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import alone_in, contents, sha256_of_file, write_whole
+from isthmus.files import alone_in, check_only, sha256_of_file, write_whole
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
 from isthmus.pipelines.loading import dtype_name, load_pipeline
@@ -223,8 +223,7 @@ def check_folder(folder: Path, request: SampleRequest) -> dict[str, Any]:
             "another --out, or delete the folder to draw them again."
         )
     if not (folder / MANIFEST).is_file():
-        if contents(folder):
-            raise UserError(f"--out must be new, empty or a folder of samples, got {folder}. Choose another folder.")
+        check_only(folder, "a folder of samples")
         return {}
     try:
         manifest = _manifest(folder)

@@ -34,7 +34,7 @@ from isthmus.training.config import (
     Run,
     explaining_places,
     preset_run,
-    read_record,
+    read_run_record,
     run_from_json,
     run_to_json,
 )
@@ -214,7 +214,7 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
             f"only next-scale models (VAR, SRDD) have scales to leave out, {model} is a {index.get('_class_name')}."
         )
     run = replace(run, sampling=PriorSampling.of(SamplingOptions.from_dict(index["sampling_defaults"])))
-    if record := read_record(folder / "run.json").get("run"):
+    if record := read_run_record(folder / "run.json").get("run"):
         known = {name: record[name] for name in _DATA_FIELDS if name in record}
         theirs = run_from_json(DistillRun, known)
         return replace(run, **{name: getattr(theirs, name) for name in known})

@@ -166,6 +166,15 @@ def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> 
     return averaged.eval().requires_grad_(False)
 
 
+def nats_by_group(nats: Float[Tensor, " l"], num_groups: int) -> Float[Tensor, " groups"]:
+    """Mean over the tokens of each group, which lie next to each other.
+
+    >>> nats_by_group(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
+    tensor([2., 5.])
+    """
+    return nats.unflatten(0, (num_groups, -1)).mean(dim=1)
+
+
 class NextTokenPriorTask(PriorTask):
     """A Llama on the tokens of a D-AR tokenizer, as the training loop asks for it."""
 
@@ -239,10 +248,7 @@ class NextTokenPriorTask(PriorTask):
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
         """The line of all tasks, from the means of groups."""
-        return super().step_values(means | {"nats": self._by_group(means["nats"])}, step)
-
-    def _by_group(self, nats: Float[Tensor, " l"]) -> Float[Tensor, " groups"]:
-        return nats.unflatten(0, (self._groups, -1)).mean(dim=1)
+        return super().step_values(means | {"nats": nats_by_group(means["nats"], self._groups)}, step)
 
     def averaged(self, ema: ExponentialMovingAverage) -> LlamaForCausalLM:
         """A copy that holds the averages."""
@@ -257,7 +263,7 @@ class NextTokenPriorTask(PriorTask):
         """Bits per token of held-out images, in all and per group."""
         objective = NextTokenObjective(model, self.layout).eval()
         nats = [objective(label, ids).nats for ids, label in zip(token_ids.split(32), labels.split(32), strict=True)]
-        return bits_by_level("val", "group", self._by_group(torch.cat(nats).mean(dim=0)), self.lengths(0))
+        return bits_by_level("val", "group", nats_by_group(torch.cat(nats).mean(dim=0), self._groups), self.lengths(0))
 
     @torch.no_grad()
     def save_samples(self, model: LlamaForCausalLM, folder: Path, step: int) -> None:

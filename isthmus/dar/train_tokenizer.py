@@ -329,8 +329,8 @@ def diffusion_tokenizer_scores(
     codes are worth: near 0 where the decoder ignores them, however low the flow loss is, and for a single image.
     `decode` turns codes, and the numbers of the images, which decide about their noise, into images in [-1, 1].
 
-    Without `quantize` the latents take the place of codes, as in training before there is a codebook; usage counts as 1
-    and there is no perplexity by group.
+    Without `quantize` the latents take the place of codes, as in training before there is a codebook; there is no
+    usage then, and no perplexity by group.
     """
     chosen = spread(len(views), limit)
     batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
@@ -350,7 +350,7 @@ def diffusion_tokenizer_scores(
         own.append(psnr(decode(right, numbers), images))
         shuffled.append(psnr(decode(wrong, numbers), images))
     values = {"psnr": float(torch.cat(own).mean()), "psnr_shuffled": float(torch.cat(shuffled).mean())}
-    values |= {"gap": values["psnr"] - values["psnr_shuffled"], "usage": 1.0}
+    values |= {"gap": values["psnr"] - values["psnr_shuffled"]}
     if counts.any():
         values["usage"] = float((counts.sum(dim=0) > 0).float().mean())
         values |= {f"perplexity_group{k}": value for k, value in enumerate(perplexity(counts).tolist())}

@@ -41,7 +41,7 @@ from isthmus.evaluation.reference import open_splits
 from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
 from isthmus.evaluation.scores import RealImages, RealSides, data_facts
 from isthmus.evaluation.statistics import mean_and_covariance
-from isthmus.files import alone_in, contents
+from isthmus.files import alone_in, check_only
 from isthmus.nn.guidance import Guidance
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import AnyPipeline, choose_device, dtype_name, load_pipeline
@@ -65,12 +65,7 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
     evaluation of something else, or other things.
     """
     if not (out / RECORD).is_file():
-        foreign = [path.name for path in contents(out) if path.name not in _OURS]
-        if foreign:
-            raise UserError(
-                f"--out must be new, empty or the folder of an evaluation, got {out} with {foreign[0]} in it. "
-                "Choose another folder."
-            )
+        check_only(out, "the folder of an evaluation", ours=_OURS)
         return None
     before, measured = None, outdated_subject(out)
     if measured is None:

@@ -12,7 +12,7 @@ import torch
 
 from isthmus.errors import UserError
 from isthmus.evaluation.record import circumstances
-from isthmus.files import alone_in, contents, write_whole
+from isthmus.files import alone_in, check_only, write_whole
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, facts_of, ordered, run_experiments
 from isthmus.studies.measures import Lab
@@ -97,8 +97,7 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
         if before != now:
             raise UserError(f"{folder} holds a study of other images than --data has now. Choose another --out.")
         return
-    if contents(folder):
-        raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
+    check_only(folder, "the folder of this study")
     write_whole(record, json.dumps(now) + "\n")
 
 

@@ -203,8 +203,8 @@ class ImagesRun(Run):
     freeze_encoder: bool = False
     """Train only what decodes (with --from): token ids stay what they were."""
     continuous_steps: int = 100
-    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs (D-AR: 0
-    starts it at random). One that goes on from a model (--from) has its codebook."""
+    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs (0:
+    from those of the first step; D-AR: at random). One that goes on from a model (--from) has its codebook."""
     revive_every: int = 100
     """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
     usage_warning: float = 0.2
@@ -317,7 +317,7 @@ def must(rule: str, config: object, *names: str) -> None:
             raise UserError(f"{name} must {rule}, got {value}.")
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_run_record(path: Path) -> dict[str, Any]:
     """What a run.json holds, its settings under "run"; nothing where it is missing, or none of ours."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -335,7 +335,7 @@ def explaining_places(record: Path, settings: Mapping[str, Any]) -> Iterator[Non
     try:
         yield
     except UserError as error:
-        recorded = read_record(record).get("run", {})
+        recorded = read_run_record(record).get("run", {})
         lost = [
             f"{name} {place}"
             for name in ("data", "tokenizer", "from_model", "token_cache")
