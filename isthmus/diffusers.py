@@ -4,6 +4,7 @@ The only module that imports diffusers (extra `diffusers`). Nothing is computed 
 pipeline, which stays in reach as `native`, so one seed makes one image whichever way it is asked for.
 """
 
+import functools
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +16,10 @@ from typing import Any, ClassVar, NoReturn, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from isthmus.dar.decoder import FlowDecoder
 from isthmus.dar.pipeline import DARPipeline
-from isthmus.dar.scheduler import FlowMatchingScheduler
-from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
-from isthmus.next_scale.refinement import ScaleRefinementScheduler
-from isthmus.next_scale.tokenizer import MultiScaleVQVAE, pixels_of
-from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.next_scale.tokenizer import pixels_of
 from isthmus.nn.guidance import Guidance
 from isthmus.nn.stored_llama import StoredLlama
 from isthmus.pipelines.base import SavedPipeline, index_entry
@@ -105,10 +101,7 @@ _SAVE_ADVICE = {
 
 @dataclass
 class IsthmusPipelineOutput(ImagePipelineOutput):
-    """diffusers' output of image pipelines, and what our own pipeline returns beside them.
-
-    After an interruption these are the images and tokens of the finished steps.
-    """
+    """diffusers' output, and what our own pipeline returns beside the images; interrupted, those of finished steps."""
 
     images: Pictures  # pyright: ignore[reportIncompatibleVariableOverride]  tensors too
     token_ids: Tensor | list[Tensor] | None = None
@@ -129,11 +122,24 @@ def _part(name: str) -> Any:
     return property(read, write, doc=f"The component `{name}` of `native`.")
 
 
+def _constructor(native: type[SavedPipeline]) -> Callable[..., None]:
+    """A constructor with the arguments of `native`, off which diffusers reads what the components are."""
+
+    @functools.wraps(native.__init__)
+    def construct(self: "IsthmusPipeline", *args: Any, **kwargs: Any) -> None:
+        DiffusionPipeline.__init__(self)
+        bound = inspect.signature(native).bind(*args, **kwargs)
+        bound.apply_defaults()
+        _check_parts(native, bound.arguments)
+        self._adopt(native(*args, **kwargs))
+
+    return construct
+
+
 class IsthmusPipeline(DiffusionPipeline):
     """Base of the two families; `from_pretrained` and `from_pipeline` pick the one that a model needs.
 
-    `native` is our own pipeline, with the same components; editing, likelihood and streams are called there. Setting a
-    component makes a new one.
+    `native` is our own pipeline; editing, likelihood and streams are called there. Setting a component makes a new one.
     """
 
     native_class: ClassVar[type[SavedPipeline]]
@@ -287,7 +293,7 @@ class IsthmusPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call ends after the step that runs; a callback sets `pipe._interrupt = True`."""
+        """Whether the call ends after the step that runs; a callback sets `_interrupt`."""
         return self._interrupt
 
     @property
@@ -405,6 +411,7 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     """A next-scale model (VAR, SRDD) as a `DiffusionPipeline`; arguments are those of `NextScalePipeline`."""
 
     native_class = NextScalePipeline
+    __init__ = _constructor(NextScalePipeline)
     model_cpu_offload_seq = "transformer->image_tokenizer"
     _optional_components = ["scheduler"]
     _edits = (
@@ -421,22 +428,6 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     image_tokenizer = _part("image_tokenizer")
     transformer = _part("transformer")
     scheduler = _part("scheduler")
-
-    def __init__(
-        self,
-        image_tokenizer: MultiScaleVQVAE,
-        transformer: NextScaleTransformer,
-        scheduler: ScaleRefinementScheduler | None = None,
-        class_names: Any = None,
-        sampling_defaults: Any = None,
-        preprocessing: Any = None,
-        data: Any = None,
-        protocol: str = "",
-    ):
-        super().__init__()
-        _check_parts(NextScalePipeline, locals())
-        settings = (class_names, sampling_defaults, preprocessing, data, protocol)
-        self._adopt(NextScalePipeline(image_tokenizer, transformer, scheduler, *settings))
 
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         sizes, side = self.native.schedule.sizes, self.native.image_size
@@ -462,6 +453,7 @@ class DARDiffusionPipeline(IsthmusPipeline):
     """A D-AR model as a `DiffusionPipeline`; arguments are those of `DARPipeline`."""
 
     native_class = DARPipeline
+    __init__ = _constructor(DARPipeline)
     model_cpu_offload_seq = "transformer->image_tokenizer->decoder"
     _edits = (
         "prefix_image= keeps the layout of an image, pipe.native.restart(image, strength) runs the last steps again."
@@ -480,23 +472,6 @@ class DARDiffusionPipeline(IsthmusPipeline):
     decoder = _part("decoder")
     transformer = _part("transformer")
     scheduler = _part("scheduler")
-
-    def __init__(
-        self,
-        image_tokenizer: DiffusionTokenizer,
-        decoder: FlowDecoder,
-        transformer: Any,
-        scheduler: FlowMatchingScheduler,
-        class_names: Any = None,
-        sampling_defaults: Any = None,
-        preprocessing: Any = None,
-        data: Any = None,
-        protocol: str = "",
-    ):
-        super().__init__()
-        _check_parts(DARPipeline, locals())
-        settings = (class_names, sampling_defaults, preprocessing, data, protocol)
-        self._adopt(DARPipeline(image_tokenizer, decoder, transformer, scheduler, *settings))
 
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
         return list(self.native.scheduler.times(options["num_inference_steps"])[:-1])

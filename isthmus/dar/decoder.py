@@ -37,8 +37,8 @@ KeysValues = tuple[Float[Tensor, "b heads seen c"], Float[Tensor, "b heads seen 
 class TokenCanvas(nn.Module):
     """Every token adds to a small image of `side` pixels through a linear map of its own, of low rank.
 
-    In the published decoder a step knows the earlier tokens only through the few vectors of its own group; a causal
-    stack that is trained for minutes does not gather them there. A sum does so from the first step of training on.
+    As published, a step knows earlier tokens only through the vectors of its own group, where a causal stack takes long
+    to gather them; a sum does so from the first step of training on.
     """
 
     def __init__(self, num_tokens: int, condition_width: int, *, side: int, rank: int):
@@ -80,14 +80,6 @@ class TimeEmbeddings:
         own = slice(index, index + 1)
         head = None if self.head is None else self.head[own]
         return TimeEmbeddings(self.t[own], tuple(rows[own] for rows in self.blocks), head)
-
-
-@dataclass
-class FlowDecoderOutput:
-    """The velocity, and the state between two blocks."""
-
-    velocity: Images
-    features: Float[Tensor, "b width rows columns"]
 
 
 class FlowBlock(nn.Module):
@@ -235,7 +227,7 @@ class FlowDecoder(SavedModel):
         self, x_t: Images, times: TimeEmbeddings, keys: tuple[KeysValues, ...], canvas: Canvas | None = None
     ) -> Images:
         """`forward` from what was computed ahead; `times` holds one row per image, or one for all."""
-        return self.velocity_and_features(x_t, times, keys, canvas, layer=0).velocity
+        return self.velocity_and_features(x_t, times, keys, canvas, layer=0)[0]
 
     def velocity_and_features(
         self,
@@ -245,7 +237,7 @@ class FlowDecoder(SavedModel):
         canvas: Canvas | None = None,
         *,
         layer: int,
-    ) -> FlowDecoderOutput:
+    ) -> tuple[Images, Float[Tensor, "b width rows columns"]]:
         """`velocity`, and the state after the first `layer` blocks (0..num_layers), to compare with other features."""
         if not 0 <= layer <= len(self.blocks):
             raise UserError(f"layer must lie in 0..{len(self.blocks)} (the blocks of the decoder), got {layer}.")
@@ -269,7 +261,7 @@ class FlowDecoder(SavedModel):
             if i + 1 == layer:
                 tapped = x
         features = tapped.transpose(1, 2).unflatten(2, (rows, columns))
-        return FlowDecoderOutput(self._pixels(x, x_t, times, rows, shown), features)
+        return self._pixels(x, x_t, times, rows, shown), features
 
     def _patches(self, images: Images) -> Float[Tensor, "b l channels"]:
         patches = F.pixel_unshuffle(images, self.config["patch_size"]).flatten(2).transpose(1, 2)

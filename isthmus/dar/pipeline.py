@@ -1,7 +1,7 @@
 """The pipeline of the D-AR family: a Llama's next tokens are the steps of a pixel diffusion.
 
-Source of the method: Gao and Shou, "D-AR: Diffusion via Autoregressive Models". The first tokens of a picture hold its
-layout: what a picture keeps of another one is a prefix of tokens.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models". The first tokens of a picture hold its layout: what a
+picture keeps of another one is a prefix of tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,30 +50,23 @@ PrefixLengths = int | Sequence[int] | None
 
 @dataclass
 class DARPipelineOutput:
-    """What a call returns.
-
-    Attributes:
-        images: as `output_type` says; "latent" gives images in [-1, 1] that are not clamped.
-        token_ids: on the CPU, the tokens that the solver steps read, prefixes included. With as many steps as groups,
-            or more, these are all tokens of the images.
-        class_labels: class id of every image; `null_class_id` where no class was asked for.
-        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
-    """
+    """What a call returns, one of each per image."""
 
     images: Pictures
+    """As `output_type` says; "latent" gives images in [-1, 1] that are not clamped."""
     token_ids: Int[Tensor, "b n"]
+    """On the CPU, what the solver steps read, prefixes included: all tokens, where there are steps for all groups."""
     class_labels: list[int]
+    """Class ids; `num_classes` where no class was asked for."""
     seeds: list[tuple[int, int]]
+    """(seed, image index): `pipe(label, seed=seed, image_index=index)` draws the image again."""
 
 
 class DARPipeline(SavedPipeline):
     """An image tokenizer, a pixel decoder and a Llama that draw images together.
 
     Args:
-        image_tokenizer: turns images into tokens, and tokens into what drives the decoder.
-        decoder: predicts the velocity of noisy pixels.
         transformer: a stock Llama, whose vocabulary ends with the classes.
-        scheduler: times, windows of tokens and the solver.
         class_names: one name per class, or index -> name; nothing for models without names.
         sampling_defaults: options of a call that names none, stored in the folder.
         preprocessing: how training images were made; None describes the usual way.
@@ -344,10 +337,7 @@ class DARPipeline(SavedPipeline):
         return {f"tokens {start + 1} to {start + size}": size for start in range(0, self.token_layout.num_tokens, size)}
 
     def reconstruct_by_stage(self, images: Images, *, first_index: int = 0) -> dict[str, Images]:
-        """The preview after every solver step, which has seen the tokens of the steps before it.
-
-        Where several steps wait for the same tokens, the last of them.
-        """
+        """The preview after every solver step; where several steps wait for the same tokens, after the last of them."""
         # every token is given, so the prior draws none: the steps are those of the reconstruction
         steps = self.stream(
             [None] * len(images),
@@ -378,7 +368,7 @@ class DARPipeline(SavedPipeline):
             super()._write(folder, max_shard_size)
 
     def _steps(self, request: Request, options: Mapping[str, Any], preview: Preview) -> Iterator[FlowStep]:
-        """Solver steps of a request, whose `options` are all of `DAROptions`. What is not usable is refused at once."""
+        """Solver steps of a request; what is not usable is refused at once."""
         given = (options[name] for name in ("prefix_image", "prefix_token_ids", "prefix_tokens"))
         prefix = self._prefix(len(request.seeds), *given)
         each = [request.options] * len(request.seeds)
@@ -404,7 +394,7 @@ class DARPipeline(SavedPipeline):
         return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
 
     def _token_ids(self, token_ids: TokenInput) -> Int[Tensor, "b n"]:
-        """Tokens as people and servers give them, one row per image; UserError where they are none of this model's."""
+        """One row per image; UserError where these are no tokens of this model."""
         try:
             token_ids = torch.as_tensor(token_ids)
         except (TypeError, ValueError) as error:
@@ -427,11 +417,7 @@ class DARPipeline(SavedPipeline):
     def _prefix(
         self, num_images: int, image: ImageInput | None, token_ids: TokenInput | None, lengths: PrefixLengths
     ) -> Prefix | None:
-        """The prefix of every image of a request, from an image or from tokens; None where none was asked for.
-
-        `lengths` says how many tokens are kept; None keeps all of `token_ids`. Raises UserError where both sources are
-        given, or lengths without one, a number is out of range, or an id names no code.
-        """
+        """The prefix of every image of a request, or None; `lengths` None keeps all of `token_ids`."""
         if image is None and token_ids is None:
             if lengths is not None:
                 raise UserError("prefix_tokens is how much of a prefix is kept, and there is none. Pass prefix_image.")
@@ -457,7 +443,7 @@ class DARPipeline(SavedPipeline):
         return Prefix(rows, each)
 
     def _sides(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the images to make; None is `image_size`. UserError where the decoder cannot."""
+        """None is `image_size`; UserError where the decoder cannot make them."""
         sides = (self.image_size if height is None else height, self.image_size if width is None else width)
         self.decoder.check_sides(*sides)
         return sides
@@ -494,22 +480,24 @@ def shared_layout(
             "a prior draws token ids, and this image tokenizer keeps its tokens continuous (quantized=False). "
             "Pass a tokenizer with a codebook."
         )
-    advice = "Pass the decoder that was trained with this tokenizer."
-    ours, theirs = tokenizer.condition_width, pixels.condition_width
-    if ours != theirs:
-        raise UserError(f"tokenizer and decoder must have the same condition_width, got {ours} and {theirs}. {advice}")
-    ours, theirs = tokenizer.image_size, pixels.patch_size
-    if ours % theirs:
-        raise UserError(f"the decoder's patch_size ({theirs}) must divide image_size ({ours}). {advice}")
-    ours, theirs = tokenizer.num_tokens, pixels.canvas_tokens
-    if theirs not in (None, ours):
-        raise UserError(f"a decoder's canvas_tokens are the tokenizer's num_tokens ({ours}), got {theirs}. {advice}")
-    for name in ("num_tokens", "num_groups", "tokens_per_step"):
-        # None of tokens_per_step is one group: what it stands for is an attribute
-        ours, theirs = (getattr(part, name, None) or part.config[name] for part in (image_tokenizer, scheduler))
+    size, patch = tokenizer.image_size, pixels.patch_size
+    if size % patch:
+        raise UserError(
+            f"the decoder's patch_size ({patch}) must divide image_size ({size}). Pass the decoder that was saved with "
+            "this tokenizer."
+        )
+    painting = tokenizer.num_tokens if pixels.canvas_tokens is None else pixels.canvas_tokens
+    for part, name, ours, theirs in (
+        ("decoder", "condition_width", tokenizer.condition_width, pixels.condition_width),
+        ("decoder", "num_tokens (the decoder's canvas_tokens)", tokenizer.num_tokens, painting),
+        ("scheduler", "num_tokens", tokenizer.num_tokens, scheduler.config.num_tokens),
+        ("scheduler", "num_groups", tokenizer.num_groups, scheduler.config.num_groups),
+        # an attribute: None in a configuration is one group
+        ("scheduler", "tokens_per_step", image_tokenizer.tokens_per_step, scheduler.tokens_per_step),
+    ):
         if ours != theirs:
             raise UserError(
-                f"image tokenizer and scheduler must have the same {name}, got {ours} and {theirs}. "
-                "Pass the scheduler that was saved with this tokenizer."
+                f"image tokenizer and {part} must have the same {name}, got {ours} and {theirs}. Pass the {part} that "
+                "was saved with this tokenizer."
             )
     return TokenLayout.of(llama, tokenizer.codebook_size, tokenizer.num_tokens)

@@ -1,7 +1,6 @@
 """Generation of next-token models, token by token and group by group, and the exact likelihood of a sequence.
 
-Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.3 and
-2.5.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,25 +52,15 @@ def generate_tokens(
         options: for all images, or one per image. Guidance given as a sequence or a schedule runs over the tokens.
         stops: token counts, not decreasing; item i of the result holds tokens stops[i - 1]..stops[i] - 1. After the
             last one nothing more is computed.
-        prefix: known first tokens (layout control).
         decoder: laid-out weights to use again; None lays them out for this call.
 
-    Raises UserError, before the first tokens are asked for, where a label, an option or a stop is not usable. Filters
-    and prefixes are the caller's to check (`SamplingOptions.check`).
+    Raises UserError, before the first tokens are asked for, unless there are options for every image, and guidance for
+    every token. All else is the caller's to check (`SamplingOptions.check`).
     """
-    batch = len(class_labels)
+    batch, labels = len(class_labels), class_labels.tolist()
     each = [options] * batch if isinstance(options, SamplingOptions) else list(options)
-    for name, count in (("sampling options", len(each)), ("(seed, image index) pairs", len(image_seeds))):
-        if count != batch:
-            raise UserError(f"one of the {name} is needed per image, got {count} for {batch} class labels.")
-    if list(stops) != sorted(stops) or not all(0 <= stop <= layout.num_tokens for stop in stops):
-        raise UserError(
-            f"stops are token counts in 0..{layout.num_tokens} that do not decrease, got {list(stops)}. "
-            f"Pass [{layout.num_tokens}] for all tokens at once."
-        )
-    labels = class_labels.tolist()
-    if not all(0 <= label <= layout.num_classes for label in labels):
-        raise UserError(f"class labels must be 0..{layout.num_classes} (the null label), got {labels}.")
+    if len(each) != batch:
+        raise UserError(f"sampling options are needed per image, got {len(each)} for {batch} images.")
     lengths = [0] * batch if prefix is None else prefix.lengths
     plan = _Plan(layout, labels, image_seeds, each, transformer.device)
     if decoder is not None:

