@@ -152,10 +152,7 @@ class IsthmusPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipeline(cls, pipeline: SavedPipeline) -> "IsthmusPipeline":
-        """A `DiffusionPipeline` of a pipeline of ours; both share one memory and every later change.
-
-        Raises UserError where it is none of ours, or of the other family than this class.
-        """
+        """A `DiffusionPipeline` of a pipeline of ours (UserError: of others), on the same memory."""
         kinds = {kind.native_class: kind for kind in _FAMILIES if issubclass(kind, cls)}
         if type(pipeline) not in kinds:
             wanted = " or ".join(native.__name__ for native in kinds)
@@ -230,18 +227,14 @@ class IsthmusPipeline(DiffusionPipeline):
         """Draw images, called as `DiTPipeline` is; what is not said here is as in a call of our own pipeline.
 
         Args:
-            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
             guidance_scale: guided = uncond + s (cond - uncond), and 1 is off; the default is the model's own.
             generator: one, or one per image: makes the seeds of the images.
             num_inference_steps: solver steps of a D-AR model; the steps of a next-scale model are its scales.
             output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent".
             return_dict: False gives the tuple (images,).
-            seed: instead of a generator.
-            image_index: number of the first image in the whole request, or one number per image.
             num_images_per_prompt: images per label, next to each other.
             callback_on_step_end: called with (pipe, step, t, kwargs) after every step: t is the side of the scale, or
-                the flow time at which the solver step began. It changes nothing: it returns None, or the kwargs as they
-                came.
+                the flow time at which the solver step began. It returns None, or the kwargs as they came.
             callback_on_step_end_tensor_inputs: what kwargs holds: "latents" (for `decode_latents`) and "token_ids"
                 (those of the step), both copies.
             options: what else a call of our own pipeline takes (`top_k`, `temperature`, `num_images`, ...).
@@ -308,7 +301,7 @@ class IsthmusPipeline(DiffusionPipeline):
         return {word: next(iter(ids)) for word, ids in sorted(ids_of.items()) if len(ids) == 1}
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class ids of names, or of one name; UserError, with the nearest names, where no class or several have it."""
+        """Class ids of names, or of one name; UserError, with the nearest names, where not just one class has it."""
         known, words = self.labels, [label] if isinstance(label, str) else label
         names, number = self.native.class_names, self.native.num_classes
         return [

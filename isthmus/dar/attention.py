@@ -22,7 +22,6 @@ Seen = Float[Tensor, "b heads seen c"]
 RotaryTable = Float[Tensor, "l pairs 2"]
 """Cosine and sine of every position and pair, in fp32."""
 NORM_EPS = 1e-6
-"""Epsilon of every norm in the tokenizer."""
 
 
 def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_000.0) -> RotaryTable:
@@ -184,6 +183,20 @@ def check_head_width(width: int, head_width: int) -> int:
             f"{width} and head_width {head_width}. Change one of them."
         )
     return head_width
+
+
+def check_sides(height: int, width: int, patch: int, table: int | None) -> None:
+    """Raise UserError unless images of these sides, in pixels, fall into patches: table x table, unless None."""
+    if min(height, width) < 1 or height % patch or width % patch:
+        raise UserError(
+            f"height and width must be multiples of {patch} (patch_size), got {height} x {width}. Resize them, or ask "
+            "for another size."
+        )
+    if table is not None and (height, width) != (table * patch, table * patch):
+        raise UserError(
+            f"images must be {table * patch} x {table * patch} (there is a learned position for every patch), got "
+            f"{height} x {width}. Resize them, or ask for no other size."
+        )
 
 
 def _placed(rows: Float[Tensor, "b l heads c"], rotary: RotaryTable | None, dtype: torch.dtype) -> Heads:

@@ -17,6 +17,7 @@ from isthmus.dar.attention import (
     RotaryCrossAttention,
     RotarySelfAttention,
     RotaryTable,
+    check_sides,
     full_attention,
     grid_rotary_table,
     init_linear_layers,
@@ -302,17 +303,7 @@ class FlowDecoder(SavedModel):
 
     def check_sides(self, height: int, width: int) -> None:
         """Raise UserError where images of these sides, in pixels, cannot be made."""
-        patch, side = self.config.patch_size, self.config.position_table
-        if min(height, width) < 1 or height % patch or width % patch:
-            raise UserError(
-                f"height and width must be multiples of {patch} (the decoder's patch_size), got {height} x {width}. "
-                "Ask for another size."
-            )
-        if side is not None and (height, width) != (side * patch, side * patch):
-            raise UserError(
-                f"height and width must be {side * patch} x {side * patch} (this decoder has learned a position for "
-                f"every patch), got {height} x {width}. Leave them out."
-            )
+        check_sides(height, width, self.config.patch_size, self.config.position_table)
 
 
 def _init_modulation(linear: nn.Linear, std: float) -> None:

@@ -16,6 +16,7 @@ from isthmus.dar.attention import (
     RotarySelfAttention,
     RotaryTable,
     SharedBatchNorm,
+    check_sides,
     context_causal_attention,
     grid_rotary_table,
     init_linear_layers,
@@ -304,22 +305,11 @@ class DiffusionTokenizer(SavedModel):
         return found.view(latents.shape[:2])
 
     def _embed_patches(self, images: Images) -> Rows:
-        patch, side = self.config.patch_size, self.config.image_size
-        height, width = images.shape[2:]
-        if height % patch or width % patch or not height or not width:
-            raise UserError(
-                f"images must have sides that are multiples of {patch} (patch_size), got {height} x {width}. "
-                "Resize or crop them first."
-            )
+        patch = self.config.patch_size
+        table = None if self.patch_position is None else self.config.image_size // patch
+        check_sides(*images.shape[2:], patch=patch, table=table)
         x = plain_norm(self.patch_embedding(images.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2))
-        if self.patch_position is None:
-            return x
-        if (height, width) != (side, side):
-            raise UserError(
-                f"images must be {side} x {side} (image_size; this tokenizer has learned a position for every patch), "
-                f"got {height} x {width}. Resize them first."
-            )
-        return x + self.patch_position
+        return x if self.patch_position is None else x + self.patch_position
 
     def _codebook(self) -> nn.Embedding:
         if self.codebook is None:

@@ -29,9 +29,7 @@ _C1, _C2 = 0.02**2, 0.06**2
 TAP_BLOCKS = (0, 2, 4, 10, 14)
 """Last block of each resolution; their outputs are the perceptual taps, at 1/2, 1/4, 1/8, 1/16, 1/32 of the side."""
 TAP_CHANNELS = (16, 24, 40, 112, 192)
-"""Channels of the taps at `TAP_BLOCKS`."""
 HEAD_WIDTH = 1280
-"""Width of the pooled head."""
 # (blocks, kernel, stride of the first block, expansion, channels out) per stage
 _STAGES = (
     (1, 3, 1, 1, 16),
@@ -95,7 +93,7 @@ def _windowed(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
 
 @dataclass(frozen=True)
 class Lite0Features:
-    """What the network sees in a batch: the maps at `TAP_BLOCKS` (fine to coarse) and the pooled head."""
+    """The maps at `TAP_BLOCKS`, fine to coarse, and the pooled head."""
 
     taps: tuple[Float[Tensor, "b _ _ _"], ...]
     pooled: Float[Tensor, "b 1280"]
