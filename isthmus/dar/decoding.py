@@ -107,8 +107,6 @@ def flow_steps(
             when a step needs it.
         x: state at the time of the first step: noise, or `scheduler.add_noise` of images.
         preview: "jump" shows x_t + (1 - t) velocity; "solver" the published rule, the solver's own step to t = 1.
-
-    Raises UserError for sides that the decoder's patch does not divide.
     """
     parts, times = iter(token_ids), scheduler.times(plan.total)
     with torch.no_grad():

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 class WholeProduct:
     """The matrix as it is.
 
-    On a CPU, a matrix with more outputs than inputs is stored (in, out), which MKL reads 1.2 to 1.6 times as fast; with
-    fewer outputs than inputs the module's own layout is as fast, and nothing is copied.
+    On a CPU, one with more outputs than inputs is stored (in, out), which MKL reads 1.2 to 1.6 times as fast.
     """
 
     def __init__(self, weight: Float[Tensor, "out in"]):
@@ -64,8 +63,7 @@ class Int8Product:
     """The matrix in 8 bits, symmetric, with one scale per output; a quarter of the bytes of fp32.
 
     Rows are multiplied in bf16 by torch's own kernel for 8-bit weights, however many they are: a row's result depends
-    on no other, so neither batch size nor the length of a prefix changes an image. From some hundred rows on (a long
-    prefix of many images) the matrix written out in fp32 would be twice as fast.
+    on no other, so neither batch size nor the length of a prefix changes an image.
     """
 
     def __init__(self, weight: Float[Tensor, "out in"]):

@@ -73,7 +73,8 @@ class DARPipeline(SavedPipeline):
         data: `name` and `attribution` (licence line) of the training data, for the card.
         protocol: how the model was trained and measured, for the card.
 
-    Raises UserError where the components do not belong together, or names or defaults do not fit them.
+    Raises UserError where the components do not belong together, or names or defaults do not fit them; and every method
+    does for what it cannot use, before anything is drawn.
     """
 
     has_solver = True
@@ -120,8 +121,6 @@ class DARPipeline(SavedPipeline):
             num_images_per_class: images per label, next to each other, where `num_images` is not given.
             callback_on_step_end: called with a `GenerationStep` (without preview) after every solver step.
             options: see `DAROptions`.
-
-        Raises UserError where a label, an option, a prefix or a seed is not usable.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
         token_ids, step = [], None
@@ -145,12 +144,10 @@ class DARPipeline(SavedPipeline):
     ) -> Iterator[GenerationStep]:
         """Draw images and show them while they grow: one `GenerationStep` with a preview per solver step.
 
-        A step runs, and is yielded, as soon as its tokens are drawn, before later tokens exist. The arguments, the
-        tokens and the last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
+        A step is yielded as soon as its tokens are drawn, before later tokens exist. The arguments, the tokens and the
+        last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
         `preview="solver"` the published rule, the solver's own step to the end. `token_ids` of a step are those that it
         waited for, on the CPU.
-
-        Raises UserError as a call does: at once, before the first step is asked for.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
         if preview not in get_args(Preview):
@@ -168,10 +165,7 @@ class DARPipeline(SavedPipeline):
         num_images: SupportsIndex | None = None,
         **options: Unpack[DAROptions],
     ) -> DARPipelineOutput:
-        """Images that share the first groups of tokens with `image`; `options` are those of a call.
-
-        Raises UserError where there are fewer groups, or another argument is not usable.
-        """
+        """Images that share the first groups of tokens with `image`; `options` are those of a call."""
         groups = self.image_tokenizer.config["num_groups"]
         if not 0 <= num_groups_kept <= groups:
             raise UserError(f"num_groups_kept must lie in 0..{groups} (the groups of an image), got {num_groups_kept}.")
@@ -180,10 +174,7 @@ class DARPipeline(SavedPipeline):
         return self(class_labels, num_images, prefix_image=image, prefix_tokens=kept, **others)
 
     def encode(self, images: ImageInput) -> Int[Tensor, "b n"]:
-        """All tokens of images, coarse to fine, on the CPU.
-
-        Raises UserError where the images are not usable, or have sides that the tokenizer's patch does not divide.
-        """
+        """All tokens of images, coarse to fine, on the CPU."""
         pixels = to_images(images, self.image_size).to(self.image_tokenizer.device)
         with torch.no_grad():
             return self.image_tokenizer.encode(pixels).token_ids.cpu()
@@ -200,10 +191,7 @@ class DARPipeline(SavedPipeline):
         image_index: Whole = 0,
         output_type: OutputType = "pil",
     ) -> Pictures:
-        """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
-
-        Raises UserError where the tokens are too few, too many or name no codes, or an argument is not usable.
-        """
+        """Images from tokens that all exist: the diffusion alone. Arguments as for a call."""
         check_output_type(output_type)
         token_ids = self._token_ids(token_ids)
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
@@ -232,14 +220,11 @@ class DARPipeline(SavedPipeline):
         """Run the last solver steps again, from `image` with the noise of the first of them.
 
         Args:
-            image: where the diffusion starts.
             strength: share of the steps that run, in (0, 1]: small changes little, 1 starts from noise alone.
             token_ids: what drives the steps: tokens of the images, or of others drawn with their layout; None takes
                 those of `image`.
             num_inference_steps: steps of the whole way; the first that runs is one of Euler.
             solver: as for a call, and so are the others.
-
-        Raises UserError where an argument is not usable.
         """
         check_output_type(output_type)
         pixels = to_images(image, self.image_size)
@@ -278,8 +263,6 @@ class DARPipeline(SavedPipeline):
             num_images: images that will be drawn at once; any other number works, if slower.
             int8: 8-bit weights, for CPUs: a large prior decodes faster, and now and then draws another token.
             compiled: run through `torch.compile`, which pays on GPUs; the first token waits for the compiler.
-
-        Raises UserError where 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
         """
         # an image that is guided has a row with and one without its class
         return LlamaDecoder(self.llama, self.token_layout, num_rows=2 * num_images, int8=int8, compiled=compiled)
@@ -470,10 +453,7 @@ class DARPipeline(SavedPipeline):
 def shared_layout(
     image_tokenizer: DiffusionTokenizer, decoder: FlowDecoder, llama: Any, scheduler: FlowMatchingScheduler
 ) -> TokenLayout:
-    """The vocabulary and sequence that tokenizer and prior share; `llama` is the prior's configuration.
-
-    Raises UserError where two of the four do not belong together, or the tokenizer has no token ids to draw.
-    """
+    """The vocabulary and sequence that tokenizer and prior (its configuration) share; UserError where they do not."""
     tokenizer, pixels = image_tokenizer.config, decoder.config
     if not tokenizer.quantized:
         raise UserError(

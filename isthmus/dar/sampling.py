@@ -61,7 +61,7 @@ def generate_tokens(
     each = [options] * batch if isinstance(options, SamplingOptions) else list(options)
     if len(each) != batch:
         raise UserError(f"sampling options are needed per image, got {len(each)} for {batch} images.")
-    prefix = prefix or Prefix(torch.zeros(batch, 0, dtype=torch.long), [0] * batch)
+    prefix = prefix or Prefix(class_labels.new_zeros(batch, 0), [0] * batch)
     draws = _Draws(layout, labels, image_seeds, each, prefix, transformer.device)
     if decoder is not None:
         decoder.check_belongs(StoredLlama.of(transformer), layout)

@@ -109,8 +109,8 @@ _MOST_SCORES = 2**24
 class _AttentionOfParts(torch.autograd.Function):
     """Attention in fp32 by plain products, which keeps its probabilities for the backward pass.
 
-    torch's fused attention computes them again on the way back. That pays for long sequences only, and in bf16 on a
-    CPU its backward pass takes ten times as long as this one.
+    torch's fused attention computes them again: that pays for long sequences only, and in bf16 on a CPU takes ten times
+    as long.
     """
 
     @staticmethod

@@ -185,20 +185,15 @@ class EfficientNetLite0(nn.Module):
         """ImageNet logits (the network was trained at 224 x 224)."""
         return self.classifier(self.features(images).pooled)
 
-    def _published_names(self) -> dict[str, tuple[str, str]]:
-        """Our convolution -> (published convolution, published batch normalisation)."""
+    def _folded_weights(self, path: Path) -> dict[str, Tensor]:
+        # our convolution -> (published convolution, published batch normalisation)
         names = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
         for index, block in enumerate(self.blocks):
-            published = f"_blocks.{index}."
             if block.expand is not None:
-                names[f"blocks.{index}.expand"] = (published + "_expand_conv", published + "_bn0")
-            names[f"blocks.{index}.depthwise"] = (published + "_depthwise_conv", published + "_bn1")
-            names[f"blocks.{index}.project"] = (published + "_project_conv", published + "_bn2")
-        return names
-
-    def _folded_weights(self, path: Path) -> dict[str, Tensor]:
+                names[f"blocks.{index}.expand"] = (f"_blocks.{index}._expand_conv", f"_blocks.{index}._bn0")
+            names[f"blocks.{index}.depthwise"] = (f"_blocks.{index}._depthwise_conv", f"_blocks.{index}._bn1")
+            names[f"blocks.{index}.project"] = (f"_blocks.{index}._project_conv", f"_blocks.{index}._bn2")
         published = dict(torch.load(path, map_location="cpu", weights_only=True))
-        names = self._published_names()
         needed = ["_fc.weight", "_fc.bias", *(f"{conv}.weight" for conv, _ in names.values())]
         needed += [f"{norm}.{part}" for _, norm in names.values() for part in _BATCH_NORM_PARTS]
         # num_batches_tracked only counts training steps: no frozen output depends on it
@@ -278,7 +273,9 @@ class LPIPSDistance(nn.Module):
         self.channel_weights = nn.ParameterList([torch.zeros(1, row[-1], 1, 1) for row in _VGG16])
         self.register_buffer("shift", torch.tensor(_LPIPS_SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(_LPIPS_SCALE)[:, None, None], persistent=False)
-        ours = self._published_names()
+        parts = itertools.product(enumerate(_VGG16_LAYERS), ("weight", "bias"))
+        ours = {f"convolutions.{index}.{part}": f"features.{layer}.{part}" for (index, layer), part in parts}
+        ours |= {f"channel_weights.{index}": f"lin{index}.model.1.weight" for index in range(len(_VGG16))}
         expected = {published: tuple(self.state_dict()[name].shape) for name, published in ours.items()}
         if problems := misfits(expected, shapes_of(weights)):
             raise UserError(
@@ -310,9 +307,3 @@ class LPIPSDistance(nn.Module):
             squared = (unit_channels(a) - unit_channels(b)).square()
             total = total + (squared * weight).sum(dim=1).mean(dim=(1, 2))
         return total
-
-    def _published_names(self) -> dict[str, str]:
-        """Our weight -> the documented name."""
-        parts = itertools.product(enumerate(_VGG16_LAYERS), ("weight", "bias"))
-        names = {f"convolutions.{index}.{part}": f"features.{layer}.{part}" for (index, layer), part in parts}
-        return names | {f"channel_weights.{index}": f"lin{index}.model.1.weight" for index in range(len(_VGG16))}
