@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.next_scale.pyramid import Scale, tokens_to_map
+from isthmus.next_scale.pyramid import Scale
 from isthmus.next_scale.sampling import ScaleDraw, ScaleSampler
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.saved_model import Recorded, records_arguments
@@ -167,6 +167,10 @@ def lowest_share(values: Float[Tensor, "b l"], share: float) -> Bool[Tensor, "b 
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, order[:, :count], True)
 
 
+KeptTokens = list[Bool[Tensor, "b _"]]
+"""One entry per scale: which of its tokens an edit takes from the source."""
+
+
 @dataclass(frozen=True)
 class KnownPart:
     """What an edit takes from its source: per scale, which tokens (`kept`), and which codes these are.
@@ -175,7 +179,7 @@ class KnownPart:
     kept do not matter.
     """
 
-    kept: list[Bool[Tensor, "b _"]]
+    kept: KeptTokens
     token_ids: Callable[[int, LatentMap], ScaleTokens]
 
 
@@ -197,7 +201,7 @@ def refined_scales(
 
 def merged(old: ScaleDraw, new: ScaleDraw, hidden: Bool[Tensor, "b l"]) -> ScaleDraw:
     """`new` where hidden, `old` elsewhere."""
-    chosen = tokens_to_map(hidden.unsqueeze(-1).to(old.codes.dtype)).bool()
+    chosen = hidden.reshape(len(hidden), 1, *old.codes.shape[-2:])
     return ScaleDraw(
         torch.where(hidden, new.token_ids, old.token_ids),
         torch.where(chosen, new.codes, old.codes),
@@ -249,12 +253,11 @@ class _Loop:
         if kept is None:
             return self._add(scale, drawn.token_ids, drawn.codes)
         source = self._source(scale)
-        kept_map = kept.view(len(kept), 1, *drawn.codes.shape[-2:])
+        kept_map = kept.reshape(len(kept), 1, *drawn.codes.shape[-2:])
         codes = torch.where(kept_map, self.sampler.tokenizer.lookup(source), drawn.codes)
         return self._add(scale, torch.where(kept, source, drawn.token_ids), codes)
 
     @torch.no_grad()
-    @whole_fp32()
     def quantized_again(self, features: LatentMap, num_scales: int) -> list[Scale]:
         """The first scales as the tokens found in `features`, kept tokens being the source's: from the changed one on.
 
@@ -266,7 +269,8 @@ class _Loop:
             before, kept = self.features[scale], self.kept[scale]
             if changed and scale and self.sampler.has_cache and self.predicts[scale]:
                 self.sampler.predict(scale, before)
-            token_ids = self.sampler.tokenizer.nearest_tokens(features - before, self.sampler.schedule.sizes[scale])
+            with whole_fp32():
+                token_ids = self.sampler.tokenizer.nearest_tokens(features - before, self.sampler.schedule.sizes[scale])
             if kept is not None:
                 token_ids = torch.where(kept, self._source(scale), token_ids)
             changed = changed or not torch.equal(token_ids, self.token_ids[scale])
