@@ -1,8 +1,5 @@
 """Published D-AR files (tokenizer with its decoder, prior) to one pipeline.
 
-Layers and widths are read off the shapes. What shapes cannot tell (how many tokens, groups and steps there are, the
-time shift, ...) comes from the settings stored in the file, from the caller, or is that of the published model.
-
 The prior (LlamaGen's transformer with 1-D rotary positions) becomes a stock `LlamaForCausalLM`. Published rotary
 positions turn channels (2j, 2j + 1) of a head together, Llama's turn (j, j + half): the rows of queries and keys are
 put in the other order. And the classes have a table of their own, which becomes the last rows of the vocabulary; they
@@ -265,8 +262,8 @@ def convert_next_token_prior_state(
 ) -> Converted:
     """Published prior weights to arguments of `TokenLayout` and `llama_config`, and Llama's weights.
 
-    The file tells neither `num_tokens` nor `num_heads`; None takes heads that are 64 wide, as in every published size
-    up to XXXL. Raises UserError where a key is unknown or missing, or a shape is none of this network's.
+    `num_heads` None takes heads that are 64 wide, as in every published size up to XXXL. Raises UserError where a key
+    is unknown or missing, or a shape is none of this network's.
     """
     state, dropped = rename(raw, _KEYS, _DROPPED, _WHAT, "cls_embedding.embedding_table.weight")
     first = ("<codes>", "<classes>", "<head>", "<qkv>.0", "model.layers.0.mlp.gate_proj.weight")
@@ -307,7 +304,7 @@ def convert_next_token_prior_state(
 
 
 def build_next_token_prior(converted: Converted) -> LlamaForCausalLM:
-    """A prior with the converted weights, in eval mode."""
+    """As `build`, of a prior."""
     sizes = dict(converted.arguments)
     layout = TokenLayout(**{name: sizes.pop(name) for name in ("codebook_size", "num_classes", "num_tokens")})
     return load_strict(LlamaForCausalLM(llama_config(layout, **sizes)), converted.state, "the prior file").eval()
@@ -354,9 +351,9 @@ def convert_dar(
     otherwise come from the file, or are the published model's. Raises UserError where a file is unreadable or of
     another kind, or the two do not belong together.
     """
-    file = read_file(tokenizer)
-    published = PublishedSettings.of(file.config, **settings)
-    parts = convert_diffusion_tokenizer_state(file.weights, published)
+    weights, config = read_file(tokenizer)
+    published = PublishedSettings.of(config, **settings)
+    parts = convert_diffusion_tokenizer_state(weights, published)
     prior_parts = convert_next_token_prior_state(
         read_weights(prior), num_tokens=published.num_tokens, num_heads=num_heads
     )

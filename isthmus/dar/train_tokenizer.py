@@ -160,8 +160,9 @@ class TokenizerWithDecoder(nn.Module):
         if self.alignment is None:
             velocity = self.decoder.velocity(x_t, times, keys, canvas)
         else:
-            tapped = self.decoder.velocity_and_features(x_t, times, keys, canvas, layer=self.alignment_layer)
-            velocity, aligned = tapped.velocity, self.alignment(tapped.features)
+            layer = self.alignment_layer
+            velocity, features = self.decoder.velocity_and_features(x_t, times, keys, canvas, layer=layer)
+            aligned = self.alignment(features)
         velocity = velocity.float()
         readout = None
         if self.readout is not None:
