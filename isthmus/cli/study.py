@@ -10,7 +10,6 @@ from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
 def run_srdd(arguments: Sequence[str]) -> None:
     """Run the study of next-scale models."""
     options = parse(SrddStudyOptions, arguments, prog="isthmus study srdd")
-    # imported here: --help does without
     from isthmus.studies.srdd import SRDD_STUDY
     from isthmus.studies.study import run_study
 
@@ -20,7 +19,6 @@ def run_srdd(arguments: Sequence[str]) -> None:
 def run_dar(arguments: Sequence[str]) -> None:
     """Run the study of D-AR."""
     options = parse(DarStudyOptions, arguments, prog="isthmus study dar")
-    # imported here: --help does without
     from isthmus.studies.dar import DAR_STUDY
     from isthmus.studies.study import run_study
 
@@ -30,7 +28,6 @@ def run_dar(arguments: Sequence[str]) -> None:
 def run_demo_command(arguments: Sequence[str]) -> None:
     """Run the demo."""
     options = parse(DemoOptions, arguments, prog="isthmus demo")
-    # imported here: --help does without
     from isthmus.demo.run import run_demo
 
     run_demo(options)

@@ -25,14 +25,7 @@ from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
-from isthmus.studies.measures import (
-    Lab,
-    Timed,
-    evaluation,
-    interleaved_seconds,
-    mean_and_interval,
-    peak_bytes,
-)
+from isthmus.studies.measures import Lab, Timed, evaluation, interleaved_seconds, mean_and_interval, peak_bytes
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.tables import (
     CLASS,
@@ -65,11 +58,7 @@ TOKENIZER, SHORT_TOKENIZER = "tokenizer", "tokenizer-short"
 
 @dataclass(frozen=True)
 class Variant:
-    """A prior that differs from the others in one thing.
-
-    `tokenizer` is the one whose scales it predicts, `refinement` the share of its training examples that show some of
-    their own tokens.
-    """
+    """A prior that differs from the others in one thing; `refinement` is `PriorRun.refinement_probability`."""
 
     name: str
     mask: Literal["causal", "markov"] = "markov"
@@ -103,8 +92,8 @@ def settings_of(run: Run) -> Values:
 
 def tokenizer_experiment(setting: SrddSetting) -> Experiment:
     """The one tokenizer that all priors share."""
-    settings = {"run": settings_of(setting.tokenizer)}
-    return Experiment(name=TOKENIZER, kind="tokenizer", work=trained_tokenizer, settings=settings, seconds=300)
+    run = settings_of(setting.tokenizer)
+    return Experiment(name=TOKENIZER, kind="tokenizer", work=trained_tokenizer, settings={"run": run}, seconds=300)
 
 
 def trained_tokenizer(lab: SrddLab, experiment: Experiment) -> Values:
@@ -116,11 +105,7 @@ def trained_tokenizer(lab: SrddLab, experiment: Experiment) -> Values:
 
 
 def shortened_tokenizer(lab: SrddLab, experiment: Experiment) -> Values:
-    """The tokenizer with every second scale.
-
-    The weights are the same, and every side keeps its phi (`ScaleSchedule.derive`): the tokens of an image are those
-    that the residual search finds on the shorter schedule.
-    """
+    """The tokenizer with every second scale: the same weights, every side with its phi (`ScaleSchedule.derive`)."""
     parent = load_tokenizer(str(lab.run_folder(TOKENIZER)))
     schedule = parent.schedule.derive(every_second(parent.schedule.sizes))
     arguments = {name: value for name, value in parent.config.items() if not name.startswith("_")}
@@ -245,10 +230,7 @@ DRAWN_IMAGES = 16
 
 
 def measured_cost(lab: SrddLab, experiment: Experiment) -> Values:
-    """Seconds per training step and per image by round, and peak bytes of both, of trained runs.
-
-    Models are timed in turn within a round, so that whatever else the machine does hits all of them.
-    """
+    """Seconds per training step and per image by round, and peak bytes of both, of trained runs."""
     facts, device = experiment.settings, choose_device(lab.setting.device)
     runs = {name: placed_run(lab, VARIANTS[name], facts["seed"]) for name in facts["variants"]}
     steps = {name: training_step(run, device) for name, run in runs.items()}
@@ -276,10 +258,7 @@ def measured_cost(lab: SrddLab, experiment: Experiment) -> Values:
 
 
 def training_step(run: PriorRun, device: torch.device) -> Timed:
-    """One optimizer step of a run, as its training does it, on a network that starts anew and one batch.
-
-    Precision is float32, whatever the training uses on a GPU.
-    """
+    """One optimizer step of a run on a network that starts anew and one batch, always in float32."""
     family = NextScalePriorTask(run)
     family.tokenizer.to(device)
     network = family.network.to(device).train()  # pyright: ignore[reportArgumentType]

@@ -36,7 +36,7 @@ class Study(Generic[Setting]):
 
     @property
     def table_names(self) -> tuple[str, ...]:
-        """Names of all tables, in the order of the report."""
+        """In the order of the report."""
         return tuple(spec.name for spec in self.tables)
 
     def plan(self, setting: Setting, tables: Sequence[str]) -> list[Experiment]:
@@ -58,16 +58,9 @@ class Study(Generic[Setting]):
     ) -> Path:
         """Run what is not finished, fill the tables of these names and write the report; returns report.md.
 
-        Args:
-            setting: everything that decides the results.
-            folder: of the study.
-            tables: names of those to fill.
-            facts: said at the end of the report, before those of the experiments.
-            images: fingerprints of the images by split; a study goes on with the same ones alone.
-            made: when, where and with which versions this process runs; noted beside every result.
-
-        Raises:
-            UserError: the folder holds something else, or experiments with other settings or images.
+        `facts` are said at the end of the report, before those of the experiments; `images` are fingerprints by split;
+        what is `made` (when, where, with which versions) is noted beside every result. Raises `UserError` where the
+        folder holds something else, or experiments with other settings or images.
         """
         experiments = self.plan(setting, tables)
         claim_folder(folder, self.name, images)
@@ -81,11 +74,7 @@ class Study(Generic[Setting]):
 
 
 def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
-    """Begin the record of a study, or find it again.
-
-    Raises:
-        UserError: the folder holds something else, or a study of other images.
-    """
+    """Begin the record of a study, or find it again; `UserError` for a folder of something else or of other images."""
     record, now = folder / _RECORD, {"study": name, "images": dict(images)}
     if record.is_file():
         try:
@@ -105,8 +94,8 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
 def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
-    Sets the number of threads, and the device that trainings of this process take. Raises `UserError` for an option
-    that is not usable, or where the folder holds something else.
+    Sets the number of threads, and the device that trainings of this process take. Raises `UserError` as `Study.run`
+    does, and for an option that is not usable.
     """
     tables, classes = options.tables_among(study.table_names), options.chosen_classes
     if options.threads is not None:
@@ -117,12 +106,11 @@ def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) ->
         os.environ["ACCELERATE_USE_CPU"] = "true"
     setting = options.setting(device.type, torch.get_num_threads())
     folder = options.out or Path(f"study-{study.name}" + ("-full" if options.budget == "full" else ""))
-    lab = Lab(setting, folder)
     return study.run(
         setting,
         folder,
         tables=tables,
         facts={"budget": options.budget, "data": options.data, "classes": "all" if classes is None else classes},
-        images={split: lab.images(split).fingerprint for split in ("train", "val")},
+        images={split: Lab(setting, folder).images(split).fingerprint for split in ("train", "val")},
         made=lambda: circumstances(device, processes=1),
     )
