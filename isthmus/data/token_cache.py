@@ -75,11 +75,6 @@ class TokenCache:
         self.token_ids: Integer[np.ndarray, "rows l"] = np.asarray(np.load(self.path / _TOKENS, mmap_mode="r"))
         self.labels: Integer[np.ndarray, " n"] = np.load(self.path / _LABELS)
 
-    @property
-    def num_images(self) -> int:
-        """N."""
-        return len(self.labels)
-
     @classmethod
     def open(cls, path: str | Path, tokenizer: ImageTokenizer) -> "TokenCache":
         """The cache at `path`. UserError where it is absent, damaged or was made by another tokenizer."""

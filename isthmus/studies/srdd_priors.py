@@ -422,10 +422,7 @@ def guidance(found: SrddFound) -> StudyTable:
     )
 
 
-@study_table(
-    "Scale schedules",
-    lambda setting: [*samples(setting, MARKOV, SHORT), cost(setting, MARKOV, SHORT)],
-)
+@study_table("Scale schedules", lambda setting: [*samples(setting, MARKOV, SHORT), cost(setting, MARKOV, SHORT)])
 def schedules(found: SrddFound) -> StudyTable:
     """All scales against every second one."""
     names, costs = {"markov": "all scales", "short": "every second scale"}, found.results["cost-markov-short"]

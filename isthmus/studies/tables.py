@@ -358,11 +358,7 @@ def study_table(
 
 
 def panels_of(
-    columns: Sequence[str],
-    along: str,
-    lines: Mapping[str, Mapping[Any, Row]],
-    floor: Row,
-    words: str = "",
+    columns: Sequence[str], along: str, lines: Mapping[str, Mapping[Any, Row]], floor: Row, words: str = ""
 ) -> tuple[Panel, ...]:
     """A panel for each of `columns` that was measured: rows at x, by line; what real images score (`floor`) is a level.
 
