@@ -92,8 +92,6 @@ def known_part(
         raise UserError(f"from_scale must lie in 0..{schedule.num_scales} (the scales of the model), got {from_scale}.")
     kept = kept_by_coverage(mask, sizes, shares) if keeping == "coverage" else kept_as_published(mask, sizes)
     rows = len(images) if num_results is None else num_results
-    if len(images) not in (1, rows):
-        raise UserError(f"an edit of {rows} results takes one image or {rows}, got {len(images)}.")
     kept = [(one if scale < last else torch.zeros_like(one)).expand(rows, -1) for scale, one in enumerate(kept)]
     latents = latents_of(image_tokenizer, images)
     if keeping == "published":

@@ -176,8 +176,7 @@ def surviving(
     [[True, True, False]]
     """
     scores = nats.masked_fill(~alive, float("-inf"))
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(nats.shape[1], device=nats.device).expand_as(order))
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     best = scores.amax(dim=1, keepdim=True)
     return alive & ((scores >= best - margin_nats) | (rank < keep))
 
@@ -348,12 +347,9 @@ def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Flo
 
 def _overlaps(size: int, grid: int) -> Float[Tensor, "{size} {grid}"]:
     """Which part of each of `size` equal intervals lies in each of `grid` equal intervals; rows sum to 1."""
-    # both divisions in units of 1 / (size * grid)
-    edges = torch.arange(size + 1, dtype=torch.float64, device="cpu") * grid
-    cells = torch.arange(grid + 1, dtype=torch.float64, device="cpu") * size
-    low = torch.maximum(edges[:-1, None], cells[None, :-1])
-    high = torch.minimum(edges[1:, None], cells[None, 1:])
-    return (high - low).clamp(min=0) / grid
+    # in units of 1 / (size * grid), of which every interval of the one has `grid`, and of the other `size`
+    units = torch.eye(size, dtype=torch.float64, device="cpu").repeat_interleave(grid, dim=1)
+    return units.view(size, grid, size).sum(dim=2) / grid
 
 
 def check_classification(

@@ -405,6 +405,7 @@ class NextScalePipeline(SavedPipeline):
             top_k=top_k, num_candidates=len(candidates), num_views=num_views, noise=view_noise, prune_nats=prune_nats
         )
         noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
+        token_bytes = self._token_bytes(self.transformer.config["num_layers"])
         parts, first = [], image_index
         for some in (some for latents in self._latents(images) for some in latents.split(_CLASSIFIED_AT_ONCE)):
             seeds = image_seeds(len(some), seed=seed, image_index=first)
@@ -415,7 +416,8 @@ class NextScalePipeline(SavedPipeline):
             parts.append(
                 score_classes(
                     self.image_tokenizer, self.transformer, token_ids, candidates, keep=top_k,
-                    margin_nats=prune_nats, num_views=num_views, tokens_at_once=self._tokens_that_fit(),
+                    margin_nats=prune_nats, num_views=num_views,
+                    tokens_at_once=max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token_bytes)),
                 )
             )  # fmt: skip
         scores = ClassScores.joined(parts)
@@ -595,11 +597,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _images_at_once(self) -> int:
         """How many images fit, whatever is done with them: pixels, a draw, or all tokens in one teacher-forced pass."""
-        config, size = self.transformer.config, self.transformer.dtype.itemsize
-        block = config["width"] * (10 + 2 * config["mlp_ratio"]) * size
-        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
-        read = self.schedule.num_tokens * (block + 4 * config["codebook_size"] * 4)
-        each = max(int(read), self.bytes_per_image(guided=False))
+        each = max(self.schedule.num_tokens * self._token_bytes(), self.bytes_per_image(guided=False))
         return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
 
     def _token_nats(self, images: ImageInput | None, class_labels: Labels, token_ids: Any) -> Float[Tensor, "_ n"]:
@@ -636,13 +634,13 @@ class NextScalePipeline(SavedPipeline):
             raise UserError(f"every class to choose from is named once, got {given}.")
         return ids
 
-    def _tokens_that_fit(self) -> int:
-        """Tokens whose keys, activations and logits fit into the memory that is free."""
+    def _token_bytes(self, kept_layers: int = 0) -> int:
+        """Of a token that is read: activations, the keys and values that are kept, and logits."""
         config, size = self.transformer.config, self.transformer.dtype.itemsize
         # keys and values twice: dropping rows copies those that stay
-        block = config["width"] * (4 * config["num_layers"] + 10 + 2 * config["mlp_ratio"]) * size
-        token = int(block + 4 * config["codebook_size"] * 4)
-        return max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token))
+        block = config["width"] * (4 * kept_layers + 10 + 2 * config["mlp_ratio"]) * size
+        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
+        return int(block + 4 * config["codebook_size"] * 4)
 
 
 def _parts(token_ids: TokenPyramid, at_once: int) -> list[list[Tensor]]:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from isthmus.errors import UserError
-from isthmus.next_scale.pyramid import Scale, tokens_to_map
+from isthmus.next_scale.pyramid import Scale
 from isthmus.next_scale.sampling import ScaleDraw, ScaleSampler
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.saved_model import Recorded, records_arguments
@@ -197,7 +197,7 @@ def refined_scales(
 
 def merged(old: ScaleDraw, new: ScaleDraw, hidden: Bool[Tensor, "b l"]) -> ScaleDraw:
     """`new` where hidden, `old` elsewhere."""
-    chosen = tokens_to_map(hidden.unsqueeze(-1).to(old.codes.dtype)).bool()
+    chosen = hidden.reshape(len(hidden), 1, *old.codes.shape[-2:])
     return ScaleDraw(
         torch.where(hidden, new.token_ids, old.token_ids),
         torch.where(chosen, new.codes, old.codes),
@@ -249,7 +249,7 @@ class _Loop:
         if kept is None:
             return self._add(scale, drawn.token_ids, drawn.codes)
         source = self._source(scale)
-        kept_map = kept.view(len(kept), 1, *drawn.codes.shape[-2:])
+        kept_map = kept.reshape(len(kept), 1, *drawn.codes.shape[-2:])
         codes = torch.where(kept_map, self.sampler.tokenizer.lookup(source), drawn.codes)
         return self._add(scale, torch.where(kept, source, drawn.token_ids), codes)
 

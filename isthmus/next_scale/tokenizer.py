@@ -380,7 +380,7 @@ class MultiScaleVQVAE(SavedModel):
         no hidden code reaches any place.
         """
         schedule = schedule or self.schedule
-        kept = codes.masked_fill(tokens_to_map(hidden.unsqueeze(-1).float()).bool(), 0)
+        kept = codes.masked_fill(hidden.reshape(len(hidden), 1, *codes.shape[-2:]), 0)
         phi, grid = schedule.phi_indices[scale], schedule.grid
         shown = self._phi(phi, bicubic_upsample(kept, grid))
         nothing = self._phi(phi, torch.zeros_like(shown[:1]))

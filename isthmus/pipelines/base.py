@@ -267,11 +267,12 @@ class SavedPipeline:
         # a JSON string is a Python string, in the quotes that the rest of the card has
         first = json.dumps(names[0], ensure_ascii=False) if names else "0"
         argument = f"class_labels=[{first}], " if count else ""
-        sizes = "; ".join(
-            f"{name} {sum(weight.numel() for weight in _weights(part)) / 1e6:.2f}M"
-            for name, part in ((name, self.stored(name)) for name in self.parts)
-            if isinstance(part, (torch.nn.Module, StoredLlama))
-        )
+        sizes = []
+        for name in self.parts:
+            part = self.stored(name)
+            if isinstance(part, (torch.nn.Module, StoredLlama)):
+                weights = part.state_dict().values() if isinstance(part, StoredLlama) else part.parameters()
+                sizes.append(f"{name} {sum(weight.numel() for weight in weights) / 1e6:.2f}M")
         data = self.config["data"]
         attribution = data.get("attribution") or "unknown. Find out before you publish this model or its images."
         return f"""---
@@ -287,7 +288,7 @@ tags:
 # {self.kind}
 
 Images of {self.image_size} x {self.image_size} pixels. Classes: {classes}.
-{self.layout} Parameters: {sizes}.
+{self.layout} Parameters: {"; ".join(sizes)}.
 
 ## Load
 
@@ -428,11 +429,6 @@ def index_entry(part: Part) -> list[str]:
     if issubclass(part, StoredLlama):
         return [part.library, part.class_name]
     return [part.__module__, part.__name__]
-
-
-def _weights(part: torch.nn.Module | StoredLlama) -> list[torch.Tensor]:
-    """Trainable weights of a component."""
-    return list(part.state_dict().values() if isinstance(part, StoredLlama) else part.parameters())
 
 
 def _fingerprint(part: Any) -> str:

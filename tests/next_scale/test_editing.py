@@ -182,7 +182,6 @@ def test_rules_out_of_range_are_refused():
         ({"max_unknown": (0.5, 0.5)}, "one per scale"),
         ({"from_scale": 4}, "from_scale"),
         ({"from_scale": -1}, "from_scale"),
-        ({"num_results": 4}, "takes one image or 4"),
         ({"keeping": "published", "max_unknown": 0.5}, "own rule"),
     ]:
         with pytest.raises(UserError, match=said):
