@@ -25,7 +25,7 @@ from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
-from isthmus.studies.measures import Lab, Timed, evaluation, interleaved_seconds, mean_and_interval, peak_bytes
+from isthmus.studies.measures import BATCH, Lab, Timed, evaluation, interleaved_seconds, mean_and_interval, peak_bytes
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.tables import (
     CLASS,
@@ -322,11 +322,6 @@ def cost_cells(costs: Values) -> dict[str, Readings]:
     }
 
 
-def bits_per_token(found: SrddFound, variant: str) -> dict[str, Readings]:
-    """Of held-out images."""
-    return {BITS: found.held_out_score(f"samples-{variant}", BITS)}
-
-
 def bits_per_image(found: SrddFound, experiment: str) -> dict[str, Readings]:
     """Of held-out images."""
     nats = found.held_out_score(experiment, "nats per image")
@@ -352,12 +347,11 @@ def learning_curves(found: SrddFound, names: Mapping[str, str]) -> tuple[Panel, 
 )
 def masks(found: SrddFound) -> StudyTable:
     """Causal (VAR) against Markov (SRDD)."""
-    names, costs = {"causal": "causal", "markov": "markov"}, found.results["cost-causal-markov"]
-    experiments = [f"samples-{variant}" for variant in names]
-    rows = [
-        found.sample_row(name, f"samples-{variant}", cells=bits_per_token(found, variant) | cost_cells(costs[variant]))
-        for variant, name in names.items()
-    ]
+    costs, rows = found.results["cost-causal-markov"], []
+    experiments = {name: f"samples-{name}" for name in ("causal", "markov")}
+    for name, experiment in experiments.items():
+        cells = {BITS: found.held_out_score(experiment, BITS), **cost_cells(costs[name])}
+        rows.append(found.sample_row(name, experiment, cells=cells))
 
     def claim(says: str, source: str, column: str, direction: Direction = "lower") -> Claim:
         return Claim(says, source, "markov", "causal", column, direction)
@@ -366,7 +360,7 @@ def masks(found: SrddFound) -> StudyTable:
     arithmetic = "The mask alone saves about 4 % of the arithmetic of drawing at 256 px, 11 % at 512 px"
     return StudyTable(
         about=f"The mask between scales: all earlier scales (VAR) or the image so far alone (SRDD). "
-        f"{equal(found.setting)} {found.protocol_words(*experiments)}{times_words(found, costs)}",
+        f"{equal(found.setting)} {found.protocol_words(*experiments.values())}{times_words(found, costs)}",
         first_column="mask",
         rows=(*rows, *found.real_rows("samples-markov")),
         timed=TIMED,
@@ -378,12 +372,12 @@ def masks(found: SrddFound) -> StudyTable:
             claim(memory, "MVAR", IMAGE_MEMORY),
             claim(arithmetic, "arithmetic", IMAGE_TIME),
         ),
-        panels=learning_curves(found, names),
+        panels=learning_curves(found, {name: name for name in experiments}),
         notes=(
             "Bits per token are of held-out images, without guidance or filters. We know no figure of SRDD's own "
             "for convergence or bits per token, so those columns have no claim beside them. Memory is what tensors "
             "hold at its peak beyond weights and optimizer state.",
-            *found.warnings(*experiments),
+            *found.warnings(*experiments.values()),
         ),
     )
 
@@ -462,8 +456,8 @@ def weighting(found: SrddFound) -> StudyTable:
     names = {"markov": "token-uniform", "lognormal": "log-normal"}
     experiments = [f"samples-{variant}" for variant in names]
     rows = [
-        found.sample_row(name, f"samples-{variant}", cells=bits_per_token(found, variant))
-        for variant, name in names.items()
+        found.sample_row(name, experiment, cells={BITS: found.held_out_score(experiment, BITS)})
+        for name, experiment in zip(names.values(), experiments, strict=True)
     ]
     says = (
         "Weights per scale in place of the uniform token loss: d16 FID 3.01 against VAR's 3.3 to 3.55 (with what else "
@@ -483,17 +477,13 @@ def weighting(found: SrddFound) -> StudyTable:
     )
 
 
-_AT_ONCE = 32
-
-
 def measured_noise(lab: SrddLab, experiment: Experiment) -> Values:
     """Signal-to-noise ratio, dB, after every scale, of held-out images; needs a tokenizer alone."""
     tokenizer = load_tokenizer(str(lab.run_folder(TOKENIZER)))
     tokenizer.to(choose_device(lab.setting.device))
     images, rows = EvaluationImages(lab.images("val", tokenizer.image_size), tokenizer.image_size), []
-    for start in range(0, len(images), _AT_ONCE):
-        chosen = range(start, min(start + _AT_ONCE, len(images)))
-        pixels = torch.stack([torch.as_tensor(images[i]["image"]) for i in chosen]).to(tokenizer.device)
+    for start in range(0, len(images), BATCH):
+        pixels = images.__getitems__(range(start, min(start + BATCH, len(images))))["image"].to(tokenizer.device)
         with torch.no_grad():
             latents = tokenizer.latents(pixels)
         rows.append(signal_to_noise(tokenizer, latents).cpu().double())
