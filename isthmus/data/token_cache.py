@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -141,24 +141,22 @@ class TokenCache:
         self._map()
 
 
+@dataclass(eq=False)
 class CacheViews(BatchedDataset):
     """The views that a cache encodes, by row: view `row % num_views` of image `row // num_views`.
 
     `first_image` is the number of the first image of `source` where that is a part of a stream.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        image_size: int,
-        augment: Augmentation,
-        seed: int,
-        num_views: int,
-        first_image: int = 0,
-    ) -> None:
-        self.source, self.image_size, self.augment = source, image_size, augment
-        self.seed, self.num_views, self.first_image = seed, num_views, first_image
-        self.in_memory = source.in_memory
+    source: ImageSource
+    image_size: int
+    augment: Augmentation
+    seed: int
+    num_views: int
+    first_image: int = 0
+
+    def __post_init__(self) -> None:
+        self.in_memory = self.source.in_memory
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         numbers = np.asarray(rows, dtype=np.int64)
