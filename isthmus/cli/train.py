@@ -83,7 +83,7 @@ def base_run(
     """The run that the options change: of a record, of the preset that is named, or of the default one."""
     preset = option_value(words, "--preset")
     if not config:
-        return preset_run(presets, preset or default(words), what)
+        return preset_run(presets, what, preset or default(words))
     if preset:
         raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
     if not Path(config).is_file():

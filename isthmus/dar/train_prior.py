@@ -1,12 +1,10 @@
-"""Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it.
-
-Dropout masks belong to training positions: they are drawn again from their seeds wherever they are needed.
-"""
+"""Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,23 +84,16 @@ class ResidualDropout:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on every `self_attn.o_proj` and `mlp`; they are gone afterwards, whatever happens."""
-        handles = []
-        try:
-            if self.rate:
-                for index, layer in enumerate(cast(Iterable[LlamaDecoderLayer], self.transformer.model.layers)):
-                    branches: tuple[nn.Module, ...] = (layer.self_attn.o_proj, layer.mlp)
-                    handles += [m.register_forward_hook(self._hook(index, k)) for k, m in enumerate(branches)]
+        with ExitStack() as hooks:
+            layers = cast(Iterable[LlamaDecoderLayer], self.transformer.model.layers)
+            for index, layer in enumerate(layers if self.rate else ()):
+                for branch, module in enumerate((layer.self_attn.o_proj, layer.mlp)):
+                    hooks.enter_context(module.register_forward_hook(partial(self._drop, index, branch)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, layer: int, branch: int) -> Any:
-        def drop(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-            assert self.seeds is not None, "the loop sets the seeds of a batch before it goes through"
-            return sample_dropout(output, self.rate, self.seeds[:, layer, branch].tolist())
-
-        return drop
+    def _drop(self, layer: int, branch: int, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        assert self.seeds is not None, "the loop sets the seeds of a batch before it goes through"
+        return sample_dropout(output, self.rate, self.seeds[:, layer, branch].tolist())
 
 
 @dataclass
@@ -308,8 +299,7 @@ def build_prior(
 ) -> LlamaForCausalLM:
     """The Llama to train on images of these classes: new, or a saved one.
 
-    Raises:
-        UserError: a size is missing, does not fit, or contradicts the saved model.
+    Raises UserError where a size is missing, does not fit, or contradicts the saved model.
     """
     layout, wanted = layout_of(parts.image_tokenizer.config, len(class_names)), given(run.model)
     if saved is not None:

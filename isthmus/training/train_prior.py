@@ -1,7 +1,4 @@
-"""Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR.
-
-What a loss is, the family's task says: `NextScalePriorTask`, `ScaleDistillationTask`, `NextTokenPriorTask`.
-"""
+"""Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR."""
 
 import logging
 from collections.abc import Mapping

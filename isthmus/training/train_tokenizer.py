@@ -1,8 +1,4 @@
-"""Train a tokenizer on images (`isthmus train tokenizer`): a pyramid of scales, or groups of tokens and their decoder.
-
-What a loss is, what the codes are near and what is trained beside the network, the family's task says:
-`MultiScaleTokenizerTask`, `DiffusionTokenizerTask`.
-"""
+"""Train a tokenizer on images (`isthmus train tokenizer`): a pyramid of scales, or groups of tokens and a decoder."""
 
 import logging
 from collections.abc import Sequence
