@@ -83,7 +83,6 @@ class ConvertDar(_Tokens, _Flow, _Convert):
 def run_var(arguments: Sequence[str]) -> None:
     """Convert and write."""
     command = parse(ConvertVar, arguments, prog="isthmus convert var")
-    # imported here: --help does without
     from isthmus.next_scale.conversion import convert_var
 
     _write(command, convert_var, scale_attention=command.scale_attention)
@@ -92,7 +91,6 @@ def run_var(arguments: Sequence[str]) -> None:
 def run_dar(arguments: Sequence[str]) -> None:
     """Convert and write."""
     command = parse(ConvertDar, arguments, prog="isthmus convert dar")
-    # imported here: --help does without
     from isthmus.dar.conversion import convert_dar
 
     names = ("num_heads", *(field.name for kind in (_Tokens, _Flow) for field in fields(kind)))
@@ -124,7 +122,6 @@ class ExportLlama:
 def run_llama(arguments: Sequence[str]) -> None:
     """Write the folder, whole or not at all."""
     command = parse(ExportLlama, arguments, prog="isthmus export llama")
-    # imported here: --help does without
     from isthmus.dar.export import export_llama
 
     export_llama(command.model, command.out)

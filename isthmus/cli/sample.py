@@ -70,7 +70,6 @@ def run(arguments: Sequence[str]) -> None:
     """Draw and save."""
     command = parse(Sample, arguments, prog="isthmus sample")
     draw = command.draw()  # guidance that cannot be read is refused before the slow imports
-    # imported here: --help does without
     from isthmus.samples import draw_folder
 
     draw_folder(
@@ -217,7 +216,6 @@ def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[
 def _edit(kind: type[_Edit], command_name: str, method: str, arguments: Sequence[str]) -> None:
     command = parse(kind, arguments, prog=f"isthmus edit {command_name}")
     draw = command.draw()  # guidance that cannot be read is refused before the slow imports
-    # imported here: --help does without
     from isthmus.samples import edit_image
 
     edit_image(

@@ -256,9 +256,7 @@ def _children(folder: Path, bad_names: set[str]) -> tuple[list[Path], list[Path]
 class FolderSource(ImageSource):
     """One split of a folder: its own train/ and val/ where it has them, else a split by content hash.
 
-    Opening decodes every file that it does not know yet (results are remembered by path, size and time), so that broken
-    ones are skipped, or with `strict` refused, before training. Raises UserError as `folder_layout` does, and for a
-    class without a readable image.
+    Opening examines its files (`usable_images`). Raises UserError as that and `folder_layout` do.
     """
 
     def __init__(

@@ -155,8 +155,8 @@ class HuggingFaceSource(ImageSource):
     """One split of a data set of the Hugging Face hub, of its local files, or of `Dataset.save_to_disk`.
 
     Without SPLIT its own train and validation (or test) splits are used; with SPLIT, or without a validation split,
-    a part is held out by content hash. Images are decoded by us, and checked at opening as those of a folder are.
-    Raises UserError for what cannot be loaded, for data without an image column, and for empty classes.
+    a part is held out by content hash. Opening examines its images as those of a folder. Raises UserError as
+    `usable_images` and `find_columns` do, and for what cannot be loaded.
     """
 
     def __init__(
