@@ -8,7 +8,7 @@ are never predicted, so the head gets rows of zeros for them.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.prior import TokenLayout, llama_config
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
-from isthmus.errors import UserError
+from isthmus.errors import UserError, nearest
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.published import (
@@ -30,6 +30,7 @@ from isthmus.published import (
     ConvertedPipeline,
     StateDict,
     build,
+    check_belong,
     data_of,
     indexed,
     load_strict,
@@ -107,7 +108,14 @@ class PublishedSettings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], **overrides: Any) -> "PublishedSettings":
-        """Settings of a published configuration (its keys are those of tokenizer_v1.yaml); `overrides` win."""
+        """Settings of a published configuration (its keys are those of tokenizer_v1.yaml); `overrides` win.
+
+        Raises UserError where one of these is no setting.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise UserError(f"a published tokenizer has no setting {name}. Leave it out.{nearest(name, known)}")
         ours = {
             "sampling_resolution": "image_size",
             "num_all_queries": "num_tokens",
@@ -357,6 +365,11 @@ def convert_dar(
     prior_parts = convert_next_token_prior_state(
         read_weights(prior), num_tokens=published.num_tokens, num_heads=num_heads
     )
+    # before the networks are built, which may take a minute
+    if not published.quantized:
+        raise UserError(f"{tokenizer} has no codebook (vq_enable is off), and a prior needs codes. Pass another one.")
+    ours, theirs = (one.arguments["codebook_size"] for one in (parts.tokenizer, prior_parts))
+    check_belong("codebook_size", ours, theirs, tokenizer, prior)
     num_classes = prior_parts.arguments["num_classes"]
     guidance = GuidanceSchedule("linear", 1.2, 8.0) if num_classes else 1.0
     image_tokenizer, decoder, scheduler = build_tokenizer_parts(parts)

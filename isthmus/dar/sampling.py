@@ -55,7 +55,7 @@ def generate_tokens(
         decoder: laid-out weights to use again; None lays them out for this call.
 
     Raises UserError, before the first tokens are asked for, unless there are options for every image, and guidance for
-    every token. All else is the caller's to check (`SamplingOptions.check`).
+    every token. All else is the caller's to check (`SamplingOptions.check`); `smooth` means nothing here.
     """
     batch, labels = len(class_labels), class_labels.tolist()
     each = [options] * batch if isinstance(options, SamplingOptions) else list(options)

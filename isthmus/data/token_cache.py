@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,8 @@ class TokenCache:
             )
         if isinstance(source, ImageStream) and max_images is None:
             raise UserError(f"{source.name} is a stream without an end. Say how many images to keep (max_images).")
+        if not isinstance(source, ImageStream) and not len(source):
+            raise UserError(f"{source.name} has no image to encode. Check the data set.")
         settings = {
             "num_views": num_views,
             "image_size": image_size,
@@ -167,11 +169,19 @@ class CacheViews(BatchedDataset):
 def _streamed_views(
     source: ImageStream, images: Iterator[tuple[ImageUint8, int]], batch_size: int, settings: dict[str, Any]
 ) -> Iterator[Batch]:
-    start, num_views = 0, settings["num_views"]
-    while kept := list(islice(images, -(-batch_size // num_views))):
-        views = CacheViews(StreamedImages(source, kept), **settings, first_image=start)
-        yield views.__getitems__(range(start * num_views, (start + len(kept)) * num_views))
-        start += len(kept)
+    num_views = settings["num_views"]
+    at_once = -(-batch_size // num_views)
+    for first in count(0, at_once):
+        # image by image: whole images of a batch can take gigabytes
+        parts = [
+            CacheViews(StreamedImages(source, [image]), **settings, first_image=number).__getitems__(
+                range(number * num_views, (number + 1) * num_views)
+            )
+            for number, image in enumerate(islice(images, at_once), first)
+        ]
+        if not parts:
+            return
+        yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _make(

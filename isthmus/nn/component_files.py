@@ -61,8 +61,10 @@ def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> 
     except (UserError, OSError):
         return compute()
     note = folder / sha256_of_parts(what, *facts)
-    if note.is_file():
-        return note.read_text(encoding="utf-8")
+    with suppress(OSError):
+        # an empty one was cut short by a power cut
+        if text := note.read_text(encoding="utf-8"):
+            return text
     text = compute()
     with suppress(UserError):
         write_whole(note, text, flush=False)

@@ -204,7 +204,7 @@ def fingerprint(model: nn.Module | StoredLlama) -> str:
     """
     known: ReadFrom | None = getattr(model, "read_from", None)
     if known is not None and known.still_holds(model.state_dict()):
-        return remembered(f"fingerprint {model.dtype}", known.files, lambda: _hashed(model))
+        return remembered(f"fingerprint 1 {model.dtype}", known.files, lambda: _hashed(model))
     return _hashed(model)
 
 
