@@ -17,9 +17,9 @@ def variants(lengths: Sequence[int]) -> dict[str, dict[str, Attend]]:
         "causal": {
             "dense mask": masked(seen),
             "softmax written out": written_out(seen),
-            "a loop over prefixes": causal_attention(lengths, smallest_alone=0),
+            "a loop over prefixes": grouped_causal(lengths, seen, limit=0),
             "**small scales under one mask (default)**": causal_attention(lengths),
-            "up to 200 tokens under one mask": causal_attention(lengths, smallest_alone=200),
+            "up to 200 tokens under one mask": grouped_causal(lengths, seen, limit=200),
         },
         "markov": {
             "dense mask": masked(own),
@@ -47,6 +47,21 @@ def sliced(lengths: Sequence[int]) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         own = ((x[:, :, part] for x in (q, k, v)) for part in parts)
         return torch.cat([F.scaled_dot_product_attention(*three, scale=scale) for three in own], dim=2)
+
+    return attend
+
+
+def grouped_causal(lengths: Sequence[int], seen: Tensor, *, limit: int) -> Attend:
+    count = max(1, sum(sum(lengths[: k + 1]) <= limit for k in range(len(lengths))))
+    cuts = [sum(lengths[:count]), *lengths[count:]]
+    ends = [sum(cuts[: k + 1]) for k in range(len(cuts))]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        outputs = []
+        for rows, end in zip(q.split(cuts, dim=2), ends, strict=True):
+            mask = seen[:end, :end] if end == cuts[0] and count > 1 else None
+            outputs.append(F.scaled_dot_product_attention(rows, k[:, :, :end], v[:, :, :end], mask, scale=scale))
+        return torch.cat([part.transpose(1, 2) for part in outputs], dim=1).transpose(1, 2)
 
     return attend
 

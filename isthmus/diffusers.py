@@ -4,6 +4,7 @@ The only module that imports diffusers (extra `diffusers`). Nothing is computed 
 pipeline, which stays in reach as `native`, so one seed makes one image whichever way it is asked for.
 """
 
+import functools
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +16,10 @@ from typing import Any, ClassVar, NoReturn, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from isthmus.dar.decoder import FlowDecoder
 from isthmus.dar.pipeline import DARPipeline
-from isthmus.dar.scheduler import FlowMatchingScheduler
-from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
-from isthmus.next_scale.refinement import ScaleRefinementScheduler
-from isthmus.next_scale.tokenizer import MultiScaleVQVAE, pixels_of
-from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.next_scale.tokenizer import pixels_of
 from isthmus.nn.guidance import Guidance
 from isthmus.nn.stored_llama import StoredLlama
 from isthmus.pipelines.base import SavedPipeline, index_entry
@@ -105,10 +101,7 @@ _SAVE_ADVICE = {
 
 @dataclass
 class IsthmusPipelineOutput(ImagePipelineOutput):
-    """diffusers' output of image pipelines, and what our own pipeline returns beside them.
-
-    After an interruption these are the images and tokens of the finished steps.
-    """
+    """diffusers' output, and what our own pipeline returns beside the images; interrupted, those of finished steps."""
 
     images: Pictures  # pyright: ignore[reportIncompatibleVariableOverride]  tensors too
     token_ids: Tensor | list[Tensor] | None = None
@@ -129,11 +122,24 @@ def _part(name: str) -> Any:
     return property(read, write, doc=f"The component `{name}` of `native`.")
 
 
+def _constructor(native: type[SavedPipeline]) -> Callable[..., None]:
+    """A constructor with the arguments of `native`, off which diffusers reads what the components are."""
+
+    @functools.wraps(native.__init__)
+    def construct(self: "IsthmusPipeline", *args: Any, **kwargs: Any) -> None:
+        DiffusionPipeline.__init__(self)
+        bound = inspect.signature(native).bind(*args, **kwargs)
+        bound.apply_defaults()
+        _check_parts(native, bound.arguments)
+        self._adopt(native(*args, **kwargs))
+
+    return construct
+
+
 class IsthmusPipeline(DiffusionPipeline):
     """Base of the two families; `from_pretrained` and `from_pipeline` pick the one that a model needs.
 
-    `native` is our own pipeline, with the same components; editing, likelihood and streams are called there. Setting a
-    component makes a new one.
+    `native` is our own pipeline; editing, likelihood and streams are called there. Setting a component makes a new one.
     """
 
     native_class: ClassVar[type[SavedPipeline]]
@@ -146,10 +152,7 @@ class IsthmusPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipeline(cls, pipeline: SavedPipeline) -> "IsthmusPipeline":
-        """A `DiffusionPipeline` of a pipeline of ours; both share one memory and every later change.
-
-        Raises UserError where it is none of ours, or of the other family than this class.
-        """
+        """A `DiffusionPipeline` of a pipeline of ours (UserError: of others), on the same memory."""
         kinds = {kind.native_class: kind for kind in _FAMILIES if issubclass(kind, cls)}
         if type(pipeline) not in kinds:
             wanted = " or ".join(native.__name__ for native in kinds)
@@ -224,18 +227,14 @@ class IsthmusPipeline(DiffusionPipeline):
         """Draw images, called as `DiTPipeline` is; what is not said here is as in a call of our own pipeline.
 
         Args:
-            class_labels: names, indices or None (no class), one per image; a single one may stand alone.
             guidance_scale: guided = uncond + s (cond - uncond), and 1 is off; the default is the model's own.
             generator: one, or one per image: makes the seeds of the images.
             num_inference_steps: solver steps of a D-AR model; the steps of a next-scale model are its scales.
             output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent".
             return_dict: False gives the tuple (images,).
-            seed: instead of a generator.
-            image_index: number of the first image in the whole request, or one number per image.
             num_images_per_prompt: images per label, next to each other.
             callback_on_step_end: called with (pipe, step, t, kwargs) after every step: t is the side of the scale, or
-                the flow time at which the solver step began. It changes nothing: it returns None, or the kwargs as they
-                came.
+                the flow time at which the solver step began. It returns None, or the kwargs as they came.
             callback_on_step_end_tensor_inputs: what kwargs holds: "latents" (for `decode_latents`) and "token_ids"
                 (those of the step), both copies.
             options: what else a call of our own pipeline takes (`top_k`, `temperature`, `num_images`, ...).
@@ -287,7 +286,7 @@ class IsthmusPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call ends after the step that runs; a callback sets `pipe._interrupt = True`."""
+        """Whether the call ends after the step that runs; a callback sets `_interrupt`."""
         return self._interrupt
 
     @property
@@ -302,7 +301,7 @@ class IsthmusPipeline(DiffusionPipeline):
         return {word: next(iter(ids)) for word, ids in sorted(ids_of.items()) if len(ids) == 1}
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class ids of names, or of one name; UserError, with the nearest names, where no class or several have it."""
+        """Class ids of names, or of one name; UserError, with the nearest names, where not just one class has it."""
         known, words = self.labels, [label] if isinstance(label, str) else label
         names, number = self.native.class_names, self.native.num_classes
         return [
@@ -405,6 +404,7 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     """A next-scale model (VAR, SRDD) as a `DiffusionPipeline`; arguments are those of `NextScalePipeline`."""
 
     native_class = NextScalePipeline
+    __init__ = _constructor(NextScalePipeline)
     model_cpu_offload_seq = "transformer->image_tokenizer"
     _optional_components = ["scheduler"]
     _edits = (
@@ -421,22 +421,6 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     image_tokenizer = _part("image_tokenizer")
     transformer = _part("transformer")
     scheduler = _part("scheduler")
-
-    def __init__(
-        self,
-        image_tokenizer: MultiScaleVQVAE,
-        transformer: NextScaleTransformer,
-        scheduler: ScaleRefinementScheduler | None = None,
-        class_names: Any = None,
-        sampling_defaults: Any = None,
-        preprocessing: Any = None,
-        data: Any = None,
-        protocol: str = "",
-    ):
-        super().__init__()
-        _check_parts(NextScalePipeline, locals())
-        settings = (class_names, sampling_defaults, preprocessing, data, protocol)
-        self._adopt(NextScalePipeline(image_tokenizer, transformer, scheduler, *settings))
 
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         sizes, side = self.native.schedule.sizes, self.native.image_size
@@ -462,6 +446,7 @@ class DARDiffusionPipeline(IsthmusPipeline):
     """A D-AR model as a `DiffusionPipeline`; arguments are those of `DARPipeline`."""
 
     native_class = DARPipeline
+    __init__ = _constructor(DARPipeline)
     model_cpu_offload_seq = "transformer->image_tokenizer->decoder"
     _edits = (
         "prefix_image= keeps the layout of an image, pipe.native.restart(image, strength) runs the last steps again."
@@ -480,23 +465,6 @@ class DARDiffusionPipeline(IsthmusPipeline):
     decoder = _part("decoder")
     transformer = _part("transformer")
     scheduler = _part("scheduler")
-
-    def __init__(
-        self,
-        image_tokenizer: DiffusionTokenizer,
-        decoder: FlowDecoder,
-        transformer: Any,
-        scheduler: FlowMatchingScheduler,
-        class_names: Any = None,
-        sampling_defaults: Any = None,
-        preprocessing: Any = None,
-        data: Any = None,
-        protocol: str = "",
-    ):
-        super().__init__()
-        _check_parts(DARPipeline, locals())
-        settings = (class_names, sampling_defaults, preprocessing, data, protocol)
-        self._adopt(DARPipeline(image_tokenizer, decoder, transformer, scheduler, *settings))
 
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
         return list(self.native.scheduler.times(options["num_inference_steps"])[:-1])

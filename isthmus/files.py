@@ -9,7 +9,7 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
@@ -42,6 +42,15 @@ def contents(folder: Path) -> list[Path]:
     """
     present = folder.iterdir() if folder.exists() else ()
     return sorted(path for path in present if path.name not in _NOT_CONTENTS and not path.name.endswith(".partial"))
+
+
+def check_only(folder: Path, what: str, *, ours: Collection[str] = ()) -> None:
+    """Raise UserError where a folder that is not yet `what` holds anything but what is named in `ours`."""
+    foreign = [path.name for path in contents(folder) if path.name not in ours]
+    if foreign:
+        raise UserError(
+            f"--out must be new, empty or {what}, got {folder} with {foreign[0]} in it. Choose another folder."
+        )
 
 
 def check_writable(folder: Path, what: str = "--out") -> None:

@@ -1,7 +1,4 @@
-"""Published weight files: read without running code, renamed key by key, loaded strictly.
-
-What is unknown or missing is an error, what is dropped is listed with why.
-"""
+"""Published weight files: read without running code, renamed key by key, loaded strictly."""
 
 import json
 import logging
@@ -69,33 +66,25 @@ _KINDS = {
 }
 
 
-@dataclass
-class PublishedFile:
-    """What `read_file` found: tensors by their published keys, and the settings stored beside them as plain values."""
-
-    weights: dict[str, Tensor]
-    config: dict[str, Any]
-
-
-def read_weights(path: str | Path, *, nested: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, nested: tuple[str, ...] = ()) -> StateDict:
     """The tensors of a file; see `read_file`, which also gives its settings."""
-    return read_file(path, nested=nested).weights
+    return read_file(path, nested=nested)[0]
 
 
-def read_file(path: str | Path, *, nested: tuple[str, ...] = ()) -> PublishedFile:
-    """Contents of a `.safetensors` or `.pth` file, without running any code that the file may carry.
+def read_file(path: str | Path, *, nested: tuple[str, ...] = ()) -> tuple[StateDict, dict[str, Any]]:
+    """Tensors by their published keys, and settings as plain values, of a `.safetensors` or `.pth` file.
 
     Bare state dicts, training checkpoints (`nested` names the entries to look into, such as `var_wo_ddp`), EMA copies
     (preferred where a file has both) and the prefixes that wrappers put before every key (`module.`, `_orig_mod.` and
     the like) are understood. Of a sharded checkpoint, the listing (`*.index.json`) or its folder stands for all shards.
-    Raises UserError where the file is absent, truncated, or holds something else than tensors and settings.
+    No code in the file is run. Raises UserError where it is absent, truncated, or holds other things.
     """
     path = Path(path)
     files = _files(path)
     raw = _read(files[0]) if len(files) == 1 else _joined(files)
     config = _plain(raw.get("config")) if isinstance(raw, Mapping) else None
     weights = _without_prefixes(_unwrap(raw, nested, path), nested, path)
-    return PublishedFile(weights, config if isinstance(config, dict) else {})
+    return weights, config if isinstance(config, dict) else {}
 
 
 def _files(path: Path) -> list[Path]:
@@ -139,8 +128,8 @@ def _files(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-def _joined(files: list[Path]) -> dict[str, Tensor]:
-    joined: dict[str, Tensor] = {}
+def _joined(files: list[Path]) -> StateDict:
+    joined: StateDict = {}
     for file in files:
         found = _read(file)
         if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
@@ -196,7 +185,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _unwrap(raw: Any, nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
+def _unwrap(raw: Any, nested: tuple[str, ...], path: Path) -> StateDict:
     wrappers = ("trainer", *nested, *_AVERAGED, *_WRAPPERS)
     while isinstance(raw, Mapping):
         inner = next((name for name in wrappers if isinstance(raw.get(name), Mapping)), None)
@@ -214,9 +203,9 @@ def _unwrap(raw: Any, nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
     return dict(raw)
 
 
-def _without_prefixes(weights: dict[str, Tensor], nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
+def _without_prefixes(weights: StateDict, nested: tuple[str, ...], path: Path) -> StateDict:
     """Keys without what wrappers put before them; of several networks under such names, the first that is preferred."""
-    renamed: dict[str, Tensor] = {}
+    renamed: StateDict = {}
     for key, value in weights.items():
         bare = re.sub(r"^(?:module\.)+", "", _WRAPPED_PART.sub("", key))
         if bare in renamed:
@@ -282,8 +271,7 @@ def rename(
         rules: (published key, our key) as regular expression and replacement; the first that matches the whole key
             decides.
         droppable: pattern of keys that are not needed -> why.
-        what: what such a file is called in errors.
-        landmark: a key by which such a file is known.
+        landmark: a key by which such a file (`what`, in errors) is known.
         seen: all keys of the file, where `raw` is a part of it.
 
     Raises UserError where the landmark is absent, or a key matches nothing.
@@ -334,11 +322,7 @@ def perceptual_distance(
 
 
 def lpips_distance(*paths: Path) -> LPIPSDistance:
-    """LPIPS with weights from one file that holds everything, or from several that hold it together.
-
-    Understood are torchvision's VGG16 checkpoint beside the LPIPS heads, and a saved LPIPS module. Raises UserError for
-    anything else.
-    """
+    """LPIPS of torchvision's VGG16 file and the LPIPS heads, or of a saved LPIPS module; UserError for other files."""
     weights: StateDict = {}
     for path in paths:
         found = read_weights(path)

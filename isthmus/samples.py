@@ -31,7 +31,7 @@ import isthmus
 from isthmus.data.images import UnreadableImage, decode_image
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import alone_in, contents, sha256_of_file, write_whole
+from isthmus.files import alone_in, check_only, sha256_of_file, write_whole
 from isthmus.pictures import save_picture, table
 from isthmus.pipelines.labels import Label, labels_from_words, resolve_labels
 from isthmus.pipelines.loading import dtype_name, load_pipeline
@@ -174,7 +174,7 @@ def draw(
     earlier = check_folder(folder, request)
     # nobody writes before everybody has looked
     processes.wait()
-    asked = int(earlier.get("num", 0))
+    asked = _asked_before(folder)
     number = max(len(request), asked)
     # from the settings, not counted: an image that an earlier call drew, or that shared its batch, took as many; not so
     # an edit, where scales that all images of a batch keep are not predicted
@@ -192,9 +192,9 @@ def draw(
             batch = [index for index in missing[done : done + size] if index // GROUP == missing[done] // GROUP]
             with naming_next_batch_size(size):
                 result = method(*request.inputs, **_call(pipeline, request, batch), **prepared)
-            if not done and asked < number:
+            if not done and _asked_before(folder) < number:
                 # before the first image: a folder with images says what they are
-                _write_manifest(folder, request, number, earlier.get("images", ()), per_image)
+                _write_manifest(folder, request, number, earlier.get("images") or (), per_image)
             pictures = zip(batch, result.images, _in_a_row(result.token_ids), strict=True)
             rows |= {index: _saved(pipeline, folder, request, index, *one) for index, *one in pictures}
             took.append(getattr(result, "num_forwards", 0))
@@ -223,8 +223,7 @@ def check_folder(folder: Path, request: SampleRequest) -> dict[str, Any]:
             "another --out, or delete the folder to draw them again."
         )
     if not (folder / MANIFEST).is_file():
-        if contents(folder):
-            raise UserError(f"--out must be new, empty or a folder of samples, got {folder}. Choose another folder.")
+        check_only(folder, "a folder of samples")
         return {}
     try:
         manifest = _manifest(folder)
@@ -320,10 +319,11 @@ def read(folder: Path | str, num: int | None = None) -> Samples:
         raise UserError(f"{folder} holds no finished samples. Run the command that made it to its end.")
     numbers, wanted = [row["index"] for row in rows], len(rows) if num is None else num
     if numbers != list(range(wanted)):
-        missing = next((index for index in range(wanted) if index not in numbers), 0)
+        absent = sorted(set(range(wanted)) - set(numbers))
+        wrong = f"lacks {absent[0]}" if absent else "has them twice or in another order"
         raise UserError(
-            f"{folder} is not whole: of samples 0 to {wanted - 1}, {MANIFEST} lacks {missing}. Run the command that "
-            "made it to its end."
+            f"{folder} is not whole: of samples 0 to {wanted - 1}, {MANIFEST} {wrong}. Run the command that made it to "
+            "its end."
         )
     return Samples(folder, settings, rows)
 

@@ -48,6 +48,15 @@ def test_what_parses_the_command_line_loads_nothing_heavy():
     assert heavy_after(f"import {', '.join(names)}") == []
 
 
+def test_help_does_without_numpy():
+    words = "from isthmus.cli import main; import contextlib, io, sys\nwith contextlib.redirect_stdout(io.StringIO()):"
+    for asked in (["--help"], ["sample", "--help"]):
+        statements = (
+            f"{words}\n    try: main({asked!r})\n    except SystemExit: pass\nassert 'numpy' not in sys.modules"
+        )
+        assert heavy_after(statements) == []
+
+
 def test_intervals_load_scipy_when_they_are_computed():
     assert "scipy" not in heavy_after("import isthmus.studies.tables as tables")
     assert "scipy" in heavy_after("import isthmus.studies.tables as tables; tables.half_width_of_mean([1.0, 2.0])")

@@ -73,10 +73,10 @@ def test_settings_of_a_training_file_become_plain_values(small, published_config
     }
     path = saved(tmp_path / "tokenizer.pt", content)
     RAN.clear()
-    file = read_file(path)
-    assert file.config == {"num_all_queries": 32, "diff_decoder": {"time_shift": 2}}
-    assert set(file.weights) == set(small)
-    assert all(torch.equal(file.weights[key], small[key]) for key in small)  # the EMA copy, its prefix taken off
+    weights, config = read_file(path)
+    assert config == {"num_all_queries": 32, "diff_decoder": {"time_shift": 2}}
+    assert set(weights) == set(small)
+    assert all(torch.equal(weights[key], small[key]) for key in small)  # the EMA copy, its prefix taken off
     assert RAN == []  # not even the class's own __setstate__
 
 
@@ -84,12 +84,12 @@ def test_settings_of_other_kinds(small, published_config, tmp_path, monkeypatch)
     path = saved(tmp_path / "tokenizer.pt", {"model": small, "config": published_config({"vq_dim": 8})})
     # as on a reader's machine, which has no such module
     monkeypatch.delitem(sys.modules, "config_util")
-    assert read_file(path).config == {"vq_dim": 8}
+    assert read_file(path)[1] == {"vq_dim": 8}
     for config in ({"vq_dim": 8}, argparse.Namespace(vq_dim=8)):
-        assert read_file(saved(path, {"model": small, "config": config})).config == {"vq_dim": 8}
+        assert read_file(saved(path, {"model": small, "config": config}))[1] == {"vq_dim": 8}
     for no_settings in (None, 3, ["vq_dim"], "v1"):
-        assert read_file(saved(path, {"model": small, "config": no_settings})).config == {}
-    assert read_file(saved(path, small)).config == {}
+        assert read_file(saved(path, {"model": small, "config": no_settings}))[1] == {}
+    assert read_file(saved(path, small))[1] == {}
 
 
 def test_an_object_of_another_class_is_refused_and_not_run(small, published_config, tmp_path, capsys):
@@ -106,8 +106,8 @@ def test_an_object_of_another_class_is_refused_and_not_run(small, published_conf
         def __reduce__(self):
             return argparse.Namespace, (), {"lr": 1.0}
 
-    file = read_file(saved(tmp_path / "weights.pt", {"model": small, "config": Caller()}))
-    assert file.config == {"lr": 1.0}
+    _, config = read_file(saved(tmp_path / "weights.pt", {"model": small, "config": Caller()}))
+    assert config == {"lr": 1.0}
     assert capsys.readouterr().out == ""
 
 

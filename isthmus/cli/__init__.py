@@ -1,6 +1,7 @@
 """The command `isthmus`: picks the subcommand, and turns what goes wrong into one line and an exit code.
 
-Nothing heavy is imported before a subcommand asks for it, so that `isthmus --help` answers at once.
+Nothing heavy is imported before a subcommand has read its options (imports inside functions), so that `--help` answers
+at once.
 """
 
 import errno

@@ -24,8 +24,8 @@ class _Convert:
     class_names: Path | None = None
     """Text file with one class name per line, in the order of the class ids."""
 
-    def __post_init__(self):
-        # before the work and not after it
+    def check_out(self) -> None:
+        """Raise UserError where --out cannot be written or holds something: before the work and not after it."""
         check_writable(self.out)
         if contents(self.out):
             raise UserError(f"--out must be new or empty, got {self.out}. Choose another folder or remove it.")
@@ -37,7 +37,10 @@ class _Convert:
         try:
             lines = self.class_names.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--class-names must be a text file in UTF-8, got {self.class_names} ({error}).") from error
+            raise UserError(
+                f"--class-names must be a text file in UTF-8, got {self.class_names} ({error}). Check the path, or "
+                "save it as UTF-8."
+            ) from error
         return [line.strip() for line in lines if line.strip()]
 
 
@@ -83,7 +86,7 @@ class ConvertDar(_Tokens, _Flow, _Convert):
 def run_var(arguments: Sequence[str]) -> None:
     """Convert and write."""
     command = parse(ConvertVar, arguments, prog="isthmus convert var")
-    # imported here: --help does without
+    command.check_out()
     from isthmus.next_scale.conversion import convert_var
 
     _write(command, convert_var, scale_attention=command.scale_attention)
@@ -92,7 +95,7 @@ def run_var(arguments: Sequence[str]) -> None:
 def run_dar(arguments: Sequence[str]) -> None:
     """Convert and write."""
     command = parse(ConvertDar, arguments, prog="isthmus convert dar")
-    # imported here: --help does without
+    command.check_out()
     from isthmus.dar.conversion import convert_dar
 
     names = ("num_heads", *(field.name for kind in (_Tokens, _Flow) for field in fields(kind)))
@@ -124,7 +127,6 @@ class ExportLlama:
 def run_llama(arguments: Sequence[str]) -> None:
     """Write the folder, whole or not at all."""
     command = parse(ExportLlama, arguments, prog="isthmus export llama")
-    # imported here: --help does without
     from isthmus.dar.export import export_llama
 
     export_llama(command.model, command.out)

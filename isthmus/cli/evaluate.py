@@ -93,7 +93,6 @@ def run(arguments: Sequence[str]) -> None:
     """Score and report."""
     command = parse(Evaluate, arguments, prog="isthmus evaluate")
     draw, sweep = command.draw(), command.sweep()  # what cannot be read is refused before the slow imports
-    # imported here: --help does without
     from isthmus.data.source import WantedColumns
     from isthmus.evaluation.evaluate import evaluate_images, evaluate_model
     from isthmus.evaluation.held_out import Measures
@@ -136,7 +135,6 @@ class Compare:
 def run_compare(arguments: Sequence[str]) -> None:
     """Print, and write where asked."""
     command = parse(Compare, arguments, prog="isthmus compare")
-    # imported here: --help does without
     from isthmus.evaluation.report import compare
     from isthmus.files import write_whole
 

@@ -29,7 +29,9 @@ def run(arguments: Sequence[str]) -> None:
     if command.card and command.what in ("data", "presets"):
         raise UserError(f"only a model has a card, got {command.what}. Pass a pipeline folder.")
     if command.what == "data":
-        print(describe_data())
+        from isthmus.data.licences import OPENMOJI_ATTRIBUTION, PHOTOS_ATTRIBUTION
+
+        print(_listing({"openmoji": OPENMOJI_ATTRIBUTION, "photos": PHOTOS_ATTRIBUTION}))
     elif command.what == "presets":
         print(describe_presets())
     else:
@@ -88,13 +90,6 @@ def upload_contents(folder: Path) -> str:
     parts += [path for name in _components(index) for path in sorted((folder / name).glob("*"))]
     files = "\n".join(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in parts if path.is_file())
     return f"{(folder / 'README.md').read_text(encoding='utf-8')}\nFiles (bytes):\n{files}\n\nNothing was sent."
-
-
-def describe_data() -> str:
-    """Licences and attribution of the built-in images."""
-    from isthmus.data.licences import OPENMOJI_ATTRIBUTION, PHOTOS_ATTRIBUTION
-
-    return _listing({"openmoji": OPENMOJI_ATTRIBUTION, "photos": PHOTOS_ATTRIBUTION})
 
 
 def describe_presets() -> str:

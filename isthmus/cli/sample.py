@@ -70,7 +70,6 @@ def run(arguments: Sequence[str]) -> None:
     """Draw and save."""
     command = parse(Sample, arguments, prog="isthmus sample")
     draw = command.draw()  # guidance that cannot be read is refused before the slow imports
-    # imported here: --help does without
     from isthmus.samples import draw_folder
 
     draw_folder(
@@ -115,7 +114,7 @@ class _Edit(DrawOptions):
             raise UserError(f"--num must be at least 1, got {self.num}.")
         _check_file(self.image, "--image")
 
-    def _settings(self) -> dict[str, Any]:
+    def edit_settings(self) -> dict[str, Any]:
         """Arguments of the method that edits."""
         return {}
 
@@ -134,7 +133,8 @@ class _Keeping(_Edit):
     paste: Annotated[bool, _INPAINT["paste"]] = True
     seam_px: Annotated[int | None, _INPAINT["seam_px"]] = None
 
-    def _settings(self) -> dict[str, Any]:
+    def edit_settings(self) -> dict[str, Any]:
+        """Arguments of the edit."""
         per_scale = {"max_unknown": _one_or_each(self.max_unknown, None), "jumps": _one_or_each(self.jumps, 0)}
         given = {name: getattr(self, name) for name in ("jump_scales", "paste", "seam_px")}
         return per_scale | given | {"keeping": "published" if self.published else "coverage"}
@@ -177,8 +177,9 @@ class Outpaint(_Keeping):
     bottom: int = 0
     """and below."""
 
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {name: getattr(self, name) for name in ("left", "top", "right", "bottom")}
+    def edit_settings(self) -> dict[str, Any]:
+        """Arguments of the edit."""
+        return super().edit_settings() | {name: getattr(self, name) for name in ("left", "top", "right", "bottom")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,8 @@ class SuperResolve(_Edit):
     paste: bool = True
     """Mend the result so that, averaged to the small size, it is the small image."""
 
-    def _settings(self) -> dict[str, Any]:
+    def edit_settings(self) -> dict[str, Any]:
+        """Arguments of the edit."""
         max_unknown = _one_or_each(self.max_unknown, None)
         return {"from_scale": self.from_scale, "max_unknown": max_unknown, "paste": self.paste}
 
@@ -205,7 +207,8 @@ class Variations(_Edit):
     from_scale: int = field()
     """First scale (from 0) that is drawn: the smaller, the freer."""
 
-    def _settings(self) -> dict[str, Any]:
+    def edit_settings(self) -> dict[str, Any]:
+        """Arguments of the edit."""
         return {"from_scale": self.from_scale}
 
 
@@ -217,7 +220,6 @@ def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[
 def _edit(kind: type[_Edit], command_name: str, method: str, arguments: Sequence[str]) -> None:
     command = parse(kind, arguments, prog=f"isthmus edit {command_name}")
     draw = command.draw()  # guidance that cannot be read is refused before the slow imports
-    # imported here: --help does without
     from isthmus.samples import edit_image
 
     edit_image(
@@ -228,7 +230,7 @@ def _edit(kind: type[_Edit], command_name: str, method: str, arguments: Sequence
         mask=getattr(command, "mask", None),
         classes=command.classes,
         num_images=command.num,
-        settings=command._settings(),
+        settings=command.edit_settings(),
         **draw,
     )
 

@@ -1,36 +1,28 @@
 """`isthmus study` and `isthmus demo`."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from isthmus.cli.options import parse
 from isthmus.demo.options import DemoOptions
+from isthmus.registry import imported
 from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
 
 
-def run_srdd(arguments: Sequence[str]) -> None:
-    """Run the study of next-scale models."""
-    options = parse(SrddStudyOptions, arguments, prog="isthmus study srdd")
-    # imported here: --help does without
-    from isthmus.studies.srdd import SRDD_STUDY
+def _study(name: str, place: str, kind: type[DarStudyOptions | SrddStudyOptions], arguments: Sequence[str]) -> None:
+    options = parse(kind, arguments, prog=f"isthmus study {name}")
     from isthmus.studies.study import run_study
 
-    run_study(SRDD_STUDY, options)
+    run_study(imported(place), options)
 
 
-def run_dar(arguments: Sequence[str]) -> None:
-    """Run the study of D-AR."""
-    options = parse(DarStudyOptions, arguments, prog="isthmus study dar")
-    # imported here: --help does without
-    from isthmus.studies.dar import DAR_STUDY
-    from isthmus.studies.study import run_study
-
-    run_study(DAR_STUDY, options)
+run_srdd = partial(_study, "srdd", "isthmus.studies.srdd:SRDD_STUDY", SrddStudyOptions)
+run_dar = partial(_study, "dar", "isthmus.studies.dar:DAR_STUDY", DarStudyOptions)
 
 
 def run_demo_command(arguments: Sequence[str]) -> None:
     """Run the demo."""
     options = parse(DemoOptions, arguments, prog="isthmus demo")
-    # imported here: --help does without
     from isthmus.demo.run import run_demo
 
     run_demo(options)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from isthmus.training.config import (
     Run,
     explaining_places,
     preset_run,
-    read_record,
+    read_run_record,
     run_from_json,
     run_to_json,
 )
@@ -64,22 +65,12 @@ _ABOUT: dict[type[Run], str] = {
 }
 
 
-def run_tokenizer(arguments: Sequence[str]) -> None:
-    """Train a tokenizer, or print what would be trained."""
+def _train(
+    what: str, presets: Mapping[str, Preset[Any]], default: Callable[[Sequence[str]], str], arguments: Sequence[str]
+) -> None:
     words, config, dry = own_options(arguments)
-    presets = {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}
-    base = base_run(words, config, presets, "tokenizer", _tokenizer_preset_for)
-    run_training(
-        base, words, "isthmus train tokenizer", "isthmus.training.train_tokenizer:train_tokenizer", dry, config
-    )
-
-
-def run_prior(arguments: Sequence[str]) -> None:
-    """Train a prior, or print what would be trained."""
-    words, config, dry = own_options(arguments)
-    presets = {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}
-    base = base_run(words, config, presets, "prior", _prior_preset_for)
-    run_training(base, words, "isthmus train prior", "isthmus.training.train_prior:train_prior", dry, config)
+    base = base_run(words, config, presets, what, default)
+    run_training(base, words, f"isthmus train {what}", f"isthmus.training.train_{what}:train_{what}", dry, config)
 
 
 def base_run(
@@ -92,7 +83,7 @@ def base_run(
     """The run that the options change: of a record, of the preset that is named, or of the default one."""
     preset = option_value(words, "--preset")
     if not config:
-        return preset_run(presets, preset or default(words), what)
+        return preset_run(presets, what, preset or default(words))
     if preset:
         raise UserError("a run starts from --preset or from --config, got both. Pass one of them.")
     if not Path(config).is_file():
@@ -106,15 +97,10 @@ def base_run(
 
 
 def run_training(base: Run, words: list[str], prog: str, train: str, dry: bool, record: str) -> None:
-    """Train what the base run and the options on top of it say, or print it where `dry`.
-
-    `train` is the "module:function" that does it (--help does without its imports), `record` the run.json that the base
-    run was read from, if any.
-    """
+    """Train what the base run, read from `record` if any, and the options on top say, or print it where `dry`."""
     about = _DESCRIPTION.format(about=_ABOUT[type(base)])
     run = parse(type(base), words, prog=prog, default=base, description=about)
     logger.debug("%s", json.dumps(run_to_json(run), indent=2))
-    # --help does without torch
     from isthmus.pipelines.memory import naming_next_batch_size
 
     advice = f"Try --batch-size {max(run.batch_size // 2, 1)}."
@@ -181,6 +167,12 @@ def _presets_of(model: str) -> Mapping[str, str]:
     return DEFAULT_PRESETS.get(str(name), DEFAULT_PRESETS["MultiScaleVQVAE"])
 
 
+run_tokenizer = partial(
+    _train, "tokenizer", {**TOKENIZER_PRESETS, **DIFFUSION_TOKENIZER_PRESETS}, _tokenizer_preset_for
+)
+run_prior = partial(_train, "prior", {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESETS}, _prior_preset_for)
+
+
 # settings of the images that a student takes over from its teacher's run.json
 _DATA_FIELDS = ("data", "stream", "max_images", "classes", "augment")
 
@@ -203,9 +195,7 @@ def run_distill(arguments: Sequence[str]) -> None:
 def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
     """The run with the images, classes and sampling defaults of a saved model; options override them.
 
-    Raises:
-        UserError: there is no such model, it has no scales, or it does not say what it was trained on and `own_data`
-            says that the command line does not either.
+    UserError where it has no scales, or does not say what it was trained on and there are no `own_data` either.
     """
     folder = model_folder(model)
     index = read_index(folder)
@@ -214,7 +204,7 @@ def taught_by(run: DistillRun, model: str, *, own_data: bool) -> DistillRun:
             f"only next-scale models (VAR, SRDD) have scales to leave out, {model} is a {index.get('_class_name')}."
         )
     run = replace(run, sampling=PriorSampling.of(SamplingOptions.from_dict(index["sampling_defaults"])))
-    if record := read_record(folder / "run.json").get("run"):
+    if record := read_run_record(folder / "run.json").get("run"):
         known = {name: record[name] for name in _DATA_FIELDS if name in record}
         theirs = run_from_json(DistillRun, known)
         return replace(run, **{name: getattr(theirs, name) for name in known})

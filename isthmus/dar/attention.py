@@ -1,8 +1,7 @@
 """Attention with normalised queries and keys and rotary positions: the leaves of D-AR's blocks, and their norms.
 
-Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.1 and 1.5); Su et al.,
-"RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2. Pairs of channels (2j, 2j + 1) turn
-together; in two dimensions the first half of a head turns with the row, the second half with the column.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1; Su et al., "RoFormer: Enhanced
+Transformer with Rotary Position Embedding", section 3.2. Pairs of channels (2j, 2j + 1) turn together.
 """
 
 import math
@@ -23,7 +22,6 @@ Seen = Float[Tensor, "b heads seen c"]
 RotaryTable = Float[Tensor, "l pairs 2"]
 """Cosine and sine of every position and pair, in fp32."""
 NORM_EPS = 1e-6
-"""Epsilon of every norm in the tokenizer."""
 
 
 def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_000.0) -> RotaryTable:
@@ -49,10 +47,7 @@ def llama_angles(positions: Int[Tensor, " l"], width: int, base: float) -> Float
 def grid_rotary_table(
     rows: int, columns: int, width: int, base: float = 10_000.0, *, device: torch.device | None = None
 ) -> RotaryTable:
-    """Table of a grid of patches, row by row: half the pairs turn with the row, half with the column (not normalised).
-
-    `width` is a multiple of 4 (`check_head_width`).
-    """
+    """Table of a grid, row by row: the first half of the pairs turns with the row, the second with the column."""
     row, column = (
         rotary_table(torch.arange(side, device=device, dtype=torch.float32), width // 2, base)
         for side in (rows, columns)
@@ -137,10 +132,7 @@ def context_causal_attention(context: int) -> Attend:
 
 
 class RotarySelfAttention(nn.Module):
-    """Projections around an attention that the caller passes in; scores are scaled by 1 / sqrt(head width).
-
-    Queries and keys are normalised over the head, by one affine norm for all heads.
-    """
+    """Projections around an attention that the caller passes in; queries and keys are normalised over the head."""
 
     def __init__(self, width: int, head_width: int = 64):
         super().__init__()
@@ -191,6 +183,20 @@ def check_head_width(width: int, head_width: int) -> int:
             f"{width} and head_width {head_width}. Change one of them."
         )
     return head_width
+
+
+def check_sides(height: int, width: int, patch: int, table: int | None) -> None:
+    """Raise UserError unless images of these sides, in pixels, fall into patches: table x table, unless None."""
+    if min(height, width) < 1 or height % patch or width % patch:
+        raise UserError(
+            f"height and width must be multiples of {patch} (patch_size), got {height} x {width}. Resize them, or ask "
+            "for another size."
+        )
+    if table is not None and (height, width) != (table * patch, table * patch):
+        raise UserError(
+            f"images must be {table * patch} x {table * patch} (there is a learned position for every patch), got "
+            f"{height} x {width}. Resize them, or ask for no other size."
+        )
 
 
 def _placed(rows: Float[Tensor, "b l heads c"], rotary: RotaryTable | None, dtype: torch.dtype) -> Heads:

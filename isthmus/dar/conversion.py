@@ -1,8 +1,5 @@
 """Published D-AR files (tokenizer with its decoder, prior) to one pipeline.
 
-Layers and widths are read off the shapes. What shapes cannot tell (how many tokens, groups and steps there are, the
-time shift, ...) comes from the settings stored in the file, from the caller, or is that of the published model.
-
 The prior (LlamaGen's transformer with 1-D rotary positions) becomes a stock `LlamaForCausalLM`. Published rotary
 positions turn channels (2j, 2j + 1) of a head together, Llama's turn (j, j + half): the rows of queries and keys are
 put in the other order. And the classes have a table of their own, which becomes the last rows of the vocabulary; they
@@ -11,7 +8,7 @@ are never predicted, so the head gets rows of zeros for them.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.prior import TokenLayout, llama_config
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
-from isthmus.errors import UserError
+from isthmus.errors import UserError, nearest
 from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.options import SamplingOptions
 from isthmus.published import (
@@ -33,6 +30,7 @@ from isthmus.published import (
     ConvertedPipeline,
     StateDict,
     build,
+    check_belong,
     data_of,
     indexed,
     load_strict,
@@ -110,7 +108,14 @@ class PublishedSettings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], **overrides: Any) -> "PublishedSettings":
-        """Settings of a published configuration (its keys are those of tokenizer_v1.yaml); `overrides` win."""
+        """Settings of a published configuration (its keys are those of tokenizer_v1.yaml); `overrides` win.
+
+        Raises UserError where one of these is no setting.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise UserError(f"a published tokenizer has no setting {name}. Leave it out.{nearest(name, known)}")
         ours = {
             "sampling_resolution": "image_size",
             "num_all_queries": "num_tokens",
@@ -265,8 +270,8 @@ def convert_next_token_prior_state(
 ) -> Converted:
     """Published prior weights to arguments of `TokenLayout` and `llama_config`, and Llama's weights.
 
-    The file tells neither `num_tokens` nor `num_heads`; None takes heads that are 64 wide, as in every published size
-    up to XXXL. Raises UserError where a key is unknown or missing, or a shape is none of this network's.
+    `num_heads` None takes heads that are 64 wide, as in every published size up to XXXL. Raises UserError where a key
+    is unknown or missing, or a shape is none of this network's.
     """
     state, dropped = rename(raw, _KEYS, _DROPPED, _WHAT, "cls_embedding.embedding_table.weight")
     first = ("<codes>", "<classes>", "<head>", "<qkv>.0", "model.layers.0.mlp.gate_proj.weight")
@@ -307,7 +312,7 @@ def convert_next_token_prior_state(
 
 
 def build_next_token_prior(converted: Converted) -> LlamaForCausalLM:
-    """A prior with the converted weights, in eval mode."""
+    """As `build`, of a prior."""
     sizes = dict(converted.arguments)
     layout = TokenLayout(**{name: sizes.pop(name) for name in ("codebook_size", "num_classes", "num_tokens")})
     return load_strict(LlamaForCausalLM(llama_config(layout, **sizes)), converted.state, "the prior file").eval()
@@ -354,12 +359,17 @@ def convert_dar(
     otherwise come from the file, or are the published model's. Raises UserError where a file is unreadable or of
     another kind, or the two do not belong together.
     """
-    file = read_file(tokenizer)
-    published = PublishedSettings.of(file.config, **settings)
-    parts = convert_diffusion_tokenizer_state(file.weights, published)
+    weights, config = read_file(tokenizer)
+    published = PublishedSettings.of(config, **settings)
+    parts = convert_diffusion_tokenizer_state(weights, published)
     prior_parts = convert_next_token_prior_state(
         read_weights(prior), num_tokens=published.num_tokens, num_heads=num_heads
     )
+    # before the networks are built, which may take a minute
+    if not published.quantized:
+        raise UserError(f"{tokenizer} has no codebook (vq_enable is off), and a prior needs codes. Pass another one.")
+    ours, theirs = (one.arguments["codebook_size"] for one in (parts.tokenizer, prior_parts))
+    check_belong("codebook_size", ours, theirs, tokenizer, prior)
     num_classes = prior_parts.arguments["num_classes"]
     guidance = GuidanceSchedule("linear", 1.2, 8.0) if num_classes else 1.0
     image_tokenizer, decoder, scheduler = build_tokenizer_parts(parts)

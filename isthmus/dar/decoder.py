@@ -17,6 +17,7 @@ from isthmus.dar.attention import (
     RotaryCrossAttention,
     RotarySelfAttention,
     RotaryTable,
+    check_sides,
     full_attention,
     grid_rotary_table,
     init_linear_layers,
@@ -37,8 +38,8 @@ KeysValues = tuple[Float[Tensor, "b heads seen c"], Float[Tensor, "b heads seen 
 class TokenCanvas(nn.Module):
     """Every token adds to a small image of `side` pixels through a linear map of its own, of low rank.
 
-    In the published decoder a step knows the earlier tokens only through the few vectors of its own group; a causal
-    stack that is trained for minutes does not gather them there. A sum does so from the first step of training on.
+    As published, a step knows earlier tokens only through the vectors of its own group, where a causal stack takes long
+    to gather them; a sum does so from the first step of training on.
     """
 
     def __init__(self, num_tokens: int, condition_width: int, *, side: int, rank: int):
@@ -80,14 +81,6 @@ class TimeEmbeddings:
         own = slice(index, index + 1)
         head = None if self.head is None else self.head[own]
         return TimeEmbeddings(self.t[own], tuple(rows[own] for rows in self.blocks), head)
-
-
-@dataclass
-class FlowDecoderOutput:
-    """The velocity, and the state between two blocks."""
-
-    velocity: Images
-    features: Float[Tensor, "b width rows columns"]
 
 
 class FlowBlock(nn.Module):
@@ -235,7 +228,7 @@ class FlowDecoder(SavedModel):
         self, x_t: Images, times: TimeEmbeddings, keys: tuple[KeysValues, ...], canvas: Canvas | None = None
     ) -> Images:
         """`forward` from what was computed ahead; `times` holds one row per image, or one for all."""
-        return self.velocity_and_features(x_t, times, keys, canvas, layer=0).velocity
+        return self.velocity_and_features(x_t, times, keys, canvas, layer=0)[0]
 
     def velocity_and_features(
         self,
@@ -245,7 +238,7 @@ class FlowDecoder(SavedModel):
         canvas: Canvas | None = None,
         *,
         layer: int,
-    ) -> FlowDecoderOutput:
+    ) -> tuple[Images, Float[Tensor, "b width rows columns"]]:
         """`velocity`, and the state after the first `layer` blocks (0..num_layers), to compare with other features."""
         if not 0 <= layer <= len(self.blocks):
             raise UserError(f"layer must lie in 0..{len(self.blocks)} (the blocks of the decoder), got {layer}.")
@@ -269,7 +262,7 @@ class FlowDecoder(SavedModel):
             if i + 1 == layer:
                 tapped = x
         features = tapped.transpose(1, 2).unflatten(2, (rows, columns))
-        return FlowDecoderOutput(self._pixels(x, x_t, times, rows, shown), features)
+        return self._pixels(x, x_t, times, rows, shown), features
 
     def _patches(self, images: Images) -> Float[Tensor, "b l channels"]:
         patches = F.pixel_unshuffle(images, self.config["patch_size"]).flatten(2).transpose(1, 2)
@@ -310,17 +303,7 @@ class FlowDecoder(SavedModel):
 
     def check_sides(self, height: int, width: int) -> None:
         """Raise UserError where images of these sides, in pixels, cannot be made."""
-        patch, side = self.config.patch_size, self.config.position_table
-        if min(height, width) < 1 or height % patch or width % patch:
-            raise UserError(
-                f"height and width must be multiples of {patch} (the decoder's patch_size), got {height} x {width}. "
-                "Ask for another size."
-            )
-        if side is not None and (height, width) != (side * patch, side * patch):
-            raise UserError(
-                f"height and width must be {side * patch} x {side * patch} (this decoder has learned a position for "
-                f"every patch), got {height} x {width}. Leave them out."
-            )
+        check_sides(height, width, self.config.patch_size, self.config.position_table)
 
 
 def _init_modulation(linear: nn.Linear, std: float) -> None:

@@ -1,7 +1,6 @@
 """Pixels of the D-AR family: a solver step runs as soon as the tokens of its window exist, before later ones do.
 
-Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.7). Where the tokens
-come from is the caller's: from a prior that draws them while the pixels form, or from an image that was encoded.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models", section 3.1 (spec of D-AR, 1.7).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,34 +26,28 @@ Preview = Literal["jump", "solver"]
 
 @dataclass
 class FlowStep:
-    """One finished solver step of `total`, from 0.
-
-    Attributes:
-        token_ids: the tokens that came in since the step before; n may be 0.
-        x: state after the step, in the scale of the scheduler.
-        preview: the images if this step were the last, not clamped.
-    """
+    """One finished solver step, `index` (from 0) of `total`."""
 
     index: int
     total: int
     token_ids: Int[Tensor, "b n"]
+    """What came in since the step before; n may be 0."""
     x: Images
+    """State after the step, in the scale of the scheduler."""
     preview: Images
+    """The images if this step were the last, not clamped."""
 
 
 @dataclass(frozen=True)
 class SolverPlan:
-    """The steps that will run, and how many tokens each of them waits for.
-
-    Attributes:
-        windows: tokens [start, end) that drive each step of the whole way.
-        needed: tokens that exist when a step runs: the end of its window, in whole groups.
-        first: the step that runs first; later than 0 where the diffusion starts from an image.
-    """
+    """The steps that will run, and how many tokens each of them waits for."""
 
     windows: tuple[tuple[int, int], ...]
+    """Tokens [start, end) that drive each step of the whole way."""
     needed: tuple[int, ...]
+    """Tokens that exist when a step runs: the end of its window, in whole groups."""
     first: int
+    """The step that runs first; later than 0 where the diffusion starts from an image."""
     solver: Solver
 
     @property
@@ -76,9 +69,7 @@ class SolverPlan:
         solver: Solver | None = None,
         first: int = 0,
     ) -> "SolverPlan":
-        """The plan of a scheduler; None takes its own number of steps and its own rule.
-
-        Raises UserError where there is no such number of steps, first step or rule.
+        """The plan of a scheduler; None takes its own number of steps and rule. UserError where there is no such.
 
         >>> plan = SolverPlan.of(FlowMatchingScheduler(num_tokens=32), num_inference_steps=5)
         >>> plan.windows[:3], plan.stops
@@ -86,8 +77,6 @@ class SolverPlan:
         """
         group = scheduler.config["num_tokens"] // scheduler.config["num_groups"]
         windows = scheduler.windows(num_inference_steps)
-        if not 0 <= first < len(windows):
-            raise UserError(f"the first step must lie in 0..{len(windows) - 1}, got {first}. 0 starts from noise.")
         needed = tuple(-(-end // group) * group for _, end in windows)
         return cls(windows, needed, first, scheduler.chosen(solver))
 
@@ -118,8 +107,6 @@ def flow_steps(
             when a step needs it.
         x: state at the time of the first step: noise, or `scheduler.add_noise` of images.
         preview: "jump" shows x_t + (1 - t) velocity; "solver" the published rule, the solver's own step to t = 1.
-
-    Raises UserError for sides that the decoder's patch does not divide.
     """
     parts, times = iter(token_ids), scheduler.times(plan.total)
     with torch.no_grad():
@@ -191,10 +178,7 @@ def decode_tokens(
     *,
     plan: SolverPlan,
 ) -> Images:
-    """The second of two phases: images, not clamped, from tokens that all exist; arguments as in `flow_steps`.
-
-    Raises UserError where the tokens are fewer than the last step needs, or the sides of `x` do not fit the decoder.
-    """
+    """Images, not clamped, from tokens that all exist, as `flow_steps`; UserError where the last step needs more."""
     if token_ids.shape[1] < plan.stops[-1]:
         raise UserError(
             f"{plan.total} solver steps need {plan.stops[-1]} tokens, got {token_ids.shape[1]}. "

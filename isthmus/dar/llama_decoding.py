@@ -1,8 +1,7 @@
 """Decoding with the weights of a stock Llama: the same network, written for one new token at a time.
 
-The module itself stays as it is. `LlamaDecoder` reads its weights once: queries, keys and values become one matrix,
-gate and up another, and the head is cut to the image tokens. Keys and values lie in buffers that are allocated once and
-read up to where they are filled, so nothing is concatenated, masked or asked of the host between two tokens.
+Queries, keys and values become one matrix, gate and up another, and the head is cut to the image tokens. Keys and
+values lie in buffers that are allocated once and read up to where they are filled.
 
 A token's product with a matrix reads every weight once and does little with it, so the layout and the number of bytes
 decide the speed. MKL, which torch uses on CPUs, reads them at half its rate as soon as there are two rows, as guidance
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
 class WholeProduct:
     """The matrix as it is.
 
-    On a CPU, a matrix with more outputs than inputs is stored (in, out), which MKL reads 1.2 to 1.6 times as fast; with
-    fewer outputs than inputs the module's own layout is as fast, and nothing is copied.
+    On a CPU, one with more outputs than inputs is stored (in, out), which MKL reads 1.2 to 1.6 times as fast.
     """
 
     def __init__(self, weight: Float[Tensor, "out in"]):
@@ -65,8 +63,7 @@ class Int8Product:
     """The matrix in 8 bits, symmetric, with one scale per output; a quarter of the bytes of fp32.
 
     Rows are multiplied in bf16 by torch's own kernel for 8-bit weights, however many they are: a row's result depends
-    on no other, so neither batch size nor the length of a prefix changes an image. From some hundred rows on (a long
-    prefix of many images) the matrix written out in fp32 would be twice as fast.
+    on no other, so neither batch size nor the length of a prefix changes an image.
     """
 
     def __init__(self, weight: Float[Tensor, "out in"]):
@@ -120,15 +117,9 @@ class _Layer:
 class LlamaDecoder:
     """A prior's weights, laid out for decoding. It holds no state of a request: that is in the cache passed in.
 
-    Args:
-        transformer: the prior, whose weights must not change while the decoder is in use.
-        num_rows: sequences that will run at once (two per guided image); any other number works, if slower.
-        int8: store the blocks' matrices in 8 bits (the head stays whole), for CPUs: logits change a little, so now and
-            then another token is drawn. benchmarks/dar_prior.py measures by how much for a given model.
-        compiled: run each token through `torch.compile` (on a GPU: one CUDA graph per token). Pays on GPUs, where
-            starting kernels is what takes the time; the first token waits for the compiler.
-
-    Raises UserError where 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
+    The weights must not change while it is in use. `num_rows` sequences will run at once (two per guided image); any
+    other number works, if slower. `int8` leaves the head whole, `compiled` is one CUDA graph per token on a GPU; see
+    `DARPipeline.llama_decoder`.
     """
 
     def __init__(
@@ -177,7 +168,7 @@ class LlamaDecoder:
 
     @torch.inference_mode()
     def new_cache(self, num_sequences: int) -> LlamaCache:
-        """An empty cache for this many sequences."""
+        """An empty cache."""
         shape = (num_sequences, 2, self.num_key_heads, self.num_positions, self.head_width)
         # zeros, not whatever lies there: the compiled step reads positions that are masked out but not yet filled
         layers = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self._layers]
@@ -194,10 +185,7 @@ class LlamaDecoder:
 
     @torch.inference_mode()
     def step(self, ids: Int[Tensor, " b"], cache: LlamaCache) -> Float[Tensor, "b v"]:
-        """Logits of the codes after one more token per sequence.
-
-        Fewer tokens than the cache has sequences belong to its leading ones.
-        """
+        """Logits of the codes after one more token for each of the leading sequences of the cache."""
         if self._fixed_step is None:
             return self._after(ids.unsqueeze(1), cache)
         position = self._positions[cache.length : cache.length + 1]
@@ -205,7 +193,7 @@ class LlamaDecoder:
         return self._fixed_step(ids, position, cache.layers)
 
     def _after(self, ids: Int[Tensor, "b l"], cache: LlamaCache) -> Float[Tensor, "b v"]:
-        """New tokens of any number; the positions are known to the host, so the filled part alone is read."""
+        """The positions are known to the host, so the filled part alone is read."""
         b, length = ids.shape
         start, end = cache.length, cache.length + length
         rotation = self._rotation[start:end].view(1, length, 1, -1)
@@ -232,10 +220,7 @@ class LlamaDecoder:
     def _at_position(
         self, ids: Int[Tensor, " b"], position: Int[Tensor, " 1"], stored: list[Tensor]
     ) -> Float[Tensor, "b v"]:
-        """One new token with the position as a tensor: the same kernels for every token, so that they can be recorded.
-
-        Attention runs over all positions; those not yet filled are masked out.
-        """
+        """One new token, its position a tensor: the same kernels for every token, so that they can be recorded."""
         b = len(ids)
         rotation = torch.view_as_real(self._rotation)[position]
         visible = (self._positions <= position).view(1, 1, 1, -1)

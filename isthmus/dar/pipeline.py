@@ -1,7 +1,7 @@
 """The pipeline of the D-AR family: a Llama's next tokens are the steps of a pixel diffusion.
 
-Source of the method: Gao and Shou, "D-AR: Diffusion via Autoregressive Models". The first tokens of a picture hold its
-layout: what a picture keeps of another one is a prefix of tokens.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models". The first tokens of a picture hold its layout: what a
+picture keeps of another one is a prefix of tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,37 +50,31 @@ PrefixLengths = int | Sequence[int] | None
 
 @dataclass
 class DARPipelineOutput:
-    """What a call returns.
-
-    Attributes:
-        images: as `output_type` says; "latent" gives images in [-1, 1] that are not clamped.
-        token_ids: on the CPU, the tokens that the solver steps read, prefixes included. With as many steps as groups,
-            or more, these are all tokens of the images.
-        class_labels: class id of every image; `null_class_id` where no class was asked for.
-        seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
-    """
+    """What a call returns, one of each per image."""
 
     images: Pictures
+    """As `output_type` says; "latent" gives images in [-1, 1] that are not clamped."""
     token_ids: Int[Tensor, "b n"]
+    """On the CPU, what the solver steps read, prefixes included: all tokens, where there are steps for all groups."""
     class_labels: list[int]
+    """Class ids; `num_classes` where no class was asked for."""
     seeds: list[tuple[int, int]]
+    """(seed, image index): `pipe(label, seed=seed, image_index=index)` draws the image again."""
 
 
 class DARPipeline(SavedPipeline):
     """An image tokenizer, a pixel decoder and a Llama that draw images together.
 
     Args:
-        image_tokenizer: turns images into tokens, and tokens into what drives the decoder.
-        decoder: predicts the velocity of noisy pixels.
         transformer: a stock Llama, whose vocabulary ends with the classes.
-        scheduler: times, windows of tokens and the solver.
         class_names: one name per class, or index -> name; nothing for models without names.
         sampling_defaults: options of a call that names none, stored in the folder.
         preprocessing: how training images were made; None describes the usual way.
         data: `name` and `attribution` (licence line) of the training data, for the card.
         protocol: how the model was trained and measured, for the card.
 
-    Raises UserError where the components do not belong together, or names or defaults do not fit them.
+    Raises UserError where the components do not belong together, or names or defaults do not fit them; and every method
+    does for what it cannot use, before anything is drawn.
     """
 
     has_solver = True
@@ -127,8 +121,6 @@ class DARPipeline(SavedPipeline):
             num_images_per_class: images per label, next to each other, where `num_images` is not given.
             callback_on_step_end: called with a `GenerationStep` (without preview) after every solver step.
             options: see `DAROptions`.
-
-        Raises UserError where a label, an option, a prefix or a seed is not usable.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
         token_ids, step = [], None
@@ -152,12 +144,10 @@ class DARPipeline(SavedPipeline):
     ) -> Iterator[GenerationStep]:
         """Draw images and show them while they grow: one `GenerationStep` with a preview per solver step.
 
-        A step runs, and is yielded, as soon as its tokens are drawn, before later tokens exist. The arguments, the
-        tokens and the last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
+        A step is yielded as soon as its tokens are drawn, before later tokens exist. The arguments, the tokens and the
+        last preview are those of a call. Earlier previews are the jump x_t + (1 - t) velocity, or with
         `preview="solver"` the published rule, the solver's own step to the end. `token_ids` of a step are those that it
         waited for, on the CPU.
-
-        Raises UserError as a call does: at once, before the first step is asked for.
         """
         request = self._request(class_labels, num_images, num_images_per_class, options)
         if preview not in get_args(Preview):
@@ -175,10 +165,7 @@ class DARPipeline(SavedPipeline):
         num_images: SupportsIndex | None = None,
         **options: Unpack[DAROptions],
     ) -> DARPipelineOutput:
-        """Images that share the first groups of tokens with `image`; `options` are those of a call.
-
-        Raises UserError where there are fewer groups, or another argument is not usable.
-        """
+        """Images that share the first groups of tokens with `image`; `options` are those of a call."""
         groups = self.image_tokenizer.config["num_groups"]
         if not 0 <= num_groups_kept <= groups:
             raise UserError(f"num_groups_kept must lie in 0..{groups} (the groups of an image), got {num_groups_kept}.")
@@ -187,10 +174,7 @@ class DARPipeline(SavedPipeline):
         return self(class_labels, num_images, prefix_image=image, prefix_tokens=kept, **others)
 
     def encode(self, images: ImageInput) -> Int[Tensor, "b n"]:
-        """All tokens of images, coarse to fine, on the CPU.
-
-        Raises UserError where the images are not usable, or have sides that the tokenizer's patch does not divide.
-        """
+        """All tokens of images, coarse to fine, on the CPU."""
         pixels = to_images(images, self.image_size).to(self.image_tokenizer.device)
         with torch.no_grad():
             return self.image_tokenizer.encode(pixels).token_ids.cpu()
@@ -207,10 +191,7 @@ class DARPipeline(SavedPipeline):
         image_index: Whole = 0,
         output_type: OutputType = "pil",
     ) -> Pictures:
-        """Images from tokens that all exist: the diffusion alone. Arguments as for a call.
-
-        Raises UserError where the tokens are too few, too many or name no codes, or an argument is not usable.
-        """
+        """Images from tokens that all exist: the diffusion alone. Arguments as for a call."""
         check_output_type(output_type)
         token_ids = self._token_ids(token_ids)
         plan = SolverPlan.of(self.scheduler, num_inference_steps=num_inference_steps, solver=solver)
@@ -239,14 +220,11 @@ class DARPipeline(SavedPipeline):
         """Run the last solver steps again, from `image` with the noise of the first of them.
 
         Args:
-            image: where the diffusion starts.
             strength: share of the steps that run, in (0, 1]: small changes little, 1 starts from noise alone.
             token_ids: what drives the steps: tokens of the images, or of others drawn with their layout; None takes
                 those of `image`.
             num_inference_steps: steps of the whole way; the first that runs is one of Euler.
             solver: as for a call, and so are the others.
-
-        Raises UserError where an argument is not usable.
         """
         check_output_type(output_type)
         pixels = to_images(image, self.image_size)
@@ -285,8 +263,6 @@ class DARPipeline(SavedPipeline):
             num_images: images that will be drawn at once; any other number works, if slower.
             int8: 8-bit weights, for CPUs: a large prior decodes faster, and now and then draws another token.
             compiled: run through `torch.compile`, which pays on GPUs; the first token waits for the compiler.
-
-        Raises UserError where 8 bits are asked for on another device than a CPU, or a CPU has no compiler.
         """
         # an image that is guided has a row with and one without its class
         return LlamaDecoder(self.llama, self.token_layout, num_rows=2 * num_images, int8=int8, compiled=compiled)
@@ -344,10 +320,7 @@ class DARPipeline(SavedPipeline):
         return {f"tokens {start + 1} to {start + size}": size for start in range(0, self.token_layout.num_tokens, size)}
 
     def reconstruct_by_stage(self, images: Images, *, first_index: int = 0) -> dict[str, Images]:
-        """The preview after every solver step, which has seen the tokens of the steps before it.
-
-        Where several steps wait for the same tokens, the last of them.
-        """
+        """The preview after every solver step; where several steps wait for the same tokens, after the last of them."""
         # every token is given, so the prior draws none: the steps are those of the reconstruction
         steps = self.stream(
             [None] * len(images),
@@ -378,7 +351,7 @@ class DARPipeline(SavedPipeline):
             super()._write(folder, max_shard_size)
 
     def _steps(self, request: Request, options: Mapping[str, Any], preview: Preview) -> Iterator[FlowStep]:
-        """Solver steps of a request, whose `options` are all of `DAROptions`. What is not usable is refused at once."""
+        """Solver steps of a request; what is not usable is refused at once."""
         given = (options[name] for name in ("prefix_image", "prefix_token_ids", "prefix_tokens"))
         prefix = self._prefix(len(request.seeds), *given)
         each = [request.options] * len(request.seeds)
@@ -404,7 +377,7 @@ class DARPipeline(SavedPipeline):
         return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
 
     def _token_ids(self, token_ids: TokenInput) -> Int[Tensor, "b n"]:
-        """Tokens as people and servers give them, one row per image; UserError where they are none of this model's."""
+        """One row per image; UserError where these are no tokens of this model."""
         try:
             token_ids = torch.as_tensor(token_ids)
         except (TypeError, ValueError) as error:
@@ -427,11 +400,7 @@ class DARPipeline(SavedPipeline):
     def _prefix(
         self, num_images: int, image: ImageInput | None, token_ids: TokenInput | None, lengths: PrefixLengths
     ) -> Prefix | None:
-        """The prefix of every image of a request, from an image or from tokens; None where none was asked for.
-
-        `lengths` says how many tokens are kept; None keeps all of `token_ids`. Raises UserError where both sources are
-        given, or lengths without one, a number is out of range, or an id names no code.
-        """
+        """The prefix of every image of a request, or None; `lengths` None keeps all of `token_ids`."""
         if image is None and token_ids is None:
             if lengths is not None:
                 raise UserError("prefix_tokens is how much of a prefix is kept, and there is none. Pass prefix_image.")
@@ -457,7 +426,7 @@ class DARPipeline(SavedPipeline):
         return Prefix(rows, each)
 
     def _sides(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the images to make; None is `image_size`. UserError where the decoder cannot."""
+        """None is `image_size`; UserError where the decoder cannot make them."""
         sides = (self.image_size if height is None else height, self.image_size if width is None else width)
         self.decoder.check_sides(*sides)
         return sides
@@ -484,32 +453,31 @@ class DARPipeline(SavedPipeline):
 def shared_layout(
     image_tokenizer: DiffusionTokenizer, decoder: FlowDecoder, llama: Any, scheduler: FlowMatchingScheduler
 ) -> TokenLayout:
-    """The vocabulary and sequence that tokenizer and prior share; `llama` is the prior's configuration.
-
-    Raises UserError where two of the four do not belong together, or the tokenizer has no token ids to draw.
-    """
+    """The vocabulary and sequence that tokenizer and prior (its configuration) share; UserError where they do not."""
     tokenizer, pixels = image_tokenizer.config, decoder.config
     if not tokenizer.quantized:
         raise UserError(
             "a prior draws token ids, and this image tokenizer keeps its tokens continuous (quantized=False). "
             "Pass a tokenizer with a codebook."
         )
-    advice = "Pass the decoder that was trained with this tokenizer."
-    ours, theirs = tokenizer.condition_width, pixels.condition_width
-    if ours != theirs:
-        raise UserError(f"tokenizer and decoder must have the same condition_width, got {ours} and {theirs}. {advice}")
-    ours, theirs = tokenizer.image_size, pixels.patch_size
-    if ours % theirs:
-        raise UserError(f"the decoder's patch_size ({theirs}) must divide image_size ({ours}). {advice}")
-    ours, theirs = tokenizer.num_tokens, pixels.canvas_tokens
-    if theirs not in (None, ours):
-        raise UserError(f"a decoder's canvas_tokens are the tokenizer's num_tokens ({ours}), got {theirs}. {advice}")
-    for name in ("num_tokens", "num_groups", "tokens_per_step"):
-        # None of tokens_per_step is one group: what it stands for is an attribute
-        ours, theirs = (getattr(part, name, None) or part.config[name] for part in (image_tokenizer, scheduler))
+    size, patch = tokenizer.image_size, pixels.patch_size
+    if size % patch:
+        raise UserError(
+            f"the decoder's patch_size ({patch}) must divide image_size ({size}). Pass the decoder that was saved with "
+            "this tokenizer."
+        )
+    painting = tokenizer.num_tokens if pixels.canvas_tokens is None else pixels.canvas_tokens
+    for part, name, ours, theirs in (
+        ("decoder", "condition_width", tokenizer.condition_width, pixels.condition_width),
+        ("decoder", "num_tokens (the decoder's canvas_tokens)", tokenizer.num_tokens, painting),
+        ("scheduler", "num_tokens", tokenizer.num_tokens, scheduler.config.num_tokens),
+        ("scheduler", "num_groups", tokenizer.num_groups, scheduler.config.num_groups),
+        # an attribute: None in a configuration is one group
+        ("scheduler", "tokens_per_step", image_tokenizer.tokens_per_step, scheduler.tokens_per_step),
+    ):
         if ours != theirs:
             raise UserError(
-                f"image tokenizer and scheduler must have the same {name}, got {ours} and {theirs}. "
-                "Pass the scheduler that was saved with this tokenizer."
+                f"image tokenizer and {part} must have the same {name}, got {ours} and {theirs}. Pass the {part} that "
+                "was saved with this tokenizer."
             )
     return TokenLayout.of(llama, tokenizer.codebook_size, tokenizer.num_tokens)

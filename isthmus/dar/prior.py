@@ -1,6 +1,6 @@
 """The prior of the D-AR family: a stock `transformers.LlamaForCausalLM` over image tokens, never edited or subclassed.
 
-Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.1 and 3.4.
+Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3.
 The classes are words of the vocabulary: ids 0..codebook_size - 1 are image tokens, then one id per class, and last the
 null class. A sequence is [class, token 0, ..., token N - 1], and the output at position p predicts token p. No class is
 ever predicted: its row of the head is zero, and every loss and every draw reads the first `codebook_size` logits alone.
@@ -45,7 +45,7 @@ class TokenLayout:
 
     @property
     def null_class_id(self) -> int:
-        """The label that stands for no class."""
+        """The label of no class."""
         return self.num_classes
 
     @property
@@ -96,9 +96,7 @@ class TokenLayout:
 def llama_config(
     layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
 ) -> "LlamaConfig":
-    """Configuration of a prior: positions for one class and all tokens, no biases, untied, no bos, eos or pad.
-
-    `codebook_size` is recorded beside Llama's own settings, so that a prior under another tokenizer is noticed.
+    """Configuration of a prior; `codebook_size` stands beside Llama's settings: one under another tokenizer is noticed.
 
     Args:
         width: width of the residual stream, a multiple of twice `num_heads`.

@@ -1,6 +1,7 @@
 """Runs of the D-AR family, and named ones. Nothing heavy is imported: the command line is derived from them."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +18,7 @@ from isthmus.training.config import (
     Preset,
     PriorSampling,
     TokensRun,
-    check_not_negative,
-    check_positive,
-    check_share,
+    must,
     preset_run,
 )
 
@@ -110,9 +109,9 @@ class DiffusionTokenizerLoss(PerceptualLoss):
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "flow", "codebook", "commitment", "jump", "canvas", "alignment", "readout")
-        check_positive(self, "noise_levels", "latest_time", "readout_size", "alignment_layer")
-        check_share(self, "latest_time")
+        must("not be negative", self, "flow", "codebook", "commitment", "jump", "canvas", "alignment", "readout")
+        must("be positive", self, "noise_levels", "latest_time", "readout_size", "alignment_layer")
+        must("lie in [0, 1]", self, "latest_time")
         if not self.perceptual_taps or not self.alignment_taps:
             raise UserError("loss.perceptual_taps and loss.alignment_taps need at least one block each, got none.")
         if (self.alignment_network == "dinov2") != (self.alignment_folder is not None):
@@ -143,7 +142,7 @@ class DiffusionTokenizerRun(ImagesRun):
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "gap_warning")
+        must("not be negative", self, "gap_warning")
         if self.validation_images < 2:
             raise UserError(
                 f"validation_images must be at least 2 (codes are compared with another image's), got "
@@ -170,9 +169,7 @@ class NextTokenPriorRun(TokensRun):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("embedding_dropout", "residual_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+        must("lie in [0, 1)", self, "embedding_dropout", "residual_dropout")
 
 
 PUBLISHED_SOURCE = "README of the published code and Gao and Shou 2025 (its own evaluation, guidance rising linearly)"
@@ -393,14 +390,8 @@ NEXT_TOKEN_PRIOR_PRESETS: dict[str, Preset[NextTokenPriorRun]] = {
 }
 
 
-def diffusion_tokenizer_preset(name: str) -> DiffusionTokenizerRun:
-    """The run of a D-AR tokenizer preset. Raises `UserError` for an unknown name."""
-    return preset_run(DIFFUSION_TOKENIZER_PRESETS, name, "D-AR tokenizer")
-
-
-def next_token_prior_preset(name: str) -> NextTokenPriorRun:
-    """The run of a D-AR prior preset. Raises `UserError` for an unknown name."""
-    return preset_run(NEXT_TOKEN_PRIOR_PRESETS, name, "D-AR prior")
+diffusion_tokenizer_preset = partial(preset_run, DIFFUSION_TOKENIZER_PRESETS, "D-AR tokenizer")
+next_token_prior_preset = partial(preset_run, NEXT_TOKEN_PRIOR_PRESETS, "D-AR prior")
 
 
 def describe_folder(folder: Path) -> tuple[dict[str, str], int]:

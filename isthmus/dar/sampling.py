@@ -1,7 +1,6 @@
 """Generation of next-token models, token by token and group by group, and the exact likelihood of a sequence.
 
-Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3; spec of D-AR, 2.3 and
-2.5.
+Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.dar.llama_decoding import LlamaDecoder
+from isthmus.dar.llama_decoding import LlamaCache, LlamaDecoder
 from isthmus.dar.prior import TokenLayout, next_token_inputs, next_token_logits, next_token_loss
 from isthmus.errors import UserError
 from isthmus.nn.draws import token_uniforms
@@ -53,42 +52,26 @@ def generate_tokens(
         options: for all images, or one per image. Guidance given as a sequence or a schedule runs over the tokens.
         stops: token counts, not decreasing; item i of the result holds tokens stops[i - 1]..stops[i] - 1. After the
             last one nothing more is computed.
-        prefix: known first tokens (layout control).
         decoder: laid-out weights to use again; None lays them out for this call.
 
-    Raises UserError, before the first tokens are asked for, where a label, an option or a stop is not usable. Filters
-    and prefixes are the caller's to check (`SamplingOptions.check`).
+    Raises UserError, before the first tokens are asked for, unless there are options for every image, and guidance for
+    every token. All else is the caller's to check (`SamplingOptions.check`); `smooth` means nothing here.
     """
-    batch = len(class_labels)
+    batch, labels = len(class_labels), class_labels.tolist()
     each = [options] * batch if isinstance(options, SamplingOptions) else list(options)
-    for name, count in (("sampling options", len(each)), ("(seed, image index) pairs", len(image_seeds))):
-        if count != batch:
-            raise UserError(f"one of the {name} is needed per image, got {count} for {batch} class labels.")
-    if list(stops) != sorted(stops) or not all(0 <= stop <= layout.num_tokens for stop in stops):
-        raise UserError(
-            f"stops are token counts in 0..{layout.num_tokens} that do not decrease, got {list(stops)}. "
-            f"Pass [{layout.num_tokens}] for all tokens at once."
-        )
-    labels = class_labels.tolist()
-    if not all(0 <= label <= layout.num_classes for label in labels):
-        raise UserError(f"class labels must be 0..{layout.num_classes} (the null label), got {labels}.")
-    lengths = [0] * batch if prefix is None else prefix.lengths
-    plan = _Plan(layout, labels, image_seeds, each, transformer.device)
+    if len(each) != batch:
+        raise UserError(f"sampling options are needed per image, got {len(each)} for {batch} images.")
+    prefix = prefix or Prefix(class_labels.new_zeros(batch, 0), [0] * batch)
+    draws = _Draws(layout, labels, image_seeds, each, prefix, transformer.device)
     if decoder is not None:
         decoder.check_belongs(StoredLlama.of(transformer), layout)
-    tokens = torch.zeros(batch, layout.num_tokens, dtype=torch.long, device=transformer.device)
-    if prefix is not None:
-        tokens[:, : prefix.token_ids.shape[1]] = prefix.token_ids.to(transformer.device)
-    if all(stop <= min(lengths) for stop in stops):
-        return (tokens[:, start:stop].clone() for start, stop in pairwise((0, *stops)))
-    if decoder is None:
-        rows = batch * (2 if min(lengths) < plan.num_with_null_rows else 1)
-        decoder = LlamaDecoder(transformer, layout, num_rows=rows)
-    return _turns(decoder, layout, plan, tokens, lengths, stops)
+    if all(stop <= draws.known for stop in stops):
+        return (draws.tokens[:, start:stop].clone() for start, stop in pairwise((0, *stops)))
+    return draws.turns(decoder or LlamaDecoder(transformer, layout, num_rows=draws.num_rows), stops)
 
 
-class _Plan:
-    """Everything about the draws that is known before the first token."""
+class _Draws:
+    """The tokens of a request, prefixes first, and all that is known of their draws before the first one."""
 
     def __init__(
         self,
@@ -96,8 +79,14 @@ class _Plan:
         labels: Sequence[int],
         image_seeds: Sequence[tuple[int, int]],
         options: Sequence[SamplingOptions],
+        prefix: Prefix,
         device: torch.device,
     ):
+        self.layout, self.prefix_lengths = layout, prefix.lengths
+        # tokens that all images know
+        self.known = min(prefix.lengths)
+        self.tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=device)
+        self.tokens[:, : prefix.token_ids.shape[1]] = prefix.token_ids.to(device)
         # an image without a class has nothing to be guided away from
         guidance = [
             guidance_values(one.guidance_scale if label != layout.null_class_id else 1.0, layout.num_tokens)
@@ -114,11 +103,9 @@ class _Plan:
         self.filters = [(*filters, torch.tensor(rows, device=device)) for filters, rows in rows_of.items()]
         self.uniforms = token_uniforms(image_seeds, 0, layout.num_tokens).to(device)
         self.class_labels = torch.tensor(labels, device=device)
-
-    @property
-    def num_with_null_rows(self) -> int:
-        """Tokens for which null rows run: up to the last guided one, whose attention reads the keys of all before."""
-        return max((position + 1 for position, guided in enumerate(self.guided) if guided), default=0)
+        # tokens for which null rows run: up to the last guided one, whose attention reads the keys of all before
+        self.with_null = max((position + 1 for position, guided in enumerate(self.guided) if guided), default=0)
+        self.num_rows = len(labels) * (2 if self.known < self.with_null else 1)
 
     def draw(self, logits: Float[Tensor, "rows v"], position: int) -> Int[Tensor, " b"]:
         """Guide, temper, filter and draw one token per image; null rows lie behind the others."""
@@ -134,41 +121,29 @@ class _Plan:
                 cond = cond.index_copy(0, rows, filter_logits(cond[rows], top_k=top_k, top_p=top_p))
         return draw_tokens(cond.unsqueeze(1), self.uniforms[:, position : position + 1]).squeeze(1)
 
-
-def _turns(
-    decoder: LlamaDecoder,
-    layout: TokenLayout,
-    plan: _Plan,
-    tokens: Int[Tensor, "b n"],
-    prefix_lengths: Sequence[int],
-    stops: Sequence[int],
-) -> Iterator[Int[Tensor, "b _"]]:
-    """Fill `tokens`, which holds the prefixes already, from left to right."""
-    batch, known = len(tokens), min(prefix_lengths)
-    forced = torch.arange(tokens.shape[1], device="cpu") < torch.tensor(prefix_lengths, device="cpu").unsqueeze(1)
-    forced = forced.to(tokens.device)
-    with_null = plan.num_with_null_rows
-    cache = decoder.new_cache(2 * batch if known < with_null else batch)
-
-    def predict(position: int) -> Float[Tensor, "rows v"]:
+    def predict(self, decoder: LlamaDecoder, cache: LlamaCache, position: int) -> Float[Tensor, "rows v"]:
         """Logits of the token at `position`; the first call also reads the class and what all images know."""
-        halves = 2 if position < with_null else 1
-        if position > known:
-            return decoder.step(tokens[:, position - 1].repeat(halves), cache)
-        labels = [plan.class_labels, torch.full_like(plan.class_labels, layout.null_class_id)][:halves]
-        return decoder.prefill(next_token_inputs(layout, torch.cat(labels), tokens[:, :known].repeat(halves, 1)), cache)
+        halves = 2 if position < self.with_null else 1
+        if position > self.known:
+            return decoder.step(self.tokens[:, position - 1].repeat(halves), cache)
+        labels = torch.cat([self.class_labels, torch.full_like(self.class_labels, self.layout.null_class_id)][:halves])
+        known = self.tokens[:, : self.known].repeat(halves, 1)
+        return decoder.prefill(next_token_inputs(self.layout, labels, known), cache)
 
-    start = 0
-    for stop in stops:
-        # left before the yield: around it, it would also hold for whoever reads the tokens
-        with torch.inference_mode():
-            for position in range(max(start, known), stop):
-                drawn = plan.draw(predict(position), position)
-                if position < max(prefix_lengths):
-                    drawn = torch.where(forced[:, position], tokens[:, position], drawn)
-                tokens[:, position] = drawn
-        yield tokens[:, start:stop].clone()
-        start = stop
+    def turns(self, decoder: LlamaDecoder, stops: Sequence[int]) -> Iterator[Int[Tensor, "b _"]]:
+        """Draw from left to right."""
+        lengths, tokens, cache = self.prefix_lengths, self.tokens, decoder.new_cache(self.num_rows)
+        forced = torch.arange(tokens.shape[1], device="cpu") < torch.tensor(lengths, device="cpu").unsqueeze(1)
+        forced = forced.to(tokens.device)
+        for start, stop in pairwise((0, *stops)):
+            # left before the yield: around it, it would also hold for whoever reads the tokens
+            with torch.inference_mode():
+                for position in range(max(start, self.known), stop):
+                    drawn = self.draw(self.predict(decoder, cache, position), position)
+                    if position < max(lengths):
+                        drawn = torch.where(forced[:, position], tokens[:, position], drawn)
+                    tokens[:, position] = drawn
+            yield tokens[:, start:stop].clone()
 
 
 @torch.no_grad()

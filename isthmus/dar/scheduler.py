@@ -115,10 +115,7 @@ class FlowMatchingScheduler(Recorded):
         return image * self.config["data_std"] - noise
 
     def jump(self, x_t: Images, velocity: Images, t: Float[Tensor, " _"]) -> Images:
-        """Where the straight path from x_t ends, as an image, not clamped: (x_t + (1 - t) velocity) / data_std.
-
-        `t` holds one time per image, or one for all.
-        """
+        """Where the path from x_t ends, not clamped: (x_t + (1 - t) velocity) / data_std; one t, or one each."""
         return self.to_image(torch.addcmul(x_t, 1 - t.view(-1, 1, 1, 1), velocity))
 
     def step(
@@ -134,10 +131,9 @@ class FlowMatchingScheduler(Recorded):
     ) -> Images:
         """The state after step `index`, from the state before it and the decoder's velocity at `times()[index]`.
 
-        `previous_velocity` is that of the step before; None takes a step of Euler, as the first step that is executed
-        must, wherever it starts. Number of steps and solver are those of the whole way; None takes the configured ones.
-        `to_end` takes the same rule straight to t = 1, which is the published preview. Raises UserError where there is
-        no such step or solver.
+        `previous_velocity` None takes a step of Euler, as the first step that is executed must, wherever it starts.
+        `num_inference_steps` is of the whole way. `to_end` takes the same rule straight to t = 1, which is the
+        published preview. Raises UserError where there is no such step or solver.
         """
         grid = self._grid(num_inference_steps)
         if not 0 <= index < len(grid) - 1:

@@ -16,6 +16,7 @@ from isthmus.dar.attention import (
     RotarySelfAttention,
     RotaryTable,
     SharedBatchNorm,
+    check_sides,
     context_causal_attention,
     grid_rotary_table,
     init_linear_layers,
@@ -40,8 +41,7 @@ Condition = Float[Tensor, "b n condition_width"]
 class LinearQueries(nn.Module):
     """One vector per token: `rank` numbers read off the image, averaged to `side` pixels, by a linear map, widened.
 
-    Attention from queries that start alike takes long to tell places apart. With this, tokens differ between images
-    from the first step of training on.
+    Attention from queries that start alike takes long to tell places apart.
     """
 
     def __init__(self, num_tokens: int, width: int, *, side: int, rank: int):
@@ -67,22 +67,19 @@ class DiffusionTokenizerEncoding:
 
 @dataclass
 class DiffusionTokenizerOutput:
-    """What training reads.
-
-    Attributes:
-        token_ids: None where quantisation was left out.
-        latents: unit vectors, fp32.
-        quantized: the codes with the straight-through gradient; the latents where quantisation was left out.
-        codebook_errors: mean over channels of (code - sg(latent))^2.
-        commitment_errors: the same of (sg(code) - latent)^2, not weighted.
-    """
+    """What training reads."""
 
     condition: Condition
     token_ids: TokenIds | None
+    """None where quantisation was left out."""
     latents: Codes
+    """Unit vectors, fp32."""
     quantized: Codes
+    """The codes with the straight-through gradient; the latents where quantisation was left out."""
     codebook_errors: Float[Tensor, "b n"]
+    """Mean over channels of (code - sg(latent))^2."""
     commitment_errors: Float[Tensor, "b n"]
+    """Mean over channels of (sg(code) - latent)^2, not weighted."""
 
 
 class GatedBlock(nn.Module):
@@ -286,11 +283,7 @@ class DiffusionTokenizer(SavedModel):
         return KeyValueCache(layers, batch, num_heads, num_tokens, head_width, device=self.device, dtype=self.dtype)
 
     def forward(self, images: Images, *, quantize: bool = True) -> DiffusionTokenizerOutput:
-        """Encode for training, with the straight-through gradient of the quantiser.
-
-        `quantize=False` (continuous warm-up), or a tokenizer without a codebook, passes the latents on; both errors
-        are then 0.
-        """
+        """Encode for training; without `quantize`, or a codebook, latents are passed on and both errors are 0."""
         latents = self.latents(images)
         if not quantize or self.codebook is None:
             zero = torch.zeros_like(latents[..., 0])
@@ -312,22 +305,11 @@ class DiffusionTokenizer(SavedModel):
         return found.view(latents.shape[:2])
 
     def _embed_patches(self, images: Images) -> Rows:
-        patch, side = self.config.patch_size, self.config.image_size
-        height, width = images.shape[2:]
-        if height % patch or width % patch or not height or not width:
-            raise UserError(
-                f"images must have sides that are multiples of {patch} (patch_size), got {height} x {width}. "
-                "Resize or crop them first."
-            )
+        patch = self.config.patch_size
+        table = None if self.patch_position is None else self.config.image_size // patch
+        check_sides(*images.shape[2:], patch=patch, table=table)
         x = plain_norm(self.patch_embedding(images.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2))
-        if self.patch_position is None:
-            return x
-        if (height, width) != (side, side):
-            raise UserError(
-                f"images must be {side} x {side} (image_size; this tokenizer has learned a position for every patch), "
-                f"got {height} x {width}. Resize them first."
-            )
-        return x + self.patch_position
+        return x if self.patch_position is None else x + self.patch_position
 
     def _codebook(self) -> nn.Embedding:
         if self.codebook is None:

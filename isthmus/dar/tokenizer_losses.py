@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from isthmus.dar.runs import DiffusionTokenizerLoss
+from isthmus.dar.tokenizer import DiffusionTokenizerOutput
 from isthmus.errors import UserError
 from isthmus.nn.draws import FLOW_TIME, NOISE, stream
 from isthmus.nn.perceptual import EfficientNetLite0, unit_channels
@@ -186,18 +187,14 @@ def _load_dino(folder: Path) -> Any:
 class DiffusionTrainingOutput:
     """What one pass of tokenizer and decoder gives; row i * k + j of `rows` is noise level j of image i.
 
-    What was left out is None: quantisation, alignment, readout, a canvas.
+    What was left out is None: alignment, readout, a canvas.
     """
 
     velocity: Float[Tensor, "rows 3 h w"]
     target: Float[Tensor, "rows 3 h w"]
     jump: Float[Tensor, "rows 3 h w"]
     """The image that one straight step to the end would give."""
-    token_ids: Int[Tensor, "b n"] | None
-    latents: Float[Tensor, "b n d"]
-    """Unit vectors before quantisation."""
-    codebook_errors: Float[Tensor, "b n"]
-    commitment_errors: Float[Tensor, "b n"]
+    encoded: DiffusionTokenizerOutput
     ends: Int[Tensor, "b k"]
     """Number of tokens up to the end of the window that drives each noise level."""
     aligned: Float[Tensor, "rows c r r"] | None = None
@@ -234,9 +231,9 @@ def diffusion_losses(
     losses["weighted/flow"] = config.flow * losses["flow"]
     if config.jump:
         losses["weighted/jump"] = config.jump * losses["jump"]
-    if output.token_ids is not None:
-        for name, errors in (("codebook", output.codebook_errors), ("commitment", output.commitment_errors)):
-            losses[name] = prefix_mean(errors, output.ends, counted_tokens)
+    if output.encoded.token_ids is not None:
+        for name in ("codebook", "commitment"):
+            losses[name] = prefix_mean(getattr(output.encoded, f"{name}_errors"), output.ends, counted_tokens)
             losses[f"weighted/{name}"] = getattr(config, name) * losses[name]
     if distance is not None:
         losses["perceptual"] = distance(output.jump, repeated).mean()

@@ -1,12 +1,10 @@
-"""Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it.
-
-Dropout masks belong to training positions: they are drawn again from their seeds wherever they are needed.
-"""
+"""Training the Llama of D-AR: cross-entropy of every image token, given the class and the tokens before it."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,23 +84,16 @@ class ResidualDropout:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on every `self_attn.o_proj` and `mlp`; they are gone afterwards, whatever happens."""
-        handles = []
-        try:
-            if self.rate:
-                for index, layer in enumerate(cast(Iterable[LlamaDecoderLayer], self.transformer.model.layers)):
-                    branches: tuple[nn.Module, ...] = (layer.self_attn.o_proj, layer.mlp)
-                    handles += [m.register_forward_hook(self._hook(index, k)) for k, m in enumerate(branches)]
+        with ExitStack() as hooks:
+            layers = cast(Iterable[LlamaDecoderLayer], self.transformer.model.layers)
+            for index, layer in enumerate(layers if self.rate else ()):
+                for branch, module in enumerate((layer.self_attn.o_proj, layer.mlp)):
+                    hooks.enter_context(module.register_forward_hook(partial(self._drop, index, branch)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, layer: int, branch: int) -> Any:
-        def drop(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-            assert self.seeds is not None, "the loop sets the seeds of a batch before it goes through"
-            return sample_dropout(output, self.rate, self.seeds[:, layer, branch].tolist())
-
-        return drop
+    def _drop(self, layer: int, branch: int, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        assert self.seeds is not None, "the loop sets the seeds of a batch before it goes through"
+        return sample_dropout(output, self.rate, self.seeds[:, layer, branch].tolist())
 
 
 @dataclass
@@ -173,6 +164,15 @@ def averaged_llama(model: NextTokenObjective, ema: ExponentialMovingAverage) -> 
     # its table of angles is no weight, so it is still on the meta device
     averaged.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
     return averaged.eval().requires_grad_(False)
+
+
+def nats_by_group(nats: Float[Tensor, " l"], num_groups: int) -> Float[Tensor, " groups"]:
+    """Mean over the tokens of each group, which lie next to each other.
+
+    >>> nats_by_group(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
+    tensor([2., 5.])
+    """
+    return nats.unflatten(0, (num_groups, -1)).mean(dim=1)
 
 
 class NextTokenPriorTask(PriorTask):
@@ -248,10 +248,7 @@ class NextTokenPriorTask(PriorTask):
 
     def step_values(self, means: dict[str, Tensor], step: int) -> dict[str, float]:
         """The line of all tasks, from the means of groups."""
-        return super().step_values(means | {"nats": self._by_group(means["nats"])}, step)
-
-    def _by_group(self, nats: Float[Tensor, " l"]) -> Float[Tensor, " groups"]:
-        return nats.unflatten(0, (self._groups, -1)).mean(dim=1)
+        return super().step_values(means | {"nats": nats_by_group(means["nats"], self._groups)}, step)
 
     def averaged(self, ema: ExponentialMovingAverage) -> LlamaForCausalLM:
         """A copy that holds the averages."""
@@ -266,7 +263,7 @@ class NextTokenPriorTask(PriorTask):
         """Bits per token of held-out images, in all and per group."""
         objective = NextTokenObjective(model, self.layout).eval()
         nats = [objective(label, ids).nats for ids, label in zip(token_ids.split(32), labels.split(32), strict=True)]
-        return bits_by_level("val", "group", self._by_group(torch.cat(nats).mean(dim=0)), self.lengths(0))
+        return bits_by_level("val", "group", nats_by_group(torch.cat(nats).mean(dim=0), self._groups), self.lengths(0))
 
     @torch.no_grad()
     def save_samples(self, model: LlamaForCausalLM, folder: Path, step: int) -> None:
@@ -308,8 +305,7 @@ def build_prior(
 ) -> LlamaForCausalLM:
     """The Llama to train on images of these classes: new, or a saved one.
 
-    Raises:
-        UserError: a size is missing, does not fit, or contradicts the saved model.
+    Raises UserError where a size is missing, does not fit, or contradicts the saved model.
     """
     layout, wanted = layout_of(parts.image_tokenizer.config, len(class_names)), given(run.model)
     if saved is not None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +97,8 @@ class AlignmentHead(nn.Module):
 class PrefixReadout(nn.Module):
     """A small image from the tokens of the first g groups, for every g, by nothing but a linear map.
 
-    It gives every token a reason to say something about the image before the decoder has learnt to listen. Codes add
-    up over groups (`cumulative`); conditions already know the earlier groups, so each group is read alone.
+    It gives every token a reason to say something about the image before the decoder has learnt to listen. Codes are
+    read where it is `cumulative`, and add up over groups; conditions know the earlier groups, so each is read alone.
 
     `group_width` counts the numbers in a group, tokens times their width; `size` is the side of the image in pixels.
     """
@@ -122,8 +122,8 @@ class PrefixReadout(nn.Module):
 class TokenizerWithDecoder(nn.Module):
     """Tokenizer and decoder as one network for the optimizer, the averages and the processes.
 
-    The heads of the losses `alignment` (of features behind so many decoder blocks) and `readout` (of conditions instead
-    of codes where it `reads_condition`) are trained with them, and not saved.
+    The heads of the losses `alignment` (of features behind so many decoder blocks) and `readout` are trained with them,
+    and not saved.
     """
 
     def __init__(
@@ -135,12 +135,10 @@ class TokenizerWithDecoder(nn.Module):
         alignment: AlignmentHead | None = None,
         alignment_layer: int = 0,
         readout: PrefixReadout | None = None,
-        reads_condition: bool = False,
     ):
         super().__init__()
         self.image_tokenizer, self.decoder, self.scheduler = image_tokenizer, decoder, scheduler
-        self.alignment, self.alignment_layer = alignment, alignment_layer
-        self.readout, self.reads_condition = readout, reads_condition
+        self.alignment, self.alignment_layer, self.readout = alignment, alignment_layer, readout
 
     def forward(
         self, images: Images, raw_t: Float[Tensor, "b k"], noise: Float[Tensor, "b k 3 h w"], *, quantize: bool = True
@@ -162,21 +160,21 @@ class TokenizerWithDecoder(nn.Module):
         if self.alignment is None:
             velocity = self.decoder.velocity(x_t, times, keys, canvas)
         else:
-            tapped = self.decoder.velocity_and_features(x_t, times, keys, canvas, layer=self.alignment_layer)
-            velocity, aligned = tapped.velocity, self.alignment(tapped.features)
+            layer = self.alignment_layer
+            velocity, features = self.decoder.velocity_and_features(x_t, times, keys, canvas, layer=layer)
+            aligned = self.alignment(features)
         velocity = velocity.float()
-        read = encoded.condition if self.reads_condition else encoded.quantized
+        readout = None
+        if self.readout is not None:
+            readout = self.readout(encoded.quantized if self.readout.cumulative else encoded.condition)
         return DiffusionTrainingOutput(
             velocity=velocity,
             target=self.scheduler.velocity_target(repeated, noise),
             jump=self.scheduler.jump(x_t, velocity, t),
-            token_ids=encoded.token_ids,
-            latents=encoded.latents,
-            codebook_errors=encoded.codebook_errors,
-            commitment_errors=encoded.commitment_errors,
+            encoded=encoded,
             ends=ends.view_as(raw_t),
             aligned=aligned,
-            readout=None if self.readout is None else self.readout(read),
+            readout=readout,
             canvas=None if canvas is None else self.scheduler.to_image(shown_at(canvas, *images.shape[2:]).float()),
         )
 
@@ -233,11 +231,7 @@ def load_parts(path: str) -> TokenizerParts:
 
 
 def build_networks(run: DiffusionTokenizerRun) -> TokenizerWithDecoder:
-    """Tokenizer, decoder, scheduler and heads of a run.
-
-    Raises:
-        UserError: sizes do not fit each other, or an argument contradicts the saved model.
-    """
+    """Tokenizer, decoder, scheduler and heads of a run. Raises UserError as `build_parts`."""
     parts, loss = build_parts(run), run.loss
     tokenizer, decoder = parts.image_tokenizer, parts.decoder
     config, alignment, readout = tokenizer.config, None, None
@@ -264,15 +258,13 @@ def build_networks(run: DiffusionTokenizerRun) -> TokenizerWithDecoder:
         alignment=alignment,
         alignment_layer=loss.alignment_layer,
         readout=readout,
-        reads_condition=not from_codes,
     )
 
 
 def build_parts(run: DiffusionTokenizerRun) -> TokenizerParts:
     """Tokenizer, decoder and scheduler of a run: new, or saved, when the run may change the diffusion.
 
-    Raises:
-        UserError: sizes do not fit each other, or an argument contradicts the saved model.
+    Raises UserError where sizes do not fit each other, or an argument contradicts the saved model.
     """
     saved, flow = load_parts(run.from_model) if run.from_model else None, given(run.flow)
     tokenizer = saved.image_tokenizer if saved else DiffusionTokenizer(**given(run.model))
@@ -322,22 +314,24 @@ def check_fit(run: DiffusionTokenizerRun, image_size: int, decoder: FlowDecoder)
         )
 
 
-Decode = Callable[[Float[Tensor, "b n d"], Sequence[int]], Images]
-"""Codes of all tokens and the numbers of the images, which decide about their noise, to images in [-1, 1]."""
-
-
 @torch.no_grad()
 def diffusion_tokenizer_scores(
-    tokenizer: DiffusionTokenizer, decode: Decode, views: EvaluationImages, *, limit: int, quantize: bool = True
+    tokenizer: DiffusionTokenizer,
+    decode: Callable[[Float[Tensor, "b n d"], Sequence[int]], Images],
+    views: EvaluationImages,
+    *,
+    limit: int,
+    quantize: bool = True,
 ) -> dict[str, float]:
     """What a tokenizer and its decoder do on `limit` images, evenly spread over all; for a log line.
 
     Every image is decoded twice under the same noise: from its own codes (`psnr`, dB), and from those of the image half
     the set away (`psnr_shuffled`), which is of another class where the set is sorted. Their `gap` is what the right
     codes are worth: near 0 where the decoder ignores them, however low the flow loss is, and for a single image.
+    `decode` turns codes, and the numbers of the images, which decide about their noise, into images in [-1, 1].
 
-    Without `quantize` the latents take the place of codes, as in training before there is a codebook; usage counts as 1
-    and there is no perplexity by group.
+    Without `quantize` the latents take the place of codes, as in training before there is a codebook; there is no
+    usage then, and no perplexity by group.
     """
     chosen = spread(len(views), limit)
     batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
@@ -357,7 +351,7 @@ def diffusion_tokenizer_scores(
         own.append(psnr(decode(right, numbers), images))
         shuffled.append(psnr(decode(wrong, numbers), images))
     values = {"psnr": float(torch.cat(own).mean()), "psnr_shuffled": float(torch.cat(shuffled).mean())}
-    values |= {"gap": values["psnr"] - values["psnr_shuffled"], "usage": 1.0}
+    values |= {"gap": values["psnr"] - values["psnr_shuffled"]}
     if counts.any():
         values["usage"] = float((counts.sum(dim=0) > 0).float().mean())
         values |= {f"perplexity_group{k}": value for k, value in enumerate(perplexity(counts).tolist())}
@@ -394,15 +388,6 @@ def decode_steps(parts: TokenizerParts, quantized: Float[Tensor, "b n d"], numbe
         yield scheduler.jump(x, velocity, t)
         x, previous = scheduler.step(velocity, previous, index, x), velocity
     yield scheduler.to_image(x)
-
-
-class NoiseLevels(NamedTuple):
-    """Levels of noise for one part of a batch."""
-
-    raw_t: Float[Tensor, "b k"]
-    """Unshifted times."""
-    counted_tokens: Float[Tensor, ""]
-    """Tokens that the codebook errors count, mean over the parts of the batch and all processes."""
 
 
 class DiffusionTokenizerTask(TokenizerTask):
@@ -453,8 +438,11 @@ class DiffusionTokenizerTask(TokenizerTask):
         )
         return report(run, about, training_cost(network, forward))
 
-    def draw(self, parts: Sequence[Batch]) -> Sequence[NoiseLevels]:
-        """Noise levels; the codebook losses are means over the tokens that those of the whole batch count."""
+    def draw(self, parts: Sequence[Batch]) -> Sequence[tuple[Float[Tensor, "b k"], Float[Tensor, ""]]]:
+        """Raw times of each part, and the tokens that the codebook errors count: their mean over parts and processes.
+
+        So the codebook losses of all parts together are those of the whole batch.
+        """
         loss, scheduler, raw_t = self.run.loss, self._scheduler, []
         settings = {"num_groups": self.num_levels, "latest": loss.latest_time, "seed": self.run.seed}
         for part in parts:
@@ -462,28 +450,28 @@ class DiffusionTokenizerTask(TokenizerTask):
             raw_t.append(times.to(self._accelerator.device))
         ends = torch.cat([scheduler.window_of(times.flatten()) for times in raw_t]) + scheduler.tokens_per_step
         counted = cast(Tensor, self._accelerator.reduce(ends.sum().float() / len(raw_t), "mean"))
-        return [NoiseLevels(times, counted) for times in raw_t]
+        return [(times, counted) for times in raw_t]
 
     def losses(
-        self, model: nn.Module, batch: Batch, drawn: NoiseLevels, *, step: int, quantize: bool
+        self, model: nn.Module, batch: Batch, drawn: tuple[Tensor, Tensor], *, step: int, quantize: bool
     ) -> TokenizerLosses:
         """Losses of one part of a batch."""
-        run, device, size = self.run, self._accelerator.device, self.image_size
+        run, device, size, (raw_t, counted_tokens) = self.run, self._accelerator.device, self.image_size, drawn
         images = batch["image"].to(device)
         noise = training_noise(batch["position"], run.loss.noise_levels, (size, size), seed=run.seed, device=device)
-        output = model(images, drawn.raw_t, noise, quantize=quantize)
+        output = model(images, raw_t, noise, quantize=quantize)
         named = diffusion_losses(
             output,
             images,
             run.loss,
             data_std=self._scheduler.config["data_std"],
-            counted_tokens=drawn.counted_tokens,
+            counted_tokens=counted_tokens,
             distance=self._distance,
             teacher=self._teacher,
         )
-        ids, length = output.token_ids, self.tokenizer.tokens_per_group
+        ids, length = output.encoded.token_ids, self.tokenizer.tokens_per_group
         groups = [] if ids is None else list(ids.split(length, dim=1))
-        return TokenizerLosses(named=named, token_ids=groups, latents=output.latents)
+        return TokenizerLosses(named=named, token_ids=groups, latents=output.encoded.latents)
 
     def first_codes(self, images: Images) -> Float[Tensor, "k d"]:
         """K-means over latents."""

@@ -138,9 +138,8 @@ def training_batches(
     """Endless batches from `start_position` on; `batch_size` counts samples over all processes.
 
     Process `rank` of `world_size` gets its contiguous slice of every batch, so that all of them together see the same
-    samples whatever their number. Neither worker processes (`worker_batches`) nor resuming change a sample. Workers are
-    started afresh (not forked, which torch's threads do not survive), so a script that asks for them needs the usual
-    `if __name__ == "__main__":`. Raises UserError where the batch does not divide over the processes.
+    samples whatever their number. Neither worker processes (`worker_batches`) nor resuming change a sample. Raises
+    UserError where the batch does not divide over the processes.
     """
     check_share(batch_size, start_position, rank, world_size)
     share = batch_size // world_size

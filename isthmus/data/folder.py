@@ -61,9 +61,11 @@ def usable_images(
     present = set(labels[rows].tolist())
     missing = set(range(max(source.num_classes, 1))) - present
     if missing and not (split == "val" and has_own_split and present):
-        what = f"class {source.class_names[min(missing)]}" if source.class_names and present else f"the split {split}"
+        what, then = f"the split {split}", ""
+        if source.class_names and present:
+            what, then = f"class {source.class_names[min(missing)]}", ", or leave it out"
         raise UserError(
-            f"{source.name}: {what} needs an image that can be read, and has none. Mend its files, or leave it out."
+            f"{source.name}: {what} needs an image that can be read, and has none. Fill it, or mend its files{then}."
         )
     if not has_own_split:
         hashes = [found[i][0] for i in rows]
@@ -247,7 +249,7 @@ def _children(folder: Path, bad_names: set[str]) -> tuple[list[Path], list[Path]
         try:
             entry.name.encode("utf-8")
         except UnicodeEncodeError:
-            bad_names.add(entry.name)
+            bad_names.add(entry.path)
             continue
         (folders if is_folder else images).append(Path(entry.path))
     return folders, images
@@ -256,9 +258,7 @@ def _children(folder: Path, bad_names: set[str]) -> tuple[list[Path], list[Path]
 class FolderSource(ImageSource):
     """One split of a folder: its own train/ and val/ where it has them, else a split by content hash.
 
-    Opening decodes every file that it does not know yet (results are remembered by path, size and time), so that broken
-    ones are skipped, or with `strict` refused, before training. Raises UserError as `folder_layout` does, and for a
-    class without a readable image.
+    Opening examines its files (`usable_images`). Raises UserError as that and `folder_layout` do.
     """
 
     def __init__(

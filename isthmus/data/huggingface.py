@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from isthmus.data.folder import usable_images
 from isthmus.data.images import Augmentation, ImageUint8, UnreadableImage, decode_image
@@ -155,8 +156,8 @@ class HuggingFaceSource(ImageSource):
     """One split of a data set of the Hugging Face hub, of its local files, or of `Dataset.save_to_disk`.
 
     Without SPLIT its own train and validation (or test) splits are used; with SPLIT, or without a validation split,
-    a part is held out by content hash. Images are decoded by us, and checked at opening as those of a folder are.
-    Raises UserError for what cannot be loaded, for data without an image column, and for empty classes.
+    a part is held out by content hash. Opening examines its images as those of a folder. Raises UserError as
+    `usable_images` and `find_columns` do, and for what cannot be loaded.
     """
 
     def __init__(
@@ -373,7 +374,7 @@ class ImageStream:
 
 
 def open_stream(spec: str, *, strict: bool = False, columns: WantedColumns = ANY_COLUMNS) -> ImageStream:
-    """`hf:NAME_OR_PATH[:SPLIT]` as a stream (split train unless one is named)."""
+    """`hf:NAME_OR_PATH[:SPLIT]` as a stream: the split named, else train, else the only one."""
     prefix, _, name = spec.partition(":")
     if prefix != "hf" or not name:
         raise UserError(f"only hf:NAME[:SPLIT] can be streamed, got {spec!r}. Leave out --stream.")
@@ -453,12 +454,17 @@ class StreamedBatches:
         return self
 
     def __next__(self) -> Batch:
-        images = [self._next_image() for _ in range(self._share)]
-        numbers = np.arange(self._share)
-        positions = (self._position + numbers) * self._world_size + self._rank
+        positions = (self._position + np.arange(self._share)) * self._world_size + self._rank
         self._position += self._share
-        kept = StreamedImages(self._source, images)
-        batch = random_views(kept, numbers, positions, self._image_size, self._augment, self._seed)
+        # view by view: whole images of a batch can take gigabytes
+        parts = [
+            random_views(
+                StreamedImages(self._source, [self._next_image()]), np.zeros(1, np.int64), positions[i : i + 1],
+                self._image_size, self._augment, self._seed,
+            )
+            for i in range(self._share)
+        ]  # fmt: skip
+        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return batch | {"index": batch["position"]}
 
     def _next_image(self) -> tuple[ImageUint8, int]:

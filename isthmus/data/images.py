@@ -8,15 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from isthmus.errors import UserError
-from isthmus.rgb import (
-    FAILURES,
-    centre_square,
-    check_shape,
-    failure_words,
-    scaled_crop,
-    shorter_side_to,
-    upright_rgb,
-)
+from isthmus.rgb import FAILURES, centre_square, check_shape, failure_words, scaled_crop, shorter_side_to, upright_rgb
 
 ImageUint8 = UInt8[np.ndarray, "h w 3"]
 """One sRGB image, 0..255."""

@@ -84,7 +84,9 @@ def choose_classes(available: Sequence[str], wanted: Sequence[str] | None, *, so
     if wanted is None or tuple(wanted) == ("all",):
         return tuple(available)
     if not available:
-        raise UserError(f"{source} is unlabelled, so it has no classes to choose, got {', '.join(wanted)}.")
+        raise UserError(
+            f"{source} is unlabelled, so it has no classes to choose, got {', '.join(wanted)}. Leave them out."
+        )
     if not wanted:
         raise UserError(f"at least one class is needed, got none. {source} has {first_names(available, 12)}.")
     for name in wanted:

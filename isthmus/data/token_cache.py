@@ -5,10 +5,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, dataclass
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +26,6 @@ from isthmus.nn.stored_llama import fingerprint
 
 FORMAT = 1
 _TOKENS, _LABELS, _RECORD = "tokens.npy", "labels.npy", "cache.json"
-
-
-@runtime_checkable
-class ImageTokenizer(Protocol):
-    """A network that turns images in [-1, 1] into `token_ids`: integers (B, length), or a list of such parts."""
-
-    @property
-    def config(self) -> Any:
-        """Holds `codebook_size`."""
-
-    def encode(self, images: Tensor) -> Any:
-        """Images (B, 3, S, S) to an output with `token_ids`."""
 
 
 class TokenCache:
@@ -75,23 +63,18 @@ class TokenCache:
         self.token_ids: Integer[np.ndarray, "rows l"] = np.asarray(np.load(self.path / _TOKENS, mmap_mode="r"))
         self.labels: Integer[np.ndarray, " n"] = np.load(self.path / _LABELS)
 
-    @property
-    def num_images(self) -> int:
-        """N."""
-        return len(self.labels)
-
     @classmethod
-    def open(cls, path: str | Path, tokenizer: ImageTokenizer) -> "TokenCache":
+    def open(cls, path: str | Path, tokenizer: nn.Module) -> "TokenCache":
         """The cache at `path`. UserError where it is absent, damaged or was made by another tokenizer."""
         cache = cls(path)
-        _refuse_other(cache, {"tokenizer": fingerprint(cast(nn.Module, tokenizer))})
+        _refuse_other(cache, {"tokenizer": fingerprint(tokenizer)})
         return cache
 
     @classmethod
     def build(
         cls,
         path: str | Path,
-        tokenizer: ImageTokenizer,
+        tokenizer: nn.Module,
         source: ImageSource | ImageStream,
         *,
         image_size: int,
@@ -105,9 +88,11 @@ class TokenCache:
     ) -> "TokenCache":
         """Encode every image `num_views` times and write the result at `path`, or open it where that was done before.
 
-        The folder appears whole or not at all; one process builds at a time. `augment` None is the source's own;
-        view v of image i depends on (seed, i * num_views + v). `max_images` ends early, and is needed for a stream.
-        UserError where `path` holds a cache of another tokenizer, other images or other settings, and on a full disk.
+        The tokenizer has `config.codebook_size`, and `encode` for images in [-1, 1], whose output has `token_ids`:
+        integers (B, length), or a list of such parts. The folder appears whole or not at all; one process builds at a
+        time. `augment` None is the source's own; view v of image i depends on (seed, i * num_views + v). `max_images`
+        ends early, and is needed for a stream. UserError where `path` holds a cache of another tokenizer, other images
+        or other settings, and on a full disk.
         """
         path = Path(path)
         if num_views < 1 or (max_images is not None and max_images < 1):
@@ -116,6 +101,8 @@ class TokenCache:
             )
         if isinstance(source, ImageStream) and max_images is None:
             raise UserError(f"{source.name} is a stream without an end. Say how many images to keep (max_images).")
+        if not isinstance(source, ImageStream) and not len(source):
+            raise UserError(f"{source.name} has no image to encode. Check the data set.")
         settings = {
             "num_views": num_views,
             "image_size": image_size,
@@ -123,7 +110,7 @@ class TokenCache:
             "seed": seed,
         }
         made_from = {
-            "tokenizer": fingerprint(cast(nn.Module, tokenizer)),
+            "tokenizer": fingerprint(tokenizer),
             "data": source.fingerprint,
             "settings": settings | {"augment": asdict(settings["augment"]), "max_images": max_images},
         }
@@ -156,24 +143,22 @@ class TokenCache:
         self._map()
 
 
+@dataclass(eq=False)
 class CacheViews(BatchedDataset):
     """The views that a cache encodes, by row: view `row % num_views` of image `row // num_views`.
 
     `first_image` is the number of the first image of `source` where that is a part of a stream.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        image_size: int,
-        augment: Augmentation,
-        seed: int,
-        num_views: int,
-        first_image: int = 0,
-    ) -> None:
-        self.source, self.image_size, self.augment = source, image_size, augment
-        self.seed, self.num_views, self.first_image = seed, num_views, first_image
-        self.in_memory = source.in_memory
+    source: ImageSource
+    image_size: int
+    augment: Augmentation
+    seed: int
+    num_views: int
+    first_image: int = 0
+
+    def __post_init__(self) -> None:
+        self.in_memory = self.source.in_memory
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         numbers = np.asarray(rows, dtype=np.int64)
@@ -184,16 +169,24 @@ class CacheViews(BatchedDataset):
 def _streamed_views(
     source: ImageStream, images: Iterator[tuple[ImageUint8, int]], batch_size: int, settings: dict[str, Any]
 ) -> Iterator[Batch]:
-    start, num_views = 0, settings["num_views"]
-    while kept := list(islice(images, -(-batch_size // num_views))):
-        views = CacheViews(StreamedImages(source, kept), **settings, first_image=start)
-        yield views.__getitems__(range(start * num_views, (start + len(kept)) * num_views))
-        start += len(kept)
+    num_views = settings["num_views"]
+    at_once = -(-batch_size // num_views)
+    for first in count(0, at_once):
+        # image by image: whole images of a batch can take gigabytes
+        parts = [
+            CacheViews(StreamedImages(source, [image]), **settings, first_image=number).__getitems__(
+                range(number * num_views, (number + 1) * num_views)
+            )
+            for number, image in enumerate(islice(images, at_once), first)
+        ]
+        if not parts:
+            return
+        yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _make(
     path: Path,
-    tokenizer: ImageTokenizer,
+    tokenizer: nn.Module,
     source: ImageSource | ImageStream,
     views: Iterator[Batch],
     rows: int | None,
@@ -241,16 +234,15 @@ def _make(
 
 @torch.no_grad()
 def _encode(
-    file_path: Path, tokenizer: ImageTokenizer, views: Iterator[Batch], device: torch.device | str, rows: int | None
+    file_path: Path, tokenizer: Any, views: Iterator[Batch], device: torch.device | str, rows: int | None
 ) -> tuple[Integer[np.ndarray, " rows"], tuple[int, int]]:
     """Write tokens.npy batch by batch; the labels of its rows, and its shape."""
-    network = cast(nn.Module, tokenizer)
     kind = np.dtype("<u2" if tokenizer.config.codebook_size <= 2**16 else "<i4")
     header = {"descr": kind.str, "fortran_order": False}
     labels: list[np.ndarray] = []
     shape = (0, 0)
-    was_training = network.training
-    network.eval()
+    was_training = tokenizer.training
+    tokenizer.eval()
     try:
         with file_path.open("wb") as file, Display("encoding images", rows, "view") as bar:
             # of one length whatever its shape, which is filled in at the end
@@ -268,7 +260,7 @@ def _encode(
             file.flush()
             os.fsync(file.fileno())
     finally:
-        network.train(was_training)
+        tokenizer.train(was_training)
     return np.concatenate(labels), shape
 
 

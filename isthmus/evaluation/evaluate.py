@@ -41,7 +41,7 @@ from isthmus.evaluation.reference import open_splits
 from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
 from isthmus.evaluation.scores import RealImages, RealSides, data_facts
 from isthmus.evaluation.statistics import mean_and_covariance
-from isthmus.files import alone_in, contents
+from isthmus.files import alone_in, check_only
 from isthmus.nn.guidance import Guidance
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import AnyPipeline, choose_device, dtype_name, load_pipeline
@@ -65,12 +65,7 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
     evaluation of something else, or other things.
     """
     if not (out / RECORD).is_file():
-        foreign = [path.name for path in contents(out) if path.name not in _OURS]
-        if foreign:
-            raise UserError(
-                f"--out must be new, empty or the folder of an evaluation, got {out} with {foreign[0]} in it. "
-                "Choose another folder."
-            )
+        check_only(out, "the folder of an evaluation", ours=_OURS)
         return None
     before, measured = None, outdated_subject(out)
     if measured is None:
@@ -233,12 +228,13 @@ def evaluate_images(
         seconds = {"features": time.perf_counter() - start}
         if done is None:
             remove_by_products(out)
+        if statistics:
+            _write_statistics(out / STATISTICS, found, network)
+        if done is None:
             main = _Measured(images, found, known.labels, known.names)
             facts = circumstances(where, processes=1) | {"seconds": seconds}
             balance, warnings = known.words, [known.warning]
             done = _score(main, {}, real, out, subject=subject, balance=balance, facts=facts, warnings=warnings)
-        if statistics:
-            _write_statistics(out / STATISTICS, found, network)
     _finish(done, out)
 
 
@@ -328,19 +324,23 @@ def evaluate_model(
                 return
             seconds = {"drawing": time.perf_counter() - start} if drawn else {}
             samples = read(asked[""][0], num)
+            found: list[_Measured] = []
             if done is None:
                 remove_by_products(out)
                 start = time.perf_counter()
-                main, *others = (_measured(read(folder, num), chosen, network) for folder, _ in asked.values())
+                found = [_measured(read(folder, num), chosen, network) for folder, _ in asked.values()]
                 seconds["features"] = time.perf_counter() - start
-                facts = circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds}
-                sets = dict(zip(swept, others, strict=True))
-                done = _score(main, sets, real, out, subject=subject, balance=chosen.words, facts=facts)
+            # before the guards of the samples: what they refuse may still be looked at elsewhere
             if npz:
                 labels = chosen.model_ids if pipeline.num_classes else None
                 write_adm_images(out / NPZ, samples, num, labels, chosen.model_names)
             if statistics:
                 _write_statistics(out / STATISTICS, sample_features(network, samples), network)
+            if done is None:
+                main, *others = found
+                facts = circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds}
+                sets = dict(zip(swept, others, strict=True))
+                done = _score(main, sets, real, out, subject=subject, balance=chosen.words, facts=facts)
             if done.measures != extra:
                 start = time.perf_counter()
                 scores, curves = held_out_scores(

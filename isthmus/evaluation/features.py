@@ -31,6 +31,7 @@ from isthmus.nn.perceptual import HEAD_WIDTH, TAP_CHANNELS, EfficientNetLite0, p
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.stored_llama import no_progress_bars
 from isthmus.pipelines.folder import model_folder
+from isthmus.pipelines.memory import naming_next_batch_size
 from isthmus.samples import GROUP, Samples
 
 Rows = Float[np.ndarray, "_ d"]
@@ -288,7 +289,7 @@ def extract_features(
         batch_size: images per forward pass at most; of large images fewer, so that memory does not grow with them.
 
     Raises:
-        UserError: images of two sizes.
+        UserError: images of two sizes, or memory ran out.
     """
     source, parts = iter(images_uint8), []
     first = next(source, None)
@@ -299,7 +300,9 @@ def extract_features(
     while batch := list(islice(source, size)):
         if sizes := [image.shape[:2] for image in batch if image.shape != first.shape]:
             raise UserError(f"images must have one size, got {first.shape[:2]} and {sizes[0]}. Resize them first.")
-        parts.append(network(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)))
+        # its batches are its own: another --batch-size would change nothing
+        with naming_next_batch_size(len(batch), advice="Free memory, or use --device cpu."):
+            parts.append(network(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)))
     return _joined([{name: rows.numpy() for name, rows in part.items()} for part in parts])
 
 

@@ -253,7 +253,8 @@ def held_out_scores(
     labels: list[Label] = [None] * len(images)
     if images.labels is not None and model_ids:
         labels = [model_ids[label] for label in images.labels]
-    with naming_next_batch_size(size):
+    smaller = f"Try --batch-size {size // 2}" if size > 1 else "Use --device cpu"
+    with naming_next_batch_size(size, advice=f"{smaller}: samples and their scores are kept."):
         report = reconstruction_report(
             pipeline, images, network, batch_size=size, lpips=lpips, solver_steps=solver_steps
         )

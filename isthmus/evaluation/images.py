@@ -69,8 +69,15 @@ class ImageSet:
         return map(self.at, range(self.count))
 
     def shown(self, title: str) -> Iterator[Picture]:
-        """A reading with a progress bar."""
-        return iter(tqdm(self, total=self.count, desc=title, unit="image", disable=None))
+        """A reading with a progress bar; UserError where the images have several sizes."""
+        size = None
+        for picture in tqdm(self, total=self.count, desc=title, unit="image", disable=None):
+            size = size or picture.shape[:2]
+            if picture.shape[:2] != size:
+                raise UserError(
+                    f"{self.name}: images must have one size, got {size} and {picture.shape[:2]}. Resize them first."
+                )
+            yield picture
 
     def size(self) -> tuple[int, int]:
         """Height and width of the first image, in pixels."""

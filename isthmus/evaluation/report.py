@@ -310,17 +310,18 @@ def _picture(file: Path, caption: str) -> Iterator[str]:
 def _facts(record: EvaluationRecord) -> Iterator[tuple[str, str]]:
     for part in (record.subject, record.protocol):
         for name, value in vars(part).items():
-            yield name.replace("_", " "), _text(value)
+            yield name.replace("_", " "), fact_text(value)
     for group in (record.data, record.circumstances):
         for name, value in group.items():
-            yield name, _text(value)
+            yield name, fact_text(value)
 
 
-def _text(value: Any) -> str:
+def fact_text(value: Any) -> str:
+    """A value in a table of facts; floats with four digits."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+        return ", ".join(f"{name} {fact_text(inner)}" for name, inner in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_text, value))
+        return ", ".join(map(fact_text, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -160,13 +160,15 @@ def statistics_space(reference: Reference, network: FeatureNetwork) -> str:
                 f"features {network.name} are {' or '.join(network.spaces)} ({network.weights_sha256[:12]}; "
                 f"{network.preprocessing}). Make the statistics again with --statistics, or pass a reference of images."
             )
-        return origin.space
+        spaces = {origin.space: network.spaces[origin.space]}
+    else:
+        spaces = network.spaces
     width = len(statistics.mean)
-    fitting = next((space for space, own in network.spaces.items() if own == width), None)
+    fitting = next((space for space, own in spaces.items() if own == width), None)
     if fitting is None:
         raise UserError(
             f"{reference.words} are {width} wide, the features {network.name} are "
-            f"{' or '.join(map(str, network.spaces.values()))}. "
+            f"{' or '.join(map(str, spaces.values()))}. "
             "Pass --features inception:FILE for statistics of ADM's evaluator, or a reference of images."
         )
     return fitting

@@ -34,8 +34,6 @@ Mask = Float[Tensor, "b 1 h w"]
 """1 = unknown, 0 = known."""
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels; right and bottom are the first beyond."""
-KeptTokens = list[Bool[Tensor, "b _"]]
-"""One entry per scale: which of its tokens an edit takes from the source."""
 
 
 def unknown_share(mask: Mask, side: int) -> Float[Tensor, "b l"]:
@@ -43,7 +41,7 @@ def unknown_share(mask: Mask, side: int) -> Float[Tensor, "b l"]:
     return F.interpolate(mask, size=(side, side), mode="area").flatten(1)
 
 
-def kept_by_coverage(mask: Mask, sizes: Sequence[int], largest_share: Sequence[float]) -> KeptTokens:
+def kept_by_coverage(mask: Mask, sizes: Sequence[int], largest_share: Sequence[float]) -> list[Bool[Tensor, "b _"]]:
     """Tokens with at most this share of unknown pixels, one share in [0, 1) per scale.
 
     >>> left_half = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
@@ -53,7 +51,7 @@ def kept_by_coverage(mask: Mask, sizes: Sequence[int], largest_share: Sequence[f
     return [unknown_share(mask, side) <= share for side, share in zip(sizes, largest_share, strict=True)]
 
 
-def kept_as_published(mask: Mask, sizes: Sequence[int]) -> KeptTokens:
+def kept_as_published(mask: Mask, sizes: Sequence[int]) -> list[Bool[Tensor, "b _"]]:
     """VAR's rule (spec of VAR, 2.8): the known cells of the latent grid, resized bilinearly, exceed 1/2; 1 x 1 is kept.
 
     A cell of the latent grid, whose side is the last of `sizes`, is known where at least half of its pixels are.

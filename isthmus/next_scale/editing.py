@@ -16,7 +16,7 @@ from isthmus.next_scale.pyramid import ScaleSchedule
 from isthmus.next_scale.refinement import DEFAULT_JUMP_SCALES, KnownPart, ScaleRefinementScheduler
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of
 from isthmus.nn.shapes import Images
-from isthmus.pipelines.labels import whole_number
+from isthmus.pipelines.labels import elements, whole_number
 
 _Value = TypeVar("_Value")
 
@@ -34,7 +34,8 @@ def jumps_of(jumps: int | Sequence[int], jump_scales: int | None, num_scales: in
     (0, 2, 2)
     """
     back = DEFAULT_JUMP_SCALES if jump_scales is None else jump_scales
-    every = [jumps] * num_scales if isinstance(jumps, int) else list(jumps)
+    given = elements(jumps)
+    every = [whole_number(one, "jumps") for one in ([jumps] * num_scales if given is None else given)]
     if len(every) != num_scales or min(every) < 0:
         raise UserError(f"jumps is one number, or one per scale ({num_scales}), none negative, got {jumps}. 0 is none.")
     if not any(every):
@@ -43,7 +44,7 @@ def jumps_of(jumps: int | Sequence[int], jump_scales: int | None, num_scales: in
                 f"jump_scales says how far a jump goes back, got {jump_scales} without jumps. Leave it out."
             )
         return None
-    if isinstance(jumps, int):
+    if given is None:
         every[:back] = [0] * min(back, num_scales)  # a jump from there would keep nothing
     if not any(every):
         raise UserError(

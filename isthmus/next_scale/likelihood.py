@@ -70,7 +70,10 @@ def diffusion_bound(
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
 ) -> DiffusionBound:
-    """The bound by the reverse process, scale by scale; equal to the sum of `token_log_likelihood`, the paper's law."""
+    """The bound by the reverse process, a forward per scale; by the paper's law the sum of `token_log_likelihood`.
+
+    Both read the same teacher-forced inputs.
+    """
     token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
     conditioning = transformer.condition(class_labels.to(transformer.device))
     cache, costs = transformer.new_cache(len(class_labels)), []

@@ -357,7 +357,7 @@ class NextScalePipeline(SavedPipeline):
     def elbo(
         self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
     ) -> Float[Tensor, " b"]:
-        """The discrete-diffusion bound on `log_prob`, in nats, stepping scale by scale: the two are equal."""
+        """The discrete-diffusion bound on `log_prob`, in nats, one forward per scale: the two are equal."""
         return self._measured(lambda *given: diffusion_bound(*given).elbo, images, class_labels, token_ids)
 
     def bits_per_pixel(
@@ -519,7 +519,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
         if output_type == "latent":
-            return features
+            return features.clone()  # the loop goes on with its own
         return as_output(pixels_of(self.image_tokenizer, features), output_type)
 
     def _drawn(

@@ -167,6 +167,10 @@ def lowest_share(values: Float[Tensor, "b l"], share: float) -> Bool[Tensor, "b 
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, order[:, :count], True)
 
 
+KeptTokens = list[Bool[Tensor, "b _"]]
+"""One entry per scale: which of its tokens an edit takes from the source."""
+
+
 @dataclass(frozen=True)
 class KnownPart:
     """What an edit takes from its source: per scale, which tokens (`kept`), and which codes these are.
@@ -175,7 +179,7 @@ class KnownPart:
     kept do not matter.
     """
 
-    kept: list[Bool[Tensor, "b _"]]
+    kept: KeptTokens
     token_ids: Callable[[int, LatentMap], ScaleTokens]
 
 
@@ -254,7 +258,6 @@ class _Loop:
         return self._add(scale, torch.where(kept, source, drawn.token_ids), codes)
 
     @torch.no_grad()
-    @whole_fp32()
     def quantized_again(self, features: LatentMap, num_scales: int) -> list[Scale]:
         """The first scales as the tokens found in `features`, kept tokens being the source's: from the changed one on.
 
@@ -266,7 +269,8 @@ class _Loop:
             before, kept = self.features[scale], self.kept[scale]
             if changed and scale and self.sampler.has_cache and self.predicts[scale]:
                 self.sampler.predict(scale, before)
-            token_ids = self.sampler.tokenizer.nearest_tokens(features - before, self.sampler.schedule.sizes[scale])
+            with whole_fp32():
+                token_ids = self.sampler.tokenizer.nearest_tokens(features - before, self.sampler.schedule.sizes[scale])
             if kept is not None:
                 token_ids = torch.where(kept, self._source(scale), token_ids)
             changed = changed or not torch.equal(token_ids, self.token_ids[scale])

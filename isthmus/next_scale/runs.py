@@ -1,6 +1,7 @@
 """Runs of the next-scale family, and named ones. Nothing heavy is imported: the command line is derived from them."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,7 @@ from isthmus.training.config import (
     Preset,
     PriorSampling,
     TokensRun,
-    check_not_negative,
-    check_positive,
-    check_share,
+    must,
     preset_run,
 )
 
@@ -56,9 +55,9 @@ class TokenizerLoss(PerceptualLoss):
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "l1", "mse", "codebook", "adversarial")
-        check_share(self, "adversarial_start", "adversarial_warmup")
-        check_positive(self, "discriminator_channels", "discriminator_learning_rate")
+        must("not be negative", self, "l1", "mse", "codebook", "adversarial")
+        must("lie in [0, 1]", self, "adversarial_start", "adversarial_warmup")
+        must("be positive", self, "discriminator_channels", "discriminator_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class TokenizerRun(ImagesRun):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "image_size")
+        must("be positive", self, "image_size")
 
     def tied_to_length(self, before: int, taken: int) -> list[str]:
         """Also the start of the discriminator, which is a share of the steps."""
@@ -115,8 +114,8 @@ class PriorRun(TokensRun):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "label_smoothing", "refinement_probability")
-        check_positive(self, "scales_per_step")
+        must("lie in [0, 1]", self, "label_smoothing", "refinement_probability")
+        must("be positive", self, "scales_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ class DistillRun(TokensRun):
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "distillation_weight")
+        must("not be negative", self, "distillation_weight")
 
 
 SCALES_32 = (1, 2, 3, 4, 6, 8)
@@ -391,19 +390,9 @@ DISTILL_PRESETS: dict[str, Preset[DistillRun]] = {
 }
 
 
-def tokenizer_preset(name: str) -> TokenizerRun:
-    """The run of a tokenizer preset. Raises `UserError` for an unknown name."""
-    return preset_run(TOKENIZER_PRESETS, name, "tokenizer")
-
-
-def prior_preset(name: str) -> PriorRun:
-    """The run of a prior preset. Raises `UserError` for an unknown name."""
-    return preset_run(PRIOR_PRESETS, name, "prior")
-
-
-def distill_preset(name: str) -> DistillRun:
-    """The run of a distillation preset. Raises `UserError` for an unknown name."""
-    return preset_run(DISTILL_PRESETS, name, "distillation")
+tokenizer_preset = partial(preset_run, TOKENIZER_PRESETS, "tokenizer")
+prior_preset = partial(preset_run, PRIOR_PRESETS, "prior")
+distill_preset = partial(preset_run, DISTILL_PRESETS, "distillation")
 
 
 def default_tokenizer_preset(image_size: int | None) -> str:

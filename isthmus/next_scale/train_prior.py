@@ -1,8 +1,4 @@
-"""Training a next-scale prior (VAR, SRDD): cross-entropy of every token, weighted over scales.
-
-For refinement, some inputs show a part of the scale's own tokens and the loss is on the rest (spec of SRDD, 3.2, masked
-resampling; what a masked round of `ScaleRefinementScheduler` asks of a model).
-"""
+"""Training a next-scale prior (VAR, SRDD): cross-entropy of every token, weighted over scales."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -168,8 +164,9 @@ def partly_shown(
 ) -> PartlyShown:
     """Which scales show tokens of their own, each with `probability`, and which of these stay hidden.
 
-    The share that is hidden is uniform in (0, 1], at least one token. The first scale shows nothing. Decided per
-    training position and scale, by (seed, position, scale).
+    It is what a masked round of `ScaleRefinementScheduler` asks of a model (spec of SRDD, 3.2, masked resampling). The
+    share that is hidden is uniform in (0, 1], at least one token. The first scale shows nothing. Decided per training
+    position and scale, by (seed, position, scale).
 
     `one_scale` is for causal models: with `probability` an image shows tokens at one of its scales, each as likely.
     Where several did, a scale would be trained on the keys of many partial inputs, of which a draw holds none: it

@@ -216,7 +216,7 @@ def tokenizer_scores(
     """PSNR of reconstructions (dB), usage and perplexity of `limit` images, evenly spread over all; for a log line.
 
     By scale: the reconstruction from scales 0..k, of at most 64 images, and the codes of scale k. Without `quantize`,
-    before there is a codebook, the decoder sees the latents: nothing is known by scale, and usage counts as 1.
+    before there is a codebook, the decoder sees the latents: there is neither usage nor anything by scale.
     """
     chosen, device = spread(len(views), limit), tokenizer.device
     starts = range(0, len(chosen), 32)
@@ -232,9 +232,10 @@ def tokenizer_scores(
         counts += code_counts(token_ids, tokenizer.codebook.num_embeddings).cpu()
         whole.append(psnr(tokenizer.decode(token_ids), images))
         if start in shown:
-            parts = stages(tokenizer, token_ids).values()
+            # one reconstruction at a time: all of a large image would not fit
+            parts = (tokenizer.decode_features(scale.features) for scale in tokenizer.token_scales(token_ids))
             by_scale.append(torch.stack([psnr(part, images) for part in parts], dim=1))
-    values = {"val/psnr": float(torch.cat(whole).mean()), "val/usage": 1.0}
+    values = {"val/psnr": float(torch.cat(whole).mean())}
     if not quantize:
         return values
     values["val/usage"] = float((counts.sum(dim=0) > 0).float().mean())
@@ -307,9 +308,11 @@ def save_previews(
     """Rows = held-out images; columns = scales 0..k added up (or the decoded latents), the image itself last."""
     images, _ = preview_images(views)
     images = images.to(tokenizer.device)
-    encoded = tokenizer.encode(images)
-    decoded = {"decoded": tokenizer.decode_features(encoded.latents)}
-    return save_reconstructions(stages(tokenizer, encoded.token_ids) if quantize else decoded, images, folder, step)
+    if quantize:
+        shown = stages(tokenizer, tokenizer.encode(images).token_ids)
+    else:
+        shown = {"decoded": tokenizer.decode_features(tokenizer.latents(images))}
+    return save_reconstructions(shown, images, folder, step)
 
 
 @dataclass(kw_only=True)

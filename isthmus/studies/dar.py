@@ -24,27 +24,10 @@ from isthmus.pictures import to_uint8
 from isthmus.pipelines.labels import Label
 from isthmus.pipelines.memory import batch_size_that_fits
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
-from isthmus.studies.measures import (
-    HeldOut,
-    Lab,
-    Pictures,
-    SampleScorer,
-    evaluation,
-    mean_and_interval,
-)
+from isthmus.studies.measures import HeldOut, Lab, Pictures, SampleScorer, evaluation, mean_and_interval
 from isthmus.studies.options import BALANCE, DarSetting
 from isthmus.studies.study import Study
-from isthmus.studies.tables import (
-    CLASS,
-    FRECHET,
-    Claim,
-    Direction,
-    Found,
-    Panel,
-    StudyTable,
-    panels_of,
-    study_table,
-)
+from isthmus.studies.tables import CLASS, FRECHET, Claim, Direction, Found, Panel, StudyTable, panels_of, study_table
 from isthmus.training.run import column, last, read_log
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer

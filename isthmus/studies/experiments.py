@@ -25,15 +25,10 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One piece of work.
+    """One piece of work that reads the experiments `after`; its name, such as "prior-markov-seed0", is its folder's.
 
-    Attributes:
-        name: of its folder, such as "prior-markov-seed0".
-        kind: which work it is, written beside the result.
-        work: does it, from the lab of the study and the experiment.
-        settings: everything that decides its result, in JSON values. A result made with others is refused.
-        after: experiments that it reads.
-        seconds: rough cost on two cores with the small presets; the ratios tell how much is left.
+    `kind` is written beside the result, which is refused where it was made with other `settings` (JSON values).
+    `seconds` are a rough cost on two cores with the small presets: the ratios tell how much is left.
     """
 
     name: str
@@ -73,11 +68,7 @@ def run_settings(run: Run, *filled_in: str) -> Values:
 
 
 def ordered(experiments: Iterable[Experiment]) -> list[Experiment]:
-    """Each experiment once, in the order given.
-
-    Raises:
-        ValueError: one name stands for two experiments, or one comes before what it reads.
-    """
+    """Each experiment once, in the order given; ValueError for two of one name, or one before what it reads."""
     found: dict[str, Experiment] = {}
     for experiment in experiments:
         if found.setdefault(experiment.name, experiment) != experiment:
@@ -89,11 +80,7 @@ def ordered(experiments: Iterable[Experiment]) -> list[Experiment]:
 
 
 def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Values]:
-    """Results that are there, by name.
-
-    Raises:
-        UserError: a result was made with other settings.
-    """
+    """Results that are there, by name; `UserError` where one was made with other settings."""
     results = {}
     for experiment in experiments:
         record = _read(folder / experiment.name / RESULT)
@@ -115,10 +102,8 @@ def run_experiments(
 ) -> dict[str, Values]:
     """Run what is not finished; a line per experiment says how long it took and what is left. Returns all results.
 
-    `lab` is what every work is given, and `made` tells what is noted beside every result.
-
-    Raises:
-        UserError: a result was made with other settings, or an experiment cannot be run.
+    `lab` is what every work is given, and `made` tells what is noted beside every result. Raises `UserError` where a
+    result was made with other settings.
     """
     results = finished(experiments, folder)
     left = [experiment for experiment in experiments if experiment.name not in results]

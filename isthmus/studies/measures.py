@@ -132,7 +132,7 @@ class Lab(Generic[Setting]):
         return BALANCE if self.images("val").class_names else "uniform"
 
     def network(self) -> FeatureNetwork:
-        """Features of all scores."""
+        """Of all scores."""
         return feature_network("lite0", device=choose_device(self.setting.device))
 
 
@@ -184,8 +184,7 @@ def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) 
 class SampleScorer:
     """Scores samples of one model by the protocol of `isthmus evaluate`: against `real`, with `classes`.
 
-    Raises:
-        UserError: the data do not fit the model, or there are too few images.
+    Raises `UserError` where the data do not fit the model, or there are too few images.
     """
 
     def __init__(self, pipeline: AnyPipeline, lab: Lab[Any]):
@@ -212,8 +211,7 @@ Pictures = UInt8[np.ndarray, "_ _ _ 3"]
 class HeldOut:
     """Held-out images (0..255), at most `HELD_OUT_LIMIT`, and a judge of classes fitted on training images.
 
-    Raises:
-        UserError: the data do not fit the model.
+    Raises `UserError` where the data do not fit the model.
     """
 
     def __init__(self, pipeline: AnyPipeline, lab: Lab[Any]):

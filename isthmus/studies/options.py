@@ -35,16 +35,10 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySetting:
-    """Everything that decides the results of a study.
+    """Everything that decides the results of a study, which fills in folders and seeds of the two runs.
 
-    Attributes:
-        tokenizer: the run of all tokenizers; the study fills in where it goes, and the seed where there are several.
-        prior: the run that all priors share.
-        seeds: of the trainings, and of the samples drawn from what was trained.
-        num: samples per model and guidance.
-        guidances: measured beside the prior's own.
-        batch_size: images drawn at once; None estimates what fits.
-        threads: of torch on the CPU, for what is timed.
+    `seeds` are those of the trainings and of what is drawn, `num` samples per model and guidance, `guidances` those
+    beside the prior's own, `threads` torch's on the CPU. `batch_size` images are drawn at once; None: what fits.
     """
 
     tokenizer: Run
@@ -63,7 +57,7 @@ class StudySetting:
 
     @property
     def seed_words(self) -> str:
-        """Training seeds, in words."""
+        """In a sentence."""
         return ", ".join(map(str, self.seeds))
 
 

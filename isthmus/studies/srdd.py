@@ -27,13 +27,7 @@ from isthmus.pictures import to_uint8
 from isthmus.pipelines.loading import choose_device
 from isthmus.samples import SampleRequest, draw, read
 from isthmus.studies.experiments import Experiment, Values
-from isthmus.studies.measures import (
-    HeldOut,
-    SampleScorer,
-    evaluation,
-    interleaved_seconds,
-    mean_and_interval,
-)
+from isthmus.studies.measures import HeldOut, SampleScorer, evaluation, interleaved_seconds, mean_and_interval
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.srdd_priors import (
     BITS,
@@ -86,10 +80,7 @@ def equal_schedulers(num_scales: int) -> Mapping[str, ScaleRefinementScheduler]:
 
 
 def refined_samples(lab: SrddLab, experiment: Experiment) -> Values:
-    """Scores of samples that were drawn in each mode, and the forwards of a draw; image i is the same request.
-
-    The samples lie in a folder per mode; what was drawn earlier is used again.
-    """
+    """Scores of samples drawn in each mode, in a folder each, and the forwards of a draw; image i is one request."""
     pipeline: NextScalePipeline = lab.pipeline(experiment.after[0])
     scorer, drawn, forwards = SampleScorer(pipeline, lab), {}, {}
     schedulers, seed = equal_schedulers(pipeline.schedule.num_scales), experiment.settings["seed"]
@@ -296,9 +287,7 @@ def measured_edits(lab: SrddLab, experiment: Experiment) -> Values:
 
     Known pixels are put back without a seam, so that all that differs from the original lies in the hole. With the
     rows of the model stand those of methods that read no model: the hole painted over from around, bicubic enlargement.
-
-    Returns:
-        images; by_hole: kind -> row -> column -> value with the ends of its 95 % interval; by_factor: the same.
+    by_hole and by_factor: kind -> row -> column -> value with the ends of its 95 % interval.
     """
     pipeline: NextScalePipeline = lab.pipeline(experiment.after[0])
     images, seed = HeldOut(pipeline, lab), experiment.settings["seed"]

@@ -25,14 +25,7 @@ from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
-from isthmus.studies.measures import (
-    Lab,
-    Timed,
-    evaluation,
-    interleaved_seconds,
-    mean_and_interval,
-    peak_bytes,
-)
+from isthmus.studies.measures import BATCH, Lab, Timed, evaluation, interleaved_seconds, mean_and_interval, peak_bytes
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.tables import (
     CLASS,
@@ -65,11 +58,7 @@ TOKENIZER, SHORT_TOKENIZER = "tokenizer", "tokenizer-short"
 
 @dataclass(frozen=True)
 class Variant:
-    """A prior that differs from the others in one thing.
-
-    `tokenizer` is the one whose scales it predicts, `refinement` the share of its training examples that show some of
-    their own tokens.
-    """
+    """A prior that differs from the others in one thing; `refinement` is `PriorRun.refinement_probability`."""
 
     name: str
     mask: Literal["causal", "markov"] = "markov"
@@ -103,8 +92,8 @@ def settings_of(run: Run) -> Values:
 
 def tokenizer_experiment(setting: SrddSetting) -> Experiment:
     """The one tokenizer that all priors share."""
-    settings = {"run": settings_of(setting.tokenizer)}
-    return Experiment(name=TOKENIZER, kind="tokenizer", work=trained_tokenizer, settings=settings, seconds=300)
+    run = settings_of(setting.tokenizer)
+    return Experiment(name=TOKENIZER, kind="tokenizer", work=trained_tokenizer, settings={"run": run}, seconds=300)
 
 
 def trained_tokenizer(lab: SrddLab, experiment: Experiment) -> Values:
@@ -116,11 +105,7 @@ def trained_tokenizer(lab: SrddLab, experiment: Experiment) -> Values:
 
 
 def shortened_tokenizer(lab: SrddLab, experiment: Experiment) -> Values:
-    """The tokenizer with every second scale.
-
-    The weights are the same, and every side keeps its phi (`ScaleSchedule.derive`): the tokens of an image are those
-    that the residual search finds on the shorter schedule.
-    """
+    """The tokenizer with every second scale: the same weights, every side with its phi (`ScaleSchedule.derive`)."""
     parent = load_tokenizer(str(lab.run_folder(TOKENIZER)))
     schedule = parent.schedule.derive(every_second(parent.schedule.sizes))
     arguments = {name: value for name, value in parent.config.items() if not name.startswith("_")}
@@ -245,10 +230,7 @@ DRAWN_IMAGES = 16
 
 
 def measured_cost(lab: SrddLab, experiment: Experiment) -> Values:
-    """Seconds per training step and per image by round, and peak bytes of both, of trained runs.
-
-    Models are timed in turn within a round, so that whatever else the machine does hits all of them.
-    """
+    """Seconds per training step and per image by round, and peak bytes of both, of trained runs."""
     facts, device = experiment.settings, choose_device(lab.setting.device)
     runs = {name: placed_run(lab, VARIANTS[name], facts["seed"]) for name in facts["variants"]}
     steps = {name: training_step(run, device) for name, run in runs.items()}
@@ -276,10 +258,7 @@ def measured_cost(lab: SrddLab, experiment: Experiment) -> Values:
 
 
 def training_step(run: PriorRun, device: torch.device) -> Timed:
-    """One optimizer step of a run, as its training does it, on a network that starts anew and one batch.
-
-    Precision is float32, whatever the training uses on a GPU.
-    """
+    """One optimizer step of a run on a network that starts anew and one batch, always in float32."""
     family = NextScalePriorTask(run)
     family.tokenizer.to(device)
     network = family.network.to(device).train()  # pyright: ignore[reportArgumentType]
@@ -343,11 +322,6 @@ def cost_cells(costs: Values) -> dict[str, Readings]:
     }
 
 
-def bits_per_token(found: SrddFound, variant: str) -> dict[str, Readings]:
-    """Of held-out images."""
-    return {BITS: found.held_out_score(f"samples-{variant}", BITS)}
-
-
 def bits_per_image(found: SrddFound, experiment: str) -> dict[str, Readings]:
     """Of held-out images."""
     nats = found.held_out_score(experiment, "nats per image")
@@ -373,12 +347,11 @@ def learning_curves(found: SrddFound, names: Mapping[str, str]) -> tuple[Panel, 
 )
 def masks(found: SrddFound) -> StudyTable:
     """Causal (VAR) against Markov (SRDD)."""
-    names, costs = {"causal": "causal", "markov": "markov"}, found.results["cost-causal-markov"]
-    experiments = [f"samples-{variant}" for variant in names]
-    rows = [
-        found.sample_row(name, f"samples-{variant}", cells=bits_per_token(found, variant) | cost_cells(costs[variant]))
-        for variant, name in names.items()
-    ]
+    costs, rows = found.results["cost-causal-markov"], []
+    experiments = {name: f"samples-{name}" for name in ("causal", "markov")}
+    for name, experiment in experiments.items():
+        cells = {BITS: found.held_out_score(experiment, BITS), **cost_cells(costs[name])}
+        rows.append(found.sample_row(name, experiment, cells=cells))
 
     def claim(says: str, source: str, column: str, direction: Direction = "lower") -> Claim:
         return Claim(says, source, "markov", "causal", column, direction)
@@ -387,7 +360,7 @@ def masks(found: SrddFound) -> StudyTable:
     arithmetic = "The mask alone saves about 4 % of the arithmetic of drawing at 256 px, 11 % at 512 px"
     return StudyTable(
         about=f"The mask between scales: all earlier scales (VAR) or the image so far alone (SRDD). "
-        f"{equal(found.setting)} {found.protocol_words(*experiments)}{times_words(found, costs)}",
+        f"{equal(found.setting)} {found.protocol_words(*experiments.values())}{times_words(found, costs)}",
         first_column="mask",
         rows=(*rows, *found.real_rows("samples-markov")),
         timed=TIMED,
@@ -399,12 +372,12 @@ def masks(found: SrddFound) -> StudyTable:
             claim(memory, "MVAR", IMAGE_MEMORY),
             claim(arithmetic, "arithmetic", IMAGE_TIME),
         ),
-        panels=learning_curves(found, names),
+        panels=learning_curves(found, {name: name for name in experiments}),
         notes=(
             "Bits per token are of held-out images, without guidance or filters. We know no figure of SRDD's own "
             "for convergence or bits per token, so those columns have no claim beside them. Memory is what tensors "
             "hold at its peak beyond weights and optimizer state.",
-            *found.warnings(*experiments),
+            *found.warnings(*experiments.values()),
         ),
     )
 
@@ -443,10 +416,7 @@ def guidance(found: SrddFound) -> StudyTable:
     )
 
 
-@study_table(
-    "Scale schedules",
-    lambda setting: [*samples(setting, MARKOV, SHORT), cost(setting, MARKOV, SHORT)],
-)
+@study_table("Scale schedules", lambda setting: [*samples(setting, MARKOV, SHORT), cost(setting, MARKOV, SHORT)])
 def schedules(found: SrddFound) -> StudyTable:
     """All scales against every second one."""
     names, costs = {"markov": "all scales", "short": "every second scale"}, found.results["cost-markov-short"]
@@ -486,8 +456,8 @@ def weighting(found: SrddFound) -> StudyTable:
     names = {"markov": "token-uniform", "lognormal": "log-normal"}
     experiments = [f"samples-{variant}" for variant in names]
     rows = [
-        found.sample_row(name, f"samples-{variant}", cells=bits_per_token(found, variant))
-        for variant, name in names.items()
+        found.sample_row(name, experiment, cells={BITS: found.held_out_score(experiment, BITS)})
+        for name, experiment in zip(names.values(), experiments, strict=True)
     ]
     says = (
         "Weights per scale in place of the uniform token loss: d16 FID 3.01 against VAR's 3.3 to 3.55 (with what else "
@@ -507,17 +477,13 @@ def weighting(found: SrddFound) -> StudyTable:
     )
 
 
-_AT_ONCE = 32
-
-
 def measured_noise(lab: SrddLab, experiment: Experiment) -> Values:
     """Signal-to-noise ratio, dB, after every scale, of held-out images; needs a tokenizer alone."""
     tokenizer = load_tokenizer(str(lab.run_folder(TOKENIZER)))
     tokenizer.to(choose_device(lab.setting.device))
     images, rows = EvaluationImages(lab.images("val", tokenizer.image_size), tokenizer.image_size), []
-    for start in range(0, len(images), _AT_ONCE):
-        chosen = range(start, min(start + _AT_ONCE, len(images)))
-        pixels = torch.stack([torch.as_tensor(images[i]["image"]) for i in chosen]).to(tokenizer.device)
+    for start in range(0, len(images), BATCH):
+        pixels = images.__getitems__(range(start, min(start + BATCH, len(images))))["image"].to(tokenizer.device)
         with torch.no_grad():
             latents = tokenizer.latents(pixels)
         rows.append(signal_to_noise(tokenizer, latents).cpu().double())

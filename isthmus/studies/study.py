@@ -3,26 +3,31 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 
 from isthmus.errors import UserError
 from isthmus.evaluation.record import circumstances
-from isthmus.files import alone_in, contents, write_whole
+from isthmus.evaluation.report import fact_text, joined, markdown_picture, markdown_table, write_pages
+from isthmus.files import alone_in, check_only, write_whole
+from isthmus.pictures import draw_grid
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, facts_of, ordered, run_experiments
 from isthmus.studies.measures import Lab
 from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
-from isthmus.studies.report import write_study_report
-from isthmus.studies.tables import Found, Setting, TableSpec
+from isthmus.studies.tables import RULE, Difference, Found, Panel, Setting, StudyTable, TableSpec, mean_and_half_width
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger("isthmus")
 
 _RECORD = "study.json"
+_CLAIM_HEAD = ("claim of a paper", "source", "measured here", "verdict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Study(Generic[Setting]):
 
     @property
     def table_names(self) -> tuple[str, ...]:
-        """Names of all tables, in the order of the report."""
+        """In the order of the report."""
         return tuple(spec.name for spec in self.tables)
 
     def plan(self, setting: Setting, tables: Sequence[str]) -> list[Experiment]:
@@ -58,16 +63,9 @@ class Study(Generic[Setting]):
     ) -> Path:
         """Run what is not finished, fill the tables of these names and write the report; returns report.md.
 
-        Args:
-            setting: everything that decides the results.
-            folder: of the study.
-            tables: names of those to fill.
-            facts: said at the end of the report, before those of the experiments.
-            images: fingerprints of the images by split; a study goes on with the same ones alone.
-            made: when, where and with which versions this process runs; noted beside every result.
-
-        Raises:
-            UserError: the folder holds something else, or experiments with other settings or images.
+        `facts` are said at the end of the report, before those of the experiments; `images` are fingerprints by split;
+        what is `made` (when, where, with which versions) is noted beside every result. Raises `UserError` where the
+        folder holds something else, or experiments with other settings or images.
         """
         experiments = self.plan(setting, tables)
         claim_folder(folder, self.name, images)
@@ -75,17 +73,13 @@ class Study(Generic[Setting]):
         found = Found(setting, run_experiments(experiments, folder, Lab(setting, folder), made=made))
         filled = {spec.name: spec.make(found) for spec in self.tables if spec.name in tables}
         facts = {**facts, "images (sha256)": images, **facts_of(experiments, folder)}
-        report = write_study_report(folder, self.title, self.summary(setting), self.tables, filled, facts)
+        report = write_study_report(self, self.summary(setting), folder, filled, facts)
         logger.info("done: %s", report)
         return report
 
 
 def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
-    """Begin the record of a study, or find it again.
-
-    Raises:
-        UserError: the folder holds something else, or a study of other images.
-    """
+    """Begin the record of a study, or find it again; `UserError` for a folder of something else or of other images."""
     record, now = folder / _RECORD, {"study": name, "images": dict(images)}
     if record.is_file():
         try:
@@ -97,16 +91,104 @@ def claim_folder(folder: Path, name: str, images: Mapping[str, str]) -> None:
         if before != now:
             raise UserError(f"{folder} holds a study of other images than --data has now. Choose another --out.")
         return
-    if contents(folder):
-        raise UserError(f"--out must be new, empty or the folder of this study, got {folder}. Choose another folder.")
+    check_only(folder, "the folder of this study")
     write_whole(record, json.dumps(now) + "\n")
+
+
+def write_study_report(
+    study: Study[Any], summary: str, folder: Path, tables: Mapping[str, StudyTable], facts: Mapping[str, Any]
+) -> Path:
+    """Write report.md, which is returned, and report.html, with a picture per table with curves if matplotlib is there.
+
+    Tables of the study that are not in `tables` are marked "not run"; `facts` made the numbers.
+    """
+    for spec in study.tables:
+        # of an earlier run, maybe of other results
+        (folder / f"{spec.name}.png").unlink(missing_ok=True)
+    try:
+        for name, table in tables.items():
+            if table.panels:
+                draw_grid(table.panels, _draw_panel, folder / f"{name}.png")
+    except ImportError:
+        logger.warning('The report has no plots: they need matplotlib. Run: pip install "isthmus[eval]"')
+    text = joined([f"# {study.title}", summary, *_parts(folder, study.tables, tables, facts)])
+    write_pages(folder, text, title=study.title)
+    return folder / "report.md"
+
+
+def _draw_panel(axis: "Axes", panel: Panel) -> None:
+    for name, points in panel.lines.items():
+        means, widths = zip(*map(mean_and_half_width, points.values()), strict=True)
+        bars = None if None in widths else widths
+        axis.errorbar(list(points), means, yerr=bars, label=name, marker="o", markersize=3, capsize=2)
+    if panel.level is not None:
+        name, value = panel.level
+        axis.axhline(value, color="tab:green", linestyle="--", label=name)
+    axis.set_xlabel(panel.along)
+    axis.set_title(panel.title, fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def difference_text(found: Difference, repetitions: str = "seeds") -> str:
+    """First minus second, as a cell; `repetitions` are what it is a mean over.
+
+    >>> difference_text(Difference(-0.5, 0.25, 3)), difference_text(Difference(float("nan"), None, 0))
+    ('-0.5 [-0.75, -0.25] (3 seeds)', 'not measured')
+    """
+    if not found.num_seeds:
+        return "not measured"
+    seeds = f"one {repetitions.removesuffix('s')}" if found.num_seeds == 1 else f"{found.num_seeds} {repetitions}"
+    value, half_width = found.value, found.half_width
+    if half_width is None:
+        return f"{value:.4g}, no interval ({seeds})"
+    interval = f" [{value - half_width:.4g}, {value + half_width:.4g}]" if half_width else ""
+    return f"{value:.4g}{interval} ({seeds})"
+
+
+def _parts(
+    folder: Path, specs: Sequence[TableSpec[Any]], tables: Mapping[str, StudyTable], facts: Mapping[str, Any]
+) -> Iterator[str]:
+    claims = {name: list(_claim_cells(table)) for name, table in tables.items()}
+    rows = [(spec.title, *cells) for spec in specs for cells in claims.get(spec.name, ())]
+    if rows:
+        yield "## Claims"
+        yield markdown_table(("table", *_CLAIM_HEAD), rows)
+        yield RULE
+        yield (
+            f"{len(rows)} verdicts stand here, each by a 95 % interval of its own: where nothing differs at all, about "
+            'one in twenty would still not be "cannot tell". Read a single verdict with that in mind.'
+        )
+    for spec in specs:
+        yield f"## {spec.title}"
+        if spec.name not in tables:
+            yield f"Not run. `--tables {spec.name}` or `--budget full` fills this table."
+            continue
+        table, picture = tables[spec.name], folder / f"{spec.name}.png"
+        yield table.about
+        yield markdown_table(*table.text())
+        if claims[spec.name]:
+            yield markdown_table(_CLAIM_HEAD, claims[spec.name])
+        if table.panels and picture.is_file():
+            titles = "; ".join(panel.title for panel in table.panels)
+            yield markdown_picture(picture, f"{titles} (bars: 95 % intervals)")
+        yield from table.notes
+    yield "## What made these numbers"
+    yield markdown_table(("what", "value"), [(name, fact_text(value)) for name, value in facts.items()])
+
+
+def _claim_cells(table: StudyTable) -> Iterator[tuple[str, str, str, str]]:
+    for claim, found in table.findings():
+        gap = difference_text(found, table.repetitions(claim.column))
+        measured = f"{claim.column}, {claim.first} minus {claim.second}: {gap}"
+        yield claim.says, claim.source, measured, found.verdict(claim.direction)
 
 
 def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
-    Sets the number of threads, and the device that trainings of this process take. Raises `UserError` for an option
-    that is not usable, or where the folder holds something else.
+    Sets the number of threads, and the device that trainings of this process take. Raises `UserError` as `Study.run`
+    does, and for an option that is not usable.
     """
     tables, classes = options.tables_among(study.table_names), options.chosen_classes
     if options.threads is not None:
@@ -117,12 +199,11 @@ def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) ->
         os.environ["ACCELERATE_USE_CPU"] = "true"
     setting = options.setting(device.type, torch.get_num_threads())
     folder = options.out or Path(f"study-{study.name}" + ("-full" if options.budget == "full" else ""))
-    lab = Lab(setting, folder)
     return study.run(
         setting,
         folder,
         tables=tables,
         facts={"budget": options.budget, "data": options.data, "classes": "all" if classes is None else classes},
-        images={split: lab.images(split).fingerprint for split in ("train", "val")},
+        images={split: Lab(setting, folder).images(split).fingerprint for split in ("train", "val")},
         made=lambda: circumstances(device, processes=1),
     )

@@ -80,9 +80,7 @@ def by_column(found: Mapping[int, Mapping[str, Any]], read: Callable[[Any], Read
 
 
 def score_reading(score: Mapping[str, Any]) -> Reading:
-    """A score with its own 95 % interval.
-
-    Its own ends where there are any, else 1.96 standard errors, else the interval of a mean over disjoint chunks.
+    """A score with its 95 % interval: its own ends, else 1.96 standard errors, else that of a mean over chunks.
 
     >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
     Reading(value=3.0, low=2.02, high=3.98)
@@ -196,13 +194,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyTable:
-    """A finished table.
+    """A finished table `about` what was compared and held equal, with paragraphs of `notes` below it.
 
-    Attributes:
-        about: what was compared, and what was held equal.
-        first_column: head of the names of the rows.
-        timed: columns whose readings are rounds of timing, not seeds.
-        notes: what else to know, a paragraph each; also what no paper has a figure for.
+    `first_column` heads the names of the rows; the readings of `timed` columns are rounds of timing, not seeds.
     """
 
     about: str
@@ -293,10 +287,9 @@ class Found(Generic[Setting]):
         facts: Mapping[str, str] | None = None,
         cells: Mapping[str, Readings] | None = None,
     ) -> "Row":
-        """Scores of samples at `path`, with what stands beside every number of samples.
+        """Scores of samples at `path`, by default an evaluation's at `guidance`, by default the prior's own.
 
-        No path is that of an evaluation at `guidance`, by default the prior's own. `facts` stand before those of
-        samples, `cells` behind the scores.
+        `facts` stand before what is beside every number of samples, `cells` behind the scores.
         """
         protocol, guidance = self.first(experiment, "protocol"), guidance or self.setting.own_guidance
         measured = by_column(self.by_seed(experiment, *(path or ("by_guidance", guidance))), score_reading)
@@ -319,11 +312,7 @@ class Found(Generic[Setting]):
         return row("floor"), row("ceiling")
 
     def protocol_words(self, *experiments: str) -> str:
-        """How the samples of these experiments were measured.
-
-        Raises:
-            UserError: in different ways, so that they do not stand in one table.
-        """
+        """How the samples of these experiments were measured; `UserError` where they were in different ways."""
         first, *others = (one for name in experiments for one in self.by_seed(name, "protocol").values())
         for other in others:
             differences = [name.replace("_", " ") for name in first if first[name] != other[name]]
@@ -369,15 +358,11 @@ def study_table(
 
 
 def panels_of(
-    columns: Sequence[str],
-    along: str,
-    lines: Mapping[str, Mapping[Any, Row]],
-    floor: Row,
-    words: str = "",
+    columns: Sequence[str], along: str, lines: Mapping[str, Mapping[Any, Row]], floor: Row, words: str = ""
 ) -> tuple[Panel, ...]:
-    """A panel for each of `columns` that was measured, with `words` in its title: rows at x, by the name of their line.
+    """A panel for each of `columns` that was measured: rows at x, by line; what real images score (`floor`) is a level.
 
-    What real images score, in the row `floor`, is a level.
+    `words` end its title.
     """
     panels = []
     for column in columns:

@@ -27,8 +27,7 @@ def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
         names: arguments to take, in this order.
         types: what names in annotations mean, beside those of Python.
 
-    Raises:
-        ValueError: there is no such place or argument.
+    Raises ValueError where there is no such place or argument.
 
     >>> sizes = arguments_of("isthmus.next_scale.tokenizer:MultiScaleVQVAE", ["codebook_size", "scale_sizes"])
     >>> sizes(scale_sizes=(1, 2))

@@ -45,7 +45,7 @@ class Progress:
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The complete checkpoint of the highest step in a run folder, or None."""
-    return max(_checkpoints(out), key=step_of, default=None)
+    return next(reversed(_checkpoints(out)), None)
 
 
 def _checkpoints(out: Path) -> list[Path]:

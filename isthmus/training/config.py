@@ -6,7 +6,7 @@ This file imports nothing heavy: the command line is derived from it.
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -48,9 +48,9 @@ class OptimConfig:
     """Gradients are clipped to this norm."""
 
     def __post_init__(self):
-        check_positive(self, "learning_rate", "eps", "max_grad_norm", "final_ratio", "warmup_start")
-        check_share(self, "plateau", "knee", "beta1", "beta2", "warmup_start")
-        check_not_negative(self, "warmup_steps", "weight_decay")
+        must("be positive", self, "learning_rate", "eps", "max_grad_norm", "final_ratio", "warmup_start")
+        must("lie in [0, 1]", self, "plateau", "knee", "beta1", "beta2", "warmup_start")
+        must("not be negative", self, "warmup_steps", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,12 @@ class Run:
     def __post_init__(self):
         # in Python a folder is often written as text
         object.__setattr__(self, "out", Path(self.out))
-        check_positive(self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every")
-        check_positive(self, "save_every", "keep_checkpoints")
-        check_not_negative(self, "seed", "shuffle_buffer")
-        check_share(self, "ema_decay")
+        must(
+            "be positive", self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every"
+        )
+        must("be positive", self, "save_every", "keep_checkpoints")
+        must("not be negative", self, "seed", "shuffle_buffer")
+        must("lie in [0, 1]", self, "ema_decay")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}. "
@@ -186,7 +188,7 @@ class PerceptualLoss:
     """LPIPS only: files that hold the VGG16 weights and the linear heads."""
 
     def __post_init__(self):
-        check_not_negative(self, "perceptual")
+        must("not be negative", self, "perceptual")
         if (self.perceptual_network == "lpips") != bool(self.lpips_weights):
             raise UserError(
                 f"loss.lpips_weights go with loss.perceptual_network lpips, got {len(self.lpips_weights)} files with "
@@ -201,8 +203,8 @@ class ImagesRun(Run):
     freeze_encoder: bool = False
     """Train only what decodes (with --from): token ids stay what they were."""
     continuous_steps: int = 100
-    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs (D-AR: 0
-    starts it at random). One that goes on from a model (--from) has its codebook."""
+    """First steps of a new tokenizer without quantisation; its codebook then starts from encoder outputs (0:
+    from those of the first step; D-AR: at random). One that goes on from a model (--from) has its codebook."""
     revive_every: int = 100
     """Steps between revivals of codes that nothing uses; 0 leaves them dead."""
     usage_warning: float = 0.2
@@ -210,8 +212,8 @@ class ImagesRun(Run):
 
     def __post_init__(self):
         super().__post_init__()
-        check_not_negative(self, "continuous_steps", "revive_every")
-        check_share(self, "usage_warning")
+        must("not be negative", self, "continuous_steps", "revive_every")
+        must("lie in [0, 1]", self, "usage_warning")
         if self.freeze_encoder and not self.from_model:
             raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
 
@@ -254,10 +256,10 @@ class TokensRun(Run):
         object.__setattr__(self, "tokenizer", str(self.tokenizer))
         if self.token_cache is not None:
             object.__setattr__(self, "token_cache", Path(self.token_cache))
-        check_positive(self, "num_views", "max_images")
+        must("be positive", self, "num_views", "max_images")
         if self.stream and self.max_images is None:
             raise UserError("a stream has no end, so its token cache needs one. Pass --max-images NUMBER.")
-        check_share(self, "label_dropout")
+        must("lie in [0, 1]", self, "label_dropout")
         if self.from_model and self.tokenizer:
             raise UserError(
                 f"a model to start from brings its own tokenizer, got --tokenizer {self.tokenizer} as well. "
@@ -299,29 +301,23 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
     return kind(**made)
 
 
-def check_positive(config: object, *names: str) -> None:
-    """Raise `UserError` where a named field is given (not None) and not above 0."""
+_RULES: dict[str, Callable[[Any], bool]] = {
+    "be positive": lambda value: value > 0,
+    "not be negative": lambda value: value >= 0,
+    "lie in [0, 1]": lambda value: 0 <= value <= 1,
+    "lie in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
+def must(rule: str, config: object, *names: str) -> None:
+    """Raise `UserError` where a named field is given (not None) and breaks a rule of `_RULES`."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} must be positive, got {value}.")
+        if value is not None and not _RULES[rule](value):
+            raise UserError(f"{name} must {rule}, got {value}.")
 
 
-def check_not_negative(config: object, *names: str) -> None:
-    """Raise `UserError` where a named field is below 0."""
-    for name in names:
-        if not getattr(config, name) >= 0:
-            raise UserError(f"{name} must not be negative, got {getattr(config, name)}.")
-
-
-def check_share(config: object, *names: str) -> None:
-    """Raise `UserError` where a named field is outside [0, 1]."""
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} must lie in [0, 1], got {getattr(config, name)}.")
-
-
-def read_record(path: Path) -> dict[str, Any]:
+def read_run_record(path: Path) -> dict[str, Any]:
     """What a run.json holds, its settings under "run"; nothing where it is missing, or none of ours."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -339,7 +335,7 @@ def explaining_places(record: Path, settings: Mapping[str, Any]) -> Iterator[Non
     try:
         yield
     except UserError as error:
-        recorded = read_record(record).get("run", {})
+        recorded = read_run_record(record).get("run", {})
         lost = [
             f"{name} {place}"
             for name in ("data", "tokenizer", "from_model", "token_cache")
@@ -377,7 +373,7 @@ class Preset(Generic[AnyRun]):
     """Where that figure comes from."""
 
 
-def preset_run(presets: Mapping[str, Preset[AnyRun]], name: str, kind: str) -> AnyRun:
+def preset_run(presets: Mapping[str, Preset[AnyRun]], kind: str, name: str) -> AnyRun:
     """The run of the preset of that name. Raises `UserError` for an unknown name, with the nearest known ones."""
     if name not in presets:
         near = difflib.get_close_matches(name, presets, n=3, cutoff=0.3)

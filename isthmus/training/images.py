@@ -39,11 +39,7 @@ def open_split(run: Run, image_size: int, split: str) -> ImageSource:
 
 
 def open_splits(run: Run, image_size: int) -> tuple[ImageSource | ImageStream, ImageSource]:
-    """Training and held-out images of a run.
-
-    Raises:
-        UserError: the data set cannot be used, in words; or a stream is asked for classes, which it cannot choose.
-    """
+    """Training and held-out images of a run. Raises UserError where they cannot be used, or a stream is to choose."""
     if not run.stream:
         return open_split(run, image_size, "train"), open_split(run, image_size, "val")
     if run.classes is not None:
@@ -64,10 +60,8 @@ def image_batches(
 ) -> Iterator[Batch]:
     """Batches of training views from `step` on; one batch is what one process computes at once.
 
-    `stream_states` are those that a checkpoint holds, one per process; data read by index need none.
-
-    Raises:
-        UserError: a stream is continued with another number of processes.
+    `stream_states` are those that a checkpoint holds, one per process; data read by index need none. Raises UserError
+    where a stream is continued with another number of processes.
     """
     share = {"batch_size": run.batch_size // run.accumulate, "rank": rank, "world_size": world_size}
     if not isinstance(source, ImageStream):

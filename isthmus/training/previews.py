@@ -13,11 +13,12 @@ from isthmus.nn.shapes import Images
 from isthmus.pictures import save_picture, spread, table, to_pil
 
 PREVIEW_SEED = 0
+_COLUMNS = 8
 
 
-def preview_images(views: EvaluationImages, num_images: int = 8) -> tuple[Images, Sequence[int]]:
-    """Held-out images in [-1, 1], spread over all, and their numbers."""
-    numbers = spread(len(views), num_images)
+def preview_images(views: EvaluationImages) -> tuple[Images, Sequence[int]]:
+    """Up to 8 held-out images in [-1, 1], spread over all, and their numbers."""
+    numbers = spread(len(views), 8)
     return views.__getitems__(numbers)["image"], numbers
 
 
@@ -34,17 +35,14 @@ def save_samples(
     null_class_id: int,
     folder: Path,
     step: int,
-    *,
-    per_class: int = 8,
-    num_classes: int = 10,
 ) -> Path:
-    """Rows = the first classes (or the null class of a model without), columns = seeds.
+    """Rows = the first ten classes (or the null class of a model without), columns = seeds.
 
     `draw` makes pictures of labels and (seed, number) pairs.
     """
-    shown = min(null_class_id, num_classes)
+    shown = min(null_class_id, 10)
     classes = list(range(shown)) or [null_class_id]
-    labels = torch.tensor([label for label in classes for _ in range(per_class)])
+    labels = torch.tensor([label for label in classes for _ in range(_COLUMNS)])
     pictures = draw(labels, [(PREVIEW_SEED, i) for i in range(len(labels))])
-    rows = [pictures[i : i + per_class] for i in range(0, len(pictures), per_class)]
+    rows = [pictures[i : i + _COLUMNS] for i in range(0, len(pictures), _COLUMNS)]
     return save_picture(table(rows, row_names=list(class_names[:shown])), folder / f"samples-{step:08d}.png")

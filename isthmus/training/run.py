@@ -36,12 +36,12 @@ from torch.distributed.tensor import DTensor
 import isthmus
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import check_writable, contents, write_whole
+from isthmus.files import check_only, check_writable, write_whole
 from isthmus.nn.draws import weight_seed
 from isthmus.nn.precision import TypeChoice, faster_type
 from isthmus.processes import process_count
 from isthmus.training.checkpoints import Progress, newest_checkpoint, step_of, whole
-from isthmus.training.config import Run, read_record, run_to_json
+from isthmus.training.config import Run, read_run_record, run_to_json
 
 logger = logging.getLogger("isthmus")
 
@@ -190,7 +190,7 @@ def _precision(run: Run, device: torch.device) -> TypeChoice:
     if newest_checkpoint(run.out) is None:
         return faster_type(device)
     # a run goes on in the type that it began with, whatever a busier or another machine would measure
-    began = read_record(run.out / "run.json").get("precision")
+    began = read_run_record(run.out / "run.json").get("precision")
     if began is None:  # recorded before it was measured: float32 on every CPU
         return faster_type(device) if device.type == "cuda" else TypeChoice(False, "float32: as the run began")
     return TypeChoice(bool(began["bf16"]), str(began["why"]))
@@ -202,13 +202,10 @@ def check_folder(run: Run) -> None:
     path = run.out / "run.json"
     if not path.is_file():
         # earlier stages have records of their own
-        if any(path.name != STAGES for path in contents(run.out)):
-            raise UserError(
-                f"--out must be new, empty or the folder of this run, got {run.out}. Choose another folder."
-            )
+        check_only(run.out, "the folder of this run", ours=[STAGES])
         return
-    record, kind = read_record(path), type(run).__name__
-    if "kind" not in record:
+    record, kind = read_run_record(path), type(run).__name__
+    if "kind" not in record or "num_steps" not in record["run"]:
         raise UserError(f"{path} is not the record of a run. Choose another --out.")
     if record["kind"] != kind:
         raise UserError(f"{run.out} holds a {record['kind']}, this is a {kind}. Choose another --out.")
@@ -248,7 +245,7 @@ def write_record(accelerator: Accelerator, run: Run, **facts: Any) -> None:
     Raises UserError where a run that is continued was started with other `facts`: images, tokenizer.
     """
     if accelerator.is_main_process:
-        before = {} if newest_checkpoint(run.out) is None else read_record(run.out / "run.json")
+        before = {} if newest_checkpoint(run.out) is None else read_run_record(run.out / "run.json")
         if changed := sorted(name for name, value in facts.items() if before.get(name, value) != value):
             raise UserError(
                 f"{run.out} was started with another {' and '.join(changed)}, so it cannot go on as the same run. "

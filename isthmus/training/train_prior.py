@@ -1,14 +1,11 @@
-"""Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR.
-
-What a loss is, the family's task says: `NextScalePriorTask`, `ScaleDistillationTask`, `NextTokenPriorTask`.
-"""
+"""Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR."""
 
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
-from isthmus.data.token_cache import ImageTokenizer, TokenCache
+from isthmus.data.token_cache import TokenCache
 from isthmus.data.views import Batch
 from isthmus.files import alone_in
 from isthmus.nn.sampling import nats_to_bits
@@ -252,7 +249,7 @@ def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
     """The token cache of this run: made at the first start, opened again afterwards."""
     return TokenCache.build(
         run.token_cache or run.out / "tokens",
-        cast(ImageTokenizer, task.encoder),
+        task.encoder,
         task.train,
         num_views=run.num_views,
         max_images=run.max_images,

@@ -1,8 +1,4 @@
-"""Train a tokenizer on images (`isthmus train tokenizer`): a pyramid of scales, or groups of tokens and their decoder.
-
-What a loss is, what the codes are near and what is trained beside the network, the family's task says:
-`MultiScaleTokenizerTask`, `DiffusionTokenizerTask`.
-"""
+"""Train a tokenizer on images (`isthmus train tokenizer`): a pyramid of scales, or groups of tokens and a decoder."""
 
 import logging
 from collections.abc import Sequence
@@ -115,7 +111,7 @@ class TokenizerTask(Protocol):
         ...
 
     def measure(self, model: Any, views: EvaluationImages, *, quantize: bool) -> dict[str, float]:
-        """Measurements on held-out images, `val/usage` among them."""
+        """Measurements on held-out images; with `quantize` `val/usage` is among them."""
         ...
 
     def save_previews(self, model: Any, views: EvaluationImages, folder: Path, step: int, *, quantize: bool) -> None:
@@ -216,7 +212,8 @@ def train_tokenizer(run: ImagesRun) -> Path:
                 if progress.due(run.validate_every):
                     values = task.measure(averaged, views, quantize=quantize)
                     log.write(progress, values)
-                    warn_of_collapse(run, values["val/usage"], quantize)
+                    if quantize:
+                        warn_of_collapse(run, values["val/usage"])
                 if progress.due(run.preview_every):
                     task.save_previews(averaged, views, run.out / "previews", progress.step, quantize=quantize)
             if progress.due(run.save_every):
@@ -245,9 +242,9 @@ def used_codes(task: TokenizerTask, usage: CodebookUsage) -> dict[str, float]:
     return values | {f"train/perplexity_{task.level}{k}": float(v) for k, v in enumerate(perplexity(usage.hits()))}
 
 
-def warn_of_collapse(run: ImagesRun, usage: float, quantize: bool) -> None:
+def warn_of_collapse(run: ImagesRun, usage: float) -> None:
     """Say in words when held-out images use too few codes."""
-    if quantize and usage < run.usage_warning:
+    if usage < run.usage_warning:
         logger.warning(
             "held-out images use %.0f %% of the codes (threshold %.0f %%): the codebook is collapsing. Try more "
             "--continuous-steps, a smaller --revive-every or a smaller --model.codebook-size.",

@@ -87,11 +87,11 @@ class TestFlowDecoder(ModelLaws):
         times, keys, seen = model.embed_times(t), model.attend_to(condition), []
         hooks = [block.register_forward_hook(lambda *call: seen.append(call[-1])) for block in model.blocks]
         for layer in range(3):
-            output = model.velocity_and_features(x_t, times, keys, layer=layer)
-            assert torch.equal(output.velocity, model(*inputs))
-            assert output.features.shape == (3, 16, 4, 4)
+            velocity, features = model.velocity_and_features(x_t, times, keys, layer=layer)
+            assert torch.equal(velocity, model(*inputs))
+            assert features.shape == (3, 16, 4, 4)
             if layer:
-                assert torch.equal(output.features.flatten(2).transpose(1, 2), seen[layer - 1])
+                assert torch.equal(features.flatten(2).transpose(1, 2), seen[layer - 1])
         for hook in hooks:
             hook.remove()
         with pytest.raises(UserError, match=r"0\.\.2"):

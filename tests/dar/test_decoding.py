@@ -187,12 +187,8 @@ def test_what_cannot_be_decoded_is_refused_in_words():
         decode_tokens(tokenizer, decoder, scheduler, token_ids[:, :12], noise, plan=plan)
     with pytest.raises(UserError, match="multiples of 2"):
         decode_tokens(tokenizer, decoder, scheduler, token_ids, image_noise(SEEDS, 8, 9), plan=plan)
-    for bad, said in [
-        ({"num_inference_steps": 0}, "at least 1"),
-        ({"first": 4}, "0..3"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            SolverPlan.of(scheduler, **bad)
+    with pytest.raises(UserError, match="at least 1"):
+        SolverPlan.of(scheduler, num_inference_steps=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

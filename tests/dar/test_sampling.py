@@ -216,11 +216,6 @@ def test_bad_arguments_raise_before_the_first_token_is_asked_for(prior):
     for arguments, said in [
         ({"options": SamplingOptions(guidance_scale=(2.0, 2.0))}, "one value per step"),
         ({"options": [SamplingOptions()] * 4}, "per image, got 4"),
-        ({"image_seeds": SEEDS[:2]}, "per image, got 2"),
-        ({"class_labels": torch.tensor([0, 1, 2, 3, 4])}, "class labels"),
-        ({"class_labels": torch.tensor([0, 1, 2, 3, -1])}, "class labels"),
-        ({"stops": (4, 13)}, "stops"),
-        ({"stops": (8, 4)}, "stops"),
     ]:
         with pytest.raises(UserError, match=said):
             generate_tokens(prior, LAYOUT, **(good | arguments))

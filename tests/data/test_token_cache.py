@@ -149,6 +149,6 @@ def test_damaged_caches_are_refused(tokenizer, source, tmp_path):
 
 def test_max_images_ends_early(tokenizer, source, tmp_path, cache):
     few = built(tmp_path / "few", tokenizer, source, max_images=4)
-    assert few.num_images == 4 and (few.token_ids == cache.token_ids[:12]).all()
+    assert len(few.labels) == 4 and (few.token_ids == cache.token_ids[:12]).all()
     with pytest.raises(UserError, match="at least one"):
         built(tmp_path / "none", tokenizer, source, num_views=0)

@@ -83,9 +83,10 @@ class TestNextScaleTransformer(PriorLaws):
             {"shared_adaln": True, "scale_attention": "markov", "l2_attention": False},
             # starts above 1 x 1, and is long enough for scales that are attended to one by one
             {"scale_sizes": (2, 5, 7), "num_layers": 1, "l2_attention": False},
-            {"scale_sizes": (3,), "num_layers": 1, "scale_attention": "markov"},
+            {"scale_attention": "markov"},
+            {"scale_sizes": (3,), "num_layers": 1},
         ],
-        ids=["causal", "markov-dot", "long-causal-dot", "one-markov"],
+        ids=["causal", "markov-dot", "long-causal-dot", "markov", "one-scale"],
     )
     def model(self, request):
         return build(**request.param)

@@ -41,12 +41,12 @@ def test_times_and_one_velocity_with_a_time_per_image(io, published_dar):
 def test_features_are_those_that_the_alignment_head_reads(io, golden, published_dar):
     _, decoder, _ = published_dar("a")
     weights = golden.tensors("dar/tok_a_weights.safetensors")
-    output = decoder.velocity_and_features(
+    velocity, features = decoder.velocity_and_features(
         io["vel_x"], decoder.embed_times(io["vel_t"]), decoder.attend_to(io["vel_cond"]), layer=1
     )
-    assert_parity(output.velocity, io["vel_out"], ATOL)
+    assert_parity(velocity, io["vel_out"], ATOL)
     # the published head (spec of D-AR, 1.5.4), which is no part of the model; 16 rows of patches are pooled by 1
-    h = output.features.flatten(2).transpose(1, 2)
+    h = features.flatten(2).transpose(1, 2)
     for i in (0, 2, 4):
         h = F.silu(h) if i else h
         name = f"diff_decoder.net.repa_out.{i}"

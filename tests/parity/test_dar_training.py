@@ -58,7 +58,7 @@ def test_times_windows_jump_and_aligned_features(io, step):
     condition = network.image_tokenizer.condition(io["indices"].long())
     rows = [condition[i, start : start + 4] for i, start in enumerate(starts)]
     assert_parity(torch.stack(rows), io["cond_window"], ATOL)
-    assert torch.equal(output.token_ids, io["indices"].long())
+    assert torch.equal(output.encoded.token_ids, io["indices"].long())
     assert_parity(output.jump, io["predict_x1"], ATOL)
     assert_parity(output.aligned.flatten(2).transpose(1, 2), io["h_repa"], ATOL)
 

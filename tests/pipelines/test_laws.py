@@ -81,6 +81,13 @@ class CallLaws:
         assert not torch.equal(steps[0].preview, steps[-1].preview)
         assert len(subject.step_names(self.num_steps)) == self.num_steps
 
+    def test_a_preview_is_the_viewer_s_own(self, subject):
+        last = list(subject.stream([0], seed=3, output_type="latent"))[-1].preview.clone()
+        for step in subject.stream([0], seed=3, output_type="latent"):
+            seen = step.preview.clone()
+            step.preview.zero_()
+        assert torch.equal(seen, last)
+
     def test_the_callback_sees_every_step(self, subject):
         seen = []
         result = subject(0, seed=3, callback_on_step_end=seen.append)
@@ -150,7 +157,7 @@ class CallLaws:
             ({"seed": [1, 2]}, r"one number per image \(1\)"),
             ({"seed": -1}, "negative"),
             ({"seed": [1], "image_index": 3}, "image_index"),
-            ({"generator": [torch.Generator()] * 2}, "one number per image"),
+            ({"generator": [torch.Generator()] * 2}, "generators needs one per image"),
         ]:
             for function in (subject, subject.stream):
                 with pytest.raises(UserError, match=said):

@@ -9,7 +9,7 @@ import torch
 from isthmus.dar.decoder import FlowDecoder
 from isthmus.dar.runs import DiffusionTokenizerLoss
 from isthmus.dar.scheduler import FlowMatchingScheduler
-from isthmus.dar.tokenizer import DiffusionTokenizer
+from isthmus.dar.tokenizer import DiffusionTokenizer, DiffusionTokenizerOutput
 from isthmus.dar.tokenizer_losses import (
     DiffusionTrainingOutput,
     alignment_loss,
@@ -88,10 +88,11 @@ def test_readouts_of_codes_add_up_and_those_of_conditions_do_not():
 
 def test_only_named_losses_are_minimised():
     # an error of one in the velocity, over data_std squared, is a flow loss of 4
+    codes, errors = torch.zeros(2, 4, 3), torch.ones(2, 4)
+    encoded = DiffusionTokenizerOutput(codes, torch.zeros(2, 4, dtype=torch.long), codes, codes, errors, errors)
     output = DiffusionTrainingOutput(
         velocity=torch.zeros(2, 3, 4, 4), target=torch.ones(2, 3, 4, 4), jump=torch.zeros(2, 3, 4, 4),
-        token_ids=torch.zeros(2, 4, dtype=torch.long), latents=torch.zeros(2, 4, 3),
-        codebook_errors=torch.ones(2, 4), commitment_errors=torch.ones(2, 4), ends=torch.full((2, 1), 4),
+        encoded=encoded, ends=torch.full((2, 1), 4),
     )  # fmt: skip
     images = torch.full((2, 3, 4, 4), 2.0)
     losses = diffusion_losses(output, images, DiffusionTokenizerLoss(), data_std=0.5)
