@@ -37,7 +37,7 @@ from isthmus.next_scale.train_prior import (
 from isthmus.next_scale.transformer import NextScaleTransformer, sampling_flops
 from isthmus.nn.component_files import read_config
 from isthmus.nn.draws import ROLLOUT, stream
-from isthmus.nn.guidance import guidance_at, listed
+from isthmus.nn.guidance import at_sides, guidance_at, listed
 from isthmus.nn.sampling import draw_tokens
 from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
@@ -432,7 +432,10 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
         folder = stage_folder(run, stage)
         # a list of guidance values counts on the scales of the teacher that a run names
         text = guidance_text(guidance_at(guidance, teacher_sizes, taught))
-        sampling = replace(run.sampling, guidance=text)
+        temperature = run.sampling.temperature
+        if not isinstance(temperature, (int, float)):
+            temperature = at_sides("temperature", temperature, teacher_sizes, taught)
+        sampling = replace(run.sampling, guidance=text, temperature=temperature)
         alone = replace(run, out=folder, progressive=False, baseline=False, sampling=sampling)
         runs.append(replace(alone, scale_sizes=stage, from_model=teacher))
         teacher, taught = str(folder), stage

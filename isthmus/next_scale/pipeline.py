@@ -459,7 +459,7 @@ class NextScalePipeline(SavedPipeline):
         """Predictions of a scale in one draw, rounds included."""
         scheduler = self.scheduler or ScaleRefinementScheduler()
         cached, scales = not self.transformer.is_markov, self.schedule.num_scales
-        return scheduler.forwards_of(scales, has_cache=cached, smooth=options.smooth)
+        return scheduler.forwards_of(scales, has_cache=cached, smooth=bool(options.smooth))
 
     @property
     def codebook_size(self) -> int:
