@@ -166,13 +166,14 @@ class SamplingOptions:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}. Leave it out to turn it off.")
-        several = not isinstance(self.temperature, (int, float))
-        if several and len(self.temperature) != num_steps:
+        temperatures = self.temperature
+        temperatures = (temperatures,) * num_steps if isinstance(temperatures, (int, float)) else temperatures
+        if len(temperatures) != num_steps:
             raise UserError(
-                f"temperature as a sequence needs one value per scale ({num_steps}), got {len(self.temperature)}. "
+                f"temperature as a sequence needs one value per scale ({num_steps}), got {len(temperatures)}. "
                 "Pass one number for all scales."
             )
-        for value in self.temperature if several else (self.temperature,):
+        for value in temperatures:
             if not (value > 0 and math.isfinite(value)):
                 raise UserError(f"temperature must be positive and finite, got {value}. Use top_k=1 for greedy tokens.")
         guidance_values(self.guidance_scale, num_steps)
