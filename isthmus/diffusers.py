@@ -22,7 +22,7 @@ from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.tokenizer import pixels_of
 from isthmus.nn.guidance import Guidance
 from isthmus.nn.stored_llama import StoredLlama
-from isthmus.pipelines.base import SavedPipeline, index_entry
+from isthmus.pipelines.base import SavedPipeline, index_entry, one_of
 from isthmus.pipelines.labels import resolve_labels
 from isthmus.pipelines.loading import choose_device, choose_dtype, load_pipeline
 from isthmus.pipelines.options import FOLDER_DEFAULT, Default
@@ -160,7 +160,7 @@ class IsthmusPipeline(DiffusionPipeline):
                 f"{cls.__name__} takes a {wanted}, got {type(pipeline).__name__}. "
                 "isthmus.diffusers.from_pipeline and from_pretrained pick the class that fits."
             )
-        made = kinds[type(pipeline)](**pipeline.components, **pipeline.config)
+        made = kinds[type(pipeline)](**pipeline.arguments)
         made._adopt(pipeline)
         return made
 
@@ -356,7 +356,10 @@ class IsthmusPipeline(DiffusionPipeline):
         self.native = pipeline
         parts = {**pipeline.parts, **pipeline.optional_parts}
         given = {name: getattr(pipeline, name) is not None for name in parts}
-        entries = {name: tuple(index_entry(part)) if given[name] else (None, None) for name, part in parts.items()}
+        entries = {
+            name: tuple(index_entry(one_of(part, getattr(pipeline, name)))) if given[name] else (None, None)
+            for name, part in parts.items()
+        }
         self.register_to_config(**entries, **pipeline.config)
 
     @contextmanager
@@ -483,9 +486,11 @@ def _rebuilt(pipeline: SavedPipeline, given: Mapping[str, Any]) -> SavedPipeline
     kind: Any = type(pipeline)
     if strange := given.keys() - {**kind.parts, **kind.optional_parts}:
         raise UserError(f"a {kind.__name__} has no component {min(strange)}. Leave it out.")
-    parts = {**pipeline.components, **given}
-    _check_parts(kind, parts)
-    return kind(**parts, **pipeline.config)
+    _check_parts(kind, {**pipeline.components, **given})
+    arguments = {**pipeline.arguments, **given}
+    if "text_encoder" in given:
+        arguments["null_text"] = None  # another encoder makes another of it
+    return kind(**arguments)
 
 
 def _check_parts(kind: type[SavedPipeline], parts: Mapping[str, Any]) -> None:
@@ -500,7 +505,9 @@ def _check_parts(kind: type[SavedPipeline], parts: Mapping[str, Any]) -> None:
                 "torch.compile of a component speeds up nothing here, because steps do not run through its forward; "
                 f"got a compiled {name}. Pass the module itself.{more if wanted is StoredLlama else ''}"
             )
-        known = (StoredLlama.class_name, StoredLlama.__name__) if wanted is StoredLlama else (wanted.__name__,)
+        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+        known = (StoredLlama.class_name, StoredLlama.__name__)
+        known = known if wanted is StoredLlama else tuple(one.__name__ for one in kinds)
         if type(value).__name__ not in known:
             raise UserError(f"{name} must be a {known[0]}, got {type(value).__name__}. Pass one of this family.")
 

@@ -23,6 +23,7 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.attention import KeyValueCache
 from isthmus.nn.draws import CLASSIFY, stream
 from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
+from isthmus.text.encoders import TextFeatures
 
 DEFAULT_VIEW_NOISE = 0.1
 
@@ -52,14 +53,16 @@ def token_log_likelihood(
     transformer: NextScaleTransformer,
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
+    text: TextFeatures | None = None,
 ) -> Float[Tensor, "b l"]:
     """Nats of every token, log p(token | class, coarser scales), in one teacher-forced pass, unguided and unfiltered.
 
     Tokens of one scale are independent given the coarser ones, so a row's sum is log p(pyramid | class). Labels are
-    0..num_classes, the last being the null label; tokens are the caller's to check (`check_token_ids`).
+    0..num_classes, the last being the null label; `text` has a prompt for each, where the model reads them; tokens are
+    the caller's to check (`check_token_ids`).
     """
     token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
-    logits = transformer(class_labels.to(transformer.device), torch.cat(inputs, dim=1)).logits
+    logits = transformer(class_labels.to(transformer.device), torch.cat(inputs, dim=1), text=text).logits
     return _nats(logits, torch.cat(token_ids, dim=1))
 
 
@@ -69,13 +72,14 @@ def diffusion_bound(
     transformer: NextScaleTransformer,
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
+    text: TextFeatures | None = None,
 ) -> DiffusionBound:
     """The bound by the reverse process, a forward per scale; by the paper's law the sum of `token_log_likelihood`.
 
     Both read the same teacher-forced inputs.
     """
     token_ids, inputs = _by_scale(image_tokenizer, transformer, token_ids)
-    conditioning = transformer.condition(class_labels.to(transformer.device))
+    conditioning = transformer.condition(class_labels.to(transformer.device), text)
     cache, costs = transformer.new_cache(len(class_labels)), []
     for scale, (ids, rows) in enumerate(zip(token_ids, inputs, strict=True)):
         costs.append(-_nats(transformer.forward_scale(scale, rows, conditioning, cache), ids).sum(dim=1))
@@ -195,8 +199,9 @@ def score_classes(
     margin_nats: float | None = None,
     num_views: int = 1,
     tokens_at_once: int | None = None,
+    texts: TextFeatures | None = None,
 ) -> ClassScores:
-    """Log-likelihoods of images under every candidate class, scale by scale, dropping classes on the way.
+    """Log-likelihoods of images under every candidate class or text, scale by scale, dropping some on the way.
 
     Args:
         token_ids: one (b * num_views, s_k * s_k) per scale; the views of an image lie next to each other.
@@ -207,9 +212,10 @@ def score_classes(
         num_views: token pyramids per image, whose log-likelihoods are averaged.
         tokens_at_once: bounds the memory: tokens that one pass reads and whose keys are held; None is no bound. The
             answers do not depend on it.
+        texts: one for each of `candidates`, where the model reads text.
     """
     num_scales = transformer.schedule.num_scales
-    pairs = _Pairs(image_tokenizer, transformer, token_ids, candidates, num_views, tokens_at_once)
+    pairs = _Pairs(image_tokenizer, transformer, token_ids, candidates, num_views, tokens_at_once, texts)
     nats = torch.zeros(len(token_ids[0]) // num_views, len(candidates), device=transformer.device, dtype=torch.float32)
     below, scales = torch.zeros_like(nats), torch.zeros_like(nats, dtype=torch.long)
     alive = torch.ones_like(nats, dtype=torch.bool)
@@ -255,11 +261,15 @@ class _Pairs:
         candidates: Sequence[int],
         num_views: int,
         tokens_at_once: int | None,
+        texts: TextFeatures | None,
     ):
         self.transformer, self.num_views, self.tokens_at_once = transformer, num_views, tokens_at_once
         self.lengths, self.offsets = transformer.schedule.lengths, transformer.schedule.offsets
         self.token_ids, self.inputs = _by_scale(image_tokenizer, transformer, token_ids)
-        self.conditioning = transformer.condition(torch.tensor(list(candidates), device=transformer.device))
+        labels = torch.tensor(list(candidates), device=transformer.device)
+        self.conditioning = transformer.condition(labels, texts)
+        # of every word a row has a key and a value too
+        self.row_tokens = _MODULATION_TOKENS + (0 if texts is None else texts.mask.shape[1])
         self.cache: KeyValueCache | None = None  # of the pairs of the last call, where they fitted
         self.cached_scales = 0
 
@@ -289,7 +299,7 @@ class _Pairs:
         """How many pairs of so many tokens each are read at once, at least one."""
         if self.tokens_at_once is None:
             return len(self.conditioning.start) * len(self.token_ids[0])
-        return max(1, self.tokens_at_once // (self.num_views * (tokens + _MODULATION_TOKENS)))
+        return max(1, self.tokens_at_once // (self.num_views * (tokens + self.row_tokens)))
 
     def _pass(
         self, image: Int[Tensor, " some"], candidate: Int[Tensor, " some"], start: int, first: int, end: int
@@ -327,11 +337,18 @@ def token_evidence(
     transformer: NextScaleTransformer,
     token_ids: TokenPyramid,
     class_labels: Int[Tensor, " labels"],
+    text: TextFeatures | None = None,
+    null_text: TextFeatures | None = None,
 ) -> Float[Tensor, "b l"]:
-    """Pointwise mutual information of token and class, in nats: log p(token | class) - log p(token | null)."""
+    """Pointwise mutual information of token and condition, in nats: log p(token | class, text) - log p(token | null).
+
+    A model that reads text has `text` with a prompt for each label, and `null_text` with the empty one.
+    """
     null = torch.full_like(class_labels, transformer.null_class_id)
-    labelled = token_log_likelihood(image_tokenizer, transformer, token_ids, class_labels)
-    return labelled - token_log_likelihood(image_tokenizer, transformer, token_ids, null)
+    if null_text is not None:
+        null_text = null_text.rows(null.new_zeros(len(null)))
+    asked = token_log_likelihood(image_tokenizer, transformer, token_ids, class_labels, text)
+    return asked - token_log_likelihood(image_tokenizer, transformer, token_ids, null, null_text)
 
 
 def evidence_map(evidence: Float[Tensor, "b l"], schedule: ScaleSchedule) -> Float[Tensor, "b grid grid"]:
@@ -360,7 +377,7 @@ def check_classification(
 ) -> None:
     """Raise UserError for numbers out of range, or where there is nothing to choose from or to perturb."""
     if num_candidates < 1:
-        raise UserError("classification needs at least one class, got none. Pass class_labels of a model with classes.")
+        raise UserError("classification needs at least one class or prompt, got none. Pass class_labels or prompts.")
     if not 1 <= top_k <= num_candidates:
         raise UserError(f"top_k must lie in 1..{num_candidates} (the classes to choose from), got {top_k}.")
     if noise is not None and num_views == 1:

@@ -1,9 +1,12 @@
 """Options of a next-scale model's call and of its edits, declared once. This file does not import torch."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from isthmus.pipelines.options import FOLDER_DEFAULT, CallOptions, Default, Option, SmoothSchedule
+
+if TYPE_CHECKING:
+    from isthmus.text.encoders import TextFeatures
 
 Keeping = Literal["coverage", "published"]
 """Which tokens an edit keeps; see `isthmus.next_scale.editing.known_part`."""
@@ -19,6 +22,17 @@ class NextScaleOptions(CallOptions, total=False):
             "Mix codes instead of drawing one: softer images (token ids are drawn all the same). A `SmoothSchedule` "
             "does so at some scales.",
         ),
+    ]
+    prompt: Annotated[
+        str | Sequence[str] | None,
+        Option(None, "What the image shows, in words (models that read text): one text, or one per image."),
+    ]
+    negative_prompt: Annotated[
+        str | None, Option(None, "What guidance leads away from; None is the empty prompt. It needs guidance.")
+    ]
+    text: Annotated[
+        "TextFeatures | None",
+        Option(None, "Takes the place of `prompt`: what an encoder made of prompts elsewhere, one or one per image."),
     ]
 
 

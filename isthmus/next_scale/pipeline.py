@@ -1,8 +1,11 @@
-"""The pipeline of the next-scale family (VAR and SRDD): labels and seeds to images, edits, likelihoods, classes."""
+"""The pipeline of the next-scale family (VAR and SRDD): labels, prompts and seeds to images, edits, likelihoods."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, SupportsIndex, Unpack
 
 import torch
@@ -10,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.errors import UserError
+from isthmus.files import sha256_of_parts
 from isthmus.next_scale.canvas import Canvas, MaskInput, extended, open_images, place, project_onto_small, to_masks
 from isthmus.next_scale.editing import jumps_of, known_part, num_results, one_each
 from isthmus.next_scale.likelihood import (
@@ -26,11 +30,23 @@ from isthmus.next_scale.likelihood import (
     token_log_likelihood,
 )
 from isthmus.next_scale.options import InpaintOptions, NextScaleOptions
+from isthmus.next_scale.prompts import (
+    Asked,
+    asked_for,
+    check_widths,
+    moved,
+    number_of_texts,
+    prompt_list,
+    read_null_text,
+    read_texts,
+    save_null_text,
+)
 from isthmus.next_scale.refinement import Forwards, KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
-from isthmus.next_scale.sampling import ScaleSampler, shared_schedule
+from isthmus.next_scale.sampling import AskedTexts, ScaleSampler, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
+from isthmus.nn.guidance import guidance_values
 from isthmus.nn.shapes import Images, LatentMap, TokenPyramid
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
@@ -45,8 +61,11 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
+    spread,
     takes,
 )
+from isthmus.text.encoders import SmallTextEncoder, TextFeatures
+from isthmus.text.pretrained import PretrainedTextEncoder
 
 
 @dataclass
@@ -59,6 +78,7 @@ class NextScalePipelineOutput:
         class_labels: class id of every image; `null_class_id` where no class was asked for.
         seeds: (seed, image index) of every image: `pipe(label, seed=seed, image_index=index)` draws it again.
         num_forwards: predictions of a scale that the transformer made; labelled and null rows of a scale are one.
+        prompts: the prompt of every image; None for models that read no text, and where `text` took their place.
     """
 
     images: Pictures
@@ -66,6 +86,14 @@ class NextScalePipelineOutput:
     class_labels: list[int]
     seeds: list[tuple[int, int]]
     num_forwards: int
+    prompts: list[str] | None = None
+
+
+@dataclass
+class _Request(Request):
+    """And what the images are to be, in words too."""
+
+    asked: Asked
 
 
 @dataclass
@@ -73,10 +101,10 @@ class ClassificationOutput:
     """What `classify` returns.
 
     Attributes:
-        class_labels: (b, top_k), class ids, the most probable first.
-        names: the same as names.
-        probabilities: (b, top_k), posterior among the classes to choose from, in [0, 1].
-        candidates: class ids that were to choose from, the columns of `scores`.
+        class_labels: (b, top_k), class ids, the most probable first; numbers of prompts, where those are chosen from.
+        names: the same as names, or as prompts.
+        probabilities: (b, top_k), posterior among the classes or prompts to choose from, in [0, 1].
+        candidates: class ids (numbers of prompts) that were to choose from, the columns of `scores`.
         scores: log-likelihoods of every candidate, and what they cost.
     """
 
@@ -101,12 +129,13 @@ class NextScalePipeline(SavedPipeline):
     that is free; results do not depend on it. Tokens and numbers come back on the CPU, pictures as tensors and features
     on the model's device.
 
-    Edits take one image or several, and class labels of what the results are to be (None: no class, and no guidance).
-    Single images, masks and labels serve all results, of which `num_images` asks for more. Their options are those of a
-    call, and so are the seeds: an edit depends on its own seed and not on its batch. Its random numbers are none of
-    those that draw an image from that seed. The model's scheduler refines draws, not edits: an edit draws every token
-    once, and `jumps` is its own way to draw some again. A picture of any size is scaled so that its longer side is the
-    model's `image_size`; what the model makes beside the shorter side is cut off again.
+    Edits take one image or several, and class labels (or a prompt, as an option) of what the results are to be (None:
+    no class, and no guidance). Single images, masks, labels and prompts serve all results, of which `num_images` asks
+    for more. Their options are those of a call, and so are the seeds: an edit depends on its own seed and not on its
+    batch. Its random numbers are none of those that draw an image from that seed. The model's scheduler refines draws,
+    not edits: an edit draws every token once, and `jumps` is its own way to draw some again. A picture of any size is
+    scaled so that its longer side is the model's `image_size`; what the model makes beside the shorter side is cut off
+    again.
 
     Args:
         image_tokenizer: turns tokens into pixels.
@@ -115,15 +144,21 @@ class NextScalePipeline(SavedPipeline):
         class_names: one name per class, or index -> name; nothing for models without names.
         sampling_defaults: options of a call that names none, stored in the folder.
         preprocessing: how training images were made; None describes the usual way.
-        data: `name` and `attribution` (licence line) of the training data, for the card.
+        data: `name` and `attribution` (licence line) of the training data, and a `prompt` as an example, for the card.
         protocol: how the model was trained and measured, for the card.
+        text_encoder: optional component: reads prompts, for a transformer that is told of them. Without it calls take
+            `text` in the place of prompts.
+        null_text: what the encoder makes of the empty prompt, one row; None asks the encoder.
 
     Raises UserError where the components do not belong together, or names or defaults do not fit them; and every method
     does for what it cannot use, before anything is drawn.
     """
 
     parts = {"image_tokenizer": MultiScaleVQVAE, "transformer": NextScaleTransformer}
-    optional_parts = {"scheduler": ScaleRefinementScheduler}
+    optional_parts = {
+        "scheduler": ScaleRefinementScheduler,
+        "text_encoder": (SmallTextEncoder, PretrainedTextEncoder),
+    }
     edits = ("inpaint", "outpaint", "super_resolve", "edit_class", "variations")
 
     def __init__(
@@ -136,10 +171,14 @@ class NextScalePipeline(SavedPipeline):
         preprocessing: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         protocol: str = "",
+        text_encoder: SmallTextEncoder | PretrainedTextEncoder | None = None,
+        null_text: TextFeatures | None = None,
     ):
         self.image_tokenizer, self.transformer, self.scheduler = image_tokenizer, transformer, scheduler
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
+        self.text_encoder = text_encoder
+        self._null_text = self._checked_null_text(null_text)
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
         if scheduler is not None:
             scheduler.rounds_of(self.schedule.num_scales)
@@ -160,8 +199,8 @@ class NextScalePipeline(SavedPipeline):
 
         Args:
             class_labels: names, indices or None (no class), one per image; a single one may stand alone.
-            num_images: how many images in all, labels taken in turn; None draws one per label.
-            num_images_per_class: images per label, next to each other, where `num_images` is not given.
+            num_images: how many images in all, labels and prompts taken in turn; None draws one of each.
+            num_images_per_class: images per label and prompt, next to each other, where `num_images` is not given.
             callback_on_step_end: called with a `GenerationStep` (without preview) after every scale.
             options: see `NextScaleOptions`.
         """
@@ -206,7 +245,7 @@ class NextScalePipeline(SavedPipeline):
             options: see `InpaintOptions`.
         """
         images, masks = open_images(image), to_masks(mask)
-        rows = num_results(num_images, image=images, mask=masks, class_label=label_list(class_labels))
+        rows = num_results(num_images, image=images, mask=masks, **_conditions(class_labels, options))
         return self._inpaint(images, masks, rows, class_labels, options)
 
     @takes(InpaintOptions)
@@ -229,7 +268,7 @@ class NextScalePipeline(SavedPipeline):
             options: see `InpaintOptions`.
         """
         images = open_images(image)
-        rows = num_results(num_images, image=images, class_label=label_list(class_labels))
+        rows = num_results(num_images, image=images, **_conditions(class_labels, options))
         stride, device = self.image_tokenizer.stride, self.device
         larger, masks = zip(
             *(extended(one.to(device), stride, left, top, right, bottom) for one in images), strict=True
@@ -241,13 +280,18 @@ class NextScalePipeline(SavedPipeline):
         self,
         image: ImageInput,
         mask: MaskInput,
-        class_labels: Labels,
+        class_labels: Labels = None,
         *,
         num_images: SupportsIndex | None = None,
         **options: Unpack[InpaintOptions],
     ) -> NextScalePipelineOutput:
-        """Make the pixels under the mask anew, as part of an image of another class; arguments as for `inpaint`."""
-        if any(label is None for label in label_list(class_labels)):
+        """Make the pixels under the mask anew, as part of an image of another class or prompt; arguments as for
+        `inpaint`.
+        """
+        wordless = options.get("text") is None and "" in prompt_list(options.get("prompt"))
+        if wordless and any(label is None for label in label_list(class_labels)):
+            if self.num_classes == 0 and self.reads_text:
+                raise UserError("edit_class needs a prompt for every image, got none. Use inpaint for edits without.")
             raise UserError("edit_class needs a class for every image, got None. Use inpaint for edits without one.")
         return self.inpaint(image, mask, class_labels, num_images=num_images, **options)
 
@@ -274,7 +318,7 @@ class NextScalePipeline(SavedPipeline):
             options: see `NextScaleOptions`.
         """
         images, side, stride = open_images(image), self.image_size, self.image_tokenizer.stride
-        rows = num_results(num_images, image=images, class_label=label_list(class_labels))
+        rows = num_results(num_images, image=images, **_conditions(class_labels, options))
         images = [one.to(self.device) for one in images]
         largest = {max(one.shape[-2:]) for one in images}
         if max(largest) >= side:
@@ -316,7 +360,7 @@ class NextScalePipeline(SavedPipeline):
             options: see `NextScaleOptions`.
         """
         images = to_images(image, self.image_size, stride=self.image_tokenizer.stride).to(self.device)
-        rows = num_results(num_images, image=list(images), class_label=label_list(class_labels))
+        rows = num_results(num_images, image=list(images), **_conditions(class_labels, options))
         request = self._request(class_labels, rows, 1, options)
         mask = torch.zeros_like(images[:, :1])
         known = known_part(self.image_tokenizer, self.schedule, images, mask, from_scale=from_scale, num_results=rows)
@@ -354,20 +398,66 @@ class NextScalePipeline(SavedPipeline):
             raise UserError(f"num_scales must lie in 1..{self.schedule.num_scales}, got {num_scales}.")
         return self.decode(self.encode(images)[:count], output_type=output_type)
 
+    def log_prob(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+        prompt: str | Sequence[str] | None = None,
+        text: TextFeatures | None = None,
+    ) -> Float[Tensor, " b"]:
+        """Exact log-likelihood, in nats, of the tokens of images, or of `token_ids` as `encode` returns them.
+
+        It is that of the model without guidance and filters, at temperature 1, under `class_labels` (names, indices or
+        None for no class) and under `prompt`, or `text` in its place, where the model reads text: one per image or one
+        for all. Raises UserError where something is not usable, or both or neither of images and tokens are given.
+        """
+        return self._measured(token_log_likelihood, images, class_labels, token_ids, prompt, text).sum(dim=1)
+
+    def bits_per_token(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+        prompt: str | Sequence[str] | None = None,
+        text: TextFeatures | None = None,
+    ) -> Float[Tensor, "_ n"]:
+        """Bits that every token costs, in the order of generation; arguments as for `log_prob`."""
+        return -self._measured(token_log_likelihood, images, class_labels, token_ids, prompt, text) / math.log(2)
+
     def elbo(
-        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+        prompt: str | Sequence[str] | None = None,
+        text: TextFeatures | None = None,
     ) -> Float[Tensor, " b"]:
         """The discrete-diffusion bound on `log_prob`, in nats, one forward per scale: the two are equal."""
-        return self._measured(lambda *given: diffusion_bound(*given).elbo, images, class_labels, token_ids)
+
+        def bound(*given: Any) -> Tensor:
+            return diffusion_bound(*given).elbo
+
+        return self._measured(bound, images, class_labels, token_ids, prompt, text)
 
     def bits_per_pixel(
-        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+        prompt: str | Sequence[str] | None = None,
+        text: TextFeatures | None = None,
     ) -> Float[Tensor, " b"]:
         """Bits of the token pyramid over the number of pixels: what compressing the tokens would take.
 
         It is no likelihood of the pixels, which the tokens do not fix. Arguments as for `log_prob`.
         """
-        return -self.log_prob(images, class_labels, token_ids=token_ids) / math.log(2) / self.image_size**2
+        nats = self.log_prob(images, class_labels, token_ids=token_ids, prompt=prompt, text=text)
+        return -nats / math.log(2) / self.image_size**2
 
     def signal_to_noise(self, images: ImageInput) -> Float[Tensor, " scales"]:
         """Mean over images of ||f||^2 / ||f - Fhat_n||^2 in dB, after every scale."""
@@ -380,17 +470,20 @@ class NextScalePipeline(SavedPipeline):
         class_labels: Labels = None,
         top_k: int = 1,
         *,
+        prompts: Sequence[str] | None = None,
         prune_nats: float | int | None = 8.0,
         num_views: int = 1,
         view_noise: float | int | None = None,
         seed: SupportsIndex = 0,
         image_index: int = 0,
     ) -> ClassificationOutput:
-        """The most probable classes of images, by Bayes' rule with equal priors over unguided log-likelihoods.
+        """The most probable classes or prompts of images, by Bayes' rule with equal priors over unguided
+        log-likelihoods.
 
         Args:
             images: as for `encode`.
             class_labels: classes to choose from, names or indices; None is all of the model.
+            prompts: texts to choose from instead, of a model that reads text.
             top_k: how many classes to return; at least so many are looked at to the end.
             prune_nats: after every scale, a class further below the best than this is dropped; None drops none, and is
                 exact.
@@ -400,12 +493,20 @@ class NextScalePipeline(SavedPipeline):
             seed: of the perturbations; image i draws from (seed, image_index + i), whatever the batch.
             image_index: number of the first image.
         """
-        candidates = self._candidates(class_labels)
+        if prompts is None:
+            candidates = self._candidates(class_labels)
+            asked = self._asked([None] if self.num_classes == 0 else candidates or None, None, None)
+            listed = [self.label_name(one) for one in candidates]
+        else:
+            asked, listed = self._prompts_to_choose_from(class_labels, prompts)
+            candidates = list(range(len(listed)))
         check_classification(
             top_k=top_k, num_candidates=len(candidates), num_views=num_views, noise=view_noise, prune_nats=prune_nats
         )
         noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
         token_bytes = self._token_bytes(self.transformer.config["num_layers"])
+        texts = self._texts(asked)
+        features = None if texts is None else texts.features.rows(texts.rows)
         parts, first = [], image_index
         for some in (some for latents in self._latents(images) for some in latents.split(_CLASSIFIED_AT_ONCE)):
             seeds = image_seeds(len(some), seed=seed, image_index=first)
@@ -415,7 +516,7 @@ class NextScalePipeline(SavedPipeline):
                 token_ids = self.image_tokenizer.requantize(views, self.schedule)
             parts.append(
                 score_classes(
-                    self.image_tokenizer, self.transformer, token_ids, candidates, keep=top_k,
+                    self.image_tokenizer, self.transformer, token_ids, asked.class_labels, keep=top_k, texts=features,
                     margin_nats=prune_nats, num_views=num_views,
                     tokens_at_once=max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token_bytes)),
                 )
@@ -423,21 +524,32 @@ class NextScalePipeline(SavedPipeline):
         scores = ClassScores.joined(parts)
         best = scores.order[:, :top_k]
         ids = torch.tensor(candidates)[best]
-        names = [[self.label_name(one) for one in row] for row in ids.tolist()]
+        names = [[listed[one] for one in row] for row in best.tolist()]
         return ClassificationOutput(ids, names, scores.probabilities.gather(1, best), candidates, scores)
 
     def evidence(
-        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: TokenPyramid | None = None
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenPyramid | None = None,
+        prompt: str | Sequence[str] | None = None,
+        text: TextFeatures | None = None,
     ) -> Float[Tensor, "b grid grid"]:
-        """Where an image speaks for its class: nats of pointwise mutual information per cell of the latent grid.
+        """Where an image speaks for its class or prompt: nats of pointwise mutual information per cell of the latent
+        grid.
 
         log p(token | class) - log p(token | no class), each token spread over its cell, all scales added. A map's sum
-        is log p(image's tokens | class) - log p(image's tokens). Arguments as for `log_prob`, every label a class.
+        is log p(image's tokens | class) - log p(image's tokens). Arguments as for `log_prob`, every label a class or
+        every prompt some words.
         `isthmus.pictures.heat_map` draws it over the central square of a picture, which is what is read of one.
         """
-        if any(label is None for label in label_list(class_labels)):
-            raise UserError("evidence is evidence for a class, got None. Pass a class for every image.")
-        return evidence_map(self._measured(token_evidence, images, class_labels, token_ids), self.schedule)
+        wordless = text is None and "" in prompt_list(prompt)
+        if wordless and any(label is None for label in label_list(class_labels)):
+            what = "prompt" if self.num_classes == 0 and self.reads_text else "class"
+            raise UserError(f"evidence is evidence for a {what}, got None. Pass a {what} for every image.")
+        measure = partial(token_evidence, null_text=self.null_text)
+        return evidence_map(self._measured(measure, images, class_labels, token_ids, prompt, text), self.schedule)
 
     def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
         """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on."""
@@ -460,6 +572,53 @@ class NextScalePipeline(SavedPipeline):
         scheduler = self.scheduler or ScaleRefinementScheduler()
         cached, scales = not self.transformer.is_markov, self.schedule.num_scales
         return scheduler.forwards_of(scales, has_cache=cached, smooth=bool(options.smooth))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether images follow prompts."""
+        return self.transformer.config["text_pooled_width"] is not None
+
+    @property
+    def null_text(self) -> TextFeatures | None:
+        """What the encoder made of the empty prompt, one row; None where the model reads no text."""
+        return None if self._null_text is None else moved(self._null_text, self.device)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the constructor."""
+        return {**super().arguments, "null_text": self._null_text}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of configuration and weights of all components, and of the null text."""
+        if self._null_text is None:
+            return super().fingerprint
+        return sha256_of_parts(super().fingerprint, *(_bytes(one) for one in vars(self._null_text).values()))
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, max_shard_size: int | str | None = None, text_encoder: bool = True
+    ) -> None:
+        """Write the pipeline folder: model_index.json, components as safetensors, and the card README.md.
+
+        A new or empty folder appears whole or not at all. In a folder that has other files they stay, and ours take
+        the place of earlier ones when all are written. `text_encoder` False leaves the encoder out: what is read back
+        takes `text` in the place of prompts.
+        """
+        saved = self
+        if not text_encoder:
+            saved = copy.copy(self)
+            saved.text_encoder = None
+        super(NextScalePipeline, saved).save_pretrained(save_directory, max_shard_size=max_shard_size)
+
+    def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
+        if self._null_text is not None:
+            save_null_text(self._null_text, folder)
+        super()._write(folder, max_shard_size)
+
+    @classmethod
+    def _read_beside(cls, folder: Path) -> dict[str, Any]:
+        null_text = read_null_text(folder)
+        return {} if null_text is None else {"null_text": null_text}
 
     @property
     def codebook_size(self) -> int:
@@ -508,14 +667,90 @@ class NextScalePipeline(SavedPipeline):
         size = 2 if self.transformer.dtype == torch.bfloat16 else 4
         block = tokens * width * (10 + 2 * config["mlp_ratio"]) * size
         cache = 0 if self.transformer.is_markov else 2 * config["num_layers"] * schedule.num_tokens * width * size
+        if config["text_width"] is not None and self.text_encoder is not None:
+            cache += 2 * config["num_layers"] * self.text_encoder.config["max_length"] * width * size
         logits = tokens * config["codebook_size"] * 4 * 2
         draw = tokens * config["codebook_size"] * (5 * 4 + 2 * 8)
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def _sampler(self, request: Request, streams: TokenStreams) -> ScaleSampler:
-        labels = torch.tensor(request.class_labels, device=self.device)
-        return ScaleSampler(self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams)
+    def _checked_null_text(self, null_text: TextFeatures | None) -> TextFeatures | None:
+        """The null text of a model that reads prompts; UserError where it, or the encoder, does not fit it."""
+        encoder = self.text_encoder
+        if not self.reads_text:
+            if encoder is not None or null_text is not None:
+                raise UserError(
+                    "this transformer reads no text, got a text encoder or a null text. Pass a transformer with "
+                    "text_pooled_width, or leave it out."
+                )
+            return None
+        if encoder is not None:
+            check_widths(encoder.text_width, encoder.pooled_width, self.transformer, "the text encoder")
+        if null_text is None:
+            if encoder is None:
+                raise UserError(
+                    "a transformer that reads text needs a text encoder, or the null text that one made of the empty "
+                    "prompt, got neither. Pass text_encoder or null_text."
+                )
+            with torch.no_grad():
+                null_text = encoder.encode([""])
+        if len(null_text) != 1:
+            raise UserError(f"null_text is the text of one prompt, the empty one, got {len(null_text)} rows.")
+        check_widths(null_text.hidden.shape[-1], null_text.pooled.shape[-1], self.transformer, "the null text")
+        return null_text
+
+    def _asked(
+        self, class_labels: Labels, prompt: object, text: TextFeatures | None, negative_prompt: object = None
+    ) -> Asked:
+        """What images are to be, one class and one text each; nothing is read yet."""
+        if not self.reads_text:
+            for name, given in (("prompt", prompt), ("text", text), ("negative_prompt", negative_prompt)):
+                if given is not None:
+                    shown = "" if name == "text" else f" {given!r}"
+                    instead = "Pass class_labels." if self.num_classes else "Leave it out."
+                    raise UserError(f"this model reads no text, got the {name}{shown}. {instead}")
+            return Asked(self.class_ids(class_labels))
+        if self.num_classes == 0:
+            strange = [label for label in label_list(class_labels) if label is not None]
+            if strange:
+                raise UserError(
+                    f"this model draws prompts and has no classes, got the class {strange[0]!r}. Pass prompt instead."
+                )
+        if text is not None:
+            check_widths(text.hidden.shape[-1], text.pooled.shape[-1], self.transformer, "text")
+        return asked_for(self.class_ids(class_labels), prompt, text, negative_prompt)
+
+    def _texts(self, asked: Asked) -> AskedTexts | None:
+        """What the transformer is told of the prompts; None where it reads none."""
+        null_text = self.null_text
+        return None if null_text is None else read_texts(asked, self.text_encoder, null_text)
+
+    def _request(
+        self,
+        class_labels: Labels,
+        num_images: SupportsIndex | None,
+        num_images_per_class: SupportsIndex,
+        options: Mapping[str, Any],
+    ) -> _Request:
+        """The request of a call; `options` holds every one of `NextScaleOptions`."""
+        words = {name: options[name] for name in ("prompt", "text", "negative_prompt")}
+        asked = self._asked(class_labels, **words)
+        asked = asked.images(spread(list(range(len(asked))), num_images, num_images_per_class))
+        labels = [None if one == self.num_classes else one for one in asked.class_labels]
+        request = super()._request(labels, None, 1, options)
+        guidance = guidance_values(request.options.guidance_scale, self.num_guided_steps)
+        if words["negative_prompt"] is not None and all(value == 1 for value in guidance):
+            raise UserError(
+                "guidance leads away from negative_prompt, and guidance_scale is 1, which is off. Pass guidance_scale, "
+                "or leave negative_prompt out."
+            )
+        return _Request(**vars(request), asked=asked)
+
+    def _sampler(self, request: _Request, streams: TokenStreams) -> ScaleSampler:
+        labels, texts = torch.tensor(request.class_labels, device=self.device), self._texts(request.asked)
+        return ScaleSampler(
+            self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams, texts
+        )
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
         if output_type == "latent":
@@ -524,7 +759,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _drawn(
         self,
-        request: Request,
+        request: _Request,
         scheduler: ScaleRefinementScheduler | None,
         known: KnownPart | None = None,
         on_step: Callable[[GenerationStep], object] | None = None,
@@ -538,7 +773,9 @@ class NextScalePipeline(SavedPipeline):
             token_ids[scale.index], features = scale.token_ids.cpu(), scale.features
             if on_step is not None:
                 on_step(GenerationStep(scale.index, self.schedule.num_scales, token_ids[scale.index]))
-        return NextScalePipelineOutput(features, token_ids, request.class_labels, request.seeds, sampler.num_forwards)
+        return NextScalePipelineOutput(
+            features, token_ids, request.class_labels, request.seeds, sampler.num_forwards, request.asked.prompts
+        )
 
     def _with_pictures(self, drawn: NextScalePipelineOutput, request: Request) -> NextScalePipelineOutput:
         assert isinstance(drawn.images, Tensor), "the features"
@@ -572,7 +809,7 @@ class NextScalePipeline(SavedPipeline):
     def _edited(
         self,
         canvas: Canvas,
-        request: Request,
+        request: _Request,
         rule: Mapping[str, Any],
         jumps: ScaleRefinementScheduler | None,
         paste: Callable[[Images], Images] | None,
@@ -609,22 +846,37 @@ class NextScalePipeline(SavedPipeline):
         images: ImageInput | None,
         class_labels: Labels,
         given: TokenPyramid | None,
+        prompt: object = None,
+        text: TextFeatures | None = None,
     ) -> Tensor:
-        """`measure` (of tokenizer, transformer, token ids and labels) of a few images at a time, on the CPU."""
-        ids, token_ids = self.class_ids(class_labels), self._tokens_of(images, given)
+        """`measure` (of tokenizer, transformer, token ids, labels, text) of a few images at a time, on the CPU."""
+        asked, token_ids = self._asked(class_labels, prompt, text), self._tokens_of(images, given)
         check_token_ids(token_ids, self.schedule.lengths, self.codebook_size)
-        labels = torch.tensor(ids * len(token_ids[0]) if len(ids) == 1 else ids)
-        if len(labels) != len(token_ids[0]):
-            raise UserError(
-                f"a likelihood needs one class label, or one per image ({len(token_ids[0])}), got {len(labels)}."
-            )
-        at_once = self._images_at_once()
-        parts = zip(_parts(token_ids, at_once), labels.split(at_once), strict=True)
-        made = (measure(self.image_tokenizer, self.transformer, part, each) for part, each in parts)
-        return torch.cat([one.cpu() for one in made])
+        number = len(token_ids[0])
+        if len(asked) not in (1, number):
+            what = "class label or prompt" if self.reads_text else "class label"
+            raise UserError(f"a likelihood needs one {what}, or one per image ({number}), got {len(asked)}.")
+        asked = asked.images([0] * number) if len(asked) == 1 else asked
+        texts, at_once = self._texts(asked), self._images_at_once()
+        made, index = [], torch.arange(number)
+        for part, some in zip(_parts(token_ids, at_once), index.split(at_once), strict=True):
+            told = None if texts is None else texts.features.rows(texts.rows[some.to(self.device)])
+            labels = torch.tensor([asked.class_labels[one] for one in some.tolist()])
+            made.append(measure(self.image_tokenizer, self.transformer, part, labels, told).cpu())
+        return torch.cat(made)
+
+    def _prompts_to_choose_from(self, class_labels: Labels, prompts: Sequence[str]) -> tuple[Asked, list[str]]:
+        listed = prompt_list(prompts)
+        if class_labels is not None:
+            raise UserError("images are sorted by prompts or by classes, got both. Pass one of them.")
+        if len(set(listed)) < len(listed):
+            raise UserError(f"every prompt to choose from is named once, got {listed}.")
+        return self._asked(None, listed, None), listed
 
     def _candidates(self, class_labels: Labels) -> list[int]:
         if class_labels is None:
+            if self.num_classes == 0 and self.reads_text:
+                raise UserError("this model has no classes to choose from. Pass prompts.")
             return list(range(self.num_classes))
         given = label_list(class_labels)
         if any(label is None for label in given):
@@ -641,6 +893,18 @@ class NextScalePipeline(SavedPipeline):
         block = config["width"] * (4 * kept_layers + 10 + 2 * config["mlp_ratio"]) * size
         # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
         return int(block + 4 * config["codebook_size"] * 4)
+
+
+def _conditions(class_labels: Labels, options: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """How many labels and prompts an edit was given, as lists."""
+    return {
+        "class_label": label_list(class_labels),
+        "prompt": list(number_of_texts(options["prompt"], options["text"])),
+    }
+
+
+def _bytes(tensor: Tensor) -> str:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes().hex()
 
 
 def _parts(token_ids: TokenPyramid, at_once: int) -> list[list[Tensor]]:

@@ -74,7 +74,7 @@ class ScaleDraw:
 
 @dataclass
 class AskedTexts:
-    """The prompts of some images.
+    """The prompts of some images, on the transformer's device.
 
     Attributes:
         features: of distinct prompts; the last is what guidance leads away from: the null text, or a negative prompt
@@ -131,7 +131,7 @@ class ScaleSampler:
             asked = torch.cat([asked, null.expand_as(asked)])
         with torch.no_grad():
             distinct, row = asked.unique(dim=0, return_inverse=True)
-            text = None if texts is None else texts.features.to(transformer.device).rows(distinct[:, 1])
+            text = None if texts is None else texts.features.rows(distinct[:, 1])
             self._conditioning = transformer.condition(distinct[:, 0], text).rows(row)
         self._cache = transformer.new_cache(len(asked))
 

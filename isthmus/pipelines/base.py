@@ -40,13 +40,17 @@ logger = logging.getLogger("isthmus")
 Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
 Part = type[SavedModel] | type[Recorded] | type[StoredLlama]
 
+# optional components that came after format 1: a folder without one says nothing of it, as those of before
+_LATER = ("text_encoder",)
+
 
 class SavedPipeline:
     """Base of the pipelines. A family adds its call, its components and what the abstract members below ask for.
 
     Attributes:
         parts: component name -> class; each is an attribute of that name.
-        optional_parts: the same, of components that a model may do without; None stands for none.
+        optional_parts: the same, of components that a model may do without; None stands for none. Several classes are
+            those that it may be of.
         config: what is stored beside the components.
         num_classes: 0 for models without classes.
         class_names: index (as text) -> name, by number; empty where classes have no names.
@@ -56,7 +60,7 @@ class SavedPipeline:
     """
 
     parts: ClassVar[Mapping[str, Part]] = {}
-    optional_parts: ClassVar[Mapping[str, Part]] = {}
+    optional_parts: ClassVar[Mapping[str, Part | tuple[Part, ...]]] = {}
     config: Config
     image_tokenizer: Any
     num_classes: int
@@ -94,6 +98,11 @@ class SavedPipeline:
     @abstractmethod
     def layout(self) -> str:
         """How tokens are laid out, in a sentence for the card."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether images follow prompts."""
+        return False
 
     @abstractmethod
     def step_names(self, num_steps: int) -> list[str]:
@@ -159,6 +168,11 @@ class SavedPipeline:
         """Every component by name; None for an optional one that this model does without."""
         return {name: getattr(self, name) for name in (*self.parts, *self.optional_parts)}
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the constructor."""
+        return {**self.components, **self.config}
+
     def stored(self, name: str) -> Any:
         """A component as it is kept, for reading alone."""
         return getattr(self, name)
@@ -191,7 +205,7 @@ class SavedPipeline:
         """Raise UserError where this model cannot draw with these options."""
         options.check(codebook_size=self.codebook_size, num_steps=self.num_guided_steps)
         values = guidance_values(options.guidance_scale, self.num_guided_steps)
-        if self.num_classes == 0 and any(value != 1 for value in values):
+        if self.num_classes == 0 and not self.reads_text and any(value != 1 for value in values):
             raise UserError(
                 "this model has no classes, so there is nothing to guide towards: guidance_scale must be 1, got "
                 f"{options.guidance_scale}. Leave it out."
@@ -267,8 +281,12 @@ class SavedPipeline:
         # a JSON string is a Python string, in the quotes that the rest of the card has
         first = json.dumps(names[0], ensure_ascii=False) if names else "0"
         argument = f"class_labels=[{first}], " if count else ""
+        pipeline_tag, words = "unconditional-image-generation", ""
+        if self.reads_text:
+            prompt = json.dumps(self.config["data"].get("prompt") or "", ensure_ascii=False)
+            pipeline_tag, argument, words = "text-to-image", f"{argument}prompt={prompt}, ", f" --prompt {prompt}"
         sizes = []
-        for name in self.parts:
+        for name in (*self.parts, *self.optional_parts):
             part = self.stored(name)
             if isinstance(part, (torch.nn.Module, StoredLlama)):
                 weights = part.state_dict().values() if isinstance(part, StoredLlama) else part.parameters()
@@ -277,7 +295,7 @@ class SavedPipeline:
         attribution = data.get("attribution") or "unknown. Find out before you publish this model or its images."
         return f"""---
 library_name: isthmus
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {pipeline_tag}
 license: other
 tags:
 - isthmus
@@ -287,7 +305,7 @@ tags:
 
 # {self.kind}
 
-Images of {self.image_size} x {self.image_size} pixels. Classes: {classes}.
+Images of {self.image_size} x {self.image_size} pixels. Classes: {classes}.{" Reads prompts." if words else ""}
 {self.layout} Parameters: {"; ".join(sizes)}.
 
 ## Load
@@ -299,7 +317,7 @@ pipe = load_pipeline("path/to/this/folder")
 pipe({argument}num_images=4, seed=0).images[0].save("sample.png")
 ```
 
-or `isthmus sample path/to/this/folder --num 16 --out samples`. Saved with Isthmus {isthmus.__version__}.
+or `isthmus sample path/to/this/folder{words} --num 16 --out samples`. Saved with Isthmus {isthmus.__version__}.
 
 With diffusers (`pip install "isthmus[diffusers]"`; its own `DiffusionPipeline.from_pretrained` knows no Isthmus):
 
@@ -367,20 +385,27 @@ Licence: {attribution}
             found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
             if found is None and name in cls.optional_parts:
                 continue
-            if found != index_entry(part)[1]:
+            kinds = {index_entry(kind)[1]: kind for kind in (part if isinstance(part, tuple) else (part,))}
+            if found not in kinds:
                 raise UserError(
-                    f"{folder / INDEX_NAME} must name {index_entry(part)[1]} as its {name}, got {found}. Update "
+                    f"{folder / INDEX_NAME} must name {' or '.join(kinds)} as its {name}, got {found}. Update "
                     "Isthmus, or save the model again."
                 )
-            settings = {"dtype": dtype} if issubclass(part, (SavedModel, StoredLlama)) else {}
-            components[name] = part.from_pretrained(folder / name, **settings)
-        return cls(**components, **values)
+            settings = {"dtype": dtype} if issubclass(kinds[found], (SavedModel, StoredLlama)) else {}
+            components[name] = kinds[found].from_pretrained(folder / name, **settings)
+        return cls(**components, **cls._read_beside(folder), **values)
+
+    @classmethod
+    def _read_beside(cls, folder: Path) -> dict[str, Any]:
+        """Arguments of the constructor that a family keeps in files of its own beside the components."""
+        return {}
 
     def _write(self, folder: Path, max_shard_size: int | str | None) -> None:
         # in diffusers' layout a component is [library, class]
         entries = {
-            name: [None, None] if self.stored(name) is None else index_entry(part)
+            name: [None, None] if self.stored(name) is None else index_entry(one_of(part, self.stored(name)))
             for name, part in {**self.parts, **self.optional_parts}.items()
+            if name not in _LATER or self.stored(name) is not None
         }
         versions = {"isthmus_format": FORMAT, "isthmus_version": isthmus.__version__}
         index = {"_class_name": type(self).__name__, **versions, **entries, **self.config}
@@ -429,6 +454,11 @@ def index_entry(part: Part) -> list[str]:
     if issubclass(part, StoredLlama):
         return [part.library, part.class_name]
     return [part.__module__, part.__name__]
+
+
+def one_of(part: Part | tuple[Part, ...], value: object) -> Part:
+    """The class of a component; where it may be of several, the one that `value` is of."""
+    return cast(Part, type(value)) if isinstance(part, tuple) else part
 
 
 def _fingerprint(part: Any) -> str:

@@ -40,10 +40,6 @@ class TextFeatures:
         """The prompts of these rows, in their order."""
         return TextFeatures(self.hidden[index], self.mask[index], self.pooled[index])
 
-    def to(self, device: torch.device) -> "TextFeatures":
-        """The same on a device."""
-        return TextFeatures(self.hidden.to(device), self.mask.to(device), self.pooled.to(device))
-
     def where(self, chosen: Bool[Tensor, " b"], other: "TextFeatures") -> "TextFeatures":
         """These prompts, and the single one of `other` where `chosen` is False."""
         length = max(self.mask.shape[1], other.mask.shape[1])

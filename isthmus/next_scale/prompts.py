@@ -1,0 +1,177 @@
+"""What images are asked to be, in classes and in words, and what stands for no words: the null text beside a model.
+
+Prompts are read once each, however many images are of one. The null text is what the encoder made of the empty prompt.
+It is kept in the model's folder, so that a model without its encoder is guided all the same (spec of Switti, 16.3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from isthmus.errors import UserError
+from isthmus.next_scale.sampling import AskedTexts
+from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.pipelines.labels import elements
+from isthmus.text.encoders import SmallTextEncoder, TextFeatures
+
+if TYPE_CHECKING:
+    from isthmus.text.pretrained import PretrainedTextEncoder
+
+    TextEncoder = SmallTextEncoder | PretrainedTextEncoder
+
+NULL_TEXT = "null_text.safetensors"
+_READ_AT_ONCE = 32
+_PARTS = ("hidden", "mask", "pooled")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What each image is to be.
+
+    Attributes:
+        class_labels: class ids, the null id for no class.
+        texts: prompts, or what an encoder made of them; None for models that read no text.
+        rows: which of the texts each image is of.
+        negative_prompt: what guidance leads away from.
+    """
+
+    class_labels: list[int]
+    texts: Sequence[str] | TextFeatures | None = None
+    rows: Sequence[int] = ()
+    negative_prompt: str = ""
+
+    def __len__(self) -> int:
+        return len(self.class_labels)
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompt of each image; None where there are no words to name."""
+        if self.texts is None or isinstance(self.texts, TextFeatures):
+            return None
+        return [self.texts[row] for row in self.rows]
+
+    def images(self, index: Sequence[int]) -> "Asked":
+        """The same for some of the images, or for one several times."""
+        rows = [] if self.texts is None else [self.rows[i] for i in index]
+        return replace(self, class_labels=[self.class_labels[i] for i in index], rows=rows)
+
+
+def prompt_list(prompt: object) -> list[str]:
+    """Prompts as a list, whichever way they were given, None being the empty one; UserError for what is no text."""
+    several = [prompt] if isinstance(prompt, str) else [""] if prompt is None else elements(prompt)
+    if several is None or not all(isinstance(one, str) for one in several):
+        raise UserError(f"a prompt is a text, or a list with one text per image, got {prompt!r}. Pass words.")
+    return several
+
+
+def number_of_texts(prompt: object, text: TextFeatures | None) -> list[None]:
+    """As many entries as a call gives prompts, one where it gives none."""
+    return [None] * (len(prompt_list(prompt)) if text is None else len(text))
+
+
+def asked_for(class_ids: list[int], prompt: object, text: TextFeatures | None, negative_prompt: object = None) -> Asked:
+    """Classes and texts side by side; a single one of either serves all. UserError where the numbers differ."""
+    if prompt is not None and text is not None:
+        raise UserError("text takes the place of prompt, got both. Pass one of them.")
+    texts = prompt_list(prompt) if text is None else text
+    if not class_ids or not len(texts):
+        raise UserError("at least one class label and one prompt are needed, got an empty list. Pass None for none.")
+    number = max(len(class_ids), len(texts))
+    if not {len(class_ids), len(texts)} <= {1, number}:
+        raise UserError(
+            f"there must be as many prompts as class labels, or a single one of either, got {len(texts)} and "
+            f"{len(class_ids)}. Pass one prompt per image."
+        )
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise UserError(f"negative_prompt is one text for all images, got {negative_prompt!r}. Pass words.")
+    ids = class_ids * number if len(class_ids) == 1 else class_ids
+    rows = [0] * number if len(texts) == 1 else list(range(number))
+    return Asked(ids, texts, rows, negative_prompt or "")
+
+
+def read_texts(asked: Asked, encoder: "TextEncoder | None", null_text: TextFeatures) -> AskedTexts:
+    """What the transformer is told: every distinct prompt read once, what guidance leads away from behind them.
+
+    `null_text` says where the results lie. UserError where there are prompts and no encoder.
+    """
+
+    def read(prompts: Sequence[str]) -> list[TextFeatures]:
+        if encoder is None:
+            raise UserError(
+                "this model was saved without its text encoder, so it reads no words: pass text=, what that encoder "
+                f"made of them elsewhere, got the prompt {prompts[0]!r}."
+            )
+        with torch.no_grad():
+            starts = range(0, len(prompts), _READ_AT_ONCE)
+            return [encoder.encode(prompts[start : start + _READ_AT_ONCE]) for start in starts]
+
+    device = null_text.pooled.device
+    null = [null_text] if asked.negative_prompt == "" else read([asked.negative_prompt])
+    if isinstance(asked.texts, TextFeatures):
+        parts, rows = [moved(asked.texts, device)], list(asked.rows)
+    else:
+        prompts = asked.prompts or []
+        known = {one: one for one in prompts if one not in ("", asked.negative_prompt)}
+        parts = read(list(known)) if known else []
+        # the stored null text stands for the empty prompt, wherever that is asked for
+        words = [*known] + [""] * ("" in prompts and asked.negative_prompt != "")
+        parts += [null_text] * (len(words) - len(known))
+        place = {one: row for row, one in enumerate([*words, asked.negative_prompt])}
+        rows = [place[one] for one in prompts]
+    return AskedTexts(TextFeatures.joined([*parts, *null]), torch.tensor(rows, device=device))
+
+
+def moved(text: TextFeatures, device: torch.device) -> TextFeatures:
+    """The same on a device."""
+    return TextFeatures(text.hidden.to(device), text.mask.to(device), text.pooled.to(device))
+
+
+def check_widths(text_width: int, pooled_width: int, transformer: NextScaleTransformer, what: str) -> None:
+    """Raise UserError unless `what` has the widths of the text that the transformer reads."""
+    asked = {"text_width": text_width, "text_pooled_width": pooled_width}
+    for name, got in asked.items():
+        wanted = transformer.config[name]
+        # a model of the whole alone looks at no words
+        if wanted is not None and got != wanted:
+            raise UserError(
+                f"{what} must have the {name} of the transformer, {wanted}, got {got}. Pass the text encoder that it "
+                "was trained with."
+            )
+
+
+def save_null_text(text: TextFeatures, folder: Path) -> None:
+    """Write the null text into a model's folder."""
+    # copies: the vector of the whole may be a view of that of a word
+    parts = {name: getattr(text, name).detach().cpu() for name in _PARTS}
+    copies = {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
+    save_file(copies, folder / NULL_TEXT)
+
+
+def read_null_text(folder: Path) -> TextFeatures | None:
+    """The null text in a model's folder, on the CPU, None where there is none; UserError where it is damaged."""
+    path = folder / NULL_TEXT
+    if not path.is_file():
+        return None
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}). Copy it again.") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if stored.keys() != set(_PARTS) or not _is_one_text(stored):
+        raise UserError(
+            f"{path} must hold one text as hidden (1, l, d), mask (1, l) and pooled (1, p), got {shapes}. Save the "
+            "model again."
+        )
+    return TextFeatures(**stored)
+
+
+def _is_one_text(stored: dict[str, torch.Tensor]) -> bool:
+    hidden, mask, pooled = (stored[name] for name in _PARTS)
+    shapes = (hidden.dim(), pooled.dim(), hidden.shape[:2], pooled.shape[0])
+    finite = all(bool(one.isfinite().all()) for one in (hidden, pooled) if not one.is_meta)
+    return shapes == (3, 2, mask.shape, 1) and mask.shape[0] == 1 and mask.dtype == torch.bool and finite
