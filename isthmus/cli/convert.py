@@ -2,9 +2,10 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -76,10 +77,12 @@ class ConvertSwitti(_Convert):
     """The VQVAE file, that of VQVAE-Switti or of VAR."""
     prior: Path
     """The transformer file, or the folder that it lies in with its config.json."""
-    text_encoder: Path | None = None
-    """Folder of transformers with CLIP ViT-L/14 and its tokenizer; None writes a folder without text encoders."""
+    text_encoder: Path
+    """Folder of transformers with CLIP ViT-L/14 and its tokenizer."""
     text_encoder_2: Path | None = None
-    """The same of CLIP ViT-bigG/14 (laion2B-39B-b160k)."""
+    """The same of CLIP ViT-bigG/14 (laion2B-39B-b160k); none for a prior that was trained with one encoder."""
+    keep_text_encoder: bool = True
+    """Write the encoders too; without them the folder takes what they made of a prompt in the place of words."""
     num_heads: int | None = None
     """Heads of the prior; None takes heads that are 64 wide, as published."""
     rope_base: float | None = None
@@ -129,7 +132,8 @@ def run_switti(arguments: Sequence[str]) -> None:
     from isthmus.next_scale.conversion import convert_switti
 
     names = ("text_encoder", "text_encoder_2", "num_heads", "rope_base", "rope_extent", "scale_attention")
-    _write(command, convert_switti, **{name: getattr(command, name) for name in names})
+    settings = {name: getattr(command, name) for name in names}
+    _write(command, convert_switti, {} if command.keep_text_encoder else {"text_encoder": False}, **settings)
 
 
 def run_dar(arguments: Sequence[str]) -> None:
@@ -143,7 +147,12 @@ def run_dar(arguments: Sequence[str]) -> None:
     _write(command, convert_dar, class_names=command.names(), **settings)
 
 
-def _write(command: ConvertVar | ConvertSwitti | ConvertDar, convert: Callable[..., Any], **settings: Any) -> None:
+def _write(
+    command: ConvertVar | ConvertSwitti | ConvertDar,
+    convert: Callable[..., Any],
+    saving: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
+) -> None:
     converted = convert(command.tokenizer, command.prior, **settings)
     for what in ("tokenizer", "prior"):
         by_reason: dict[str, list[str]] = defaultdict(list)
@@ -151,7 +160,7 @@ def _write(command: ConvertVar | ConvertSwitti | ConvertDar, convert: Callable[.
             by_reason[reason].append(key)
         for reason, keys in by_reason.items():
             logger.info("%s: left out %s (%s)", what, ", ".join(sorted(keys)), reason)
-    converted.pipeline.save_pretrained(command.out)
+    converted.pipeline.save_pretrained(command.out, **saving)
     logger.info("pipeline written to %s; draw with `isthmus sample %s --out samples`", command.out, command.out)
 
 

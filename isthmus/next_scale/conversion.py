@@ -322,8 +322,8 @@ def switti_sampling(scale_sizes: Sequence[int], codebook_size: int) -> SamplingO
 def convert_switti(
     tokenizer: str | Path,
     prior: str | Path,
+    text_encoder: str | Path,
     *,
-    text_encoder: str | Path | None = None,
     text_encoder_2: str | Path | None = None,
     num_heads: int | None = None,
     rope_base: float | None = None,
@@ -336,9 +336,9 @@ def convert_switti(
 
     Args:
         prior: file, or folder with its config.json.
-        text_encoder: folder of transformers with CLIP ViT-L/14 and its tokenizer; without encoders the pipeline has
-            none.
-        text_encoder_2: the same of CLIP ViT-bigG/14, whose end word stands for the whole prompt.
+        text_encoder: folder of transformers with CLIP ViT-L/14 and its tokenizer.
+        text_encoder_2: the same of CLIP ViT-bigG/14, whose end word stands for the whole prompt; None for a prior that
+            was trained with one encoder.
         num_heads: as for `convert_switti_state`.
         rope_base: None is the `rope_theta` of the config.json beside the prior; without one, 10,000.
         rope_extent: None is the `rope_size` there; without one, 128.
@@ -361,12 +361,10 @@ def convert_switti(
     tokenizer_parts = convert_tokenizer_state(raw_tokenizer, wanted["scale_sizes"])
     for name in ("codebook_size", "codebook_dim"):
         check_belong(name, tokenizer_parts.arguments[name], wanted[name], tokenizer, prior)
-    encoder = _clip_pair(text_encoder, text_encoder_2, wanted)
     pipeline = NextScalePipeline(
         build_tokenizer(tokenizer_parts),
         build_prior(prior_parts),
-        text_encoder=encoder,
-        null_text=None if encoder is None else encoder.encode([""]),
+        text_encoder=_text_encoder(*[folder for folder in (text_encoder, text_encoder_2) if folder is not None]),
         sampling_defaults=switti_sampling(wanted["scale_sizes"], wanted["codebook_size"]),
         data=data_of(tokenizer, prior),
         protocol=f"Converted from published Switti weights, scale_attention {wanted['scale_attention']}; not trained "
@@ -388,27 +386,13 @@ def _settings_beside(prior: Path) -> dict[str, float]:
     return found
 
 
-def _clip_pair(
-    first: str | Path | None, second: str | Path | None, wanted: Mapping[str, int]
-) -> PretrainedTextEncoder | None:
-    """The text encoders of a prior with these arguments, side by side; None where none is named."""
-    folders = [folder for folder in (first, second) if folder is not None]
-    if not folders:
-        return None
+def _text_encoder(*folders: str | Path) -> PretrainedTextEncoder:
+    """The text encoders in these folders, side by side."""
     encoder = PretrainedTextEncoder.from_folders(*folders)
     # a projection, as SDXL's second encoder has it, makes another vector of the same width
-    projected = next((n for n in encoder.networks if type(n).__name__ == "CLIPTextModelWithProjection"), None)
-    if projected is not None:
+    if any(type(network).__name__ == "CLIPTextModelWithProjection" for network in encoder.networks):
         raise UserError(
             f"Switti reads the end word of a CLIPTextModel, got a CLIPTextModelWithProjection in one of "
             f"{', '.join(map(str, folders))}. Load it as a CLIPTextModel with transformers and save that."
-        )
-    found = (encoder.text_width, encoder.pooled_width)
-    asked = (wanted["text_width"], wanted["text_pooled_width"])
-    if found != asked:
-        raise UserError(
-            f"the prior reads words of width {asked[0]} and prompts of width {asked[1]}, got {found[0]} and {found[1]} "
-            f"from {', '.join(map(str, folders))}. Pass CLIP ViT-L/14 as the first text encoder and CLIP ViT-bigG/14 "
-            "as the second."
         )
     return encoder

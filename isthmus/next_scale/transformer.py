@@ -431,8 +431,8 @@ class NextScaleTransformer(SavedModel):
         self,
         class_labels: Int[Tensor, " b"],
         scale_inputs: Float[Tensor, "b inputs d"],
-        *,
         text: TextFeatures | None = None,
+        *,
         image_sizes: Int[Tensor, "b 2"] | None = None,
         scales: Sequence[int] | None = None,
         keep: Float[Tensor, "b layers 2"] | None = None,
@@ -575,11 +575,11 @@ def visible_pairs(scale_sizes: Sequence[int], *, markov: bool) -> int:
 def sampling_flops(config: Mapping[str, Any], *, num_words: int = 77) -> int:
     """Multiplications and additions of all forwards of one image, without guidance and without pixels.
 
-    2 (L (n (4 + f r) w^2 + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, r the ratio of the
-    feed-forward of f matrices (2, or 3 with "swiglu"), d the width of a code, V codes, P visible pairs, and m
-    modulations (n, or 1 where they are shared). A text adds 2 (p w), p being the width of a prompt's vector, and where
-    blocks look at T words of width t 2 n (L (2 w^2 + 2 w T) + 2 T t w). Guidance adds the same again for the scales
-    that it is on at.
+    2 (L (n (4 w + f h) w + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, a feed-forward of f
+    matrices (2, or 3 with "swiglu") and hidden width h, d the width of a code, V codes, P visible pairs, and m
+    modulations (n, or 1 where they are shared). A text adds 2 p w, p being the width of a prompt's vector, and where
+    blocks look at T words of width t 2 n (L (2 w^2 + 2 w T) + 2 T t w); a size condition adds 2 w^2. Guidance adds the
+    same again for the scales that it is on at.
 
     Args:
         config: arguments of the transformer; those that came later may be missing.
@@ -587,8 +587,9 @@ def sampling_flops(config: Mapping[str, Any], *, num_words: int = 77) -> int:
     """
     config = {**NextScaleTransformer.later_arguments, **config}
     sizes, width, num_layers = config["scale_sizes"], config["width"], config["num_layers"]
-    tokens, matrices = sum(s * s for s in sizes), 3 if config["feed_forward"] == "swiglu" else 2
-    per_token = num_layers * (4 + matrices * config["mlp_ratio"]) * width**2
+    tokens, hidden = sum(s * s for s in sizes), width * config["mlp_ratio"]
+    feed_forward = 3 * int(hidden) if config["feed_forward"] == "swiglu" else 2 * hidden
+    per_token = num_layers * (4 * width + feed_forward) * width
     per_token += width * (config["codebook_dim"] + config["codebook_size"])
     attention = 2 * num_layers * width * visible_pairs(sizes, markov=config["scale_attention"] == "markov")
     once = (6 * (1 if config["shared_adaln"] else num_layers) + 2) * width**2
