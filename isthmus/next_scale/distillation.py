@@ -413,7 +413,7 @@ def measuring_commands(run: DistillRun, *, with_baseline: bool) -> list[str]:
 def stage_runs(run: DistillRun) -> list[DistillRun]:
     """The runs of a distillation in order; the last is `run` itself.
 
-    Raises UserError where there is no teacher, or its scales do not allow this student, or this guidance.
+    Raises UserError where there is no teacher, or its scales do not allow this student, guidance or temperature.
     """
     saved = read_config(model_folder(teacher_named_in(run)) / "transformer")
     if "scale_sizes" not in saved:
@@ -424,7 +424,9 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
     sizes, _ = student_shape(run, teacher_sizes, saved["scale_attention"])
     stages = removal_stages(teacher_sizes, sizes)
     guidance = parse_guidance(run.sampling.guidance)
-    guidance_at(guidance, teacher_sizes, sizes)  # for what it refuses: this costs nothing yet
+    # for what they refuse: this costs nothing yet
+    guidance_at(guidance, teacher_sizes, sizes)
+    at_sides("temperature", run.sampling.temperature, teacher_sizes, sizes)
     if not run.progressive:
         return [run]
     runs, teacher, taught = [], run.from_model, teacher_sizes
@@ -432,9 +434,7 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
         folder = stage_folder(run, stage)
         # a list of guidance values counts on the scales of the teacher that a run names
         text = guidance_text(guidance_at(guidance, teacher_sizes, taught))
-        temperature = run.sampling.temperature
-        if not isinstance(temperature, (int, float)):
-            temperature = at_sides("temperature", temperature, teacher_sizes, taught)
+        temperature = at_sides("temperature", run.sampling.temperature, teacher_sizes, taught)
         sampling = replace(run.sampling, guidance=text, temperature=temperature)
         alone = replace(run, out=folder, progressive=False, baseline=False, sampling=sampling)
         runs.append(replace(alone, scale_sizes=stage, from_model=teacher))

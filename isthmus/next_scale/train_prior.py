@@ -274,9 +274,8 @@ class NextScaleTask(PriorTask):
             num_classes=network.null_class_id,
             num_guided_steps=len(guided),
         )
-        sizes, temperature = self.schedule.sizes, options.temperature
-        if not isinstance(temperature, (int, float)):
-            temperature = at_sides("temperature", temperature, guided, sizes)
+        sizes = self.schedule.sizes
+        temperature = at_sides("temperature", options.temperature, guided, sizes)
         guidance = guidance_at(options.guidance_scale, guided, sizes)
         self.options = replace(options, guidance_scale=guidance, temperature=temperature)
 

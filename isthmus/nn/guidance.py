@@ -97,9 +97,15 @@ def guidance_at(guidance: Guidance, teacher_sizes: Sequence[int], sizes: Sequenc
 
 
 def at_sides(
-    what: str, values: Sequence[float], teacher_sizes: Sequence[int], sizes: Sequence[int]
-) -> tuple[float, ...]:
-    """Of one value per scale of a teacher, those of some of its scales; UserError as `guidance_at`."""
+    what: str, values: float | Sequence[float], teacher_sizes: Sequence[int], sizes: Sequence[int]
+) -> float | tuple[float, ...]:
+    """Of one value per scale of a teacher, those of some of its scales; one number stays. UserError as `guidance_at`.
+
+    >>> at_sides("temperature", (1.0, 1.0, 0.1), (1, 2, 4), (1, 4))
+    (1.0, 0.1)
+    """
+    if isinstance(values, (int, float)):
+        return values
     if len(values) != len(teacher_sizes):
         instead = "one number, or a schedule such as linear:1:2.5" if what == "guidance" else "or one number"
         raise UserError(
