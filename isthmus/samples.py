@@ -532,7 +532,7 @@ def _name(row: Mapping[str, Any]) -> str:
     """What pictures say of an image: its prompt, behind its class where it has one, cut where it is long."""
     if "prompt" not in row:
         return row["label"]
-    words = row["prompt"] or "(no words)"
+    words = " ".join(row["prompt"].split()) or "(no words)"
     words = words if row["label"] == "null" else f"{row['label']}: {words}"
     return words if len(words) <= _LONGEST_NAME else words[: _LONGEST_NAME - 3] + "..."
 

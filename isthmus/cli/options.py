@@ -198,7 +198,7 @@ class PromptOptions:
         if self.prompts is None:
             return self.prompt
         try:
-            lines = self.prompts.read_text(encoding="utf-8").splitlines()
+            lines = self.prompts.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--prompts must be a text file (UTF-8), got {self.prompts}, which cannot be read ({error})."
