@@ -152,7 +152,8 @@ def test_saved_with_and_without_its_encoder(one, tmp_path):
     assert token_hashes(less(seed=1).token_ids) == token_hashes(one(seed=1).token_ids)
     with pytest.raises(UserError, match="without its text encoder"):
         less(prompt="a cat")
-    assert 'prompt=""' in (tmp_path / "whole" / "README.md").read_text()
+    named = tiny_text_pipeline(data={"prompt": "a cat"}).card()
+    assert '--prompt "a cat" --num 16' in named and "pipeline_tag: text-to-image" in named
     tiny_pipeline().save_pretrained(tmp_path / "classes")
     index = json.loads((tmp_path / "classes" / "model_index.json").read_text())
     assert "text_encoder" not in index and not (tmp_path / "classes" / "null_text.safetensors").exists()
@@ -203,6 +204,7 @@ def test_odd_prompts_are_refused_at_once(one):
     text, image = one.text_encoder.encode(["a", "b"]), torch.zeros(3, 3, 8, 8)
     both = tiny_text_pipeline(num_classes=3)
     narrow = TextFeatures(text.hidden[..., :5], text.mask, text.pooled[..., :5])
+    blank = TextFeatures(text.hidden, torch.zeros_like(text.mask), text.pooled)
     for said, ask in (
         ("as many prompts", lambda: both([0, 1], prompt=["a", "b", "c"])),
         ("got both", lambda: one(prompt="a", text=text)),
@@ -210,6 +212,7 @@ def test_odd_prompts_are_refused_at_once(one):
         ("a prompt is a text", lambda: one(prompt=["a", None])),
         ("empty list", lambda: one(prompt=[])),
         ("of the transformer, 12, got 5", lambda: one(text=narrow)),
+        ("at least one word", lambda: one(text=blank)),
         ("guidance_scale is 1", lambda: one(prompt="a", negative_prompt="b", guidance_scale=1)),
         ("one text for all", lambda: one(prompt="a", negative_prompt=["b"])),
         ("one class label or prompt, or one per image", lambda: one.log_prob(image, prompt=["a", "b"])),
