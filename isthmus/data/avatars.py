@@ -401,6 +401,7 @@ def _render_all(files: Sequence[Path], image_size: int) -> None:
 
     They are started as programs, so that a script need not be written for it. Raises UserError where one fails.
     """
+    logger.info("%s", AVATARS_ATTRIBUTION)
     number = min(len(files), usable_processors())
     program = "import sys; from isthmus.data.avatars import render; render(int(sys.argv[1]), sys.argv[2:])"
     command = [sys.executable, "-c", program, str(image_size)]

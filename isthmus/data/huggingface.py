@@ -400,7 +400,7 @@ def open_stream(spec: str, *, strict: bool = False, columns: WantedColumns = ANY
     """`hf:NAME_OR_PATH[:SPLIT]` as a stream: the split named, else train, else the only one."""
     prefix, _, name = spec.partition(":")
     if prefix != "hf" or not name:
-        raise UserError(f"only hf:NAME[:SPLIT] can be streamed, got {spec!r}. Leave out --stream.")
+        raise UserError(f"only avatars and hf:NAME[:SPLIT] can be streamed, got {spec!r}. Leave out --stream.")
     path, split = name_and_split(name)
     dataset = train_split(load(path, split, streaming=True), source=spec)
     if hasattr(dataset, "to_iterable_dataset"):  # a table on disk

@@ -253,7 +253,8 @@ def open_splits(
 def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[int, int]) -> Reference:
     """The reference of an evaluation: images or statistics at `path`, else images of the data set.
 
-    Built-in sets are small, so theirs is training and held-out images together; of other data it is the held-out part.
+    Of built-in sets, some of which are small, it is training and held-out images together; of other data the held-out
+    part.
 
     Args:
         size: of the samples, height and width in pixels.

@@ -132,7 +132,7 @@ def test_captions_say_what_is_there_and_training_ones_leave_out():
     ("arguments", "said"),
     [
         ({"styles": ("avataaars",)}, "terms of its own"),
-        ({"styles": ("critter",)}, "no style 'critter'. Choose among critters"),
+        ({"styles": ("critter",)}, "no style 'critter'. Did you mean critters[?] Choose among critters"),
         ({"styles": ("gaze", "gaze")}, "named once"),
         ({"image_size": 4}, "8 to 512 pixels, got 4"),
         ({"num_images": 9}, "--max-images"),
