@@ -27,7 +27,7 @@ from isthmus.data.source import ImageSource, ImageStream, StreamedImage, choose_
 from isthmus.data.views import Batch, BatchedDataset, collate, usable_processors
 from isthmus.display import Display
 from isthmus.errors import UserError, nearest
-from isthmus.files import cache_directory, sha256_of_file, sha256_of_parts, write_whole
+from isthmus.files import cache_directory, sha256_of_file, sha256_of_parts, waited_for, write_whole
 from isthmus.nn.draws import AUGMENT, stream
 
 # style: what it shows, its parts and its colours, in the order of a caption; the first four make combinations
@@ -390,9 +390,15 @@ def _rendered(
     folder = cache_directory(cache_dir) / "avatars" / _made_with() / f"{image_size}px"
     folder.mkdir(parents=True, exist_ok=True)
     files = [[folder / f"{style}+{split}+{chunk}.npy" for chunk in range(chunks)] for style in styles]
-    missing = [file for of_style in files for file in of_style if not _is_whole(file)]
-    if missing:
-        _render_all(missing, image_size)
+
+    def missing() -> list[Path]:
+        return [file for of_style in files for file in of_style if not _is_whole(file)]
+
+    if missing():
+        # of the processes of a launcher one draws, and the others find what it has drawn
+        with waited_for(folder, "the folder of drawings"):
+            if wanted := missing():
+                _render_all(wanted, image_size)
     return files
 
 
@@ -441,7 +447,7 @@ def _note(file: Path) -> dict[str, Any]:
 
 
 def _is_whole(file: Path) -> bool:
-    if not file.exists():
+    if not (file.exists() and file.with_suffix(".json").exists()):
         return False
     with suppress(OSError, ValueError, KeyError):
         if _note(file)["sha256"] == sha256_of_file(file):

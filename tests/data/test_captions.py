@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from isthmus.data.captions import LONGEST_CAPTION, clean_caption
+from isthmus.data.huggingface import hold_out, open_stream
 from isthmus.data.opening import open_source
 from isthmus.data.source import WantedColumns
+from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
-from tests.data.conftest import picture, save
+from tests.data.conftest import picture, save, tiny_tokenizer
 
 PIXELS = {np.asarray(picture(i)).tobytes(): f"picture {i}" for i in range(16)}
 
@@ -64,6 +66,10 @@ def test_arrays_and_tables(tmp_path, cache_dir):
     spec = f"hf:{tmp_path / 't'}"
     found, prints = told(spec, cache_dir, columns=WantedColumns(caption="words"))
     assert found == PIXELS
+    rest, kept = hold_out(open_stream(spec, columns=WantedColumns(caption="words")), 3)
+    cache = TokenCache.build(tmp_path / "tokens", tiny_tokenizer(), rest, image_size=8, seed=0, max_images=5)
+    assert list(kept.captions) + cache.captions == list(PIXELS.values())[:8]
+    assert rest.fingerprint != open_stream(spec).fingerprint
     plain = opened(spec, cache_dir)
     assert plain.captions is None and plain.fingerprint not in prints
     with pytest.raises(UserError, match="texts, got number, which is int64. Others are chosen.*words"):
