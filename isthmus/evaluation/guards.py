@@ -16,7 +16,7 @@ FEWEST_FOR_FRECHET = 1000
 """Below this many images the kernel distance and the class scores lead."""
 
 BUILT_IN_SENTENCE = (
-    "The set is small: the reference is its training and held-out images together, so a model that copies its training "
+    "Of a built-in set the reference is the training and held-out images together, so a model that copies its training "
     "images would score well. Read the share of memorised samples beside every distance."
 )
 """What a report says of the built-in sets, whose reference holds the training images."""
@@ -99,7 +99,7 @@ def pixel_digest(image: UInt8[np.ndarray, "h w 3"]) -> str:
 def check_reference(
     reference_digests: Iterable[str], training_digests: Iterable[str], *, built_in: bool, looked_at: float = 1.0
 ) -> str | None:
-    """A reference that is the training set rewards copying; `BUILT_IN_SENTENCE` for the small sets of the package.
+    """A reference that is the training set rewards copying; `BUILT_IN_SENTENCE` for the sets of the package.
 
     Args:
         reference_digests: `pixel_digest` of the reference images.
