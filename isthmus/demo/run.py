@@ -351,7 +351,6 @@ def next_scale_report(
     sizes, (tokenizer_log, prior_log) = pipeline.schedule.sizes, logs_of(options.folder)
     bits = " | ".join(f"{last(prior_log, f'val/bits_scale{k}'):.2f}" for k in range(len(sizes)))
     decibels = " | ".join(f"{last(tokenizer_log, f'val/psnr_scale{k}'):.1f}" for k in range(len(sizes)))
-    ratio = scores["class_accuracy"] / max(scores["class_accuracy_held_out"], 1e-9)
     _write(
         options, pipeline, train, scores, seconds,
         title="Isthmus demo",
@@ -363,10 +362,7 @@ def next_scale_report(
 Held-out images, rebuilt from the first scales and from all of them; the image itself is last:
 
 ![reconstructions](reconstructions.png)""",
-        rows={
-            "PSNR on held-out images": f"{last(tokenizer_log, 'val/psnr'):.2f} dB",
-            "samples over held-out": f"{ratio:.1%}",
-        },
+        rows={"PSNR on held-out images": f"{last(tokenizer_log, 'val/psnr'):.2f} dB"},
         below=f"""| scale | {" | ".join(f"{s} x {s}" for s in sizes)} |
 |---|{"---|" * len(sizes)}
 | PSNR up to this scale, dB | {decibels} |
@@ -435,6 +431,7 @@ def _write(
         if hasattr(pipeline, part)
     }
     codes = pipeline.image_tokenizer.config["codebook_size"]
+    ratio = scores["class_accuracy"] / max(scores["class_accuracy_held_out"], 1e-9)
     by_class = ", ".join(f"{name} {share:.0%}" for name, share in scores["accuracy_by_class"].items())
     numbers = {
         **parameters,
@@ -443,6 +440,7 @@ def _write(
         "bits per token on held-out images": f"{last(prior_log, 'val/bits_per_token'):.3f}",
         "class accuracy of held-out images": f"{scores['class_accuracy_held_out']:.1%}",
         f"class accuracy of {scores['num_samples']} samples": f"{scores['class_accuracy']:.1%} ({by_class})",
+        "the same as a share of that of held-out images": f"{ratio:.1%}",
         "samples that look copied": f"{scores['memorised']:.1%}",
         "training images, shifted and mirrored, that look copied": f"{scores['memorised_views']:.1%}",
         "drawing one image, in batches of 50": f"{scores['seconds_per_image'] * 1000:.0f} ms",
