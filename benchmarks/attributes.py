@@ -1,8 +1,8 @@
 """How much of a prompt a text model draws: attributes of avatars, read back:  python benchmarks/attributes.py MODEL
 
-Prompts are captions of drawings that nobody trained on, and of drawings with a pair of attributes that no training image
-has. A small network reads what the samples show (isthmus/evaluation/attributes.py; trained at the first call and kept in
-the cache); beside every share stands its ceiling, what the network reads right of fresh renders. Needs the demo extra.
+Prompts are captions of drawings that nobody trained on, and of drawings with a pair of attributes that no training
+image has. A small network reads what the samples show (isthmus/evaluation/attributes.py; trained at the first call and kept
+in the cache); beside every share stands its ceiling, what it reads right of fresh renders. Needs the demo extra.
 """
 
 import argparse
@@ -21,9 +21,7 @@ BATCH = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a folder of a next-scale model that reads prompts")
-    parser.add_argument(
-        "--styles", default=",".join(AVATAR_STYLES), help="with commas between: those it was trained on"
-    )
+    parser.add_argument("--styles", default=",".join(AVATAR_STYLES), help="those it was trained on")
     parser.add_argument("--num", type=int, default=280, help="prompts of each split")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -53,11 +51,11 @@ def line(split: str, style: str, asked: list, shown: list, ceiling: dict) -> str
     right, total = sum(one.right for one in found.values()), sum(one.asked for one in found.values())
     # of the attributes as often as they were asked for here
     best = sum(ceiling[key].share * one.asked for key, one in found.items() if key in ceiling) / total
-    whole = Counter(all(seen.get(name) == value for name, value in one.items()) for one, seen in zip(asked, shown))
+    pairs = zip(asked, shown, strict=True)
+    whole = Counter(all(seen.get(name) == value for name, value in one.items()) for one, seen in pairs)
     interval = wilson_interval(right, total)
-    share = Found(right, total).share
-    all_right = whole[True] / len(asked)
-    return f"| {split} | {style} | {share:.1%} | {interval.low:.1%} to {interval.high:.1%} | {best:.1%} | {all_right:.1%} |"
+    shares = f"{Found(right, total).share:.1%} | {interval.low:.1%} to {interval.high:.1%} | {best:.1%}"
+    return f"| {split} | {style} | {shares} | {whole[True] / len(asked):.1%} |"
 
 
 if __name__ == "__main__":
