@@ -61,6 +61,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 _KINDS = {
     "cls_embedding.embedding_table.weight": "D-AR prior",
     "query_embedding.weight": "D-AR tokenizer",
+    "text_pooler.weight": "Switti prior",
     "pos_1LC": "VAR prior",
     "quantize.embedding.weight": "VAR tokenizer",
 }

@@ -218,14 +218,17 @@ class TokenizerLaws(ModelLaws):
 
 
 class PriorLaws(ModelLaws):
-    """A subclass has fixtures `model` (a `NextScaleTransformer`) and `inputs` ((class_labels, scale_inputs))."""
+    """A subclass has fixtures `model` (a `NextScaleTransformer`) and `inputs`.
+
+    Those are (class_labels, scale_inputs), and the text behind them where the model reads one.
+    """
 
     def floats(self, output: Any) -> Tensor:
         return output.logits
 
-    def generated(self, model, class_labels, scale_inputs) -> Tensor:
+    def generated(self, model, class_labels, scale_inputs, *text) -> Tensor:
         """Logits of all scales, one `forward_scale` after the other."""
-        conditioning, cache = model.condition(class_labels), model.new_cache(len(class_labels))
+        conditioning, cache = model.condition(class_labels, *text), model.new_cache(len(class_labels))
         lengths = model.schedule.lengths
         parts = scale_inputs.split([0, *lengths[1:]], dim=1)
         return torch.cat([model.forward_scale(k, part, conditioning, cache) for k, part in enumerate(parts)], dim=1)
@@ -234,17 +237,18 @@ class PriorLaws(ModelLaws):
         torch.testing.assert_close(self.generated(model, *inputs), model(*inputs).logits, **NETWORK)
 
     def test_a_batch_equals_its_images_alone(self, model, inputs):
-        labels, scale_inputs = inputs
+        labels, scale_inputs, *text = inputs
         together = model(*inputs).logits
         for i in range(len(labels)):
-            alone = model(labels[i : i + 1], scale_inputs[i : i + 1]).logits
+            own = (one.rows(slice(i, i + 1)) for one in text)
+            alone = model(labels[i : i + 1], scale_inputs[i : i + 1], *own).logits
             torch.testing.assert_close(alone[0], together[i], **NETWORK)
 
     def test_a_hidden_scale_changes_nothing(self, model, inputs):
-        labels, scale_inputs = inputs
+        labels, scale_inputs, *text = inputs
         scale_inputs = scale_inputs.clone().requires_grad_()
         lengths = model.schedule.lengths
-        for scale, logits in enumerate(model(labels, scale_inputs).logits.split(list(lengths), dim=1)):
+        for scale, logits in enumerate(model(labels, scale_inputs, *text).logits.split(list(lengths), dim=1)):
             if not scale_inputs.numel():
                 continue  # one scale alone reads no features
             (grad,) = torch.autograd.grad(logits.square().sum(), scale_inputs, retain_graph=True)
@@ -253,11 +257,11 @@ class PriorLaws(ModelLaws):
                 assert bool(part.abs().sum() > 0) == visible, (scale, other)
 
     def test_leading_scales_are_rows_of_the_full_pass(self, model, inputs):
-        labels, scale_inputs = inputs
+        labels, scale_inputs, *text = inputs
         full, offsets = model(*inputs).logits, model.schedule.offsets
         for count in range(1, model.schedule.num_scales + 1):
             part = scale_inputs[:, : offsets[count] - offsets[1]]
-            logits = model(labels, part, scales=range(count)).logits
+            logits = model(labels, part, *text, scales=range(count)).logits
             torch.testing.assert_close(logits, full[:, : offsets[count]], **NETWORK)
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, model, inputs):

@@ -35,6 +35,7 @@ COMMANDS = {
     "study srdd": ("isthmus.cli.study:run_srdd", "experiments on VAR and SRDD: the papers' claims beside measurements"),
     "study dar": ("isthmus.cli.study:run_dar", "experiments on D-AR: the paper's claims beside measurements"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
+    "convert switti": ("isthmus.cli.convert:run_switti", "published Switti weights and text encoders to a folder"),
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),
     "export llama": ("isthmus.cli.convert:run_llama", "the prior of a D-AR model for transformers, vLLM or SGLang"),
     "info": ("isthmus.cli.info:run", "what a model is; `info data`: licences; `info presets`: named runs"),

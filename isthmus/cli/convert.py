@@ -2,9 +2,10 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -21,14 +22,18 @@ logger = logging.getLogger("isthmus")
 class _Convert:
     out: Path
     """The pipeline folder to write; new or empty."""
-    class_names: Path | None = None
-    """Text file with one class name per line, in the order of the class ids."""
 
     def check_out(self) -> None:
         """Raise UserError where --out cannot be written or holds something: before the work and not after it."""
         check_writable(self.out)
         if contents(self.out):
             raise UserError(f"--out must be new or empty, got {self.out}. Choose another folder or remove it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ConvertClasses(_Convert):
+    class_names: Path | None = None
+    """Text file with one class name per line, in the order of the class ids."""
 
     def names(self) -> list[str]:
         """What --class-names holds."""
@@ -45,7 +50,7 @@ class _Convert:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertVar(_Convert):
+class ConvertVar(_ConvertClasses):
     """Published VAR weights (.pth, .safetensors or shards; bare, nested or EMA) to a folder.
 
     Sizes are read off the files. Every key that is not needed is listed with its reason; a key that is unknown or
@@ -60,6 +65,34 @@ class ConvertVar(_Convert):
     """markov imports the weights as the start of SRDD fine-tuning."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertSwitti(_Convert):
+    """Published Switti weights (.safetensors, .pt or shards; bare, nested or EMA) and text encoders to a folder.
+
+    Sizes, and whether a scale sees earlier ones, are read off the files. Every key that is not needed is listed with
+    its reason; a key that is unknown or missing is an error.
+    """
+
+    tokenizer: Path
+    """The VQVAE file, that of VQVAE-Switti or of VAR."""
+    prior: Path
+    """The transformer file, or the folder that it lies in with its config.json."""
+    text_encoder: Path
+    """Folder of transformers with CLIP ViT-L/14 and its tokenizer."""
+    text_encoder_2: Path | None = None
+    """The same of CLIP ViT-bigG/14 (laion2B-39B-b160k); none for a prior that was trained with one encoder."""
+    keep_text_encoder: bool = True
+    """Write the encoders too; without them the folder takes what they made of a prompt in the place of words."""
+    num_heads: int | None = None
+    """Heads of the prior; None takes heads that are 64 wide, as published."""
+    rope_base: float | None = None
+    """Base of the rotary angles; None is rope_theta in the config.json beside the prior, or 10000."""
+    rope_extent: float | None = None
+    """Coordinate of the last row and column; None is rope_size in the config.json beside the prior, or 128."""
+    scale_attention: Literal["causal", "markov"] | None = None
+    """None is that of the file's mask; markov imports Switti-AR as the start of SRDD fine-tuning."""
+
+
 _Tokens = arguments_of(
     "isthmus.dar.tokenizer:DiffusionTokenizer", ["image_size", "num_tokens", "num_groups", "tokens_per_step"]
 )
@@ -67,7 +100,7 @@ _Flow = arguments_of("isthmus.dar.scheduler:FlowMatchingScheduler", ["num_infere
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertDar(_Tokens, _Flow, _Convert):
+class ConvertDar(_Tokens, _Flow, _ConvertClasses):
     """Published D-AR weights (.pt, .safetensors or shards; bare, nested or EMA) to a folder.
 
     Layers and widths are read off the files. What shapes cannot tell comes from the settings in the tokenizer file;
@@ -89,7 +122,18 @@ def run_var(arguments: Sequence[str]) -> None:
     command.check_out()
     from isthmus.next_scale.conversion import convert_var
 
-    _write(command, convert_var, scale_attention=command.scale_attention)
+    _write(command, convert_var, class_names=command.names(), scale_attention=command.scale_attention)
+
+
+def run_switti(arguments: Sequence[str]) -> None:
+    """Convert and write."""
+    command = parse(ConvertSwitti, arguments, prog="isthmus convert switti")
+    command.check_out()
+    from isthmus.next_scale.conversion import convert_switti
+
+    names = ("text_encoder", "text_encoder_2", "num_heads", "rope_base", "rope_extent", "scale_attention")
+    settings = {name: getattr(command, name) for name in names}
+    _write(command, convert_switti, {} if command.keep_text_encoder else {"text_encoder": False}, **settings)
 
 
 def run_dar(arguments: Sequence[str]) -> None:
@@ -99,18 +143,24 @@ def run_dar(arguments: Sequence[str]) -> None:
     from isthmus.dar.conversion import convert_dar
 
     names = ("num_heads", *(field.name for kind in (_Tokens, _Flow) for field in fields(kind)))
-    _write(command, convert_dar, **{name: value for name, value in given(command).items() if name in names})
+    settings = {name: value for name, value in given(command).items() if name in names}
+    _write(command, convert_dar, class_names=command.names(), **settings)
 
 
-def _write(command: ConvertVar | ConvertDar, convert: Callable[..., Any], **settings: Any) -> None:
-    converted = convert(command.tokenizer, command.prior, class_names=command.names(), **settings)
+def _write(
+    command: ConvertVar | ConvertSwitti | ConvertDar,
+    convert: Callable[..., Any],
+    saving: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
+) -> None:
+    converted = convert(command.tokenizer, command.prior, **settings)
     for what in ("tokenizer", "prior"):
         by_reason: dict[str, list[str]] = defaultdict(list)
         for key, reason in getattr(converted, f"dropped_{what}_keys").items():
             by_reason[reason].append(key)
         for reason, keys in by_reason.items():
             logger.info("%s: left out %s (%s)", what, ", ".join(sorted(keys)), reason)
-    converted.pipeline.save_pretrained(command.out)
+    converted.pipeline.save_pretrained(command.out, **saving)
     logger.info("pipeline written to %s; draw with `isthmus sample %s --out samples`", command.out, command.out)
 
 

@@ -156,7 +156,7 @@ class DrawOptions:
     """A number (1 = off), linear:START:END, cosine:START:END, or one number per step; default: the model's."""
     top_k: Annotated[Literal["default", "off"] | int, _CALL["top_k"]] = "default"
     top_p: Annotated[Literal["default", "off"] | float, _CALL["top_p"]] = "default"
-    temperature: Annotated[Literal["default"] | float, _CALL["temperature"]] = "default"
+    temperature: Annotated[Literal["default"] | float | tuple[float, ...], _CALL["temperature"]] = "default"
     smooth: Annotated[bool, _CALL["smooth"]] = False
     batch_size: int | None = None
     """Images at once; None estimates what fits into memory."""

@@ -14,28 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from isthmus.errors import UserError
-from isthmus.nn.attention import Attend, prefix_causal_mask
+from isthmus.nn.attention import Attend, Heads, prefix_causal_mask
+from isthmus.nn.rotary import RotaryTable, rotary_table, rotate
 
 Rows = Float[Tensor, "b l width"]
-Heads = Float[Tensor, "b heads l c"]
 Seen = Float[Tensor, "b heads seen c"]
-RotaryTable = Float[Tensor, "l pairs 2"]
-"""Cosine and sine of every position and pair, in fp32."""
 NORM_EPS = 1e-6
-
-
-def rotary_table(positions: Float[Tensor, " l"], width: int, base: float = 10_000.0) -> RotaryTable:
-    """Pair j of `width` / 2 turns by position * base^(-2j / width); position 0 is the identity.
-
-    >>> rotary_table(torch.tensor([0.0, torch.pi]), 2).round().int().tolist()
-    [[[1, 0]], [[-1, 0]]]
-    """
-    # an accelerator without float64 gets its table from the CPU
-    place = torch.device("cpu") if positions.device.type == "mps" else positions.device
-    # in float64, and rounded once
-    exponents = torch.arange(0, width, 2, device=place, dtype=torch.float64) / width
-    angles = positions.to(place).double()[:, None] * base**-exponents
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(positions.device)
 
 
 def llama_angles(positions: Int[Tensor, " l"], width: int, base: float) -> Float[Tensor, "l pairs"]:
@@ -60,14 +44,6 @@ def with_unrotated(table: RotaryTable, count: int) -> Float[Tensor, "longer pair
     """The table followed by `count` tokens without a position (the identity)."""
     identity = torch.tensor([1.0, 0.0], device=table.device, dtype=torch.float32).expand(count, table.shape[1], 2)
     return torch.cat([table, identity])
-
-
-def rotate(x: Heads, table: RotaryTable) -> Heads:
-    """Turn every pair of channels (a, b) to (cos a - sin b, sin a + cos b), in fp32, returned in the type of `x`."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    # complex multiplication is this rotation, in one pass over memory
-    turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def plain_norm(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from isthmus.dar.attention import (
     RotaryCrossAttention,
     RotarySelfAttention,
-    RotaryTable,
     check_sides,
     full_attention,
     grid_rotary_table,
@@ -26,6 +25,7 @@ from isthmus.dar.attention import (
 from isthmus.dar.scheduler import time_waves, velocity_towards
 from isthmus.errors import UserError
 from isthmus.nn.attention import FeedForward
+from isthmus.nn.rotary import RotaryTable
 from isthmus.nn.saved_model import SavedModel, records_arguments
 from isthmus.nn.shapes import Images
 

@@ -47,7 +47,7 @@ def generation_config(layout: TokenLayout, sampling: SamplingOptions) -> Generat
         # the rows of classes in the head are zero, so their logits are 0 and not -inf
         suppress_tokens=list(range(layout.codebook_size, layout.vocab_size)),
         do_sample=True,
-        temperature=float(sampling.temperature),
+        temperature=sampling.temperature_at(0),
         # spelled out where off: transformers would otherwise keep the 50 likeliest
         top_k=sampling.top_k or 0,
         top_p=1.0 if sampling.top_p is None else float(sampling.top_p),

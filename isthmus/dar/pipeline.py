@@ -283,6 +283,10 @@ class DARPipeline(SavedPipeline):
                 "smooth mixes the codes of a whole scale, and a next-token prior draws one token at a time. Leave it "
                 "out; a lower temperature gives calmer images."
             )
+        if not isinstance(options.temperature, (int, float)):
+            raise UserError(
+                f"a next-token prior draws at one temperature, got {len(options.temperature)} of them. Pass one number."
+            )
         super().check_options(options)
 
     @property

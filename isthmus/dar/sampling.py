@@ -95,7 +95,7 @@ class _Draws:
         # per token, whether any image is guided there
         self.guided = [any(value != 1 for value in column) for column in zip(*guidance, strict=True)]
         self.guidance = torch.tensor(guidance, device=device, dtype=torch.float32)
-        temperatures = [[float(one.temperature)] for one in options]
+        temperatures = [[one.temperature_at(0)] for one in options]
         self.temperature = torch.tensor(temperatures, device=device, dtype=torch.float32)
         rows_of: dict[tuple[int | None, float | None], list[int]] = {}
         for row, one in enumerate(options):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from isthmus.dar.attention import (
     NORM_EPS,
     RotarySelfAttention,
-    RotaryTable,
     SharedBatchNorm,
     check_sides,
     context_causal_attention,
@@ -29,6 +28,7 @@ from isthmus.errors import UserError
 from isthmus.nn.attention import Attend, FeedForward, KeyValueCache
 from isthmus.nn.precision import whole_fp32
 from isthmus.nn.quantization import nearest_code
+from isthmus.nn.rotary import RotaryTable
 from isthmus.nn.saved_model import SavedModel, records_arguments
 from isthmus.nn.shapes import Images
 

@@ -194,6 +194,10 @@ class NextTokenPriorTask(PriorTask):
         self._dropout = ResidualDropout(llama, run.residual_dropout)
         if run.sampling.smooth:
             raise UserError("sampling.smooth mixes the codes of a whole scale, and this model has none. Leave it out.")
+        if not isinstance(run.sampling.temperature, (int, float)):
+            raise UserError(
+                f"sampling.temperature is one number for a next-token prior, got {run.sampling.temperature}."
+            )
         self.options = sampling_options(
             run.sampling,
             codebook_size=self.layout.codebook_size,

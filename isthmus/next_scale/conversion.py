@@ -1,4 +1,4 @@
-"""Published VAR files to Isthmus models: keys renamed one by one, sizes read off the file, none dropped in silence."""
+"""Published VAR and Switti files to Isthmus models: keys renamed one by one, sizes read off, none left out unsaid."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,9 @@ from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.nn.component_files import CONFIG, read_json
 from isthmus.nn.guidance import GuidanceSchedule
-from isthmus.pipelines.options import SamplingOptions
+from isthmus.pipelines.options import SamplingOptions, SmoothSchedule
 from isthmus.published import (
     Converted,
     ConvertedPipeline,
@@ -25,6 +26,7 @@ from isthmus.published import (
     rename,
     require,
 )
+from isthmus.text.pretrained import PretrainedTextEncoder
 
 # (published key, our key); the first pattern that matches the whole key decides
 _TOKENIZER_KEYS = [
@@ -112,18 +114,7 @@ def convert_tokenizer_state(raw: Mapping[str, Tensor], scale_sizes: tuple[int, .
 def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causal") -> Converted:
     """Published VAR weights to `NextScaleTransformer` arguments and weights; UserError for unknown or missing keys."""
     state, dropped = rename(raw, _PRIOR_KEYS, _PRIOR_DROPPED, "VAR prior", "pos_1LC")
-    if "lvl_1L" not in raw:
-        raise UserError(
-            "a VAR prior holds lvl_1L, the scale of every token; this file does not. Pass the state dict of the whole "
-            "model: averages of its parameters alone lack it."
-        )
-    counts = torch.bincount(raw["lvl_1L"].flatten().long()).tolist()
-    scale_sizes = tuple(round(count**0.5) for count in counts)
-    if [s * s for s in scale_sizes] != counts:
-        raise UserError(
-            f"lvl_1L must give every scale a square number of tokens, got {counts}. Pass the file "
-            "of a prior over square images."
-        )
+    scale_sizes = _scale_sizes(raw, "VAR prior")
     block = ("blocks.0.attention.qkv.weight", "blocks.0.feed_forward.up.weight")
     require(state, ("head.weight", "word_embedding.weight", "class_embedding.weight", *block), "VAR prior")
     codebook_size, width = state["head.weight"].shape
@@ -147,6 +138,23 @@ def convert_prior_state(raw: Mapping[str, Tensor], scale_attention: str = "causa
         "drop_path": 0.1 * depth / 24,
     }
     return Converted(arguments, state, dropped)
+
+
+def _scale_sizes(raw: Mapping[str, Tensor], what: str) -> tuple[int, ...]:
+    """Sides of the scales, from the scale of every token."""
+    if "lvl_1L" not in raw:
+        raise UserError(
+            f"a {what} holds lvl_1L, the scale of every token; this file does not. Pass the state dict of the whole "
+            "model: averages of its parameters alone lack it."
+        )
+    counts = torch.bincount(raw["lvl_1L"].flatten().long()).tolist()
+    scale_sizes = tuple(round(count**0.5) for count in counts)
+    if [s * s for s in scale_sizes] != counts:
+        raise UserError(
+            f"lvl_1L must give every scale a square number of tokens, got {counts}. Pass the file "
+            "of a prior over square images."
+        )
+    return scale_sizes
 
 
 _SWITTI_KEYS = [
@@ -180,36 +188,67 @@ _SWITTI_DROPPED = {key: _PRIOR_DROPPED[key] for key in ("lvl_1L", "attn_bias_for
 
 
 def convert_switti_state(
-    raw: Mapping[str, Tensor], num_heads: int | None = None, rope_base: float = 10_000.0, rope_extent: float = 128.0
+    raw: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    rope_base: float | None = None,
+    rope_extent: float | None = None,
+    scale_attention: Literal["causal", "markov"] | None = None,
 ) -> Converted:
-    """Published Switti weights to `NextScaleTransformer` arguments and weights."""
-    state, dropped = rename(raw, _SWITTI_KEYS, _SWITTI_DROPPED, "Switti prior", "text_pooler.weight")
-    counts = torch.bincount(raw["lvl_1L"].flatten().long()).tolist()
+    """Published Switti weights to `NextScaleTransformer` arguments and weights (spec of Switti, 10).
+
+    Args:
+        num_heads: None takes heads that are 64 wide, as published.
+        rope_base: of rotary positions; None is 10,000, as published.
+        rope_extent: None is 128, as published.
+        scale_attention: None is that of the mask in the file.
+
+    Raises UserError for unknown or missing keys.
+    """
+    what = "Switti prior"
+    state, dropped = rename(raw, _SWITTI_KEYS, _SWITTI_DROPPED, what, "text_pooler.weight")
+    scale_sizes = _scale_sizes(raw, what)
+    block = ("blocks.0.attention.qkv.weight", "blocks.0.text_norm.weight", "blocks.0.feed_forward.up.weight")
+    require(state, ("head.weight", "word_embedding.weight", "start_position", *block), what)
     codebook_size, width = state["head.weight"].shape
+    hidden = state["blocks.0.feed_forward.up.weight"].shape[0]
     swiglu, sized = "blocks.0.feed_forward.gate.weight" in state, "size_condition.frequency_bits" in state
     if sized:
-        state["size_condition.frequency_bits"] = state["size_condition.frequency_bits"].contiguous().view(torch.int32)
+        frequencies = state["size_condition.frequency_bits"]
+        state["size_condition.frequency_bits"] = frequencies.contiguous().view(torch.int32)
+    # the published ratio; of others the middle of those that make this width, which is cut off to a whole number
+    ratio = 8 / 3 if int(width * 8 / 3) == hidden else (hidden + 0.5) / width
+    rotary = {"rope_base": rope_base, "rope_extent": rope_extent}
     arguments = {
-        "scale_sizes": tuple(round(count**0.5) for count in counts),
+        "scale_sizes": scale_sizes,
         "codebook_size": codebook_size,
         "codebook_dim": state["word_embedding.weight"].shape[1],
         "width": width,
         "num_layers": len(indexed(state, r"blocks\.(\d+)\.attention\.qkv\.weight")),
-        "num_heads": num_heads or max(width // 64, 1),
+        "num_heads": max(width // 64, 1) if num_heads is None else num_heads,
         "num_classes": 0,
-        "scale_attention": "causal" if float(raw["attn_bias_for_masking"][0, 0, -1, 0]) == 0 else "markov",
+        "scale_attention": _mask_in(raw) if scale_attention is None else scale_attention,
         "l2_attention": False,
-        "mlp_ratio": 8 / 3 if swiglu else state["blocks.0.feed_forward.up.weight"].shape[0] / width,
+        "mlp_ratio": ratio if swiglu else hidden / width,
         "text_pooled_width": state["text_start.weight"].shape[1],
         "text_width": state["blocks.0.text_norm.weight"].shape[0],
         "norm": "rms_sandwich",
         "position": "learned" if "position" in state else "rope2d",
-        "rope_base": rope_base,
-        "rope_extent": rope_extent,
         "feed_forward": "swiglu" if swiglu else "gelu",
         "size_condition": sized,
+        **{name: float(value) for name, value in rotary.items() if value is not None},
     }
     return Converted(arguments, state, dropped)
+
+
+def _mask_in(raw: Mapping[str, Tensor]) -> Literal["causal", "markov"]:
+    """What the last token of a file's mask sees of the first: the mask tells it, config.json may be another's."""
+    if "attn_bias_for_masking" not in raw:
+        raise UserError(
+            "a Switti prior holds attn_bias_for_masking, which tells what a scale sees; this file does not. Pass "
+            "scale_attention: markov for Switti, causal for Switti-AR."
+        )
+    return "causal" if float(raw["attn_bias_for_masking"][0, 0, -1, 0]) == 0 else "markov"
 
 
 def build_tokenizer(converted: Converted) -> MultiScaleVQVAE:
@@ -258,3 +297,102 @@ def convert_var(
         protocol=f"Converted from published VAR weights, scale_attention {scale_attention}; not trained further.",
     )
     return ConvertedPipeline(pipeline, tokenizer_parts.dropped, prior_parts.dropped)
+
+
+def switti_sampling(scale_sizes: Sequence[int], codebook_size: int) -> SamplingOptions:
+    """How the published examples draw: at 512 and 1024 pixels (last side 32 and 64), else the published default.
+
+    Spec of Switti, 7: guidance linear from 1 to 7 over all scales, top_k 400 (or the whole codebook where that is
+    smaller), top_p 0.95. The default guides at the first ten scales. The examples leave it out from scale 8 or 11 on
+    (at 512 pixels also before scale 2) and draw at temperature 0.1 there; between scale 2 and these they mix codes.
+    """
+    num_scales = len(scale_sizes)
+    first, end, late = {32: (2, 8, 0.1), 64: (0, 11, 0.1)}.get(scale_sizes[-1], (0, 10, 1.0))
+    last = end - 1 if end < num_scales else None
+    example = late != 1 and end < num_scales
+    return SamplingOptions(
+        guidance_scale=GuidanceSchedule("linear", 1.0, 7.0, last, first),
+        top_k=min(400, codebook_size),
+        top_p=0.95,
+        temperature=tuple(late if k >= end else 1.0 for k in range(num_scales)) if example else 1.0,
+        smooth=SmoothSchedule(2, last, filtered=False) if example else False,
+    )
+
+
+def convert_switti(
+    tokenizer: str | Path,
+    prior: str | Path,
+    text_encoder: str | Path,
+    *,
+    text_encoder_2: str | Path | None = None,
+    num_heads: int | None = None,
+    rope_base: float | None = None,
+    rope_extent: float | None = None,
+    scale_attention: Literal["causal", "markov"] | None = None,
+) -> ConvertedPipeline:
+    """Published Switti files to a pipeline; the tokenizer gets the prior's scales, also where it counted others.
+
+    Sampling defaults are those of `switti_sampling`.
+
+    Args:
+        prior: file, or folder with its config.json.
+        text_encoder: folder of transformers with CLIP ViT-L/14 and its tokenizer.
+        text_encoder_2: the same of CLIP ViT-bigG/14, whose end word stands for the whole prompt; None for a prior that
+            was trained with one encoder.
+        num_heads: as for `convert_switti_state`.
+        rope_base: None is the `rope_theta` of the config.json beside the prior; without one, 10,000.
+        rope_extent: None is the `rope_size` there; without one, 128.
+        scale_attention: as for `convert_switti_state`.
+
+    Raises UserError where a file is unreadable or of another kind, or they do not belong together.
+    """
+    raw_tokenizer = read_weights(tokenizer, nested=("vae_local", "vae_wo_ddp", "vae"))
+    raw_prior = read_weights(prior, nested=("var_wo_ddp", "var", "switti"))
+    settings = _settings_beside(Path(prior)) if "pos_1LC" not in raw_prior else {}
+    prior_parts = convert_switti_state(
+        raw_prior,
+        num_heads=num_heads,
+        rope_base=settings.get("rope_theta") if rope_base is None else rope_base,
+        rope_extent=settings.get("rope_size") if rope_extent is None else rope_extent,
+        scale_attention=scale_attention,
+    )
+    wanted = prior_parts.arguments
+    # how many scales the tokenizer counted code usage at says nothing: one file serves 512 and 1024 pixels
+    tokenizer_parts = convert_tokenizer_state(raw_tokenizer, wanted["scale_sizes"])
+    for name in ("codebook_size", "codebook_dim"):
+        check_belong(name, tokenizer_parts.arguments[name], wanted[name], tokenizer, prior)
+    pipeline = NextScalePipeline(
+        build_tokenizer(tokenizer_parts),
+        build_prior(prior_parts),
+        text_encoder=_text_encoder(*[folder for folder in (text_encoder, text_encoder_2) if folder is not None]),
+        sampling_defaults=switti_sampling(wanted["scale_sizes"], wanted["codebook_size"]),
+        data=data_of(tokenizer, prior),
+        protocol=f"Converted from published Switti weights, scale_attention {wanted['scale_attention']}; not trained "
+        "further.",
+    )
+    return ConvertedPipeline(pipeline, tokenizer_parts.dropped, prior_parts.dropped)
+
+
+def _settings_beside(prior: Path) -> dict[str, float]:
+    """Rotary settings in the config.json beside a prior's weights; nothing where there is none."""
+    file = (prior if prior.is_dir() else prior.parent) / CONFIG
+    if not file.is_file():
+        return {}
+    config = read_json(file)
+    found = {name: config[name] for name in ("rope_theta", "rope_size") if name in config}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name} in {file} must be a number, got {value!r}. Copy or download the file again.")
+    return found
+
+
+def _text_encoder(*folders: str | Path) -> PretrainedTextEncoder:
+    """The text encoders in these folders, side by side."""
+    encoder = PretrainedTextEncoder.from_folders(*folders)
+    # a projection, as SDXL's second encoder has it, makes another vector of the same width
+    if any(type(network).__name__ == "CLIPTextModelWithProjection" for network in encoder.networks):
+        raise UserError(
+            f"Switti reads the end word of a CLIPTextModel, got a CLIPTextModelWithProjection in one of "
+            f"{', '.join(map(str, folders))}. Load it as a CLIPTextModel with transformers and save that."
+        )
+    return encoder

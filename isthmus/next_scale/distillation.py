@@ -37,7 +37,7 @@ from isthmus.next_scale.train_prior import (
 from isthmus.next_scale.transformer import NextScaleTransformer, sampling_flops
 from isthmus.nn.component_files import read_config
 from isthmus.nn.draws import ROLLOUT, stream
-from isthmus.nn.guidance import guidance_at, listed
+from isthmus.nn.guidance import at_sides, guidance_at, listed
 from isthmus.nn.sampling import draw_tokens
 from isthmus.nn.saved_model import without_values
 from isthmus.nn.shapes import LatentMap, ScaleTokens, TokenPyramid
@@ -413,7 +413,7 @@ def measuring_commands(run: DistillRun, *, with_baseline: bool) -> list[str]:
 def stage_runs(run: DistillRun) -> list[DistillRun]:
     """The runs of a distillation in order; the last is `run` itself.
 
-    Raises UserError where there is no teacher, or its scales do not allow this student, or this guidance.
+    Raises UserError where there is no teacher, or its scales do not allow this student, guidance or temperature.
     """
     saved = read_config(model_folder(teacher_named_in(run)) / "transformer")
     if "scale_sizes" not in saved:
@@ -424,7 +424,9 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
     sizes, _ = student_shape(run, teacher_sizes, saved["scale_attention"])
     stages = removal_stages(teacher_sizes, sizes)
     guidance = parse_guidance(run.sampling.guidance)
-    guidance_at(guidance, teacher_sizes, sizes)  # for what it refuses: this costs nothing yet
+    # for what they refuse: this costs nothing yet
+    guidance_at(guidance, teacher_sizes, sizes)
+    at_sides("temperature", run.sampling.temperature, teacher_sizes, sizes)
     if not run.progressive:
         return [run]
     runs, teacher, taught = [], run.from_model, teacher_sizes
@@ -432,7 +434,8 @@ def stage_runs(run: DistillRun) -> list[DistillRun]:
         folder = stage_folder(run, stage)
         # a list of guidance values counts on the scales of the teacher that a run names
         text = guidance_text(guidance_at(guidance, teacher_sizes, taught))
-        sampling = replace(run.sampling, guidance=text)
+        temperature = at_sides("temperature", run.sampling.temperature, teacher_sizes, taught)
+        sampling = replace(run.sampling, guidance=text, temperature=temperature)
         alone = replace(run, out=folder, progressive=False, baseline=False, sampling=sampling)
         runs.append(replace(alone, scale_sizes=stage, from_model=teacher))
         teacher, taught = str(folder), stage

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from isthmus.pipelines.options import FOLDER_DEFAULT, CallOptions, Default, Option
+from isthmus.pipelines.options import FOLDER_DEFAULT, CallOptions, Default, Option, SmoothSchedule
 
 if TYPE_CHECKING:
     from isthmus.text.encoders import TextFeatures
@@ -16,8 +16,12 @@ class NextScaleOptions(CallOptions, total=False):
     """Options of a call of `NextScalePipeline`, and of every edit."""
 
     smooth: Annotated[
-        bool | Default,
-        Option(FOLDER_DEFAULT, "Mix codes instead of drawing one: softer images (token ids are drawn all the same)."),
+        bool | SmoothSchedule | Default,
+        Option(
+            FOLDER_DEFAULT,
+            "Mix codes instead of drawing one: softer images (token ids are drawn all the same). A `SmoothSchedule` "
+            "does so at some scales.",
+        ),
     ]
     prompt: Annotated[
         str | Sequence[str] | None,

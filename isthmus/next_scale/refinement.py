@@ -264,7 +264,7 @@ class _Loop:
         A causal model reads them again: the keys of a scale follow from the tokens before it.
         """
         # with `smooth`, a mixture of codes is replaced by a code: features change even where the token comes back
-        found, changed = [], self.sampler.options.smooth
+        found, changed = [], bool(self.sampler.options.smooth)
         for scale in range(num_scales):
             before, kept = self.features[scale], self.kept[scale]
             if changed and scale and self.sampler.has_cache and self.predicts[scale]:

@@ -17,7 +17,7 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, TokenStreams, token_gumbels, token_uniforms
 from isthmus.nn.sampling import draw_tokens, filter_logits, guided_logits, smooth_weights
 from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens
-from isthmus.pipelines.options import SamplingOptions, SmoothSchedule, guidance_on
+from isthmus.pipelines.options import SamplingOptions, guidance_on
 from isthmus.text.encoders import TextFeatures
 
 
@@ -74,7 +74,13 @@ class ScaleDraw:
 
 @dataclass
 class AskedTexts:
-    """Distinct prompts, the last being the null text, and which of them each image is of."""
+    """The prompts of some images, on the transformer's device.
+
+    Attributes:
+        features: of distinct prompts; the last is what guidance leads away from: the null text, or a negative prompt
+            in its place.
+        rows: number of each image's prompt among them.
+    """
 
     features: TextFeatures
     rows: Int[Tensor, " b"]
@@ -91,6 +97,9 @@ class ScaleSampler:
     whether those of draws or of edits are read. All sampling arithmetic is fp32, whatever the type of the weights.
     Filters are the caller's to check (`SamplingOptions.check`). `num_forwards` counts the predictions; labelled and
     null rows of a scale are one.
+
+    Guidance leads away from the null label and, of a model of texts, from the last of `texts` together. Everything that
+    follows from label and prompt is computed once for each pair that is asked for.
     """
 
     def __init__(
@@ -107,12 +116,11 @@ class ScaleSampler:
         self.tokenizer, self.options, self.image_seeds, self.num_forwards = image_tokenizer, options, image_seeds, 0
         self._streams, self._transformer, self._codebook = streams, transformer, image_tokenizer.codebook.weight
         self.guidance = guidance_on(options.guidance_scale, self.schedule.sizes, image_tokenizer.schedule.sizes)
-        labels, rows = class_labels.to(transformer.device), torch.zeros_like(class_labels)
-        if texts is not None:
-            rows = texts.rows
-        asked = torch.stack([labels, rows.to(labels.device)], dim=1)
-        null_row = 0 if texts is None else len(texts.features) - 1
-        null = asked.new_tensor([[transformer.null_class_id, null_row]])
+        # pairs of a label and the number of a prompt
+        prompts = torch.zeros_like(class_labels) if texts is None else texts.rows.to(class_labels)
+        asked = torch.stack([class_labels, prompts], dim=1).to(transformer.device)
+        null_prompt = 0 if texts is None else len(texts.features) - 1
+        null = asked.new_tensor([[transformer.null_class_id, null_prompt]])
         if bool((asked == null).all()):
             self.guidance = (1.0,) * self.schedule.num_scales  # nothing to guide away from
         self._with_null = null_row_scales(self.guidance, markov=transformer.is_markov)
@@ -122,7 +130,7 @@ class ScaleSampler:
         if doubled:
             asked = torch.cat([asked, null.expand_as(asked)])
         with torch.no_grad():
-            distinct, row = asked.unique(dim=0, return_inverse=True)  # every condition is computed once
+            distinct, row = asked.unique(dim=0, return_inverse=True)
             text = None if texts is None else texts.features.rows(distinct[:, 1])
             self._conditioning = transformer.condition(distinct[:, 0], text).rows(row)
         self._cache = transformer.new_cache(len(asked))
@@ -183,26 +191,23 @@ class ScaleSampler:
     def draw(self, scale: int, logits: Float[Tensor, "b l v"], *, round_index: int = 0) -> ScaleDraw:
         """Tokens from guided logits, with the random numbers of (seed, image index, scale, round)."""
         options = self.options
-        temperature = options.temperature
-        temperature = temperature if isinstance(temperature, (int, float)) else temperature[scale]
+        temperature = options.temperature_at(scale)
         if temperature != 1:
             logits = logits / temperature
         filtered = filter_logits(logits, top_k=options.top_k, top_p=options.top_p)
         uniforms = self._new_uniforms(scale, round_index) if round_index else self._uniforms[scale]
         token_ids = draw_tokens(filtered, uniforms)
-        smooth = SmoothSchedule() if options.smooth is True else options.smooth
-        if not smooth or not smooth.first <= scale <= (
-            len(self.schedule.sizes) if smooth.last is None else smooth.last
-        ):
-            return ScaleDraw(token_ids, self.tokenizer.lookup(token_ids), logits)
         # the place among the parent's scales: a shortened schedule is smoothed as the full one is
-        sizes = self.tokenizer.schedule.sizes
-        ratio = sizes.index(self.schedule.sizes[scale]) / (len(sizes) - 1) if len(sizes) > 1 else 1.0
+        sizes, smoothing = self.tokenizer.schedule.sizes, options.smoothing
+        place = sizes.index(self.schedule.sizes[scale])
+        if smoothing is None or not smoothing.covers(place):
+            return ScaleDraw(token_ids, self.tokenizer.lookup(token_ids), logits)
+        ratio = place / (len(sizes) - 1) if len(sizes) > 1 else 1.0
         gumbels = token_gumbels(
             self.image_seeds, scale, token_ids.shape[1], self._codebook.shape[0], round_index=round_index,
             purpose=self._streams.gumbels,
         )  # fmt: skip
-        mixed = smooth_weights(filtered if smooth.filtered else logits, gumbels, ratio) @ self._codebook.float()
+        mixed = smooth_weights(filtered if smoothing.filtered else logits, gumbels, ratio) @ self._codebook.float()
         return ScaleDraw(token_ids, tokens_to_map(mixed), logits)
 
     @torch.no_grad()

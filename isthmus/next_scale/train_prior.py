@@ -27,11 +27,12 @@ from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
-from isthmus.nn.guidance import guidance_at
+from isthmus.nn.guidance import at_sides, guidance_at
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
+from isthmus.text.encoders import TextFeatures
 from isthmus.training.arguments import given
 from isthmus.training.config import TokensRun
 from isthmus.training.cost import Cost, report, training_cost
@@ -273,7 +274,10 @@ class NextScaleTask(PriorTask):
             num_classes=network.null_class_id,
             num_guided_steps=len(guided),
         )
-        self.options = replace(options, guidance_scale=guidance_at(options.guidance_scale, guided, self.schedule.sizes))
+        sizes = self.schedule.sizes
+        temperature = at_sides("temperature", options.temperature, guided, sizes)
+        guidance = guidance_at(options.guidance_scale, guided, sizes)
+        self.options = replace(options, guidance_scale=guidance, temperature=temperature)
 
     def place(self, device: torch.device) -> None:
         """Move the tokenizer to the device of the training."""
@@ -417,7 +421,13 @@ def prior_cost(model: NextScaleTransformer) -> Cost:
     num_inputs = model.schedule.num_tokens - model.schedule.lengths[0]
 
     def forward(network: NextScaleTransformer) -> object:
-        return network(torch.zeros(1, dtype=torch.long), torch.zeros(1, num_inputs, model.config["codebook_dim"]))
+        config = network.config
+        text = None
+        if config["text_pooled_width"] is not None:
+            words = torch.zeros(1, 77, config["text_width"] or 1)  # as many as CLIP reads
+            text = TextFeatures(words, torch.ones(1, 77, dtype=torch.bool), torch.zeros(1, config["text_pooled_width"]))
+        inputs = torch.zeros(1, num_inputs, config["codebook_dim"])
+        return network(torch.zeros(1, dtype=torch.long), inputs, text=text)
 
     return training_cost(model, forward)
 

@@ -1,13 +1,14 @@
-"""The prior of the next-scale family: VAR (causal over scales) and SRDD (Markov over scales) in one network.
+"""The prior of the next-scale family: VAR (causal over scales), SRDD (Markov over scales) and Switti (text).
 
 Sources: Tian et al., "Visual Autoregressive Modeling", section 3.3; Kumar et al., "Scale-Wise VAR is Secretly Discrete
-Diffusion" (the Markovian mask).
+Diffusion" (the Markovian mask); Voronov et al., "Switti: Designing Scale-Wise Transformers for Text-to-Image Synthesis"
+(text, rotary positions, the block between two norms).
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from isthmus.nn.attention import (
     trains_on_cpu,
 )
 from isthmus.nn.precision import check_compiler
-from isthmus.nn.rotary import rotated
+from isthmus.nn.rotary import RotaryTable, rotated
 from isthmus.nn.saved_model import SavedModel, records_arguments
 from isthmus.text.encoders import TextFeatures
 
@@ -134,7 +135,10 @@ class Conditioning:
 
 
 class NextScaleBlock(nn.Module):
-    """Attention and feed-forward, each behind a modulated norm and a gate (spec of VAR, 2.3)."""
+    """Attention and feed-forward, each behind a modulated norm and a gate (spec of VAR, 2.3).
+
+    With `text_width`, a look at the words of a prompt lies between the two, behind a gate that is zero at the start.
+    """
 
     def __init__(
         self,
@@ -168,14 +172,24 @@ class NextScaleBlock(nn.Module):
         keep: Float[Tensor, "b 2"] | None = None,
         text: TextKeysValues | None = None,
     ) -> Stream:
-        """`keep` multiplies the two branches per image (stochastic depth: 0 or 1 / keep rate); None keeps both."""
+        """The stream behind the block.
+
+        `keep` multiplies the two branches per image (stochastic depth: 0 or 1 / keep rate); None keeps both. `text` is
+        what `keys_values` returned.
+        """
         gates = modulation[:, :2] if keep is None else modulation[:, :2] * keep.unsqueeze(-1)
         gate1, gate2 = (g.unsqueeze(1) for g in gates.unbind(1))
         scale1, scale2, shift1, shift2 = (m.unsqueeze(1) for m in modulation[:, 2:].unbind(1))
         x = torch.addcmul(x, gate1, self.attention(modulated_norm(x, scale1, shift1, self.norm_eps), attend))
-        if self.text is not None and text is not None:
+        if self.text is not None:
+            assert text is not None, "a block that sees words is given them"
             x = self.text(x, text)
         return torch.addcmul(x, gate2, self.feed_forward(modulated_norm(x, scale2, shift2, self.norm_eps)))
+
+
+_Norm = Literal["layer", "rms_sandwich"]
+_Position = Literal["learned", "rope2d"]
+_FeedForward = Literal["gelu", "swiglu"]
 
 
 class NextScaleTransformer(SavedModel):
@@ -185,27 +199,43 @@ class NextScaleTransformer(SavedModel):
         width: width of the residual stream.
         num_layers: blocks.
         num_heads: attention heads.
-        num_classes: classes; row `null_class_id` = num_classes of the table stands for "no class".
+        num_classes: classes; row `null_class_id` = num_classes of the table stands for "no class". A model of texts
+            without classes (0) has no table.
         scale_attention: "causal" (VAR: own and earlier scales) or "markov" (SRDD: own scale only, no cache).
         shared_adaln: one modulation for all blocks plus an offset per block, instead of one linear layer per block.
         l2_attention: unit queries and keys with a learned temperature per head.
-        mlp_ratio: hidden width of the feed-forward over `width`.
+        mlp_ratio: hidden width of the feed-forward over `width`; that of "swiglu" is cut off to a whole number.
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         init_gate: factor on the initial weights that make the gates ("alng"): small values start near identity.
         init_modulation: factor on the initial weights that make scales and shifts.
-        text_pooled_width: of the vector of a prompt, which is added to that of the class; None reads no text.
-        text_width: of the vector of a word, which every block looks at; None reads the vector of the prompt alone.
-        norm: "layer" (VAR's block) or "rms_sandwich" (Switti's: norms on both sides of every branch).
-        position: "learned" (a table over all tokens) or "rope2d" (queries and keys turn; corners of scales coincide).
-        rope_base: largest period of "rope2d", in units of 2 pi.
-        rope_extent: coordinate of the last row and column of every scale.
-        feed_forward: "gelu" or "swiglu", which Switti's block has.
-        size_condition: Switti's block may know the original size of an image.
         has_mask_embedding: learn a vector, zero at the start, that marks hidden tokens: for models trained for
             refinement (spec of SRDD, 3.2). Without it hidden tokens are not marked.
+        text_pooled_width: width of the vector of a whole prompt. Its linear image is the vector that a class would
+            give, and is added to that where there are classes too. None reads no text.
+        text_width: width of the vectors of a prompt's words, at which every block looks. None reads the whole alone.
+        norm: "layer" is VAR's block; "rms_sandwich" is Switti's, with an RMS norm before and behind every branch, and
+            queries and keys normalised over the whole width.
+        position: "learned" is a vector per token; "rope2d" turns queries and keys by row and column instead, on grids
+            whose corners coincide at all scales.
+        rope_base: base of the angles of "rope2d": pair j turns by position * rope_base^(-4j / head width).
+        rope_extent: coordinate of the last row and column of every scale; the first ones lie at 0.
+        feed_forward: "gelu", or in "rms_sandwich" also "swiglu" (without biases).
+        size_condition: modulations of "rms_sandwich" know the size that an image had originally.
 
-    Raises UserError where `width` is not a multiple of `num_heads`, or the scales do not increase.
+    Raises UserError where `width` is not a multiple of `num_heads`, the scales do not increase, or arguments are of
+    different designs.
     """
+
+    later_arguments: ClassVar[Mapping[str, Any]] = {
+        "text_pooled_width": None,
+        "text_width": None,
+        "norm": "layer",
+        "position": "learned",
+        "rope_base": 10_000.0,
+        "rope_extent": 128.0,
+        "feed_forward": "gelu",
+        "size_condition": False,
+    }
 
     @records_arguments
     def __init__(
@@ -229,28 +259,19 @@ class NextScaleTransformer(SavedModel):
         has_mask_embedding: bool = False,
         text_pooled_width: int | None = None,
         text_width: int | None = None,
-        norm: Literal["layer", "rms_sandwich"] = "layer",
-        position: Literal["learned", "rope2d"] = "learned",
+        norm: _Norm = "layer",
+        position: _Position = "learned",
         rope_base: float = 10_000.0,
         rope_extent: float = 128.0,
-        feed_forward: Literal["gelu", "swiglu"] = "gelu",
+        feed_forward: _FeedForward = "gelu",
         size_condition: bool = False,
     ):
         super().__init__()
+        self._check_design()
         if width % num_heads:
             raise UserError(f"width must be a multiple of num_heads, got width {width} and {num_heads} heads.")
         if scale_attention not in ("causal", "markov"):
             raise UserError(f"scale_attention must be causal or markov, got {scale_attention!r}. Pick one of the two.")
-        sandwich = norm == "rms_sandwich"
-        if sandwich and (l2_attention or shared_adaln):
-            raise UserError(
-                "norm rms_sandwich has an attention and modulations of its own: l2_attention and shared_adaln must be "
-                "False."
-            )
-        if not sandwich and (feed_forward != "gelu" or size_condition):
-            raise UserError("feed_forward swiglu and size_condition belong to norm rms_sandwich. Leave them out.")
-        if text_width is not None and text_pooled_width is None:
-            raise UserError("text_width needs text_pooled_width: a text is read as words and as a whole. Pass both.")
         # phi belongs to the tokenizer: the transformer only needs the sides
         self.schedule = ScaleSchedule(tuple(scale_sizes), (0,) * len(scale_sizes))
         self.null_class_id = num_classes
@@ -268,14 +289,13 @@ class NextScaleTransformer(SavedModel):
         self.shared_modulation = BlockModulation(width) if shared_adaln else None
 
         def block() -> NextScaleBlock | SandwichBlock:
-            if not sandwich:
+            if norm == "layer":
                 return NextScaleBlock(
                     width, num_heads, mlp_ratio, l2_attention=l2_attention, shared_adaln=shared_adaln,
                     norm_eps=norm_eps, text_width=text_width,
                 )  # fmt: skip
-            feed = FeedForward(width, round(width * mlp_ratio))
-            if feed_forward == "swiglu":
-                feed = SwiGLU(width, int(width * mlp_ratio))
+            swiglu = feed_forward == "swiglu"
+            feed = SwiGLU(width, int(width * mlp_ratio)) if swiglu else FeedForward(width, round(width * mlp_ratio))
             return SandwichBlock(width, num_heads, feed, text_width=text_width, size_condition=size_condition)
 
         self.blocks = nn.ModuleList(block() for _ in range(num_layers))
@@ -284,6 +304,35 @@ class NextScaleTransformer(SavedModel):
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if has_mask_embedding else None
         if self.device.type != "meta":
             self._init_weights(init_gate, init_modulation)
+
+    def _check_design(self) -> None:
+        """Refuse arguments that no block has together."""
+        config = self.config
+        for name, known in (("norm", _Norm), ("position", _Position), ("feed_forward", _FeedForward)):
+            if config[name] not in get_args(known):
+                raise UserError(f"{name} must be {' or '.join(get_args(known))}, got {config[name]!r}. Pick one.")
+        own = ("l2_attention", "shared_adaln") if config["norm"] == "rms_sandwich" else ("size_condition",)
+        if given := [name for name in own if config[name]]:
+            raise UserError(f"a block with norm {config['norm']} has no {given[0]}, got True. Pass {given[0]}=False.")
+        if config["norm"] == "layer" and config["feed_forward"] == "swiglu":
+            raise UserError("a block with norm layer has feed_forward gelu, got swiglu. Pass norm='rms_sandwich'.")
+        if config["norm"] == "rms_sandwich" and config["norm_eps"] != 1e-6:
+            raise UserError(f"norm rms_sandwich has norm_eps 1e-6, got {config['norm_eps']}. Leave it out.")
+        for name in ("rope_base", "rope_extent"):
+            if config["position"] == "learned" and config[name] != self.later_arguments[name]:
+                raise UserError(f"{name} belongs to position rope2d, got {config[name]} with learned. Leave it out.")
+            if not (config[name] > 0 and math.isfinite(config[name])):
+                raise UserError(f"{name} must be positive and finite, got {config[name]}. Usual are 10000 and 128.")
+        if config["position"] == "rope2d" and config["width"] // config["num_heads"] % 4:
+            raise UserError(
+                f"position rope2d needs heads a multiple of 4 wide (pairs of channels for two axes), got width "
+                f"{config['width']} and {config['num_heads']} heads. Change one of them."
+            )
+        if config["text_width"] is not None and config["text_pooled_width"] is None:
+            raise UserError(
+                f"a text is read as words and as a whole, got text_width {config['text_width']} alone. Pass "
+                "text_pooled_width too."
+            )
 
     @property
     def is_markov(self) -> bool:
@@ -304,15 +353,18 @@ class NextScaleTransformer(SavedModel):
     ) -> Conditioning:
         """Class vector, all modulations, and keys and values of the words.
 
-        `class_labels` are 0..num_classes, the last being the null label; `text` has one prompt for each of them, and
-        `image_sizes` the original height and width (`size_condition`; None is 512 x 512).
+        Args:
+            class_labels: 0..num_classes, the last being the null label; all 0 for a model of texts without classes.
+            text: one prompt for each of them, for models of texts alone; how it is padded makes no difference.
+            image_sizes: original height and width, for models with a size condition; None is 512 x 512.
+
+        Raises UserError where the text is missing, of other widths, or not asked for.
         """
-        if (text is None) != (self.text_start is None):
-            raise UserError("a model of texts is asked with a text, and one of classes alone without. Pass or drop it.")
+        self._check_asked(len(class_labels), text, image_sizes)
         start = None if self.class_embedding is None else self.class_embedding(class_labels)
         if text is not None and self.text_start is not None:
-            told = self.text_start(text.pooled.to(self.dtype))
-            start = told if start is None else start + told
+            pooled = self.text_start(text.pooled.to(self.dtype))
+            start = pooled if start is None else start + pooled
         assert start is not None, "a model has classes or a text"
         activated = F.silu(start)
         source = activated if self.shared_modulation is None else self.shared_modulation(activated)
@@ -328,14 +380,32 @@ class NextScaleTransformer(SavedModel):
         head = self.head_modulation(activated).unflatten(-1, (2, -1))
         return Conditioning(start, tuple(blocks), head, tuple(seen))
 
-    def _placed(self, attend: Attend, scales: Sequence[int]) -> Attend:
-        """The attention of tokens of these scales, with rotary positions where the model has them."""
+    def _check_asked(self, rows: int, text: TextFeatures | None, image_sizes: Int[Tensor, "b 2"] | None) -> None:
+        if image_sizes is not None and self.size_condition is None:
+            raise UserError("this model has no size condition, got image_sizes. Leave them out.")
+        if text is None or self.text_start is None:
+            if text is not None:
+                raise UserError("this model knows classes alone, got a text. Leave it out.")
+            if self.text_start is not None:
+                raise UserError("this model draws from texts, got none. Pass a prompt's; the empty one is no text.")
+            return
+        if len(text) != rows:
+            raise UserError(f"there must be a text for every label, got {len(text)} for {rows}. Pass as many.")
+        for name, found in (("text_pooled_width", text.pooled.shape[-1]), ("text_width", text.hidden.shape[-1])):
+            if self.config[name] not in (None, found):
+                raise UserError(
+                    f"this model was made for texts of {name} {self.config[name]}, got {found}. Pass the text encoder "
+                    "that it was trained with."
+                )
+
+    def _rotary(self, scales: Sequence[int]) -> RotaryTable | None:
+        """Table of the tokens of these scales, on the model's device; None where positions are learned."""
         if self.position is not None:
-            return attend
+            return None
         head_width = self.config["width"] // self.config["num_heads"]
         settings = {"base": self.config["rope_base"], "extent": self.config["rope_extent"]}
-        sizes = self.schedule.sizes
-        return rotated(attend, torch.cat([scale_rotary_table(sizes[k], head_width, **settings) for k in scales]))
+        tables = [scale_rotary_table(self.schedule.sizes[k], head_width, **settings) for k in scales]
+        return torch.cat(tables).to(self.device)
 
     def embed(
         self,
@@ -361,8 +431,8 @@ class NextScaleTransformer(SavedModel):
         self,
         class_labels: Int[Tensor, " b"],
         scale_inputs: Float[Tensor, "b inputs d"],
-        *,
         text: TextFeatures | None = None,
+        *,
         image_sizes: Int[Tensor, "b 2"] | None = None,
         scales: Sequence[int] | None = None,
         keep: Float[Tensor, "b layers 2"] | None = None,
@@ -372,6 +442,7 @@ class NextScaleTransformer(SavedModel):
 
         Args:
             class_labels: 0..num_classes; num_classes is the null label.
+            text: as for `condition`, as are `image_sizes`.
             scale_inputs: `MultiScaleVQVAE.scale_inputs`, restricted to `scales` where those are given.
             scales: the scales to run, increasing; None runs all. Causal models take a prefix 0..k, Markov models any.
             keep: stochastic depth factors per image, block and branch; None keeps everything.
@@ -394,7 +465,9 @@ class NextScaleTransformer(SavedModel):
         if not self.is_markov and scales != tuple(range(len(scales))):
             raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}. Fill it up.")
         conditioning = self.condition(class_labels, text, image_sizes)
-        attend = self._placed(markov_attention(lengths) if self.is_markov else causal_attention(lengths), scales)
+        attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
+        rotary = self._rotary(scales)
+        attend = attend if rotary is None else rotated(attend, rotary)
         x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
             own = None if keep is None else keep[:, i]
@@ -420,9 +493,10 @@ class NextScaleTransformer(SavedModel):
                 "a causal model needs a cache and a Markov model takes none, got the opposite. Pass model.new_cache(b)."
             )
         x = self.embed(conditioning.start, scale_input, (scale,), hidden)
-        own = markov_attention([x.shape[1]])
+        own, rotary = markov_attention([x.shape[1]]), self._rotary((scale,))
         for i, block in enumerate(self.blocks):
-            attend = self._placed(own if cache is None else cache.attention(i), (scale,))
+            attend = own if cache is None else cache.attention(i)
+            attend = attend if rotary is None else rotated(attend, rotary)
             x = block(x, conditioning.blocks[i], attend, None, conditioning.text[i])
         if cache is not None:
             cache.advance(x.shape[1])
@@ -454,7 +528,7 @@ class NextScaleTransformer(SavedModel):
         return self.head(modulated_norm(x, scale, shift, self.config["norm_eps"]))
 
     def _init_weights(self, init_gate: float, init_modulation: float) -> None:
-        """Spec of VAR, 2.5: every weight N(0, 1 / (3 width)), residual outputs and the head scaled down."""
+        """Spec of VAR, 2.5, and of Switti, 4.5: all weights N(0, 1 / (3 width)), branches and head scaled down."""
         width, depth = self.config["width"], self.config["num_layers"]
         std = math.sqrt(1 / width / 3)
         with torch.no_grad():
@@ -498,16 +572,29 @@ def visible_pairs(scale_sizes: Sequence[int], *, markov: bool) -> int:
     return sum(n * m for n, m in zip(lengths, seen, strict=True))
 
 
-def sampling_flops(config: Mapping[str, Any]) -> int:
+def sampling_flops(config: Mapping[str, Any], *, num_words: int = 77) -> int:
     """Multiplications and additions of all forwards of one image, without guidance and without pixels.
 
-    2 (L (n (4 + 2 r) w^2 + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, r the ratio of the
-    feed-forward, d the width of a code, V codes, P visible pairs, and m modulations (n, or 1 where they are shared).
-    Guidance adds the same again for the scales that it is on at. `config` holds the arguments of the transformer.
+    2 (L (n (4 w + f h) w + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, a feed-forward of f
+    matrices (2, or 3 with "swiglu") and hidden width h, d the width of a code, V codes, P visible pairs, and m
+    modulations (n, or 1 where they are shared). A text adds 2 p w, p being the width of a prompt's vector, and where
+    blocks look at T words of width t 2 n (L (2 w^2 + 2 w T) + 2 T t w); a size condition adds 2 w^2. Guidance adds the
+    same again for the scales that it is on at.
+
+    Args:
+        config: arguments of the transformer; those that came later may be missing.
+        num_words: T; a model of classes alone does not read any.
     """
+    config = {**NextScaleTransformer.later_arguments, **config}
     sizes, width, num_layers = config["scale_sizes"], config["width"], config["num_layers"]
-    per_token = num_layers * (4 + 2 * config["mlp_ratio"]) * width**2
+    tokens, hidden = sum(s * s for s in sizes), width * config["mlp_ratio"]
+    feed_forward = 3 * int(hidden) if config["feed_forward"] == "swiglu" else 2 * hidden
+    per_token = num_layers * (4 * width + feed_forward) * width
     per_token += width * (config["codebook_dim"] + config["codebook_size"])
     attention = 2 * num_layers * width * visible_pairs(sizes, markov=config["scale_attention"] == "markov")
-    modulations = (6 * (1 if config["shared_adaln"] else num_layers) + 2) * width**2
-    return round(2 * (sum(s * s for s in sizes) * per_token + attention + modulations))
+    once = (6 * (1 if config["shared_adaln"] else num_layers) + 2) * width**2
+    once += (config["text_pooled_width"] or 0) * width + (width**2 if config["size_condition"] else 0)
+    if config["text_width"] is not None:
+        per_token += num_layers * 2 * width * (width + num_words)
+        once += num_layers * 2 * num_words * config["text_width"] * width
+    return round(2 * (tokens * per_token + attention + once))

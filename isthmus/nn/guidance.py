@@ -16,11 +16,13 @@ class GuidanceSchedule:
     """Guidance by step k of K.
 
     linear: start + (end - start) k / (K - 1); cosine: start + (end - start) (1 - cos(pi k / (K - 1))) / 2;
-    constant: `end`. One step alone takes `end`. Before `first_guided_step` and after `last_guided_step` (from 0) the
-    value is 1.
+    constant: `end`. One step alone takes `end`. Before `first_guided_step` and after `last_guided_step` (both count
+    from 0) the value is 1; None guides to the end.
 
     >>> GuidanceSchedule("linear", 1.0, 3.0, last_guided_step=1).values(3)
     (1.0, 2.0, 1.0)
+    >>> GuidanceSchedule("constant", end=3.0, first_guided_step=2).values(3)
+    (1.0, 1.0, 3.0)
     """
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
@@ -34,6 +36,8 @@ class GuidanceSchedule:
             raise UserError(f"guidance kind must be constant, linear or cosine, got {self.kind!r}. Pick one of these.")
         for value in (self.start, self.end):
             _checked(value)
+        if self.first_guided_step < 0:
+            raise UserError(f"steps count from 0, got first_guided_step {self.first_guided_step}. Leave it out.")
 
     def at(self, position: float) -> float:
         """Value at a relative position in [0, 1] of the run (0 = first step, 1 = last step)."""
@@ -51,8 +55,8 @@ class GuidanceSchedule:
         )
 
     def to_dict(self) -> dict[str, str | float | int | None]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON; a first guided step of 0 is left out, as before there were others."""
+        return {name: value for name, value in asdict(self).items() if name != "first_guided_step" or value}
 
 
 Guidance = float | int | Sequence[float] | GuidanceSchedule
@@ -89,12 +93,26 @@ def guidance_at(guidance: Guidance, teacher_sizes: Sequence[int], sizes: Sequenc
     """
     if isinstance(guidance, (int, float, GuidanceSchedule)):
         return guidance
-    if len(guidance) != len(teacher_sizes):
+    return at_sides("guidance", guidance, teacher_sizes, sizes)
+
+
+def at_sides(
+    what: str, values: float | Sequence[float], teacher_sizes: Sequence[int], sizes: Sequence[int]
+) -> float | tuple[float, ...]:
+    """Of one value per scale of a teacher, those of some of its scales; one number stays. UserError as `guidance_at`.
+
+    >>> at_sides("temperature", (1.0, 1.0, 0.1), (1, 2, 4), (1, 4))
+    (1.0, 0.1)
+    """
+    if isinstance(values, (int, float)):
+        return values
+    if len(values) != len(teacher_sizes):
+        instead = "one number, or a schedule such as linear:1:2.5" if what == "guidance" else "or one number"
         raise UserError(
-            f"guidance by scale needs one value for each of the teacher's scales ({listed(teacher_sizes)}), got "
-            f"{len(guidance)}. Pass {len(teacher_sizes)} numbers, one number, or a schedule such as linear:1:2.5."
+            f"{what} by scale needs one value for each of the teacher's scales ({listed(teacher_sizes)}), got "
+            f"{len(values)}. Pass {len(teacher_sizes)} numbers, {instead}."
         )
-    by_side = dict(zip(teacher_sizes, guidance, strict=True))
+    by_side = dict(zip(teacher_sizes, values, strict=True))
     return tuple(by_side[side] for side in sizes)
 
 

@@ -85,16 +85,24 @@ def records_arguments(constructor: Constructor) -> Constructor:
 
 
 class Recorded:
-    """Something whose recorded arguments (`config`) are all there is to know of it; schedulers are nothing more."""
+    """Something whose recorded arguments (`config`) are all there is to know of it; schedulers are nothing more.
+
+    Attributes:
+        later_arguments: those that came after folders of this class were written, and the values that they had before
+            they existed. At these they are left out of the folder and of the fingerprint.
+    """
 
     config_name: ClassVar[str] = SCHEDULER_CONFIG
+    later_arguments: ClassVar[Mapping[str, Any]] = {}
     config: Config
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the arguments, with the name of the class."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"_class_name": type(self).__name__, **self.config}
+        later = self.later_arguments
+        known = {name: value for name, value in self.config.items() if name not in later or value != later[name]}
+        values = {"_class_name": type(self).__name__, **known}
         (folder / self.config_name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod

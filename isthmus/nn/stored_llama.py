@@ -192,7 +192,8 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# settings that came after format 1: at these values a network is what it was before they existed
+# settings that came after format 1 and stand in its folders: at these values a network is what it was before them.
+# Those that came after these name themselves (`Recorded.later_arguments`)
 _LATER = {"has_mask_embedding": False, "pixel_unshuffle": 1}
 
 
@@ -214,7 +215,8 @@ def _hashed(model: nn.Module | StoredLlama) -> str:
     # transformers' configurations are no mappings; what differs from their defaults is what makes the network
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
     config = {k: v for k, v in values.items() if not (k.startswith("_") or k in _WRITER)}
-    config = {k: v for k, v in config.items() if k not in _LATER or v != _LATER[k]}
+    later = _LATER | dict(getattr(model, "later_arguments", {}))
+    config = {k: v for k, v in config.items() if k not in later or v != later[k]}
     digest.update(json.dumps(config, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import UserError
 from isthmus.nn.component_files import CONFIG, TRANSFORMERS_WEIGHTS, read_json, weight_files
-from isthmus.nn.saved_model import Config, ReadFrom, SavedModel, check_finite, values_left_out
+from isthmus.nn.saved_model import Config, ReadFrom, Recorded, SavedModel, check_finite, values_left_out
 from isthmus.nn.stored_llama import no_progress_bars
 from isthmus.text.encoders import TextFeatures
 
@@ -133,7 +133,7 @@ class PretrainedTextEncoder(SavedModel):
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str | None = None) -> None:
         """Write config.json, and of each network a folder as transformers has it, with its tokenizer."""
-        self.save_config(save_directory)
+        Recorded.save_pretrained(self, save_directory)
         limit = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         for number, (network, tokenizer) in enumerate(zip(self.networks, self._tokenizer_files, strict=True)):
             part = Path(save_directory) / _part(number)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from isthmus.errors import UserError, nearest
-from isthmus.pipelines.options import SamplingOptions, guidance_text, parse_guidance
+from isthmus.pipelines.options import SamplingOptions, guidance_text, parse_guidance, parse_smooth, smooth_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,21 +159,24 @@ class PriorSampling:
     """Keep the k likeliest codes."""
     top_p: float | None = 0.96
     """Keep the likeliest codes that hold this probability together."""
-    temperature: float = 1.0
-    """Divides the logits."""
-    smooth: bool = False
-    """Mix codes instead of drawing one: softer images (next-scale models)."""
+    temperature: float | tuple[float, ...] = 1.0
+    """Divides the logits; of a next-scale model also one number per scale."""
+    smooth: bool | str = False
+    """True mixes codes instead of drawing one: softer images (next-scale models). FIRST-LAST (scales, from 0) does so
+    there alone, with :unfiltered behind it before any filter."""
 
     @classmethod
     def of(cls, options: SamplingOptions) -> "PriorSampling":
         """The defaults of a saved model."""
         values = dict(vars(options))
-        return cls(guidance=guidance_text(values.pop("guidance_scale")), **values)
+        smooth = options.smooth if isinstance(options.smooth, bool) else smooth_text(options.smooth)
+        return cls(guidance=guidance_text(values.pop("guidance_scale")), **{**values, "smooth": smooth})
 
     def options(self) -> SamplingOptions:
-        """What a pipeline reads. Raises UserError for guidance that cannot be read."""
+        """What a pipeline reads. Raises UserError for guidance or smoothing that cannot be read."""
         values = dict(vars(self))
-        return SamplingOptions(guidance_scale=parse_guidance(values.pop("guidance")), **values)
+        smooth = self.smooth if isinstance(self.smooth, bool) else parse_smooth(self.smooth)
+        return SamplingOptions(guidance_scale=parse_guidance(values.pop("guidance")), **{**values, "smooth": smooth})
 
 
 @dataclass(frozen=True, kw_only=True)

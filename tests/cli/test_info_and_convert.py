@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.options import SamplingOptions
 from tests.parity.published_dar_files import write_published_files
+from tests.text.test_pretrained import write_tokenizer
 
 TOKENIZER, PRIOR = "var/vqvae_state.safetensors", "var/var_base_state.safetensors"
+SWITTI = "switti/main_state.safetensors"
 
 
 def test_a_model_in_a_few_lines(isthmus, model, dar_model):
@@ -54,6 +57,50 @@ def test_published_var_weights_become_a_pipeline(isthmus, refused, golden, tmp_p
     assert "new or empty" in refused("convert", "var", *files, "--out", tmp_path / "causal")
 
 
+@pytest.fixture
+def clip_folders(golden, tmp_path):
+    """Two tiny text encoders with tokenizers, in the order of the published ones."""
+    for name in ("l", "g"):
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            shutil.copy(golden.path(f"switti/text_encoder_{name}/{file}"), tmp_path / name)
+        write_tokenizer(tmp_path / name)
+    return "--text-encoder", tmp_path / "l", "--text-encoder-2", tmp_path / "g"
+
+
+def test_published_switti_weights_become_a_pipeline(isthmus, golden, clip_folders, tmp_path):
+    files = ("--tokenizer", golden.path(TOKENIZER), "--prior", golden.path(SWITTI), *clip_folders)
+    pipes = []
+    for name, more in (("whole", ()), ("alone", ("--no-keep-text-encoder",))):
+        result = isthmus("convert", "switti", *files, *more, "--out", tmp_path / name)
+        assert result.code == 0, result.err
+        for key in ("quantize.ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking"):
+            assert key in result.err
+        pipes.append(load_pipeline(tmp_path / name))
+    whole, alone = pipes
+    assert whole.transformer.is_markov and whole.transformer.config.num_heads == 2
+    assert whole.defaults.words() == "guidance linear:1:7, top-k 64, top-p 0.95"
+    assert alone.text_encoder is None
+    prompts = ["a red cat on the house", "", "the dog"]
+    drawn, same = whole(prompt=prompts, seed=7), alone(text=whole.text_encoder.encode(prompts), seed=7)
+    assert all(map(torch.equal, drawn.token_ids, same.token_ids))
+    assert not torch.equal(drawn.token_ids[-1][0], drawn.token_ids[-1][2])
+
+
+def test_what_a_switti_file_does_not_tell_is_in_its_config_or_named(isthmus, refused, golden, clip_folders, tmp_path):
+    raw = load_file(golden.path(SWITTI))
+    (tmp_path / "prior").mkdir()
+    save_file({k: v for k, v in raw.items() if k != "attn_bias_for_masking"}, tmp_path / "prior" / "model.safetensors")
+    (tmp_path / "prior" / "config.json").write_text('{"depth": 2, "rope_theta": 100, "rope_size": 16}')
+    words = ("convert", "switti", "--tokenizer", golden.path(TOKENIZER), "--prior", tmp_path / "prior", *clip_folders)
+    assert "markov for Switti" in refused(*words, "--out", tmp_path / "m")
+    named = ("--scale-attention", "causal", "--num-heads", 4, "--rope-extent", 32)
+    assert isthmus(*words, *named, "--out", tmp_path / "m").code == 0
+    config = load_pipeline(tmp_path / "m").transformer.config
+    assert (config.scale_attention, config.num_heads) == ("causal", 4)
+    assert (config.rope_base, config.rope_extent) == (100.0, 32.0)
+
+
 @pytest.mark.slow
 def test_published_dar_weights_become_a_pipeline(isthmus, golden, tmp_path):
     tokenizer, prior = write_published_files(golden, tmp_path)
@@ -76,7 +123,7 @@ def test_bare_dar_weights_need_the_settings_that_shapes_do_not_tell(isthmus, gol
     assert len(published["lm_head.weight"]) == 139
 
 
-def test_files_that_do_not_belong_together_are_refused(refused, golden, tmp_path):
+def test_files_that_do_not_belong_together_are_refused(refused, golden, clip_folders, tmp_path):
     raw = load_file(golden.path(TOKENIZER))
     codebook, phi = "quantize.embedding.weight", "quantize.quant_resi.qresi_ls."
     own_phi = {key.replace(phi, "quantize.quant_resi."): value for key, value in raw.items() if "ema_vocab" not in key}
@@ -91,6 +138,8 @@ def test_files_that_do_not_belong_together_are_refused(refused, golden, tmp_path
     tokenizer, prior = golden.path(TOKENIZER), golden.path(PRIOR)
     dar_tokenizer, dar_prior = write_published_files(golden, tmp_path)
     heads = ("--num-heads", 4)
+    switti, clip_l, clip_g = golden.path(SWITTI), clip_folders[1], clip_folders[3]
+    swapped = ("--text-encoder", clip_g, "--text-encoder-2", clip_l)
     for family, first, second, more, said in [
         ("var", tmp_path / "half.safetensors", prior, (), "codebook_size"),
         ("var", tmp_path / "longer.safetensors", prior, (), "scales K"),
@@ -99,6 +148,11 @@ def test_files_that_do_not_belong_together_are_refused(refused, golden, tmp_path
         ("var", prior, tokenizer, (), "it is a VAR tokenizer"),
         ("var", tokenizer, prior, ("--class-names", tmp_path / "names.txt"), "10 classes, got 1"),
         ("var", tokenizer, prior, ("--class-names", tmp_path), "--class-names must be a text file"),
+        ("var", tokenizer, switti, (), "it is a Switti prior"),
+        ("switti", tokenizer, prior, clip_folders, "it is a VAR prior"),
+        ("switti", tmp_path / "half.safetensors", switti, clip_folders, "codebook_size"),
+        ("switti", tokenizer, switti, clip_folders[:2], "text_width of the transformer, 40, got 16"),
+        ("switti", tokenizer, switti, swapped, "text_pooled_width of the transformer, 24, got 16"),
         ("dar", dar_prior, dar_tokenizer, heads, "it is a D-AR prior"),
         ("dar", golden.path("dar/tok_b_weights.safetensors"), dar_prior, heads, "codebook_size"),
         ("dar", dar_tokenizer, dar_prior, (*heads, "--class-names", tmp_path / "names.txt"), "10 classes, got 1"),

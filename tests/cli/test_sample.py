@@ -19,7 +19,8 @@ def hashes(folder):
 
 
 def test_an_image_says_how_to_draw_it_again(isthmus, model, tmp_path):
-    words = "--classes flag,0,null --guidance linear:1:3 --top-k 5 --top-p off --temperature 0.9 --num 4".split()
+    words = "--classes flag,0,null --guidance linear:1:3:1-1 --top-k 5 --top-p off --temperature 1,0.9,0.5 --num 4"
+    words = words.split()
     assert isthmus("sample", model, "--out", tmp_path / "o", *words).code == 0
     with Image.open(tmp_path / "o" / "000003.png") as image:
         text = image.info

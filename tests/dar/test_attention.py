@@ -13,13 +13,12 @@ from isthmus.dar.attention import (
     context_causal_attention,
     full_attention,
     grid_rotary_table,
-    rotary_table,
-    rotate,
     token_causal_attention,
     with_unrotated,
 )
 from isthmus.errors import UserError
 from isthmus.nn.attention import KeyValueCache
+from isthmus.nn.rotary import rotary_table, rotate
 from tests.testers import randomized
 
 

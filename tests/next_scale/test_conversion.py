@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.errors import UserError
-from isthmus.next_scale.conversion import build_prior, build_tokenizer, convert_prior_state, convert_tokenizer_state
+from isthmus.next_scale.conversion import (
+    build_prior,
+    build_tokenizer,
+    convert_prior_state,
+    convert_tokenizer_state,
+    switti_sampling,
+)
 from isthmus.nn.stored_llama import fingerprint
 from isthmus.published import load_strict, read_weights
 
@@ -343,3 +349,17 @@ def test_strict_loading_names_the_first_few():
     many = {f"extra{i}": torch.zeros(1) for i in range(9)}
     with pytest.raises(UserError, match="and 5 more"):
         load_strict(model, many | model.state_dict(), "the file")
+
+
+def test_switti_draws_as_its_published_examples_do():
+    """Spec of Switti, 7: the second and the third row of its table, and the first for other sizes."""
+    ten, fourteen = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+    filters, smooth = "top-k 400, top-p 0.95", "smooth 2-{}:unfiltered"
+    for sizes, said in [
+        (ten, f"guidance linear:1:7:2-7, {filters}, temperature {'1,' * 8}0.1,0.1, {smooth.format(7)}"),
+        (fourteen, f"guidance linear:1:7:10, {filters}, temperature {'1,' * 11}0.1,0.1,0.1, {smooth.format(10)}"),
+        ((1, 2, 4, 16), f"guidance linear:1:7, {filters}"),
+    ]:
+        assert switti_sampling(sizes, 4096).words() == said
+    guidance = switti_sampling(ten, 4096).guidance_scale.values(10)
+    assert guidance == pytest.approx([1, 1, 7 / 3, 3, 11 / 3, 13 / 3, 5, 17 / 3, 1, 1])

@@ -4,14 +4,15 @@ from torch.testing import assert_close
 
 from isthmus.errors import UserError
 from isthmus.next_scale.refinement import refined_scales
-from isthmus.next_scale.sampling import ScaleSampler, shared_schedule
+from isthmus.next_scale.sampling import AskedTexts, ScaleSampler, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import token_uniforms
 from isthmus.nn.guidance import GuidanceSchedule, guidance_values
 from isthmus.nn.sampling import draw_tokens, filter_logits
-from isthmus.pipelines.options import SamplingOptions
-from tests.pipelines.tiny import tiny_pipeline
+from isthmus.pipelines.options import SamplingOptions, SmoothSchedule
+from isthmus.text.encoders import TextFeatures
+from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 from tests.testers import token_hashes
 
 SEEDS = [(7, i) for i in range(5)]
@@ -112,6 +113,71 @@ def test_smooth_changes_features_after_scale_0_but_draws_tokens_all_the_same():
     )
     assert torch.equal(hard[0].token_ids, soft[0].token_ids)
     assert not torch.allclose(hard[-1].features, soft[-1].features)
+
+
+def features_of(pipe, options, texts=None):
+    labels = LABELS if texts is None else torch.zeros_like(LABELS)
+    sampler = ScaleSampler(pipe.image_tokenizer, pipe.transformer, labels, SEEDS, options, texts=texts)
+    return [scale.features for scale in refined_scales(sampler)]
+
+
+def test_temperature_and_smoothing_by_scale():
+    pipe = tiny_pipeline()
+    plain = tokens_of(pipe, SamplingOptions())
+    late = tokens_of(pipe, SamplingOptions(temperature=(1.0, 1.0, 1e-4)))
+    greedy = tokens_of(pipe, SamplingOptions(temperature=1e-4))
+    assert token_hashes(tokens_of(pipe, SamplingOptions(temperature=(1.0, 1.0, 1.0)))) == token_hashes(plain)
+    assert all(map(torch.equal, late[:2], plain[:2])) and not torch.equal(late[2], plain[2])
+    assert not torch.equal(greedy[1], plain[1])
+
+    def smoothed(smooth):
+        return features_of(pipe, SamplingOptions(smooth=smooth, top_k=3))
+
+    hard, soft = smoothed(False), smoothed(True)
+    assert all(map(torch.equal, smoothed(SmoothSchedule()), soft))
+    assert all(map(torch.equal, smoothed(SmoothSchedule(first=3)), hard))
+    middle, unfiltered = smoothed(SmoothSchedule(1, 1)), smoothed(SmoothSchedule(filtered=False))
+    assert torch.equal(middle[0], hard[0]) and not torch.equal(middle[1], hard[1])
+    # at scale 0 the noise decides alone, and what the filters would drop may be drawn
+    assert not torch.equal(unfiltered[1], soft[1])
+
+
+def test_smoothing_of_a_shortened_schedule_counts_the_scales_of_the_whole():
+    tokenizer, prior = tokenizer_and_prior((1, 2, 3, 4), (1, 3, 4))
+
+    def features(smooth):
+        options = SamplingOptions(smooth=smooth)
+        return list(refined_scales(ScaleSampler(tokenizer, prior, torch.tensor([1]), [(0, 0)], options)))
+
+    hard, soft = features(False), features(SmoothSchedule(2, 2))
+    assert torch.equal(hard[0].features, soft[0].features) and not torch.equal(hard[1].features, soft[1].features)
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+@torch.no_grad()
+def test_guidance_between_two_scales_is_away_from_the_null_text(attention):
+    pipe = tiny_text_pipeline(scale_attention=attention)
+    texts, rows = pipe.text_encoder.encode(["a cat", "two dogs in a row", ""]), torch.tensor([0, 1, 1, 0, 2])
+    other = pipe.text_encoder.encode(["a bird"])
+    asked, elsewhere = (
+        AskedTexts(TextFeatures.joined([texts, null]), rows) for null in (texts.rows(slice(2, 3)), other)
+    )
+
+    def drawn(guidance, texts):
+        return features_of(pipe, SamplingOptions(guidance_scale=guidance, top_k=9), texts)
+
+    plain, same = drawn(1.0, asked), drawn(1.0, elsewhere)
+    assert all(map(torch.equal, plain, same))
+    last, middle = drawn((1.0, 1.0, 3.0), asked), drawn(GuidanceSchedule("constant", 1.0, 3.0, 1, 1), asked)
+    assert all(map(torch.equal, last[:2], plain[:2])) and not torch.equal(last[2], plain[2])
+    # nothing leads away from the null text: that image is drawn as before
+    assert torch.equal(last[2][4], plain[2][4])
+    assert torch.equal(middle[0], plain[0]) and not torch.equal(middle[1], plain[1])
+    # the null rows that were left out behind the last guided scale change nothing
+    rest = drawn((1.0, 3.0, 1.0 + 1e-12), asked)
+    for ours, expected in zip(middle, rest, strict=True):
+        assert_close(ours, expected, atol=1e-4, rtol=0)
+    assert not all(map(torch.equal, drawn(2.0, asked), drawn(2.0, elsewhere)))
 
 
 def tokenizer_and_prior(sizes, prior_sizes, **changed):

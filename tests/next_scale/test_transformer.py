@@ -1,12 +1,23 @@
+import copy
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.errors import UserError
-from isthmus.next_scale.transformer import BlockModulation, NextScaleTransformer, SharedModulationOffset, modulated_norm
+from isthmus.next_scale.transformer import (
+    BlockModulation,
+    NextScaleTransformer,
+    SharedModulationOffset,
+    modulated_norm,
+    sampling_flops,
+)
 from isthmus.nn.attention import FeedForward
+from isthmus.text.encoders import TextFeatures
 from tests.testers import NETWORK, PriorLaws, needs_compiler, randomized, run_compiled
 
 
@@ -103,6 +114,146 @@ class TestNextScaleTransformer(PriorLaws):
         # with one scale the model reads no features, so nothing is embedded
         alone = {"word_embedding.weight", "word_embedding.bias"} if model.schedule.num_scales == 1 else set()
         assert silent == alone
+
+
+TEXTS = {
+    "switti": {
+        "num_classes": 0, "scale_attention": "markov", "l2_attention": False, "norm": "rms_sandwich",
+        "position": "rope2d", "rope_extent": 16.0, "feed_forward": "swiglu", "mlp_ratio": 8 / 3, "size_condition": True,
+        "text_width": 12, "text_pooled_width": 6,
+    },
+    "switti-causal-without-words": {
+        "num_classes": 0, "l2_attention": False, "norm": "rms_sandwich", "text_pooled_width": 6, "num_layers": 1,
+    },
+    "var-with-text": {"text_width": 12, "text_pooled_width": 6, "position": "rope2d"},
+}  # fmt: skip
+
+
+def text_for(batch: int, words: int = 5) -> TextFeatures:
+    """Prompts of 2, 3, 4 ... words; what stands in the place of others must not matter."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, pooled = (torch.randn(batch, n, generator=generator) for n in (words * 12, 6))
+    mask = torch.arange(words) < 2 + torch.arange(batch)[:, None] % (words - 1)
+    return TextFeatures(hidden.view(batch, words, 12), mask, pooled)
+
+
+class TestNextScaleTransformerOfTexts(PriorLaws):
+    @pytest.fixture(params=list(TEXTS))
+    def model(self, request):
+        return build(**TEXTS[request.param])
+
+    @pytest.fixture
+    def inputs(self, model):
+        return *arguments_for(model, batch=4), text_for(4)
+
+    def test_keep_factors_act_per_image_and_layer(self, model, inputs):
+        keep = torch.ones(4, model.config.num_layers, 2)
+        keep[0] = 0
+        dropped, plain = model(*inputs, keep=keep).logits, model(*inputs).logits
+        torch.testing.assert_close(dropped[1:], plain[1:])
+        assert (dropped[0] - plain[0]).abs().max() > 1e-3
+
+
+def test_padding_of_texts_changes_nothing():
+    for name in TEXTS:
+        model, text = build(**TEXTS[name]), text_for(3)
+        labels, scale_inputs = arguments_for(model)
+        expected = model(labels, scale_inputs, text).logits
+        other = text.padded(9)
+        other.hidden[~other.mask] = 1e3
+        torch.testing.assert_close(model(labels, scale_inputs, other).logits, expected, **NETWORK)
+
+
+def test_gradients_reach_the_text():
+    model, text = build(**TEXTS["switti"]), text_for(3)
+    for part in (text.hidden, text.pooled):
+        part.requires_grad_()
+    model(*arguments_for(model), text).logits.square().sum().backward()
+    seen = text.hidden.grad.abs().sum(dim=-1) > 0
+    assert torch.equal(seen, text.mask) and (text.pooled.grad.abs().sum(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("scale_attention", ["causal", "markov"])
+def test_a_class_model_that_gets_the_text_branch_is_the_one_it_was(scale_attention):
+    plain = build(scale_attention=scale_attention)
+    told = NextScaleTransformer(**ARGUMENTS, scale_attention=scale_attention, text_width=12, text_pooled_width=6).eval()
+    missing, unexpected = told.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and {name for name in told.state_dict() if "text" in name} == set(missing)
+    labels, scale_inputs = arguments_for(plain)
+    logits = told(labels, scale_inputs, text_for(3)).logits
+    assert torch.equal(logits, plain(labels, scale_inputs).logits)
+    logits.square().sum().backward()
+    assert told.text_start.weight.grad.any() and told.blocks[0].text.gate.grad.any()
+
+
+def test_image_sizes_are_a_condition_of_their_own():
+    model, text = build(**TEXTS["switti"]), text_for(3)
+    labels, scale_inputs = arguments_for(model)
+    square, plain, wide = (
+        model(labels, scale_inputs, text, image_sizes=sizes).logits
+        for sizes in (torch.full((3, 2), 512), None, torch.tensor([[512, 512], [300, 900], [512, 512]]))
+    )
+    assert torch.equal(square, plain) and torch.equal(wide[[0, 2]], plain[[0, 2]])
+    assert (wide[1] - plain[1]).abs().max() > 1e-3
+    # the angles reach thousands: as numbers of bf16 they would be noise
+    half = copy.deepcopy(model).bfloat16().size_condition
+    sizes = torch.tensor([[300, 900]])
+    expected = model.size_condition(sizes)
+    assert (half(sizes).float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_later_arguments_leave_no_trace_in_a_class_model(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert not set(NextScaleTransformer.later_arguments) & set(stored) and "has_mask_embedding" in stored
+    assert NextScaleTransformer.from_pretrained(tmp_path).config.keys() == model.config.keys()
+    build(**TEXTS["switti"]).save_pretrained(tmp_path / "text")
+    stored = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert {"norm", "position", "rope_extent", "text_width"} <= set(stored) and "rope_base" not in stored
+
+
+def test_designs_that_no_block_has_are_refused():
+    switti = TEXTS["switti"]
+    for arguments, said in [
+        ({"feed_forward": "swiglu"}, "has feed_forward gelu"),
+        ({"size_condition": True}, "no size_condition"),
+        (switti | {"l2_attention": True}, "no l2_attention"),
+        (switti | {"shared_adaln": True}, "no shared_adaln"),
+        (switti | {"norm_eps": 1e-5}, "norm_eps 1e-6"),
+        (switti | {"text_pooled_width": None}, "text_pooled_width too"),
+        (switti | {"width": 12}, "multiple of 4 wide"),
+        (switti | {"rope_extent": 0.0}, "rope_extent must be positive"),
+        ({"rope_extent": 16.0}, "rope_extent belongs to position rope2d"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            build(**arguments)
+    plain, told = build(), build(**switti)
+    labels, text = torch.zeros(2, dtype=torch.long), text_for(2)
+    narrow = TextFeatures(text.hidden[..., :5], text.mask, text.pooled)
+    sizes = torch.full((2, 2), 512)
+    for model, arguments, said in [
+        (plain, (labels, text), "knows classes alone"),
+        (plain, (labels, None, sizes), "no size condition"),
+        (told, (labels,), "draws from texts, got none"),
+        (told, (labels, text_for(3)), "a text for every label, got 3 for 2"),
+        (told, (labels, narrow), "text_width 12, got 5"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            model.condition(*arguments)
+
+
+def test_operations_of_a_draw_are_those_that_are_counted():
+    for name, changes in [("var", {}), *TEXTS.items()]:
+        model = build(**changes | {"scale_attention": "markov"})
+        labels, scale_inputs = arguments_for(model, batch=1)
+        text = () if name == "var" else (text_for(1),)
+        # the products of attention are counted where they are made one by one
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(labels, scale_inputs, *text)
+        # one pass over all scales, each alone, as a draw makes them; the first reads no code, which is not told apart
+        unread = 2 * model.schedule.lengths[0] * model.config.codebook_dim * model.config.width
+        assert counter.get_total_flops() + unread == sampling_flops(model.config, num_words=5), name
 
 
 def test_any_scales_of_a_markov_model_are_rows_of_the_full_pass():

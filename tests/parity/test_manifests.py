@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 
-from isthmus.next_scale.conversion import convert_prior_state, convert_tokenizer_state
+from isthmus.next_scale.conversion import convert_prior_state, convert_switti_state, convert_tokenizer_state
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 PRIORS = {
     "var_d16_256": (16, SCALES_256, "d16@256"),
     "var_d36_saln_512": (36, SCALES_512, "d36-s@512"),
@@ -101,3 +102,58 @@ def test_published_parameter_counts(sizes):
         assert count(prior.blocks[0]) == published["block_params"]
         assert prior.schedule.num_tokens == published["L"]
         assert prior.drop_path_rates[-1] == pytest.approx(published["drop_path_max"])
+
+
+SWITTI = {"switti_d30_512": (SCALES_512, "d30@512"), "switti_d30_1024": (SCALES_1024, "d30@1024")}
+
+
+@pytest.mark.parametrize("name", SWITTI)
+@pytest.mark.parametrize("mask", ["markov", "causal"])
+def test_switti(name, mask, golden):
+    scale_sizes, size = SWITTI[name]
+    published = golden.json("switti/manifests/sizes.json")[size]
+    manifest = golden.json(f"switti/manifests/{name}.json")
+    assert manifest.pop("__note__") == "blocks.1 .. blocks.29 repeat blocks.0"
+    first = [key for key in manifest if key.startswith("blocks.0.")]
+    manifest |= {re.sub(r"\.0\.", f".{i}.", key, count=1): manifest[key] for i in range(1, 30) for key in first}
+    assert len(manifest) == published["keys"]
+    level = torch.repeat_interleave(torch.arange(len(scale_sizes)), torch.tensor(scale_sizes) ** 2)
+    assert list(level[None].shape) == manifest["lvl_1L"]
+    # one number, seen at every place of the mask
+    seen = torch.tensor(0.0 if mask == "causal" else -torch.inf).expand(manifest["attn_bias_for_masking"])
+    converted = convert_switti_state(on_meta(manifest, lvl_1L=level[None], attn_bias_for_masking=seen))
+    with torch.device("meta"):
+        prior = NextScaleTransformer(**converted.arguments)
+    assert shapes(prior.state_dict()) == shapes(converted.state)
+    assert set(converted.dropped) == {"lvl_1L", "attn_bias_for_masking"}
+    assert converted.arguments["scale_sizes"] == scale_sizes and prior.is_markov == (mask == "markov")
+    assert converted.arguments["num_layers"] == converted.arguments["num_heads"] == 30
+    assert count(prior) == published["trainable"] and count(prior.blocks[0]) == published["block_params"]
+
+
+def test_switti_parameter_counts(golden):
+    for name, published in golden.json("switti/manifests/sizes.json").items():
+        size, *without = name.split(", ")
+        depth, pixels = size.removeprefix("d").split("@")
+        gelu = "gelu" in without
+        scales = {"256": SCALES_256, "512": SCALES_512, "1024": SCALES_1024}[pixels]
+        with torch.device("meta"):
+            prior = NextScaleTransformer(
+                scale_sizes=scales,
+                width=published["width"],
+                num_layers=int(depth),
+                num_heads=published["heads"],
+                num_classes=0,
+                scale_attention="markov",
+                l2_attention=False,
+                norm="rms_sandwich",
+                position="learned" if gelu else "rope2d",
+                feed_forward="gelu" if gelu else "swiglu",
+                mlp_ratio=4.0 if gelu else 8 / 3,
+                size_condition="no crop" not in without,
+                text_width=2048,
+                text_pooled_width=1280,
+            )
+        assert count(prior) == published["trainable"], name
+        assert count(prior.blocks[0]) == published["block_params"]
+        assert prior.schedule.num_tokens == published["L"]

@@ -231,6 +231,7 @@ def test_options_of_this_family_are_refused_in_words(pipe):
     for arguments, said in [
         ({"image_options": []}, "per image, got 0"),
         ({"image_options": [SamplingOptions(smooth=True)]}, "smooth"),
+        ({"temperature": (1.0, 0.5)}, "one temperature"),
         ({"image_options": [SamplingOptions(top_k=17)]}, r"1\.\.16"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"height": 7}, "multiples of 2"),

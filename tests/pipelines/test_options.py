@@ -8,13 +8,30 @@ from hypothesis import strategies as st
 from isthmus.errors import UserError
 from isthmus.next_scale.sampling import null_row_scales
 from isthmus.nn.guidance import GuidanceSchedule
-from isthmus.pipelines.options import FOLDER_DEFAULT, SamplingOptions, guidance_on, guidance_text, parse_guidance
+from isthmus.pipelines.options import (
+    FOLDER_DEFAULT,
+    SamplingOptions,
+    SmoothSchedule,
+    guidance_on,
+    guidance_text,
+    parse_guidance,
+    parse_smooth,
+    smooth_text,
+)
 
 
 def test_options_survive_json():
     for guidance in (1, 2.5, [1.0, 2.0, 3.0], GuidanceSchedule("cosine", 1.0, 4.0, 1)):
         options = SamplingOptions(guidance_scale=guidance, top_k=5, top_p=0.9, temperature=0.7, smooth=True)
         assert SamplingOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+        assert "first_guided_step" not in json.dumps(options.to_dict())
+    late = SamplingOptions(
+        guidance_scale=GuidanceSchedule("linear", 1.0, 7.0, 7, 2),
+        temperature=[1, 0.1],
+        smooth=SmoothSchedule(2, 7, filtered=False),
+    )
+    assert SamplingOptions.from_dict(json.loads(json.dumps(late.to_dict()))) == late
+    assert late.words() == "guidance linear:1:7:2-7, temperature 1,0.1, smooth 2-7:unfiltered"
     with pytest.raises(UserError, match="'topk'"):
         SamplingOptions.from_dict({"topk": 3})
 
@@ -29,10 +46,23 @@ def test_guidance_as_text():
         ("1.5", 1.5),
         ("linear:1:2.5", GuidanceSchedule("linear", 1.0, 2.5)),
         ("cosine:1:4:2", GuidanceSchedule("cosine", 1.0, 4.0, 2)),
+        ("linear:1:7:2-7", GuidanceSchedule("linear", 1.0, 7.0, 7, 2)),
+        ("linear:1:7:2-", GuidanceSchedule("linear", 1.0, 7.0, None, 2)),
         ("1,2,3", (1.0, 2.0, 3.0)),
     ]:
         assert parse_guidance(text) == value
-    for text in ("", "two", "linear", "linear:1", "square:1:2", "nan", "linear:1:nan", "1,x"):
+    for text in (
+        "",
+        "two",
+        "linear",
+        "linear:1",
+        "square:1:2",
+        "nan",
+        "linear:1:nan",
+        "1,x",
+        "linear:1:2:",
+        "linear:1:2:2-x",
+    ):
         with pytest.raises(UserError):
             SamplingOptions(guidance_scale=parse_guidance(text))
 
@@ -62,11 +92,20 @@ def test_where_null_rows_run():
             st.floats(0, 50),
             st.floats(0, 50),
             st.none() | st.integers(0, 9),
+            st.integers(0, 9),
         ),
     )
 )
 def test_written_guidance_is_read_as_it_was(guidance):
     assert parse_guidance(guidance_text(guidance)) == guidance
+
+
+def test_smoothing_as_text():
+    for smooth in (SmoothSchedule(), SmoothSchedule(2, 7, filtered=False), SmoothSchedule(1)):
+        assert parse_smooth(smooth_text(smooth)) == smooth
+    for text in ("", "2", "x-3", "3-2", "1-2:filtered"):
+        with pytest.raises(UserError, match="smoothing"):
+            parse_smooth(text)
 
 
 def test_filters_have_their_ranges():
@@ -85,6 +124,8 @@ def test_filters_have_their_ranges():
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
+        ({"temperature": (1.0, 0.0, 1.0)}, "temperature"),
+        ({"temperature": (1.0, 0.1)}, r"one value per scale \(3\)"),
     ]:
         with pytest.raises(UserError, match=said):
             SamplingOptions(**filters).check(codebook_size=16, num_steps=3)

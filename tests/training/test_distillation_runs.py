@@ -257,6 +257,7 @@ def test_what_cannot_be_taught_is_refused_before_training(tmp_path, images, teac
         ({"scale_sizes": None}, "got the same"),
         ({"sampling": PriorSampling(guidance="1,2,3")}, "each of the teacher's scales"),
         ({"sampling": PriorSampling(guidance="1,2,3"), "progressive": True}, "each of the teacher's scales"),
+        ({"sampling": PriorSampling(temperature=(1.0, 1.0, 0.1)), "progressive": True}, "temperature by scale needs"),
         ({"classes": ("0",)}, r"classes of its teacher \(0, 1\), got 0"),
         ({"classes": ("1", "0")}, "got 1, 0"),
         ({"data": "folder:nowhere"}, "nowhere"),

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from isthmus.dar.train_tokenizer import load_parts
 from isthmus.errors import UserError
 from isthmus.next_scale import train_prior as next_scale
 from isthmus.next_scale.runs import PriorModel
+from isthmus.nn.guidance import GuidanceSchedule
+from isthmus.pipelines.options import SamplingOptions, SmoothSchedule
 from isthmus.registry import task_of
 from isthmus.training.config import PriorSampling, Run, run_from_json, run_to_json
 from isthmus.training.run import check_folder
@@ -46,6 +48,18 @@ from tests.training.tiny_runs import (
 )
 
 pytestmark = pytest.mark.slow
+
+
+def test_settings_of_draws_survive_a_run_record():
+    options = SamplingOptions(
+        guidance_scale=GuidanceSchedule("linear", 1.0, 7.0, 7, 2),
+        temperature=(1.0, 0.1),
+        smooth=SmoothSchedule(2, 7, filtered=False),
+    )
+    for one in (options, SamplingOptions(), SamplingOptions(smooth=True)):
+        sampling = PriorSampling.of(one)
+        plain = json.loads(json.dumps(asdict(sampling)))
+        assert PriorSampling(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}).options() == one
 
 
 class TrainingLaws:
@@ -213,6 +227,7 @@ class TestDAR(TrainingLaws):
             (replace(llama, sampling=PriorSampling(top_k=17)), r"1\.\.16"),
             (replace(llama, sampling=PriorSampling(temperature=-1.0)), "temperature"),
             (replace(llama, sampling=PriorSampling(smooth=True)), r"sampling\.smooth"),
+            (replace(llama, sampling=PriorSampling(temperature=(1.0, 0.1))), r"sampling\.temperature"),
         ]
 
     def test_a_run_of_everything_optional(self, tmp_path, images):
