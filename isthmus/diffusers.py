@@ -38,6 +38,7 @@ from isthmus.pipelines.request import (
     image_seeds,
     spread,
 )
+from isthmus.text.encoders import TextFeatures
 
 try:
     from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -232,7 +233,7 @@ class IsthmusPipeline(DiffusionPipeline):
             num_inference_steps: solver steps of a D-AR model; the steps of a next-scale model are its scales.
             output_type: "pil", "np" (b, h, w, 3) or "pt" (b, 3, h, w) in [0, 1], or "latent".
             return_dict: False gives the tuple (images,).
-            num_images_per_prompt: images per label, next to each other.
+            num_images_per_prompt: images per label and prompt, next to each other.
             callback_on_step_end: called with (pipe, step, t, kwargs) after every step: t is the side of the scale, or
                 the flow time at which the solver step began. It returns None, or the kwargs as they came.
             callback_on_step_end_tensor_inputs: what kwargs holds: "latents" (for `decode_latents`) and "token_ids"
@@ -248,8 +249,8 @@ class IsthmusPipeline(DiffusionPipeline):
             if name not in (known := self._callback_tensor_inputs):
                 raise UserError(f"callback_on_step_end_tensor_inputs may name {' and '.join(known)}, got {name!r}.")
         check_output_type(output_type)
-        labels = self.native.class_ids(class_labels)
-        ids = spread(labels, options.pop("num_images", None), options.pop("num_images_per_class", 1))
+        counts = (options.pop("num_images", None), options.pop("num_images_per_class", 1))
+        ids, words = self._spread(class_labels, options, *counts)
         seeds = image_seeds(len(ids), seed=seed, generator=generator, image_index=image_index)
         self._interrupt, self.num_timesteps = False, len(times := self._times(options))
         tokens: list[Tensor] = []
@@ -261,7 +262,7 @@ class IsthmusPipeline(DiffusionPipeline):
                 guidance_scale=guidance_scale,
                 output_type="latent",
                 **_as_arguments(seeds),
-                **options,
+                **(options | words),
             )
             for step in steps:
                 # a jump back draws scales once more: those that came after its first are no part of the latents
@@ -378,7 +379,9 @@ class IsthmusPipeline(DiffusionPipeline):
         self, options: dict[str, Any], num_inference_steps: int | None, num_images_per_prompt: SupportsIndex | None
     ) -> dict[str, Any]:
         """Arguments of `native.stream`, given under its names or under diffusers'; UserError for those of others."""
-        known = inspect.signature(type(self.native).stream).parameters
+        known = set(inspect.signature(type(self.native).stream).parameters)
+        if not self.native.reads_text:
+            known -= {"prompt", "negative_prompt", "text"}
         options = options | {"num_inference_steps": num_inference_steps}
         if num_images_per_prompt is not None:
             if "num_images_per_class" in options:
@@ -389,6 +392,12 @@ class IsthmusPipeline(DiffusionPipeline):
 
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         _refuse(foreign, self._call_advice, f"a call of {type(self).__name__}")
+
+    def _spread(
+        self, class_labels: Labels, options: Mapping[str, Any], *counts: Any
+    ) -> tuple[list[int], dict[str, Any]]:
+        """Class id of every image, and options of the call that have an entry for every image as well."""
+        return spread(self.native.class_ids(class_labels), *counts), {}
 
     @abstractmethod
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
@@ -408,8 +417,8 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
 
     native_class = NextScalePipeline
     __init__ = _constructor(NextScalePipeline)
-    model_cpu_offload_seq = "transformer->image_tokenizer"
-    _optional_components = ["scheduler"]
+    model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
+    _optional_components = ["scheduler", "text_encoder"]
     _edits = (
         "Edits have calls of their own: pipe.native.inpaint(image, mask), outpaint, super_resolve, edit_class, "
         "variations."
@@ -424,6 +433,19 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     image_tokenizer = _part("image_tokenizer")
     transformer = _part("transformer")
     scheduler = _part("scheduler")
+    text_encoder = _part("text_encoder")
+
+    def _spread(
+        self, class_labels: Labels, options: Mapping[str, Any], *counts: Any
+    ) -> tuple[list[int], dict[str, Any]]:
+        asked = self.native.asked(class_labels, *(options.get(name) for name in ("prompt", "text", "negative_prompt")))
+        asked = asked.images(spread(list(range(len(asked))), *counts))
+        words = {}
+        if isinstance(asked.texts, TextFeatures):
+            words = {"text": asked.texts.rows(torch.tensor(asked.rows))}
+        elif asked.prompts is not None:
+            words = {"prompt": asked.prompts}
+        return asked.class_labels, words
 
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         sizes, side = self.native.schedule.sizes, self.native.image_size

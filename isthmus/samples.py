@@ -4,7 +4,8 @@ A folder holds one PNG per image, and samples.json: the settings that decide abo
 and, when they are there, a row for each. The text of a PNG says all that draws its image again, so samples.json can be
 made again from the images:
 
-- `index`, `seed`, `class_id`, `label`: image `index` of the request, drawn from (seed, index);
+- `index`, `seed`, `class_id`, `label`, and `prompt` where there is one: image `index` of the request, drawn from
+  (seed, index);
 - `model` (fingerprint), `settings` (JSON), `Software`: what drew it, and how;
 - `token_ids`: of all steps in a row, little-endian int32, compressed by zlib, in base64; and `token_ids_sha256`, of the
   same bytes before they were compressed.
@@ -50,6 +51,7 @@ GRID, STRIP, OVERVIEW = "grid.png", "strip.png", "overview.png"
 # what every row of samples.json says
 _ROW = {"file": str, "index": int, "class_id": int, "label": str}
 _GRID_ROWS, _GRID_COLUMNS, _STRIP_ROWS = 20, 8, 8
+_LONGEST_NAME = 70  # letters beside a row of pictures
 
 GROUP = 250
 """No batch of a draw, and none of an evaluation's features, reaches over a multiple of this number: what is rounded
@@ -68,6 +70,7 @@ class SampleRequest:
         arguments: of the call beside labels, seed and numbers.
         decoding: how tokens are computed (`int8`, `compiled`).
         method: of the pipeline, that draws from `inputs`.
+        prompts: of image 0, 1, ...; none for models that read no text.
     """
 
     labels: Sequence[int]
@@ -78,6 +81,7 @@ class SampleRequest:
     decoding: Mapping[str, bool] = field(default_factory=dict)
     method: str = "__call__"
     inputs: tuple[Image.Image, ...] = ()
+    prompts: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,6 +99,7 @@ class SampleRequest:
         decoding: Mapping[str, bool] | None = None,
         prefix_image: Path | None = None,
         dtype: str = "float32",
+        prompts: Sequence[str] = (),
     ) -> "SampleRequest":
         """Images of a call of the pipeline.
 
@@ -106,6 +111,7 @@ class SampleRequest:
             steering: arguments of a call beyond these, such as the number of solver steps.
             decoding: how tokens are computed.
             prefix_image: file of the image whose first tokens are kept.
+            prompts: of every image, for models that read text; the rule behind them is part of `classes`.
 
         Raises:
             UserError: the model does not take an argument, or it is not usable.
@@ -117,7 +123,7 @@ class SampleRequest:
         if prefix_image is not None:
             arguments["prefix_image"] = read_image(prefix_image)
             steering["prefix_image"] = sha256_of_file(prefix_image)
-        pipeline.check_request({"seed": seed, **arguments}, decoding)
+        pipeline.check_request({"seed": seed, **({"prompt": prompts[0]} if prompts else {}), **arguments}, decoding)
         settings = {
             "model": pipeline.fingerprint,
             **classes,
@@ -130,7 +136,13 @@ class SampleRequest:
             # only where it is given: folders of samples without it stay what they are
             settings["steering"] = steering | decoding
         return cls(
-            labels=labels, seed=seed, sampling=sampling, settings=settings, arguments=arguments, decoding=decoding
+            labels=labels,
+            seed=seed,
+            sampling=sampling,
+            settings=settings,
+            arguments=arguments,
+            decoding=decoding,
+            prompts=prompts,
         )
 
 
@@ -347,7 +359,8 @@ def _call(pipeline: "AnyPipeline", request: SampleRequest, indices: Sequence[int
     """Arguments of a call that draws some images of a request."""
     ids = [int(request.labels[index]) for index in indices]
     labels: list[Label] = [None if one == pipeline.num_classes else one for one in ids]
-    return {"class_labels": labels, "seed": request.seed, "image_index": list(indices), **request.arguments}
+    words = {"prompt": [request.prompts[index] for index in indices]} if request.prompts else {}
+    return {"class_labels": labels, "seed": request.seed, "image_index": list(indices), **words, **request.arguments}
 
 
 def _in_a_row(token_ids: Tensor | Sequence[Tensor]) -> Int[np.ndarray, "b l"]:
@@ -371,6 +384,7 @@ def _saved(
         "seed": str(request.seed),
         "class_id": str(label),
         "label": names[label] if named else pipeline.label_name(label),
+        **({"prompt": request.prompts[index]} if request.prompts else {}),
         **_packed(token_ids),
         "Software": f"isthmus {isthmus.__version__}",
         "model": request.settings["model"],
@@ -389,6 +403,7 @@ def _row(text: Mapping[str, str]) -> dict[str, Any]:
         "seed": int(text["seed"]),
         "class_id": int(text["class_id"]),
         "label": text["label"],
+        **({"prompt": text["prompt"]} if "prompt" in text else {}),
         "token_ids_sha256": text["token_ids_sha256"],
     }
 
@@ -452,6 +467,7 @@ def draw_folder(
     out: Path,
     *,
     classes: Sequence[str],
+    prompts: Sequence[str] = (),
     num_images: int,
     seed: int,
     options: Mapping[str, Any],
@@ -468,8 +484,8 @@ def draw_folder(
     """`isthmus sample`: images 0..num_images - 1 of a model, and pictures of them.
 
     A folder `out` that was asked for more images before is filled with these. `classes` are names or ids, taken in
-    turn; none are all classes of the model. `refine` None is the model's own mode. The other arguments are those of
-    `load_pipeline`, `SampleRequest.of` and `draw`.
+    turn, and so are `prompts`; neither are all classes of the model, or the empty prompt of one that has none. `refine`
+    None is the model's own mode. The other arguments are those of `load_pipeline`, `SampleRequest.of` and `draw`.
 
     Raises:
         UserError: an argument is not usable, or `out` holds something else than samples with these settings.
@@ -480,12 +496,14 @@ def draw_folder(
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
         if refine is not None:
             pipeline.refine_with(refine)
-        ids = _class_ids(pipeline, classes) if classes else list(range(pipeline.num_classes)) or [0]
+        every = [] if prompts else list(range(pipeline.num_classes))
+        ids = _class_ids(pipeline, classes) if classes else every or [pipeline.num_classes]
         number = max(num_images, _asked_before(out))
         request = SampleRequest.of(
             pipeline,
             [ids[index % len(ids)] for index in range(number)],
-            classes={"class_ids": ids},
+            classes={"class_ids": ids, **({"prompts": list(prompts)} if prompts else {})},
+            prompts=_in_turn(prompts, number),
             seed=seed,
             options=options,
             steering=steering,
@@ -506,6 +524,19 @@ def draw_folder(
         logger.info("%d images in %s (%d drawn now%s)%s", number, out, drawn.count, by, cost)
 
 
+def _in_turn(prompts: Sequence[str], number: int) -> list[str]:
+    return [prompts[index % len(prompts)] for index in range(number)] if prompts else []
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """What pictures say of an image: its prompt, behind its class where it has one, cut where it is long."""
+    if "prompt" not in row:
+        return row["label"]
+    words = " ".join(row["prompt"].split()) or "(no words)"
+    words = words if row["label"] == "null" else f"{row['label']}: {words}"
+    return words if len(words) <= _LONGEST_NAME else words[: _LONGEST_NAME - 3] + "..."
+
+
 def _class_ids(pipeline: "AnyPipeline", words: Sequence[str]) -> list[int]:
     """Class ids of labels as they are typed; no class where there is none."""
     names = pipeline.class_names
@@ -514,10 +545,10 @@ def _class_ids(pipeline: "AnyPipeline", words: Sequence[str]) -> list[int]:
 
 
 def _grid(samples: Samples) -> Image.Image:
-    """Rows are classes in the order asked for; the first images of each."""
+    """Rows are classes or prompts in the order asked for; the first images of each."""
     by_label: dict[str, list[int]] = {}
     for index, row in enumerate(samples.rows):
-        by_label.setdefault(row["label"], []).append(index)
+        by_label.setdefault(_name(row), []).append(index)
     if len(by_label) == 1:
         # one class fills the picture
         ((name, shown),) = by_label.items()
@@ -540,7 +571,7 @@ def _strip(pipeline: "AnyPipeline", samples: Samples, request: SampleRequest) ->
     columns = list(last.values())
     return table(
         list(zip(*columns, strict=True)),
-        row_names=[samples.rows[index]["label"] for index in indices],
+        row_names=[_name(samples.rows[index]) for index in indices],
         column_names=pipeline.step_names(len(columns)),
     )
 
@@ -554,6 +585,8 @@ def edit_image(
     image: Path,
     mask: Path | None,
     classes: Sequence[str],
+    prompts: Sequence[str] = (),
+    negative_prompt: str | None = None,
     num_images: int,
     seed: int,
     settings: Mapping[str, Any],
@@ -564,7 +597,8 @@ def edit_image(
 ) -> None:
     """`isthmus edit`: edits of an image, and overview.png; the log says how many forwards were made now.
 
-    `settings` are arguments of the method of the pipeline. `classes` are names or ids, taken in turn; none is no class.
+    `settings` are arguments of the method of the pipeline. `classes` are names or ids, taken in turn, and so are
+    `prompts`; none is no class, and no words.
     The other arguments are those of `draw_folder`.
 
     Raises:
@@ -582,7 +616,16 @@ def edit_image(
     files = {"image_sha256": sha256_of_file(image)} | ({} if mask is None else {"mask_sha256": sha256_of_file(mask)})
     number = max(num_images, _asked_before(out))
     labels = [ids[index % len(ids)] for index in range(number)]
-    plain = SampleRequest.of(pipeline, labels, classes={"class_ids": ids}, seed=seed, options=options, dtype=dtype)
+    plain = SampleRequest.of(
+        pipeline,
+        labels,
+        classes={"class_ids": ids, **({"prompts": list(prompts)} if prompts else {})},
+        prompts=_in_turn(prompts, number),
+        seed=seed,
+        options=options,
+        steering={} if negative_prompt is None else {"negative_prompt": negative_prompt},
+        dtype=dtype,
+    )
     request = replace(
         plain,
         settings={**plain.settings, "edit": method, **files, **settings},
@@ -603,5 +646,5 @@ def _overview(inputs: Sequence[Image.Image], samples: Samples) -> Image.Image:
     shown = [Image.fromarray(samples.image(index)) for index in range(min(len(samples), _GRID_COLUMNS))]
     # on white where the result has another shape (outpaint, variations): nothing is stretched
     given = [ImageOps.pad(one, shown[0].size, Image.Resampling.LANCZOS, color="white") for one in inputs]
-    names = ["image", "mask"][: len(given)] + [row["label"] for row in samples.rows[: len(shown)]]
+    names = ["image", "mask"][: len(given)] + [_name(row) for row in samples.rows[: len(shown)]]
     return table([[*given, *shown]], column_names=names)

@@ -14,7 +14,8 @@ from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from tests.pipelines.tiny import tiny_pipeline
+from isthmus.text.encoders import SmallTextEncoder
+from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
 # importing diffusers takes longer than the tests: only the fixture does it
@@ -272,7 +273,7 @@ def test_loading_answers_with_ours_too(folders, family, adapter):
 def test_offloading_has_an_order_of_parts(pipe, own):
     modules = {name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     order = pipe.model_cpu_offload_seq.split("->")
-    assert modules <= set(order) <= pipe.components.keys() and order[0] == "transformer"
+    assert modules <= set(order) <= pipe.components.keys() and order[-1] != "transformer"
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="requires accelerator"):
             pipe.enable_model_cpu_offload()
@@ -361,6 +362,24 @@ def test_a_model_without_classes_takes_none(family, adapter):
     assert len(pipe(num_images_per_prompt=2, seed=3).images) == 2
     with pytest.raises(UserError, match="no classes"):
         pipe(["face"])
+
+
+def test_prompts_are_drawn_as_our_own_pipeline_draws_them(adapter, tmp_path):
+    own = tiny_text_pipeline(sampling_defaults={"guidance_scale": 2.0})
+    own.save_pretrained(tmp_path / "text")
+    pipe = adapter.from_pretrained(tmp_path / "text")
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"negative_prompt": "a dog", "seed": 3, "output_type": "pt"}
+    expected = own(prompt=["a cat", ""], num_images_per_class=2, **asked).images
+    drawn = pipe(prompt=["a cat", ""], num_images_per_prompt=2, **asked).images
+    read = pipe(text=own.text_encoder.encode(["a cat", ""]), num_images_per_prompt=2, **asked).images
+    assert len(drawn) == 4 and torch.equal(drawn, expected) and torch.equal(read, expected)
+    with pytest.raises(UserError, match="has no classes"):
+        pipe("face", prompt="a cat")
+    other = SmallTextEncoder(width=12)
+    changed = adapter.from_pretrained(tmp_path / "text", text_encoder=other)
+    with torch.no_grad():
+        assert torch.equal(changed.native.null_text.pooled, other.encode([""]).pooled)
 
 
 def test_it_is_a_diffusion_pipeline_of_our_components_and_shares_the_weights(pipe, own, adapter):

@@ -58,7 +58,8 @@ def describe_model(folder: Path) -> str:
         if index[name][1].endswith("Scheduler"):
             continue
         weights = TRANSFORMERS_WEIGHTS if index[name][0] == "transformers" else DIFFUSERS_WEIGHTS
-        count = sum(math.prod(shape) for shape in stored_shapes(folder / name, weights).values())
+        shapes = stored_shapes(folder / name, weights).values() if name != "text_encoder" else _encoder_shapes(folder)
+        count = sum(math.prod(shape) for shape in shapes)
         rows[name] = f"{count / 1e6:.2f}M parameters" + (f", {rows[name]}" if name in rows else "")
     classes = str(num_classes) if num_classes else "none (unlabelled)"
     rows |= {
@@ -69,6 +70,18 @@ def describe_model(folder: Path) -> str:
         "licence": index["data"].get("attribution") or "unknown",
     }
     return _listing(rows)
+
+
+def _encoder_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of the weights of a text encoder: its own, or those of the networks of transformers that it is made of."""
+    from isthmus.nn.component_files import CONFIG, DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, read_json, stored_shapes
+
+    place = folder / "text_encoder"
+    networks = read_json(place / CONFIG).get("networks")
+    if networks is None:
+        return list(stored_shapes(place, DIFFUSERS_WEIGHTS).values())
+    parts = [place / f"network_{number + 1}" for number in range(len(networks))]
+    return [shape for part in parts for shape in stored_shapes(part, TRANSFORMERS_WEIGHTS).values()]
 
 
 def _components(index: Mapping[str, Any]) -> list[str]:
@@ -87,7 +100,8 @@ def upload_contents(folder: Path) -> str:
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder} has no README.md. Load the model and save it again: that writes the card.")
     parts = [folder / "README.md", folder / "model_index.json"]
-    parts += [path for name in _components(index) for path in sorted((folder / name).glob("*"))]
+    parts += [folder / "null_text.safetensors"]  # of models that read text
+    parts += [path for name in _components(index) for path in sorted((folder / name).rglob("*"))]
     files = "\n".join(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in parts if path.is_file())
     return f"{(folder / 'README.md').read_text(encoding='utf-8')}\nFiles (bytes):\n{files}\n\nNothing was sent."
 

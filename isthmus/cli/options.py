@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import tyro
@@ -107,7 +108,8 @@ def _plain(framed: str, prog: str) -> str:
 
 def _split_commas(arguments: list[str], kind: type) -> list[str]:
     """`--classes face,flag` as `--classes face flag`, for options that hold several values."""
-    several = {name for name, hint in _options(kind).items() if "tuple[" in hint}
+    # an option that is given once per value takes it as it is: prompts have commas
+    several = {name for name, hint in _options(kind).items() if "tuple[" in hint and "Append" not in hint}
 
     def values(name: str, text: str) -> list[str]:
         # names of classes have commas: "tench, Tinca tinca"
@@ -179,6 +181,32 @@ class DrawOptions:
         options = {"guidance_scale": guidance, **filters, "smooth": self.smooth or FOLDER_DEFAULT}
         rest = {name: getattr(self, name) for name in ("seed", "batch_size", "device", "dtype")}
         return {"options": options, **rest}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What images show, for models that read text."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What an image shows, in words (models that read text); once per prompt, taken in turn."""
+    prompts: Path | None = None
+    """A text file of more prompts, one a line; empty lines are left out."""
+    negative_prompt: Annotated[str | None, _CALL["negative_prompt"]] = None
+
+    def words(self) -> tuple[str, ...]:
+        """All prompts; UserError where the file cannot be read or has none."""
+        if self.prompts is None:
+            return self.prompt
+        try:
+            lines = self.prompts.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--prompts must be a text file (UTF-8), got {self.prompts}, which cannot be read ({error})."
+            ) from error
+        found = tuple(line.strip() for line in lines if line.strip())
+        if not found:
+            raise UserError(f"--prompts needs a file with a prompt in a line, got {self.prompts}, which has none.")
+        return self.prompt + found
 
 
 @dataclass(frozen=True, kw_only=True)

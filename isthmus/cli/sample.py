@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from isthmus.cli.options import DrawOptions, SteeredDrawOptions, parse
+from isthmus.cli.options import DrawOptions, PromptOptions, SteeredDrawOptions, parse
 from isthmus.dar.options import DAROptions
 from isthmus.errors import UserError
 from isthmus.next_scale.options import InpaintOptions
@@ -20,7 +20,7 @@ _DAR, _INPAINT = options_of(DAROptions), options_of(InpaintOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(SteeredDrawOptions):
+class Sample(SteeredDrawOptions, PromptOptions):
     """Draw images from a model. Image i is the same whatever the batch size; run again to fill in missing images."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -29,7 +29,7 @@ class Sample(SteeredDrawOptions):
     """Folder for the images, samples.json, grid.png and strip.png."""
     classes: tuple[str, ...] = ()
     """Names or numbers, taken in turn: a name where a class has it, else a number; id:2 and name:2 say which, `null` is
-    no class. None given: all classes of the model."""
+    no class. None given: all classes of the model, or no class where there are prompts."""
     num: int = 16
     """Number of images."""
     refine: Literal["default", "none", "simple", "masked"] = "default"
@@ -43,7 +43,7 @@ class Sample(SteeredDrawOptions):
     """Compile what predicts tokens, on a CPU with a C++ compiler: pays on GPUs and for many images, after a first wait.
     One seed is one image among compiled draws; others may differ near a tie."""
     grid: bool = False
-    """Write grid.png: rows are classes, names written."""
+    """Write grid.png: rows are classes or prompts, names written."""
     strip: bool = False
     """Write strip.png: the first images as they grow, scale by scale or solver step by solver step."""
 
@@ -58,8 +58,8 @@ class Sample(SteeredDrawOptions):
 
     def steering(self) -> dict[str, int | str]:
         """Arguments that only some models have, where they were given."""
-        prefix = {} if self.prefix_tokens is None else {"prefix_tokens": self.prefix_tokens}
-        return {**super().steering(), **prefix}
+        given = {"prefix_tokens": self.prefix_tokens, "negative_prompt": self.negative_prompt}
+        return {**super().steering(), **{name: value for name, value in given.items() if value is not None}}
 
     def decoding(self) -> dict[str, bool]:
         """How tokens are computed, where it was asked for."""
@@ -69,13 +69,15 @@ class Sample(SteeredDrawOptions):
 def run(arguments: Sequence[str]) -> None:
     """Draw and save."""
     command = parse(Sample, arguments, prog="isthmus sample")
-    draw = command.draw()  # guidance that cannot be read is refused before the slow imports
+    # guidance and prompts that cannot be read are refused before the slow imports
+    draw, prompts = command.draw(), command.words()
     from isthmus.samples import draw_folder
 
     draw_folder(
         command.model,
         command.out,
         classes=command.classes,
+        prompts=prompts,
         num_images=command.num,
         steering=command.steering(),
         decoding=command.decoding(),
@@ -96,7 +98,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Edit(DrawOptions):
+class _Edit(DrawOptions, PromptOptions):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A pipeline folder of a next-scale model (VAR, SRDD), or a hub id."""
     image: Path
@@ -154,14 +156,16 @@ class Inpaint(_Keeping):
 
 @dataclass(frozen=True, kw_only=True)
 class EditClass(Inpaint):
-    """Make the pixels under a mask anew, as part of an image of another class (--classes). The image is scaled so that
-    its longer side is the model's size.
+    """Make the pixels under a mask anew, as part of an image of another class (--classes) or prompt (--prompt). The
+    image is scaled so that its longer side is the model's size.
     """
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.classes:
-            raise UserError("--classes says what is made under the mask, got none. `isthmus edit inpaint` needs none.")
+        if not (self.classes or self.prompt or self.prompts):
+            raise UserError(
+                "--classes or --prompt says what is made under the mask, got none. `isthmus edit inpaint` needs none."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +223,8 @@ def _one_or_each(values: tuple[_Number, ...], default: _Number | None) -> tuple[
 
 def _edit(kind: type[_Edit], command_name: str, method: str, arguments: Sequence[str]) -> None:
     command = parse(kind, arguments, prog=f"isthmus edit {command_name}")
-    draw = command.draw()  # guidance that cannot be read is refused before the slow imports
+    # guidance and prompts that cannot be read are refused before the slow imports
+    draw, prompts = command.draw(), command.words()
     from isthmus.samples import edit_image
 
     edit_image(
@@ -229,6 +234,8 @@ def _edit(kind: type[_Edit], command_name: str, method: str, arguments: Sequence
         image=command.image,
         mask=getattr(command, "mask", None),
         classes=command.classes,
+        prompts=prompts,
+        negative_prompt=command.negative_prompt,
         num_images=command.num,
         settings=command.edit_settings(),
         **draw,

@@ -413,7 +413,7 @@ class NextScalePipeline(SavedPipeline):
         None for no class) and under `prompt`, or `text` in its place, where the model reads text: one per image or one
         for all. Raises UserError where something is not usable, or both or neither of images and tokens are given.
         """
-        return self._measured(token_log_likelihood, images, class_labels, token_ids, prompt, text).sum(dim=1)
+        return self._token_nats(images, class_labels, token_ids, prompt, text).sum(dim=1)
 
     def bits_per_token(
         self,
@@ -425,7 +425,7 @@ class NextScalePipeline(SavedPipeline):
         text: TextFeatures | None = None,
     ) -> Float[Tensor, "_ n"]:
         """Bits that every token costs, in the order of generation; arguments as for `log_prob`."""
-        return -self._measured(token_log_likelihood, images, class_labels, token_ids, prompt, text) / math.log(2)
+        return -self._token_nats(images, class_labels, token_ids, prompt, text) / math.log(2)
 
     def elbo(
         self,
@@ -495,7 +495,7 @@ class NextScalePipeline(SavedPipeline):
         """
         if prompts is None:
             candidates = self._candidates(class_labels)
-            asked = self._asked([None] if self.num_classes == 0 else candidates or None, None, None)
+            asked = self.asked([None] if self.num_classes == 0 else candidates or None, None, None)
             listed = [self.label_name(one) for one in candidates]
         else:
             asked, listed = self._prompts_to_choose_from(class_labels, prompts)
@@ -699,10 +699,13 @@ class NextScalePipeline(SavedPipeline):
         check_widths(null_text.hidden.shape[-1], null_text.pooled.shape[-1], self.transformer, "the null text")
         return null_text
 
-    def _asked(
+    def asked(
         self, class_labels: Labels, prompt: object, text: TextFeatures | None, negative_prompt: object = None
     ) -> Asked:
-        """What images are to be, one class and one text each; nothing is read yet."""
+        """What images are to be, one class and one text each; no prompt is read yet.
+
+        Arguments as for a call. Raises UserError where they do not fit each other or the model.
+        """
         if not self.reads_text:
             for name, given in (("prompt", prompt), ("text", text), ("negative_prompt", negative_prompt)):
                 if given is not None:
@@ -734,7 +737,7 @@ class NextScalePipeline(SavedPipeline):
     ) -> _Request:
         """The request of a call; `options` holds every one of `NextScaleOptions`."""
         words = {name: options[name] for name in ("prompt", "text", "negative_prompt")}
-        asked = self._asked(class_labels, **words)
+        asked = self.asked(class_labels, **words)
         asked = asked.images(spread(list(range(len(asked))), num_images, num_images_per_class))
         labels = [None if one == self.num_classes else one for one in asked.class_labels]
         request = super()._request(labels, None, 1, options)
@@ -837,8 +840,15 @@ class NextScalePipeline(SavedPipeline):
         each = max(self.schedule.num_tokens * self._token_bytes(), self.bytes_per_image(guided=False))
         return min(_MOST_AT_ONCE, images_that_fit(self.device, each))
 
-    def _token_nats(self, images: ImageInput | None, class_labels: Labels, token_ids: Any) -> Float[Tensor, "_ n"]:
-        return self._measured(token_log_likelihood, images, class_labels, token_ids)
+    def _token_nats(
+        self,
+        images: ImageInput | None,
+        class_labels: Labels,
+        token_ids: Any,
+        prompt: object = None,
+        text: TextFeatures | None = None,
+    ) -> Float[Tensor, "_ n"]:
+        return self._measured(token_log_likelihood, images, class_labels, token_ids, prompt, text)
 
     def _measured(
         self,
@@ -850,7 +860,7 @@ class NextScalePipeline(SavedPipeline):
         text: TextFeatures | None = None,
     ) -> Tensor:
         """`measure` (of tokenizer, transformer, token ids, labels, text) of a few images at a time, on the CPU."""
-        asked, token_ids = self._asked(class_labels, prompt, text), self._tokens_of(images, given)
+        asked, token_ids = self.asked(class_labels, prompt, text), self._tokens_of(images, given)
         check_token_ids(token_ids, self.schedule.lengths, self.codebook_size)
         number = len(token_ids[0])
         if len(asked) not in (1, number):
@@ -871,7 +881,7 @@ class NextScalePipeline(SavedPipeline):
             raise UserError("images are sorted by prompts or by classes, got both. Pass one of them.")
         if len(set(listed)) < len(listed):
             raise UserError(f"every prompt to choose from is named once, got {listed}.")
-        return self._asked(None, listed, None), listed
+        return self.asked(None, listed, None), listed
 
     def _candidates(self, class_labels: Labels) -> list[int]:
         if class_labels is None:

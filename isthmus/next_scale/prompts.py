@@ -81,6 +81,8 @@ def asked_for(class_ids: list[int], prompt: object, text: TextFeatures | None, n
     texts = prompt_list(prompt) if text is None else text
     if not class_ids or not len(texts):
         raise UserError("at least one class label and one prompt are needed, got an empty list. Pass None for none.")
+    if text is not None and not bool(text.mask.any(dim=1).all()):
+        raise UserError("at least one word of every text must count, got a mask that is False throughout. Mend text.")
     number = max(len(class_ids), len(texts))
     if not {len(class_ids), len(texts)} <= {1, number}:
         raise UserError(

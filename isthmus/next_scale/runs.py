@@ -419,4 +419,15 @@ def describe_folder(folder: Path) -> tuple[dict[str, str], int]:
         "codebook": f"{tokenizer['codebook_size']} codes of width {tokenizer['codebook_dim']}",
         "transformer": f"width {prior['width']}, {prior['num_layers']} layers, {prior['num_heads']} heads",
     }
+    if prior.get("text_pooled_width") is not None:
+        rows["text_encoder"] = _describe_text_encoder(folder / "text_encoder")
     return rows, prior["num_classes"]
+
+
+def _describe_text_encoder(folder: Path) -> str:
+    if not folder.is_dir():
+        return "left out: what it made of prompts is passed as text"
+    settings = read_config(folder)
+    networks = [network["class"] for network in settings.get("networks", ())]
+    name = settings["_class_name"] + (f" ({', '.join(networks)})" if networks else "")
+    return f"{name}, reads {settings['max_length']} words"

@@ -283,7 +283,7 @@ class SavedPipeline:
         argument = f"class_labels=[{first}], " if count else ""
         pipeline_tag, words = "unconditional-image-generation", ""
         if self.reads_text:
-            prompt = json.dumps(self.config["data"].get("prompt") or "", ensure_ascii=False)
+            prompt = json.dumps(self.config["data"].get("prompt") or "what the image shows", ensure_ascii=False)
             pipeline_tag, argument, words = "text-to-image", f"{argument}prompt={prompt}, ", f" --prompt {prompt}"
         sizes = []
         for name in (*self.parts, *self.optional_parts):

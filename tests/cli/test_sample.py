@@ -6,7 +6,7 @@ from PIL import Image
 
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 from tests.testers import token_hashes
 
 
@@ -137,3 +137,59 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_files(refused, model, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "tiny"
+    tiny_text_pipeline(sampling_defaults={"guidance_scale": 2.0}).save_pretrained(folder)
+    return folder
+
+
+def test_prompts_are_taken_in_turn(isthmus, text_model, tmp_path):
+    (tmp_path / "more.txt").write_text("ein Häuschen 🏠, grün\n\n" + "very " * 30 + "long\n")
+    words = ("--prompt", "a critter, dome body", "--prompt", "a planet", "--prompts", tmp_path / "more.txt", "--num", 6)
+    for size in (1, 4):
+        out = ("--out", tmp_path / f"by{size}", "--batch-size", size)
+        result = isthmus("sample", text_model, *words, *out, "--grid", "--strip", "--negative-prompt", "a cat")
+        assert result.code == 0, result
+    assert hashes(tmp_path / "by1") == hashes(tmp_path / "by4")
+    written = manifest(tmp_path / "by1")
+    prompts = written["settings"]["prompts"]
+    assert prompts[:3] == ["a critter, dome body", "a planet", "ein Häuschen 🏠, grün"] and len(prompts) == 4
+    assert [row["prompt"] for row in written["images"]] == [*prompts, *prompts[:2]]
+    assert written["settings"]["steering"] == {"negative_prompt": "a cat"}
+    drawn = load_pipeline(text_model)(prompt=prompts, num_images=6, seed=0, negative_prompt="a cat").token_ids
+    assert hashes(tmp_path / "by1") == token_hashes(drawn)
+    (tmp_path / "by1" / "000002.png").unlink()
+    again = isthmus("sample", text_model, *words, "--out", tmp_path / "by1", "--negative-prompt", "a cat")
+    assert "(1 drawn now" in again.err and manifest(tmp_path / "by1") == written
+
+
+def test_words_that_a_model_cannot_draw(refused, model, dar_model, text_model, tmp_path):
+    out = ("--out", tmp_path / "o")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert "reads no text" in refused("-q", "sample", model, "--prompt", "a cat", *out)
+    assert "has no prompt" in refused("-q", "sample", dar_model, "--prompt", "a cat", *out)
+    assert "has no classes" in refused("-q", "sample", text_model, "--classes", "face", *out)
+    assert "which has none" in refused("-q", "sample", text_model, "--prompts", tmp_path / "empty.txt", *out)
+    assert "cannot be read" in refused("-q", "sample", text_model, "--prompts", tmp_path / "nowhere.txt", *out)
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_edit_follows_its_prompt(isthmus, text_model, tmp_path):
+    assert isthmus("sample", text_model, "--num", 1, "--out", tmp_path / "o").code == 0
+    assert "prompt" not in manifest(tmp_path / "o")["images"][0]
+    image = ("--image", tmp_path / "o" / "000000.png", "--from-scale", 1, "--num", 2)
+    words = ("--prompt", "a cat, asleep", "--out", tmp_path / "e")
+    assert isthmus("edit", "variations", text_model, *image, *words).code == 0
+    assert {row["prompt"] for row in manifest(tmp_path / "e")["images"]} == {"a cat, asleep"}
+
+
+def test_info_says_how_prompts_are_read(isthmus, text_model, tmp_path):
+    told = isthmus("info", text_model).out
+    assert "SmallTextEncoder, reads 48 words" in told
+    card = isthmus("info", text_model, "--card").out
+    assert "null_text.safetensors" in card and 'pipe(prompt="what the image shows", num_images=4' in card
+    load_pipeline(text_model).save_pretrained(tmp_path / "m", text_encoder=False)
+    assert "left out" in isthmus("info", tmp_path / "m").out

@@ -224,7 +224,8 @@ class PipelineLaws(CallLaws):
             assert hashes(drawn) == hashes(expected) and torch.equal(drawn.images, expected.images)
         assert loaded.fingerprint == pipe.fingerprint
         assert loaded.defaults == SamplingOptions(guidance_scale=2.0)
-        assert set(loaded.components) == self.components.keys()
+        # a text encoder is named by folders that have one
+        assert set(loaded.components) - {"text_encoder"} == self.components.keys()
         assert not loaded.transformer.training
 
     def test_a_pipeline_loaded_without_values_has_its_shapes_alone(self, folder):
