@@ -314,14 +314,18 @@ def test_two_requests_can_interleave():
     torch.testing.assert_close(together, model(labels, scale_inputs).logits, **NETWORK)
 
 
-def test_bf16_autocast_stays_near_fp32():
-    for scale_attention in ("causal", "markov"):
-        model = build(scale_attention=scale_attention)
+def test_bf16_stays_near_fp32():
+    for name, changes in [("causal", {}), ("markov", {"scale_attention": "markov"}), *TEXTS.items()]:
+        model = build(**changes)
         labels, scale_inputs = arguments_for(model)
+        text = (text_for(3),) if name in TEXTS else ()
+        reference = model(labels, scale_inputs, *text).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(labels, scale_inputs).logits
-        reference = model(labels, scale_inputs).logits
-        assert (logits.float() - reference).abs().mean() < 0.05 * reference.abs().mean()
+            mixed = model(labels, scale_inputs, *text).logits
+        half = copy.deepcopy(model).bfloat16()
+        cast = half(labels, scale_inputs.bfloat16(), *text).logits
+        for logits in (mixed, cast):
+            assert (logits.float() - reference).abs().mean() < 0.05 * reference.abs().mean(), name
 
 
 @pytest.mark.parametrize("shared_adaln", [False, True])

@@ -6,13 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from isthmus.cli.info import describe_model, upload_contents
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
+from isthmus.text.pretrained import PretrainedTextEncoder
 from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 from tests.testers import token_hashes
+from tests.text.test_pretrained import write_network
 
 PROMPTS = ["a critter, dome body", "", "a planet with a banded surface and a dark teal background"]
 
@@ -157,6 +160,20 @@ def test_saved_with_and_without_its_encoder(one, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "classes")
     index = json.loads((tmp_path / "classes" / "model_index.json").read_text())
     assert "text_encoder" not in index and not (tmp_path / "classes" / "null_text.safetensors").exists()
+
+
+def test_frozen_encoders_side_by_side_are_a_component_too(tmp_path):
+    networks = [write_network(kind, tmp_path / kind) for kind in ("t5", "clip_with_projection")]
+    made = tiny_text_pipeline(text_encoder=PretrainedTextEncoder.from_folders(*networks))
+    made.save_pretrained(tmp_path / "m")
+    loaded = load_pipeline(tmp_path / "m")
+    assert isinstance(loaded.text_encoder, PretrainedTextEncoder) and loaded.fingerprint == made.fingerprint
+    asked = {"prompt": ["a red cat", "", "the dog on a blue house"], "seed": 1, "guidance_scale": 2.0}
+    assert token_hashes(loaded(**asked).token_ids) == token_hashes(made(**asked).token_ids)
+    told = describe_model(tmp_path / "m")
+    count = sum(weight.numel() for weight in made.text_encoder.parameters()) / 1e6
+    assert f"{count:.2f}M parameters, PretrainedTextEncoder (T5EncoderModel, CLIPTextModelWithProjection)" in told
+    assert "text_encoder/network_2/tokenizer.json" in upload_contents(tmp_path / "m")
 
 
 def test_a_null_text_is_read_strictly(one, tmp_path):

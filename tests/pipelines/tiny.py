@@ -38,15 +38,19 @@ def tiny_pipeline(*, scale_attention: str = "markov", num_classes: int = 3, name
     return NextScalePipeline(tokenizer.eval(), transformer.eval(), class_names=class_names, **options)
 
 
-def tiny_text_pipeline(*, scale_attention: str = "markov", num_classes: int = 0, **options):
+def tiny_text_pipeline(*, scale_attention: str = "markov", num_classes: int = 0, text_encoder=None, **options):
     """The same, reading prompts: words in every block, and the whole where the class stands."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer, encoder = _tokenizer(), SmallTextEncoder(width=12, num_layers=1)
+        tokenizer, small = _tokenizer(), SmallTextEncoder(width=12, num_layers=1)
+        encoder = small if text_encoder is None else text_encoder
         transformer = _transformer(
-            num_classes=num_classes, scale_attention=scale_attention, text_width=12, text_pooled_width=12
+            num_classes=num_classes,
+            scale_attention=scale_attention,
+            text_width=encoder.text_width,
+            text_pooled_width=encoder.pooled_width,
         )
         with torch.no_grad():
-            encoder.word_embedding.weight.mul_(20)  # prompts far apart
+            small.word_embedding.weight.mul_(20)  # prompts far apart
     parts = (tokenizer.eval(), transformer.eval())
     return NextScalePipeline(*parts, class_names=NAMES[:num_classes], text_encoder=encoder.eval(), **options)
