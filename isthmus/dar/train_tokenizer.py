@@ -28,8 +28,7 @@ from isthmus.dar.tokenizer_losses import (
     training_noise,
 )
 from isthmus.data.batches import EvaluationImages
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.nn.draws import REVIVE, stream

@@ -427,10 +427,14 @@ class StreamedImages(ImageSource):
 def hold_out(source: TableStream, count: int) -> tuple[TableStream, StreamedImages]:
     """The stream without its first rows, and the `count` readable images of those rows.
 
-    A stream has no split of its own by content; its first rows are the same at every start.
+    A stream has no split of its own by content; its first rows are the same at every start. Raises UserError where all
+    of their captions are empty.
     """
     skipped_before = source.num_skipped
     images = list(islice(source.images(), count))
+    if source.has_captions:
+        where = f"the column {source.columns.caption} of its first rows"
+        usable_captions([one.caption for one in images], source=source.name, where=where)
     rest = copy(source)
     rest.dataset = source.dataset.skip(len(images) + source.num_skipped - skipped_before)
     return rest, StreamedImages(source, images)

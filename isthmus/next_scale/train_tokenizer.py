@@ -19,8 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.data.batches import EvaluationImages
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline

@@ -251,7 +251,7 @@ class TokensRun(Run):
     tokenizer: str = ""
     """Folder of the trained tokenizer (a run of `isthmus train tokenizer`, or any pipeline); with --from its own."""
     num_views: int = 8
-    """Augmented views per image in the token cache."""
+    """Augmented views per image in the token cache; of avatars, which do not move, there is one."""
     token_cache: Path | None = None
     """Folder of the token cache; runs of one tokenizer, data set and seed may share it. None is `tokens` in --out."""
     label_dropout: float = 0.1

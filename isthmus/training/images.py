@@ -20,7 +20,7 @@ from isthmus.errors import UserError
 from isthmus.nn.draws import LABEL_DROP, stream
 from isthmus.nn.shapes import Images
 from isthmus.training.arguments import given
-from isthmus.training.config import Run
+from isthmus.training.config import Run, TokensRun
 
 # images of a stream that are measured on and never trained on
 _HELD_OUT_OF_STREAM = 256
@@ -29,6 +29,13 @@ _HELD_OUT_OF_STREAM = 256
 def augmentation(run: Run, source: ImageSource | ImageStream) -> Augmentation:
     """The augmentation of a run on `source`."""
     return replace(source.augmentation, **given(run.augment))
+
+
+def views_per_image(run: TokensRun, source: ImageSource | ImageStream) -> int:
+    """Views of an image in the token cache: one of avatars that nothing moves, since all would be equal."""
+    augment = augmentation(run, source)
+    still = augment.resize_ratio == 1 and augment.max_shift == 0
+    return 1 if still and isinstance(source, Avatars | AvatarStream) else run.num_views
 
 
 def open_split(run: Run, image_size: int, split: str) -> ImageSource:

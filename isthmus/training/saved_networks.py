@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, ImageStream
 from isthmus.errors import UserError
 from isthmus.nn.saved_model import SavedModel, without_values
 from isthmus.pipelines.base import SavedPipeline

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.data.batches import CachedTokens, EvaluationImages, training_batches
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, ImageStream
 from isthmus.data.token_cache import TokenCache
 from isthmus.data.views import Batch
 from isthmus.files import alone_in
@@ -24,7 +23,7 @@ from isthmus.pictures import spread
 from isthmus.registry import task_of
 from isthmus.training.checkpoints import Progress, resume, save_checkpoint
 from isthmus.training.config import TokensRun
-from isthmus.training.images import augmentation
+from isthmus.training.images import augmentation, views_per_image
 from isthmus.training.optim import ExponentialMovingAverage, adamw, set_rates
 from isthmus.training.run import (
     FiniteGuard,
@@ -251,7 +250,7 @@ def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
         run.token_cache or run.out / "tokens",
         task.encoder,
         task.train,
-        num_views=run.num_views,
+        num_views=views_per_image(run, task.train),
         max_images=run.max_images,
         num_workers=run.num_workers,
         image_size=task.image_size,

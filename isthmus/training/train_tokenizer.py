@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.data.batches import EvaluationImages
-from isthmus.data.huggingface import ImageStream
-from isthmus.data.source import ImageSource
+from isthmus.data.source import ImageSource, ImageStream
 from isthmus.data.views import Batch
 from isthmus.files import alone_in
 from isthmus.nn.shapes import Images, TokenPyramid

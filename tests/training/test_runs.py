@@ -19,6 +19,7 @@ from isthmus.dar import train_prior as dar
 from isthmus.dar.prior import TokenLayout, next_token_logits
 from isthmus.dar.runs import DiffusionTokenizerModel, FlowSettings, LlamaModel
 from isthmus.dar.train_tokenizer import load_parts
+from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
 from isthmus.next_scale import train_prior as next_scale
 from isthmus.next_scale.runs import PriorModel
@@ -381,6 +382,23 @@ def test_a_stream_trains_both_and_goes_on_at_the_right_example(tmp_path, image_f
         prior_run(data, tmp_path / "q", straight.out, stream=True)
     with pytest.raises(UserError, match="cannot choose classes"):
         train(replace(straight, out=tmp_path / "r", classes=("a",)))
+
+
+def test_avatars_without_end_go_on_at_the_right_drawing_and_a_prior_has_their_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    straight = tokenizer_run("avatars:gaze,stack", tmp_path / "straight", stream=True, num_steps=4)
+    train(straight)
+    again = train(killed_after(2, straight, tmp_path / "again"))
+    assert_same(weights(again), weights(straight.out))
+    prior = prior_run(straight.data, tmp_path / "p", straight.out, stream=True, max_images=12, num_steps=2, num_views=3)
+    train(prior)
+    cache = TokenCache(prior.out / "tokens")
+    # nothing moves, so the views would be equal
+    assert cache.num_views == 1 and len(cache.captions) == 12
+    assert [words.split(",")[0] for words in cache.captions[:2]] == ["a shape with eyes", "a stack of stones"]
+    assert load_pipeline(prior.out, device="cpu").class_names == {"0": "gaze", "1": "stack"}
+    with pytest.raises(UserError, match="Leave out --max-images"):
+        replace(straight, max_images=12)
 
 
 def test_a_record_of_a_version_without_these_fields_goes_on(tmp_path, images, trained_prior):
