@@ -1,8 +1,8 @@
 """How much of a prompt a text model draws: attributes of avatars, read back:  python benchmarks/attributes.py MODEL
 
 Prompts are captions of drawings that nobody trained on, and of drawings with a pair of attributes that no training
-image has. A small network reads what the samples show (isthmus/evaluation/attributes.py; it is trained at the first call
-and kept in the cache); beside every share stands its ceiling, what it reads right of fresh renders. Needs the demo extra.
+image has. A small network reads what the samples show (isthmus/evaluation/attributes.py; trained at the first call and
+kept in the cache). Beside every share stands its ceiling: what it reads right of fresh renders. Needs the extra `demo`.
 """
 
 import argparse

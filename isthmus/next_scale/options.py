@@ -1,11 +1,12 @@
 """Options of a next-scale model's call and of its edits, declared once. This file does not import torch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 from isthmus.pipelines.options import FOLDER_DEFAULT, CallOptions, Default, Option, SmoothSchedule
 
 if TYPE_CHECKING:
+    from isthmus.nn.shapes import TokenPyramid
     from isthmus.text.encoders import TextFeatures
 
 Keeping = Literal["coverage", "published"]
@@ -29,6 +30,20 @@ class NextScaleOptions(CallOptions, total=False):
     ]
     negative_prompt: Annotated[
         str | None, Option(None, "What guidance leads away from; None is the empty prompt. It needs guidance.")
+    ]
+    text: Annotated[
+        "TextFeatures | None",
+        Option(None, "Takes the place of `prompt`: what an encoder made of prompts elsewhere, one or one per image."),
+    ]
+
+
+class ReadOptions(TypedDict, total=False):
+    """What is read beside images and class labels: tokens in the place of images, and prompts."""
+
+    token_ids: Annotated["TokenPyramid | None", Option(None, "Takes the place of images: what `encode` returns.")]
+    prompt: Annotated[
+        str | Sequence[str] | None,
+        Option(None, "What an image shows, in words (models that read text): one text, or one per image."),
     ]
     text: Annotated[
         "TextFeatures | None",

@@ -29,7 +29,7 @@ from isthmus.next_scale.likelihood import (
     token_evidence,
     token_log_likelihood,
 )
-from isthmus.next_scale.options import InpaintOptions, NextScaleOptions
+from isthmus.next_scale.options import InpaintOptions, NextScaleOptions, ReadOptions
 from isthmus.next_scale.prompts import (
     Asked,
     asked_for,
@@ -398,65 +398,48 @@ class NextScalePipeline(SavedPipeline):
             raise UserError(f"num_scales must lie in 1..{self.schedule.num_scales}, got {num_scales}.")
         return self.decode(self.encode(images)[:count], output_type=output_type)
 
+    @takes(ReadOptions)
     def log_prob(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
-        prompt: str | Sequence[str] | None = None,
-        text: TextFeatures | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, **given: Unpack[ReadOptions]
     ) -> Float[Tensor, " b"]:
         """Exact log-likelihood, in nats, of the tokens of images, or of `token_ids` as `encode` returns them.
 
         It is that of the model without guidance and filters, at temperature 1, under `class_labels` (names, indices or
         None for no class) and under `prompt`, or `text` in its place, where the model reads text: one per image or one
         for all. Raises UserError where something is not usable, or both or neither of images and tokens are given.
-        """
-        return self._token_nats(images, class_labels, token_ids, prompt, text).sum(dim=1)
 
+        Args:
+            options: see `ReadOptions`.
+        """
+        return self._token_nats(images, class_labels, **given).sum(dim=1)
+
+    @takes(ReadOptions)
     def bits_per_token(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
-        prompt: str | Sequence[str] | None = None,
-        text: TextFeatures | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, **given: Unpack[ReadOptions]
     ) -> Float[Tensor, "_ n"]:
         """Bits that every token costs, in the order of generation; arguments as for `log_prob`."""
-        return -self._token_nats(images, class_labels, token_ids, prompt, text) / math.log(2)
+        return -self._token_nats(images, class_labels, **given) / math.log(2)
 
+    @takes(ReadOptions)
     def elbo(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
-        prompt: str | Sequence[str] | None = None,
-        text: TextFeatures | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, **given: Unpack[ReadOptions]
     ) -> Float[Tensor, " b"]:
         """The discrete-diffusion bound on `log_prob`, in nats, one forward per scale: the two are equal."""
 
-        def bound(*given: Any) -> Tensor:
-            return diffusion_bound(*given).elbo
+        def bound(*read: Any) -> Tensor:
+            return diffusion_bound(*read).elbo
 
-        return self._measured(bound, images, class_labels, token_ids, prompt, text)
+        return self._measured(bound, images, class_labels, **given)
 
+    @takes(ReadOptions)
     def bits_per_pixel(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
-        prompt: str | Sequence[str] | None = None,
-        text: TextFeatures | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, **given: Unpack[ReadOptions]
     ) -> Float[Tensor, " b"]:
         """Bits of the token pyramid over the number of pixels: what compressing the tokens would take.
 
         It is no likelihood of the pixels, which the tokens do not fix. Arguments as for `log_prob`.
         """
-        nats = self.log_prob(images, class_labels, token_ids=token_ids, prompt=prompt, text=text)
+        nats = self.log_prob(images, class_labels, **given)
         return -nats / math.log(2) / self.image_size**2
 
     def signal_to_noise(self, images: ImageInput) -> Float[Tensor, " scales"]:
@@ -527,14 +510,9 @@ class NextScalePipeline(SavedPipeline):
         names = [[listed[one] for one in row] for row in best.tolist()]
         return ClassificationOutput(ids, names, scores.probabilities.gather(1, best), candidates, scores)
 
+    @takes(ReadOptions)
     def evidence(
-        self,
-        images: ImageInput | None = None,
-        class_labels: Labels = None,
-        *,
-        token_ids: TokenPyramid | None = None,
-        prompt: str | Sequence[str] | None = None,
-        text: TextFeatures | None = None,
+        self, images: ImageInput | None = None, class_labels: Labels = None, **given: Unpack[ReadOptions]
     ) -> Float[Tensor, "b grid grid"]:
         """Where an image speaks for its class or prompt: nats of pointwise mutual information per cell of the latent
         grid.
@@ -544,12 +522,12 @@ class NextScalePipeline(SavedPipeline):
         every prompt some words.
         `isthmus.pictures.heat_map` draws it over the central square of a picture, which is what is read of one.
         """
-        wordless = text is None and "" in prompt_list(prompt)
+        wordless = given["text"] is None and "" in prompt_list(given["prompt"])
         if wordless and any(label is None for label in label_list(class_labels)):
             what = "prompt" if self.num_classes == 0 and self.reads_text else "class"
             raise UserError(f"evidence is evidence for a {what}, got None. Pass a {what} for every image.")
         measure = partial(token_evidence, null_text=self.null_text)
-        return evidence_map(self._measured(measure, images, class_labels, token_ids, prompt, text), self.schedule)
+        return evidence_map(self._measured(measure, images, class_labels, **given), self.schedule)
 
     def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
         """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on."""
@@ -855,21 +833,21 @@ class NextScalePipeline(SavedPipeline):
         measure: Callable[..., Tensor],
         images: ImageInput | None,
         class_labels: Labels,
-        given: TokenPyramid | None,
+        token_ids: TokenPyramid | None,
         prompt: object = None,
         text: TextFeatures | None = None,
     ) -> Tensor:
         """`measure` (of tokenizer, transformer, token ids, labels, text) of a few images at a time, on the CPU."""
-        asked, token_ids = self.asked(class_labels, prompt, text), self._tokens_of(images, given)
-        check_token_ids(token_ids, self.schedule.lengths, self.codebook_size)
-        number = len(token_ids[0])
+        asked, pyramid = self.asked(class_labels, prompt, text), self._tokens_of(images, token_ids)
+        check_token_ids(pyramid, self.schedule.lengths, self.codebook_size)
+        number = len(pyramid[0])
         if len(asked) not in (1, number):
             what = "class label or prompt" if self.reads_text else "class label"
             raise UserError(f"a likelihood needs one {what}, or one per image ({number}), got {len(asked)}.")
         asked = asked.images([0] * number) if len(asked) == 1 else asked
         texts, at_once = self._texts(asked), self._images_at_once()
         made, index = [], torch.arange(number)
-        for part, some in zip(_parts(token_ids, at_once), index.split(at_once), strict=True):
+        for part, some in zip(_parts(pyramid, at_once), index.split(at_once), strict=True):
             told = None if texts is None else texts.features.rows(texts.rows[some.to(self.device)])
             labels = torch.tensor([asked.class_labels[one] for one in some.tolist()])
             made.append(measure(self.image_tokenizer, self.transformer, part, labels, told).cpu())
