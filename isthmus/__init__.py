@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from isthmus.nn.guidance import GuidanceSchedule as GuidanceSchedule
     from isthmus.pipelines.loading import load_pipeline as load_pipeline
     from isthmus.pipelines.options import SamplingOptions as SamplingOptions
+    from isthmus.pipelines.options import SmoothSchedule as SmoothSchedule
     from isthmus.pipelines.request import GenerationStep as GenerationStep
     from isthmus.training.train_prior import train_prior as train_prior
     from isthmus.training.train_tokenizer import train_tokenizer as train_tokenizer
@@ -51,6 +52,7 @@ _HOMES = {
     "SamplingOptions": "isthmus.pipelines.options:SamplingOptions",
     "ScaleRefinementScheduler": "isthmus.next_scale.refinement:ScaleRefinementScheduler",
     "ScaleSchedule": "isthmus.next_scale.pyramid:ScaleSchedule",
+    "SmoothSchedule": "isthmus.pipelines.options:SmoothSchedule",
     "TokenizerRun": "isthmus.next_scale.runs:TokenizerRun",
     "UserError": "isthmus.errors:UserError",
     "load_pipeline": "isthmus.pipelines.loading:load_pipeline",
