@@ -161,6 +161,8 @@ def _texts_in(file: Path) -> dict[str, str | None]:
             continue
         try:
             said: Any = json.loads(line)
+            if "file_name" not in said and "text" not in said:  # of other files than images
+                continue
             name, text = said["file_name"], said.get("text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _wrong_line(file, number, line) from error

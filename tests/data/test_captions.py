@@ -115,7 +115,7 @@ def test_captions_that_say_nothing_are_refused(cats_and_dogs, cache_dir):
     with pytest.raises(UserError, match="line 1. Mend it"):
         opened(f"folder:{cats_and_dogs}", cache_dir)
     # without any text it says other things
-    write_lines(metadata, [{"file_name": "cat/0.png", "label": 3}])
+    write_lines(metadata, [{"file_name": "cat/0.png", "label": 3}, {"audio_file_name": "cat/0.wav"}])
     assert opened(f"folder:{cats_and_dogs}", cache_dir).captions is None
 
 
