@@ -27,13 +27,18 @@ class Evaluate(SteeredDrawOptions):
     out: Path
     """Folder for samples, evaluation.json, report.md and report.html."""
     data: str | None = None
-    """openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out part judges it."""
+    """avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out part
+    judges it."""
     classes: tuple[str, ...] = ()
     """Classes of the data; none are those of the model."""
     image_column: str | None = None
     """hf: data only: column of the images; None is the first that holds images."""
     label_column: str | None = None
     """hf: data only: column of the classes, texts or whole numbers; none reads no labels."""
+    caption_column: str | None = None
+    """hf: data only: column of the captions, which are texts; None reads none."""
+    max_images: int | None = None
+    """avatars only: drawings that the model was trained on, over all styles; None is 20000."""
     num: int = 2000
     """N, how many images are drawn."""
     samples: Path | None = None
@@ -74,11 +79,13 @@ class Evaluate(SteeredDrawOptions):
                 raise UserError("--samples are measured against something, got no --reference and no --data. Pass one.")
             if self.data is None and self.classes:
                 raise UserError("--classes names classes of the data, got no --data. Pass --data, or leave it out.")
-            if self.data is None and (self.image_column or self.label_column):
+            if self.data is None and (self.image_column or self.label_column or self.caption_column):
                 raise UserError(
-                    "--image-column and --label-column are columns of the data, got no --data. Pass --data hf:NAME, or "
-                    "leave them out."
+                    "--image-column, --caption-column and --label-column are columns of the data, got no --data. Pass "
+                    "--data hf:NAME, or leave them out."
                 )
+            if self.data is None and self.max_images is not None:
+                raise UserError("--max-images is a number of avatars, got no --data. Pass --data, or leave it out.")
 
     def sweep(self) -> list[Guidance]:
         """The guidances of the sweep; UserError where one cannot be read or is given twice."""
@@ -97,9 +104,9 @@ def run(arguments: Sequence[str]) -> None:
     from isthmus.evaluation.evaluate import evaluate_images, evaluate_model
     from isthmus.evaluation.held_out import Measures
 
-    names = ("data", "classes", "reference", "features", "statistics")
+    names = ("data", "classes", "max_images", "reference", "features", "statistics")
     shared = {name: getattr(command, name) for name in names}
-    shared["columns"] = WantedColumns(command.image_column, command.label_column)
+    shared["columns"] = WantedColumns(command.image_column, command.label_column, command.caption_column)
     if command.samples is not None:
         evaluate_images(command.samples, command.out, device=command.device, **shared)
         return

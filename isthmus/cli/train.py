@@ -174,7 +174,10 @@ run_prior = partial(_train, "prior", {**PRIOR_PRESETS, **NEXT_TOKEN_PRIOR_PRESET
 
 
 # settings of the images that a student takes over from its teacher's run.json
-_DATA_FIELDS = ("data", "stream", "max_images", "classes", "augment")
+_DATA_FIELDS = (
+    *("data", "stream", "max_images", "classes", "augment"),
+    *("image_column", "label_column", "caption_column"),
+)
 
 
 def run_distill(arguments: Sequence[str]) -> None:

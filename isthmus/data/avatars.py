@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import resources
@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.data.images import Augmentation, ImageUint8, decode_image
-from isthmus.data.source import ImageSource, choose_classes, logger, missing_extra
-from isthmus.data.views import usable_processors
+from isthmus.data.images import Augmentation, ImageUint8, augmented_view, decode_image
+from isthmus.data.licences import AVATARS_ATTRIBUTION
+from isthmus.data.source import ImageSource, ImageStream, StreamedImage, choose_classes, logger, missing_extra
+from isthmus.data.views import Batch, BatchedDataset, collate, usable_processors
 from isthmus.display import Display
-from isthmus.errors import UserError
+from isthmus.errors import UserError, nearest
 from isthmus.files import cache_directory, sha256_of_file, sha256_of_parts, write_whole
+from isthmus.nn.draws import AUGMENT, stream
 
 # style: what it shows, its parts and its colours, in the order of a caption; the first four make combinations
 _STYLES = {
@@ -70,11 +72,6 @@ _CHUNK = 128
 Attributes = dict[str, str]
 """What a drawing shows, such as {"style": "critters", "body": "dome", "body colour": "teal"}."""
 
-AVATARS_ATTRIBUTION = (
-    "Drawings made by DiceBear (https://www.dicebear.com) in styles under CC0 1.0 "
-    "(https://creativecommons.org/publicdomain/zero/1.0/)."
-)
-
 
 class Avatars(ImageSource):
     """Rendered drawings of some styles, as many of each, one class per style; captions and attributes beside them."""
@@ -108,14 +105,7 @@ class Avatars(ImageSource):
         Raises:
             UserError: unknown styles, a size that cannot be drawn, fewer than one image per style, a missing extra.
         """
-        check_styles(styles)
-        if not MIN_SIZE <= image_size <= MAX_SIZE:
-            raise UserError(
-                f"avatars are drawn at {MIN_SIZE} to {MAX_SIZE} pixels, got {image_size}. Choose an --image-size there."
-            )
-        self.class_names = choose_classes(tuple(styles), classes, source="avatars")
-        chosen = "" if tuple(styles) == AVATAR_STYLES else ":" + ",".join(styles)
-        self.name = f"avatars{chosen}"
+        self.name, self.class_names = _checked(styles, image_size, classes)
         number = num_images if split in ("train", "reader") else num_images // 10
         each = -(-number // len(self.class_names))
         if number < len(self.class_names):
@@ -130,15 +120,10 @@ class Avatars(ImageSource):
         shown = [[one for note in chunks for one in note["attributes"]] for chunks in notes]
         self.attributes: list[Attributes] = [shown[label][i // self.num_classes] for i, label in enumerate(self.labels)]
         """What every drawing shows, by index."""
-        self.fingerprint = sha256_of_parts(
-            "avatars", split, each, *self.class_names, *(note["sha256"] for chunks in notes for note in chunks)
-        )
+        self.captions = [caption(attributes) for attributes in self.attributes]
+        drawn = (note["sha256"] for chunks in notes for note in chunks)
+        self.fingerprint = sha256_of_parts("avatars", split, each, *self.class_names, *drawn, *self.captions)
         self._open()
-
-    @property
-    def captions(self) -> Sequence[str]:
-        """What every drawing shows in words, by index, its parts in the order of its style."""
-        return [caption(attributes) for attributes in self.attributes]
 
     def load(self, index: int) -> ImageUint8:
         """Drawing `index` as uint8 (image_size, image_size, 3)."""
@@ -156,6 +141,92 @@ class Avatars(ImageSource):
         """See __getstate__."""
         vars(self).update(state)
         self._open()
+
+
+class AvatarStream(ImageStream):
+    """Drawings without end, rendered when they are wanted: number n follows from (seed, n), and its style from n alone.
+
+    They have no pair of attributes that `combinations` holds, and seeds of their own: all splits of `Avatars` but the
+    reader's are held out, though simple styles may come to the same drawing twice.
+    """
+
+    balanced = True
+    attribution = AVATARS_ATTRIBUTION
+    has_captions = True
+    augmentation = Avatars.augmentation
+
+    def __init__(
+        self,
+        styles: Sequence[str] = AVATAR_STYLES,
+        *,
+        image_size: int,
+        seed: int,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        """`styles`, `classes` and `image_size` as for `Avatars`, and the same UserErrors."""
+        self.name, self.class_names = _checked(styles, image_size, classes)
+        for style in self.class_names:
+            _style(style)
+        self.image_size, self.seed = image_size, seed
+        self.fingerprint = sha256_of_parts("avatars stream", _made_with(), seed, image_size, *self.class_names)
+
+    def image(self, number: int) -> StreamedImage:
+        """Drawing `number` (0, 1, 2, ...): uint8 (image_size, image_size, 3), its label and its caption."""
+        turn, label = divmod(number, self.num_classes)
+        svg, attributes = drawing(self.class_names[label], f"stream-{self.seed}", turn)
+        return StreamedImage(_pixels_of(svg, self.image_size), label, caption(attributes))
+
+    def images(self) -> Iterator[StreamedImage]:
+        """All of them: there is no end."""
+        return map(self.image, count())
+
+
+class StreamedAvatars(BatchedDataset):
+    """Views of an `AvatarStream` by position, which is the number of the drawing: `training_batches` takes them.
+
+    What a run sees follows from (seed, position), whatever the number of processes and wherever it is resumed.
+    """
+
+    in_memory = False
+
+    def __init__(self, source: AvatarStream, *, image_size: int, seed: int, augment: Augmentation) -> None:
+        """`seed` decides the augmentation; the drawings are brought to `image_size` pixels."""
+        self.source, self.image_size, self.seed, self.augment = source, image_size, seed, augment
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        numbers = np.asarray(positions, dtype=np.int64)
+        drawn = [self.source.image(int(number)) for number in numbers]
+        views = [
+            augmented_view(
+                one.image, self.image_size, self.augment, stream(self.seed, AUGMENT, int(number)), may_flip=False
+            )
+            for one, number in zip(drawn, numbers, strict=True)
+        ]
+        return collate(views, np.array([one.label for one in drawn]), numbers, numbers)
+
+
+def _checked(styles: Sequence[str], image_size: int, classes: Sequence[str] | None) -> tuple[str, tuple[str, ...]]:
+    """The name of the data set and of its classes; UserError for what cannot be drawn."""
+    check_styles(styles)
+    if not MIN_SIZE <= image_size <= MAX_SIZE:
+        raise UserError(
+            f"avatars are drawn at {MIN_SIZE} to {MAX_SIZE} pixels, got {image_size}. Choose an --image-size there."
+        )
+    chosen = "" if tuple(styles) == AVATAR_STYLES else ":" + ",".join(styles)
+    return f"avatars{chosen}", choose_classes(tuple(styles), classes, source="avatars")
+
+
+def styles_named(place: str) -> tuple[str, ...]:
+    """The styles in `avatars:STYLE,...`, all for ""; UserError as `check_styles`.
+
+    >>> styles_named("gaze, stack")
+    ('gaze', 'stack')
+    """
+    if not place:
+        return AVATAR_STYLES
+    styles = tuple(name.strip() for name in place.split(",") if name.strip())
+    check_styles(styles)
+    return styles
 
 
 def caption(attributes: Attributes, generator: np.random.Generator | None = None) -> str:
@@ -179,7 +250,7 @@ def check_styles(styles: Sequence[str]) -> None:
             continue
         if style in ("avataaars", "avataaars-neutral", "bottts", "bottts-neutral"):
             raise UserError(f"avatars take styles under CC0, got {style}, which has terms of its own. {_choice()}")
-        raise UserError(f"avatars have no style {style!r}. {_choice()}")
+        raise UserError(f"avatars have no style {style!r}.{nearest(style, AVATAR_STYLES)} {_choice()}")
     if not styles or len(set(styles)) < len(styles):
         raise UserError(f"avatars need styles that are each named once, got {', '.join(styles) or 'none'}.")
 
@@ -298,14 +369,25 @@ def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
     raise AssertionError("counting never ends")
 
 
+def _pixels_of(svg: str, image_size: int) -> ImageUint8:
+    import resvg_py
+
+    size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
+    return decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size))
+
+
+def _made_with() -> str:
+    """Versions of all that decides pixels."""
+    return "-".join(version(name) for name in ("dicebear-core", "dicebear-styles", "resvg-py"))
+
+
 def _rendered(
     styles: Sequence[str], split: str, chunks: int, image_size: int, cache_dir: str | Path | None
 ) -> list[list[Path]]:
     """The files of the first chunks of every style, rendered where they are missing or damaged."""
     for style in styles:
         _style(style)
-    made_with = "-".join(version(name) for name in ("dicebear-core", "dicebear-styles", "resvg-py"))
-    folder = cache_directory(cache_dir) / "avatars" / made_with / f"{image_size}px"
+    folder = cache_directory(cache_dir) / "avatars" / _made_with() / f"{image_size}px"
     folder.mkdir(parents=True, exist_ok=True)
     files = [[folder / f"{style}+{split}+{chunk}.npy" for chunk in range(chunks)] for style in styles]
     missing = [file for of_style in files for file in of_style if not _is_whole(file)]
@@ -343,13 +425,10 @@ def _render_all(files: Sequence[Path], image_size: int) -> None:
 
 def render(image_size: int, files: Sequence[str]) -> None:
     """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and say a line for each."""
-    import resvg_py
-
     for file in map(Path, files):
         style, split, chunk = file.stem.split("+")
         made = [drawing(style, split, int(chunk) * _CHUNK + row) for row in range(_CHUNK)]
-        size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
-        pixels = np.stack([decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size)) for svg, _ in made])
+        pixels = np.stack([_pixels_of(svg, image_size) for svg, _ in made])
         write_whole(file, lambda opened, pixels=pixels: np.save(opened, pixels), flush=False)
         note = {"sha256": sha256_of_file(file), "attributes": [attributes for _, attributes in made]}
         write_whole(file.with_suffix(".json"), json.dumps(note), flush=False)

@@ -106,7 +106,10 @@ class EvaluationImages(BatchedDataset):
 
 
 class CachedTokens(BatchedDataset):
-    """Token ids by position from a `TokenCache`: each visit of an image takes its next view."""
+    """Token ids by position from a `TokenCache`: each visit of an image takes its next view.
+
+    "index" is the image, so that `cache.captions[index]` is what it shows in words.
+    """
 
     in_memory = True  # the operating system keeps what is used
 
@@ -127,7 +130,7 @@ class CachedTokens(BatchedDataset):
 
 
 def training_batches(
-    dataset: TrainingImages | CachedTokens,
+    dataset: BatchedDataset,
     *,
     batch_size: int,
     start_position: int = 0,
@@ -135,11 +138,11 @@ def training_batches(
     world_size: int = 1,
     num_workers: int | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches from `start_position` on; `batch_size` counts samples over all processes.
+    """Endless batches from `start_position` on, of data with a sample at every position.
 
-    Process `rank` of `world_size` gets its contiguous slice of every batch, so that all of them together see the same
-    samples whatever their number. Neither worker processes (`worker_batches`) nor resuming change a sample. Raises
-    UserError where the batch does not divide over the processes.
+    `batch_size` counts samples over all processes: process `rank` of `world_size` gets its contiguous slice of every
+    batch, so that all of them together see the same samples whatever their number. Neither worker processes
+    (`worker_batches`) nor resuming change a sample. UserError where the batch does not divide over the processes.
     """
     check_share(batch_size, start_position, rank, world_size)
     share = batch_size // world_size

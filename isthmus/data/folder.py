@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from isthmus.data.captions import FoundCaptions, captions_of_files, usable_captions
 from isthmus.data.images import ImageUint8, UnreadableImage, decode_image
 from isthmus.data.source import ImageSource, choose_classes, first_names, logger, rows_of_split
 from isthmus.data.views import usable_processors
@@ -258,7 +259,8 @@ def _children(folder: Path, bad_names: set[str]) -> tuple[list[Path], list[Path]
 class FolderSource(ImageSource):
     """One split of a folder: its own train/ and val/ where it has them, else a split by content hash.
 
-    Opening examines its files (`usable_images`). Raises UserError as that and `folder_layout` do.
+    Opening examines its files (`usable_images`) and reads their captions (`captions_of_files`). Raises UserError as
+    these and `folder_layout` do.
     """
 
     def __init__(
@@ -300,7 +302,20 @@ class FolderSource(ImageSource):
         self.files = [files[i] for i in chosen]
         self.labels = labels[chosen]
         contents = (f"{label}/{digest}" for label, digest in zip(self.labels, hashes, strict=True))
-        self.fingerprint = sha256_of_parts("folder", *self.class_names, *self.files, *contents)
+        parts = ["folder", *self.class_names, *self.files, *contents]
+        own_val = split == "val" and layout.val is not None
+        told = captions_of_files(self.root, files, needed=not own_val)
+        if told.texts is None and own_val:
+            # beside training images that have captions, these say nothing
+            trained_on = [file for name in self.class_names or ("",) for file in layout.train.get(name, [])]
+            if captions_of_files(self.root, trained_on).texts is not None:
+                told = FoundCaptions((None,) * len(files), f"{self.root}")
+        if told.texts is not None:
+            quiet = split == "val" and not own_val
+            captions = usable_captions(told.texts, source=self.name, where=told.where, needed=not own_val, quiet=quiet)
+            self.captions = tuple(captions[i] for i in chosen)
+            parts += ["captions", *self.captions]
+        self.fingerprint = sha256_of_parts(*parts)
 
     def load(self, index: int) -> ImageUint8:
         """Image `index` at full size. Raises UserError where the file has gone or changed since opening."""

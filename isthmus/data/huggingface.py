@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from isthmus.data.captions import clean_caption, usable_captions
 from isthmus.data.folder import usable_images
 from isthmus.data.images import Augmentation, ImageUint8, UnreadableImage, decode_image
 from isthmus.data.source import (
     ANY_COLUMNS,
     NO_LABELS,
     ImageSource,
+    ImageStream,
+    StreamedImage,
     WantedColumns,
     choose_classes,
     logger,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import datasets
 
 _LABEL_NAMES = ("label", "labels")
+_CAPTION_NAMES = ("text", "caption", "captions", "prompt")
 _VAL_SPLITS = ("validation", "val", "valid", "test")
 # The name is as short as it can be, so that "a:train[:100]" is split "train[:100]" of "a" and not split "100]".
 _NAME_AND_SPLIT = re.compile(r"(?P<name>.{2,}?):(?P<split>[A-Za-z_][\w.-]*(\[[^\]/\\]*\])?)")
@@ -47,7 +51,7 @@ def name_and_split(text: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of images and of labels (None: unlabelled).
+    """Columns of images, of labels (None: unlabelled) and of captions (None: without).
 
     `class_names` maps values of the label column to names of classes, in the order of the classes. None: the values of
     the column tell, which are texts, whole numbers or truth values.
@@ -56,10 +60,11 @@ class Columns:
     image: str
     label: str | None
     class_names: dict[Any, str] | None
+    caption: str | None = None
 
 
 def find_columns(features: "datasets.Features | None", *, source: str, wanted: WantedColumns = ANY_COLUMNS) -> Columns:
-    """The columns asked for; else the first of images, and the first whose values are classes.
+    """The columns asked for; else the first of images, and the first whose values are classes. Captions are asked for.
 
     Classes are a ClassLabel column, of which one named label or labels goes first. Where there is none, a column of
     that name with texts, whole numbers or truth values. What else could be meant is said. Raises UserError where there
@@ -70,10 +75,12 @@ def find_columns(features: "datasets.Features | None", *, source: str, wanted: W
     features = features or datasets.Features()
     image = _image_column(features, wanted.image, source)
     label = _label_column(features, wanted.label, image, source)
+    caption = _caption_column(features, wanted.caption, label, source)
     if label is None:
-        return Columns(image, None, {})
+        return Columns(image, None, {}, caption)
     kind = features[label]
-    return Columns(image, label, dict(enumerate(kind.names)) if isinstance(kind, datasets.ClassLabel) else None)
+    names = dict(enumerate(kind.names)) if isinstance(kind, datasets.ClassLabel) else None
+    return Columns(image, label, names, caption)
 
 
 def _image_column(features: Mapping[str, Any], wanted: str | None, source: str) -> str:
@@ -119,6 +126,15 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, image: str, s
         logger.info(
             "%s: no column of classes, the images are read without labels.%s", source, _others("--label-column", usable)
         )
+    return None
+
+
+def _caption_column(features: Mapping[str, Any], wanted: str | None, label: str | None, source: str) -> str | None:
+    usable = [name for name, kind in features.items() if _type(kind) in ("string", "large_string")]
+    if wanted is not None:
+        return _asked_for(wanted, usable, "a column of captions holds texts", "--caption-column", features, source)
+    if others := [name for name in usable if name in _CAPTION_NAMES and name != label]:
+        logger.info("%s: images are read without captions.%s", source, _others("--caption-column", others))
     return None
 
 
@@ -200,7 +216,20 @@ class HuggingFaceSource(ImageSource):
             cache_dir=cache_dir,
         )
         self._rows, self.labels = rows[chosen], labels[chosen]
-        self.fingerprint = sha256_of_parts("hf", *self.class_names, *self.labels, *hashes)
+        parts = ["hf", *self.class_names, *self.labels, *hashes]
+        if (column := self._columns.caption) is not None:
+            found = table[column][:]
+            own_val = val is not None and split == "val"
+            captions = usable_captions(
+                [found[row] for row in rows],
+                source=self.name,
+                where=f"the column {column}",
+                needed=not own_val,
+                quiet=split == "val" and not own_val,
+            )
+            self.captions = tuple(captions[i] for i in chosen)
+            parts += ["captions", *self.captions]
+        self.fingerprint = sha256_of_parts(*parts)
 
     def _names_of_classes(self, train: Any) -> dict[Any, str]:
         """Value in the label column -> name of the class; where the values tell, those of the split train do."""
@@ -295,11 +324,12 @@ def train_split(tables: Any, *, source: str) -> Any:
 
 
 def as_bytes(table: Any, columns: Columns) -> Any:
-    """The image (and label) columns alone, with images as files or bytes: decoding is ours."""
+    """The columns that are read alone, with images as files or bytes: decoding is ours."""
     import datasets
 
-    kept = [columns.image] + ([columns.label] if columns.label else [])
-    return table.select_columns(kept).cast_column(columns.image, datasets.Image(decode=False))
+    kept = [columns.image, columns.label, columns.caption]
+    selected = table.select_columns([name for name in dict.fromkeys(kept) if name])
+    return selected.cast_column(columns.image, datasets.Image(decode=False))
 
 
 def image_bytes(value: Any) -> bytes:
@@ -311,16 +341,11 @@ def image_bytes(value: Any) -> bytes:
     return Path(value["path"]).read_bytes()
 
 
-class ImageStream:
-    """A stream of labelled images: no index, no length, no held-out part.
+class TableStream(ImageStream):
+    """A table of images that is read from its start, without a held-out part.
 
-    It has the attributes of an `ImageSource` that need neither. Images that cannot be read are skipped and counted, or
-    refused with `strict`.
+    Images that cannot be read are skipped and counted, or refused with `strict`.
     """
-
-    attribution = ""
-    balanced = False
-    augmentation = Augmentation()
 
     def __init__(self, dataset: Any, *, name: str, strict: bool = False, columns: WantedColumns = ANY_COLUMNS) -> None:
         """`dataset` is a `datasets.IterableDataset` with an image column."""
@@ -335,16 +360,13 @@ class ImageStream:
             )
         self.dataset = as_bytes(dataset, self.columns)
         self.class_names = tuple(self.columns.class_names.values())
-        self.fingerprint = sha256_of_parts("stream", name, *self.class_names)
+        self.has_captions = self.columns.caption is not None
+        captions = ["captions", self.columns.caption] if self.has_captions else []
+        self.fingerprint = sha256_of_parts("stream", name, *self.class_names, *captions)
         self.num_skipped = 0
 
-    @property
-    def num_classes(self) -> int:
-        """0 when unlabelled."""
-        return len(self.class_names)
-
-    def images(self) -> Iterator[tuple[ImageUint8, int]]:
-        """One pass over images and labels, in the order of the data set. UserError where none can be used."""
+    def images(self) -> Iterator[StreamedImage]:
+        """One pass over the images, in the order of the data set. UserError where none can be used."""
         barren = True
         for row in self.dataset:
             if (decoded := self.decode(row)) is not None:
@@ -353,8 +375,8 @@ class ImageStream:
         if barren:
             raise UserError(f"{self.name}: no image of the stream can be read. Check the data set.")
 
-    def decode(self, row: dict[str, Any]) -> tuple[ImageUint8, int] | None:
-        """Image and label of a row of `dataset`, or None where it cannot be used (said for the first three)."""
+    def decode(self, row: dict[str, Any]) -> StreamedImage | None:
+        """The image of a row of `dataset`, or None where it cannot be used (said for the first three)."""
         try:
             image = decode_image(image_bytes(row[self.columns.image]))
             label = 0 if self.columns.label is None else row[self.columns.label]
@@ -370,10 +392,11 @@ class ImageStream:
             if self.num_skipped <= 3:
                 logger.warning("%s: skipped image %d that cannot be used: %s", self.name, self.num_skipped, error)
             return None
-        return image, int(label)
+        caption = row[self.columns.caption] if self.columns.caption else None
+        return StreamedImage(image, int(label), clean_caption(caption or ""))
 
 
-def open_stream(spec: str, *, strict: bool = False, columns: WantedColumns = ANY_COLUMNS) -> ImageStream:
+def open_stream(spec: str, *, strict: bool = False, columns: WantedColumns = ANY_COLUMNS) -> TableStream:
     """`hf:NAME_OR_PATH[:SPLIT]` as a stream: the split named, else train, else the only one."""
     prefix, _, name = spec.partition(":")
     if prefix != "hf" or not name:
@@ -382,25 +405,26 @@ def open_stream(spec: str, *, strict: bool = False, columns: WantedColumns = ANY
     dataset = train_split(load(path, split, streaming=True), source=spec)
     if hasattr(dataset, "to_iterable_dataset"):  # a table on disk
         dataset = dataset.to_iterable_dataset(num_shards=min(64, max(1, len(dataset))))
-    return ImageStream(dataset, name=spec, strict=strict, columns=columns)
+    return TableStream(dataset, name=spec, strict=strict, columns=columns)
 
 
 class StreamedImages(ImageSource):
-    """Images of a stream that are kept in memory, with their labels."""
+    """Images of a stream that are kept in memory."""
 
     in_memory = True
 
-    def __init__(self, stream_: ImageStream, images: Sequence[tuple[ImageUint8, int]]) -> None:
+    def __init__(self, stream_: ImageStream, images: Sequence[StreamedImage]) -> None:
         self.name, self.class_names, self.fingerprint = stream_.name, stream_.class_names, stream_.fingerprint
-        self.labels = np.array([label for _, label in images], dtype=np.int64)
-        self._images = [image for image, _ in images]
+        self.labels = np.array([one.label for one in images], dtype=np.int64)
+        self.captions = [one.caption for one in images] if stream_.has_captions else None
+        self._images = [one.image for one in images]
 
     def load(self, index: int) -> ImageUint8:
         """Image `index` at full size."""
         return self._images[index]
 
 
-def hold_out(source: ImageStream, count: int) -> tuple[ImageStream, StreamedImages]:
+def hold_out(source: TableStream, count: int) -> tuple[TableStream, StreamedImages]:
     """The stream without its first rows, and the `count` readable images of those rows.
 
     A stream has no split of its own by content; its first rows are the same at every start.
@@ -423,7 +447,7 @@ class StreamedBatches:
 
     def __init__(
         self,
-        source: ImageStream,
+        source: TableStream,
         *,
         image_size: int,
         seed: int,
@@ -467,7 +491,7 @@ class StreamedBatches:
         batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return batch | {"index": batch["position"]}
 
-    def _next_image(self) -> tuple[ImageUint8, int]:
+    def _next_image(self) -> StreamedImage:
         barren = False
         while True:
             for row in self._rows:

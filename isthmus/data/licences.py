@@ -11,3 +11,8 @@ PHOTOS_ATTRIBUTION = (
     "(https://creativecommons.org/licenses/by/2.0/): palace (china.jpg) by danielbuechele, flower (flower.jpg) by "
     "vultilion. Changed: cropped and resized."
 )
+
+AVATARS_ATTRIBUTION = (
+    "Drawings made by DiceBear (https://www.dicebear.com) in styles under CC0 1.0 "
+    "(https://creativecommons.org/publicdomain/zero/1.0/)."
+)

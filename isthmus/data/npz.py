@@ -1,4 +1,4 @@
-"""Arrays: `npz:PATH` with arr_0 uint8 (N, H, W, 3) and, where the images are labelled, arr_1 (N,)."""
+"""Arrays: `npz:PATH` with arr_0 uint8 (N, H, W, 3), labels arr_1 (N,) and captions (N,) where there are any."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from isthmus.data.captions import usable_captions
 from isthmus.data.images import ImageUint8
 from isthmus.data.source import ImageSource, choose_classes, rows_of_split
 from isthmus.errors import UserError
@@ -16,14 +17,15 @@ from isthmus.files import sha256_of_parts
 from isthmus.rgb import failure_words
 
 _SAVE = "Save it with np.savez(file, images, labels)."
+_ARRAYS = ("arr_0", "arr_1", "captions")
 
 
 class NpzSource(ImageSource):
     """One split (by content hash) of an .npz file, held in memory.
 
     Grey images may leave out the channel axis or have one channel; four channels are RGBA, composited on white. Labels
-    are integers 0, 1, ... (class names "0", "1", ...) or texts (class names in alphabetical order). Anything else is a
-    UserError.
+    are integers 0, 1, ... (class names "0", "1", ...) or texts (class names in alphabetical order). Captions are texts.
+    Anything else is a UserError.
     """
 
     in_memory = True
@@ -46,7 +48,14 @@ class NpzSource(ImageSource):
         chosen = rows_of_split(digests, labels, val_fraction, split, source=self.name)
         self._images = images[wanted[chosen]]
         self.labels = labels[chosen]
-        self.fingerprint = sha256_of_parts("npz", *self.class_names, *self.labels, *(digests[i] for i in chosen))
+        parts = ["npz", *self.class_names, *self.labels, *(digests[i] for i in chosen)]
+        if "captions" in arrays:
+            texts = _captions(arrays["captions"], len(images), self.name)
+            quiet = split == "val"
+            captions = usable_captions([texts[i] for i in wanted], source=self.name, where="captions", quiet=quiet)
+            self.captions = tuple(captions[i] for i in chosen)
+            parts += ["captions", *self.captions]
+        self.fingerprint = sha256_of_parts(*parts)
 
     def load(self, index: int) -> ImageUint8:
         """Image `index`."""
@@ -65,7 +74,7 @@ def _read(file: Path) -> dict[str, np.ndarray]:
             if "arr_0" not in archive:
                 held = ", ".join(archive.files) or "nothing"
                 raise UserError(f"npz: needs the name arr_0, got {held} in {file}. {_SAVE}")
-            return {name: archive[name] for name in archive.files if name in ("arr_0", "arr_1")}
+            return {name: archive[name] for name in archive.files if name in _ARRAYS}
     except UserError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -100,3 +109,12 @@ def _class_names(raw: np.ndarray | None, count: int, name: str) -> tuple[tuple[s
             f"{name}: labels must be 0..C-1 with an image for each, got {wrong}. Number the classes without gaps."
         )
     return tuple(str(value) for value in values), labels.astype(np.int64)
+
+
+def _captions(raw: np.ndarray, count: int, name: str) -> list[str]:
+    if raw.shape != (count,) or raw.dtype.kind != "U":
+        raise UserError(
+            f"{name}: captions must hold {count} texts, got {raw.dtype} {raw.shape}. Save them with "
+            "np.savez(file, images, labels, captions=np.array(list_of_texts))."
+        )
+    return raw.tolist()

@@ -5,9 +5,10 @@ Splits go by content: the same image lands on the same side wherever it lies and
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,10 +24,12 @@ NO_LABELS = "none"
 
 @dataclass(frozen=True)
 class WantedColumns:
-    """Columns of images and labels (or `NO_LABELS`) that somebody asks for; None lets the table decide."""
+    """Columns that somebody asks for; None lets the table decide on images and labels, and reads no captions."""
 
     image: str | None = None
     label: str | None = None
+    """Or `NO_LABELS`."""
+    caption: str | None = None
 
 
 ANY_COLUMNS = WantedColumns()
@@ -40,7 +43,9 @@ class ImageSource(ABC):
         labels: below num_classes; all zeros when unlabelled.
         balanced: whether training draws all classes equally often.
         attribution: licence lines to print and to write into model cards ("" when unknown).
-        fingerprint: sha256 (hex) of the contents, the split and the settings that change pixels.
+        captions: what every image shows in words, by index, as `clean_caption` makes it ("": nothing is said); None
+            where the set has none.
+        fingerprint: sha256 (hex) of the contents, captions included, the split and the settings that change pixels.
         in_memory: reading an image is so quick that worker processes would only cost time.
         augmentation: the one that suits these images.
     """
@@ -50,6 +55,7 @@ class ImageSource(ABC):
     labels: Int[np.ndarray, " n"]
     balanced: bool = False
     attribution: str = ""
+    captions: Sequence[str] | None = None
     fingerprint: str
     in_memory: bool = False
     augmentation = Augmentation()
@@ -74,6 +80,40 @@ class ImageSource(ABC):
     def draw(self, index: int, generator: np.random.Generator) -> ImageUint8:
         """The raw material of one training sample: the image itself, unless a set has endless ones."""
         return self.load(index)
+
+
+class StreamedImage(NamedTuple):
+    """One image of a stream: uint8 (H, W, 3), its label, its caption ("" where nothing is said)."""
+
+    image: ImageUint8
+    label: int
+    caption: str = ""
+
+
+class ImageStream(ABC):
+    """A stream of labelled images: no index, no length. Subclasses fill the attributes of an `ImageSource` it has.
+
+    Attributes:
+        has_captions: whether its images have captions.
+        fingerprint: sha256 (hex) of what the stream is; its contents have not been seen.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    balanced: bool = False
+    attribution: str = ""
+    has_captions: bool = False
+    fingerprint: str
+    augmentation = Augmentation()
+
+    @property
+    def num_classes(self) -> int:
+        """0 when unlabelled."""
+        return len(self.class_names)
+
+    @abstractmethod
+    def images(self) -> Iterator[StreamedImage]:
+        """One pass over the images, in their order. UserError where none can be used."""
 
 
 def choose_classes(available: Sequence[str], wanted: Sequence[str] | None, *, source: str) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor, nn
 
-from isthmus.data.huggingface import ImageStream, StreamedImages
-from isthmus.data.images import Augmentation, ImageUint8
-from isthmus.data.source import ImageSource, logger
+from isthmus.data.huggingface import StreamedImages
+from isthmus.data.images import Augmentation
+from isthmus.data.source import ImageSource, ImageStream, StreamedImage, logger
 from isthmus.data.views import Batch, BatchedDataset, random_views, worker_batches
 from isthmus.display import Display
 from isthmus.errors import UserError
@@ -25,14 +25,15 @@ from isthmus.files import contents, sha256_of_parts, waited_for, write_whole, wr
 from isthmus.nn.stored_llama import fingerprint
 
 FORMAT = 1
-_TOKENS, _LABELS, _RECORD = "tokens.npy", "labels.npy", "cache.json"
+_TOKENS, _LABELS, _CAPTIONS, _RECORD = "tokens.npy", "labels.npy", "captions.json", "cache.json"
 
 
 class TokenCache:
     """A folder of token ids, read through a memory map: no RAM is needed, whatever its size.
 
-    Row i * num_views + v of `token_ids` (uint16; int32 for more than 65536 codes) is view v of image i. `fingerprint`
-    is a sha256 (hex) over tokenizer, images and settings.
+    Row i * num_views + v of `token_ids` (uint16; int32 for more than 65536 codes) is view v of image i, whose caption
+    is `captions[i]` (None: the images have no captions). `fingerprint` is a sha256 (hex) over tokenizer, images and
+    settings.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,6 +50,7 @@ class TokenCache:
             self.fingerprint = str(self.record["fingerprint"])
             self._map()
             whole = len(self.token_ids) == len(self.labels) * self.num_views == self.record["rows"]
+            whole &= self.captions is None or len(self.captions) == len(self.labels)
         except UserError:
             raise
         except PermissionError as error:
@@ -62,6 +64,9 @@ class TokenCache:
         # Without the asarray every batch would be a memmap object, too.
         self.token_ids: Integer[np.ndarray, "rows l"] = np.asarray(np.load(self.path / _TOKENS, mmap_mode="r"))
         self.labels: Integer[np.ndarray, " n"] = np.load(self.path / _LABELS)
+        self.captions: list[str] | None = None
+        if self.record.get("has_captions"):
+            self.captions = json.loads((self.path / _CAPTIONS).read_text(encoding="utf-8"))
 
     @classmethod
     def open(cls, path: str | Path, tokenizer: nn.Module) -> "TokenCache":
@@ -119,14 +124,16 @@ class TokenCache:
             with waited_for(path, "the token cache"):
                 if not contents(path):
                     if isinstance(source, ImageStream):
-                        images, rows = islice(source.images(), max_images), None
+                        rows, captions = None, [] if source.has_captions else None
+                        images = _noting(islice(source.images(), max_images), captions)
                         views = _streamed_views(source, images, batch_size, settings)
                     else:
-                        rows = min(len(source), max_images or len(source)) * num_views
-                        numbers = iter(range(rows))
+                        number = min(len(source), max_images or len(source))
+                        rows, numbers = number * num_views, iter(range(number * num_views))
+                        captions = None if source.captions is None else list(source.captions[:number])
                         slices = iter(lambda: list(islice(numbers, batch_size)), [])
                         views = worker_batches(CacheViews(source, **settings), slices, num_workers)
-                    _make(path, tokenizer, source, views, rows, made_from, device)
+                    _make(path, tokenizer, source, views, rows, captions, made_from, device)
                     return cls(path)
         cache = cls(path)
         _refuse_other(cache, made_from)
@@ -135,7 +142,7 @@ class TokenCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes map the file again: a pickled map would be a copy of it."""
-        return {key: value for key, value in vars(self).items() if key not in ("token_ids", "labels")}
+        return {key: value for key, value in vars(self).items() if key not in ("token_ids", "labels", "captions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See __getstate__."""
@@ -166,8 +173,16 @@ class CacheViews(BatchedDataset):
         return random_views(self.source, indices, numbers, self.image_size, self.augment, self.seed)
 
 
+def _noting(images: Iterator[StreamedImage], captions: list[str] | None) -> Iterator[StreamedImage]:
+    """The images, whose captions are added to `captions` as they go by."""
+    for one in images:
+        if captions is not None:
+            captions.append(one.caption)
+        yield one
+
+
 def _streamed_views(
-    source: ImageStream, images: Iterator[tuple[ImageUint8, int]], batch_size: int, settings: dict[str, Any]
+    source: ImageStream, images: Iterator[StreamedImage], batch_size: int, settings: dict[str, Any]
 ) -> Iterator[Batch]:
     num_views = settings["num_views"]
     at_once = -(-batch_size // num_views)
@@ -190,10 +205,14 @@ def _make(
     source: ImageSource | ImageStream,
     views: Iterator[Batch],
     rows: int | None,
+    captions: list[str] | None,
     made_from: dict[str, Any],
     device: torch.device | str,
 ) -> None:
-    """Write a cache of `rows` views (None: nobody knows); UserError on a full disk."""
+    """Write a cache of `rows` views (None: nobody knows); UserError on a full disk.
+
+    `captions` are complete when all views were read; None where the images have none.
+    """
     # an empty folder stays the one it is: a mounted volume cannot be replaced
     given = path.is_dir()
     partial = path / ".partial" if given else path.with_name(f".{path.name}.partial")
@@ -204,6 +223,11 @@ def _make(
         labels, (written, length) = _encode(partial / _TOKENS, tokenizer, views, device, rows)
         labels = labels[::num_views]
         write_whole(partial / _LABELS, lambda file: np.save(file, labels))
+        names, told = [_TOKENS, _LABELS], {}
+        if captions is not None:
+            # an earlier version passes it by
+            write_whole(partial / _CAPTIONS, json.dumps(captions, ensure_ascii=False))
+            names, told = [*names, _CAPTIONS], {"has_captions": True}
         record = {
             "format": FORMAT,
             "fingerprint": sha256_of_parts(json.dumps(made_from, sort_keys=True)),
@@ -212,10 +236,11 @@ def _make(
             "class_names": list(source.class_names),
             "num_views": num_views,
             "rows": written,
+            **told,
         }
         write_whole(partial / _RECORD, json.dumps(record, indent=2))
         if given:
-            for name in (_TOKENS, _LABELS, _RECORD):
+            for name in (*names, _RECORD):
                 (partial / name).rename(path / name)
         else:
             partial.rename(path)

@@ -186,6 +186,7 @@ def evaluate_images(
     data: str | None = None,
     classes: Sequence[str] = (),
     columns: WantedColumns = ANY_COLUMNS,
+    max_images: int | None = None,
     features: str = "lite0",
     statistics: bool = False,
     device: str = "auto",
@@ -199,6 +200,7 @@ def evaluate_images(
         reference: images or statistics to measure against; None takes those of the data set.
         data: data set whose training images judge classes and copies; None leaves both out.
         classes: of the data; none are all.
+        max_images: avatars of the training split, as for `open_source`.
         statistics: also write statistics.npz, mean and covariance of the images' features.
 
     Raises:
@@ -214,7 +216,9 @@ def evaluate_images(
         raise UserError(f"a data set is brought to square images, the samples are {size}. Pass --reference instead.")
     splits = None
     if data is not None:
-        splits = open_splits(data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns)
+        splits = open_splits(
+            data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns, max_images=max_images
+        )
     real = RealImages.of(network, splits, reference, size=size)
     known = matched_classes(images, splits)
     subject = Subject(
@@ -246,6 +250,7 @@ def evaluate_model(
     data: str,
     classes: Sequence[str] = (),
     columns: WantedColumns = ANY_COLUMNS,
+    max_images: int | None = None,
     num: int,
     seed: int = 0,
     options: Mapping[str, Any],
@@ -289,7 +294,9 @@ def evaluate_model(
         dtype = processes.agreed(dtype_name(dtype, processes.device(device)))
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
         names, side = names_in_order(pipeline.class_names), pipeline.image_size
-        splits = open_splits(data, image_size=side, classes=tuple(classes), wanted=names, columns=columns)
+        splits = open_splits(
+            data, image_size=side, classes=tuple(classes), wanted=names, columns=columns, max_images=max_images
+        )
         chosen = choose_classes(pipeline, splits, num, balance)
         real = RealImages.of(network, splits, reference, size=(side, side), sides=real_sides)
         measures.check(pipeline)

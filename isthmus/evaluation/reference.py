@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from isthmus.data.opening import BUILT_IN, open_source, parse_spec
+from isthmus.data.opening import BUILT_IN, class_names, open_source, parse_spec
 from isthmus.data.source import ANY_COLUMNS, ImageSource, WantedColumns
 from isthmus.data.views import random_view
 from isthmus.errors import UserError
@@ -214,11 +214,11 @@ def open_splits(
     classes: tuple[str, ...],
     wanted: tuple[str, ...],
     columns: WantedColumns = ANY_COLUMNS,
+    max_images: int | None = None,
 ) -> DataSplits:
-    """Both splits of a data set at `image_size` pixels.
+    """Both splits of a data set at `image_size` pixels; arguments without words are those of `open_source`.
 
     Args:
-        spec: as for `open_source`.
         classes: those asked for, in this order; none are those of the model.
         wanted: names of the model's classes, which the data set must have where `classes` names none.
 
@@ -227,7 +227,7 @@ def open_splits(
     """
     chosen = classes or None
     if chosen is None and wanted:
-        there = open_source(spec, image_size=image_size, columns=columns).class_names
+        there = class_names(spec, image_size=image_size, columns=columns)
         absent = [name for name in wanted if name not in there]
         if there and absent:
             raise UserError(
@@ -236,7 +236,7 @@ def open_splits(
             )
         chosen = wanted if there else None
     train, held_out = (
-        open_source(spec, image_size=image_size, split=split, classes=chosen, columns=columns)
+        open_source(spec, image_size=image_size, split=split, classes=chosen, columns=columns, max_images=max_images)
         for split in ("train", "val")
     )
     return DataSplits(

@@ -403,8 +403,14 @@ def measuring_commands(run: DistillRun, *, with_baseline: bool) -> list[str]:
     if run.classes:
         # on the command line a comma would part a name in two
         data += ["--classes", *(name.replace(",", "\\,") for name in run.classes)]
-    for option, column in (("--image-column", run.image_column), ("--label-column", run.label_column)):
+    for option, column in (
+        ("--image-column", run.image_column),
+        ("--label-column", run.label_column),
+        ("--caption-column", run.caption_column),
+    ):
         data += [] if column is None else [option, column]
+    if run.max_images is not None and run.data.partition(":")[0] == "avatars":
+        data += ["--max-images", str(run.max_images)]
     scores = {name: str(run.out / SCORES / name) for name in models}
     commands = [["evaluate", model, *data, "--out", scores[name]] for name, model in models.items()]
     return [shlex.join(["isthmus", *command]) for command in (*commands, ["compare", *scores.values()])]

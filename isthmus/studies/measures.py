@@ -32,6 +32,7 @@ from isthmus.pipelines.options import parse_guidance
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.options import BALANCE
 from isthmus.studies.tables import CLASS, Setting
+from isthmus.training.images import wanted_columns, wanted_drawings
 
 Timed = Callable[[], object]
 
@@ -109,12 +110,19 @@ class Lab(Generic[Setting]):
     @property
     def columns(self) -> WantedColumns:
         """Of an hf: table."""
-        return WantedColumns(self.setting.prior.image_column, self.setting.prior.label_column)
+        return wanted_columns(self.setting.prior)
 
     def images(self, split: str, image_size: int = _LOOK_PX) -> ImageSource:
         """The images of the data; raises `UserError` where they cannot be used."""
         run = self.setting.prior
-        return open_source(run.data, image_size=image_size, split=split, classes=run.classes, columns=self.columns)
+        return open_source(
+            run.data,
+            image_size=image_size,
+            split=split,
+            classes=run.classes,
+            columns=self.columns,
+            max_images=wanted_drawings(run),
+        )
 
     def splits(self, pipeline: AnyPipeline) -> DataSplits:
         """Training and held-out images, as `isthmus evaluate` opens them for this model."""
@@ -124,6 +132,7 @@ class Lab(Generic[Setting]):
             classes=self.setting.prior.classes or (),
             wanted=names_in_order(pipeline.class_names),
             columns=self.columns,
+            max_images=wanted_drawings(self.setting.prior),
         )
 
     @cached_property
@@ -150,6 +159,7 @@ def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
         data=setting.prior.data,
         classes=setting.prior.classes or (),
         columns=lab.columns,
+        max_images=wanted_drawings(setting.prior),
         num=setting.num,
         seed=experiment.settings["seed"],
         options={"guidance_scale": first},

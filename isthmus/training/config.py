@@ -70,7 +70,7 @@ class Run:
     """What every training shares."""
 
     data: str = "openmoji"
-    """openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
+    """avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
     out: Path = Path("runs/unnamed")
     """Folder of the run: checkpoints, logs, previews and, at the end, the model."""
     preset: str = ""
@@ -84,10 +84,15 @@ class Run:
     label_column: str | None = None
     """hf: data only: column of the classes, texts or whole numbers; none reads no labels; None takes a ClassLabel
     column, else one named label or labels."""
+    caption_column: str | None = None
+    """hf: data only: column of the captions, which are texts; None reads none."""
+    max_images: int | None = None
+    """avatars: drawings to train on, over all styles; None is 20000. Other data, priors only: images that are encoded
+    into the token cache; None takes all. The token cache of a stream needs a number."""
     stream: bool = False
-    """Read hf: data as a stream instead of by index: for sets that do not fit on the disk."""
+    """Read hf: data as a stream instead of by index, for sets that do not fit on the disk; draw avatars without end."""
     shuffle_buffer: int = 1000
-    """Streams only: examples that are mixed; 0 keeps the order of the data set."""
+    """Streams of hf: data only: examples that are mixed; 0 keeps the order of the data set."""
     strict: bool = False
     """Refuse a data set with unreadable files instead of skipping them."""
     seed: int = 0
@@ -128,7 +133,7 @@ class Run:
         must(
             "be positive", self, "num_steps", "batch_size", "accumulate", "log_every", "validate_every", "preview_every"
         )
-        must("be positive", self, "save_every", "keep_checkpoints")
+        must("be positive", self, "save_every", "keep_checkpoints", "max_images")
         must("not be negative", self, "seed", "shuffle_buffer")
         must("lie in [0, 1]", self, "ema_decay")
         if self.batch_size % self.accumulate:
@@ -217,6 +222,12 @@ class ImagesRun(Run):
         super().__post_init__()
         must("not be negative", self, "continuous_steps", "revive_every")
         must("lie in [0, 1]", self, "usage_warning")
+        if self.max_images is not None and (self.stream or self.data.partition(":")[0] != "avatars"):
+            what = "a stream" if self.stream else self.data
+            raise UserError(
+                f"a tokenizer trains on all images there are, but for the number of avatars, got {self.max_images} for "
+                f"{what}. Leave out --max-images."
+            )
         if self.freeze_encoder and not self.from_model:
             raise UserError("freeze_encoder needs a trained encoder, got no model. Pass --from MODEL.")
 
@@ -241,8 +252,6 @@ class TokensRun(Run):
     """Folder of the trained tokenizer (a run of `isthmus train tokenizer`, or any pipeline); with --from its own."""
     num_views: int = 8
     """Augmented views per image in the token cache."""
-    max_images: int | None = None
-    """Images that are encoded into the token cache; None takes all, a stream needs a number."""
     token_cache: Path | None = None
     """Folder of the token cache; runs of one tokenizer, data set and seed may share it. None is `tokens` in --out."""
     label_dropout: float = 0.1
@@ -259,7 +268,7 @@ class TokensRun(Run):
         object.__setattr__(self, "tokenizer", str(self.tokenizer))
         if self.token_cache is not None:
             object.__setattr__(self, "token_cache", Path(self.token_cache))
-        must("be positive", self, "num_views", "max_images")
+        must("be positive", self, "num_views")
         if self.stream and self.max_images is None:
             raise UserError("a stream has no end, so its token cache needs one. Pass --max-images NUMBER.")
         must("lie in [0, 1]", self, "label_dropout")

@@ -9,11 +9,12 @@ from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
+from isthmus.data.avatars import Avatars, AvatarStream, StreamedAvatars, styles_named
 from isthmus.data.batches import TrainingImages, training_batches
-from isthmus.data.huggingface import ImageStream, StreamedBatches, hold_out, open_stream
+from isthmus.data.huggingface import StreamedBatches, TableStream, hold_out, open_stream
 from isthmus.data.images import Augmentation
-from isthmus.data.opening import open_source
-from isthmus.data.source import ImageSource, WantedColumns
+from isthmus.data.opening import check_columns, open_source, parse_spec
+from isthmus.data.source import ImageSource, ImageStream, WantedColumns
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.nn.draws import LABEL_DROP, stream
@@ -21,7 +22,7 @@ from isthmus.nn.shapes import Images
 from isthmus.training.arguments import given
 from isthmus.training.config import Run
 
-# rows at the start of a stream that are measured on and never trained on
+# images of a stream that are measured on and never trained on
 _HELD_OUT_OF_STREAM = 256
 
 
@@ -32,20 +33,45 @@ def augmentation(run: Run, source: ImageSource | ImageStream) -> Augmentation:
 
 def open_split(run: Run, image_size: int, split: str) -> ImageSource:
     """The "train" or "val" images of a run, opened and not read. Raises UserError where they cannot be used."""
-    columns = WantedColumns(run.image_column, run.label_column)
     return open_source(
-        run.data, image_size=image_size, split=split, classes=run.classes, strict=run.strict, columns=columns
+        run.data,
+        image_size=image_size,
+        split=split,
+        classes=run.classes,
+        strict=run.strict,
+        columns=wanted_columns(run),
+        max_images=wanted_drawings(run),
     )
 
 
+def wanted_columns(run: Run) -> WantedColumns:
+    """Columns of an hf: table that a run names."""
+    return WantedColumns(run.image_column, run.label_column, run.caption_column)
+
+
+def wanted_drawings(run: Run) -> int | None:
+    """How many avatars a run trains on; None for other data, of which `max_images` says how many are encoded."""
+    return run.max_images if parse_spec(run.data)[0] == "avatars" else None
+
+
 def open_splits(run: Run, image_size: int) -> tuple[ImageSource | ImageStream, ImageSource]:
-    """Training and held-out images of a run. Raises UserError where they cannot be used, or a stream is to choose."""
+    """Training and held-out images of a run. Raises UserError where they cannot be used, or a table is to choose.
+
+    Of a stream of avatars 256 drawings of the split `val` are held out (or as many more as make equal shares), of a
+    table its first 256 rows.
+    """
     if not run.stream:
         return open_split(run, image_size, "train"), open_split(run, image_size, "val")
+    kind, place = parse_spec(run.data)
+    if kind == "avatars":
+        check_columns(run.data, wanted_columns(run))
+        named = {"styles": styles_named(place), "image_size": image_size, "classes": run.classes}
+        held_out = Avatars(split="val", num_images=10 * _HELD_OUT_OF_STREAM, **named)
+        return AvatarStream(seed=run.seed, **named), held_out
     if run.classes is not None:
         raise UserError(f"a stream cannot choose classes, got --classes {', '.join(run.classes)}. Leave one out.")
-    columns = WantedColumns(run.image_column, run.label_column)
-    return hold_out(open_stream(run.data, strict=run.strict, columns=columns), _HELD_OUT_OF_STREAM)
+    table = open_stream(run.data, strict=run.strict, columns=wanted_columns(run))
+    return hold_out(table, _HELD_OUT_OF_STREAM)
 
 
 def image_batches(
@@ -60,12 +86,17 @@ def image_batches(
 ) -> Iterator[Batch]:
     """Batches of training views from `step` on; one batch is what one process computes at once.
 
-    `stream_states` are those that a checkpoint holds, one per process; data read by index need none. Raises UserError
-    where a stream is continued with another number of processes.
+    `stream_states` are those that a checkpoint holds of a table, one per process; what is read by index, or drawn by
+    position, needs none. Raises UserError where a table is continued with another number of processes.
     """
     share = {"batch_size": run.batch_size // run.accumulate, "rank": rank, "world_size": world_size}
-    if not isinstance(source, ImageStream):
-        views = TrainingImages(source, image_size=image_size, seed=run.seed, augment=augmentation(run, source))
+    if not isinstance(source, TableStream):
+        named = {"image_size": image_size, "seed": run.seed, "augment": augmentation(run, source)}
+        if isinstance(source, AvatarStream):
+            views = StreamedAvatars(source, **named)
+        else:
+            assert isinstance(source, ImageSource), "the streams there are"
+            views = TrainingImages(source, **named)
         return training_batches(views, start_position=step * run.batch_size, num_workers=run.num_workers, **share)
     if stream_states and len(stream_states) != world_size:
         raise UserError(

@@ -53,6 +53,7 @@ STAGES = "stages"
 # fields that may change between a run and its continuation: they decide nothing about the weights, but for rounding
 _FREE_FIELDS = {
     "label_column",  # what it changes is in the fingerprint of the data
+    "caption_column",
     "log_every",
     "preview_every",
     "validate_every",

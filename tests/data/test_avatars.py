@@ -1,8 +1,23 @@
+from itertools import islice
+
 import numpy as np
 import pytest
+import torch
 
-from isthmus.data.avatars import AVATAR_STYLES, Avatars, caption, drawing, held_out_pairs
+from isthmus.data.avatars import (
+    AVATAR_STYLES,
+    Avatars,
+    AvatarStream,
+    StreamedAvatars,
+    caption,
+    drawing,
+    held_out_pairs,
+)
+from isthmus.data.batches import CachedTokens, training_batches
+from isthmus.data.opening import class_names, open_source
+from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
+from tests.data.conftest import tiny_tokenizer
 
 STYLES = ("gaze", "stack")
 
@@ -41,6 +56,60 @@ def test_fewer_styles_and_images_are_the_same_drawings(rendered):
     for index in (0, 7):
         assert np.array_equal(one.load(index), avatars.load(2 * index + 1))
         assert one.captions[index] == avatars.captions[2 * index + 1]
+
+
+def test_data_named_in_words_are_the_same(rendered):
+    folder, avatars = rendered
+    named = open_source("avatars:gaze,stack", image_size=16, max_images=200, cache_dir=folder)
+    assert (
+        named.fingerprint == avatars.fingerprint and named.name == "avatars:gaze,stack" and "CC0" in named.attribution
+    )
+    assert named.captions == [caption(attributes) for attributes in named.attributes]
+    assert class_names("avatars:stack", image_size=16) == ("stack",)
+    with pytest.raises(UserError, match="no style 'gase'. Did you mean gaze"):
+        open_source("avatars:gase", image_size=16, cache_dir=folder)
+
+
+def test_a_cache_keeps_the_caption_of_every_image(rendered, tmp_path):
+    _, avatars = rendered
+    options = {"image_size": 8, "seed": 0, "num_views": 2, "max_images": 50}
+    cache = TokenCache.build(tmp_path / "tokens", tiny_tokenizer(), avatars, **options)
+    assert cache.captions == list(avatars.captions[:50]) and cache.record["format"] == 1
+    for batch in islice(training_batches(CachedTokens(cache, seed=3, balanced=True), batch_size=8), 8):
+        for label, index in zip(batch["class_label"].tolist(), batch["index"].tolist(), strict=True):
+            assert cache.captions[index] == avatars.captions[index] and label == avatars.labels[index]
+    (cache.path / "captions.json").write_text("[]")
+    with pytest.raises(UserError, match="no token cache that is whole"):
+        TokenCache(cache.path)
+
+
+def streamed(seed=5):
+    return AvatarStream(STYLES, image_size=16, seed=seed)
+
+
+def test_streamed_drawings_follow_from_seed_and_position():
+    source = streamed()
+    assert (source.class_names, source.name) == (STYLES, "avatars:gaze,stack")
+    assert source.fingerprint == streamed().fingerprint != streamed(6).fingerprint
+    whole = StreamedAvatars(source, image_size=16, seed=5, augment=source.augmentation)
+    first, second = islice(training_batches(whole, batch_size=4, num_workers=0), 2)
+    again = StreamedAvatars(streamed(), image_size=16, seed=5, augment=source.augmentation)
+    parts = [
+        next(training_batches(again, batch_size=4, start_position=4, rank=rank, world_size=2, num_workers=0))
+        for rank in (0, 1)
+    ]
+    for name, rows in second.items():
+        assert torch.equal(rows, torch.cat([part[name] for part in parts])), name
+    assert first["class_label"].tolist() == [0, 1, 0, 1] and not torch.equal(first["image"], second["image"])
+    assert torch.equal(first["image"][3], torch.tensor(source.image(3).image).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_a_stream_fills_a_cache_with_captions(tmp_path):
+    options = {"image_size": 8, "seed": 0, "max_images": 6, "batch_size": 4}
+    cache = TokenCache.build(tmp_path / "tokens", tiny_tokenizer(), streamed(), **options)
+    drawn = list(islice(streamed().images(), 6))
+    assert cache.captions == [one.caption for one in drawn] and cache.labels.tolist() == [0, 1] * 3
+    assert not any(held_out_pairs(drawing("gaze", "stream-5", i)[1]) for i in range(40))
 
 
 def test_held_out_combinations_are_in_no_other_split():

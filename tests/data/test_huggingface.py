@@ -258,7 +258,7 @@ def test_broken_images_in_a_stream(tmp_path, caplog):
 
 def test_what_is_held_out_of_a_stream_is_not_trained_on(saved):
     rest, kept = hold_out(open_stream(f"hf:{saved}"), 3)
-    pictures = [image for image, _ in rest.images()]
+    pictures = [image for image, *_ in rest.images()]
     assert [(kept.load(i) == np.asarray(picture(i))).all() for i in range(3)] == [True] * 3
     assert len(pictures) == 13 and (pictures[0] == np.asarray(picture(3))).all()
     assert kept.labels.tolist() == [0, 1, 0] and kept.class_names == ("cat", "dog")
