@@ -2,35 +2,57 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from isthmus.data.npz import NpzSource
+from isthmus.data.opening import open_source
 from isthmus.errors import UserError
+from isthmus.next_scale.distillation import check_classes
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.runs import PriorModel, PriorRun
 from isthmus.next_scale.train_prior import NextScalePriorTask, with_text
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
-from isthmus.training.captions import Captions, with_words
+from isthmus.text.pretrained import PretrainedTextEncoder
+from isthmus.training.captions import Captions, FrozenFeatures, with_words
 from isthmus.training.config import TextConfig, run_from_json, run_to_json
 from isthmus.training.images import dropped
-from tests.training.tiny_runs import assert_same, killed_after, log_lines, prior_run, train, weights
+from tests.text.test_pretrained import write_network
+from tests.training.tiny_runs import (
+    assert_same,
+    killed_after,
+    log_lines,
+    prior_run,
+    tokenizer_run,
+    train,
+    weights,
+    write_images,
+)
 
 SMALL = TextConfig(encoder="small", num_words=300, width=16, num_layers=1, num_heads=2, max_length=12)
+
+
+COLOURS = ("a red square", "a green square")
+
+
+def with_captions(data: str, path: Path) -> str:
+    """A copy of an npz of squares whose colour is said in words; returns its data spec."""
+    arrays = np.load(data.removeprefix("npz:"))
+    words = np.array([COLOURS[label] for label in arrays["arr_1"]])
+    np.savez(path, arr_0=arrays["arr_0"], arr_1=arrays["arr_1"], captions=words)
+    return f"npz:{path}"
 
 
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory, images) -> str:
     """The squares of `images`, their colour in words."""
-    path = tmp_path_factory.mktemp("captioned") / "squares.npz"
-    arrays = np.load(images.removeprefix("npz:"))
-    words = np.array([("a red square", "a green square")[label] for label in arrays["arr_1"]])
-    np.savez(path, arr_0=arrays["arr_0"], arr_1=arrays["arr_1"], captions=words)
-    return f"npz:{path}"
+    return with_captions(images, tmp_path_factory.mktemp("captioned") / "squares.npz")
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +79,57 @@ def test_a_killed_run_of_captions_goes_on_bit_for_bit(tmp_path, text_prior, capt
     again = killed_after(2, run, tmp_path / "again")
     train(again)
     assert_same(weights(again.out), weights(text_prior))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cross_attention", [True, False])
+def test_other_captions_cost_bits(tmp_path, cross_attention):
+    data = with_captions(write_images(tmp_path / "squares.npz", count=40), tmp_path / "captioned.npz")
+    often = {"save_every": 500, "validate_every": 500, "preview_every": 500, "log_every": 150}
+    first = tokenizer_run(data, tmp_path / "tokenizer", num_steps=40, **often)
+    train(replace(first, loss=replace(first.loss, adversarial=0.0)))
+    run = prior_run(data, tmp_path / "run", first.out, num_steps=150, batch_size=8, **often)
+    run = replace(run, optim=replace(run.optim, learning_rate=1e-2))
+    model = load_pipeline(train(replace(run, text=replace(SMALL, cross_attention=cross_attention))), device="cpu")
+    source = open_source(data, image_size=model.image_size, split="val")
+    images = [Image.fromarray(source.load(i)) for i in range(len(source))]
+    assert source.captions is not None
+    right, none = (model.bits_per_token(images, prompt=said) for said in (list(source.captions), ""))
+    wrong = model.bits_per_token(images, prompt=[COLOURS[COLOURS[0] == said] for said in source.captions])
+    assert right.mean() < none.mean() < wrong.mean() and wrong.mean() > 1.2 * right.mean()
+
+
+def test_a_frozen_encoder_stays_what_it_is(tmp_path, captioned, trained_tokenizer):
+    folder = write_network("bert", tmp_path / "bert")
+    run = prior_run(captioned, tmp_path / "run", trained_tokenizer, text=TextConfig(encoder=str(folder)))
+    model = load_pipeline(train(run), device="cpu")
+    given = PretrainedTextEncoder.from_folders(folder)
+    assert_same(dict(model.text_encoder.state_dict()), dict(given.state_dict()))
+    assert model.transformer.config["text_width"] == 16
+    again = killed_after(4, run, tmp_path / "again")
+    train(again)
+    assert_same(weights(again.out), weights(run.out))
+
+
+def test_a_frozen_encoder_reads_a_caption_once(tmp_path):
+    class Counting(PretrainedTextEncoder):
+        read: ClassVar[list[str]] = []
+
+        def encode(self, prompts):
+            self.read.extend(prompts)
+            return super().encode(prompts)
+
+    encoder = Counting.from_folders(write_network("clip", tmp_path / "clip"))
+    features = FrozenFeatures(encoder)
+    features(["a red cat", "", "a red cat"])
+    text = features(["a red cat on the house", "", "a red cat"])
+    assert encoder.read == ["a red cat", "", "a red cat on the house"]
+    at_once = encoder.encode(["a red cat on the house", "", "a red cat"])
+    assert torch.equal(text.mask, at_once.mask)
+    torch.testing.assert_close(text.pooled, at_once.pooled)
+    torch.testing.assert_close(text.hidden[text.mask], at_once.hidden[text.mask])
+    few = FrozenFeatures(encoder, kept_bytes=1)
+    torch.testing.assert_close(few(["the dog", ""]).pooled, encoder.encode(["the dog", ""]).pooled)
 
 
 def test_settings_of_text_enter_a_record_only_where_there_are_some(tmp_path, captioned, trained_tokenizer):
@@ -137,6 +210,8 @@ def test_what_does_not_fit_is_refused_in_words(
     for run, words in refused:
         with pytest.raises(UserError, match=words):
             NextScalePriorTask(run)
+    with pytest.raises(UserError, match="a teacher that reads texts"):
+        check_classes((), load_pipeline(text_prior, device="cpu"))
     with pytest.raises(UserError, match="--text small"):
         prior_run(captioned, tmp_path, trained_tokenizer, text=TextConfig(width=32))
 
