@@ -43,7 +43,7 @@ from isthmus.training.config import (
 logger = logging.getLogger("isthmus")
 
 # short forms of options that are asked for often
-_SHORT = {"--from": "--from-model", "--scale-attention": "--model.scale-attention"}
+_SHORT = {"--from": "--from-model", "--scale-attention": "--model.scale-attention", "--text": "--text.encoder"}
 _DESCRIPTION = """{about}
 
 Start with --preset NAME (`isthmus info presets`), --from MODEL to fine-tune a saved model, or --config RUN.JSON to

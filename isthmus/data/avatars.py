@@ -130,6 +130,10 @@ class Avatars(ImageSource):
         chunk, row = divmod(index // self.num_classes, _CHUNK)
         return np.array(self._pixels[index % self.num_classes][chunk][row])
 
+    def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
+        """See `varied`."""
+        return varied(caption, generator)
+
     def _open(self) -> None:
         self._pixels = [[np.load(file, mmap_mode="r") for file in files] for files in self._files]
 
@@ -175,6 +179,10 @@ class AvatarStream(ImageStream):
         turn, label = divmod(number, self.num_classes)
         svg, attributes = drawing(self.class_names[label], f"stream-{self.seed}", turn)
         return StreamedImage(_pixels_of(svg, self.image_size), label, caption(attributes))
+
+    def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
+        """See `varied`."""
+        return varied(caption, generator)
 
     def images(self) -> Iterator[StreamedImage]:
         """All of them: there is no end."""
@@ -237,10 +245,19 @@ def caption(attributes: Attributes, generator: np.random.Generator | None = None
     """
     noun = _STYLES[attributes["style"]][0]
     words = [f"{value} {name.removesuffix(' colour')}" for name, value in attributes.items() if name != "style"]
-    if generator is not None:
-        kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
-        words = [words[i] for i in generator.permutation(len(words)) if kept[i]]
-    return ", ".join([noun, *words])
+    whole = ", ".join([noun, *words])
+    return whole if generator is None else varied(whole, generator)
+
+
+def varied(whole: str, generator: np.random.Generator) -> str:
+    """A caption of a drawing in another order, with some of what it says left out; the noun stays in front.
+
+    >>> varied("a critter", np.random.default_rng(0))
+    'a critter'
+    """
+    noun, *words = whole.split(", ")
+    kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
+    return ", ".join([noun, *(words[i] for i in generator.permutation(len(words)) if kept[i])])
 
 
 def check_styles(styles: Sequence[str]) -> None:

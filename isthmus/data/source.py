@@ -81,6 +81,12 @@ class ImageSource(ABC):
         """The raw material of one training sample: the image itself, unless a set has endless ones."""
         return self.load(index)
 
+    def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
+        """Other words for what a caption of this set says, or some of them, for training; the caption itself, unless a
+        set knows how its captions are made.
+        """
+        return caption
+
 
 class StreamedImage(NamedTuple):
     """One image of a stream: uint8 (H, W, 3), its label, its caption ("" where nothing is said)."""
@@ -110,6 +116,10 @@ class ImageStream(ABC):
     def num_classes(self) -> int:
         """0 when unlabelled."""
         return len(self.class_names)
+
+    def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
+        """As of an `ImageSource`."""
+        return caption
 
     @abstractmethod
     def images(self) -> Iterator[StreamedImage]:

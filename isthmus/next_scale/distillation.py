@@ -352,7 +352,9 @@ def student_shape(
 
 
 def check_classes(found: Sequence[str], teacher: NextScalePipeline) -> None:
-    """Raise UserError for images of other classes than the teacher's, which may have no names."""
+    """Raise UserError for images of other classes than the teacher's, which may have no names, and for its texts."""
+    if teacher.reads_text:
+        raise UserError("only models of classes are distilled, got a teacher that reads texts. Choose another --from.")
     names = names_in_order(teacher.class_names)
     if len(found) != teacher.num_classes or (names and tuple(found) != names):
         known = ", ".join(names) or f"{teacher.num_classes} without names"

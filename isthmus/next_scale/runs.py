@@ -16,6 +16,7 @@ from isthmus.training.config import (
     PerceptualLoss,
     Preset,
     PriorSampling,
+    TextConfig,
     TokensRun,
     must,
     preset_run,
@@ -111,11 +112,15 @@ class PriorRun(TokensRun):
     those of other runs within rounding."""
     model: PriorModel = field(default_factory=PriorModel)
     """Network."""
+    text: TextConfig = field(default_factory=TextConfig, metadata={"later": True})
+    """Captions."""
 
     def __post_init__(self):
         super().__post_init__()
         must("lie in [0, 1]", self, "label_smoothing", "refinement_probability")
         must("be positive", self, "scales_per_step")
+        if not self.text.encoder and not self.from_model and self.text != TextConfig():
+            raise UserError("settings of text belong to a run that reads captions, got no encoder. Pass --text small.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from textwrap import shorten
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,26 +17,31 @@ from torch import Tensor, nn
 
 from isthmus.data.huggingface import ImageStream
 from isthmus.data.source import ImageSource
+from isthmus.data.token_cache import TokenCache
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.next_scale.pipeline import NextScalePipeline
+from isthmus.next_scale.prompts import check_widths
 from isthmus.next_scale.pyramid import ScaleSchedule
 from isthmus.next_scale.refinement import refined_scales
 from isthmus.next_scale.runs import PriorRun
-from isthmus.next_scale.sampling import ScaleSampler
+from isthmus.next_scale.sampling import AskedTexts, ScaleSampler
 from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
 from isthmus.next_scale.train_tokenizer import load_tokenizer
-from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.next_scale.transformer import NextScaleTransformer, NextScaleTransformerOutput
 from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import at_sides, guidance_at
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
-from isthmus.pictures import to_pil
+from isthmus.nn.stored_llama import fingerprint
+from isthmus.pictures import spread, to_pil
 from isthmus.pipelines.labels import names_in_order
-from isthmus.text.encoders import TextFeatures
+from isthmus.text.encoders import SmallTextEncoder, TextFeatures
+from isthmus.text.pretrained import PretrainedTextEncoder
 from isthmus.training.arguments import given
-from isthmus.training.config import TokensRun
-from isthmus.training.cost import Cost, report, training_cost
+from isthmus.training.captions import Captions, FrozenFeatures, TextEncoder, check_captions, encoder_of, with_words
+from isthmus.training.config import TextConfig, TokensRun
+from isthmus.training.cost import Cost, num_parameters, report, training_cost
 from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
 from isthmus.training.previews import save_samples
@@ -47,7 +53,10 @@ from isthmus.training.saved_networks import (
     refuse_contradictions,
     sampling_options,
 )
-from isthmus.training.train_prior import PriorTask, bits_by_level
+from isthmus.training.train_prior import PriorTask, bits_by_level, measured_images
+
+# rows of a preview, and letters of a caption beside one
+_SHOWN_CAPTIONS, _NAME_LENGTH = 10, 60
 
 
 def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
@@ -261,7 +270,7 @@ class NextScaleTask(PriorTask):
         *,
         guided_sizes: Sequence[int] | None = None,
     ):
-        self.run, self.tokenizer, self.network = run, tokenizer, network
+        self.run, self.tokenizer, self.transformer, self.network = run, tokenizer, network, network
         self.train, self.held_out = splits
         self.image_size = tokenizer.image_size
         # the phi of every side is the tokenizer's, also where the transformer leaves scales out
@@ -271,7 +280,8 @@ class NextScaleTask(PriorTask):
         options = sampling_options(
             run.sampling,
             codebook_size=network.config["codebook_size"],
-            num_classes=network.null_class_id,
+            # a text, too, is something to guide towards
+            num_classes=network.null_class_id or int(network.text_start is not None),
             num_guided_steps=len(guided),
         )
         sizes = self.schedule.sizes
@@ -283,9 +293,9 @@ class NextScaleTask(PriorTask):
         """Move the tokenizer to the device of the training."""
         self.tokenizer.to(device)
 
-    def averaged(self, ema: ExponentialMovingAverage) -> NextScaleTransformer:
+    def averaged(self, ema: ExponentialMovingAverage) -> "NextScaleTransformer | CaptionedTransformer":
         """A copy that holds the averages."""
-        return averaged_model(self.network, ema)
+        return averaged_model(self.transformer, ema)
 
     def lengths(self, step: int) -> dict[int, int]:
         """Tokens of every scale."""
@@ -296,20 +306,30 @@ class NextScaleTask(PriorTask):
         return torch.cat(self.tokenizer.requantize(self.tokenizer.latents(images), self.schedule), dim=1)
 
     @torch.no_grad()
-    def held_out_bits(self, model: NextScaleTransformer, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
+    def held_out_bits(self, model: nn.Module, token_ids: Tensor, labels: Tensor) -> dict[str, float]:
         """Bits per token of held-out images, in all and per scale, from their token ids (n, L) and labels (n,)."""
         tokenizer, schedule = self.tokenizer, self.schedule
         lengths = list(schedule.lengths)
         uniform = scale_weights("token-uniform", schedule.sizes)
         sums = torch.zeros(schedule.num_scales, device=token_ids.device)
-        for ids, label in zip(token_ids.split(32), labels.split(32), strict=True):
-            logits = model(label, tokenizer.scale_inputs(list(ids.split(lengths, dim=1)), schedule)).logits
+        for first, ids in zip(range(0, len(token_ids), 32), token_ids.split(32), strict=True):
+            inputs = tokenizer.scale_inputs(list(ids.split(lengths, dim=1)), schedule)
+            said = self._held_out_words(slice(first, first + len(ids)))
+            logits = model(self._known_labels(labels[first : first + len(ids)]), inputs, **said).logits
             loss = next_scale_loss(logits, ids, schedule, uniform, scales=range(schedule.num_scales))
             sums += loss.by_scale * len(ids)
         return bits_by_level("val", "scale", sums / len(token_ids), dict(enumerate(lengths)))
 
+    def _held_out_words(self, rows: slice) -> dict[str, Any]:
+        """What a model is told of these rows of the held-out images that are measured: nothing but the class."""
+        return {}
+
+    def _known_labels(self, labels: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """Labels that the transformer knows: a model of texts alone is told of no class."""
+        return labels if self.transformer.null_class_id else torch.zeros_like(labels)
+
     @torch.no_grad()
-    def save_samples(self, model: NextScaleTransformer, folder: Path, step: int) -> None:
+    def save_samples(self, model: Any, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
 
         def draw(labels: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
@@ -321,12 +341,12 @@ class NextScaleTask(PriorTask):
     def _dropouts(self, batch: Batch) -> tuple[Int[Tensor, " b"], Float[Tensor, "b layers 2"] | None]:
         """Labels, some of them dropped, and the factors of stochastic depth, on the device of the training."""
         device, positions, seed = self.tokenizer.device, batch["position"], self.run.seed
-        labels, null = batch["class_label"].to(device), self.network.null_class_id
+        labels, null = self._known_labels(batch["class_label"].to(device)), self.transformer.null_class_id
         labels = dropped_labels(labels, positions, rate=self.run.label_dropout, null_class_id=null, seed=seed)
-        keep = path_factors(positions, self.network.drop_path_rates, seed=seed)
+        keep = path_factors(positions, self.transformer.drop_path_rates, seed=seed)
         return labels, None if keep is None else keep.to(device)
 
-    def export(self, accelerator: Accelerator, model: NextScaleTransformer) -> Path:
+    def export(self, accelerator: Accelerator, model: Any) -> Path:
         """Write the pipeline."""
         networks = {"image_tokenizer": self.tokenizer, "transformer": model}
         return export_pipeline(accelerator, self.run, self.train, self.options, NextScalePipeline, **networks)
@@ -338,9 +358,17 @@ class NextScalePriorTask(NextScaleTask):
     def __init__(self, run: PriorRun):
         tokenizer, saved = starting_point(run)
         splits = open_splits(run, tokenizer.image_size)
-        super().__init__(run, tokenizer, splits, build_prior(run, tokenizer, saved, splits[0].class_names))
+        encoder = text_encoder_of(run, saved)
+        if encoder is not None:
+            check_captions(*splits)
+        super().__init__(run, tokenizer, splits, build_prior(run, tokenizer, saved, splits[0].class_names, encoder))
         self.run: PriorRun = run
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
+        self.text_encoder, self._captions = encoder, None
+        self._learns_words = encoder is not None and is_planned(encoder, saved)
+        self._features = FrozenFeatures(encoder) if isinstance(encoder, PretrainedTextEncoder) else None
+        if self._features is not None:
+            self.facts = {"text_encoder_fingerprint": fingerprint(self._features.encoder)}
 
     @staticmethod
     def describe(run: PriorRun) -> str:
@@ -349,12 +377,118 @@ class NextScalePriorTask(NextScaleTask):
             tokenizer, saved = starting_point(run)
         source = open_split(run, tokenizer.image_size, "train")
         with without_values():
-            model = build_prior(run, tokenizer, saved, source.class_names)
+            encoder = text_encoder_of(run, saved)
+            model = build_prior(run, tokenizer, saved, source.class_names, encoder)
         about = (
             f"{model.config['scale_attention']}, scales {', '.join(map(str, model.schedule.sizes))}, "
             f"{model.schedule.num_tokens} tokens; {len(source)} images, {len(source.class_names) or 'no'} classes"
         )
-        return report(run, about, prior_cost(model))
+        if encoder is None:
+            return report(run, about, prior_cost(model))
+        check_captions(source)
+        sees = "the whole" if model.config["text_width"] is None else "the whole and its words"
+        reads = f"captions of {len(set(source.captions or ()))} kinds, of which blocks know {sees}"
+        if isinstance(encoder, PretrainedTextEncoder):
+            about += f"; {reads}, from a frozen encoder of {num_parameters(encoder) / 1e6:.2f}M, which is not counted"
+            return report(run, about, prior_cost(model))
+        if is_planned(encoder, saved):
+            with without_values():
+                encoder = with_words(encoder, source.captions or (), run.text.num_words)
+        words = 257 + len(encoder.config["merges"])
+        about += f"; {reads}, from an encoder of {words} words, {num_parameters(encoder) / 1e6:.2f}M"
+        return report(run, about, prior_cost(model, encoder))
+
+    def with_cache(self, cache: TokenCache) -> None:
+        """Take over the captions; an encoder that learns gets its words from them and joins the network."""
+        if self.text_encoder is None:
+            return
+        assert cache.captions is not None, "the images have some"
+        self._captions = Captions(self.train, cache.captions, drop=self.run.text.drop, seed=self.run.seed)
+        if isinstance(self.text_encoder, SmallTextEncoder):
+            if self._learns_words:
+                self.text_encoder = with_words(self.text_encoder, cache.captions, self.run.text.num_words)
+            self.network = CaptionedTransformer(self.transformer, self.text_encoder)
+
+    def place(self, device: torch.device) -> None:
+        """Also a frozen text encoder."""
+        super().place(device)
+        if self._features is not None:
+            self._features.encoder.to(device)
+
+    def averaged(self, ema: ExponentialMovingAverage) -> "NextScaleTransformer | CaptionedTransformer":
+        """Copies that hold the averages."""
+        if not isinstance(self.network, CaptionedTransformer):
+            return averaged_model(self.network, ema)
+        return CaptionedTransformer(
+            averaged_model(self.network.transformer, ema, prefix="transformer."),
+            averaged_model(self.network.text_encoder, ema, prefix="text_encoder."),
+        )
+
+    def _words(self, captions: Sequence[str]) -> dict[str, Any]:
+        """What a forward is given of captions."""
+        if self._features is not None:
+            return {"text": self._features(captions)}
+        assert isinstance(self.text_encoder, SmallTextEncoder), "what is not frozen"
+        ids, mask = self.text_encoder.word_ids(captions, warn=False)
+        return {"words": ids, "mask": mask}
+
+    def _held_out_words(self, rows: slice) -> dict[str, Any]:
+        """The captions of these rows, whole."""
+        if self.text_encoder is None:
+            return {}
+        assert self.held_out.captions is not None, "checked at the start"
+        captions = self.held_out.captions
+        return self._words([captions[i] for i in measured_images(self.held_out)[rows]])
+
+    @torch.no_grad()
+    def save_samples(self, model: Any, folder: Path, step: int) -> None:
+        """A picture of samples at fixed seeds: a row for each of some held-out captions, or for each class."""
+        if self.text_encoder is None:
+            super().save_samples(model, folder, step)
+            return
+        assert self.held_out.captions is not None, "checked at the start"
+        shown = spread(len(self.held_out), _SHOWN_CAPTIONS)
+        captions = [self.held_out.captions[i] for i in shown]
+        bare, encode = self.transformer_of(model), self._features or model.text_encoder.encode
+        features = encode([*captions, ""])
+        classes = self._known_labels(torch.from_numpy(self.held_out.labels[shown])).to(bare.device)
+
+        def draw(rows: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
+            rows = rows.to(bare.device)
+            texts = AskedTexts(features, rows)
+            sampler = ScaleSampler(self.tokenizer, bare, classes[rows], seeds, self.options, texts=texts)
+            *_, last = refined_scales(sampler)
+            return to_pil(self.tokenizer.decode_features(last.features))
+
+        names = [shorten(caption, _NAME_LENGTH, placeholder="...") for caption in captions]
+        save_samples(draw, names, len(captions), folder, step)
+
+    def export(self, accelerator: Accelerator, model: Any) -> Path:
+        """Write the pipeline, with the text encoder of a model of texts."""
+        if self.text_encoder is None:
+            return super().export(accelerator, model)
+        encoder = model.text_encoder if isinstance(model, CaptionedTransformer) else self.text_encoder
+        networks = {
+            "image_tokenizer": self.tokenizer,
+            "transformer": self.transformer_of(model),
+            "text_encoder": encoder,
+        }
+        captions = self.held_out.captions or ("",)
+        return export_pipeline(
+            accelerator,
+            self.run,
+            self.train,
+            self.options,
+            NextScalePipeline,
+            class_names=self.train.class_names if self.transformer.null_class_id else (),
+            prompt=captions[0],
+            **networks,
+        )
+
+    @staticmethod
+    def transformer_of(model: Any) -> NextScaleTransformer:
+        """The transformer in what was trained."""
+        return model.transformer if isinstance(model, CaptionedTransformer) else model
 
     @staticmethod
     def has_unused_parameters(run: PriorRun) -> bool:
@@ -365,7 +499,7 @@ class NextScalePriorTask(NextScaleTask):
     def compile(self) -> None:
         """Compile the blocks."""
         if self.run.compile:
-            self.network.compile_blocks()
+            self.transformer.compile_blocks()
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> NextScaleLosses:
         """Losses of one part of a batch, on the device of the model."""
@@ -374,9 +508,11 @@ class NextScalePriorTask(NextScaleTask):
         token_ids = batch["token_ids"].to(self.tokenizer.device)
         inputs, marked, counted = self._inputs(list(token_ids.split(list(schedule.lengths), dim=1)), positions)
         labels, keep = self._dropouts(batch)
+        said = {} if self._captions is None else self._words(self._captions.told(batch["index"], positions))
         output = model(
             labels,
             select_scales(inputs, schedule, scales, first=1),
+            **said,
             scales=scales,
             keep=keep,
             hidden=None if marked is None else select_scales(marked, schedule, scales, first=1),
@@ -396,11 +532,11 @@ class NextScalePriorTask(NextScaleTask):
     ) -> tuple[Float[Tensor, "b l d"], Bool[Tensor, "b inputs"] | None, Bool[Tensor, "b tokens"] | None]:
         """Inputs of scales 1..K-1, which of these hide their own token, and which of all tokens are predicted."""
         schedule, probability = self.schedule, self.run.refinement_probability
-        if self.network.mask_embedding is None:
+        if self.transformer.mask_embedding is None:
             with torch.no_grad():
                 return self.tokenizer.scale_inputs(token_ids, schedule), None, None
         # also where the probability is 0: every weight of the network takes part in every step
-        one_scale = not self.network.is_markov
+        one_scale = not self.transformer.is_markov
         shown = partly_shown(
             positions, schedule.lengths, probability=probability, seed=self.run.seed, one_scale=one_scale
         )
@@ -416,9 +552,44 @@ class NextScalePriorTask(NextScaleTask):
         return scale_subset(self.schedule.num_scales, self.run.scales_per_step, seed=self.run.seed, step=step)
 
 
-def prior_cost(model: NextScaleTransformer) -> Cost:
-    """What an image costs in training a transformer that was made without values."""
+class CaptionedTransformer(nn.Module):
+    """A transformer and the encoder of its captions, which learn together; `words` and `mask` are `word_ids`."""
+
+    def __init__(self, transformer: NextScaleTransformer, text_encoder: SmallTextEncoder):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        self.transformer.enable_gradient_checkpointing()
+        self.text_encoder.enable_gradient_checkpointing()
+
+    def forward(
+        self,
+        class_labels: Int[Tensor, " b"],
+        scale_inputs: Float[Tensor, "b inputs d"],
+        *,
+        words: Int[Tensor, "b words"],
+        mask: Bool[Tensor, "b words"],
+        **given: Any,
+    ) -> NextScaleTransformerOutput:
+        """The transformer's `forward`, told what the encoder makes of the words."""
+        device = self.transformer.device
+        text = self.text_encoder(words.to(device), mask.to(device))
+        return self.transformer(class_labels, scale_inputs, text=text, **given)
+
+
+def prior_cost(model: NextScaleTransformer, encoder: SmallTextEncoder | None = None) -> Cost:
+    """What an image costs in training a transformer, and with it the encoder of its captions, made without values."""
     num_inputs = model.schedule.num_tokens - model.schedule.lengths[0]
+    if encoder is not None:
+
+        def both(network: CaptionedTransformer) -> object:
+            words = torch.zeros(1, 1 + network.text_encoder.config["max_length"], dtype=torch.long)
+            inputs = torch.zeros(1, num_inputs, model.config["codebook_dim"])
+            return network(torch.zeros(1, dtype=torch.long), inputs, words=words, mask=words == 0)
+
+        return training_cost(CaptionedTransformer(model, encoder), both)
 
     def forward(network: NextScaleTransformer) -> object:
         config = network.config
@@ -444,22 +615,64 @@ def starting_point(run: PriorRun) -> tuple[MultiScaleVQVAE, NextScalePipeline | 
     )
 
 
+def text_encoder_of(run: PriorRun, saved: NextScalePipeline | None) -> TextEncoder | None:
+    """What reads the captions of a run; None for a prior of classes. UserError as `encoder_of`."""
+    encoder = encoder_of(run.text, None if saved is None else saved.text_encoder, run.from_model)
+    if encoder is None and saved is not None and saved.reads_text:
+        raise UserError(
+            f"{run.from_model} reads texts and was saved without its encoder. Pass --text FOLDER with that encoder."
+        )
+    if encoder is None and run.text != TextConfig():
+        raise UserError(f"{run.from_model} reads no texts, got settings of text. Pass --text small, or leave them out.")
+    if encoder is not None and saved is not None and saved.reads_text:
+        what = f"the text encoder {run.text.encoder}" if run.text.encoder else "the text encoder"
+        check_widths(encoder.text_width, encoder.pooled_width, saved.transformer, what)
+    return encoder
+
+
+def is_planned(encoder: TextEncoder, saved: NextScalePipeline | None) -> bool:
+    """Whether it is a new small encoder, which has no words yet."""
+    return isinstance(encoder, SmallTextEncoder) and (saved is None or encoder is not saved.text_encoder)
+
+
 def build_prior(
-    run: PriorRun, tokenizer: MultiScaleVQVAE, saved: NextScalePipeline | None, class_names: Sequence[str]
+    run: PriorRun,
+    tokenizer: MultiScaleVQVAE,
+    saved: NextScalePipeline | None,
+    class_names: Sequence[str],
+    encoder: TextEncoder | None = None,
 ) -> NextScaleTransformer:
-    """The prior to train on images of these classes: new, or a saved one; UserError where arguments contradict it."""
+    """The prior to train on images of these classes, or on what `encoder` makes of their captions: new, or a saved one.
+
+    Captions take the place of classes; a saved prior of classes keeps these beside. UserError where arguments
+    contradict the saved one.
+    """
     wanted = given(run.model)
+    text = {}
+    if encoder is not None:
+        sees_words = run.text.cross_attention is not False
+        text = {"text_pooled_width": encoder.pooled_width, "text_width": encoder.text_width if sees_words else None}
     num_classes, refined = len(class_names), run.refinement_probability > 0
     if saved is not None:
         refuse_contradictions(saved.transformer.config, wanted, run.from_model)
         kept = kept_classes(class_names, names_in_order(saved.class_names))
-        return with_new_classes(saved.transformer, num_classes, kept=kept, mask_embedding=refined)
+        source = saved.transformer
+        if saved.reads_text and run.text.cross_attention not in (None, source.config["text_width"] is not None):
+            raise UserError(
+                f"{run.from_model} keeps its network, got text.cross_attention {run.text.cross_attention}. "
+                "Leave it out."
+            )
+        if saved.reads_text and not saved.num_classes:
+            num_classes = 0
+        same = with_new_classes(source, num_classes, kept=kept, mask_embedding=refined)
+        return same if saved.reads_text or not text else with_text(same, **text)
     model = NextScaleTransformer(
         scale_sizes=tokenizer.schedule.sizes,
         codebook_size=tokenizer.config["codebook_size"],
         codebook_dim=tokenizer.config["codebook_dim"],
-        num_classes=num_classes,
+        num_classes=0 if text else num_classes,
         has_mask_embedding=refined,
+        **text,
         **wanted,
     )
     if run.scales_per_step is not None and not model.is_markov:
@@ -488,6 +701,25 @@ def with_new_classes(
     if model.mask_embedding is not None:
         state.setdefault("mask_embedding", torch.zeros_like(model.mask_embedding))
     rows = [(kept or {}).get(label, source.null_class_id) for label in range(num_classes + 1)]
-    state["class_embedding.weight"] = state["class_embedding.weight"][rows].clone()
+    if source.class_embedding is not None:  # a prior of texts alone has no table
+        state["class_embedding.weight"] = state["class_embedding.weight"][rows].clone()
+    model.load_state_dict(state)
+    return model
+
+
+def with_text(source: NextScaleTransformer, *, text_pooled_width: int, text_width: int | None) -> NextScaleTransformer:
+    """The saved prior of classes, told of texts too, which change nothing at the start: all that adds them is zero."""
+    widths = {"text_pooled_width": text_pooled_width, "text_width": text_width}
+    model = NextScaleTransformer(**(source.config | widths))
+    assert model.text_start is not None and source.class_embedding is not None, "of texts, from classes"
+    state = model.state_dict() | source.state_dict()
+    for name in ("text_start.weight", "text_start.bias"):
+        state[name] = torch.zeros_like(state[name])
+    if model.class_embedding is None:  # nothing but the vector of no class: it is what no text says from now on
+        state["text_start.bias"] = state.pop("class_embedding.weight")[0].clone()
+    if source.config["norm"] == "rms_sandwich" and text_width is not None:
+        for number in range(source.config["num_layers"]):
+            name = f"blocks.{number}.cross_attention_norm_out.weight"
+            state[name] = torch.zeros_like(state[name])
     model.load_state_dict(state)
     return model

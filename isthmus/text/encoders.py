@@ -139,15 +139,17 @@ class SmallTextEncoder(SavedModel):
         words = [*_alphabet(), *(one + other for one, other in merges)]
         return _bpe(BPE({word: number for number, word in enumerate(words)}, cast("list[tuple[str, str]]", merges)))
 
-    def word_ids(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b words"], Bool[Tensor, "b words"]]:
+    def word_ids(
+        self, prompts: Sequence[str], *, warn: bool = True
+    ) -> tuple[Int[Tensor, "b words"], Bool[Tensor, "b words"]]:
         """Numbers of the words of each prompt behind the start word, and True where there is one.
 
-        A prompt that is too long is cut, with a warning that says where.
+        A prompt that is too long is cut, with a warning that says where, or without one.
         """
         encoded = self.tokenizer.encode_batch(list(prompts))
         limit = self.config["max_length"]
         for prompt, one in zip(prompts, encoded, strict=True):
-            if len(one.ids) > limit:
+            if warn and len(one.ids) > limit:
                 first, end = one.offsets[limit]
                 logger.warning(
                     "a prompt has %d words and only %d are read: it is cut before %r, after %r",

@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from isthmus.errors import UserError, nearest
 from isthmus.pipelines.options import SamplingOptions, guidance_text, parse_guidance, parse_smooth, smooth_text
+from isthmus.training.arguments import arguments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,12 +280,49 @@ class TokensRun(Run):
             )
 
 
+SMALL = "small"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(
+    arguments_of("isthmus.text.encoders:SmallTextEncoder", ["width", "num_layers", "num_heads", "max_length"])
+):
+    """Captions in the place of classes, and what reads them; None takes the default, or with --from the model's."""
+
+    encoder: str = ""
+    """small: an encoder that is trained together with the prior. A folder of a text encoder of transformers (T5, CLIP,
+    BERT), or of one that a model was saved with: it stays frozen. Empty reads no captions, or with --from a model of
+    texts goes on with its encoder."""
+    num_words: int | None = None
+    """small: words of the vocabulary that is learned from the training captions; None is 2000."""
+    cross_attention: bool | None = None
+    """Whether every block looks at the words, or the prior knows the vector of the whole caption alone; None is yes."""
+    drop: float = 0.1
+    """Share of captions replaced by the empty one, for guidance."""
+
+    def __post_init__(self):
+        must("be positive", self, "width", "num_layers", "num_heads")
+        must("lie in [0, 1]", self, "drop")
+        if self.max_length is not None and self.max_length < 3:
+            raise UserError(f"text.max_length must be at least 3, got {self.max_length}.")
+        if self.num_words is not None and self.num_words < 256:
+            raise UserError(f"text.num_words must be at least 256, one for each byte, got {self.num_words}.")
+        if self.encoder not in ("", SMALL):
+            for name in ("width", "num_layers", "num_heads", "num_words"):
+                if (value := getattr(self, name)) is not None:
+                    raise UserError(
+                        f"text.{name} is of the small encoder, got {value} with {self.encoder}. Leave it out."
+                    )
+
+
 AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 def run_to_json(run: Run) -> dict[str, Any]:
-    """Plain values of a run, for run.json."""
-    return json.loads(json.dumps(asdict(run), default=str))
+    """Plain values of a run, for run.json; fields that came later are left out at their defaults, as of before."""
+    later = {f.name for f in fields(run) if f.metadata.get("later") and getattr(run, f.name) == f.default_factory()}  # pyright: ignore[reportCallIssue]
+    values = {name: value for name, value in asdict(run).items() if name not in later}
+    return json.loads(json.dumps(values, default=str))
 
 
 def run_from_json(kind: type[AnyRun], values: dict[str, Any]) -> AnyRun:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from isthmus.data.avatars import Avatars, AvatarStream, StreamedAvatars, styles_named
@@ -139,6 +139,10 @@ def dropped_labels(
     labels: Int[Tensor, " b"], positions: Int[Tensor, " b"], *, rate: float, null_class_id: int, seed: int
 ) -> Int[Tensor, " b"]:
     """Labels with a share `rate` replaced by the null label; decided per training position."""
+    return torch.where(dropped(positions, rate=rate, seed=seed).to(labels.device), null_class_id, labels)
+
+
+def dropped(positions: Int[Tensor, " b"], *, rate: float, seed: int) -> Bool[Tensor, " b"]:
+    """Which samples are trained without being told what they show, for guidance: a share `rate`, by position."""
     coins = [stream(seed, LABEL_DROP, int(position)).random() for position in positions]
-    dropped = torch.tensor(coins, dtype=torch.float64, device=labels.device) < rate
-    return torch.where(dropped, null_class_id, labels)
+    return torch.tensor(coins, dtype=torch.float64) < rate

@@ -214,11 +214,13 @@ def check_folder(run: Run) -> None:
     if newest is None:
         return
     before, now = record["run"], run_to_json(run)
-    changed = sorted(name for name in now if name not in _FREE_FIELDS and before.get(name) != now[name])
+    # a field at its default may be in neither
+    known = {*now, *(before.keys() & vars(run).keys())} - {*_FREE_FIELDS}
+    changed = sorted(name for name in known if before.get(name) != now.get(name))
     if changed == ["num_steps"]:
         _check_length(run, before["num_steps"], step_of(newest))
     elif changed:
-        details = ", ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed[:3])
+        details = ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed[:3])
         raise UserError(
             f"{run.out} holds a run with other settings ({details}). Continue it with its own settings "
             f"(--config {path}), or choose another --out."

@@ -123,18 +123,22 @@ def export_pipeline(
     source: ImageSource | ImageStream,
     options: SamplingOptions,
     kind: Callable[..., SavedPipeline],
+    *,
+    class_names: Sequence[str] | None = None,
+    prompt: str = "",
     **networks: object,
 ) -> Path:
     """Write a pipeline of `networks` into the run's folder: a trained run loads like a downloaded model.
 
-    `options` become the defaults of a call. Raises UserError where the disk is full.
+    `options` become the defaults of a call, `class_names` None are those of the images, `prompt` is an example for the
+    card of a model of texts. Raises UserError where the disk is full.
     """
     if accelerator.is_main_process:
         pipeline = kind(
             **networks,
-            class_names=source.class_names,
+            class_names=source.class_names if class_names is None else class_names,
             sampling_defaults=options,
-            data={"name": source.name, "attribution": source.attribution},
+            data={"name": source.name, "attribution": source.attribution} | ({"prompt": prompt} if prompt else {}),
             protocol=f"{run.num_steps} steps of {run.batch_size} images, seed {run.seed}, averaged weights (decay "
             f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl",
         )

@@ -1,7 +1,7 @@
 """Train a prior on the tokens of a frozen tokenizer (`isthmus train prior`): VAR and SRDD, or the Llama of D-AR."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -86,6 +86,9 @@ class PriorTask(Protocol):
         """Whether a step may leave parameters without a gradient."""
         return False
 
+    def with_cache(self, cache: TokenCache) -> None:
+        """Take over what the cache holds beside tokens and labels, before the network is prepared: nothing."""
+
     def compile(self) -> None:
         """Send the blocks of the network through `torch.compile`, where the run asks for it."""
 
@@ -147,9 +150,7 @@ def train_prior(run: TokensRun) -> Path:
     )
     task = kind(run)
     task.place(accelerator.device)
-    bare, train = task.network, task.train
-    if run.checkpoint_activations:
-        bare.enable_gradient_checkpointing()
+    train = task.train
     write_record(
         accelerator,
         run,
@@ -160,6 +161,10 @@ def train_prior(run: TokensRun) -> Path:
     )
     with accelerator.main_process_first():
         cache = open_cache(run, task)
+    task.with_cache(cache)
+    bare = task.network
+    if run.checkpoint_activations:
+        bare.enable_gradient_checkpointing()
     validation = held_out_tokens(task) if accelerator.is_main_process else None
 
     model, optimizer = accelerator.prepare(bare, adamw(bare, run.optim))
@@ -261,12 +266,17 @@ def open_cache(run: TokensRun, task: PriorTask) -> TokenCache:
     )
 
 
+def measured_images(held_out: ImageSource) -> Sequence[int]:
+    """Numbers of the held-out images whose likelihood is measured while training."""
+    return spread(len(held_out), _VALIDATION_IMAGES)
+
+
 @torch.no_grad()
 def held_out_tokens(task: PriorTask) -> tuple[Tensor, Tensor]:
     """Token ids (n, L) and labels (n,) of held-out images, without augmentation."""
     views, device = EvaluationImages(task.held_out, task.image_size), task.tokenizer.device
     ids, labels = [], []
-    chosen = spread(len(views), _VALIDATION_IMAGES)
+    chosen = measured_images(task.held_out)
     for start in range(0, len(chosen), 64):
         batch = views.__getitems__(chosen[start : start + 64])
         ids.append(task.token_ids(batch["image"].to(device)))

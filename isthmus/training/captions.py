@@ -1,0 +1,136 @@
+"""Captions in training: what a sample is told, and the encoder that reads it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from isthmus.data.source import ImageSource, ImageStream
+from isthmus.errors import UserError
+from isthmus.nn.component_files import read_config
+from isthmus.nn.draws import CAPTION, stream
+from isthmus.nn.saved_model import without_values
+from isthmus.text.encoders import SmallTextEncoder, TextFeatures, learned_merges
+from isthmus.text.pretrained import PretrainedTextEncoder
+from isthmus.training.config import SMALL, TextConfig
+from isthmus.training.images import dropped
+from isthmus.training.saved_networks import refuse_contradictions
+
+TextEncoder = SmallTextEncoder | PretrainedTextEncoder
+
+_KEPT_BYTES = 2**30
+
+
+def encoder_of(config: TextConfig, saved: TextEncoder | None, name: str = "") -> TextEncoder | None:
+    """What reads the captions of a run: a new small encoder (no words yet, no values), a frozen one, or that of the
+    saved model `name`; None where nothing is said of text.
+
+    Raises UserError for a folder that holds no encoder, and for settings that contradict the saved one.
+    """
+    sizes = ("width", "num_layers", "num_heads", "max_length")
+    wanted = {size: value for size in sizes if (value := getattr(config, size)) is not None}
+    if saved is not None and config.encoder in ("", SMALL):
+        if isinstance(saved, SmallTextEncoder):
+            refuse_contradictions(saved.config, wanted, name, options="text")
+            refused = {"num_words": config.num_words}
+        elif config.encoder == SMALL:
+            raise UserError(f"{name} was trained with a frozen text encoder, got --text small. Leave it out.")
+        else:
+            refused = {**wanted, "num_words": config.num_words}
+        for setting, value in refused.items():
+            if value is not None:
+                raise UserError(
+                    f"{name} keeps its text encoder, words included, got text.{setting} {value}. Leave it out."
+                )
+        return saved
+    if config.encoder == SMALL:
+        with without_values():
+            return SmallTextEncoder(**wanted)
+    if not config.encoder:
+        return None
+    folder = Path(config.encoder).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"text.encoder must be small or the folder of a text encoder, got {config.encoder}, which is no folder."
+        )
+    if (folder / "config.json").is_file() and read_config(folder).get("_class_name") == PretrainedTextEncoder.__name__:
+        if wanted:
+            raise UserError(f"{folder} has its max_length, got text.max_length {wanted['max_length']}. Leave it out.")
+        return PretrainedTextEncoder.from_pretrained(folder)
+    return PretrainedTextEncoder.from_folders(folder, **wanted)
+
+
+def with_words(planned: SmallTextEncoder, captions: Sequence[str], num_words: int | None) -> SmallTextEncoder:
+    """The planned encoder with the words of these captions, and first weights."""
+    merges = learned_merges(captions) if num_words is None else learned_merges(captions, num_words=num_words)
+    return SmallTextEncoder(**{**planned.config, "merges": merges})
+
+
+def check_captions(*splits: ImageSource | ImageStream) -> None:
+    """Raise UserError unless these data have captions."""
+    for source in splits:
+        if not (source.has_captions if isinstance(source, ImageStream) else source.captions is not None):
+            raise UserError(
+                f"a prior of texts is trained on images with captions, {source.name} has none. Use avatars, write a "
+                ".txt beside each image, or name a --caption-column."
+            )
+
+
+class Captions:
+    """What every training sample is told: a caption of its image, in other words each time where the data know how.
+
+    Decided per training position, by (seed, position): neither the batch nor the number of processes matters.
+
+    Args:
+        source: the data, which know how to vary a caption.
+        texts: the caption of each image.
+        drop: share of the samples that are told nothing, the same that lose their class.
+        seed: of the run.
+    """
+
+    def __init__(self, source: ImageSource | ImageStream, texts: Sequence[str], *, drop: float, seed: int):
+        self.source, self.texts, self.drop, self.seed = source, texts, drop, seed
+
+    def told(self, images: Int[Tensor, " b"], positions: Int[Tensor, " b"]) -> list[str]:
+        """The caption of each sample, from the numbers of images and positions; "" where it was dropped."""
+        gone = dropped(positions, rate=self.drop, seed=self.seed).tolist()
+        rows = zip(images.tolist(), positions.tolist(), gone, strict=True)
+        return ["" if lost else self._varied(image, position) for image, position, lost in rows]
+
+    def _varied(self, image: int, position: int) -> str:
+        return self.source.varied_caption(self.texts[image], stream(self.seed, CAPTION, position))
+
+
+class FrozenFeatures:
+    """What a frozen encoder makes of captions: each is read once, and up to a gibibyte of results is kept."""
+
+    def __init__(self, encoder: PretrainedTextEncoder, *, kept_bytes: int = _KEPT_BYTES):
+        self.encoder, self._kept_bytes, self._bytes = encoder, kept_bytes, 0
+        self._known: dict[str, TextFeatures] = {}
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> TextFeatures:
+        """Features of captions on the encoder's device, padded to the longest."""
+        asked = dict.fromkeys(captions)
+        found = {caption: self._known[caption] for caption in asked if caption in self._known}
+        if new := [caption for caption in asked if caption not in found]:
+            read = self.encoder.encode(new)
+            for row, caption in enumerate(new):
+                found[caption] = self._keep(caption, read.rows(slice(row, row + 1)))
+        return TextFeatures.joined([found[caption] for caption in captions])
+
+    def _keep(self, caption: str, text: TextFeatures) -> TextFeatures:
+        length = int(text.mask[0].nonzero().max()) + 1
+        # copies: a view would keep the whole batch
+        own = TextFeatures(text.hidden[:, :length].clone(), text.mask[:, :length].clone(), text.pooled.clone())
+        self._known[caption] = own
+        self._bytes += _size(own)
+        while self._bytes > self._kept_bytes and len(self._known) > 1:
+            self._bytes -= _size(self._known.pop(next(iter(self._known))))
+        return own
+
+
+def _size(text: TextFeatures) -> int:
+    return sum(part.numel() * part.element_size() for part in (text.hidden, text.mask, text.pooled))
