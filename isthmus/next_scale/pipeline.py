@@ -522,7 +522,7 @@ class NextScalePipeline(SavedPipeline):
         every prompt some words.
         `isthmus.pictures.heat_map` draws it over the central square of a picture, which is what is read of one.
         """
-        wordless = given["text"] is None and "" in prompt_list(given["prompt"])
+        wordless = given.get("text") is None and "" in prompt_list(given.get("prompt"))
         if wordless and any(label is None for label in label_list(class_labels)):
             what = "prompt" if self.num_classes == 0 and self.reads_text else "class"
             raise UserError(f"evidence is evidence for a {what}, got None. Pass a {what} for every image.")
