@@ -199,7 +199,8 @@ class SizeCondition(nn.Module):
         super().__init__()
         if width % 8:
             raise UserError(f"width must be a multiple of 8 for a size condition, got {width}.")
-        self.register_buffer("frequency_bits", torch.randn(width // 8).view(torch.int32))
+        # normal_, not randn: it is left out where a network has shapes alone (`without_values`)
+        self.register_buffer("frequency_bits", torch.empty(width // 8).normal_().view(torch.int32))
         self.projection = nn.Linear(width, width)
 
     def forward(self, image_sizes: Int[Tensor, "b 2"]) -> Float[Tensor, "b width"]:

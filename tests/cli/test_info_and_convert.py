@@ -9,7 +9,7 @@ from isthmus.nn.guidance import GuidanceSchedule
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.pipelines.options import SamplingOptions
 from tests.parity.published_dar_files import write_published_files
-from tests.text.test_pretrained import write_tokenizer
+from tests.text.test_pretrained import write_network, write_tokenizer
 
 TOKENIZER, PRIOR = "var/vqvae_state.safetensors", "var/var_base_state.safetensors"
 SWITTI = "switti/main_state.safetensors"
@@ -139,6 +139,7 @@ def test_files_that_do_not_belong_together_are_refused(refused, golden, clip_fol
     dar_tokenizer, dar_prior = write_published_files(golden, tmp_path)
     heads = ("--num-heads", 4)
     switti, clip_l, clip_g = golden.path(SWITTI), clip_folders[1], clip_folders[3]
+    projected = write_network("clip_with_projection", tmp_path / "projected")
     swapped = ("--text-encoder", clip_g, "--text-encoder-2", clip_l)
     for family, first, second, more, said in [
         ("var", tmp_path / "half.safetensors", prior, (), "codebook_size"),
@@ -152,6 +153,7 @@ def test_files_that_do_not_belong_together_are_refused(refused, golden, clip_fol
         ("switti", tokenizer, prior, clip_folders, "it is a VAR prior"),
         ("switti", tmp_path / "half.safetensors", switti, clip_folders, "codebook_size"),
         ("switti", tokenizer, switti, clip_folders[:2], "text_width of the transformer, 40, got 16"),
+        ("switti", tokenizer, switti, ("--text-encoder", projected), "CLIPTextModelWithProjection in one of"),
         ("switti", tokenizer, switti, swapped, "text_pooled_width of the transformer, 24, got 16"),
         ("dar", dar_prior, dar_tokenizer, heads, "it is a D-AR prior"),
         ("dar", golden.path("dar/tok_b_weights.safetensors"), dar_prior, heads, "codebook_size"),
