@@ -201,9 +201,13 @@ def test_a_number_and_a_sequence():
 
 
 def test_a_schedule_survives_json():
-    schedule = GuidanceSchedule("cosine", 1.0, 4.0, last_guided_step=5)
+    schedule = GuidanceSchedule("cosine", 1.0, 4.0, last_guided_step=5, first_guided_step=2)
     assert GuidanceSchedule(**json.loads(json.dumps(schedule.to_dict()))) == schedule
     assert set(schedule.to_dict()) == {field.name for field in dataclasses.fields(schedule)}
+    # records of before have no first step, and are written as they were
+    from_the_first = dataclasses.replace(schedule, first_guided_step=0)
+    assert GuidanceSchedule(**from_the_first.to_dict()) == from_the_first
+    assert "first_guided_step" not in from_the_first.to_dict()
 
 
 def test_values_that_are_no_numbers_and_sequences_of_another_length_are_refused():
