@@ -39,7 +39,15 @@ from isthmus.pipelines.labels import names_in_order
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
 from isthmus.training.arguments import given
-from isthmus.training.captions import Captions, FrozenFeatures, TextEncoder, check_captions, encoder_of, with_words
+from isthmus.training.captions import (
+    Captions,
+    FrozenFeatures,
+    TextEncoder,
+    check_captions,
+    encoder_of,
+    warn_of_cut_captions,
+    with_words,
+)
 from isthmus.training.config import TextConfig, TokensRun
 from isthmus.training.cost import Cost, num_parameters, report, training_cost
 from isthmus.training.images import dropped_labels, open_split, open_splits
@@ -408,6 +416,7 @@ class NextScalePriorTask(NextScaleTask):
         if isinstance(self.text_encoder, SmallTextEncoder):
             if self._learns_words:
                 self.text_encoder = with_words(self.text_encoder, cache.captions, self.run.text.num_words)
+            warn_of_cut_captions(self.text_encoder, cache.captions)
             self.network = CaptionedTransformer(self.transformer, self.text_encoder)
 
     def place(self, device: torch.device) -> None:

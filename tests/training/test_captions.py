@@ -20,7 +20,7 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
-from isthmus.training.captions import Captions, FrozenFeatures, with_words
+from isthmus.training.captions import Captions, FrozenFeatures, warn_of_cut_captions, with_words
 from isthmus.training.config import TextConfig, run_from_json, run_to_json
 from isthmus.training.images import dropped
 from tests.text.test_pretrained import write_network
@@ -179,6 +179,15 @@ def test_words_are_learned_from_captions_alone(captioned):
     first, second = (with_words(planned, captions, 300).config["merges"] for _ in range(2))
     assert first == second and 0 < len(first) <= 300 - 256
     assert len(with_words(planned, captions, None).tokenizer.encode("a red square").ids) == 3
+
+
+def test_captions_that_are_cut_are_counted_once(caplog):
+    encoder = SmallTextEncoder(width=8, num_layers=1, num_heads=2, max_length=4)
+    warn_of_cut_captions(encoder, ["red", "reddish", "a red cat"])  # a word of this encoder is a byte
+    assert "2 of 3 captions are longer than the 4 words" in caplog.text
+    caplog.clear()
+    encoder.word_ids(["a red cat"], warn=False)
+    assert not caplog.text
 
 
 def test_fine_tuning_keeps_words_and_adds_them_to_classes(tmp_path, text_prior, trained_prior, captioned):
