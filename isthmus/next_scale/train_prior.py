@@ -459,8 +459,8 @@ class NextScalePriorTask(NextScaleTask):
         assert self.held_out.captions is not None, "checked at the start"
         shown = spread(len(self.held_out), _SHOWN_CAPTIONS)
         captions = [self.held_out.captions[i] for i in shown]
-        bare, encode = self.transformer_of(model), self._features or model.text_encoder.encode
-        features = encode([*captions, ""])
+        bare, said = self.transformer_of(model), self._words([*captions, ""])
+        features = said["text"] if self._features is not None else model.text_encoder(said["words"], said["mask"])
         classes = self._known_labels(torch.from_numpy(self.held_out.labels[shown])).to(bare.device)
 
         def draw(rows: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
