@@ -219,11 +219,7 @@ def test_what_does_not_fit_is_refused_in_words(
 def test_a_dry_run_counts_the_encoder(tmp_path, captioned, trained_tokenizer):
     run = prior_run(captioned, tmp_path / "run", trained_tokenizer)
     sizes = []
-    for one in (
-        run,
-        replace(run, text=replace(SMALL_TEXT, width=64)),
-        replace(run, text=replace(SMALL_TEXT, width=128)),
-    ):
+    for text in (TextConfig(), replace(SMALL_TEXT, width=64), replace(SMALL_TEXT, width=128)):
         said = NextScalePriorTask.describe(replace(run, text=text))
         sizes.append(float(said.split("parameters")[1].split("M")[0]))
     assert "captions of 2 kinds" in said and sizes[0] < sizes[1] < sizes[2]
