@@ -459,7 +459,7 @@ class NextScalePriorTask(NextScaleTask):
         assert self.held_out.captions is not None, "checked at the start"
         # drawn: classes may take turns, of which even steps would show one
         order = stream(PREVIEW_SEED, CAPTION).permutation(len(self.held_out))
-        shown = sorted(order[:_SHOWN_CAPTIONS].tolist())
+        shown: list[int] = sorted(order[:_SHOWN_CAPTIONS].tolist())
         captions = [self.held_out.captions[i] for i in shown]
         bare, said = self.transformer_of(model), self._words([*captions, ""])
         features = said["text"] if self._features is not None else model.text_encoder(said["words"], said["mask"])
