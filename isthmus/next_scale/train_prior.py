@@ -29,22 +29,30 @@ from isthmus.next_scale.sampling import AskedTexts, ScaleSampler
 from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer, NextScaleTransformerOutput
-from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
+from isthmus.nn.draws import CAPTION, DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import at_sides, guidance_at
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
 from isthmus.nn.stored_llama import fingerprint
-from isthmus.pictures import spread, to_pil
+from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import names_in_order
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
 from isthmus.training.arguments import given
-from isthmus.training.captions import Captions, FrozenFeatures, TextEncoder, check_captions, encoder_of, with_words
+from isthmus.training.captions import (
+    Captions,
+    FrozenFeatures,
+    TextEncoder,
+    check_captions,
+    encoder_of,
+    warn_of_cut_captions,
+    with_words,
+)
 from isthmus.training.config import TextConfig, TokensRun
 from isthmus.training.cost import Cost, num_parameters, report, training_cost
 from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
-from isthmus.training.previews import save_samples
+from isthmus.training.previews import PREVIEW_SEED, save_samples
 from isthmus.training.saved_networks import (
     averaged_model,
     export_pipeline,
@@ -407,6 +415,7 @@ class NextScalePriorTask(NextScaleTask):
         if isinstance(self.text_encoder, SmallTextEncoder):
             if self._learns_words:
                 self.text_encoder = with_words(self.text_encoder, cache.captions, self.run.text.num_words)
+            warn_of_cut_captions(self.text_encoder, cache.captions)
             self.network = CaptionedTransformer(self.transformer, self.text_encoder)
 
     def place(self, device: torch.device) -> None:
@@ -447,10 +456,12 @@ class NextScalePriorTask(NextScaleTask):
             super().save_samples(model, folder, step)
             return
         assert self.held_out.captions is not None, "checked at the start"
-        shown = spread(len(self.held_out), _SHOWN_CAPTIONS)
+        # drawn: classes may take turns, of which even steps would show one
+        order = stream(PREVIEW_SEED, CAPTION).permutation(len(self.held_out))
+        shown: list[int] = sorted(order[:_SHOWN_CAPTIONS].tolist())
         captions = [self.held_out.captions[i] for i in shown]
-        bare, encode = self.transformer_of(model), self._features or model.text_encoder.encode
-        features = encode([*captions, ""])
+        bare, said = self.transformer_of(model), self._words([*captions, ""])
+        features = said["text"] if self._features is not None else model.text_encoder(said["words"], said["mask"])
         classes = self._known_labels(torch.from_numpy(self.held_out.labels[shown])).to(bare.device)
 
         def draw(rows: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:

@@ -1,5 +1,6 @@
 """Captions in training: what a sample is told, and the encoder that reads it."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from isthmus.text.pretrained import PretrainedTextEncoder
 from isthmus.training.config import SMALL, TextConfig
 from isthmus.training.images import dropped
 from isthmus.training.saved_networks import refuse_contradictions
+
+logger = logging.getLogger("isthmus")
 
 TextEncoder = SmallTextEncoder | PretrainedTextEncoder
 
@@ -66,6 +69,16 @@ def with_words(planned: SmallTextEncoder, captions: Sequence[str], num_words: in
     """The planned encoder with the words of these captions, and first weights."""
     merges = learned_merges(captions) if num_words is None else learned_merges(captions, num_words=num_words)
     return SmallTextEncoder(**{**planned.config, "merges": merges})
+
+
+def warn_of_cut_captions(encoder: SmallTextEncoder, captions: Sequence[str]) -> None:
+    """Say once how many captions are longer than what is read of them; training then cuts them in silence."""
+    limit = encoder.config["max_length"]
+    if cut := sum(len(one.ids) > limit for one in encoder.tokenizer.encode_batch(list(captions))):
+        logger.warning(
+            "%d of %d captions are longer than the %d words that are read; what comes later is not learned",
+            *(cut, len(captions), limit),
+        )
 
 
 def check_captions(*splits: ImageSource | ImageStream) -> None:

@@ -20,11 +20,14 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
-from isthmus.training.captions import Captions, FrozenFeatures, with_words
+from isthmus.training.captions import Captions, FrozenFeatures, warn_of_cut_captions, with_words
 from isthmus.training.config import TextConfig, run_from_json, run_to_json
 from isthmus.training.images import dropped
+from tests.made_once import made_once
 from tests.text.test_pretrained import write_network
 from tests.training.tiny_runs import (
+    COLOURS,
+    SMALL_TEXT,
     assert_same,
     killed_after,
     log_lines,
@@ -32,33 +35,21 @@ from tests.training.tiny_runs import (
     tokenizer_run,
     train,
     weights,
+    with_captions,
     write_images,
 )
-
-SMALL = TextConfig(encoder="small", num_words=300, width=16, num_layers=1, num_heads=2, max_length=12)
-
-
-COLOURS = ("a red square", "a green square")
-
-
-def with_captions(data: str, path: Path) -> str:
-    """A copy of an npz of squares whose colour is said in words; returns its data spec."""
-    arrays = np.load(data.removeprefix("npz:"))
-    words = np.array([COLOURS[label] for label in arrays["arr_1"]])
-    np.savez(path, arr_0=arrays["arr_0"], arr_1=arrays["arr_1"], captions=words)
-    return f"npz:{path}"
 
 
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory, images) -> str:
     """The squares of `images`, their colour in words."""
-    return with_captions(images, tmp_path_factory.mktemp("captioned") / "squares.npz")
+    return made_once(tmp_path_factory, "captioned", lambda folder: with_captions(images, folder / "squares.npz"))
 
 
 @pytest.fixture(scope="session")
 def text_prior(captioned, trained, trained_tokenizer) -> Path:
     """Run folder of a prior of captions, trained for six steps."""
-    return trained("trained-text-prior", lambda out: prior_run(captioned, out, trained_tokenizer, text=SMALL))
+    return trained("trained-text-prior", lambda out: prior_run(captioned, out, trained_tokenizer, text=SMALL_TEXT))
 
 
 def test_a_run_of_captions_ends_in_a_model_that_is_asked_in_words(text_prior, captioned, trained_tokenizer):
@@ -75,7 +66,7 @@ def test_a_run_of_captions_ends_in_a_model_that_is_asked_in_words(text_prior, ca
 
 
 def test_a_killed_run_of_captions_goes_on_bit_for_bit(tmp_path, text_prior, captioned, trained_tokenizer):
-    run = prior_run(captioned, text_prior, trained_tokenizer, text=SMALL)
+    run = prior_run(captioned, text_prior, trained_tokenizer, text=SMALL_TEXT)
     again = killed_after(2, run, tmp_path / "again")
     train(again)
     assert_same(weights(again.out), weights(text_prior))
@@ -90,7 +81,7 @@ def test_other_captions_cost_bits(tmp_path, cross_attention):
     train(replace(first, loss=replace(first.loss, adversarial=0.0)))
     run = prior_run(data, tmp_path / "run", first.out, num_steps=150, batch_size=8, **often)
     run = replace(run, optim=replace(run.optim, learning_rate=1e-2))
-    model = load_pipeline(train(replace(run, text=replace(SMALL, cross_attention=cross_attention))), device="cpu")
+    model = load_pipeline(train(replace(run, text=replace(SMALL_TEXT, cross_attention=cross_attention))), device="cpu")
     source = open_source(data, image_size=model.image_size, split="val")
     images = [Image.fromarray(source.load(i)) for i in range(len(source))]
     assert source.captions is not None
@@ -135,7 +126,7 @@ def test_a_frozen_encoder_reads_a_caption_once(tmp_path):
 def test_settings_of_text_enter_a_record_only_where_there_are_some(tmp_path, captioned, trained_tokenizer):
     plain = prior_run(captioned, tmp_path, trained_tokenizer)
     assert "text" not in run_to_json(plain)
-    run = replace(plain, text=SMALL)
+    run = replace(plain, text=SMALL_TEXT)
     assert run_from_json(PriorRun, run_to_json(run)) == run
 
 
@@ -181,13 +172,22 @@ def test_words_are_learned_from_captions_alone(captioned):
     assert len(with_words(planned, captions, None).tokenizer.encode("a red square").ids) == 3
 
 
+def test_captions_that_are_cut_are_counted_once(caplog):
+    encoder = SmallTextEncoder(width=8, num_layers=1, num_heads=2, max_length=4)
+    warn_of_cut_captions(encoder, ["red", "reddish", "a red cat"])  # a word of this encoder is a byte
+    assert "2 of 3 captions are longer than the 4 words" in caplog.text
+    caplog.clear()
+    encoder.word_ids(["a red cat"], warn=False)
+    assert not caplog.text
+
+
 def test_fine_tuning_keeps_words_and_adds_them_to_classes(tmp_path, text_prior, trained_prior, captioned):
     again = prior_run(captioned, tmp_path / "again", "", from_model=str(text_prior), model=PriorModel())
     again = replace(again, num_steps=2, optim=replace(again.optim, warmup_steps=1))
     train(again)
     old, new = (load_pipeline(folder, device="cpu").text_encoder for folder in (text_prior, again.out))
     assert old.config == new.config and not torch.equal(old.norm.weight, new.norm.weight)
-    both = replace(again, out=tmp_path / "both", from_model=str(trained_prior), text=SMALL)
+    both = replace(again, out=tmp_path / "both", from_model=str(trained_prior), text=SMALL_TEXT)
     train(both)
     model = load_pipeline(both.out, device="cpu")
     assert model.num_classes == 2 and model.reads_text
@@ -197,7 +197,7 @@ def test_fine_tuning_keeps_words_and_adds_them_to_classes(tmp_path, text_prior, 
 def test_what_does_not_fit_is_refused_in_words(
     tmp_path, images, captioned, text_prior, trained_prior, trained_tokenizer
 ):
-    new = prior_run(images, tmp_path / "run", trained_tokenizer, text=SMALL)
+    new = prior_run(images, tmp_path / "run", trained_tokenizer, text=SMALL_TEXT)
     tuned = prior_run(captioned, tmp_path / "run", "", from_model=str(text_prior), model=PriorModel())
     refused = [
         (new, "images with captions"),
@@ -219,8 +219,8 @@ def test_what_does_not_fit_is_refused_in_words(
 def test_a_dry_run_counts_the_encoder(tmp_path, captioned, trained_tokenizer):
     run = prior_run(captioned, tmp_path / "run", trained_tokenizer)
     sizes = []
-    for one in (run, replace(run, text=replace(SMALL, width=64)), replace(run, text=replace(SMALL, width=128))):
-        said = NextScalePriorTask.describe(one)
+    for text in (TextConfig(), replace(SMALL_TEXT, width=64), replace(SMALL_TEXT, width=128)):
+        said = NextScalePriorTask.describe(replace(run, text=text))
         sizes.append(float(said.split("parameters")[1].split("M")[0]))
     assert "captions of 2 kinds" in said and sizes[0] < sizes[1] < sizes[2]
     assert not run.out.exists()

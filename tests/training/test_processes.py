@@ -16,6 +16,7 @@ from isthmus.training.saved_networks import averaged_model
 from tests.made_once import made_once
 from tests.testers import LOGGED
 from tests.training.tiny_runs import (
+    SMALL_TEXT,
     assert_same_log,
     diffusion_tokenizer_run,
     killed_after,
@@ -24,6 +25,7 @@ from tests.training.tiny_runs import (
     prior_run,
     tokenizer_run,
     train,
+    with_captions,
 )
 from tests.training.two_processes import same_tensors, three_llama_steps, three_steps, tiny_objective, tiny_prior
 
@@ -61,6 +63,10 @@ def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) 
         "tokenizer": tokenizer_run(images, folder / "one-tokenizer", revive_every=2, **long),
         # stochastic depth, label dropout, a batch in two parts
         "prior": prior_run(images, folder / "one-prior", multi_scale, accumulate=2, **long),
+        # an encoder of captions that is trained along
+        "captions": prior_run(
+            with_captions(images, folder / "captioned.npz"), folder / "one-captions", multi_scale, text=SMALL_TEXT
+        ),
         # steps that leave some weights without a gradient
         "scales": prior_run(images, folder / "one-scales", multi_scale, scales_per_step=1),
         # codebook start, uneven counts of tokens, statistics of the whole batch
@@ -92,7 +98,7 @@ def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) 
 
 
 def test_two_processes_train_what_one_trains(runs):
-    for name in (*TRAININGS, "scales"):
+    for name in (*TRAININGS, "captions", "scales"):
         lines = [line for line in log_lines(runs.two[name].out) if "train/loss" in line]
         assert len(lines) == runs.one[name].num_steps, name
         assert_same_log(runs.one[name].out, runs.two[name].out)

@@ -21,7 +21,7 @@ from isthmus.dar.runs import (
     NextTokenPriorRun,
 )
 from isthmus.next_scale.runs import PriorModel, PriorRun, TokenizerLoss, TokenizerModel, TokenizerRun
-from isthmus.training.config import OptimConfig, PriorSampling, Run, TokensRun
+from isthmus.training.config import OptimConfig, PriorSampling, Run, TextConfig, TokensRun
 from isthmus.training.train_prior import train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 from tests.testers import LOGGED
@@ -40,6 +40,7 @@ SIX = {
     "mixed_precision": "no",  # on every processor the same arithmetic
     "optim": OPTIM,
 }
+SMALL_TEXT = TextConfig(encoder="small", num_words=300, width=16, num_layers=1, num_heads=2, max_length=12)
 # two steps without quantisation, a codebook from encoder outputs, revival at every step
 CODES = {"continuous_steps": 2, "revive_every": 1}
 
@@ -53,6 +54,17 @@ def write_images(path: Path, *, count: int = 12, num_classes: int = 2, side: int
         top, left = generator.integers(0, side // 2, size=2)
         image[top : top + side // 2, left : left + side // 2, label % 3] = generator.integers(0, 100)
     np.savez(path, arr_0=images, **({"arr_1": labels} if num_classes else {}))
+    return f"npz:{path}"
+
+
+COLOURS = ("a red square", "a green square")
+
+
+def with_captions(data: str, path: Path) -> str:
+    """A copy of an npz of squares whose colour is said in words; returns its data spec."""
+    arrays = np.load(data.removeprefix("npz:"))
+    words = np.array([COLOURS[label] for label in arrays["arr_1"]])
+    np.savez(path, arr_0=arrays["arr_0"], arr_1=arrays["arr_1"], captions=words)
     return f"npz:{path}"
 
 
