@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import traceback
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ Batch = dict[str, Tensor]
 """The same with a batch axis in front."""
 
 
-class BatchedDataset(Dataset[Sample]):
+class BatchedDataset(Dataset[Sample], ABC):
     """Samples that are made by the batch: subclasses define `__getitems__`."""
 
     in_memory: bool
@@ -42,8 +43,8 @@ class BatchedDataset(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitems__(self, positions: Sequence[int]) -> Batch: ...
 
 
 def random_view(

@@ -9,6 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ class AttributeReader(SavedModel):
         super().__init__()
         widths = [12, width, 2 * width, 4 * width]
         self.trunk = nn.Sequential(nn.PixelUnshuffle(2))
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             self.trunk.append(nn.Conv2d(before, after, 3, stride=1 if before == 12 else 2, padding=1))
             self.trunk.append(nn.ReLU())
             self.trunk.append(nn.Conv2d(after, after, 3, padding=1))
