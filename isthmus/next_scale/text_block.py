@@ -7,7 +7,6 @@ the prompt alone (modulations, keys and values) is computed once per image, not 
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.nn.attention import Attend, FeedForward, Heads
+from isthmus.nn.attention import (
+    Attend,
+    FeedForward,
+    Heads,
+    TextKeysValues,
+    attention_to_words,
+    reciprocal_norm,
+    trains_on_cpu,
+)
 from isthmus.nn.rotary import RotaryTable, rotary_table
 
 _EPS = 1e-6  # of every norm here
@@ -101,19 +108,6 @@ class SandwichAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2).to(v.dtype))
 
 
-@dataclass
-class TextKeysValues:
-    """What the tokens of one block see of each prompt: a key and a value per word and head, and which words count."""
-
-    keys: Seen
-    values: Seen
-    mask: Bool[Tensor, "b seen"]
-
-    def rows(self, index: Int[Tensor, " rows"] | slice) -> "TextKeysValues":
-        """Those of the prompts in these rows."""
-        return TextKeysValues(self.keys[index], self.values[index], self.mask[index])
-
-
 class TextCrossAttention(nn.Module):
     """Queries from the tokens of a scale, keys and values from the words of a prompt; neither has a position.
 
@@ -135,7 +129,7 @@ class TextCrossAttention(nn.Module):
     def forward(self, x: Stream, text: TextKeysValues) -> Stream:
         """What each token makes of the words of its image's prompt."""
         q = _heads(_normed(self.q(x), text.values.dtype), self.num_heads)
-        mixed = F.scaled_dot_product_attention(q, text.keys, text.values, text.mask[:, None, None])
+        mixed = attention_to_words(q, text.keys, text.values, text.mask, 1 / math.sqrt(q.shape[-1]))
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -159,6 +153,46 @@ class GatedTextBranch(nn.Module):
     def forward(self, x: Stream, text: TextKeysValues) -> Stream:
         """The stream with the branch added to it."""
         return torch.addcmul(x, self.gate, self.attention(self.norm(x), text))
+
+
+class SharedTextAttention(nn.Module):
+    """Keys and values of words for the first heads of every block's own attention, in a softmax of their own.
+
+    The queries are those that look at tokens, and what is seen of words is added behind a gate that is zero at the
+    start, as in `GatedTextBranch`: a token costs no projection more, and all blocks are served by one product.
+
+    Args:
+        num_layers: blocks.
+        num_heads: heads of each that look at words, `head_width` wide.
+        text_width: of the vector of a word.
+        unit_keys: keys of length 1 times a learned factor per head, for blocks whose queries have unit length.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, head_width: int, text_width: int, *, unit_keys: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(text_width, eps=_EPS)
+        self.kv = nn.Linear(text_width, num_layers * 2 * num_heads * head_width)
+        self.log_scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if unit_keys else None
+        self.gate = nn.Parameter(torch.zeros(num_layers, num_heads, head_width))
+
+    def forward(self, words: Words, mask: Bool[Tensor, "b seen"]) -> tuple[TextKeysValues, ...]:
+        """What each block sees of prompts, for all scales. At least one word of each must count."""
+        layers, heads, width = self.gate.shape
+        # a batch of captions is half padding
+        places = mask.flatten().nonzero().squeeze(1) if trains_on_cpu(words) else None
+        rows = words.flatten(0, 1) if places is None else words.flatten(0, 1)[places]
+        k, v = self.kv(self.norm(rows)).unflatten(-1, (layers, 2, heads, width)).unbind(2)
+        if self.log_scale is not None:
+            k = k * (reciprocal_norm(k) * self.log_scale.exp())
+
+        def laid_out(x: Float[Tensor, "rows layers heads c"]) -> tuple[Seen, ...]:
+            if places is not None:
+                x = x.new_zeros(mask.numel(), *x.shape[1:]).index_copy(0, places, x)
+            return x.unflatten(0, mask.shape).permute(2, 0, 3, 1, 4).unbind(0)
+
+        pairs = zip(laid_out(k.to(v.dtype)), laid_out(v * self.gate.to(v.dtype)), strict=True)
+        return tuple(TextKeysValues(keys, values, mask) for keys, values in pairs)
 
 
 def crop_values(image_sizes: Int[Tensor, "b 2"]) -> Int[Tensor, "b 4"]:

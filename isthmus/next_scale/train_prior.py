@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -661,18 +662,25 @@ def build_prior(
     wanted = given(run.model)
     text = {}
     if encoder is not None:
-        sees_words = run.text.cross_attention is not False
-        text = {"text_pooled_width": encoder.pooled_width, "text_width": encoder.text_width if sees_words else None}
+        text = {"text_pooled_width": encoder.pooled_width, "text_width": None, "text_heads": None}
+        if run.text.cross_attention is not False:
+            design = _defaults() | wanted if saved is None else saved.transformer.config
+            text |= {"text_width": encoder.text_width, "text_heads": text_heads(run.text, design)}
     num_classes, refined = len(class_names), run.refinement_probability > 0
     if saved is not None:
         refuse_contradictions(saved.transformer.config, wanted, run.from_model)
         kept = kept_classes(class_names, names_in_order(saved.class_names))
         source = saved.transformer
-        if saved.reads_text and run.text.cross_attention not in (None, source.config["text_width"] is not None):
-            raise UserError(
-                f"{run.from_model} keeps its network, got text.cross_attention {run.text.cross_attention}. "
-                "Leave it out."
-            )
+        if saved.reads_text:
+            has = {
+                "cross_attention": source.config["text_width"] is not None,
+                "attention": "own" if source.config["text_heads"] is None else "shared",
+            }
+            for name, value in has.items():
+                if getattr(run.text, name) not in (None, value):
+                    raise UserError(
+                        f"{run.from_model} keeps its network, got text.{name} {getattr(run.text, name)}. Leave it out."
+                    )
         if saved.reads_text and not saved.num_classes:
             num_classes = 0
         same = with_new_classes(source, num_classes, kept=kept, mask_embedding=refined)
@@ -718,10 +726,24 @@ def with_new_classes(
     return model
 
 
-def with_text(source: NextScaleTransformer, *, text_pooled_width: int, text_width: int | None) -> NextScaleTransformer:
+def _defaults() -> dict[str, Any]:
+    """Arguments of a transformer of which nothing is said."""
+    return {name: one.default for name, one in signature(NextScaleTransformer).parameters.items()}
+
+
+def text_heads(config: TextConfig, design: Mapping[str, Any]) -> int | None:
+    """How many heads look at words, a third of those of a block of this design; None for an attention of its own."""
+    fits = design["norm"] == "layer" and design["position"] == "learned"
+    wanted = config.attention or ("shared" if fits else "own")
+    return -(-design["num_heads"] // 3) if wanted == "shared" else None
+
+
+def with_text(
+    source: NextScaleTransformer, *, text_pooled_width: int, text_width: int | None, text_heads: int | None = None
+) -> NextScaleTransformer:
     """The saved prior of classes, told of texts too, which change nothing at the start: all that adds them is zero."""
-    widths = {"text_pooled_width": text_pooled_width, "text_width": text_width}
-    model = NextScaleTransformer(**(source.config | widths))
+    added = {"text_pooled_width": text_pooled_width, "text_width": text_width, "text_heads": text_heads}
+    model = NextScaleTransformer(**(source.config | added))
     assert model.text_start is not None and source.class_embedding is not None, "of texts, from classes"
     state = model.state_dict() | source.state_dict()
     for name in ("text_start.weight", "text_start.bias"):

@@ -20,9 +20,9 @@ from isthmus.next_scale.pyramid import ScaleSchedule
 from isthmus.next_scale.text_block import (
     GatedTextBranch,
     SandwichBlock,
+    SharedTextAttention,
     SizeCondition,
     SwiGLU,
-    TextKeysValues,
     scale_rotary_table,
 )
 from isthmus.nn.attention import (
@@ -30,6 +30,7 @@ from isthmus.nn.attention import (
     FeedForward,
     KeyValueCache,
     MultiHeadAttention,
+    TextKeysValues,
     causal_attention,
     markov_attention,
     trains_on_cpu,
@@ -137,7 +138,8 @@ class Conditioning:
 class NextScaleBlock(nn.Module):
     """Attention and feed-forward, each behind a modulated norm and a gate (spec of VAR, 2.3).
 
-    With `text_width`, a look at the words of a prompt lies between the two, behind a gate that is zero at the start.
+    With `text_width`, a cross-attention to the words of a prompt lies between the two, behind a gate that is zero at
+    the start.
     """
 
     def __init__(
@@ -213,6 +215,8 @@ class NextScaleTransformer(SavedModel):
         text_pooled_width: width of the vector of a whole prompt. Its linear image is the vector that a class would
             give, and is added to that where there are classes too. None reads no text.
         text_width: width of the vectors of a prompt's words, at which every block looks. None reads the whole alone.
+        text_heads: how many heads of every block's own attention look at the words too, which costs little. None gives
+            every block a cross-attention of its own.
         norm: "layer" is VAR's block; "rms_sandwich" is Switti's, with an RMS norm before and behind every branch, and
             queries and keys normalised over the whole width.
         position: "learned" is a vector per token; "rope2d" turns queries and keys by row and column instead, on grids
@@ -229,6 +233,7 @@ class NextScaleTransformer(SavedModel):
     later_arguments: ClassVar[Mapping[str, Any]] = {
         "text_pooled_width": None,
         "text_width": None,
+        "text_heads": None,
         "norm": "layer",
         "position": "learned",
         "rope_base": 10_000.0,
@@ -259,6 +264,7 @@ class NextScaleTransformer(SavedModel):
         has_mask_embedding: bool = False,
         text_pooled_width: int | None = None,
         text_width: int | None = None,
+        text_heads: int | None = None,
         norm: _Norm = "layer",
         position: _Position = "learned",
         rope_base: float = 10_000.0,
@@ -292,13 +298,18 @@ class NextScaleTransformer(SavedModel):
             if norm == "layer":
                 return NextScaleBlock(
                     width, num_heads, mlp_ratio, l2_attention=l2_attention, shared_adaln=shared_adaln,
-                    norm_eps=norm_eps, text_width=text_width,
+                    norm_eps=norm_eps, text_width=text_width if text_heads is None else None,
                 )  # fmt: skip
             swiglu = feed_forward == "swiglu"
             feed = SwiGLU(width, int(width * mlp_ratio)) if swiglu else FeedForward(width, round(width * mlp_ratio))
             return SandwichBlock(width, num_heads, feed, text_width=text_width, size_condition=size_condition)
 
         self.blocks = nn.ModuleList(block() for _ in range(num_layers))
+        self.shared_text = None
+        if text_width is not None and text_heads is not None:
+            self.shared_text = SharedTextAttention(
+                num_layers, text_heads, width // num_heads, text_width, unit_keys=l2_attention
+            )
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, codebook_size)
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if has_mask_embedding else None
@@ -332,6 +343,18 @@ class NextScaleTransformer(SavedModel):
             raise UserError(
                 f"a text is read as words and as a whole, got text_width {config['text_width']} alone. Pass "
                 "text_pooled_width too."
+            )
+        if config["text_heads"] is not None:
+            self._check_text_heads(config["text_heads"])
+
+    def _check_text_heads(self, text_heads: int) -> None:
+        for name, needed in (("norm", "layer"), ("position", "learned")):
+            if self.config[name] != needed:
+                raise UserError(f"text_heads belong to {name} {needed}, got {self.config[name]}. Leave them out.")
+        if self.config["text_width"] is None or not 0 < text_heads <= self.config["num_heads"]:
+            raise UserError(
+                f"text_heads are some of the {self.config['num_heads']} heads that look at the words of a text, got "
+                f"{text_heads} with text_width {self.config['text_width']}. Pass text_width, and at least 1 head."
             )
 
     @property
@@ -377,6 +400,8 @@ class NextScaleTransformer(SavedModel):
             sandwich = isinstance(block, SandwichBlock)
             blocks.append(block.modulate(start, size) if sandwich else block.modulation(source))
             seen.append(None if text is None else block.keys_values(text.hidden.to(self.dtype), text.mask))
+        if text is not None and self.shared_text is not None:
+            seen = self.shared_text(text.hidden.to(self.dtype), text.mask)
         head = self.head_modulation(activated).unflatten(-1, (2, -1))
         return Conditioning(start, tuple(blocks), head, tuple(seen))
 
@@ -397,6 +422,10 @@ class NextScaleTransformer(SavedModel):
                     f"this model was made for texts of {name} {self.config[name]}, got {found}. Pass the text encoder "
                     "that it was trained with."
                 )
+
+    def _seen_by_heads(self, conditioning: Conditioning, layer: int) -> TextKeysValues | None:
+        """The words that a block's own attention sees beside tokens; None where it sees none."""
+        return None if self.shared_text is None else conditioning.text[layer]
 
     def _rotary(self, scales: Sequence[int]) -> RotaryTable | None:
         """Table of the tokens of these scales, on the model's device; None where positions are learned."""
@@ -465,11 +494,12 @@ class NextScaleTransformer(SavedModel):
         if not self.is_markov and scales != tuple(range(len(scales))):
             raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}. Fill it up.")
         conditioning = self.condition(class_labels, text, image_sizes)
-        attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
+        attention = markov_attention if self.is_markov else causal_attention
         rotary = self._rotary(scales)
-        attend = attend if rotary is None else rotated(attend, rotary)
         x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
+            attend = attention(lengths, self._seen_by_heads(conditioning, i))
+            attend = attend if rotary is None else rotated(attend, rotary)
             own = None if keep is None else keep[:, i]
             x = self.run_block(block, x, conditioning.blocks[i], attend, own, conditioning.text[i])
         return NextScaleTransformerOutput(self._logits(x, conditioning.head))
@@ -493,9 +523,10 @@ class NextScaleTransformer(SavedModel):
                 "a causal model needs a cache and a Markov model takes none, got the opposite. Pass model.new_cache(b)."
             )
         x = self.embed(conditioning.start, scale_input, (scale,), hidden)
-        own, rotary = markov_attention([x.shape[1]]), self._rotary((scale,))
+        rotary = self._rotary((scale,))
         for i, block in enumerate(self.blocks):
-            attend = own if cache is None else cache.attention(i)
+            words = self._seen_by_heads(conditioning, i)
+            attend = markov_attention([x.shape[1]], words) if cache is None else cache.attention(i, words=words)
             attend = attend if rotary is None else rotated(attend, rotary)
             x = block(x, conditioning.blocks[i], attend, None, conditioning.text[i])
         if cache is not None:
@@ -578,8 +609,9 @@ def sampling_flops(config: Mapping[str, Any], *, num_words: int = 77) -> int:
     2 (L (n (4 w + f h) w + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, a feed-forward of f
     matrices (2, or 3 with "swiglu") and hidden width h, d the width of a code, V codes, P visible pairs, and m
     modulations (n, or 1 where they are shared). A text adds 2 p w, p being the width of a prompt's vector, and where
-    blocks look at T words of width t 2 n (L (2 w^2 + 2 w T) + 2 T t w); a size condition adds 2 w^2. Guidance adds the
-    same again for the scales that it is on at.
+    blocks look at T words of width t 2 n (L (2 w^2 + 2 w T) + 2 T t w), or 4 n T (L + t) u where heads of their own
+    attention do, u wide in all; a size condition adds 2 w^2. Guidance adds the same again for the scales that it is on
+    at.
 
     Args:
         config: arguments of the transformer; those that came later may be missing.
@@ -594,7 +626,11 @@ def sampling_flops(config: Mapping[str, Any], *, num_words: int = 77) -> int:
     attention = 2 * num_layers * width * visible_pairs(sizes, markov=config["scale_attention"] == "markov")
     once = (6 * (1 if config["shared_adaln"] else num_layers) + 2) * width**2
     once += (config["text_pooled_width"] or 0) * width + (width**2 if config["size_condition"] else 0)
-    if config["text_width"] is not None:
+    if config["text_heads"] is not None:
+        heads_width = config["text_heads"] * width // config["num_heads"]
+        per_token += num_layers * 2 * heads_width * num_words
+        once += num_layers * 2 * num_words * config["text_width"] * heads_width
+    elif config["text_width"] is not None:
         per_token += num_layers * 2 * width * (width + num_words)
         once += num_layers * 2 * num_words * config["text_width"] * width
     return round(2 * (tokens * per_token + attention + once))

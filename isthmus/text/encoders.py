@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isthmus.errors import UserError
-from isthmus.nn.attention import FeedForward, MultiHeadAttention
+from isthmus.nn.attention import FeedForward, MultiHeadAttention, attention_to_words, trains_on_cpu
 from isthmus.nn.saved_model import SavedModel, records_arguments
 
 logger = logging.getLogger("isthmus")
@@ -76,13 +76,31 @@ class _Block(nn.Module):
         self.feed_forward = FeedForward(width, 4 * width)
 
     def forward(
-        self, x: Float[Tensor, "b words width"], mask: Bool[Tensor, "b words"]
+        self,
+        x: Float[Tensor, "b words width"],
+        mask: Bool[Tensor, "b words"],
+        places: Int[Tensor, " counted"] | None = None,
     ) -> Float[Tensor, "b words width"]:
+        """The stream behind the block; with `places` of the words that count, (1, counted, width) for all rows."""
+
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask[:, None, None], scale=scale)
+            if places is None:
+                return attention_to_words(q, k, v, mask, scale)
+            q, k, v = (_laid_out(one, mask, places) for one in (q, k, v))
+            # heads first and rows behind them: attention does not mind
+            mixed = attention_to_words(q, k, v, mask[None, :, None, None], scale)
+            return mixed.flatten(1, 2)[:, places].unsqueeze(0)
 
         x = x + self.attention(self.attention_norm(x), attend)
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def _laid_out(
+    x: Float[Tensor, "1 heads counted c"], mask: Bool[Tensor, "b words"], places: Int[Tensor, " counted"]
+) -> Float[Tensor, "heads b words c"]:
+    """Counted words of all rows, (heads, b, words, c), zeros at the others."""
+    _, heads, _, c = x.shape
+    return x.new_zeros(heads, mask.numel(), c).index_copy(1, places, x[0]).unflatten(1, mask.shape)
 
 
 class SmallTextEncoder(SavedModel):
@@ -166,10 +184,19 @@ class SmallTextEncoder(SavedModel):
 
     def forward(self, ids: Int[Tensor, "b words"], mask: Bool[Tensor, "b words"]) -> TextFeatures:
         """Features of words by number; where `mask` is False nothing is seen. The start word stands for the whole."""
-        x = self.word_embedding(ids) + self.position[:, : ids.shape[1]]
+        if not (trains_on_cpu(self.word_embedding.weight) and len(ids) > 1):
+            x = self.word_embedding(ids) + self.position[:, : ids.shape[1]]
+            for block in self.blocks:
+                x = self.run_block(block, x, mask)
+            hidden = self.norm(x)
+            return TextFeatures(hidden, mask, hidden[:, 0])
+        # one row of the words that count: of captions padded to the longest of a batch half is padding
+        places = mask.flatten().nonzero().squeeze(1)
+        x = (self.word_embedding(ids.flatten()[places]) + self.position[0, places % ids.shape[1]]).unsqueeze(0)
         for block in self.blocks:
-            x = self.run_block(block, x, mask)
-        hidden = self.norm(x)
+            x = self.run_block(block, x, mask, places)
+        hidden = self.norm(x)[0]
+        hidden = hidden.new_zeros(mask.numel(), hidden.shape[1]).index_copy(0, places, hidden).view(*mask.shape, -1)
         return TextFeatures(hidden, mask, hidden[:, 0])
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:

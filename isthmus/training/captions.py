@@ -24,6 +24,8 @@ logger = logging.getLogger("isthmus")
 TextEncoder = SmallTextEncoder | PretrainedTextEncoder
 
 _KEPT_BYTES = 2**30
+# of the small encoder where blocks share their heads with words: it costs a step as little
+_LIGHT = {"width": 128, "num_layers": 2, "num_heads": 2}
 
 
 def encoder_of(config: TextConfig, saved: TextEncoder | None, name: str = "") -> TextEncoder | None:
@@ -50,7 +52,8 @@ def encoder_of(config: TextConfig, saved: TextEncoder | None, name: str = "") ->
         return saved
     if config.encoder == SMALL:
         with without_values():
-            return SmallTextEncoder(**wanted)
+            sizes: dict[str, int] = wanted if config.attention == "own" else _LIGHT | wanted
+            return SmallTextEncoder(**sizes)  # pyright: ignore[reportArgumentType]  no merges among them
     if not config.encoder:
         return None
     folder = Path(config.encoder).expanduser()

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
@@ -297,6 +297,10 @@ class TextConfig(
     """small: words of the vocabulary that is learned from the training captions; None is 2000."""
     cross_attention: bool | None = None
     """Whether every block looks at the words, or the prior knows the vector of the whole caption alone; None is yes."""
+    attention: Literal["shared", "own"] | None = field(default=None, metadata={"before": "own"})
+    """How blocks of next-scale models look at the words: with a third of the heads that look at tokens (shared), or in
+    a cross-attention of their own, which makes steps a third slower. None is shared, or with --from the model's. The
+    small encoder of shared has 2 layers of 128 where nothing else is said, that of own 3 of 192."""
     drop: float = 0.1
     """Share of captions replaced by the empty one, for guidance."""
 
@@ -307,6 +311,11 @@ class TextConfig(
             raise UserError(f"text.max_length must be at least 3, got {self.max_length}.")
         if self.num_words is not None and self.num_words < 256:
             raise UserError(f"text.num_words must be at least 256, one for each byte, got {self.num_words}.")
+        if self.attention is not None and self.cross_attention is False:
+            raise UserError(
+                f"text.attention says how blocks look at words, got {self.attention} with text.cross_attention False. "
+                "Leave one of them out."
+            )
         if self.encoder not in ("", SMALL):
             for name in ("width", "num_layers", "num_heads", "num_words"):
                 if (value := getattr(self, name)) is not None:
@@ -319,10 +328,20 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 def run_to_json(run: Run) -> dict[str, Any]:
-    """Plain values of a run, for run.json; fields that came later are left out at their defaults, as of before."""
+    """Plain values of a run, for run.json; fields that came later are left out at what they were before."""
     later = {f.name for f in fields(run) if f.metadata.get("later") and getattr(run, f.name) == f.default_factory()}  # pyright: ignore[reportCallIssue]
     values = {name: value for name, value in asdict(run).items() if name not in later}
+    for name in values:
+        if is_dataclass(part := getattr(run, name)):
+            for inner in _with_another_past(type(part)):
+                if getattr(part, inner.name) == inner.metadata["before"]:
+                    del values[name][inner.name]
     return json.loads(json.dumps(values, default=str))
+
+
+def _with_another_past(kind: type[Any]) -> list[Field[Any]]:
+    """Fields whose default is not what records that lack them mean."""
+    return [f for f in fields(kind) if "before" in f.metadata]
 
 
 def run_from_json(kind: type[AnyRun], values: dict[str, Any]) -> AnyRun:
@@ -338,7 +357,7 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
             f"{kind.__name__} has no field {prefix + unknown[0]}.{nearest(unknown[0], hints)} Pass the run.json of "
             "such a run, of this version."
         )
-    made = {}
+    made = {f.name: f.metadata["before"] for f in _with_another_past(kind)}
     for name, value in values.items():
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):
