@@ -343,18 +343,26 @@ def skin_name(colour: str) -> str:
     return "light" if luminance > 0.68 else "dark" if luminance < 0.38 else "medium"
 
 
-def held_out_pairs(attributes: Attributes) -> list[tuple[str, str]]:
-    """The pairs of attributes ("body dome", "top fin") of a drawing that no training image has: 2 % of all pairs."""
-    style = attributes["style"]
-    shown = [f"{name} {attributes[name]}" for name in _combined(style) if name in attributes]
-    return [pair for pair in combinations(shown, 2) if _is_held_out(style, *pair)]
-
-
-def _combined(style: str) -> list[str]:
-    """The attributes whose pairs count: parts, and colours where a style has fewer than four parts."""
+def attribute_names(style: str) -> tuple[str, ...]:
+    """What a drawing of a style can be asked for: "body", "eyes", "body colour", in the order of its captions."""
     _, parts, colours = _STYLES[style]
     names = [_NOUNS.get(part, part) for part in parts.split()]
-    return [*names, *(f"{_NOUNS.get(colour, colour)} colour" for colour in colours.split())][:_COMBINED]
+    return (*names, *(f"{_NOUNS.get(colour, colour)} colour" for colour in colours.split()))
+
+
+def combined_pairs(attributes: Attributes) -> list[tuple[str, str]]:
+    """The pairs of attributes ("body", "top") of a drawing that make combinations: of parts, and of colours where a
+    style has fewer than four parts.
+    """
+    combined = attribute_names(attributes["style"])[:_COMBINED]
+    return list(combinations([name for name in combined if name in attributes], 2))
+
+
+def held_out_pairs(attributes: Attributes) -> list[tuple[str, str]]:
+    """Those of a drawing whose values ("dome" and "fin") no training image has together: 2 % of all pairs of values."""
+    said = {name: f"{name} {value}" for name, value in attributes.items()}
+    pairs = combined_pairs(attributes)
+    return [(one, other) for one, other in pairs if _is_held_out(attributes["style"], said[one], said[other])]
 
 
 def _is_held_out(style: str, one: str, other: str) -> bool:
