@@ -64,8 +64,11 @@ _COMBINED = 4
 _HELD_OUT_SHARE = 0.02
 # one with which every style has pairs to hold out: 5 to 16 % of its drawings have such a pair
 _SALT = "9"
-AVATAR_SPLITS = ("train", "val", "combinations", "reader", "reader-val")
-"""`combinations` are drawings with a pair of attributes that no drawing of `train` and `val` has; `reader` has both."""
+AVATAR_SPLITS = ("train", "val", "combinations", "reader-train", "reader-val")
+"""`combinations` are drawings with a pair of attributes that no drawing of `train` and `val` has. `reader-val` has
+both, and so has `reader-train`, where parts that are rare elsewhere are usual: who learns to read sees enough of each.
+"""
+_OFTEN = 80  # %: how often parts are there in `reader-train`, unless they are there more often anyway
 DEFAULT_AVATARS = 20_000
 MIN_SIZE, MAX_SIZE = 8, 512
 _CHUNK = 128
@@ -106,7 +109,7 @@ class Avatars(ImageSource):
             UserError: unknown styles, a size that cannot be drawn, fewer than one image per style, a missing extra.
         """
         self.name, self.class_names = _checked(styles, image_size, classes)
-        number = num_images if split in ("train", "reader") else num_images // 10
+        number = num_images if split in ("train", "reader-train") else num_images // 10
         each = -(-number // len(self.class_names))
         if number < len(self.class_names):
             raise UserError(
@@ -371,7 +374,8 @@ def _is_held_out(style: str, one: str, other: str) -> bool:
 
 
 @cache
-def _style(name: str) -> Any:
+def _style(name: str) -> tuple[Any, dict[str, int]]:
+    """A style of the generator, and the options that make its rare parts usual."""
     try:
         import dicebear
     except ImportError as error:
@@ -379,15 +383,19 @@ def _style(name: str) -> Any:
     definition = json.loads((resources.files("dicebear_styles") / f"{name}.json").read_text(encoding="utf-8"))
     if (licence := definition["meta"]["license"]["name"]) != "CC0 1.0":
         raise UserError(f"avatars take styles under CC0 1.0, got {name}, which is under {licence} here. Leave it out.")
-    return dicebear.Style(definition)
+    parts = definition["components"].items()
+    rare = [part for part, how in parts if how.get("probability", 100) < _OFTEN]
+    return dicebear.Style(definition), {f"{part}Probability": _OFTEN for part in rare}
 
 
 def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
     """Drawing `index` of a style and a split, as SVG, and what it shows."""
     import dicebear
 
+    drawn, usual = _style(style)
+    options = usual if split == "reader-train" else {}
     for attempt in count():
-        made = dicebear.Avatar(_style(style), {"seed": f"{split}/{index}/{attempt}"})
+        made = dicebear.Avatar(drawn, {"seed": f"{split}/{index}/{attempt}", **options})
         attributes = attributes_of(style, made.to_json()["options"])
         if split.startswith("reader") or bool(held_out_pairs(attributes)) == (split == "combinations"):
             return made.to_string(), attributes

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 
-from isthmus.data.avatars import Attributes, Avatars, attribute_names, combined_pairs, held_out_pairs
+from isthmus.data.avatars import Attributes, Avatars, attribute_names, caption, combined_pairs, held_out_pairs
 from isthmus.errors import UserError, nearest
-from isthmus.evaluation.attributes import AttributeReader, attribute_reader
+from isthmus.evaluation.attributes import AttributeReaders, attribute_readers
 from isthmus.evaluation.classes import SampleClasses, images_in_turn, others_of_their_class
 from isthmus.evaluation.held_out import as_floats
 from isthmus.evaluation.images import ImageSet, Picture
@@ -61,7 +61,7 @@ class AskedDrawings:
     @property
     def captions(self) -> list[str]:
         """The same in words, as a prompt."""
-        return [self.source.captions[row] for row in self.rows]
+        return [caption(one) for one in self.attributes]
 
     @property
     def labels(self) -> Int[np.ndarray, " n"]:
@@ -73,15 +73,21 @@ class AskedDrawings:
         return held_out_pairs(asked) if self.prompts == COMBINATIONS else combined_pairs(asked)
 
 
+def held_out_combinations(styles: Sequence[str], number: int, *, image_size: int) -> AskedDrawings:
+    """`number` drawings with a pair of attributes that no training image has, all styles in turn; they are drawn."""
+    # of avatars, what is not trained on is a tenth
+    images = 10 * max(number, len(styles))
+    source = Avatars(styles, image_size=image_size, split="combinations", num_images=images)
+    return AskedDrawings(COMBINATIONS, source, np.arange(number))
+
+
 def avatars_of(data: DataSplits) -> Avatars | None:
     """The held-out drawings of a data set; None where it is no avatars."""
     held_out = None if data.sources is None else data.sources[1]
     return held_out if isinstance(held_out, Avatars) else None
 
 
-def attributes_to_read(
-    wanted: Sequence[str], data: DataSplits, *, reads_text: bool
-) -> tuple[str, ...]:
+def attributes_to_read(wanted: Sequence[str], data: DataSplits, *, reads_text: bool) -> tuple[str, ...]:
     """Names of the attributes that are read from samples of a model; none where nothing is read.
 
     Args:
@@ -131,26 +137,26 @@ class Alignment:
 
     @classmethod
     def read(
-        cls, reader: AttributeReader, images: Iterable[Picture], asked: AskedDrawings, names: Sequence[str]
+        cls, readers: AttributeReaders, images: Iterable[Picture], asked: AskedDrawings, names: Sequence[str]
     ) -> "Alignment":
         """Look at samples, one (0..255) for each drawing that was asked for, and at those drawings."""
         attributes = asked.attributes
-        shown = _read(reader, images, [one["style"] for one in attributes])
+        shown = _read(readers, images, [one["style"] for one in attributes])
         rows, places = np.unique(asked.rows, return_inverse=True)
         pictures = (asked.source.load(int(row)) for row in rows)
-        real = _read(reader, pictures, [asked.source.attributes[row]["style"] for row in rows])
+        real = _read(readers, pictures, [asked.source.attributes[row]["style"] for row in rows])
         return cls(asked, tuple(names), shown, [real[place] for place in places])
 
     def counts(self) -> list[AttributeCount]:
         """By style and attribute, and of combinations, in the order of captions."""
-        found: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = {}
+        found: dict[tuple[str, str], list[list[bool]]] = {}
         others = others_of_their_class(self.asked.labels)
         for place, wanted in enumerate(self.asked.attributes):
             seen = (self.shown[place], self.real[place], self.real[others[place]])
             names = [name for name in wanted if name in self.names]
             pairs = [pair for pair in self.asked.combinations(wanted) if set(pair) <= set(self.names)]
             for name, parts in [*((name, (name,)) for name in names), *((COMBINATION, pair) for pair in pairs)]:
-                right = tuple(all(one.get(part) == wanted[part] for part in parts) for one in seen)
+                right = [all(one.get(part) == wanted[part] for part in parts) for one in seen]
                 found.setdefault((wanted["style"], name), []).append(right)
         made = []
         for style in self.asked.source.class_names:
@@ -177,10 +183,10 @@ class Alignment:
         return [(name, value, seen.get(name, "none")) for name, value in pairs if seen.get(name) != value]
 
 
-def _read(reader: AttributeReader, images: Iterable[Picture], styles: Sequence[str]) -> list[Attributes]:
+def _read(readers: AttributeReaders, images: Iterable[Picture], styles: Sequence[str]) -> list[Attributes]:
     source, shown = iter(images), []
     while batch := list(islice(source, _AT_ONCE)):
-        shown += reader.read(as_floats(np.stack(batch)), styles[len(shown) : len(shown) + len(batch)])
+        shown += readers.read(as_floats(np.stack(batch)), styles[len(shown) : len(shown) + len(batch)])
     return shown
 
 
@@ -290,14 +296,14 @@ class AttributeTest:
     ) -> AttributesRead:
         """Look at samples, those that were asked for first, then those of a sweep by guidance."""
         size, _ = combinations.size()
-        reader = attribute_reader(size, self.seeds.source.class_names, device=device)
-        first, *others = (Alignment.read(reader.network, images, self.seeds, self.names) for images in samples.values())
-        unseen = Alignment.read(reader.network, combinations, self.combinations, self.names)
+        readers = attribute_readers(size, self.seeds.source.class_names, device=device)
+        first, *others = (Alignment.read(readers, images, self.seeds, self.names) for images in samples.values())
+        unseen = Alignment.read(readers, combinations, self.combinations, self.names)
         swept = zip(list(samples)[1:], others, strict=True)
         both = (first, unseen)
         counts = tuple(count for one in both for count in one.counts())
         return AttributesRead(
-            Readings(reader=reader.facts(), attributes=self.names, counts=counts),
+            Readings(reader=readers.facts(), attributes=self.names, counts=counts),
             tuple(attribute_scores(both)),
             {words: tuple(attribute_scores([one])) for words, one in swept},
             worst_samples(both, (next(iter(samples.values())), combinations)),

@@ -173,8 +173,8 @@ def _with_captions(pipeline: "AnyPipeline", data: "DataSplits", num: int, balanc
             ".txt beside each image, or name a --caption-column."
         )
     of_images = held_out.labels if names and held_out.labels is not None else np.zeros(len(captions), np.int64)
-    ids, rule = _ids_and_rule(pipeline, names) if names and pipeline.num_classes else ([], {"class_ids": []})
-    rule["captions"] = held_out.fingerprint
+    ids, matched = _ids_and_rule(pipeline, names) if names and pipeline.num_classes else ([], {"class_ids": []})
+    rule: dict[str, Any] = {**matched, "captions": held_out.fingerprint}
     # classes without words cannot be asked for
     there = np.bincount(of_images[told], minlength=max(len(names), 1)) > 0
     counts = data.class_counts() if names else None
@@ -187,12 +187,12 @@ def _with_captions(pipeline: "AnyPipeline", data: "DataSplits", num: int, balanc
     words = balance_words(labels, names, counts) if names else UNKNOWN
     model_ids = np.array(ids, np.int64)[labels] if ids else np.full(num, pipeline.num_classes, np.int64)
     model_names = names_in_order(pipeline.class_names) or (names if ids else ())
-    prompts = tuple(captions[row] for row in rows)
+    prompts = tuple(captions[int(row)] for row in rows)
     return SampleClasses(labels, model_ids, names, tuple(ids), words, rule, model_names, prompts, rows)
 
 
 def images_in_turn(labels: Int[np.ndarray, " n"], of_images: Int[np.ndarray, " k"]) -> Int[np.ndarray, " n"]:
-    """For each label the number of an image that has it: all images of a label in turn, again from the first at the end.
+    """For each label the number of an image that has it: all images of a label in turn, over and over.
 
     >>> images_in_turn(np.array([0, 1, 0, 0]), np.array([1, 0, 0, 1])).tolist()
     [1, 0, 2, 1]

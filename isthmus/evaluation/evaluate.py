@@ -19,8 +19,8 @@ from jaxtyping import Int
 
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
-from isthmus.evaluation.alignment import AttributesRead, AttributeTest, attributes_to_read
 from isthmus.evaluation.adm_npz import StatisticsOrigin, write_adm_images, write_statistics
+from isthmus.evaluation.alignment import AttributesRead, AttributeTest, attributes_to_read
 from isthmus.evaluation.classes import Balance, SampleClasses, choose_classes, matched_classes
 from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
@@ -145,12 +145,12 @@ def _score(
     facts: Mapping[str, Any],
     warnings: Sequence[str | None] = (),
     told: str = "",
-    read: AttributesRead | None = None,
+    attributes: AttributesRead | None = None,
 ) -> EvaluationRecord:
     """Every set of images against the real ones; the pictures of the report are saved, the record is written.
 
     `facts` are circumstances with the `seconds` so far; `others` are those of a sweep, by guidance. `told` says which
-    prompts samples were drawn from, `read` which attributes they show.
+    prompts samples were drawn from, `attributes` what they show of them.
     """
     start = time.perf_counter()
     # before anything is scored: the guard may refuse
@@ -159,11 +159,11 @@ def _score(
     sweep = {}
     for words, one in others.items():
         swept = real.scores(one.features, one.labels, one.names)
-        sweep[words] = (*swept.scores, *(read.sweep[words] if read else ()))
+        sweep[words] = (*swept.scores, *(attributes.sweep[words] if attributes else ()))
         said[words] += [warning for warning in swept.warnings if warning not in scored.warnings]
     looked = look_at_samples(main.images, main.labels, main.names, out, scored.neighbours, real.splits)
-    if read and read.worst is not None:
-        save_picture(read.worst, out / ATTRIBUTES)
+    if attributes and attributes.worst is not None:
+        save_picture(attributes.worst, out / ATTRIBUTES)
     first, *rest = scored.scores
     of_sweep = [f"Guidance {words}: {one}" for words, found in said.items() for one in found if one]
     record = EvaluationRecord(
@@ -172,11 +172,11 @@ def _score(
         data={} if real.splits is None else data_facts(real.splits) | ({"prompts": told} if told else {}),
         circumstances={**facts, "seconds": {**facts["seconds"], "scoring": time.perf_counter() - start}},
         warnings=(*scored.warnings, *filter(None, (looked, *warnings)), *of_sweep),
-        scores=(first, *(read.scores if read else ()), *rest),
+        scores=(first, *(attributes.scores if attributes else ()), *rest),
         class_scores=scored.by_class,
         measures={},
         sweep=sweep,
-        readings=read and read.readings,
+        readings=attributes and attributes.readings,
     )
     # without measures of held-out images yet: what stops them does not cost the scores
     write_record(record, out)
@@ -339,6 +339,7 @@ def evaluate_model(
             steering=dict(steering),
             dtype=dtype,
         )
+        told = f"captions of {len(splits.held_out):,} held-out images, in turn" if chosen.prompts else ""
         swept = [words for words in asked if words]
         done = scored_record(out, real.protocol(num, chosen.words), subject, sweep=swept, attributes=names)
         if done is None or done.measures != extra or npz or statistics:
@@ -376,7 +377,8 @@ def evaluate_model(
                 main, *others = found
                 facts = circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds}
                 sets = dict(zip(swept, others, strict=True))
-                done = _score(main, sets, real, out, subject=subject, balance=chosen.words, facts=facts)
+                said = {"balance": chosen.words, "told": told, "facts": facts, "attributes": attributes_read}
+                done = _score(main, sets, real, out, subject=subject, **said)
             if done.measures != extra:
                 start = time.perf_counter()
                 scores, curves = held_out_scores(

@@ -231,7 +231,7 @@ def token_bits(
     with tqdm(desc="likelihood", unit="image", total=len(class_labels), disable=None) as bar:
         while batch := list(islice(source, batch_size)):
             rows = slice(count, count + len(batch))
-            token_ids = pipeline.encode(as_floats(np.stack(batch)))
+            token_ids: Any = pipeline.encode(as_floats(np.stack(batch)))  # of its own family
             for name, words in prompts.items():
                 told: dict[str, Any] = {} if words is None else {"prompt": list(words[rows])}
                 found = pipeline.bits_per_token(class_labels=class_labels[rows], token_ids=token_ids, **told)
@@ -301,7 +301,7 @@ def _prompts(pipeline: AnyPipeline, images: ImageSet) -> dict[str, Sequence[str]
     captions = images.captions or [""] * len(images)
     labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
     others = others_of_their_class(labels)
-    return {OWN_WORDS: captions, NO_WORDS: [""] * len(images), OTHER_WORDS: [captions[other] for other in others]}
+    return {OWN_WORDS: captions, NO_WORDS: [""] * len(images), OTHER_WORDS: [captions[int(other)] for other in others]}
 
 
 def _reconstruction(report: ReconstructionReport, space: str) -> list[Score]:

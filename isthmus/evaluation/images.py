@@ -95,9 +95,7 @@ def real_images(source: ImageSource, image_size: int) -> ImageSet:
 
     labels = source.labels if source.class_names else None
     fingerprint = sha256_of_parts(source.fingerprint, image_size)
-    return ImageSet(
-        source.name, fingerprint, labels, source.class_names, len(source), at=at, captions=source.captions
-    )
+    return ImageSet(source.name, fingerprint, labels, source.class_names, len(source), at=at, captions=source.captions)
 
 
 def some(images: ImageSet, limit: int) -> ImageSet:
@@ -112,7 +110,7 @@ def some(images: ImageSet, limit: int) -> ImageSet:
         return read(int(chosen[index]))
 
     labels = None if images.labels is None else images.labels[chosen]
-    captions = None if images.captions is None else [images.captions[index] for index in chosen]
+    captions = None if images.captions is None else [images.captions[int(index)] for index in chosen]
     fingerprint = sha256_of_parts(images.fingerprint, limit)
     return ImageSet(
         f"{limit} of {images.name}", fingerprint, labels, images.class_names, limit, at=at, captions=captions
