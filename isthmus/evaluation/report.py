@@ -282,7 +282,7 @@ def _readings(readings: Readings, out: Path) -> Iterator[str]:
         f"attributes of other drawings they read {reader['right']:.1%} right (fingerprint "
         f"{reader['fingerprint'][:12]}). Brackets are 95 % intervals (Wilson's). Behind each share stands what they "
         "find in the real drawings of the same captions, which no model can be seen to exceed, and in those of other "
-        "captions of the style, which is chance. A combination is a pair of attributes, both of them right; on held-out "
+        "captions of the style, which is chance. A combination is a pair of attributes, both right; on held-out "
         "combinations a pair that no training image has."
     )
     kinds = list(dict.fromkeys(one.prompts for one in counts))
