@@ -128,12 +128,14 @@ class Alignment:
         names: attributes that count.
         shown: what the reader sees in each sample.
         real: what it sees in each drawing itself.
+        others: what it sees in the drawing of another caption of the style.
     """
 
     asked: AskedDrawings
     names: tuple[str, ...]
     shown: Sequence[Attributes]
     real: Sequence[Attributes]
+    others: Sequence[Attributes]
 
     @classmethod
     def read(
@@ -145,14 +147,15 @@ class Alignment:
         rows, places = np.unique(asked.rows, return_inverse=True)
         pictures = (asked.source.load(int(row)) for row in rows)
         real = _read(readers, pictures, [asked.source.attributes[row]["style"] for row in rows])
-        return cls(asked, tuple(names), shown, [real[place] for place in places])
+        # among the drawings: samples that were asked for the same one are no others
+        others = others_of_their_class(asked.source.labels[rows])[places]
+        return cls(asked, tuple(names), shown, [real[place] for place in places], [real[other] for other in others])
 
     def counts(self) -> list[AttributeCount]:
         """By style and attribute, and of combinations, in the order of captions."""
         found: dict[tuple[str, str], list[list[bool]]] = {}
-        others = others_of_their_class(self.asked.labels)
         for place, wanted in enumerate(self.asked.attributes):
-            seen = (self.shown[place], self.real[place], self.real[others[place]])
+            seen = (self.shown[place], self.real[place], self.others[place])
             names = [name for name in wanted if name in self.names]
             pairs = [pair for pair in self.asked.combinations(wanted) if set(pair) <= set(self.names)]
             for name, parts in [*((name, (name,)) for name in names), *((COMBINATION, pair) for pair in pairs)]:
@@ -278,9 +281,15 @@ class AttributeTest:
     def of(cls, data: DataSplits, chosen: SampleClasses, names: Sequence[str]) -> "AttributeTest":
         """The test of samples with these classes and prompts on a data set of avatars; combinations are drawn.
 
-        A model of classes is asked for what it is not told: one of the drawings of its class.
+        A model of classes is asked for what it is not told: one of the drawings of its class. Raises UserError for a
+        model of neither classes nor texts.
         """
         source = avatars_of(data)
+        if not chosen.names:
+            raise UserError(
+                f"attributes are looked for in samples of a style, got {', '.join(names[:3])} for a model without "
+                "classes that reads no text. Leave out --attributes."
+            )
         assert source is not None, "only what avatars show is known"
         rows = images_in_turn(chosen.labels, source.labels) if chosen.rows is None else chosen.rows
         size, _ = data.held_out.size()
