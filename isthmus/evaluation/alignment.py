@@ -74,11 +74,14 @@ class AskedDrawings:
 
 
 def held_out_combinations(styles: Sequence[str], number: int, *, image_size: int) -> AskedDrawings:
-    """`number` drawings with a pair of attributes that no training image has, all styles in turn; they are drawn."""
+    """At most `COMBINATIONS_LIMIT` drawings with a pair of attributes that no training image has, all styles in turn.
+
+    They are drawn where the cache has not got them; the first are the same for any number.
+    """
     # of avatars, what is not trained on is a tenth
-    images = 10 * max(number, len(styles))
+    images = 10 * max(COMBINATIONS_LIMIT, len(styles))
     source = Avatars(styles, image_size=image_size, split="combinations", num_images=images)
-    return AskedDrawings(COMBINATIONS, source, np.arange(number))
+    return AskedDrawings(COMBINATIONS, source, np.arange(min(number, COMBINATIONS_LIMIT)))
 
 
 def avatars_of(data: DataSplits) -> Avatars | None:
@@ -293,12 +296,8 @@ class AttributeTest:
         assert source is not None, "only what avatars show is known"
         rows = images_in_turn(chosen.labels, source.labels) if chosen.rows is None else chosen.rows
         size, _ = data.held_out.size()
-        number = min(len(rows), COMBINATIONS_LIMIT)
-        return cls(
-            tuple(names),
-            AskedDrawings(SEEDS, source, rows),
-            held_out_combinations(source.class_names, number, image_size=size),
-        )
+        unseen = held_out_combinations(source.class_names, len(rows), image_size=size)
+        return cls(tuple(names), AskedDrawings(SEEDS, source, rows), unseen)
 
     def read(
         self, samples: Mapping[str, ImageSet], combinations: ImageSet, *, device: torch.device | str
