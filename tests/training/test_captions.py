@@ -23,7 +23,6 @@ from isthmus.text.pretrained import PretrainedTextEncoder
 from isthmus.training.captions import Captions, FrozenFeatures, warn_of_cut_captions, with_words
 from isthmus.training.config import TextConfig, run_from_json, run_to_json
 from isthmus.training.images import dropped
-from tests.made_once import made_once
 from tests.text.test_pretrained import write_network
 from tests.training.tiny_runs import (
     COLOURS,
@@ -38,12 +37,6 @@ from tests.training.tiny_runs import (
     with_captions,
     write_images,
 )
-
-
-@pytest.fixture(scope="session")
-def captioned(tmp_path_factory, images) -> str:
-    """The squares of `images`, their colour in words."""
-    return made_once(tmp_path_factory, "captioned", lambda folder: with_captions(images, folder / "squares.npz"))
 
 
 @pytest.fixture(scope="session")
