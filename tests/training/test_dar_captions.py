@@ -149,6 +149,13 @@ def test_what_does_not_fit_is_refused_in_words(
     assert not (tmp_path / "run").exists()
 
 
+def test_words_may_be_bytes(tmp_path, captioned, trained_dar_tokenizer):
+    text = replace(SMALL_WORDS, num_words=256)
+    run = next_token_prior_run(captioned, tmp_path / "run", trained_dar_tokenizer, text=text)
+    model = load_pipeline(train(replace(run, num_steps=2, preview_every=2)), device="cpu")
+    assert model.token_layout.num_words == 256 and len(model(prompt="a red square", seed=0).images) == 1
+
+
 def test_a_dry_run_counts_words(tmp_path, captioned, trained_dar_tokenizer):
     wide = LlamaModel(width=256, num_layers=2, num_heads=4)
     run = next_token_prior_run(captioned, tmp_path / "run", trained_dar_tokenizer, model=wide)
