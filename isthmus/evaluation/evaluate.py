@@ -217,7 +217,13 @@ def evaluate_images(
     splits = None
     if data is not None:
         splits = open_splits(
-            data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns, max_images=max_images
+            data,
+            image_size=size[0],
+            classes=tuple(classes),
+            wanted=(),
+            columns=columns,
+            max_images=max_images,
+            num_samples=len(images),
         )
     real = RealImages.of(network, splits, reference, size=size)
     known = matched_classes(images, splits)
@@ -295,7 +301,13 @@ def evaluate_model(
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
         names, side = names_in_order(pipeline.class_names), pipeline.image_size
         splits = open_splits(
-            data, image_size=side, classes=tuple(classes), wanted=names, columns=columns, max_images=max_images
+            data,
+            image_size=side,
+            classes=tuple(classes),
+            wanted=names,
+            columns=columns,
+            max_images=max_images,
+            num_samples=num,
         )
         chosen = choose_classes(pipeline, splits, num, balance)
         real = RealImages.of(network, splits, reference, size=(side, side), sides=real_sides)
