@@ -380,6 +380,15 @@ def evaluate_model(
             _finish(done, out)
 
 
+def samples_folder(out: Path, guidance: str = "") -> Path:
+    """Where an evaluation draws, at its own guidance or at one of its sweep in words (`guidance_text`).
+
+    >>> samples_folder(Path("scores"), "linear:1:2").as_posix()
+    'scores/sweep/linear-1-2'
+    """
+    return out / SWEEP_FOLDER / guidance.replace(":", "-") if guidance else out / SAMPLES_FOLDER
+
+
 def _requests(
     pipeline: AnyPipeline,
     chosen: SampleClasses,
@@ -392,7 +401,7 @@ def _requests(
     guidances = {guidance_text(one): {"guidance_scale": one} for one in sweep}
     labels, asked = chosen.model_ids.tolist(), {}
     for words, guided in {"": {}, **guidances}.items():
-        folder = out / SWEEP_FOLDER / words.replace(":", "-") if words else out / SAMPLES_FOLDER
+        folder = samples_folder(out, words)
         request = SampleRequest.of(pipeline, labels, classes=chosen.rule, options={**options, **guided}, **drawing)
         asked[words] = folder, request
     return asked

@@ -28,6 +28,7 @@ from isthmus.evaluation.guards import (
     check_enough_images,
     check_small_set,
 )
+from isthmus.evaluation.jackknife import error_of, frechet_parts
 from isthmus.evaluation.neighbours import (
     COPY_QUANTILE,
     copies,
@@ -52,7 +53,6 @@ from isthmus.evaluation.statistics import (
     Measurements,
     bootstrap_interval,
     frechet_distance,
-    frechet_error,
     frechet_over_chunks,
     kernel_distance,
     mean_interval,
@@ -426,7 +426,7 @@ def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork
         images=n,
         measurements=over.count,
         deviation=over.deviation,
-        error=frechet_error(rows, reference, chunk_size=n) if single else None,
+        error=error_of(frechet_parts(stream(0, SPLIT, 1).permutation(rows)[:n], reference)) if single else None,
         floor=frechet_distance(Gaussian.of(real.other[space]), reference),
         ceiling=frechet_distance(Gaussian.of(real.ruined[space]), reference),
         note=_used(over.count * n, len(rows)),

@@ -6,7 +6,7 @@ Frechet distance: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update R
 
 A share of images (0 or 1 for each) has Wilson's interval: a bootstrap of none or of all says that nothing is unsure. A
 distance between sets is never bootstrapped: drawing with replacement repeats images, which narrows the set and pushes a
-Frechet distance up. Where there is a single chunk, groups of it are left out in turn (the jackknife).
+Frechet distance up. Groups of images are left out in turn instead (jackknife.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,6 @@ from torch import Tensor
 from isthmus.errors import UserError
 
 _BLOCK_VALUES = 2**22  # resampled at once
-_LEFT_OUT = 20  # groups of a jackknife
 _BLOCK_ROWS = 4096  # centred at once: of 2,048 doubles each they are 64 MiB
 
 
@@ -295,20 +294,6 @@ def frechet_over_chunks(samples: Float[np.ndarray, "n d"], reference: Gaussian, 
     order = np.random.default_rng(0).permutation(len(samples))[: len(samples) // chunk_size * chunk_size]
     chunks = order.reshape(-1, chunk_size)
     return Measurements.of([frechet_distance(Gaussian.of(samples[rows]), reference) for rows in chunks])
-
-
-def frechet_error(samples: Float[np.ndarray, "n d"], reference: Gaussian, *, chunk_size: int) -> float | None:
-    """Standard error of the Frechet distance of the first chunk, from what it is without each of 20 disjoint groups.
-
-    It says how far another draw of the samples would lie, not how biased the distance is. Source: Efron and Stein 1981,
-    "The Jackknife Estimate of Variance". None where a group would have fewer than two samples.
-    """
-    if chunk_size < 2 * _LEFT_OUT:
-        return None
-    chunk = samples[np.random.default_rng(0).permutation(len(samples))[:chunk_size]]
-    groups = np.array_split(np.arange(chunk_size), _LEFT_OUT)
-    found = [frechet_distance(Gaussian.of(np.delete(chunk, group, axis=0)), reference) for group in groups]
-    return float(np.sqrt((_LEFT_OUT - 1) * np.var(found)))
 
 
 def _endless_cuts(generator: np.random.Generator, total: int, count: int) -> Iterator[Int[np.ndarray, " count"]]:

@@ -88,7 +88,7 @@ def test_results_of_another_device_or_number_of_threads_or_samples_are_not_taken
 @pytest.mark.slow
 def test_bits_of_groups_average_to_bits_of_all(finished_dar):
     found = values(finished_dar, "order-seed0")
-    groups = [mean for mean, _, _ in found["by_group"]]
+    groups = [mean for mean, *_ in found["by_group"]]
     assert sum(groups) / len(groups) == pytest.approx(found["all"][0])
     assert sum(found["by_position"]) / len(found["by_position"]) == pytest.approx(found["all"][0])
 

@@ -78,7 +78,6 @@ def test_options_that_no_study_has_are_refused():
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"num": 1}, "--num must be at least 2"),
-        ({"classes": ()}, "--classes needs names"),
     ):
         with pytest.raises(UserError, match=words):
             DarStudyOptions(**given)
