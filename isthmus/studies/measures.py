@@ -157,7 +157,8 @@ class Lab(Generic[Setting]):
 def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
     """Evaluate the model that the experiment reads as `isthmus evaluate` does, with each of its guidances.
 
-    What was drawn earlier is used again.
+    What was drawn earlier is used again. `attributes` of the experiment are read from the samples, where it has any:
+    how often each was asked for and found is in the list of that name.
     """
     setting, guidances = lab.setting, experiment.settings["guidances"]
     first, *others = map(parse_guidance, guidances)
@@ -174,6 +175,7 @@ def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
         options={"guidance_scale": first},
         steering={},
         balance=lab.balance,
+        attributes=experiment.settings.get("attributes", ()),
         sweep=others,
         batch_size=setting.batch_size,
         device=setting.device,
@@ -189,6 +191,7 @@ def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
             guidance: _written(scores, scorer.parts(sample_features(scorer.real.network, read(folder, setting.num))))
             for guidance, folder, scores in swept
         },
+        "attributes": [] if record.readings is None else list(map(asdict, record.readings.counts)),
         "held_out": _written(record.held_out),
         "curves": {curve.name: {"positions": curve.positions, "values": curve.values} for curve in record.curves},
     }

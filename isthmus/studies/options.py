@@ -2,6 +2,7 @@
 from it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,12 +43,13 @@ class Budget:
     """Tables that a budget fills (none are all), how many seeds, and how much of everything.
 
     `few` is for data sets that end: a prior of a thousand images has learned them by heart where one of avatars begins.
+    None is for studies of avatars alone.
     """
 
     tables: tuple[str, ...] = ()
     seeds: int
     endless: Amount
-    few: Amount
+    few: Amount | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class StudySetting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
+class StudyOptions(ABC):
     """Scripted experiments at equal data, parameters, steps and seeds, with a report. The same command goes on."""
 
     budgets: ClassVar[Mapping[str, Budget]]
@@ -131,7 +133,8 @@ class StudyOptions:
     @property
     def amount(self) -> Amount:
         """What the budget buys of these data."""
-        return self.bought.endless if self.data.partition(":")[0] == "avatars" else self.bought.few
+        few = None if self.data.partition(":")[0] == "avatars" else self.bought.few
+        return few or self.bought.endless
 
     def tables_among(self, known: tuple[str, ...]) -> tuple[str, ...]:
         """Tables to fill, in the order of the report. Raises `UserError` for an unknown name.
@@ -143,6 +146,10 @@ class StudyOptions:
         if unknown:
             raise UserError(f"--tables takes names of {', '.join(known)}, got {unknown[0]}.")
         return tuple(name for name in known if name in (self.tables or self.bought.tables or known))
+
+    @abstractmethod
+    def setting(self, device: str, threads: int) -> StudySetting:
+        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets."""
 
     def _shared(self, device: str, threads: int) -> dict[str, Any]:
         return {
@@ -281,5 +288,85 @@ class SrddStudyOptions(StudyOptions):
                 baseline=False,  # the student without a teacher is an experiment of its own
                 **images,
             ),
+            **self._shared(device, threads),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSetting(StudySetting):
+    """Everything that decides the results of a study of words.
+
+    `arms` are names of those of `isthmus.studies.text`, `text_encoder` the folder of the frozen encoder of one of them,
+    `num_classes` the styles that the arm of classes knows; `rounds` are of timing.
+    """
+
+    tokenizer: TokenizerRun
+    prior: PriorRun
+    arms: tuple[str, ...]
+    num_classes: int
+    text_encoder: str = ""
+    # the prior's own alone
+    guidances: tuple[str, ...] = ()
+    rounds: int = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStudyOptions(StudyOptions):
+    """Ways to tell a next-scale prior of words: the class alone, the mean of the words, an encoder, cross-attention,
+    rotary positions, a frozen encoder; at equal data, parameters, steps and seeds.
+
+    What is drawn is read back: attributes, and pairs of them that no training image has. quick trains one seed of four
+    ways; full trains three of all. The same command goes on where it was stopped.
+    """
+
+    budgets = {
+        "quick": Budget(seeds=1, endless=Amount(num=1000)),
+        "full": Budget(seeds=3, endless=Amount(num=2000, tokenizer_steps=2.0, prior_steps=4.0)),
+    }
+    _ARMS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "quick": ("class", "bag", "pooled", "cross"),
+        "full": ("class", "bag", "pooled", "cross", "rotary"),
+    }
+
+    preset_tokenizer: str = "small-32"
+    """Preset of the tokenizer (`isthmus info presets`); bigger ones are for GPUs."""
+    preset_prior: str = "srdd-small"
+    """Preset of the prior; what it is told of words is what the study varies."""
+    text_encoder: Path | None = None
+    """Folder of a frozen text encoder of transformers (BERT, T5 or CLIP), such as MiniLM: one more row, whatever the
+    budget. None leaves that row out."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.partition(":")[0] != "avatars":
+            raise UserError(
+                f"a study of words reads what drawings show, which is known of avatars alone, got {self.data}. Pass "
+                "--data avatars[:STYLE,...]."
+            )
+        if self.text_encoder is not None and not self.text_encoder.expanduser().is_dir():
+            raise UserError(f"--text-encoder must be the folder of a text encoder, got {self.text_encoder}.")
+
+    def setting(self, device: str, threads: int) -> TextSetting:
+        """What the options resolve to on a device ("cpu", "cuda"). Raises `UserError` for unknown presets or styles."""
+        # not at the top of the file: it loads numpy, which no help needs
+        from isthmus.data.opening import class_names
+        from isthmus.data.source import choose_classes
+
+        images = {"data": self.data, "classes": self.chosen_classes}
+        styles = choose_classes(class_names(self.data, image_size=32), self.chosen_classes, source=self.data)
+        tokenizer, prior = tokenizer_preset(self.preset_tokenizer), prior_preset(self.preset_prior)
+        longer = self.amount.prior_steps
+        frozen = () if self.text_encoder is None else ("frozen",)
+        return TextSetting(
+            tokenizer=replace(tokenizer, num_steps=round(tokenizer.num_steps * self.amount.tokenizer_steps), **images),
+            prior=replace(
+                prior,
+                num_steps=round(prior.num_steps * longer),
+                validate_every=max(round(prior.validate_every * longer), 1),
+                **images,
+            ),
+            arms=self._ARMS[self.budget] + frozen,
+            num_classes=len(styles),
+            text_encoder="" if self.text_encoder is None else str(self.text_encoder.expanduser()),
             **self._shared(device, threads),
         )

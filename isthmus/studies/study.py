@@ -18,7 +18,7 @@ from isthmus.pictures import draw_grid
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, facts_of, ordered, run_experiments
 from isthmus.studies.measures import Lab
-from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
+from isthmus.studies.options import StudyOptions
 from isthmus.studies.tables import (
     RULE,
     Claim,
@@ -220,7 +220,7 @@ def verdict_text(claim: Claim, found: Difference) -> str:
     return f"{verdict}: at most {most} apart" if verdict == "cannot tell" and most else verdict
 
 
-def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) -> Path:
+def run_study(study: Study[Any], options: StudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
     Sets the number of threads, and the device that trainings of this process take. Raises `UserError` as `Study.run`
