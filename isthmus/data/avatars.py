@@ -64,9 +64,12 @@ _COMBINED = 4
 _HELD_OUT_SHARE = 0.02
 # one with which every style has pairs to hold out: 5 to 16 % of its drawings have such a pair
 _SALT = "9"
-AVATAR_SPLITS = ("train", "val", "reference", "combinations", "reader", "reader-val")
-"""`reference` are held-out drawings to measure against; `combinations` have a pair of attributes that no drawing of the
-three before has; `reader` has both."""
+AVATAR_SPLITS = ("train", "val", "reference", "combinations", "reader-train", "reader-val")
+"""`reference` are held-out drawings to measure against. `combinations` are drawings with a pair of attributes that no
+drawing of the three before has. `reader-val` has both, and so has `reader-train`, where parts that are rare elsewhere
+are usual: who learns to read sees enough of each.
+"""
+_OFTEN = 80  # %: how often parts are there in `reader-train`, unless they are there more often anyway
 DEFAULT_AVATARS = 20_000
 MIN_SIZE, MAX_SIZE = 8, 512
 _CHUNK = 128
@@ -107,7 +110,7 @@ class Avatars(ImageSource):
             UserError: unknown styles, a size that cannot be drawn, fewer than one image per style, a missing extra.
         """
         self.name, self.class_names = _checked(styles, image_size, classes)
-        number = num_images if split in ("train", "reference", "reader") else num_images // 10
+        number = num_images if split in ("train", "reference", "reader-train") else num_images // 10
         each = -(-number // len(self.class_names))
         if number < len(self.class_names):
             raise UserError(
@@ -344,18 +347,26 @@ def skin_name(colour: str) -> str:
     return "light" if luminance > 0.68 else "dark" if luminance < 0.38 else "medium"
 
 
-def held_out_pairs(attributes: Attributes) -> list[tuple[str, str]]:
-    """The pairs of attributes ("body dome", "top fin") of a drawing that no training image has: 2 % of all pairs."""
-    style = attributes["style"]
-    shown = [f"{name} {attributes[name]}" for name in _combined(style) if name in attributes]
-    return [pair for pair in combinations(shown, 2) if _is_held_out(style, *pair)]
-
-
-def _combined(style: str) -> list[str]:
-    """The attributes whose pairs count: parts, and colours where a style has fewer than four parts."""
+def attribute_names(style: str) -> tuple[str, ...]:
+    """What a drawing of a style can be asked for: "body", "eyes", "body colour", in the order of its captions."""
     _, parts, colours = _STYLES[style]
     names = [_NOUNS.get(part, part) for part in parts.split()]
-    return [*names, *(f"{_NOUNS.get(colour, colour)} colour" for colour in colours.split())][:_COMBINED]
+    return (*names, *(f"{_NOUNS.get(colour, colour)} colour" for colour in colours.split()))
+
+
+def combined_pairs(attributes: Attributes) -> list[tuple[str, str]]:
+    """The pairs of attributes ("body", "top") of a drawing that make combinations: of parts, and of colours where a
+    style has fewer than four parts.
+    """
+    combined = attribute_names(attributes["style"])[:_COMBINED]
+    return list(combinations([name for name in combined if name in attributes], 2))
+
+
+def held_out_pairs(attributes: Attributes) -> list[tuple[str, str]]:
+    """Those of a drawing whose values ("dome" and "fin") no training image has together: 2 % of all pairs of values."""
+    said = {name: f"{name} {value}" for name, value in attributes.items()}
+    pairs = combined_pairs(attributes)
+    return [(one, other) for one, other in pairs if _is_held_out(attributes["style"], said[one], said[other])]
 
 
 def _is_held_out(style: str, one: str, other: str) -> bool:
@@ -364,7 +375,8 @@ def _is_held_out(style: str, one: str, other: str) -> bool:
 
 
 @cache
-def _style(name: str) -> Any:
+def _style(name: str) -> tuple[Any, dict[str, int]]:
+    """A style of the generator, and the options that make its rare parts usual."""
     try:
         import dicebear
     except ImportError as error:
@@ -372,15 +384,19 @@ def _style(name: str) -> Any:
     definition = json.loads((resources.files("dicebear_styles") / f"{name}.json").read_text(encoding="utf-8"))
     if (licence := definition["meta"]["license"]["name"]) != "CC0 1.0":
         raise UserError(f"avatars take styles under CC0 1.0, got {name}, which is under {licence} here. Leave it out.")
-    return dicebear.Style(definition)
+    parts = definition["components"].items()
+    rare = [part for part, how in parts if how.get("probability", 100) < _OFTEN]
+    return dicebear.Style(definition), {f"{part}Probability": _OFTEN for part in rare}
 
 
 def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
     """Drawing `index` of a style and a split, as SVG, and what it shows."""
     import dicebear
 
+    drawn, usual = _style(style)
+    options = usual if split == "reader-train" else {}
     for attempt in count():
-        made = dicebear.Avatar(_style(style), {"seed": f"{split}/{index}/{attempt}"})
+        made = dicebear.Avatar(drawn, {"seed": f"{split}/{index}/{attempt}", **options})
         attributes = attributes_of(style, made.to_json()["options"])
         if split.startswith("reader") or bool(held_out_pairs(attributes)) == (split == "combinations"):
             return made.to_string(), attributes

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("isthmus")
 
 SAMPLES, NEIGHBOURS, CURVES, SWEEP = "samples.png", "neighbours.png", "curves.png", "sweep.png"
-REPORT_FILES = ("evaluation.json", "report.md", "report.html", SAMPLES, NEIGHBOURS, CURVES, SWEEP)
+ATTRIBUTES = "attributes.png"
+REPORT_FILES = ("evaluation.json", "report.md", "report.html", SAMPLES, NEIGHBOURS, CURVES, SWEEP, ATTRIBUTES)
 """What a report consists of; nothing else is written beside it."""
 
 HEAD = ("score", "value", "uncertainty", "floor", "ceiling", "images", "better", "note")
@@ -95,7 +96,7 @@ def look_at_samples(
 
     Raises UserError where most samples are.
     """
-    for earlier in (SAMPLES, NEIGHBOURS):
+    for earlier in (SAMPLES, NEIGHBOURS, ATTRIBUTES):
         (out / earlier).unlink(missing_ok=True)
     grid = _grid_places(images, labels)
     pairs = [] if neighbours is None else _pair_places(neighbours)
