@@ -56,7 +56,7 @@ def describe_model(folder: Path) -> str:
         raise UserError(f"{folder} holds a {index['_class_name']}, which this version does not know. Update Isthmus.")
     rows, num_classes = imported(about)(folder)
     for name in _components(index):
-        if index[name][1].endswith("Scheduler"):
+        if name in ("scheduler", "text_tokenizer"):  # no weights
             continue
         weights = TRANSFORMERS_WEIGHTS if index[name][0] == "transformers" else DIFFUSERS_WEIGHTS
         shapes = stored_shapes(folder / name, weights).values() if name != "text_encoder" else _encoder_shapes(folder)

@@ -121,8 +121,7 @@ class PriorRun(TokensRun):
         super().__post_init__()
         must("lie in [0, 1]", self, "label_smoothing", "refinement_probability")
         must("be positive", self, "scales_per_step")
-        if not self.text.encoder and not self.from_model and self.text != TextConfig():
-            raise UserError("settings of text belong to a run that reads captions, got no encoder. Pass --text small.")
+        self.text.check_read(self.from_model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from isthmus.next_scale.sampling import AskedTexts, ScaleSampler
 from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer, NextScaleTransformerOutput
-from isthmus.nn.draws import CAPTION, DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
+from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import at_sides, guidance_at
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
@@ -45,6 +44,7 @@ from isthmus.training.captions import (
     TextEncoder,
     check_captions,
     encoder_of,
+    shown_captions,
     warn_of_cut_captions,
     with_words,
 )
@@ -52,7 +52,7 @@ from isthmus.training.config import TextConfig, TokensRun
 from isthmus.training.cost import Cost, num_parameters, report, training_cost
 from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
-from isthmus.training.previews import PREVIEW_SEED, save_samples
+from isthmus.training.previews import save_samples
 from isthmus.training.saved_networks import (
     averaged_model,
     export_pipeline,
@@ -61,10 +61,7 @@ from isthmus.training.saved_networks import (
     refuse_contradictions,
     sampling_options,
 )
-from isthmus.training.train_prior import PriorTask, bits_by_level, measured_images
-
-# rows of a preview, and letters of a caption beside one
-_SHOWN_CAPTIONS, _NAME_LENGTH = 10, 60
+from isthmus.training.train_prior import PriorTask, bits_by_level
 
 
 def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
@@ -415,7 +412,7 @@ class NextScalePriorTask(NextScaleTask):
         if isinstance(self.text_encoder, SmallTextEncoder):
             if self._learns_words:
                 self.text_encoder = with_words(self.text_encoder, cache.captions, self.run.text.num_words)
-            warn_of_cut_captions(self.text_encoder, cache.captions)
+            warn_of_cut_captions(self.text_encoder.tokenizer, cache.captions)
             self.network = CaptionedTransformer(self.transformer, self.text_encoder)
 
     def place(self, device: torch.device) -> None:
@@ -443,11 +440,7 @@ class NextScalePriorTask(NextScaleTask):
 
     def _held_out_words(self, rows: slice) -> dict[str, Any]:
         """The captions of these rows, whole."""
-        if self.text_encoder is None:
-            return {}
-        assert self.held_out.captions is not None, "checked at the start"
-        captions = self.held_out.captions
-        return self._words([captions[i] for i in measured_images(self.held_out)[rows]])
+        return {} if self.text_encoder is None else self._words(self.held_out_captions(rows))
 
     @torch.no_grad()
     def save_samples(self, model: Any, folder: Path, step: int) -> None:
@@ -456,9 +449,7 @@ class NextScalePriorTask(NextScaleTask):
             super().save_samples(model, folder, step)
             return
         assert self.held_out.captions is not None, "checked at the start"
-        # drawn: classes may take turns, of which even steps would show one
-        order = stream(PREVIEW_SEED, CAPTION).permutation(len(self.held_out))
-        shown: list[int] = sorted(order[:_SHOWN_CAPTIONS].tolist())
+        shown, names = shown_captions(self.held_out)
         captions = [self.held_out.captions[i] for i in shown]
         bare, said = self.transformer_of(model), self._words([*captions, ""])
         features = said["text"] if self._features is not None else model.text_encoder(said["words"], said["mask"])
@@ -471,7 +462,6 @@ class NextScalePriorTask(NextScaleTask):
             *_, last = refined_scales(sampler)
             return to_pil(self.tokenizer.decode_features(last.features))
 
-        names = [shorten(caption, _NAME_LENGTH, placeholder="...") for caption in captions]
         save_samples(draw, names, len(captions), folder, step)
 
     def export(self, accelerator: Accelerator, model: Any) -> Path:

@@ -58,6 +58,13 @@ class CallOptions(TypedDict, total=False):
         float | int | Sequence[float] | Default,
         Option(FOLDER_DEFAULT, "Divides the logits; of a next-scale model also one number per scale."),
     ]
+    prompt: Annotated[
+        str | Sequence[str] | None,
+        Option(None, "What the image shows, in words (models that read text): one text, or one per image."),
+    ]
+    negative_prompt: Annotated[
+        str | None, Option(None, "What guidance leads away from; None is the empty prompt. It needs guidance.")
+    ]
     seed: Annotated[
         "Whole | None",
         Option(None, "One number for the request, or a list with one per image; None draws a fresh one."),

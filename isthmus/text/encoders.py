@@ -1,15 +1,11 @@
 """What a prior reads of a prompt, and a small encoder that is trained together with it.
 
-The encoder's words are pieces of bytes (byte-level BPE), so no prompt fails; a prior learns what they mean from the
-captions of its images.
+A prior learns what the encoder's words mean from the captions of its images.
 """
 
-import json
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +15,7 @@ from torch import Tensor, nn
 from isthmus.errors import UserError
 from isthmus.nn.attention import FeedForward, MultiHeadAttention
 from isthmus.nn.saved_model import SavedModel, records_arguments
-
-logger = logging.getLogger("isthmus")
+from isthmus.text.tokenizer import TextTokenizer
 
 _START = 0  # begins every prompt, and fills rows up
 
@@ -132,36 +127,20 @@ class SmallTextEncoder(SavedModel):
         return self.config["width"]
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """Byte-level BPE of the `tokenizers` library; ids of its words count from 0."""
-        from tokenizers.models import BPE
-
-        merges = [tuple(pair) for pair in self.config["merges"]]
-        words = [*_alphabet(), *(one + other for one, other in merges)]
-        return _bpe(BPE({word: number for number, word in enumerate(words)}, cast("list[tuple[str, str]]", merges)))
+    def tokenizer(self) -> TextTokenizer:
+        """What makes words of prompts."""
+        return TextTokenizer(merges=self.config["merges"], max_length=self.config["max_length"])
 
     def word_ids(
         self, prompts: Sequence[str], *, warn: bool = True
     ) -> tuple[Int[Tensor, "b words"], Bool[Tensor, "b words"]]:
-        """Numbers of the words of each prompt behind the start word, and True where there is one.
-
-        A prompt that is too long is cut, with a warning that says where, or without one.
-        """
-        encoded = self.tokenizer.encode_batch(list(prompts))
-        limit = self.config["max_length"]
-        for prompt, one in zip(prompts, encoded, strict=True):
-            if warn and len(one.ids) > limit:
-                first, end = one.offsets[limit]
-                logger.warning(
-                    "a prompt has %d words and only %d are read: it is cut before %r, after %r",
-                    *(len(one.ids), limit, prompt[first:end].strip(), prompt[max(first - 40, 0) : first]),
-                )
-        length = 1 + min(limit, max((len(one.ids) for one in encoded), default=0))
-        ids = torch.full((len(encoded), length), _START)
-        mask = torch.zeros((len(encoded), length), dtype=torch.bool)
-        for row, one in enumerate(encoded):
-            words = torch.tensor(one.ids[:limit], dtype=torch.int64) + 1
-            ids[row, 1 : 1 + len(words)] = words
+        """Numbers of the words of each prompt behind the start word, and True where there is one; cut as by `words`."""
+        found = self.tokenizer.words(prompts, warn=warn)
+        length = 1 + max(map(len, found), default=0)
+        ids = torch.full((len(found), length), _START)
+        mask = torch.zeros((len(found), length), dtype=torch.bool)
+        for row, words in enumerate(found):
+            ids[row, 1 : 1 + len(words)] = torch.tensor(words, dtype=torch.int64) + 1
             mask[row, : 1 + len(words)] = True
         return ids.to(self.device), mask.to(self.device)
 
@@ -179,34 +158,3 @@ class SmallTextEncoder(SavedModel):
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts; the empty one stands for no prompt."""
         return self(*self.word_ids(prompts))
-
-
-def learned_merges(captions: Iterable[str], *, num_words: int = 2000) -> list[list[str]]:
-    """The pairs that make the commonest words of captions, for a vocabulary of `num_words` beside the start word."""
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
-
-    tokenizer = _bpe(BPE())
-    trainer = BpeTrainer(vocab_size=num_words, initial_alphabet=_alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
-    return [list(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-
-
-def _alphabet() -> list[str]:
-    """A letter for each of the 256 bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return sorted(ByteLevel.alphabet())
-
-
-def _bpe(model: Any) -> Any:
-    """A tokenizer that reads capitals as small letters and a word at the start as one behind a space."""
-    from tokenizers import Tokenizer
-    from tokenizers.normalizers import NFKC, Lowercase
-    from tokenizers.normalizers import Sequence as InTurn
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = InTurn([NFKC(), Lowercase()])  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenizer

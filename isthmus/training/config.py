@@ -284,8 +284,32 @@ SMALL = "small"
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionsConfig(arguments_of("isthmus.text.tokenizer:TextTokenizer", ["max_length"])):
+    """Captions and their words, of priors of both families; None takes the default, or with --from the model's."""
+
+    encoder: str = ""
+    """What reads captions."""
+    num_words: int | None = None
+    """small: words of the vocabulary that is learned from the training captions; None is 2000."""
+    drop: float = 0.1
+    """Share of captions replaced by the empty one, for guidance."""
+
+    def __post_init__(self):
+        must("lie in [0, 1]", self, "drop")
+        if self.max_length is not None and self.max_length < 3:
+            raise UserError(f"text.max_length must be at least 3, got {self.max_length}.")
+        if self.num_words is not None and self.num_words < 256:
+            raise UserError(f"text.num_words must be at least 256, one for each byte, got {self.num_words}.")
+
+    def check_read(self, from_model: str) -> None:
+        """Raise UserError for settings of a new run that reads no captions."""
+        if not self.encoder and not from_model and self != type(self)():
+            raise UserError("settings of text belong to a run that reads captions, got no encoder. Pass --text small.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig(
-    arguments_of("isthmus.text.encoders:SmallTextEncoder", ["width", "num_layers", "num_heads", "max_length"])
+    CaptionsConfig, arguments_of("isthmus.text.encoders:SmallTextEncoder", ["width", "num_layers", "num_heads"])
 ):
     """Captions in the place of classes, and what reads them; None takes the default, or with --from the model's."""
 
@@ -293,21 +317,13 @@ class TextConfig(
     """small: an encoder that is trained together with the prior. A folder of a text encoder of transformers (T5, CLIP,
     BERT), or of one that a model was saved with: it stays frozen. Empty reads no captions, or with --from a model of
     texts goes on with its encoder."""
-    num_words: int | None = None
-    """small: words of the vocabulary that is learned from the training captions; None is 2000."""
     cross_attention: bool | None = None
     """Whether every block looks at the words, or the prior knows the vector of the whole caption alone; None is yes."""
-    drop: float = 0.1
-    """Share of captions replaced by the empty one, for guidance."""
 
     def __post_init__(self):
+        super().__post_init__()
         must("be positive", self, "width", "num_heads")
         must("not be negative", self, "num_layers")
-        must("lie in [0, 1]", self, "drop")
-        if self.max_length is not None and self.max_length < 3:
-            raise UserError(f"text.max_length must be at least 3, got {self.max_length}.")
-        if self.num_words is not None and self.num_words < 256:
-            raise UserError(f"text.num_words must be at least 256, one for each byte, got {self.num_words}.")
         if self.encoder not in ("", SMALL):
             for name in ("width", "num_layers", "num_heads", "num_words"):
                 if (value := getattr(self, name)) is not None:

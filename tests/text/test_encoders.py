@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 
 from isthmus.errors import UserError
-from isthmus.text.encoders import SmallTextEncoder, TextFeatures, learned_merges
+from isthmus.text.encoders import SmallTextEncoder, TextFeatures
+from isthmus.text.tokenizer import learned_merges
 
 CAPTIONS = [
     "a critter, dome body, sleepy eyes",

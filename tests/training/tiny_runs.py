@@ -203,7 +203,8 @@ def forget_after(out: Path, step: int) -> None:
     for checkpoint in (out / "checkpoints").iterdir():
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
-    for name in ("image_tokenizer", "decoder", "scheduler", "transformer", "text_encoder", "model_index.json"):
+    parts = ("image_tokenizer", "decoder", "scheduler", "transformer", "text_encoder", "text_tokenizer")
+    for name in (*parts, "model_index.json"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
