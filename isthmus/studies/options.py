@@ -297,11 +297,14 @@ class TextSetting(StudySetting):
     """Everything that decides the results of a study of words.
 
     `arms` are names of those of `isthmus.studies.text`, `text_encoder` the folder of the frozen encoder of one of them,
-    `num_classes` the styles that the arm of classes knows; `rounds` are of timing.
+    `dar_tokenizer` and `dar_prior` are those of the Llama, `num_classes` the styles that the arm of classes knows;
+    `rounds` are of timing.
     """
 
     tokenizer: TokenizerRun
     prior: PriorRun
+    dar_tokenizer: DiffusionTokenizerRun
+    dar_prior: NextTokenPriorRun
     arms: tuple[str, ...]
     num_classes: int
     text_encoder: str = ""
@@ -312,8 +315,8 @@ class TextSetting(StudySetting):
 
 @dataclass(frozen=True, kw_only=True)
 class TextStudyOptions(StudyOptions):
-    """Ways to tell a next-scale prior of words: the class alone, the mean of the words, an encoder, cross-attention,
-    rotary positions, a frozen encoder; at equal data, parameters, steps and seeds.
+    """Ways to tell a prior of words: the class alone, the mean of the words, an encoder, cross-attention, rotary
+    positions, a frozen encoder, words before a Llama's tokens; at equal data, parameters, steps and seeds.
 
     What is drawn is read back: attributes, and pairs of them that no training image has. quick trains one seed of four
     ways; full trains three of all. The same command goes on where it was stopped.
@@ -325,13 +328,17 @@ class TextStudyOptions(StudyOptions):
     }
     _ARMS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "quick": ("class", "bag", "pooled", "cross"),
-        "full": ("class", "bag", "pooled", "cross", "rotary"),
+        "full": ("class", "bag", "pooled", "cross", "rotary", "prefix"),
     }
 
     preset_tokenizer: str = "small-32"
     """Preset of the tokenizer (`isthmus info presets`); bigger ones are for GPUs."""
     preset_prior: str = "srdd-small"
     """Preset of the prior; what it is told of words is what the study varies."""
+    preset_dar_tokenizer: str = "dar-small-32"
+    """Preset of the tokenizer of the Llama (full)."""
+    preset_dar_prior: str = "dar-prior-small"
+    """Preset of the Llama; it takes the steps and batches of the other priors."""
     text_encoder: Path | None = None
     """Folder of a frozen text encoder of transformers (BERT, T5 or CLIP), such as MiniLM: one more row, whatever the
     budget. None leaves that row out."""
@@ -355,15 +362,26 @@ class TextStudyOptions(StudyOptions):
         images = {"data": self.data, "classes": self.chosen_classes}
         styles = choose_classes(class_names(self.data, image_size=32), self.chosen_classes, source=self.data)
         tokenizer, prior = tokenizer_preset(self.preset_tokenizer), prior_preset(self.preset_prior)
-        longer = self.amount.prior_steps
+        dar_tokenizer, longer = diffusion_tokenizer_preset(self.preset_dar_tokenizer), self.amount.prior_steps
         frozen = () if self.text_encoder is None else ("frozen",)
+        prior = replace(
+            prior,
+            num_steps=round(prior.num_steps * longer),
+            validate_every=max(round(prior.validate_every * longer), 1),
+            **images,
+        )
+        alike = ("num_steps", "batch_size", "validate_every", "data", "classes")
         return TextSetting(
             tokenizer=replace(tokenizer, num_steps=round(tokenizer.num_steps * self.amount.tokenizer_steps), **images),
-            prior=replace(
-                prior,
-                num_steps=round(prior.num_steps * longer),
-                validate_every=max(round(prior.validate_every * longer), 1),
+            prior=prior,
+            dar_tokenizer=replace(
+                dar_tokenizer,
+                num_steps=round(dar_tokenizer.num_steps * self.amount.tokenizer_steps),
+                continuous_steps=round(dar_tokenizer.continuous_steps * self.amount.tokenizer_steps),
                 **images,
+            ),
+            dar_prior=replace(
+                next_token_prior_preset(self.preset_dar_prior), **{name: getattr(prior, name) for name in alike}
             ),
             arms=self._ARMS[self.budget] + frozen,
             num_classes=len(styles),

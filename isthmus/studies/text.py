@@ -1,9 +1,9 @@
-"""`isthmus study text`: what a small next-scale prior makes of words, by the way in which it is told of them.
+"""`isthmus study text`: what a small prior makes of words, by the way in which it is told of them.
 
 Arms differ in nothing but what reads the caption and where the prior looks at it: no words at all (the class alone),
 the mean of the words, the vector of an encoder, the words themselves by cross-attention, rotary positions in the place
-of learned ones, a frozen encoder in the place of the small one. What is asked for is read back from the pixels
-(`isthmus.evaluation.alignment`).
+of learned ones, a frozen encoder in the place of the small one; and words before the tokens of a Llama (D-AR), which
+has a tokenizer of its own. What is asked for is read back from the pixels (`isthmus.evaluation.alignment`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from isthmus.dar.runs import NextTokenPriorRun, WordsConfig
+from isthmus.dar.train_prior import build_prior, layout_of
 from isthmus.data.batches import CachedTokens, training_batches
 from isthmus.data.token_cache import TokenCache
 from isthmus.evaluation.alignment import COMBINATIONS, SEEDS
@@ -21,10 +23,10 @@ from isthmus.evaluation.record import COMBINATION, timing_words
 from isthmus.evaluation.statistics import wilson_interval
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.runs import PriorRun
-from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.saved_model import without_values
-from isthmus.pipelines.loading import choose_device
+from isthmus.pipelines.loading import AnyPipeline, choose_device
+from isthmus.registry import task_of
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
 from isthmus.studies.measures import Lab, Timed, evaluation, interleaved_seconds
 from isthmus.studies.options import BALANCE, TextSetting
@@ -43,30 +45,33 @@ from isthmus.studies.tables import (
     study_table,
 )
 from isthmus.text.encoders import SmallTextEncoder
+from isthmus.text.tokenizer import TextTokenizer
 from isthmus.training.arguments import given
 from isthmus.training.captions import encoder_of
 from isthmus.training.config import SMALL, TextConfig
 from isthmus.training.cost import num_parameters
 from isthmus.training.optim import adamw
 from isthmus.training.run import column, last, read_log
-from isthmus.training.train_prior import train_prior
+from isthmus.training.train_prior import PriorTask, train_prior
 from isthmus.training.train_tokenizer import train_tokenizer
 
 TextLab = Lab[TextSetting]
 TextFound = Found[TextSetting]
 
-TOKENIZER = "tokenizer"
+TOKENIZER, DAR_TOKENIZER = "tokenizer", "tokenizer-dar"
 NUM_WORDS = 512
-"""Words of the small encoders: captions of a few styles have fewer words than the usual 2,000."""
+"""Words of the small encoders and of the Llama: captions of a few styles have fewer words than the usual 2,000."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to tell a prior of words; `frozen` reads them with the encoder of the setting, which is never trained."""
+    """A way to tell a prior of words; `frozen` reads them with the encoder of the setting, which is never trained, and
+    `prefix` is a Llama that reads them before its tokens.
+    """
 
     name: str
     row: str
-    reads: Literal["nothing", "bag", "encoder", "frozen"] = "encoder"
+    reads: Literal["nothing", "bag", "encoder", "frozen", "prefix"] = "encoder"
     cross_attention: bool = True
     position: Literal["learned", "rope2d"] | None = None
 
@@ -77,7 +82,8 @@ POOLED = Arm("pooled", "pooled encoder", cross_attention=False)
 CROSS = Arm("cross", "encoder and cross-attention")
 ROTARY = Arm("rotary", "the same, rotary positions", position="rope2d")
 FROZEN = Arm("frozen", "frozen encoder and cross-attention", reads="frozen")
-ARMS = {arm.name: arm for arm in (CLASS, BAG, POOLED, CROSS, ROTARY, FROZEN)}
+PREFIX = Arm("prefix", "words before a Llama's tokens", reads="prefix", cross_attention=False)
+ARMS = {arm.name: arm for arm in (CLASS, BAG, POOLED, CROSS, ROTARY, FROZEN, PREFIX)}
 
 
 def arms_of(setting: TextSetting) -> list[Arm]:
@@ -85,9 +91,30 @@ def arms_of(setting: TextSetting) -> list[Arm]:
     return [ARMS[name] for name in setting.arms]
 
 
-def prior_run(setting: TextSetting, arm: Arm, seed: int) -> PriorRun:
+def tokenizer_of(arm: Arm) -> str:
+    """The experiment that trains the tokenizer of an arm."""
+    return DAR_TOKENIZER if arm.reads == "prefix" else TOKENIZER
+
+
+def prior_run(setting: TextSetting, arm: Arm, seed: int) -> PriorRun | NextTokenPriorRun:
     """The run of an arm, with as many trained parameters as that of `CROSS`; without its folders."""
+    if arm.reads == "prefix":
+        return replace(_llama_run(setting, _feed_forward_width(setting)), seed=seed)
     return replace(_arm_run(setting, arm, _feed_forward_ratio(setting, arm)), seed=seed)
+
+
+def _llama_run(setting: TextSetting, feed_forward_width: int | None) -> NextTokenPriorRun:
+    run = setting.dar_prior
+    model = replace(run.model, feed_forward_width=feed_forward_width)
+    return replace(run, text=WordsConfig(encoder=SMALL, num_words=NUM_WORDS), model=model)
+
+
+@cache
+def _feed_forward_width(setting: TextSetting) -> int:
+    """Inner width that gives the Llama as many parameters as `CROSS` has."""
+    wanted = trained_parameters(setting, _arm_run(setting, CROSS, None))
+    one, two = (trained_parameters(setting, _llama_run(setting, width)) for width in (256, 512))
+    return 256 + round(256 * (wanted - one) / (two - one))
 
 
 def _arm_run(setting: TextSetting, arm: Arm, mlp_ratio: float | None) -> PriorRun:
@@ -114,9 +141,13 @@ def _feed_forward_ratio(setting: TextSetting, arm: Arm) -> float | None:
     return (round(width * config["mlp_ratio"]) + round((wanted - own) / per_unit)) / width
 
 
-def trained_parameters(setting: TextSetting, run: PriorRun) -> int:
+def trained_parameters(setting: TextSetting, run: PriorRun | NextTokenPriorRun) -> int:
     """Of a run of the study, with those of a small encoder; no weight is made."""
     with without_values():
+        if isinstance(run, NextTokenPriorRun):
+            words = TextTokenizer(merges=[("", "")] * (NUM_WORDS - 256))
+            layout = layout_of(given(setting.dar_tokenizer.model), 0, words)
+            return num_parameters(build_prior(run, layout, None, ()))
         encoder = encoder_of(run.text, None)
         small = None
         if isinstance(encoder, SmallTextEncoder):
@@ -138,19 +169,20 @@ def _transformer(setting: TextSetting, run: PriorRun) -> NextScaleTransformer:
     return NextScaleTransformer(num_classes=classes, **shared, **text, **given(run.model))
 
 
-def placed_run(lab: TextLab, arm: Arm, seed: int) -> PriorRun:
-    """The run of an arm with its folders; all arms of a seed share their tokens."""
+def placed_run(lab: TextLab, arm: Arm, seed: int) -> PriorRun | NextTokenPriorRun:
+    """The run of an arm with its folders; arms of one tokenizer and seed share their tokens."""
     return replace(
         prior_run(lab.setting, arm, seed),
         out=lab.run_folder(f"prior-{arm.name}-seed{seed}"),
-        tokenizer=str(lab.run_folder(TOKENIZER)),
-        token_cache=lab.folder / "token-caches" / f"{TOKENIZER}-seed{seed}",
+        tokenizer=str(lab.run_folder(tokenizer_of(arm))),
+        token_cache=lab.folder / "token-caches" / f"{tokenizer_of(arm)}-seed{seed}",
     )
 
 
 def trained_tokenizer(lab: TextLab, experiment: Experiment) -> Values:
     """What the training measures at its end."""
-    run = replace(lab.setting.tokenizer, out=lab.run_folder(experiment.name))
+    run = lab.setting.dar_tokenizer if experiment.name == DAR_TOKENIZER else lab.setting.tokenizer
+    run = replace(run, out=lab.run_folder(experiment.name))
     train_tokenizer(run)
     log = read_log(run.out / "log.jsonl")
     return {"psnr": last(log, "val/psnr"), "usage": last(log, "val/usage")}
@@ -161,22 +193,25 @@ def trained_prior(lab: TextLab, experiment: Experiment) -> Values:
     run = placed_run(lab, ARMS[experiment.settings["arm"]], experiment.settings["seed"])
     train_prior(run)
     steps, bits = column(read_log(run.out / "log.jsonl"), "val/bits_per_token")
-    pipeline: NextScalePipeline = lab.pipeline(experiment.name)
+    pipeline = lab.pipeline(experiment.name)
     trained = num_parameters(pipeline.transformer)
-    if isinstance(pipeline.text_encoder, SmallTextEncoder):
+    if isinstance(pipeline, NextScalePipeline) and isinstance(pipeline.text_encoder, SmallTextEncoder):
         trained += num_parameters(pipeline.text_encoder)
     return {"steps": steps, "bits_per_token": bits, "parameters": trained}
 
 
 def priors(setting: TextSetting) -> Iterator[Experiment]:
-    """The tokenizer, then every arm with every seed."""
-    yield Experiment(
-        name=TOKENIZER,
-        kind="tokenizer",
-        work=trained_tokenizer,
-        settings={"run": run_settings(setting.tokenizer)},
-        seconds=0.1 * setting.tokenizer.num_steps,
-    )
+    """The tokenizers, then every arm with every seed."""
+    tokenizers = {TOKENIZER: (setting.tokenizer, 0.1), DAR_TOKENIZER: (setting.dar_tokenizer, 0.4)}
+    for name in dict.fromkeys(map(tokenizer_of, arms_of(setting))):
+        run, each = tokenizers[name]
+        yield Experiment(
+            name=name,
+            kind="tokenizer",
+            work=trained_tokenizer,
+            settings={"run": run_settings(run)},
+            seconds=each * run.num_steps,
+        )
     for seed in setting.seeds:
         for arm in arms_of(setting):
             yield Experiment(
@@ -184,7 +219,7 @@ def priors(setting: TextSetting) -> Iterator[Experiment]:
                 kind="prior",
                 work=trained_prior,
                 settings={"arm": arm.name, "seed": seed, "run": run_settings(prior_run(setting, arm, seed))},
-                after=(TOKENIZER,),
+                after=(tokenizer_of(arm),),
                 seconds=0.2 * setting.prior.num_steps,
             )
 
@@ -247,16 +282,16 @@ def measured_cost(lab: TextLab, experiment: Experiment) -> Values:
     }
 
 
-def _draw(model: NextScalePipeline, prompts: Sequence[str]) -> None:
+def _draw(model: AnyPipeline, prompts: Sequence[str]) -> None:
     if model.reads_text:
         model(prompt=prompts, seed=0, output_type="pt")
     else:
         model([i % model.num_classes for i in range(len(prompts))], seed=0, output_type="pt")
 
 
-def training_step(run: PriorRun, device: torch.device) -> Timed:
+def training_step(run: PriorRun | NextTokenPriorRun, device: torch.device) -> Timed:
     """One optimizer step of a run on networks that start anew and one batch, captions included, in float32."""
-    task = NextScalePriorTask(run)
+    task: PriorTask = task_of(run)(run)
     task.place(device)
     assert run.token_cache is not None, "the study shares its caches"
     cache = TokenCache.open(run.token_cache, task.tokenizer)
@@ -268,7 +303,8 @@ def training_step(run: PriorRun, device: torch.device) -> Timed:
     optimizer = adamw(network, run.optim)
 
     def step() -> None:
-        task.losses(network, batch, 0).total.backward()
+        with task.regularisation():
+            task.losses(network, batch, 0).total.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), run.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -347,6 +383,8 @@ def words(found: TextFound) -> StudyTable:
         claim("A frozen encoder of sentences reads better than a small one", FROZEN, CROSS, SINGLE),
         claim("A frozen encoder of sentences binds better than a small one", FROZEN, CROSS, BOUND),
         claim("Words cost time: a step takes longer than one of classes", CROSS, CLASS, STEP),
+        claim("A Llama that reads words before its tokens draws attributes as well, or better", PREFIX, CROSS, SINGLE),
+        claim("A Llama that reads words before its tokens binds as well, or better", PREFIX, CROSS, BOUND),
     )
     names = {arm.row for arm in chosen}
     return StudyTable(
@@ -364,6 +402,7 @@ def words(found: TextFound) -> StudyTable:
         notes=(
             "A share of attributes counts every attribute that was asked for; a held-out pair is right where both of "
             "its attributes are.",
+            *([_OF_ITS_OWN] if PREFIX in chosen else []),
             *([] if setting.text_encoder else [_NO_ENCODER]),
             *found.warnings(*map(_samples, chosen)),
         ),
@@ -373,6 +412,12 @@ def words(found: TextFound) -> StudyTable:
 _NO_ENCODER = (
     "No row has a frozen encoder: none was given. `--text-encoder FOLDER` (a BERT, T5 or CLIP of transformers, such as "
     "MiniLM) adds it."
+)
+
+
+_OF_ITS_OWN = (
+    "The Llama draws through a tokenizer of its own (D-AR), trained for as many steps as its preset and budget say: "
+    "its row differs in that too, and its bits are bits of other tokens."
 )
 
 
@@ -414,6 +459,7 @@ def likelihood(found: TextFound) -> StudyTable:
         notes=(
             "What a caption is worth is the difference of the first two columns; another's caption costs more than "
             "none where a prior believes what it is told.",
+            *([_OF_ITS_OWN] if PREFIX in arms_of(setting) else []),
         ),
     )
 

@@ -15,7 +15,7 @@ from tests.studies import tiny_studies
 def test_arms_train_as_many_parameters():
     setting = TextStudyOptions(budget="full").setting("cpu", 1)
     counts = {name: trained_parameters(setting, prior_run(setting, ARMS[name], 0)) for name in setting.arms}
-    assert set(counts) == {"class", "bag", "pooled", "cross", "rotary"}
+    assert set(counts) == {"class", "bag", "pooled", "cross", "rotary", "prefix"}
     assert all(count == pytest.approx(counts["cross"], rel=1e-3) for count in counts.values())
 
 

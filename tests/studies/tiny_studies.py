@@ -94,7 +94,9 @@ def text_setting(**changes) -> TextSetting:
     setting = {
         "tokenizer": tokenizer_run("avatars:gaze,stack", Path("unset"), **drawings),
         "prior": prior_run("avatars:gaze,stack", Path("unset"), "", **drawings),
-        "arms": ("class", "cross"),
+        "dar_tokenizer": diffusion_tokenizer_run("avatars:gaze,stack", Path("unset"), **drawings),
+        "dar_prior": next_token_prior_run("avatars:gaze,stack", Path("unset"), "", **drawings),
+        "arms": ("class", "cross", "prefix"),
         "num_classes": 2,
         "seeds": (0,),
         "num": 8,
