@@ -204,7 +204,7 @@ def size_text(size: float | None, of: float) -> str:
     """
     if not size:
         return ""
-    share = f" ({100 * size / of:.2g} %)" if of > 0 else ""
+    share = f" ({100 * size / of:.3g} %)" if of > 0 else ""
     return f"{size:.3g}{share}"
 
 

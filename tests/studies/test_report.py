@@ -86,7 +86,7 @@ def test_options_that_no_study_has_are_refused():
 def test_what_cannot_be_told_is_said_to_be_small(tmp_path):
     """Differences -0.05, 0.1, -0.1: deviation 0.104, half width 4.303 * 0.104 / sqrt(3), of a mean of 1.117."""
     text = run(STUDY, SETTING, tmp_path, tables=("hand",)).read_text()
-    assert "| 0.259 (23 %) | cannot tell: at most 0.275 (25 %) apart |" in text
+    assert "| 0.259 (23.2 %) | cannot tell: at most 0.275 (24.6 %) apart |" in text
     assert "4 verdicts stand here, of which 2 cannot be told" in text
 
 
