@@ -64,9 +64,10 @@ _COMBINED = 4
 _HELD_OUT_SHARE = 0.02
 # one with which every style has pairs to hold out: 5 to 16 % of its drawings have such a pair
 _SALT = "9"
-AVATAR_SPLITS = ("train", "val", "combinations", "reader-train", "reader-val")
-"""`combinations` are drawings with a pair of attributes that no drawing of `train` and `val` has. `reader-val` has
-both, and so has `reader-train`, where parts that are rare elsewhere are usual: who learns to read sees enough of each.
+AVATAR_SPLITS = ("train", "val", "reference", "combinations", "reader-train", "reader-val")
+"""`reference` are held-out drawings to measure against. `combinations` are drawings with a pair of attributes that no
+drawing of the three before has. `reader-val` has both, and so has `reader-train`, where parts that are rare elsewhere
+are usual: who learns to read sees enough of each.
 """
 _OFTEN = 80  # %: how often parts are there in `reader-train`, unless they are there more often anyway
 DEFAULT_AVATARS = 20_000
@@ -100,16 +101,16 @@ class Avatars(ImageSource):
         Args:
             styles: some of `AVATAR_STYLES`.
             image_size: pixels.
-            split: one of `AVATAR_SPLITS`; whatever is not trained on has a tenth of `num_images`.
+            split: one of `AVATAR_SPLITS`; val, combinations and reader-val have a tenth of `num_images`.
             classes: styles to keep, of `styles`.
-            num_images: of the training split, over all styles.
+            num_images: of the training split (or the reference, or of what a reader learns from), over all styles.
             cache_dir: see `cache_directory`.
 
         Raises:
             UserError: unknown styles, a size that cannot be drawn, fewer than one image per style, a missing extra.
         """
         self.name, self.class_names = _checked(styles, image_size, classes)
-        number = num_images if split in ("train", "reader-train") else num_images // 10
+        number = num_images if split in ("train", "reference", "reader-train") else num_images // 10
         each = -(-number // len(self.class_names))
         if number < len(self.class_names):
             raise UserError(

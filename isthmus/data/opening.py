@@ -23,7 +23,7 @@ def open_source(
     columns: WantedColumns = ANY_COLUMNS,
     max_images: int | None = None,
 ) -> ImageSource:
-    """One split ("train" or "val") of what `--data` names.
+    """One split ("train", "val", or "reference" of avatars) of what `--data` names.
 
     That is `avatars[:STYLE,...]`, `openmoji`, `photos`, `folder:PATH`, `npz:PATH` or `hf:NAME_OR_PATH[:SPLIT]`.
 
@@ -31,10 +31,10 @@ def open_source(
     orders classes by name. `strict` refuses data with unreadable images instead of skipping those. `val_fraction` of
     the images are held out where the data set has no held-out part of its own (photos hold out a strip of each photo,
     of avatars a tenth is drawn beside). `columns` are those of an hf: table. `max_images` is the number of avatars to
-    train on (None: 20,000). Raises UserError, before any training, for whatever cannot be used.
+    train on, or of a reference (None: 20,000). Raises UserError, before any training, for whatever cannot be used.
     """
     kind, place = parse_spec(spec)
-    if split not in ("train", "val"):
+    if split not in ("train", "val") and (kind, split) != ("avatars", "reference"):
         raise UserError(f"the split must be one of train, val, got {split!r}.")
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}. 0.1 holds out a tenth.")

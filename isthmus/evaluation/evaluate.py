@@ -232,7 +232,13 @@ def evaluate_images(
     splits = None
     if data is not None:
         splits = open_splits(
-            data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns, max_images=max_images
+            data,
+            image_size=size[0],
+            classes=tuple(classes),
+            wanted=(),
+            columns=columns,
+            max_images=max_images,
+            num_samples=len(images),
         )
     real = RealImages.of(network, splits, reference, size=size)
     known = matched_classes(images, splits)
@@ -312,7 +318,13 @@ def evaluate_model(
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
         names, side = names_in_order(pipeline.class_names), pipeline.image_size
         splits = open_splits(
-            data, image_size=side, classes=tuple(classes), wanted=names, columns=columns, max_images=max_images
+            data,
+            image_size=side,
+            classes=tuple(classes),
+            wanted=names,
+            columns=columns,
+            max_images=max_images,
+            num_samples=num,
         )
         chosen = choose_classes(pipeline, splits, num, balance)
         read_names = attributes_to_read(attributes, splits, reads_text=pipeline.reads_text)
@@ -400,6 +412,15 @@ def evaluate_model(
             _finish(done, out)
 
 
+def samples_folder(out: Path, guidance: str = "") -> Path:
+    """Where an evaluation draws, at its own guidance or at one of its sweep in words (`guidance_text`).
+
+    >>> samples_folder(Path("scores"), "linear:1:2").as_posix()
+    'scores/sweep/linear-1-2'
+    """
+    return out / SWEEP_FOLDER / guidance.replace(":", "-") if guidance else out / SAMPLES_FOLDER
+
+
 def _requests(
     pipeline: AnyPipeline,
     chosen: SampleClasses,
@@ -412,7 +433,7 @@ def _requests(
     guidances = {guidance_text(one): {"guidance_scale": one} for one in sweep}
     labels, asked = chosen.model_ids.tolist(), {}
     for words, guided in {"": {}, **guidances}.items():
-        folder = out / SWEEP_FOLDER / words.replace(":", "-") if words else out / SAMPLES_FOLDER
+        folder = samples_folder(out, words)
         words_of_all: dict[str, Any] = {"classes": chosen.rule, "prompts": chosen.prompts}
         request = SampleRequest.of(pipeline, labels, options={**options, **guided}, **words_of_all, **drawing)
         asked[words] = folder, request

@@ -148,10 +148,15 @@ class ReconstructionMeter:
             self._values.setdefault(name, []).append(values.cpu())
         self._features.append(extract_features(self._network, reconstructions)[self._network.headline])
 
+    @property
+    def features(self) -> Float[np.ndarray, "_ _"]:
+        """Of all reconstructions so far, in the headline space."""
+        return np.concatenate(self._features)
+
     def scores(self, originals: Gaussian) -> ReconstructionScores:
         """What was measured; `originals` are the features of the same images."""
         arrays = {name: torch.cat(parts).numpy().astype(np.float64) for name, parts in self._values.items()}
-        return ReconstructionScores(arrays, frechet_distance(Gaussian.of(np.concatenate(self._features)), originals))
+        return ReconstructionScores(arrays, frechet_distance(Gaussian.of(self.features), originals))
 
 
 @dataclass(frozen=True, eq=False)

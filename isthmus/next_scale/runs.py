@@ -89,6 +89,8 @@ class PriorModel(
         "isthmus.next_scale.transformer:NextScaleTransformer",
         ["width", "num_layers", "num_heads", "scale_attention", "shared_adaln", "l2_attention", "mlp_ratio"]
         + ["drop_path", "init_gate"],
+        later=["position"],
+        _Position=Literal["learned", "rope2d"],
     )
 ):
     """Arguments of `NextScaleTransformer`; None takes the preset's value, or with --from the model's."""

@@ -506,7 +506,7 @@ def snr(found: SrddFound) -> StudyTable:
     """Signal-to-noise ratio after every scale."""
     values, column = found.results["snr"], "SNR, dB"
     names = [f"{side} x {side}" for side in values["scale_sizes"]]
-    readings = [{0: Reading(*interval)} for interval in values["decibels"]]
+    readings = [{0: Reading.written(interval)} for interval in values["decibels"]]
     rises = "The signal-to-noise ratio of the state rises with every scale"
     return StudyTable(
         about="|f|^2 / |f - F_k|^2 of the encoder's latents f and the sum of the codes up to scale k, mean of the "

@@ -87,7 +87,7 @@ class SmallTextEncoder(SavedModel):
         merges: pairs of pieces that are joined to words, in order, as `learned_merges` finds them; without any a
             word is a byte.
         width: of the vector of a word, and of the whole prompt.
-        num_layers: blocks.
+        num_layers: blocks; with 0 the prompt is the mean of its words, wherever they stand (a bag of words).
         num_heads: attention heads.
         max_length: words that are read of a prompt.
     """
@@ -108,12 +108,13 @@ class SmallTextEncoder(SavedModel):
         if max_length < 1:
             raise UserError(f"max_length must be at least 1, got {max_length}.")
         self.word_embedding = nn.Embedding(257 + len(merges), width)
-        self.position = nn.Parameter(torch.empty(1, 1 + max_length, width))
+        self.position = nn.Parameter(torch.empty(1, 1 + max_length, width)) if num_layers else None
         self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         if self.device.type != "meta":
             for table in (self.word_embedding.weight, self.position):
-                nn.init.normal_(table, std=0.02)
+                if table is not None:
+                    nn.init.normal_(table, std=0.02)
 
     @property
     def text_width(self) -> int:
@@ -145,6 +146,9 @@ class SmallTextEncoder(SavedModel):
 
     def forward(self, ids: Int[Tensor, "b words"], mask: Bool[Tensor, "b words"]) -> TextFeatures:
         """Features of words by number; where `mask` is False nothing is seen. The start word stands for the whole."""
+        if self.position is None:
+            hidden, counted = self.norm(self.word_embedding(ids)), mask.unsqueeze(-1)
+            return TextFeatures(hidden, mask, (hidden * counted).sum(dim=1) / counted.sum(dim=1))
         x = self.word_embedding(ids) + self.position[:, : ids.shape[1]]
         for block in self.blocks:
             x = self.run_block(block, x, mask)

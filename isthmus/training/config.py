@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
@@ -322,7 +322,8 @@ class TextConfig(
 
     def __post_init__(self):
         super().__post_init__()
-        must("be positive", self, "width", "num_layers", "num_heads")
+        must("be positive", self, "width", "num_heads")
+        must("not be negative", self, "num_layers")
         if self.encoder not in ("", SMALL):
             for name in ("width", "num_layers", "num_heads", "num_words"):
                 if (value := getattr(self, name)) is not None:
@@ -336,9 +337,18 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 def run_to_json(run: Run) -> dict[str, Any]:
     """Plain values of a run, for run.json; fields that came later are left out at their defaults, as of before."""
-    later = {f.name for f in fields(run) if f.metadata.get("later") and getattr(run, f.name) == f.default_factory()}  # pyright: ignore[reportCallIssue]
-    values = {name: value for name, value in asdict(run).items() if name not in later}
-    return json.loads(json.dumps(values, default=str))
+    return json.loads(json.dumps(_without_later(run), default=str))
+
+
+def _without_later(config: Any) -> dict[str, Any]:
+    """Values by name, without fields that came later and stand at their defaults."""
+    values = {}
+    for one in fields(config):
+        value = getattr(config, one.name)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if not (one.metadata.get("later") and value == default):
+            values[one.name] = _without_later(value) if is_dataclass(value) else value
+    return values
 
 
 def run_from_json(kind: type[AnyRun], values: dict[str, Any]) -> AnyRun:

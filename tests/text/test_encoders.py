@@ -45,6 +45,17 @@ def test_a_prompt_alone_is_the_prompt_among_others(encoder):
         torch.testing.assert_close(own.pooled, alone.pooled, rtol=1e-5, atol=1e-6)
 
 
+def test_without_blocks_a_prompt_is_a_bag_of_its_words():
+    bag = SmallTextEncoder(merges=learned_merges(CAPTIONS * 20, num_words=300), width=12, num_layers=0).eval()
+    assert bag.position is None
+    one, turned, other = (bag.encode([words]).pooled for words in ("teal body", "body teal", "teal planet"))
+    torch.testing.assert_close(one, turned)
+    assert not torch.allclose(one, other)
+    words = bag.encode(["teal body"])
+    torch.testing.assert_close(words.pooled, words.hidden.mean(dim=1))
+    torch.testing.assert_close(bag.encode(["teal body", CAPTIONS[0]]).pooled[:1], one)
+
+
 def test_long_prompts_are_cut_and_it_is_said_where(encoder, caplog):
     long = " ".join(["teal"] * 20)
     features = encoder.encode([long])
