@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.data.captions import varied
 from isthmus.data.images import Augmentation, ImageUint8, augmented_view, decode_image
 from isthmus.data.licences import AVATARS_ATTRIBUTION
 from isthmus.data.source import ImageSource, ImageStream, StreamedImage, choose_classes, logger, missing_extra
@@ -131,7 +132,7 @@ class Avatars(ImageSource):
         return np.array(self._pixels[index % self.num_classes][chunk][row])
 
     def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
-        """See `varied`."""
+        """See `captions.varied`."""
         return varied(caption, generator)
 
     def _open(self) -> None:
@@ -181,7 +182,7 @@ class AvatarStream(ImageStream):
         return StreamedImage(_pixels_of(svg, self.image_size), label, caption(attributes))
 
     def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
-        """See `varied`."""
+        """See `captions.varied`."""
         return varied(caption, generator)
 
     def images(self) -> Iterator[StreamedImage]:
@@ -247,17 +248,6 @@ def caption(attributes: Attributes, generator: np.random.Generator | None = None
     words = [f"{value} {name.removesuffix(' colour')}" for name, value in attributes.items() if name != "style"]
     whole = ", ".join([noun, *words])
     return whole if generator is None else varied(whole, generator)
-
-
-def varied(whole: str, generator: np.random.Generator) -> str:
-    """A caption of a drawing in another order, with some of what it says left out; the noun stays in front.
-
-    >>> varied("a critter", np.random.default_rng(0))
-    'a critter'
-    """
-    noun, *words = whole.split(", ")
-    kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
-    return ", ".join([noun, *(words[i] for i in generator.permutation(len(words)) if kept[i])])
 
 
 def check_styles(styles: Sequence[str]) -> None:

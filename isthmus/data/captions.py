@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from isthmus.data.source import logger
 from isthmus.data.views import usable_processors
 from isthmus.errors import UserError
@@ -41,6 +43,19 @@ def clean_caption(text: str) -> str:
         return line
     kept, space, _ = line[: LONGEST_CAPTION + 1].rpartition(" ")
     return kept if space else line[:LONGEST_CAPTION]
+
+
+def varied(caption: str, generator: np.random.Generator) -> str:
+    """What a caption says between its commas in another order, some of it left out; what it begins with stays in front.
+
+    So short prompts are learned too. Draws 1 + n numbers and a permutation, for n parts behind the first.
+
+    >>> varied("a critter", np.random.default_rng(0))
+    'a critter'
+    """
+    noun, *words = caption.split(", ")
+    kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
+    return ", ".join([noun, *(words[i] for i in generator.permutation(len(words)) if kept[i])])
 
 
 def usable_captions(

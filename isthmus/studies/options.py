@@ -76,7 +76,7 @@ class StudyOptions:
     tables: tuple[str, ...] = ()
     """Tables to fill, by name; none given: those of the budget."""
     data: str = "openmoji"
-    """As for `isthmus train`: avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
+    """As for `isthmus train`: avatars[:STYLE,...], emoji, openmoji, photos, folder:PATH, npz:PATH, hf:NAME[:SPLIT]."""
     classes: tuple[str, ...] = ("face", "flag", "hand", "person")
     """Classes of the data set, or `all`."""
     num: int | None = None
