@@ -39,6 +39,7 @@ TABLE = Path(__file__).parents[1] / "isthmus" / "data" / "emoji_names.tsv.gz"
 NAMES = ("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 # the component group has no emoji of its own
 _GROUPS = dict(enumerate((*EMOJI_CLASSES[:2], None, *EMOJI_CLASSES[2:])))
+_TYPED = str.maketrans("’“”", '\'""')
 _TONES = frozenset("1f3fb 1f3fc 1f3fd 1f3fe 1f3ff".split())
 _PERSON = {"1f468": "1f9d1", "1f469": "1f9d1"}
 _GENDERS = (["200d", "2640"], ["200d", "2642"])
@@ -58,17 +59,18 @@ class Style:
     credit: str
 
 
+_MIT = "MIT (https://opensource.org/license/mit)"
 _APACHE = "Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0)"
 _BY = "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)"
 _FLUENT = "Fluent Emoji, copyright Microsoft Corporation"
 _NOTO = "Noto Emoji, copyright Google Inc"
 STYLES = (
     Style("3d", "@lobehub/fluent-emoji-3d", "1.1.0",
-          "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "MIT", _FLUENT),
+          "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", _MIT, _FLUENT),
     Style("gradient", "@iconify-json/fluent-emoji", "1.2.7",
-          "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT", _FLUENT),
+          "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", _MIT, _FLUENT),
     Style("flat", "@iconify-json/fluent-emoji-flat", "1.2.6",
-          "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT", _FLUENT),
+          "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", _MIT, _FLUENT),
     Style("shaded", "@iconify-json/noto", "1.2.9",
           "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", _APACHE, _NOTO),
     Style("blob", "@iconify-json/noto-v1", "1.2.5",
@@ -101,7 +103,7 @@ class Concept:
         >>> Concept("1f55b", "flag: Côte d’Ivoire", "flags", "").name
         "flag, Côte d'Ivoire"
         """
-        return self.label.replace("’", "'").replace(": ", ", ")
+        return self.label.translate(_TYPED).replace(": ", ", ")
 
 
 @cache
