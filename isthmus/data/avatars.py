@@ -202,7 +202,8 @@ class StreamedAvatars(BatchedDataset):
         """`seed` decides the augmentation; the drawings are brought to `image_size` pixels."""
         self.source, self.image_size, self.seed, self.augment = source, image_size, seed, augment
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """See `BatchedDataset`."""
         numbers = np.asarray(positions, dtype=np.int64)
         drawn = [self.source.image(int(number)) for number in numbers]
         views = [
