@@ -28,9 +28,13 @@ from isthmus.data.source import ImageSource, choose_classes, logger, missing_ext
 from isthmus.errors import UserError
 from isthmus.files import cache_directory, sha256_of_file, sha256_of_parts, write_whole
 
-OPENMOJI_CLASSES = tuple("face flag hand person animal food_plant place_vehicle sky_time object symbol".split())
-EMOJI_CLASSES = tuple(
-    "smileys_emotion people_body animals_nature food_drink travel_places activities objects symbols flags".split()
+OPENMOJI_CLASSES = (
+    *("face", "flag", "hand", "person", "animal"),
+    *("food_plant", "place_vehicle", "sky_time", "object", "symbol"),
+)
+EMOJI_CLASSES = (
+    *("smileys_emotion", "people_body", "animals_nature", "food_drink", "travel_places"),
+    *("activities", "objects", "symbols", "flags"),
 )
 """The groups of Unicode."""
 MAX_RENDER_SIZE = 1024
