@@ -6,7 +6,7 @@ OPENMOJI_ATTRIBUTION = (
 )
 
 TWEMOJI_ATTRIBUTION = (
-    "Emoji drawings of Twemoji, copyright 2019 Twitter, Inc and other contributors. License: CC BY 4.0 "
+    "Emoji drawings of Twemoji, copyright 2019 Twitter, Inc and other contributors, under CC BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/). Changed: rendered as small bitmaps."
 )
 
