@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resvg_py
 import tyro
 from tqdm import tqdm
 
 from isthmus.data.emoji import EMOJI_CLASSES
-from isthmus.data.images import ImageUint8, centre_view, decode_image
+from isthmus.data.images import ImageUint8, centre_view, decode_image, rendered_svg
 from isthmus.errors import UserError
 from isthmus.files import write_whole
 
@@ -172,7 +171,7 @@ def write_names() -> None:
             file = files.get(plain(variant["hexcode"]))
             if file is None:
                 continue
-            drawn = hashlib.sha256(_rendered(file.read_text(encoding="utf-8"), 64).tobytes()).digest()
+            drawn = hashlib.sha256(rendered_svg(file.read_text(encoding="utf-8"), 64).tobytes()).digest()
             if drawn in seen:
                 continue
             seen.add(drawn)
@@ -263,7 +262,7 @@ def _pictures(
 
     def draw(size: int, icon: str) -> ImageUint8:
         svg = _svg(packed, icon)
-        return centre_view(_rendered(svg, _LARGE), size) if large else _rendered(svg, size)
+        return centre_view(rendered_svg(svg, _LARGE), size) if large else rendered_svg(svg, size)
 
     chosen: dict[str, str] = {}
     taken: set[str] = set()
@@ -326,11 +325,6 @@ def _svg(packed: Mapping[str, Any], name: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left:g} {top:g} {side:g} {side:g}">{icon["body"]}</svg>'
     )
-
-
-def _rendered(svg: str, size: int) -> ImageUint8:
-    options = {"width": size, "height": size, "background": "#ffffff", "skip_system_fonts": True}
-    return decode_image(resvg_py.svg_to_bytes(svg_string=svg, **options))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.data.captions import varied
-from isthmus.data.images import Augmentation, ImageUint8, augmented_view, decode_image
+from isthmus.data.images import Augmentation, ImageUint8, augmented_view, rendered_svg
 from isthmus.data.licences import AVATARS_ATTRIBUTION
 from isthmus.data.source import ImageSource, ImageStream, StreamedImage, choose_classes, logger, missing_extra
 from isthmus.data.views import Batch, BatchedDataset, collate, usable_processors
@@ -179,7 +179,7 @@ class AvatarStream(ImageStream):
         """Drawing `number` (0, 1, 2, ...): uint8 (image_size, image_size, 3), its label and its caption."""
         turn, label = divmod(number, self.num_classes)
         svg, attributes = drawing(self.class_names[label], f"stream-{self.seed}", turn)
-        return StreamedImage(_pixels_of(svg, self.image_size), label, caption(attributes))
+        return StreamedImage(rendered_svg(svg, self.image_size), label, caption(attributes))
 
     def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
         """See `captions.varied`."""
@@ -377,13 +377,6 @@ def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
     raise AssertionError("counting never ends")
 
 
-def _pixels_of(svg: str, image_size: int) -> ImageUint8:
-    import resvg_py
-
-    size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
-    return decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size))
-
-
 def _made_with() -> str:
     """Versions of all that decides pixels."""
     return "-".join(version(name) for name in ("dicebear-core", "dicebear-styles", "resvg-py"))
@@ -443,7 +436,7 @@ def render(image_size: int, files: Sequence[str]) -> None:
     for file in map(Path, files):
         style, split, chunk = file.stem.split("+")
         made = [drawing(style, split, int(chunk) * _CHUNK + row) for row in range(_CHUNK)]
-        pixels = np.stack([_pixels_of(svg, image_size) for svg, _ in made])
+        pixels = np.stack([rendered_svg(svg, image_size) for svg, _ in made])
         write_whole(file, lambda opened, pixels=pixels: np.save(opened, pixels), flush=False)
         note = {"sha256": sha256_of_file(file), "attributes": [attributes for _, attributes in made]}
         write_whole(file.with_suffix(".json"), json.dumps(note), flush=False)

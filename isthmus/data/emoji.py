@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from isthmus.data.captions import varied
-from isthmus.data.images import Augmentation, ImageUint8, decode_image
+from isthmus.data.images import Augmentation, ImageUint8, rendered_svg
 from isthmus.data.licences import OPENMOJI_ATTRIBUTION, TWEMOJI_ATTRIBUTION
 from isthmus.data.source import ImageSource, choose_classes, logger, missing_extra
 from isthmus.errors import UserError
@@ -175,12 +175,14 @@ class EmojiDrawings(ImageSource):
             return path, digest
         logger.info("%s", cls.attribution)
 
-        def draw(emoji: Emoji) -> ImageUint8:
-            svg = (folder / f"{emoji.file}.svg").read_text(encoding="utf-8")
-            size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
-            return decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size))
+        def draw_all(file: BinaryIO) -> None:
+            shape = (len(cls.table()), image_size, image_size, 3)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for emoji in tqdm(cls.table(), desc=f"drawing {cls.name} at {image_size} px", unit="image", disable=None):
+                svg = (folder / f"{emoji.file}.svg").read_text(encoding="utf-8")
+                file.write(rendered_svg(svg, image_size).tobytes())
 
-        write_whole(path, lambda file: _draw_all(file, cls.table(), draw, image_size, cls.name))
+        write_whole(path, draw_all)
         digest = sha256_of_file(path)
         write_whole(path.with_suffix(".json"), json.dumps({"sha256": digest}))
         return path, digest
@@ -248,12 +250,3 @@ def _digest_of_whole(path: Path) -> str | None:
             return actual
     logger.warning("the cached drawings %s are damaged; they are drawn again", path)
     return None
-
-
-def _draw_all(
-    file: BinaryIO, table: Sequence[Emoji], draw: Callable[[Emoji], ImageUint8], image_size: int, name: str
-) -> None:
-    shape = (len(table), image_size, image_size, 3)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    for emoji in tqdm(table, desc=f"drawing {name} at {image_size} px", unit="image", disable=None):
-        file.write(draw(emoji).tobytes())
