@@ -254,7 +254,7 @@ def _pictures(
     if style.word == "3d":
         assets = {plain(Path(name).stem): data for name, data in files.items() if name.endswith(".webp")}
         # where its flags of countries come from is not clear
-        wanted = [one for one in assets if one in known and not one.startswith("1f1")]
+        wanted = [one for one in assets if one in known and not known[one].label.startswith("flag: ")]
         return {one: lambda size, data=assets[one]: centre_view(decode_image(data), size) for one in wanted}
     packed = json.loads(files["icons.json"])
     named = {plain(one): slug for one, slug in json.loads(files["chars.json"]).items()}
