@@ -139,8 +139,7 @@ def family(code_points: str) -> str:
     parts = [part for part in code_points.split("-") if part not in _TONES]
     if parts[-2:] in _GENDERS:
         parts = parts[:-2]
-    # a whole family stays what it is
-    return "-".join(_PERSON.get(part, part) if number == 0 else part for number, part in enumerate(parts))
+    return "-".join(_PERSON.get(part, part) for part in parts)
 
 
 @cache
