@@ -432,7 +432,7 @@ def _render_all(files: Sequence[Path], image_size: int) -> None:
 
 
 def render(image_size: int, files: Sequence[str]) -> None:
-    """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and say a line for each."""
+    """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and write an empty line for each."""
     for file in map(Path, files):
         style, split, chunk = file.stem.split("+")
         made = [drawing(style, split, int(chunk) * _CHUNK + row) for row in range(_CHUNK)]
@@ -440,7 +440,7 @@ def render(image_size: int, files: Sequence[str]) -> None:
         write_whole(file, lambda opened, pixels=pixels: np.save(opened, pixels), flush=False)
         note = {"sha256": sha256_of_file(file), "attributes": [attributes for _, attributes in made]}
         write_whole(file.with_suffix(".json"), json.dumps(note), flush=False)
-        print(file.name, flush=True)
+        print(flush=True)  # a byte: the pipe holds those of all chunks until somebody reads
 
 
 def _note(file: Path) -> dict[str, Any]:
