@@ -27,8 +27,8 @@ class Evaluate(SteeredDrawOptions):
     out: Path
     """Folder for samples, evaluation.json, report.md and report.html."""
     data: str | None = None
-    """avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out part
-    judges it."""
+    """avatars[:STYLE,...], emoji, openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out
+    part judges it."""
     classes: tuple[str, ...] = ()
     """Classes of the data; none are those of the model."""
     image_column: str | None = None

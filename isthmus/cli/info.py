@@ -29,10 +29,9 @@ def run(arguments: Sequence[str]) -> None:
     if command.card and command.what in ("data", "presets"):
         raise UserError(f"only a model has a card, got {command.what}. Pass a pipeline folder.")
     if command.what == "data":
-        from isthmus.data.licences import AVATARS_ATTRIBUTION, OPENMOJI_ATTRIBUTION, PHOTOS_ATTRIBUTION
+        from isthmus.data.licences import ATTRIBUTIONS
 
-        sources = {"avatars": AVATARS_ATTRIBUTION, "openmoji": OPENMOJI_ATTRIBUTION, "photos": PHOTOS_ATTRIBUTION}
-        print(_listing(sources))
+        print(_listing(ATTRIBUTIONS))
     elif command.what == "presets":
         print(describe_presets())
     else:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.data.images import Augmentation, ImageUint8, augmented_view, decode_image
+from isthmus.data.captions import varied
+from isthmus.data.images import Augmentation, ImageUint8, augmented_view, rendered_svg
 from isthmus.data.licences import AVATARS_ATTRIBUTION
 from isthmus.data.source import ImageSource, ImageStream, StreamedImage, choose_classes, logger, missing_extra
 from isthmus.data.views import Batch, BatchedDataset, collate, usable_processors
@@ -135,7 +136,7 @@ class Avatars(ImageSource):
         return np.array(self._pixels[index % self.num_classes][chunk][row])
 
     def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
-        """See `varied`."""
+        """See `captions.varied`."""
         return varied(caption, generator)
 
     def _open(self) -> None:
@@ -182,10 +183,10 @@ class AvatarStream(ImageStream):
         """Drawing `number` (0, 1, 2, ...): uint8 (image_size, image_size, 3), its label and its caption."""
         turn, label = divmod(number, self.num_classes)
         svg, attributes = drawing(self.class_names[label], f"stream-{self.seed}", turn)
-        return StreamedImage(_pixels_of(svg, self.image_size), label, caption(attributes))
+        return StreamedImage(rendered_svg(svg, self.image_size), label, caption(attributes))
 
     def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
-        """See `varied`."""
+        """See `captions.varied`."""
         return varied(caption, generator)
 
     def images(self) -> Iterator[StreamedImage]:
@@ -205,7 +206,8 @@ class StreamedAvatars(BatchedDataset):
         """`seed` decides the augmentation; the drawings are brought to `image_size` pixels."""
         self.source, self.image_size, self.seed, self.augment = source, image_size, seed, augment
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """See `BatchedDataset`."""
         numbers = np.asarray(positions, dtype=np.int64)
         drawn = [self.source.image(int(number)) for number in numbers]
         views = [
@@ -251,17 +253,6 @@ def caption(attributes: Attributes, generator: np.random.Generator | None = None
     words = [f"{value} {name.removesuffix(' colour')}" for name, value in attributes.items() if name != "style"]
     whole = ", ".join([noun, *words])
     return whole if generator is None else varied(whole, generator)
-
-
-def varied(whole: str, generator: np.random.Generator) -> str:
-    """A caption of a drawing in another order, with some of what it says left out; the noun stays in front.
-
-    >>> varied("a critter", np.random.default_rng(0))
-    'a critter'
-    """
-    noun, *words = whole.split(", ")
-    kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
-    return ", ".join([noun, *(words[i] for i in generator.permutation(len(words)) if kept[i])])
 
 
 def check_styles(styles: Sequence[str]) -> None:
@@ -403,13 +394,6 @@ def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
     raise AssertionError("counting never ends")
 
 
-def _pixels_of(svg: str, image_size: int) -> ImageUint8:
-    import resvg_py
-
-    size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
-    return decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size))
-
-
 def _made_with() -> str:
     """Versions of all that decides pixels."""
     return "-".join(version(name) for name in ("dicebear-core", "dicebear-styles", "resvg-py"))
@@ -465,15 +449,15 @@ def _render_all(files: Sequence[Path], image_size: int) -> None:
 
 
 def render(image_size: int, files: Sequence[str]) -> None:
-    """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and say a line for each."""
+    """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and write an empty line for each."""
     for file in map(Path, files):
         style, split, chunk = file.stem.split("+")
         made = [drawing(style, split, int(chunk) * _CHUNK + row) for row in range(_CHUNK)]
-        pixels = np.stack([_pixels_of(svg, image_size) for svg, _ in made])
+        pixels = np.stack([rendered_svg(svg, image_size) for svg, _ in made])
         write_whole(file, lambda opened, pixels=pixels: np.save(opened, pixels), flush=False)
         note = {"sha256": sha256_of_file(file), "attributes": [attributes for _, attributes in made]}
         write_whole(file.with_suffix(".json"), json.dumps(note), flush=False)
-        print(file.name, flush=True)
+        print(flush=True)  # a byte: the pipe holds those of all chunks until somebody reads
 
 
 def _note(file: Path) -> dict[str, Any]:

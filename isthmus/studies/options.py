@@ -95,7 +95,7 @@ class StudyOptions(ABC):
     tables: tuple[str, ...] = ()
     """Tables to fill, by name; none given: those of the budget."""
     data: str = STUDIED
-    """As for `isthmus train`: avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
+    """As for `isthmus train`: avatars[:STYLE,...], emoji, openmoji, photos, folder:PATH, npz:PATH, hf:NAME[:SPLIT]."""
     classes: tuple[str, ...] = ()
     """Classes of the data set, or `all`; none given: all, but of openmoji face, flag, hand and person."""
     num: int | None = None

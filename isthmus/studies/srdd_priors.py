@@ -483,7 +483,7 @@ def measured_noise(lab: SrddLab, experiment: Experiment) -> Values:
     tokenizer.to(choose_device(lab.setting.device))
     images, rows = EvaluationImages(lab.images("val", tokenizer.image_size), tokenizer.image_size), []
     for start in range(0, len(images), BATCH):
-        pixels = images.__getitems__(range(start, min(start + BATCH, len(images))))["image"].to(tokenizer.device)
+        pixels = images.batch(range(start, min(start + BATCH, len(images))))["image"].to(tokenizer.device)
         with torch.no_grad():
             latents = tokenizer.latents(pixels)
         rows.append(signal_to_noise(tokenizer, latents).cpu().double())

@@ -71,7 +71,7 @@ class Run:
     """What every training shares."""
 
     data: str = "openmoji"
-    """avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
+    """avatars[:STYLE,...], emoji, openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
     out: Path = Path("runs/unnamed")
     """Folder of the run: checkpoints, logs, previews and, at the end, the model."""
     preset: str = ""

@@ -283,7 +283,7 @@ def held_out_tokens(task: PriorTask) -> tuple[Tensor, Tensor]:
     ids, labels = [], []
     chosen = measured_images(task.held_out)
     for start in range(0, len(chosen), 64):
-        batch = views.__getitems__(chosen[start : start + 64])
+        batch = views.batch(chosen[start : start + 64])
         ids.append(task.token_ids(batch["image"].to(device)))
         labels.append(batch["class_label"])
     return torch.cat(ids), torch.cat(labels).to(device)
