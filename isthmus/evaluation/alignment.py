@@ -74,11 +74,14 @@ class AskedDrawings:
 
 
 def held_out_combinations(styles: Sequence[str], number: int, *, image_size: int) -> AskedDrawings:
-    """`number` drawings with a pair of attributes that no training image has, all styles in turn; they are drawn."""
+    """At most `COMBINATIONS_LIMIT` drawings with a pair of attributes that no training image has, all styles in turn.
+
+    They are drawn where the cache has not got them; the first are the same for any number.
+    """
     # of avatars, what is not trained on is a tenth
-    images = 10 * max(number, len(styles))
+    images = 10 * max(COMBINATIONS_LIMIT, len(styles))
     source = Avatars(styles, image_size=image_size, split="combinations", num_images=images)
-    return AskedDrawings(COMBINATIONS, source, np.arange(number))
+    return AskedDrawings(COMBINATIONS, source, np.arange(min(number, COMBINATIONS_LIMIT)))
 
 
 def avatars_of(data: DataSplits) -> Avatars | None:
@@ -128,12 +131,14 @@ class Alignment:
         names: attributes that count.
         shown: what the reader sees in each sample.
         real: what it sees in each drawing itself.
+        others: what it sees in the drawing of another caption of the style.
     """
 
     asked: AskedDrawings
     names: tuple[str, ...]
     shown: Sequence[Attributes]
     real: Sequence[Attributes]
+    others: Sequence[Attributes]
 
     @classmethod
     def read(
@@ -145,14 +150,15 @@ class Alignment:
         rows, places = np.unique(asked.rows, return_inverse=True)
         pictures = (asked.source.load(int(row)) for row in rows)
         real = _read(readers, pictures, [asked.source.attributes[row]["style"] for row in rows])
-        return cls(asked, tuple(names), shown, [real[place] for place in places])
+        # among the drawings: samples that were asked for the same one are no others
+        others = others_of_their_class(asked.source.labels[rows])[places]
+        return cls(asked, tuple(names), shown, [real[place] for place in places], [real[other] for other in others])
 
     def counts(self) -> list[AttributeCount]:
         """By style and attribute, and of combinations, in the order of captions."""
         found: dict[tuple[str, str], list[list[bool]]] = {}
-        others = others_of_their_class(self.asked.labels)
         for place, wanted in enumerate(self.asked.attributes):
-            seen = (self.shown[place], self.real[place], self.real[others[place]])
+            seen = (self.shown[place], self.real[place], self.others[place])
             names = [name for name in wanted if name in self.names]
             pairs = [pair for pair in self.asked.combinations(wanted) if set(pair) <= set(self.names)]
             for name, parts in [*((name, (name,)) for name in names), *((COMBINATION, pair) for pair in pairs)]:
@@ -278,18 +284,20 @@ class AttributeTest:
     def of(cls, data: DataSplits, chosen: SampleClasses, names: Sequence[str]) -> "AttributeTest":
         """The test of samples with these classes and prompts on a data set of avatars; combinations are drawn.
 
-        A model of classes is asked for what it is not told: one of the drawings of its class.
+        A model of classes is asked for what it is not told: one of the drawings of its class. Raises UserError for a
+        model of neither classes nor texts.
         """
         source = avatars_of(data)
+        if not chosen.names:
+            raise UserError(
+                f"attributes are looked for in samples of a style, got {', '.join(names[:3])} for a model without "
+                "classes that reads no text. Leave out --attributes."
+            )
         assert source is not None, "only what avatars show is known"
         rows = images_in_turn(chosen.labels, source.labels) if chosen.rows is None else chosen.rows
         size, _ = data.held_out.size()
-        number = min(len(rows), COMBINATIONS_LIMIT)
-        return cls(
-            tuple(names),
-            AskedDrawings(SEEDS, source, rows),
-            held_out_combinations(source.class_names, number, image_size=size),
-        )
+        unseen = held_out_combinations(source.class_names, len(rows), image_size=size)
+        return cls(tuple(names), AskedDrawings(SEEDS, source, rows), unseen)
 
     def read(
         self, samples: Mapping[str, ImageSet], combinations: ImageSet, *, device: torch.device | str

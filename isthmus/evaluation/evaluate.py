@@ -2,7 +2,8 @@
 
 `evaluate_images` scores a set of images; `evaluate_model` draws one, scores it likewise, and adds what the model does
 with held-out images. Everything on disk is made once: samples, their features, evaluation.json, then the report. A
-second run with all of it there only writes the report again.
+second run with all of it there only writes the report again. A model that reads text is told captions of held-out
+images; what samples of avatars show of them is read (`alignment.py`).
 """
 
 import json
@@ -326,7 +327,7 @@ def evaluate_model(
             num_samples=num,
         )
         chosen = choose_classes(pipeline, splits, num, balance)
-        names = attributes_to_read(attributes, splits, reads_text=pipeline.reads_text)
+        read_names = attributes_to_read(attributes, splits, reads_text=pipeline.reads_text)
         real = RealImages.of(network, splits, reference, size=(side, side), sides=real_sides)
         measures.check(pipeline)
         lpips, extra = measures.lpips(), measures.facts()
@@ -334,7 +335,7 @@ def evaluate_model(
         drawing: dict[str, Any] = {"seed": seed, "steering": steering, "dtype": dtype}
         asked = _requests(pipeline, chosen, out, options, sweep, drawing)
         to_draw = {words or SAMPLES_FOLDER: one for words, one in asked.items()}
-        test = AttributeTest.of(splits, chosen, names) if names else None
+        test = AttributeTest.of(splits, chosen, read_names) if read_names else None
         if test is not None:
             request = _of_combinations(pipeline, test, chosen, options=options, **drawing)
             to_draw[COMBINATIONS_FOLDER] = out / COMBINATIONS_FOLDER, request
@@ -353,7 +354,7 @@ def evaluate_model(
         )
         told = f"captions of {len(splits.held_out):,} held-out images, in turn" if chosen.prompts else ""
         swept = [words for words in asked if words]
-        done = scored_record(out, real.protocol(num, chosen.words), subject, sweep=swept, attributes=names)
+        done = scored_record(out, real.protocol(num, chosen.words), subject, sweep=swept, attributes=read_names)
         if done is None or done.measures != extra or npz or statistics:
             # before anything is drawn: the guards of the reference may refuse
             if done is None and processes.is_first:

@@ -45,8 +45,8 @@ PSNR, LITE0 = "PSNR, dB", "lite0 distance"
 OWN_WORDS, NO_WORDS, OTHER_WORDS = "", "without words", "under another's caption"
 UNTOLD: Mapping[str, Sequence[str] | None] = MappingProxyType({OWN_WORDS: None})
 _NOTES = {
-    NO_WORDS: "the same images under the empty prompt: the difference is what captions are worth",
-    OTHER_WORDS: "the same images under captions of others, of their class where there are classes",
+    NO_WORDS: "the same images under the empty prompt",
+    OTHER_WORDS: "the same images under captions of others (of their class, where there are classes)",
 }
 _HIGHER_IS_BETTER = (PSNR, "SSIM")
 _SSIM_WINDOW_PX = 11
@@ -292,11 +292,18 @@ def held_out_scores(
         *_reconstruction(report, network.headline),
         _mean("nats per image", bits.sum(axis=1) * math.log(2), note=f"-log p(tokens) {words}, not of pixels"),
         _mean("bits per token", bits.mean(axis=1)),
-        *(_mean(f"bits per token {name}", other.mean(axis=1), note=_NOTES[name]) for name, other in read.items()),
+        *(_untold(name, other.mean(axis=1), bits.mean(axis=1)) for name, other in read.items()),
     ]
     looked_at = f"{len(images):,} of {total:,} held-out images"
     scores = [replace(score, note="; ".join(filter(None, (score.note, looked_at)))) for score in scores]
     return scores, _curves(report, bits.mean(axis=0), pipeline.stage_lengths, network.headline)
+
+
+def _untold(name: str, bits: Values, told: Values) -> Score:
+    """Bits under other words than an image's own, and how many its own save; both are of the same images."""
+    saved = bootstrap_interval(bits - told)
+    words = f"{_NOTES[name]}; their own captions save {saved.mean:.3g} [{saved.low:.3g}, {saved.high:.3g}]"
+    return _mean(f"bits per token {name}", bits, note=words)
 
 
 def _prompts(pipeline: AnyPipeline, images: ImageSet) -> dict[str, Sequence[str] | None]:
