@@ -204,7 +204,10 @@ class NextTokenPriorTask(PriorTask):
         if self.words is not None:
             check_captions(self.train, self.held_out)
         self._groups: int = self.tokenizer.config["num_groups"]
-        self._make_network()
+        self._learns_words = self.words is not None and is_planned(self.words, self._saved)
+        # sizes are checked now; a new Llama gets its weights when its words are known
+        with without_values() if self._learns_words and self._saved is None else nullcontext():
+            self._make_network()
         if run.sampling.smooth:
             raise UserError("sampling.smooth mixes the codes of a whole scale, and this model has none. Leave it out.")
         if not isinstance(run.sampling.temperature, (int, float)):
@@ -220,12 +223,10 @@ class NextTokenPriorTask(PriorTask):
         )
 
     def _make_network(self) -> None:
-        """The Llama and what trains it; its words may be learned later, and then it is made once more."""
+        """The Llama and what trains it; where its words are learned, it is made once more with these."""
         names, config = self.train.class_names, self.tokenizer.config
         self.layout = layout_of(config, classes_of(self._saved, self.words, names), self.words)
-        planned = self.words is not None and is_planned(self.words, self._saved)
-        with without_values() if planned and self._saved is None else nullcontext():
-            llama = build_prior(self.run, self.layout, self._saved, names)
+        llama = build_prior(self.run, self.layout, self._saved, names)
         self.network = NextTokenObjective(llama, self.layout, embedding_dropout=self.run.embedding_dropout)
         longest = self.layout.num_positions - 1
         self._dropout = ResidualDropout(llama, self.run.residual_dropout, longest=longest)
@@ -264,7 +265,7 @@ class NextTokenPriorTask(PriorTask):
             return
         assert cache.captions is not None, "the images have some"
         self._captions = Captions(self.train, cache.captions, drop=self.run.text.drop, seed=self.run.seed)
-        if is_planned(self.words, self._saved):
+        if self._learns_words:
             self.words = with_words(self.words, cache.captions, self.run.text.num_words)
             self._make_network()
         warn_of_cut_captions(self.words, cache.captions)
@@ -396,8 +397,8 @@ def words_of(run: NextTokenPriorRun, saved: DARPipeline | None) -> TextTokenizer
 
 
 def is_planned(words: TextTokenizer, saved: DARPipeline | None) -> bool:
-    """Whether its words are still to be learned."""
-    return not words.config["merges"] and (saved is None or words is not saved.text_tokenizer)
+    """Whether it is a new one, whose words are still to be learned."""
+    return saved is None or words is not saved.text_tokenizer
 
 
 def classes_of(saved: DARPipeline | None, words: TextTokenizer | None, class_names: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 
 from isthmus.errors import UserError
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
-from isthmus.text.tokenizer import learned_merges
+from isthmus.text.tokenizer import TextTokenizer, learned_merges
 
 CAPTIONS = [
     "a critter, dome body, sleepy eyes",
@@ -64,6 +64,10 @@ def test_long_prompts_are_cut_and_it_is_said_where(encoder, caplog):
 
 
 def test_what_was_saved_reads_prompts_the_same_way(encoder, tmp_path):
+    encoder.tokenizer.save_pretrained(tmp_path / "words")
+    words = TextTokenizer.from_pretrained(tmp_path / "words")
+    assert words.config == encoder.tokenizer.config and words.words(CAPTIONS) == encoder.tokenizer.words(CAPTIONS)
+    assert words.num_words == 256 + len(encoder.config["merges"]) and words.num_cut(["teal " * 13, "teal"]) == 1
     encoder.save_pretrained(tmp_path)
     again = SmallTextEncoder.from_pretrained(tmp_path)
     assert torch.equal(again.encode(CAPTIONS).hidden, encoder.encode(CAPTIONS).hidden)

@@ -20,6 +20,7 @@ from isthmus.training.config import run_from_json, run_to_json
 from tests.dar.tiny_prior import tiny_prior
 from tests.testers import NETWORK
 from tests.training.tiny_runs import (
+    SMALL_WORDS,
     assert_same,
     diffusion_tokenizer_run,
     killed_after,
@@ -29,14 +30,13 @@ from tests.training.tiny_runs import (
     weights,
 )
 
-TEXT = WordsConfig(encoder="small", num_words=300, max_length=12)
-
 
 @pytest.fixture(scope="session")
 def text_prior(captioned, trained, trained_dar_tokenizer) -> Path:
     """Run folder of a Llama of captions, trained for six steps."""
     return trained(
-        "trained-dar-text-prior", lambda out: next_token_prior_run(captioned, out, trained_dar_tokenizer, text=TEXT)
+        "trained-dar-text-prior",
+        lambda out: next_token_prior_run(captioned, out, trained_dar_tokenizer, text=SMALL_WORDS),
     )
 
 
@@ -55,7 +55,7 @@ def test_a_run_of_captions_ends_in_a_model_that_is_asked_in_words(text_prior):
 
 
 def test_a_killed_run_of_captions_goes_on_bit_for_bit(tmp_path, text_prior, captioned, trained_dar_tokenizer):
-    run = next_token_prior_run(captioned, text_prior, trained_dar_tokenizer, text=TEXT)
+    run = next_token_prior_run(captioned, text_prior, trained_dar_tokenizer, text=SMALL_WORDS)
     again = killed_after(2, run, tmp_path / "again")
     train(again)
     assert_same(weights(again.out), weights(text_prior))
@@ -71,7 +71,7 @@ def test_other_captions_cost_bits(tmp_path):
     first = diffusion_tokenizer_run(data, tmp_path / "tokenizer", **often)
     # linear queries, or so short a training ends in codes that say nothing of the image
     train(replace(first, model=replace(first.model, latent_norm=True, linear_query_rank=4, linear_query_side=4)))
-    run = next_token_prior_run(data, tmp_path / "run", first.out, text=TEXT, **often)
+    run = next_token_prior_run(data, tmp_path / "run", first.out, text=SMALL_WORDS, **often)
     optim = replace(run.optim, learning_rate=1e-2)
     run = replace(run, num_steps=100, batch_size=8, optim=optim, embedding_dropout=0.0, residual_dropout=0.0)
     model = load_pipeline(train(run), device="cpu")
@@ -112,7 +112,7 @@ def test_fine_tuning_keeps_words_and_adds_them_to_classes(tmp_path, text_prior, 
     old, new = (load_pipeline(folder, device="cpu") for folder in (text_prior, again.out))
     assert old.text_tokenizer.config == new.text_tokenizer.config
     assert old.token_layout == new.token_layout and old.fingerprint != new.fingerprint
-    both = replace(again, out=tmp_path / "both", from_model=str(trained_dar_prior), text=TEXT)
+    both = replace(again, out=tmp_path / "both", from_model=str(trained_dar_prior), text=SMALL_WORDS)
     train(both)
     model = load_pipeline(both.out, device="cpu")
     assert model.num_classes == 2 and model.reads_text and model.token_layout.first_word == 19
@@ -122,14 +122,14 @@ def test_fine_tuning_keeps_words_and_adds_them_to_classes(tmp_path, text_prior, 
 def test_settings_of_text_enter_a_record_only_where_there_are_some(tmp_path, captioned, trained_dar_tokenizer):
     plain = next_token_prior_run(captioned, tmp_path, trained_dar_tokenizer)
     assert "text" not in run_to_json(plain)
-    run = replace(plain, text=TEXT)
+    run = replace(plain, text=SMALL_WORDS)
     assert run_from_json(NextTokenPriorRun, run_to_json(run)) == run
 
 
 def test_what_does_not_fit_is_refused_in_words(
     tmp_path, images, captioned, text_prior, trained_dar_prior, trained_dar_tokenizer
 ):
-    new = next_token_prior_run(images, tmp_path / "run", trained_dar_tokenizer, text=TEXT)
+    new = next_token_prior_run(images, tmp_path / "run", trained_dar_tokenizer, text=SMALL_WORDS)
     tuned = next_token_prior_run(captioned, tmp_path / "run", "", from_model=str(text_prior), model=LlamaModel())
     refused = [
         (new, "images with captions"),
@@ -149,11 +149,18 @@ def test_what_does_not_fit_is_refused_in_words(
     assert not (tmp_path / "run").exists()
 
 
+def test_words_may_be_bytes(tmp_path, captioned, trained_dar_tokenizer):
+    text = replace(SMALL_WORDS, num_words=256)
+    run = next_token_prior_run(captioned, tmp_path / "run", trained_dar_tokenizer, text=text)
+    model = load_pipeline(train(replace(run, num_steps=2, preview_every=2)), device="cpu")
+    assert model.token_layout.num_words == 256 and len(model(prompt="a red square", seed=0).images) == 1
+
+
 def test_a_dry_run_counts_words(tmp_path, captioned, trained_dar_tokenizer):
     wide = LlamaModel(width=256, num_layers=2, num_heads=4)
     run = next_token_prior_run(captioned, tmp_path / "run", trained_dar_tokenizer, model=wide)
     costs = []
-    for text in (WordsConfig(), TEXT, replace(TEXT, max_length=40)):
+    for text in (WordsConfig(), SMALL_WORDS, replace(SMALL_WORDS, max_length=40)):
         said = NextTokenPriorTask.describe(replace(run, text=text))
         costs.append(float(said.split("cost")[1].split("GFLOP")[0]))
     assert "captions of 2 kinds, up to 40 words of 2" in said and costs[0] < costs[1] < costs[2]
