@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from isthmus.data.avatars import Attributes, attribute_names, combined_pairs, held_out_pairs
 from isthmus.errors import UserError
+from isthmus.evaluation import alignment
 from isthmus.evaluation.alignment import (
     COMBINATIONS,
     SEEDS,
@@ -31,13 +32,21 @@ from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 STYLES, SIZE, NUM = ("gaze", "moods"), 8, 40
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_combinations():
+    """Of ten drawings one has a combination that is held out: a thousand of them take half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment, "COMBINATIONS_LIMIT", 64)
+        yield
+
+
 @pytest.fixture(scope="module")
 def splits() -> DataSplits:
     return open_splits("avatars:gaze,moods", image_size=SIZE, classes=(), wanted=(), max_images=200)
 
 
 @pytest.fixture(scope="module")
-def asked(splits) -> list[AskedDrawings]:
+def asked(splits, few_combinations) -> list[AskedDrawings]:
     """20 drawings of held-out seeds, each twice, and 40 of held-out combinations."""
     names = [name for style in STYLES for name in attribute_names(style)]
     test = AttributeTest.of(splits, choose_classes(tiny_text_pipeline(), splits, NUM, "uniform"), names)
