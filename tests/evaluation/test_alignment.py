@@ -24,7 +24,7 @@ from isthmus.evaluation.alignment import (
 )
 from isthmus.evaluation.attributes import AttributeReader, AttributeReaders
 from isthmus.evaluation.classes import choose_classes, others_of_their_class
-from isthmus.evaluation.images import ImageSet
+from isthmus.evaluation.images import ImageSet, some
 from isthmus.evaluation.record import COMBINATION
 from isthmus.evaluation.reference import DataSplits, open_splits
 from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
@@ -138,6 +138,13 @@ def test_prompts_are_captions_of_the_samples_class(splits):
     assert [labels[row] for row in many.rows] == many.labels.tolist()
     assert sorted(many.rows.tolist()) == sorted([*range(20), *range(20)]), "each as often"
     assert many.names == STYLES and many.ids == () and many.words == "every class equally often"
+
+
+def test_captions_stay_with_their_images(splits):
+    whole = splits.held_out
+    few = some(whole, 7)
+    places = [next(i for i in range(len(whole)) if np.array_equal(whole.at(i), few.at(k))) for k in range(7)]
+    assert [whole.captions[place] for place in places] == list(few.captions)
 
 
 def test_images_without_words_are_no_prompts():
