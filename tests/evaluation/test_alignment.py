@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from isthmus.data.avatars import Attributes, attribute_names, combined_pairs, held_out_pairs
 from isthmus.errors import UserError
+from isthmus.evaluation import alignment
 from isthmus.evaluation.alignment import (
     COMBINATIONS,
     SEEDS,
@@ -23,12 +24,20 @@ from isthmus.evaluation.alignment import (
 )
 from isthmus.evaluation.attributes import AttributeReader, AttributeReaders
 from isthmus.evaluation.classes import choose_classes, others_of_their_class
-from isthmus.evaluation.images import ImageSet
+from isthmus.evaluation.images import ImageSet, some
 from isthmus.evaluation.record import COMBINATION
 from isthmus.evaluation.reference import DataSplits, open_splits
 from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 
 STYLES, SIZE, NUM = ("gaze", "moods"), 8, 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_combinations():
+    """Of ten drawings one has a combination that is held out: a thousand of them take half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment, "COMBINATIONS_LIMIT", 64)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,7 @@ def splits() -> DataSplits:
 
 
 @pytest.fixture(scope="module")
-def asked(splits) -> list[AskedDrawings]:
+def asked(splits, few_combinations) -> list[AskedDrawings]:
     """20 drawings of held-out seeds, each twice, and 40 of held-out combinations."""
     names = [name for style in STYLES for name in attribute_names(style)]
     test = AttributeTest.of(splits, choose_classes(tiny_text_pipeline(), splits, NUM, "uniform"), names)
@@ -129,6 +138,13 @@ def test_prompts_are_captions_of_the_samples_class(splits):
     assert [labels[row] for row in many.rows] == many.labels.tolist()
     assert sorted(many.rows.tolist()) == sorted([*range(20), *range(20)]), "each as often"
     assert many.names == STYLES and many.ids == () and many.words == "every class equally often"
+
+
+def test_captions_stay_with_their_images(splits):
+    whole = splits.held_out
+    few = some(whole, 7)
+    places = [next(i for i in range(len(whole)) if np.array_equal(whole.at(i), few.at(k))) for k in range(7)]
+    assert [whole.captions[place] for place in places] == list(few.captions)
 
 
 def test_images_without_words_are_no_prompts():
