@@ -87,7 +87,7 @@ class StudyOptions(ABC):
     budgets: ClassVar[Mapping[str, Budget]]
 
     budget: Literal["quick", "full"] = "quick"
-    """quick: some of the tables (of srdd, 12 minutes of one core with bf16 products at --num 1000); full: all, with more
+    """quick: some of the tables (srdd: 12 minutes of one core with bf16 products at --num 1000); full: all, with more
     seeds and steps, in hours."""
     seeds: int | None = None
     """Trainings of every model, with seeds 0, 1, ...; None is 1 for quick and 5 (text: 3) for full."""
