@@ -87,9 +87,10 @@ class StudyOptions(ABC):
     budgets: ClassVar[Mapping[str, Budget]]
 
     budget: Literal["quick", "full"] = "quick"
-    """quick: some of the tables, in 15 minutes or less on two cores; full: all, in one hour (dar) to three (srdd)."""
+    """quick: some of the tables (srdd: 12 minutes of one core with bf16 products at --num 1000); full: all, with more
+    seeds and steps, in hours."""
     seeds: int | None = None
-    """Trainings of every model, with seeds 0, 1, ...; None is 1 for quick and 5 for full."""
+    """Trainings of every model, with seeds 0, 1, ...; None is 1 for quick and 5 (text: 3) for full."""
     out: Path | None = None
     """Folder of everything; None is named after the study and the budget."""
     tables: tuple[str, ...] = ()
