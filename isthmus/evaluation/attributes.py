@@ -183,19 +183,19 @@ def attribute_readers(
     if missing():
         # of several processes one trains, and the others find what it has trained
         with waited_for(folder, "the folder of attribute readers"):
-            wanted = missing()
-            rendered = {"image_size": image_size, "cache_dir": cache_dir}
-            train = Avatars(wanted, split="reader-train", num_images=drawings * len(wanted), **rendered)
-            fresh = Avatars(wanted, split="reader-val", num_images=10 * _FRESH * len(wanted), **rendered)
-            steps = -(-drawings // _BATCH) * passes * len(wanted)
-            with Display("learning to read attributes", steps, "step", images_each=_BATCH) as bar:
-                for style in wanted:
-                    reader = _trained(train, style, passes, seed, torch.device(device), bar)
-                    found = _ceiling(reader, fresh, style)
-                    with written_whole(places[style]) as temporary:
-                        reader.save_pretrained(temporary)
-                        rows = {name: [one.right, one.asked] for (_, name), one in found.items()}
-                        (temporary / _CEILING).write_text(json.dumps(rows), encoding="utf-8")
+            if wanted := missing():
+                rendered = {"image_size": image_size, "cache_dir": cache_dir}
+                train = Avatars(wanted, split="reader-train", num_images=drawings * len(wanted), **rendered)
+                fresh = Avatars(wanted, split="reader-val", num_images=10 * _FRESH * len(wanted), **rendered)
+                steps = -(-drawings // _BATCH) * passes * len(wanted)
+                with Display("learning to read attributes", steps, "step", images_each=_BATCH) as bar:
+                    for style in wanted:
+                        reader = _trained(train, style, passes, seed, torch.device(device), bar)
+                        found = _ceiling(reader, fresh, style)
+                        with written_whole(places[style]) as temporary:
+                            reader.save_pretrained(temporary)
+                            rows = {name: [one.right, one.asked] for (_, name), one in found.items()}
+                            (temporary / _CEILING).write_text(json.dumps(rows), encoding="utf-8")
     ceiling = {
         (style, name): Found(right, asked)
         for style, place in places.items()
