@@ -3,9 +3,10 @@
 A prior learns what the encoder's words mean from the captions of its images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +88,16 @@ class SmallTextEncoder(SavedModel):
         merges: pairs of pieces that are joined to words, in order, as `learned_merges` finds them; without any a
             word is a byte.
         width: of the vector of a word, and of the whole prompt.
-        num_layers: blocks; with 0 the prompt is the mean of its words, wherever they stand (a bag of words).
+        num_layers: blocks; with 0 the prompt is the mean of its words (or their sum, see `sum_words`), wherever they
+            stand: a bag of words.
         num_heads: attention heads.
         max_length: words that are read of a prompt.
+        sum_words: whether the vector of a prompt has the sum of its words' own vectors in it, which begin as large as
+            those of classes would. A prior hears single words much sooner: at the start the blocks make nearly the
+            same vector of every prompt (docs/benchmarks.md).
     """
+
+    later_arguments: ClassVar[Mapping[str, Any]] = {"sum_words": False}
 
     @records_arguments
     def __init__(
@@ -101,6 +108,7 @@ class SmallTextEncoder(SavedModel):
         num_layers: int = 3,
         num_heads: int = 3,
         max_length: int = 48,
+        sum_words: bool = False,
     ):
         super().__init__()
         if width % num_heads:
@@ -112,9 +120,9 @@ class SmallTextEncoder(SavedModel):
         self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         if self.device.type != "meta":
-            for table in (self.word_embedding.weight, self.position):
-                if table is not None:
-                    nn.init.normal_(table, std=0.02)
+            nn.init.normal_(self.word_embedding.weight, std=1.0 if sum_words else 0.02)
+            if self.position is not None:
+                nn.init.normal_(self.position, std=0.5 if sum_words else 0.02)
 
     @property
     def text_width(self) -> int:
@@ -146,14 +154,17 @@ class SmallTextEncoder(SavedModel):
 
     def forward(self, ids: Int[Tensor, "b words"], mask: Bool[Tensor, "b words"]) -> TextFeatures:
         """Features of words by number; where `mask` is False nothing is seen. The start word stands for the whole."""
+        words, counted = self.word_embedding(ids), mask.unsqueeze(-1)
+        summed = (words * counted).sum(dim=1) if self.config["sum_words"] else None
         if self.position is None:
-            hidden, counted = self.norm(self.word_embedding(ids)), mask.unsqueeze(-1)
-            return TextFeatures(hidden, mask, (hidden * counted).sum(dim=1) / counted.sum(dim=1))
-        x = self.word_embedding(ids) + self.position[:, : ids.shape[1]]
+            hidden = self.norm(words)
+            mean = (hidden * counted).sum(dim=1) / counted.sum(dim=1)
+            return TextFeatures(hidden, mask, mean if summed is None else summed)
+        x = words + self.position[:, : ids.shape[1]]
         for block in self.blocks:
             x = self.run_block(block, x, mask)
         hidden = self.norm(x)
-        return TextFeatures(hidden, mask, hidden[:, 0])
+        return TextFeatures(hidden, mask, hidden[:, 0] if summed is None else hidden[:, 0] + summed)
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts; the empty one stands for no prompt."""

@@ -57,7 +57,7 @@ def encoder_of(config: TextConfig, saved: TextEncoder | None, name: str = "") ->
         return saved
     if config.encoder == SMALL:
         with without_values():
-            return SmallTextEncoder(**wanted)
+            return SmallTextEncoder(sum_words=True, **wanted)
     if not config.encoder:
         return None
     folder = Path(config.encoder).expanduser()

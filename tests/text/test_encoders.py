@@ -14,10 +14,11 @@ CAPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def encoder():
+@pytest.fixture(scope="module", params=["start", "sum"])
+def encoder(request):
     torch.manual_seed(0)
-    return SmallTextEncoder(merges=learned_merges(CAPTIONS * 20, num_words=300), width=12, max_length=12).eval()
+    words = {"merges": learned_merges(CAPTIONS * 20, num_words=300), "max_length": 12}
+    return SmallTextEncoder(**words, width=12, sum_words=request.param == "sum").eval()
 
 
 def test_common_words_become_one(encoder):
@@ -54,6 +55,19 @@ def test_without_blocks_a_prompt_is_a_bag_of_its_words():
     words = bag.encode(["teal body"])
     torch.testing.assert_close(words.pooled, words.hidden.mean(dim=1))
     torch.testing.assert_close(bag.encode(["teal body", CAPTIONS[0]]).pooled[:1], one)
+
+
+def test_the_vector_of_a_prompt_may_hold_the_sum_of_its_words():
+    kept = {"merges": learned_merges(CAPTIONS * 20, num_words=300), "width": 12}
+    for layers in (0, 2):
+        summed = SmallTextEncoder(**kept, num_layers=layers, sum_words=True).eval()
+        plain = SmallTextEncoder(**kept, num_layers=layers).eval()
+        plain.load_state_dict(summed.state_dict())
+        ids, _ = summed.word_ids(["teal body"])
+        words = summed.word_embedding(ids).sum(dim=1)
+        told, untold = summed.encode(["teal body", CAPTIONS[0]]), plain.encode(["teal body", CAPTIONS[0]])
+        assert torch.equal(told.hidden, untold.hidden)
+        torch.testing.assert_close(told.pooled[:1], words + (untold.pooled[:1] if layers else 0))
 
 
 def test_long_prompts_are_cut_and_it_is_said_where(encoder, caplog):
