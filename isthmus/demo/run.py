@@ -46,6 +46,7 @@ StageRun = TypeVar("StageRun", bound=Run)
 # `--budget long` trains so many times longer; a D-AR prior of so few images overfits long before a tokenizer does
 _LONGER = {"tokenizer": 4, "model": {"next-scale": 4, "dar": 3}}
 _AVATARS, _SAMPLES = 4_000, 400
+_AVATAR_STEPS = 600
 _ROWS, _COLUMNS = 8, 8
 """Of samples.png: at most so many prompts or classes, and samples of each."""
 _PREFIX_SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -108,8 +109,12 @@ def run_demo(options: DemoOptions) -> Path:
         "a Llama that predicts the next token" if is_dar else "an SRDD transformer: each scale from the one before",
         "captions" if words else "classes",
     )
-    if words:
+    if words and is_dar:
         prior = replace(prior, text=replace(prior.text, encoder="small"))
+    elif words:
+        # colours are decided on the first scales; the vector of a prompt alone is heard soonest, and costs least
+        text = replace(prior.text, encoder="small", cross_attention=False)
+        prior = replace(prior, scale_loss="lognormal", text=text)
     prior = replace(prior, tokenizer=str(folder / "tokenizer"))
     clock.time("prior", lambda: train_prior(_stage(prior, options, "model")))
 
@@ -141,8 +146,10 @@ def _presets(options: DemoOptions) -> tuple[Any, Any, int]:
     """The runs of tokenizer and prior that fit the data, and the side of images in pixels."""
     if options.family == "dar":
         return diffusion_tokenizer_preset("dar-small-32"), next_token_prior_preset("dar-prior-small"), 32
-    size = 48 if _is_avatars(options) else 32
-    return tokenizer_preset(f"small-{size}"), prior_preset("srdd-small"), size
+    prior = prior_preset("srdd-small")
+    if _is_avatars(options):
+        return tokenizer_preset("fast-64"), replace(prior, num_steps=_AVATAR_STEPS), 64
+    return tokenizer_preset("small-32"), prior, 32
 
 
 def _stage(run: StageRun, options: DemoOptions, folder: str) -> StageRun:

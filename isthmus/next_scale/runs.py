@@ -148,7 +148,6 @@ class DistillRun(TokensRun):
 
 
 SCALES_32 = (1, 2, 3, 4, 6, 8)
-SCALES_48 = (1, 2, 3, 4, 6, 8, 12)
 SCALES_64 = (1, 2, 3, 4, 6, 8, 12, 16)
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PUBLISHED_SOURCE = "Tian et al. 2024, README of the published code (its own evaluation, guidance 1.5)"
@@ -232,9 +231,9 @@ _SMALL_TOKENIZER = TokenizerRun(
 
 TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
     "small-32": Preset("32 px on a laptop: two to three minutes on two cores", _SMALL_TOKENIZER, 0.95),
-    # narrow, and many steps: of what was tried, this gains most in a minute (docs/benchmarks.md)
-    "small-48": Preset(
-        "drawings of 48 px on a laptop: one to two minutes on two cores",
+    # narrow, with pixels folded by 8, and many steps: of what was tried, it gains most in a minute (docs/benchmarks.md)
+    "fast-64": Preset(
+        "drawings of 64 px on a laptop: a minute on two cores",
         replace(
             _SMALL_TOKENIZER,
             num_steps=1000,
@@ -243,14 +242,13 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
             optim=replace(_SMALL_TOKENIZER.optim, learning_rate=3e-3),
             model=replace(
                 _SMALL_TOKENIZER.model,
-                scale_sizes=SCALES_48,
                 codebook_size=1024,
                 base_channels=64,
                 channel_multipliers=(1,),
-                pixel_unshuffle=4,
+                pixel_unshuffle=8,
             ),
         ),
-        0.71,
+        0.87,
     ),
     "small-64": Preset(
         "64 px on a laptop: about forty minutes on two cores",
