@@ -57,6 +57,7 @@ def rebuilt_parts(rebuilt: Float[np.ndarray, "n d"], originals: Float[np.ndarray
 def kernel_parts(samples: Float[np.ndarray, "n d"], reference: Float[np.ndarray, "m d"]) -> Parts:
     """Of the kernel distance: each group against as many reference images of its own, which is unbiased."""
     ours, theirs = groups_of(len(samples)), groups_of(len(reference))
+    # a side of few images has no groups, and then there are no parts
     return [
         squared_mmd(np.asarray(samples[one], float), np.asarray(reference[other], float))
         for one, other in zip(ours, theirs, strict=False)

@@ -38,11 +38,32 @@ from isthmus.pipelines.loading import AnyPipeline, choose_device, load_pipeline
 from isthmus.pipelines.options import guidance_text, parse_guidance
 from isthmus.samples import read
 from isthmus.studies.experiments import Experiment, Values
-from isthmus.studies.options import BALANCE
+from isthmus.studies.options import BALANCE, SrddSetting, TextSetting
 from isthmus.studies.tables import CLASS, FRECHET, KERNEL, NORMAL_95, Setting
 from isthmus.training.images import wanted_columns, wanted_drawings
 
 Timed = Callable[[], object]
+
+
+def timing_experiment(
+    name: str,
+    work: Callable[[Any, Experiment], Values],
+    setting: SrddSetting | TextSetting,
+    *,
+    seconds: float,
+    **compared: Sequence[str],
+) -> Experiment:
+    """Trained priors against each other, at the first seed; `compared` are their names, by what a study calls them."""
+    seed, (names,) = setting.seeds[0], compared.values()
+    shared = {"seed": seed, "rounds": setting.rounds, "device": setting.device, "threads": setting.threads}
+    return Experiment(
+        name=name,
+        kind="cost",
+        work=work,
+        settings={**{word: list(some) for word, some in compared.items()}, **shared},
+        after=tuple(f"prior-{one}-seed{seed}" for one in names),
+        seconds=seconds,
+    )
 
 
 def interleaved_seconds(runs: Mapping[str, Timed], device: torch.device, *, rounds: int) -> dict[str, list[float]]:

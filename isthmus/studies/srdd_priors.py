@@ -25,7 +25,16 @@ from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
-from isthmus.studies.measures import BATCH, Lab, Timed, evaluation, interleaved_seconds, mean_and_interval, peak_bytes
+from isthmus.studies.measures import (
+    BATCH,
+    Lab,
+    Timed,
+    evaluation,
+    interleaved_seconds,
+    mean_and_interval,
+    peak_bytes,
+    timing_experiment,
+)
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.tables import (
     CLASS,
@@ -208,22 +217,9 @@ def samples(setting: SrddSetting, *variants: Variant) -> Iterator[Experiment]:
 
 
 def cost(setting: SrddSetting, *variants: Variant) -> Experiment:
-    """Time and memory of variants against each other, at the first seed."""
-    names, seed = [variant.name for variant in variants], setting.seeds[0]
-    return Experiment(
-        name=f"cost-{'-'.join(names)}",
-        kind="cost",
-        work=measured_cost,
-        settings={
-            "variants": names,
-            "seed": seed,
-            "rounds": setting.rounds,
-            "device": setting.device,
-            "threads": setting.threads,
-        },
-        after=tuple(f"prior-{name}-seed{seed}" for name in names),
-        seconds=40,
-    )
+    """Time and memory of variants against each other."""
+    names = [variant.name for variant in variants]
+    return timing_experiment(f"cost-{'-'.join(names)}", measured_cost, setting, seconds=40, variants=names)
 
 
 DRAWN_IMAGES = 16

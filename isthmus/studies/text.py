@@ -28,7 +28,7 @@ from isthmus.nn.saved_model import without_values
 from isthmus.pipelines.loading import AnyPipeline, choose_device
 from isthmus.registry import task_of
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
-from isthmus.studies.measures import Lab, Timed, evaluation, interleaved_seconds
+from isthmus.studies.measures import Lab, Timed, evaluation, interleaved_seconds, timing_experiment
 from isthmus.studies.options import BALANCE, TextSetting
 from isthmus.studies.study import Study
 from isthmus.studies.tables import (
@@ -236,22 +236,8 @@ def evaluations(setting: TextSetting) -> Iterator[Experiment]:
 
 
 def cost(setting: TextSetting) -> Experiment:
-    """Time of all arms against each other, at the first seed."""
-    seed = setting.seeds[0]
-    return Experiment(
-        name="cost",
-        kind="cost",
-        work=measured_cost,
-        settings={
-            "arms": list(setting.arms),
-            "seed": seed,
-            "rounds": setting.rounds,
-            "device": setting.device,
-            "threads": setting.threads,
-        },
-        after=tuple(f"prior-{name}-seed{seed}" for name in setting.arms),
-        seconds=30,
-    )
+    """Time of all arms against each other."""
+    return timing_experiment("cost", measured_cost, setting, seconds=30, arms=setting.arms)
 
 
 _DRAWN_IMAGES = 16
