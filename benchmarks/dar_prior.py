@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from transformers import LlamaForCausalLM
 
 from isthmus.dar.llama_decoding import Int8Product, LlamaDecoder, fastest_product
 from isthmus.dar.prior import TokenLayout, new_prior, next_token_inputs
-from isthmus.dar.sampling import generate_tokens
+from isthmus.dar.sampling import AskedWords, generate_tokens
+from isthmus.dar.train_prior import NextTokenObjective
 from isthmus.pipelines.options import SamplingOptions
 
 # the small preset, a laptop's 256 tokens, and the published L
@@ -201,6 +203,49 @@ def int8(rounds: int, folder: str | None) -> None:
     table("Eight-bit weights against whole ones", columns, [row])
 
 
+def text(rounds: int) -> None:
+    """What words before the tokens cost, with as many as captions of avatars have: 9 to 34, 21 in the mean."""
+    model, layout = prior("small")
+    told = replace(layout, num_words=2000, prompt_length=48)
+    torch.manual_seed(0)
+    reader = new_prior(told, **SIZES["small"][1]).eval()
+    images, lengths = 32, torch.linspace(9, 34, 32).long().tolist()
+    tokens = torch.randint(layout.codebook_size, (images, layout.num_tokens))
+    prompts = [torch.randint(told.num_words, (length,)).tolist() for length in lengths]
+    labels, none = torch.arange(images) % layout.num_classes, torch.full((images,), layout.null_class_id)
+    plain, worded = NextTokenObjective(model, layout), NextTokenObjective(reader, told)
+    longest = [*prompts[1:], [0] * told.prompt_length]
+
+    def step(objective: NextTokenObjective, labels: Tensor, words: Sequence[Sequence[int]] | None = None) -> None:
+        padded = None if words is None else objective.layout.padded(words)
+        objective(labels, tokens, words=padded).total.backward()
+
+    def draw(model: LlamaForCausalLM, layout: TokenLayout, batch: int, decoder: LlamaDecoder, **texts: object) -> None:
+        options, seeds = SamplingOptions(guidance_scale=GUIDANCE), [(0, i) for i in range(batch)]
+        chosen = none[:batch] if texts else labels[:batch]
+        stops = [layout.num_tokens]
+        [*generate_tokens(model, layout, chosen, seeds, options, stops=stops, decoder=decoder, **texts)]
+
+    runs: dict[str, Callable[[], object]] = {
+        "step of 32 images, classes": lambda: step(plain, labels),
+        "step of 32 images, words": lambda: step(worded, none, prompts),
+        "step of 32 images, words filled up to 48": lambda: step(worded, none, longest),
+    }
+    for batch in (1, 8):
+        by_class, by_words = (
+            LlamaDecoder(model, layout, num_rows=2 * batch),
+            LlamaDecoder(reader, told, num_rows=2 * batch),
+        )
+        asked = AskedWords(prompts[12 : 12 + batch])
+        runs[f"draw of {batch}, classes"] = lambda b=batch, d=by_class: draw(model, layout, b, d)
+        runs[f"draw of {batch}, words"] = lambda b=batch, d=by_words, a=asked: draw(reader, told, b, d, texts=a)
+    times, rows = interleaved(runs, rounds), []
+    for name, own in times.items():
+        base = times[name.split(",")[0] + ", classes"]
+        rows.append([name, own.milliseconds(), "x" + both(own.ratio(base), ".2f")])
+    table("Words before the tokens, small, guided draws", ("what", "ms", "against classes"), rows)
+
+
 def memory() -> None:
     """Peak memory of a process that loads L from a folder and draws 16 tokens of one guided image."""
     model, layout = prior("L")
@@ -232,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds, and 16 tokens of L instead of 64")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
-    parser.add_argument("--only", default="products,small,middle,L,int8,memory", help="sections to run")
+    parser.add_argument("--only", default="products,small,middle,L,int8,text,memory", help="sections to run")
     parser.add_argument("--model", help="a D-AR pipeline folder for the section int8; default: random weights")
     parser.add_argument("--memory-of", nargs=2, help="measure one variant in this process and stop")
     arguments = parser.parse_args()
@@ -248,6 +293,7 @@ def main() -> None:
         "middle": lambda: loop("middle", (1, 4), 64 if arguments.quick else 256, rounds),
         "L": lambda: loop("L", (1,), 16 if arguments.quick else 64, rounds),
         "int8": lambda: int8(rounds, arguments.model),
+        "text": lambda: text(rounds),
         "memory": memory,
     }
     for name in arguments.only.split(","):

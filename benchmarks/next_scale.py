@@ -26,14 +26,15 @@ from torch import Tensor
 from isthmus.next_scale.pyramid import ScaleSchedule
 from isthmus.next_scale.refinement import refined_scales
 from isthmus.next_scale.runs import TokenizerLoss
-from isthmus.next_scale.sampling import ScaleSampler
+from isthmus.next_scale.sampling import AskedTexts, ScaleSampler
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
-from isthmus.next_scale.train_prior import next_scale_loss, scale_weights
+from isthmus.next_scale.train_prior import CaptionedTransformer, next_scale_loss, scale_weights
 from isthmus.next_scale.train_tokenizer import reconstruction_losses
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.attention import Attend
 from isthmus.nn.precision import bf16_speedup
 from isthmus.pipelines.options import SamplingOptions
+from isthmus.text.encoders import SmallTextEncoder
 from isthmus.training.config import OptimConfig
 from isthmus.training.optim import ExponentialMovingAverage, adamw
 
@@ -257,6 +258,85 @@ def sample(rounds: int) -> None:
     table("Sampling at width 384, 6 blocks, 130 tokens, batch 4, guided, without pixels", columns, rows)
 
 
+def text(rounds: int) -> None:
+    """What captions cost the small prior: whole steps of 16 images, and guided draws, against classes."""
+    shape = {"scale_sizes": SCALES_32, "codebook_size": 512, "width": 192, "num_layers": 4, "num_heads": 3}
+    encoder = new_encoder()
+    whole = {"text_pooled_width": encoder.pooled_width, "num_classes": 0}
+    kinds = {"classes": {}, "captions, as a whole": whole, "captions": {**whole, "text_width": encoder.text_width}}
+    steps, draws = {}, {}
+    images = tokenizer(shape["codebook_size"], SCALES_32, 32, (1, 2, 2))
+    lengths = torch.linspace(9, 34, 16).long().tolist()  # of captions of avatars, 21 in the mean
+    words = [torch.randint(1, 500, (length,)) for length in lengths]
+    ids = torch.nn.utils.rnn.pad_sequence(words, batch_first=True)
+    for name, told in kinds.items():
+        model = NextScaleTransformer(
+            **shape, codebook_dim=32, scale_attention="markov", l2_attention=True, **{"num_classes": 10, **told}
+        )
+        steps[name] = text_step(model, new_encoder() if told else None, ids)
+        options = SamplingOptions(guidance_scale=GUIDANCE, top_k=TOP_K, top_p=TOP_P)
+        for batch in (1, 8):
+            draws[f"{name}, draw of {batch}"] = text_draw(images, model, encoder if told else None, ids, options, batch)
+    times = interleaved({f"{name}, step": step for name, step in steps.items()} | draws, rounds)
+    rows = []
+    for label, own in times.items():
+        base = times["classes, " + label.rsplit(", ", 1)[1]]
+        rows.append([label, own.milliseconds(), "x" + both(own.ratio(base), ".2f")])
+    table("Captions of 9 to 34 words, width 192, 4 blocks, 130 tokens", ("what", "ms", "against classes"), rows)
+
+
+def new_encoder() -> SmallTextEncoder:
+    torch.manual_seed(0)
+    return SmallTextEncoder(merges=[("a", "b")] * 1700, sum_words=True)
+
+
+def text_step(model: NextScaleTransformer, encoder: SmallTextEncoder | None, ids: Tensor) -> Callable[[], None]:
+    """Forward, backward, optimiser and average of 16 images, in bf16 where that is faster."""
+    network = model if encoder is None else CaptionedTransformer(model, encoder)
+    given = {} if encoder is None else {"words": ids, "mask": ids != 0}
+    optimizer, average = adamw(network, OptimConfig(learning_rate=1e-5)), ExponentialMovingAverage(network, 0.999)
+    labels = torch.zeros(16, dtype=torch.long)
+    scale_inputs, token_ids = torch.randn(16, 129, 32), torch.randint(512, (16, 130))
+    weights = scale_weights("token-uniform", model.schedule.sizes)
+    scales = range(model.schedule.num_scales)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_speedup() >= 2):
+            logits = network(labels, scale_inputs, **given).logits
+        next_scale_loss(logits, token_ids, model.schedule, weights, scales=scales).total.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 2.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(network)
+
+    return step
+
+
+def text_draw(
+    images: MultiScaleVQVAE,
+    model: NextScaleTransformer,
+    encoder: SmallTextEncoder | None,
+    ids: Tensor,
+    options: SamplingOptions,
+    batch: int,
+) -> Callable[[], None]:
+    """Tokens of prompts, which are read each time as a call does it."""
+
+    @torch.inference_mode()
+    def draw() -> None:
+        asked = None
+        if encoder is not None:
+            rows = torch.cat([ids[:batch], torch.zeros_like(ids[:1])])
+            mask = rows != 0
+            mask[:, 0] = True
+            asked = AskedTexts(encoder(rows, mask), torch.arange(batch))
+        seeds = [(0, i) for i in range(batch)]
+        sampler = ScaleSampler(images, model, torch.zeros(batch, dtype=torch.long), seeds, options, texts=asked)
+        list(refined_scales(sampler))
+
+    return draw
+
+
 @torch.inference_mode()
 def all_scales(model: NextScaleTransformer, labels: Tensor, inputs: Sequence[Tensor]) -> None:
     """Logits of every scale for the labels and as many null rows: what sampling asks of the transformer."""
@@ -399,7 +479,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two rounds, and no decoder of the published size")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
     parser.add_argument(
-        "--only", default="train,tokenizer,sample,decode,memory,attention,start", help="sections to run"
+        "--only", default="train,tokenizer,sample,text,decode,memory,attention,start", help="sections to run"
     )
     parser.add_argument("--memory-of", nargs=2, help="measure one variant in this process and stop")
     arguments = parser.parse_args()
@@ -413,6 +493,7 @@ def main() -> None:
         "train": lambda: train(rounds),
         "tokenizer": lambda: train_tokenizer(rounds),
         "sample": lambda: sample(2 * rounds),
+        "text": lambda: text(4 * rounds),
         "decode": lambda: decode(rounds, arguments.quick),
         "memory": memory,
         "attention": lambda: attention(rounds),

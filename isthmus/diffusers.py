@@ -397,7 +397,14 @@ class IsthmusPipeline(DiffusionPipeline):
         self, class_labels: Labels, options: Mapping[str, Any], *counts: Any
     ) -> tuple[list[int], dict[str, Any]]:
         """Class id of every image, and options of the call that have an entry for every image as well."""
-        return spread(self.native.class_ids(class_labels), *counts), {}
+        asked = self.native.asked(class_labels, *(options.get(name) for name in ("prompt", "text", "negative_prompt")))
+        asked = asked.images(spread(list(range(len(asked))), *counts))
+        words = {}
+        if isinstance(asked.texts, TextFeatures):
+            words = {"text": asked.texts.rows(torch.tensor(asked.rows))}
+        elif asked.prompts is not None:
+            words = {"prompt": asked.prompts}
+        return asked.class_labels, words
 
     @abstractmethod
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
@@ -435,18 +442,6 @@ class NextScaleDiffusionPipeline(IsthmusPipeline):
     scheduler = _part("scheduler")
     text_encoder = _part("text_encoder")
 
-    def _spread(
-        self, class_labels: Labels, options: Mapping[str, Any], *counts: Any
-    ) -> tuple[list[int], dict[str, Any]]:
-        asked = self.native.asked(class_labels, *(options.get(name) for name in ("prompt", "text", "negative_prompt")))
-        asked = asked.images(spread(list(range(len(asked))), *counts))
-        words = {}
-        if isinstance(asked.texts, TextFeatures):
-            words = {"text": asked.texts.rows(torch.tensor(asked.rows))}
-        elif asked.prompts is not None:
-            words = {"prompt": asked.prompts}
-        return asked.class_labels, words
-
     def _refuse_foreign(self, foreign: dict[str, Any]) -> None:
         sizes, side = self.native.schedule.sizes, self.native.image_size
         asked = foreign.pop("num_inference_steps", None)
@@ -473,6 +468,7 @@ class DARDiffusionPipeline(IsthmusPipeline):
     native_class = DARPipeline
     __init__ = _constructor(DARPipeline)
     model_cpu_offload_seq = "transformer->image_tokenizer->decoder"
+    _optional_components = ["text_tokenizer"]
     _edits = (
         "prefix_image= keeps the layout of an image, pipe.native.restart(image, strength) runs the last steps again."
     )
@@ -490,6 +486,7 @@ class DARDiffusionPipeline(IsthmusPipeline):
     decoder = _part("decoder")
     transformer = _part("transformer")
     scheduler = _part("scheduler")
+    text_tokenizer = _part("text_tokenizer")
 
     def _times(self, options: Mapping[str, Any]) -> list[Tensor]:
         return list(self.native.scheduler.times(options["num_inference_steps"])[:-1])

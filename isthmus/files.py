@@ -226,6 +226,21 @@ def _own_cache() -> Path:
     return fallback
 
 
+def write_flushed(path: Path, content: str | Callable[[BinaryIO], object], *, flush: bool = True) -> None:
+    """Write a new file in a folder that is renamed when all of it is there; arguments as for `write_whole`.
+
+    Raises OSError, for whoever knows the name that the file will have.
+    """
+    with open(path, "xb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            content(file)
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object], *, flush: bool = True) -> None:
     """Write a file under a temporary name, then rename it: readers see all of it or none.
 
@@ -235,14 +250,7 @@ def write_whole(path: Path, content: str | Callable[[BinaryIO], object], *, flus
     # not a name of tempfile's: those files are for their owner alone, and so would the result be
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     try:
-        with open(temporary, "xb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                content(file)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
+        write_flushed(temporary, content, flush=flush)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror or error}. {writing_advice(error)}") from error

@@ -501,9 +501,7 @@ def draw_folder(
         number = max(num_images, _asked_before(out))
         request = SampleRequest.of(
             pipeline,
-            [ids[index % len(ids)] for index in range(number)],
-            classes={"class_ids": ids, **({"prompts": list(prompts)} if prompts else {})},
-            prompts=_in_turn(prompts, number),
+            **_in_turn(ids, prompts, number),
             seed=seed,
             options=options,
             steering=steering,
@@ -524,8 +522,13 @@ def draw_folder(
         logger.info("%d images in %s (%d drawn now%s)%s", number, out, drawn.count, by, cost)
 
 
-def _in_turn(prompts: Sequence[str], number: int) -> list[str]:
-    return [prompts[index % len(prompts)] for index in range(number)] if prompts else []
+def _in_turn(ids: Sequence[int], prompts: Sequence[str], number: int) -> dict[str, Any]:
+    """Arguments of `SampleRequest.of` for images that take class ids, and prompts where there are any, in turn."""
+    return {
+        "labels": [ids[index % len(ids)] for index in range(number)],
+        "prompts": [prompts[index % len(prompts)] for index in range(number)] if prompts else [],
+        "classes": {"class_ids": list(ids)} | ({"prompts": list(prompts)} if prompts else {}),
+    }
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -546,18 +549,17 @@ def _class_ids(pipeline: "AnyPipeline", words: Sequence[str]) -> list[int]:
 
 def _grid(samples: Samples) -> Image.Image:
     """Rows are classes or prompts in the order asked for; the first images of each."""
-    by_label: dict[str, list[int]] = {}
+    # by the whole prompt: two long ones may have one name
+    members: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(samples.rows):
-        by_label.setdefault(_name(row), []).append(index)
-    if len(by_label) == 1:
+        members.setdefault((row["label"], row.get("prompt", "")), []).append(index)
+    if len(members) == 1:
         # one class fills the picture
-        ((name, shown),) = by_label.items()
-        shown = shown[: _GRID_ROWS * _GRID_COLUMNS]
+        shown = range(min(len(samples), _GRID_ROWS * _GRID_COLUMNS))
         rows = [shown[start : start + _GRID_COLUMNS] for start in range(0, len(shown), _GRID_COLUMNS)]
-        names = [name]
     else:
-        names = list(by_label)[:_GRID_ROWS]
-        rows = [by_label[name][:_GRID_COLUMNS] for name in names]
+        rows = [of_one[:_GRID_COLUMNS] for of_one in list(members.values())[:_GRID_ROWS]]
+    names = [_name(samples.rows[row[0]]) for row in rows][: len(members)]
     return table([[Image.fromarray(samples.image(index)) for index in row] for row in rows], row_names=names)
 
 
@@ -615,12 +617,9 @@ def edit_image(
     ids = _class_ids(pipeline, classes)
     files = {"image_sha256": sha256_of_file(image)} | ({} if mask is None else {"mask_sha256": sha256_of_file(mask)})
     number = max(num_images, _asked_before(out))
-    labels = [ids[index % len(ids)] for index in range(number)]
     plain = SampleRequest.of(
         pipeline,
-        labels,
-        classes={"class_ids": ids, **({"prompts": list(prompts)} if prompts else {})},
-        prompts=_in_turn(prompts, number),
+        **_in_turn(ids, prompts, number),
         seed=seed,
         options=options,
         steering={} if negative_prompt is None else {"negative_prompt": negative_prompt},

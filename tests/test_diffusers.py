@@ -16,7 +16,7 @@ from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.text.encoders import SmallTextEncoder
 from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
-from tests.pipelines.tiny_dar import tiny_dar
+from tests.pipelines.tiny_dar import WORDS, tiny_dar
 
 # importing diffusers takes longer than the tests: only the fixture does it
 pytestmark = pytest.mark.slow
@@ -380,6 +380,20 @@ def test_prompts_are_drawn_as_our_own_pipeline_draws_them(adapter, tmp_path):
     changed = adapter.from_pretrained(tmp_path / "text", text_encoder=other)
     with torch.no_grad():
         assert torch.equal(changed.native.null_text.pooled, other.encode([""]).pooled)
+
+
+def test_prompts_of_a_d_ar_model(adapter, tmp_path):
+    own = tiny_dar(words=WORDS, sampling_defaults={"guidance_scale": 2.0})
+    own.save_pretrained(tmp_path / "text")
+    pipe = adapter.from_pretrained(tmp_path / "text")
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"negative_prompt": "a body", "seed": 3, "output_type": "pt"}
+    expected = own([0, 1], prompt=["a critter", ""], num_images_per_class=2, **asked).images
+    drawn = pipe([0, 1], prompt=["a critter", ""], num_images_per_prompt=2, **asked).images
+    assert len(drawn) == 4 and torch.equal(drawn, expected)
+    assert pipe.text_tokenizer.config == WORDS.config
+    with pytest.raises(UserError, match="It draws classes"):
+        adapter.from_pipeline(tiny_dar())(prompt="a critter")
 
 
 def test_it_is_a_diffusion_pipeline_of_our_components_and_shares_the_weights(pipe, own, adapter):

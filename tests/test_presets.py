@@ -83,10 +83,10 @@ def test_dar_tokenizer_presets_have_the_size_they_name_and_the_published_one_its
 def test_published_llamas_have_the_published_number_of_weights_and_head_rows_of_classes():
     classes = tuple(map(str, range(1000)))
     with torch.device("meta"):
-        parts = build_parts(diffusion_tokenizer_preset("dar-tokenizer-v1"))
         for name, (width, published) in PUBLISHED_PRIORS.items():
-            llama = build_prior(next_token_prior_preset(name), parts, None, classes)
-            assert llama.config.vocab_size == TokenLayout(16384, 1000, 256).vocab_size
+            layout = TokenLayout(16384, 1000, 256)
+            llama = build_prior(next_token_prior_preset(name), layout, None, classes)
+            assert llama.config.vocab_size == layout.vocab_size
             assert count(llama) == published + 1001 * width, name
             assert has_its_size(NEXT_TOKEN_PRIOR_PRESETS[name], llama), name
 

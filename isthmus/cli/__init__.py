@@ -34,6 +34,7 @@ COMMANDS = {
     "edit variations": ("isthmus.cli.sample:run_variations", "images that share the coarse scales with one"),
     "study srdd": ("isthmus.cli.study:run_srdd", "experiments on VAR and SRDD: the papers' claims beside measurements"),
     "study dar": ("isthmus.cli.study:run_dar", "experiments on D-AR: the paper's claims beside measurements"),
+    "study text": ("isthmus.cli.study:run_text", "experiments on words: what priors draw of their captions"),
     "convert var": ("isthmus.cli.convert:run_var", "published VAR weights to a pipeline folder"),
     "convert switti": ("isthmus.cli.convert:run_switti", "published Switti weights and text encoders to a folder"),
     "convert dar": ("isthmus.cli.convert:run_dar", "published D-AR weights to a pipeline folder"),

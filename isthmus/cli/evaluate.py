@@ -27,8 +27,8 @@ class Evaluate(SteeredDrawOptions):
     out: Path
     """Folder for samples, evaluation.json, report.md and report.html."""
     data: str | None = None
-    """avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out part
-    judges it."""
+    """avatars[:STYLE,...], emoji, openmoji, photos, folder:PATH, npz:PATH or hf:NAME: the model's images; the held-out
+    part judges it."""
     classes: tuple[str, ...] = ()
     """Classes of the data; none are those of the model."""
     image_column: str | None = None
@@ -49,6 +49,9 @@ class Evaluate(SteeredDrawOptions):
     """lite0, inception:FILE_OF_WEIGHTS or dinov2:FOLDER_OR_HUB_ID."""
     balance: Literal["uniform", "data"] = "uniform"
     """Draw every class equally often, or as often as it is in the data."""
+    attributes: tuple[str, ...] = ()
+    """Attributes of avatars that are looked for in the samples, such as eyes,"body colour": all, none, or some. Without
+    it all of them are for models that read text, none for others."""
     sweep_guidance: tuple[str, ...] = ()
     """Guidances to draw and score beside, such as 1,1.5,2,3."""
     lpips_weights: tuple[Path, ...] = ()
@@ -70,7 +73,16 @@ class Evaluate(SteeredDrawOptions):
             raise UserError("a model needs the data it is judged on, got no --data. For example --data openmoji.")
         if self.samples is not None:
             defaults = Evaluate.__dataclass_fields__
-            meant = (*_DRAWING, "num", "balance", "sweep_guidance", "lpips_weights", "solver_steps", "npz")
+            meant = (
+                *_DRAWING,
+                "num",
+                "balance",
+                "attributes",
+                "sweep_guidance",
+                "lpips_weights",
+                "solver_steps",
+                "npz",
+            )
             given = [name for name in meant if getattr(self, name) != defaults[name].default]
             if given:
                 option = "--" + given[0].replace("_", "-")
@@ -117,6 +129,7 @@ def run(arguments: Sequence[str]) -> None:
         num=command.num,
         steering=command.steering(),
         balance=command.balance,
+        attributes=command.attributes,
         sweep=sweep,
         npz=command.npz,
         measures=Measures(lpips_weights=command.lpips_weights, solver_steps=command.solver_steps),

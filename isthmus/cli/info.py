@@ -29,10 +29,9 @@ def run(arguments: Sequence[str]) -> None:
     if command.card and command.what in ("data", "presets"):
         raise UserError(f"only a model has a card, got {command.what}. Pass a pipeline folder.")
     if command.what == "data":
-        from isthmus.data.licences import AVATARS_ATTRIBUTION, OPENMOJI_ATTRIBUTION, PHOTOS_ATTRIBUTION
+        from isthmus.data.licences import ATTRIBUTIONS
 
-        sources = {"avatars": AVATARS_ATTRIBUTION, "openmoji": OPENMOJI_ATTRIBUTION, "photos": PHOTOS_ATTRIBUTION}
-        print(_listing(sources))
+        print(_listing(ATTRIBUTIONS))
     elif command.what == "presets":
         print(describe_presets())
     else:
@@ -56,7 +55,7 @@ def describe_model(folder: Path) -> str:
         raise UserError(f"{folder} holds a {index['_class_name']}, which this version does not know. Update Isthmus.")
     rows, num_classes = imported(about)(folder)
     for name in _components(index):
-        if index[name][1].endswith("Scheduler"):
+        if name in ("scheduler", "text_tokenizer"):  # no weights
             continue
         weights = TRANSFORMERS_WEIGHTS if index[name][0] == "transformers" else DIFFUSERS_WEIGHTS
         shapes = stored_shapes(folder / name, weights).values() if name != "text_encoder" else _encoder_shapes(folder)

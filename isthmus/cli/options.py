@@ -200,8 +200,10 @@ class PromptOptions:
         try:
             lines = self.prompts.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"--prompts must be a text file (UTF-8), got {self.prompts}, which cannot be read ({error})."
+                f"--prompts must be a text file (UTF-8), got {self.prompts}, which cannot be read ({reason}). Name or "
+                "write another."
             ) from error
         found = tuple(line.strip() for line in lines if line.strip())
         if not found:

@@ -98,10 +98,14 @@ Rows = Float[Tensor, "rows _"]
 
 @dataclass
 class LlamaCache:
-    """Keys, then values, of a request, of which `length` positions are filled; two requests may take turns."""
+    """Keys, then values, of a request, of which `length` places are filled; two requests may take turns.
+
+    `padding` is how many places at the start of each row fill it up and are never seen; None is none.
+    """
 
     layers: list[Float[Tensor, "b 2 heads l c"]]
     length: int = 0
+    padding: Int[Tensor, " b"] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class LlamaDecoder:
         if compiled:
             check_compiler(self.device)
         self.layout, self._source = layout, weakref.ref(transformer)
-        self.num_positions = layout.num_tokens + 1
+        self.num_positions = layout.num_positions
         self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width, self.norm_eps = config.head_dim, config.rms_norm_eps
         self._embedding, self._norm = llama["model.embed_tokens.weight"], llama["model.norm.weight"]
@@ -178,10 +182,32 @@ class LlamaDecoder:
         return LlamaCache(layers)
 
     @torch.inference_mode()
-    def prefill(self, ids: Int[Tensor, "b l"], cache: LlamaCache) -> Float[Tensor, "b v"]:
-        """Logits of the codes after a whole sequence (vocabulary ids, class first), which fills the empty cache."""
+    def prefill(
+        self,
+        ids: Int[Tensor, "n l"],
+        cache: LlamaCache,
+        padding: Int[Tensor, " n"] | None = None,
+        rows: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b v"]:
+        """Logits of the codes after a whole sequence, which fills the empty cache.
+
+        Args:
+            ids: of the vocabulary: words, class, tokens.
+            padding: how many ids at the start of each row only fill it up.
+            rows: which of these sequences each row of the cache is, for equal ones to be computed once; None is a row
+                each, in their order.
+        """
         assert cache.length == 0, "prefill starts a sequence"
-        return self._after(ids, cache)
+        if rows is None:
+            cache.padding = padding
+            return self._after(ids, cache)
+        length, size = ids.shape[1], (len(ids), *cache.layers[0].shape[1:3], ids.shape[1], self.head_width)
+        once = LlamaCache([layer.new_zeros(size) for layer in cache.layers], padding=padding)
+        logits = self._after(ids, once)
+        for layer, own in zip(cache.layers, once.layers, strict=True):
+            layer[:, :, :, :length] = own[rows]
+        cache.length, cache.padding = length, None if padding is None else padding[rows]
+        return logits[rows]
 
     @torch.inference_mode()
     def step(self, ids: Int[Tensor, " b"], cache: LlamaCache) -> Float[Tensor, "b v"]:
@@ -190,14 +216,24 @@ class LlamaDecoder:
             return self._after(ids.unsqueeze(1), cache)
         position = self._positions[cache.length : cache.length + 1]
         cache.length += 1
-        return self._fixed_step(ids, position, cache.layers)
+        padding = None if cache.padding is None else cache.padding[: len(ids)]
+        return self._fixed_step(ids, position, cache.layers, padding)
 
     def _after(self, ids: Int[Tensor, "b l"], cache: LlamaCache) -> Float[Tensor, "b v"]:
-        """The positions are known to the host, so the filled part alone is read."""
+        """The places are known to the host, so the filled part alone is read."""
         b, length = ids.shape
         start, end = cache.length, cache.length + length
-        rotation = self._rotation[start:end].view(1, length, 1, -1)
         grouped = self.num_heads != self.num_key_heads
+        if cache.padding is None:
+            rotation, visible = self._rotation[start:end].view(1, length, 1, -1), None
+        else:
+            padding, here = cache.padding[:b, None], self._positions[start:end]
+            # positions count from the first id that is seen
+            rotation = self._rotation[(here - padding).clamp(min=0)].unsqueeze(2)
+            there = self._positions[:end]
+            visible = (there >= padding).unsqueeze(1) & (there <= here.unsqueeze(1))
+            # what only fills a row up sees itself, or its attention would be over nothing
+            visible = (visible | (there == here.unsqueeze(1))).unsqueeze(1)
 
         def attend(qkv: Rows, layer: Tensor) -> Rows:
             heads = qkv.view(b, length, -1, self.head_width)
@@ -210,7 +246,8 @@ class LlamaDecoder:
             layer[:b, :, :, start:end] = new
             q = heads[:, :, : self.num_heads].transpose(1, 2)
             k, v = layer[:b, 0, :, :end], layer[:b, 1, :, :end]
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=grouped)
+            causal = visible is None and length > 1
+            mixed = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=grouped)
             return mixed.transpose(1, 2).reshape(b * length, -1)
 
         x = self._through(ids.flatten(), cache.layers, attend)
@@ -218,12 +255,21 @@ class LlamaDecoder:
         return self._head(self._normed(x.view(b, length, -1)[:, -1], self._norm)).float()
 
     def _at_position(
-        self, ids: Int[Tensor, " b"], position: Int[Tensor, " 1"], stored: list[Tensor]
+        self,
+        ids: Int[Tensor, " b"],
+        position: Int[Tensor, " 1"],
+        stored: list[Tensor],
+        padding: Int[Tensor, " b"] | None,
     ) -> Float[Tensor, "b v"]:
-        """One new token, its position a tensor: the same kernels for every token, so that they can be recorded."""
+        """One new token, its place a tensor: the same kernels for every token, so that they can be recorded."""
         b = len(ids)
-        rotation = torch.view_as_real(self._rotation)[position]
-        visible = (self._positions <= position).view(1, 1, 1, -1)
+        visible = self._positions <= position
+        if padding is None:
+            rotation = torch.view_as_real(self._rotation)[position]
+            visible = visible.view(1, 1, 1, -1)
+        else:
+            rotation = torch.view_as_real(self._rotation)[position - padding].unsqueeze(1)
+            visible = (visible & (self._positions >= padding.unsqueeze(1))).view(b, 1, 1, -1)
         grouped = self.num_heads != self.num_key_heads
 
         def attend(qkv: Rows, layer: Tensor) -> Rows:

@@ -18,7 +18,7 @@ from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, decode_tokens, f
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.options import DAROptions, Solver
 from isthmus.dar.prior import TokenLayout
-from isthmus.dar.sampling import Prefix, generate_tokens, log_likelihood
+from isthmus.dar.sampling import AskedWords, Prefix, generate_tokens, log_likelihood
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
@@ -27,6 +27,7 @@ from isthmus.nn.stored_llama import StoredLlama, no_progress_bars
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.options import OutputType, SamplingOptions, saved_options
+from isthmus.pipelines.prompts import Asked
 from isthmus.pipelines.request import (
     GenerationStep,
     Labels,
@@ -38,6 +39,7 @@ from isthmus.pipelines.request import (
     image_seeds,
     takes,
 )
+from isthmus.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -60,18 +62,21 @@ class DARPipelineOutput:
     """Class ids; `num_classes` where no class was asked for."""
     seeds: list[tuple[int, int]]
     """(seed, image index): `pipe(label, seed=seed, image_index=index)` draws the image again."""
+    prompts: list[str] | None = None
+    """The prompt of every image; None for models that read no text."""
 
 
 class DARPipeline(SavedPipeline):
     """An image tokenizer, a pixel decoder and a Llama that draw images together.
 
     Args:
-        transformer: a stock Llama, whose vocabulary ends with the classes.
+        transformer: a stock Llama, whose vocabulary holds codes, classes and words (`TokenLayout`).
         class_names: one name per class, or index -> name; nothing for models without names.
         sampling_defaults: options of a call that names none, stored in the folder.
         preprocessing: how training images were made; None describes the usual way.
-        data: `name` and `attribution` (licence line) of the training data, for the card.
+        data: `name` and `attribution` (licence line) of the training data, and a `prompt` as an example, for the card.
         protocol: how the model was trained and measured, for the card.
+        text_tokenizer: optional component: makes words of prompts, for a transformer that reads them.
 
     Raises UserError where the components do not belong together, or names or defaults do not fit them; and every method
     does for what it cannot use, before anything is drawn.
@@ -84,6 +89,7 @@ class DARPipeline(SavedPipeline):
         "transformer": StoredLlama,
         "scheduler": FlowMatchingScheduler,
     }
+    optional_parts = {"text_tokenizer": TextTokenizer}
 
     def __init__(
         self,
@@ -96,10 +102,12 @@ class DARPipeline(SavedPipeline):
         preprocessing: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         protocol: str = "",
+        text_tokenizer: TextTokenizer | None = None,
     ):
         self.image_tokenizer, self.decoder, self.scheduler = image_tokenizer, decoder, scheduler
-        self.llama = StoredLlama.of(transformer)
+        self.llama, self.text_tokenizer = StoredLlama.of(transformer), text_tokenizer
         self.token_layout: TokenLayout = shared_layout(image_tokenizer, decoder, self.llama.config, scheduler)
+        check_words(self.token_layout, text_tokenizer)
         self.num_classes: int = self.token_layout.num_classes
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
 
@@ -117,8 +125,8 @@ class DARPipeline(SavedPipeline):
 
         Args:
             class_labels: names, indices or None (no class), one per image; a single one may stand alone.
-            num_images: how many images in all, labels taken in turn; None draws one per label.
-            num_images_per_class: images per label, next to each other, where `num_images` is not given.
+            num_images: how many images in all, labels and prompts taken in turn; None draws one of each.
+            num_images_per_class: images per label and prompt, next to each other, where `num_images` is not given.
             callback_on_step_end: called with a `GenerationStep` (without preview) after every solver step.
             options: see `DAROptions`.
         """
@@ -130,7 +138,8 @@ class DARPipeline(SavedPipeline):
                 callback_on_step_end(GenerationStep(step.index, step.total, token_ids[-1]))
         assert step is not None, "a plan has at least one step"
         images = as_output(step.preview, request.output_type)
-        return DARPipelineOutput(images, torch.cat(token_ids, dim=1), request.class_labels, request.seeds)
+        token_ids, prompts = torch.cat(token_ids, dim=1), request.asked.prompts
+        return DARPipelineOutput(images, token_ids, request.class_labels, request.seeds, prompts)
 
     @takes(DAROptions)
     def stream(
@@ -267,6 +276,11 @@ class DARPipeline(SavedPipeline):
         # an image that is guided has a row with and one without its class
         return LlamaDecoder(self.llama, self.token_layout, num_rows=2 * num_images, int8=int8, compiled=compiled)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether images follow prompts."""
+        return self.token_layout.num_words > 0
+
     def prepared(self, num_images: int, *, int8: bool = False, compiled: bool = False) -> dict[str, Any]:
         """Arguments for many calls of `num_images` images each: the laid-out weights of the prior."""
         return {"llama_decoder": self.llama_decoder(num_images, int8=int8, compiled=compiled)}
@@ -343,6 +357,8 @@ class DARPipeline(SavedPipeline):
         llama, pixels = self.llama.config, self.decoder.config
         size = 2 if self.llama.dtype == torch.bfloat16 else 4
         cache = 2 * llama.num_hidden_layers * llama.max_position_embeddings * llama.hidden_size * size
+        # words are read all at once: stream, queries, keys, values, feed-forward
+        cache += self.token_layout.prompt_length * (6 * llama.hidden_size + 3 * llama.intermediate_size) * size
         # the logits of one token with their sorted and cumulated copies
         draw = llama.vocab_size * (5 * 4 + 2 * 8)
         # rows inside a block of the pixel decoder: stream, modulation, feed-forward, attention
@@ -376,9 +392,19 @@ class DARPipeline(SavedPipeline):
             stops=plan.stops,
             prefix=prefix,
             decoder=options["llama_decoder"],
+            texts=self._words(request.asked),
         )
         noise = image_noise(request.seeds, *sides)
         return flow_steps(self.image_tokenizer, self.decoder, self.scheduler, plan, token_ids, noise, preview=preview)
+
+    def _words(self, asked: Asked) -> AskedWords | None:
+        """The prompts in words, each read once; None where the model reads none. Long ones are cut with a warning."""
+        if self.text_tokenizer is None:
+            return None
+        prompts = asked.prompts or []
+        known = list(dict.fromkeys([*prompts, asked.negative_prompt]))
+        words = dict(zip(known, self.text_tokenizer.words(known), strict=True))
+        return AskedWords([words[prompt] for prompt in prompts], words[asked.negative_prompt])
 
     def _token_ids(self, token_ids: TokenInput) -> Int[Tensor, "b n"]:
         """One row per image; UserError where these are no tokens of this model."""
@@ -440,18 +466,33 @@ class DARPipeline(SavedPipeline):
         return as_output(images, output_type)
 
     def _token_nats(
-        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenInput | None
+        self, images: ImageInput | None, class_labels: Labels, token_ids: TokenInput | None, prompt: object = None
     ) -> Float[Tensor, "_ n"]:
+        asked = self.asked(class_labels, prompt)
         token_ids = self._token_ids(self._tokens_of(images, token_ids))
-        labels = self.class_ids(class_labels)
         rows, length = token_ids.shape
-        each = torch.tensor(labels * rows if len(labels) == 1 else labels, dtype=torch.long)
-        if not length or not rows or len(each) != rows:
+        asked = asked.images([0] * rows) if len(asked) == 1 else asked
+        if not length or not rows or len(asked) != rows:
+            what = "class label or prompt" if self.reads_text else "class label"
             raise UserError(
-                f"a likelihood needs 1..{self.token_layout.num_tokens} tokens and a class label per image, got {rows} "
-                f"row(s) of {length} token(s) and {len(each)} label(s). Pass the tokens of whole images."
+                f"a likelihood needs 1..{self.token_layout.num_tokens} tokens and a {what} per image, got {rows} "
+                f"row(s) of {length} token(s) and {len(asked)} such. Pass the tokens of whole images."
             )
-        return log_likelihood(self.transformer, self.token_layout, token_ids, each)
+        texts = self._words(asked)
+        words = None if texts is None else self.token_layout.padded(texts.words)
+        labels = torch.tensor(asked.class_labels)
+        return log_likelihood(self.transformer, self.token_layout, token_ids, labels, words)
+
+
+def check_words(layout: TokenLayout, text_tokenizer: TextTokenizer | None) -> None:
+    """Raise UserError unless a prior and a text tokenizer, where there is one, know the same words."""
+    ours = (layout.num_words, layout.prompt_length)
+    theirs = (0, 0) if text_tokenizer is None else (text_tokenizer.num_words, text_tokenizer.config["max_length"])
+    if ours != theirs:
+        raise UserError(
+            f"the transformer reads prompts of {ours[1]} words out of {ours[0]}, got a text tokenizer with {theirs[1]} "
+            f"out of {theirs[0]}. Pass the text_tokenizer that was saved with it, or none for a model that reads none."
+        )
 
 
 def shared_layout(

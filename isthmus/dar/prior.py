@@ -1,11 +1,14 @@
 """The prior of the D-AR family: a stock `transformers.LlamaForCausalLM` over image tokens, never edited or subclassed.
 
 Source: "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3.
-The classes are words of the vocabulary: ids 0..codebook_size - 1 are image tokens, then one id per class, and last the
-null class. A sequence is [class, token 0, ..., token N - 1], and the output at position p predicts token p. No class is
-ever predicted: its row of the head is zero, and every loss and every draw reads the first `codebook_size` logits alone.
+The classes are words of the vocabulary: ids 0..codebook_size - 1 are image tokens, then one id per class, then the null
+class, and of a model that reads text the words of prompts behind it. A sequence is [class, token 0, ..., token N - 1],
+and the output at the place before token p predicts it. Words stand before the class, and where there is none before the
+null class, which begins every image: alone it asks for nothing. No class and no word is ever predicted: its row of the
+head is zero, and every loss and every draw reads the first `codebook_size` logits alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,10 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Which id of a Llama's vocabulary means what: codes, then classes (0 for unlabelled models), then the null class.
+    """Which id of a Llama's vocabulary means what: codes, classes (0 for unlabelled models), the null class, words.
+
+    `num_words` is the size of the vocabulary of prompts, of which at most `prompt_length` words are read; both are 0
+    for models that read no text.
 
     >>> layout = TokenLayout(codebook_size=16384, num_classes=1000, num_tokens=256)
     >>> layout.vocab_size, layout.class_token(torch.tensor([0, layout.null_class_id]))
@@ -34,6 +40,8 @@ class TokenLayout:
     codebook_size: int
     num_classes: int
     num_tokens: int
+    num_words: int = 0
+    prompt_length: int = 0
 
     def __post_init__(self):
         if self.codebook_size < 1 or self.num_classes < 0 or self.num_tokens < 1:
@@ -42,6 +50,11 @@ class TokenLayout:
                 f"codebook_size {self.codebook_size}, num_tokens {self.num_tokens}, num_classes {self.num_classes}. "
                 "Pass the sizes of the image tokenizer and of the data."
             )
+        if self.num_words < 0 or self.prompt_length < 0 or bool(self.num_words) != bool(self.prompt_length):
+            raise UserError(
+                "a prior that reads text has a vocabulary of words and a longest prompt, and another has neither, got "
+                f"num_words {self.num_words} and prompt_length {self.prompt_length}. Pass those of the text tokenizer."
+            )
 
     @property
     def null_class_id(self) -> int:
@@ -49,13 +62,31 @@ class TokenLayout:
         return self.num_classes
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding: codes, classes and the null class."""
+    def first_word(self) -> int:
+        """Vocabulary id of the first word of prompts, behind that of the null class."""
         return self.codebook_size + self.num_classes + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: codes, classes, the null class and words."""
+        return self.first_word + self.num_words
+
+    @property
+    def num_positions(self) -> int:
+        """Longest sequence: words, the class, tokens."""
+        return self.prompt_length + 1 + self.num_tokens
 
     def class_token(self, class_labels: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Vocabulary ids of labels 0..num_classes."""
         return class_labels + self.codebook_size
+
+    def padded(self, words: Sequence[Sequence[int]]) -> "PaddedWords":
+        """Prompts as numbers of words (from 0), in rows of the length of the longest."""
+        longest = max(map(len, words), default=0)
+        ids = torch.full((len(words), longest), self.first_word - 1)
+        for row, own in enumerate(words):
+            ids[row, longest - len(own) :] = torch.tensor(own, dtype=torch.long) + self.first_word
+        return PaddedWords(ids, torch.tensor([len(own) for own in words]))
 
     @classmethod
     def of(cls, config: Any, codebook_size: int, num_tokens: int | None = None) -> "TokenLayout":
@@ -78,25 +109,55 @@ class TokenLayout:
                 f"image tokenizer and prior must have the same codebook_size, got {codebook_size} and {trained_on}. "
                 f"{other}"
             )
-        num_classes = config.vocab_size - codebook_size - 1
+        num_words, prompt_length = (getattr(config, name, 0) for name in ("num_words", "prompt_length"))
+        num_classes = config.vocab_size - codebook_size - 1 - num_words
         if num_classes < 0:
+            text = f", {num_words} words of prompts" if num_words else ""
             raise UserError(
                 f"a prior's vocabulary holds all {codebook_size} codes of the image tokenizer, its classes and a null "
-                f"class, got {config.vocab_size} words. {other}"
+                f"class{text}, got {config.vocab_size} words. {other}"
             )
-        room = config.max_position_embeddings - 1
+        room = config.max_position_embeddings - 1 - prompt_length
         if room < 1 or num_tokens not in (None, room):
+            text = f" for each of {prompt_length} words," if prompt_length else ""
             raise UserError(
-                f"a prior has one position for the class and one per token, got {config.max_position_embeddings} "
-                f"positions for {num_tokens or 'at least one'} token(s). {other}"
+                f"a prior has one position{text} for the class and one per token, got "
+                f"{config.max_position_embeddings} positions for {num_tokens or 'at least one'} token(s). {other}"
             )
-        return cls(codebook_size, num_classes, room)
+        return cls(codebook_size, num_classes, room, num_words, prompt_length)
+
+
+@dataclass
+class PaddedWords:
+    """Words before the class of each image, as ids of the vocabulary, each row filled up at its left end."""
+
+    ids: Int[Tensor, "b words"]
+    lengths: Int[Tensor, " b"]
+    """How many words of each row count, at its right end."""
+
+    def to(self, device: torch.device) -> "PaddedWords":
+        """The same on a device."""
+        return PaddedWords(self.ids.to(device), self.lengths.to(device))
+
+    @property
+    def padding(self) -> Int[Tensor, " b"]:
+        """How many places at the left end of each row do not count."""
+        return self.ids.shape[1] - self.lengths
+
+    def places(self, length: int) -> dict[str, Tensor]:
+        """Arguments of a Llama for rows of these words and `length` more ids: what counts, and at which position.
+
+        Positions count from the first word of a row, so that filling it up changes nothing.
+        """
+        positions = torch.arange(self.ids.shape[1] + length, device=self.ids.device) - self.padding[:, None]
+        return {"attention_mask": (positions >= 0).long(), "position_ids": positions.clamp(min=0)}
 
 
 def llama_config(
     layout: TokenLayout, *, width: int, num_layers: int, num_heads: int, feed_forward_width: int | None = None
 ) -> "LlamaConfig":
-    """Configuration of a prior; `codebook_size` stands beside Llama's settings: one under another tokenizer is noticed.
+    """Configuration of a prior; what its vocabulary holds stands beside Llama's settings, so that one under another
+    tokenizer is noticed.
 
     Args:
         width: width of the residual stream, a multiple of twice `num_heads`.
@@ -111,15 +172,18 @@ def llama_config(
             f"width must be a multiple of twice the heads (rotary positions turn pairs of channels), got width {width} "
             f"and num_heads {num_heads}. Published heads are 64 wide."
         )
+    # a model that reads no text has no such settings: its folder is what it was before there were any
+    words = {"num_words": layout.num_words, "prompt_length": layout.prompt_length} if layout.num_words else {}
     settings = {
         "vocab_size": layout.vocab_size,
         "codebook_size": layout.codebook_size,
+        **words,
         "hidden_size": width,
         "intermediate_size": feed_forward_width or -(-int(8 * width / 3) // 256) * 256,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_heads,
-        "max_position_embeddings": layout.num_tokens + 1,
+        "max_position_embeddings": layout.num_positions,
         "rms_norm_eps": 1e-5,
         "initializer_range": INIT_STD,
         "hidden_act": "silu",
@@ -154,23 +218,32 @@ def new_prior(
 
 
 def next_token_inputs(
-    layout: TokenLayout, class_labels: Int[Tensor, " b"], token_ids: Int[Tensor, "b l"]
-) -> Int[Tensor, "b l+1"]:
-    """Vocabulary ids of [class, tokens]: what the network reads. For training, leave out the last token."""
-    return torch.cat([layout.class_token(class_labels).unsqueeze(1), token_ids.long()], dim=1)
+    layout: TokenLayout,
+    class_labels: Int[Tensor, " b"],
+    token_ids: Int[Tensor, "b l"],
+    words: PaddedWords | None = None,
+) -> Int[Tensor, "b _"]:
+    """Vocabulary ids of [words, class, tokens]: what the network reads. For training, leave out the last token."""
+    said = [] if words is None else [words.ids]
+    return torch.cat([*said, layout.class_token(class_labels).unsqueeze(1), token_ids.long()], dim=1)
 
 
 def next_token_logits(
-    transformer: "LlamaForCausalLM", layout: TokenLayout, class_labels: Int[Tensor, " b"], token_ids: Int[Tensor, "b l"]
+    transformer: "LlamaForCausalLM",
+    layout: TokenLayout,
+    class_labels: Int[Tensor, " b"],
+    token_ids: Int[Tensor, "b l"],
+    words: PaddedWords | None = None,
 ) -> Float[Tensor, "b l+1 v"]:
-    """Teacher-forced logits of the codes, fp32: entry p predicts token p from the class (0..num_classes, the last being
-    the null label) and tokens 0..p - 1; the last entry predicts what follows the known tokens.
+    """Teacher-forced logits of the codes, fp32: entry p predicts token p from the words, the class (0..num_classes, the
+    last being the null label) and tokens 0..p - 1; the last entry predicts what follows the known tokens.
     """
-    output = transformer(input_ids=next_token_inputs(layout, class_labels, token_ids), use_cache=False)
-    # classes are never predicted, so their rows of the head get no gradient
-    return output.logits[..., : layout.codebook_size].float()
+    inputs, length = next_token_inputs(layout, class_labels, token_ids, words), 1 + token_ids.shape[1]
+    output = transformer(input_ids=inputs, use_cache=False, **({} if words is None else words.places(length)))
+    # classes and words are never predicted, so their rows of the head get no gradient
+    return output.logits[:, -length:, : layout.codebook_size].float()
 
 
 def next_token_loss(logits: Float[Tensor, "b l v"], token_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
-    """Cross-entropy of every token, nats: -log p(token p | class, tokens before p)."""
+    """Cross-entropy of every token, nats: -log p(token p | words, class, tokens before p)."""
     return F.cross_entropy(logits.transpose(1, 2), token_ids.long(), reduction="none")

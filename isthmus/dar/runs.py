@@ -11,7 +11,9 @@ from isthmus.nn.component_files import read_config
 from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
+    SMALL,
     AugmentConfig,
+    CaptionsConfig,
     ImagesRun,
     OptimConfig,
     PerceptualLoss,
@@ -157,6 +159,23 @@ class LlamaModel(
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordsConfig(CaptionsConfig):
+    """Captions in the place of classes, as words before tokens; None takes the default, or with --from the model's."""
+
+    encoder: str = ""
+    """small: the Llama reads the words of captions. Empty reads no captions, or with --from a model of texts goes on
+    with its words."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.encoder not in ("", SMALL):
+            raise UserError(
+                f"a D-AR prior reads the words of captions, not what an encoder makes of them, got text.encoder "
+                f"{self.encoder}. Pass --text small."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NextTokenPriorRun(TokensRun):
     """`isthmus train prior` for the D-AR family."""
 
@@ -166,10 +185,13 @@ class NextTokenPriorRun(TokensRun):
     """Share of what attention and feed-forward add to the residual stream that is zeroed."""
     model: LlamaModel = field(default_factory=LlamaModel)
     """Network."""
+    text: WordsConfig = field(default_factory=WordsConfig, metadata={"later": True})
+    """Captions."""
 
     def __post_init__(self):
         super().__post_init__()
         must("lie in [0, 1)", self, "embedding_dropout", "residual_dropout")
+        self.text.check_read(self.from_model)
 
 
 PUBLISHED_SOURCE = "README of the published code and Gao and Shou 2025 (its own evaluation, guidance rising linearly)"
@@ -408,4 +430,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, str], int]:
         "transformer": f"width {llama['hidden_size']}, {llama['num_hidden_layers']} layers, "
         f"{llama['num_attention_heads']} heads",
     }
-    return rows, llama["vocab_size"] - tokenizer["codebook_size"] - 1
+    num_words = llama.get("num_words", 0)
+    if num_words:
+        rows["prompts"] = f"up to {llama['prompt_length']} words, of {num_words}"
+    return rows, llama["vocab_size"] - tokenizer["codebook_size"] - 1 - num_words

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.dar.llama_decoding import LlamaCache, LlamaDecoder
-from isthmus.dar.prior import TokenLayout, next_token_inputs, next_token_logits, next_token_loss
+from isthmus.dar.prior import PaddedWords, TokenLayout, next_token_inputs, next_token_logits, next_token_loss
 from isthmus.errors import UserError
 from isthmus.nn.draws import token_uniforms
 from isthmus.nn.guidance import guidance_values
@@ -23,6 +23,14 @@ from isthmus.pipelines.options import SamplingOptions
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+
+@dataclass
+class AskedWords:
+    """Prompts as numbers of words, from 0: of each image, and what guidance leads away from."""
+
+    words: Sequence[Sequence[int]]
+    negative: Sequence[int] = ()
 
 
 @dataclass
@@ -43,16 +51,19 @@ def generate_tokens(
     stops: Sequence[int],
     prefix: Prefix | None = None,
     decoder: LlamaDecoder | None = None,
+    texts: AskedWords | None = None,
 ) -> Iterator[Int[Tensor, "b _"]]:
     """Draw tokens and yield them, (b, n), up to each stop as soon as they exist.
 
     Args:
-        class_labels: 0..num_classes; num_classes is the null label, for which guidance is off.
+        class_labels: 0..num_classes; num_classes is the null label, for which guidance is off where no words are asked
+            for either.
         image_seeds: one (seed, image index) per image. Every random number of an image follows from its own pair.
         options: for all images, or one per image. Guidance given as a sequence or a schedule runs over the tokens.
         stops: token counts, not decreasing; item i of the result holds tokens stops[i - 1]..stops[i] - 1. After the
             last one nothing more is computed.
         decoder: laid-out weights to use again; None lays them out for this call.
+        texts: prompts, of models that read text; None asks for no words.
 
     Raises UserError, before the first tokens are asked for, unless there are options for every image, and guidance for
     every token. All else is the caller's to check (`SamplingOptions.check`); `smooth` means nothing here.
@@ -62,7 +73,8 @@ def generate_tokens(
     if len(each) != batch:
         raise UserError(f"sampling options are needed per image, got {len(each)} for {batch} images.")
     prefix = prefix or Prefix(class_labels.new_zeros(batch, 0), [0] * batch)
-    draws = _Draws(layout, labels, image_seeds, each, prefix, transformer.device)
+    texts = texts or AskedWords([()] * batch)
+    draws = _Draws(layout, labels, image_seeds, each, prefix, transformer.device, texts)
     if decoder is not None:
         decoder.check_belongs(StoredLlama.of(transformer), layout)
     if all(stop <= draws.known for stop in stops):
@@ -81,16 +93,18 @@ class _Draws:
         options: Sequence[SamplingOptions],
         prefix: Prefix,
         device: torch.device,
+        texts: AskedWords,
     ):
-        self.layout, self.prefix_lengths = layout, prefix.lengths
+        self.layout, self.prefix_lengths, self.texts = layout, prefix.lengths, texts
         # tokens that all images know
         self.known = min(prefix.lengths)
         self.tokens = torch.zeros(len(labels), layout.num_tokens, dtype=torch.long, device=device)
         self.tokens[:, : prefix.token_ids.shape[1]] = prefix.token_ids.to(device)
-        # an image without a class has nothing to be guided away from
+        # an image that asks for nothing else than the null rows has nothing to be guided away from
+        null = (layout.null_class_id, tuple(texts.negative))
         guidance = [
-            guidance_values(one.guidance_scale if label != layout.null_class_id else 1.0, layout.num_tokens)
-            for one, label in zip(options, labels, strict=True)
+            guidance_values(1.0 if (label, tuple(words)) == null else one.guidance_scale, layout.num_tokens)
+            for one, label, words in zip(options, labels, texts.words, strict=True)
         ]
         # per token, whether any image is guided there
         self.guided = [any(value != 1 for value in column) for column in zip(*guidance, strict=True)]
@@ -122,13 +136,21 @@ class _Draws:
         return draw_tokens(cond.unsqueeze(1), self.uniforms[:, position : position + 1]).squeeze(1)
 
     def predict(self, decoder: LlamaDecoder, cache: LlamaCache, position: int) -> Float[Tensor, "rows v"]:
-        """Logits of the token at `position`; the first call also reads the class and what all images know."""
+        """Logits of the token at `position`; the first call also reads words, class and what all images know."""
         halves = 2 if position < self.with_null else 1
         if position > self.known:
             return decoder.step(self.tokens[:, position - 1].repeat(halves), cache)
         labels = torch.cat([self.class_labels, torch.full_like(self.class_labels, self.layout.null_class_id)][:halves])
         known = self.tokens[:, : self.known].repeat(halves, 1)
-        return decoder.prefill(next_token_inputs(self.layout, labels, known), cache)
+        if not self.layout.num_words:
+            return decoder.prefill(next_token_inputs(self.layout, labels, known), cache)
+        batch = len(self.class_labels)
+        said = [*self.texts.words, *([self.texts.negative] * batch if halves == 2 else ())]
+        words = self.layout.padded(said).to(labels.device)
+        # rows that begin with the same words, class and tokens are read once: null rows, and images of one prompt
+        inputs, rows = next_token_inputs(self.layout, labels, known, words).unique(dim=0, return_inverse=True)
+        padding = words.padding.new_zeros(len(inputs)).scatter(0, rows, words.padding)
+        return decoder.prefill(inputs, cache, padding, rows)
 
     def turns(self, decoder: LlamaDecoder, stops: Sequence[int]) -> Iterator[Int[Tensor, "b _"]]:
         """Draw from left to right."""
@@ -152,12 +174,14 @@ def log_likelihood(
     layout: TokenLayout,
     token_ids: Int[Tensor, "b l"],
     class_labels: Int[Tensor, " labels"],
+    words: PaddedWords | None = None,
 ) -> Float[Tensor, "b l"]:
-    """Nats of every token, log p(token | class, tokens before it); a row's sum is log p of its tokens together.
+    """Nats of every token, log p(token | words, class, tokens before it); a row's sum is log p of its tokens together.
 
     Tokens count from the first of the image on, and may be fewer than all; labels are 0..num_classes, the last being
     the null label.
     """
     token_ids, class_labels = token_ids.to(transformer.device), class_labels.to(transformer.device)
-    logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1])
+    words = None if words is None else words.to(transformer.device)
+    logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1], words)
     return -next_token_loss(logits, token_ids)

@@ -337,7 +337,7 @@ def diffusion_tokenizer_scores(
     codes, own, shuffled = [], [], []
     counts = torch.zeros(tokenizer.config["num_groups"], tokenizer.config["codebook_size"])
     for numbers in batches:
-        images = views.__getitems__(numbers)["image"].to(tokenizer.device)
+        images = views.batch(numbers)["image"].to(tokenizer.device)
         vectors, token_ids = latents_or_codes(tokenizer, images, quantize=quantize)
         codes.append(vectors)
         if token_ids is not None:
@@ -346,7 +346,7 @@ def diffusion_tokenizer_scores(
     codes = torch.cat(codes)
     others = codes.roll(len(chosen) // 2, dims=0)
     for numbers, right, wrong in zip(batches, codes.split(_BATCH), others.split(_BATCH), strict=True):
-        images = views.__getitems__(numbers)["image"].to(tokenizer.device)
+        images = views.batch(numbers)["image"].to(tokenizer.device)
         own.append(psnr(decode(right, numbers), images))
         shuffled.append(psnr(decode(wrong, numbers), images))
     values = {"psnr": float(torch.cat(own).mean()), "psnr_shuffled": float(torch.cat(shuffled).mean())}

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.data.images import Augmentation, ImageUint8, augmented_view, decode_image
+from isthmus.data.captions import varied
+from isthmus.data.images import Augmentation, ImageUint8, augmented_view, rendered_svg
 from isthmus.data.licences import AVATARS_ATTRIBUTION
 from isthmus.data.source import ImageSource, ImageStream, StreamedImage, choose_classes, logger, missing_extra
 from isthmus.data.views import Batch, BatchedDataset, collate, usable_processors
@@ -64,8 +65,12 @@ _COMBINED = 4
 _HELD_OUT_SHARE = 0.02
 # one with which every style has pairs to hold out: 5 to 16 % of its drawings have such a pair
 _SALT = "9"
-AVATAR_SPLITS = ("train", "val", "combinations", "reader", "reader-val")
-"""`combinations` are drawings with a pair of attributes that no drawing of `train` and `val` has; `reader` has both."""
+AVATAR_SPLITS = ("train", "val", "reference", "combinations", "reader-train", "reader-val")
+"""`reference` are held-out drawings to measure against. `combinations` are drawings with a pair of attributes that no
+drawing of the three before has. `reader-val` has both, and so has `reader-train`, where parts that are rare elsewhere
+are usual: who learns to read sees enough of each.
+"""
+_OFTEN = 80  # %: how often parts are there in `reader-train`, unless they are there more often anyway
 DEFAULT_AVATARS = 20_000
 MIN_SIZE, MAX_SIZE = 8, 512
 _CHUNK = 128
@@ -97,16 +102,16 @@ class Avatars(ImageSource):
         Args:
             styles: some of `AVATAR_STYLES`.
             image_size: pixels.
-            split: one of `AVATAR_SPLITS`; whatever is not trained on has a tenth of `num_images`.
+            split: one of `AVATAR_SPLITS`; val, combinations and reader-val have a tenth of `num_images`.
             classes: styles to keep, of `styles`.
-            num_images: of the training split, over all styles.
+            num_images: of the training split (or the reference, or of what a reader learns from), over all styles.
             cache_dir: see `cache_directory`.
 
         Raises:
             UserError: unknown styles, a size that cannot be drawn, fewer than one image per style, a missing extra.
         """
         self.name, self.class_names = _checked(styles, image_size, classes)
-        number = num_images if split in ("train", "reader") else num_images // 10
+        number = num_images if split in ("train", "reference", "reader-train") else num_images // 10
         each = -(-number // len(self.class_names))
         if number < len(self.class_names):
             raise UserError(
@@ -131,7 +136,7 @@ class Avatars(ImageSource):
         return np.array(self._pixels[index % self.num_classes][chunk][row])
 
     def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
-        """See `varied`."""
+        """See `captions.varied`."""
         return varied(caption, generator)
 
     def _open(self) -> None:
@@ -178,10 +183,10 @@ class AvatarStream(ImageStream):
         """Drawing `number` (0, 1, 2, ...): uint8 (image_size, image_size, 3), its label and its caption."""
         turn, label = divmod(number, self.num_classes)
         svg, attributes = drawing(self.class_names[label], f"stream-{self.seed}", turn)
-        return StreamedImage(_pixels_of(svg, self.image_size), label, caption(attributes))
+        return StreamedImage(rendered_svg(svg, self.image_size), label, caption(attributes))
 
     def varied_caption(self, caption: str, generator: np.random.Generator) -> str:
-        """See `varied`."""
+        """See `captions.varied`."""
         return varied(caption, generator)
 
     def images(self) -> Iterator[StreamedImage]:
@@ -201,7 +206,8 @@ class StreamedAvatars(BatchedDataset):
         """`seed` decides the augmentation; the drawings are brought to `image_size` pixels."""
         self.source, self.image_size, self.seed, self.augment = source, image_size, seed, augment
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """See `BatchedDataset`."""
         numbers = np.asarray(positions, dtype=np.int64)
         drawn = [self.source.image(int(number)) for number in numbers]
         views = [
@@ -247,17 +253,6 @@ def caption(attributes: Attributes, generator: np.random.Generator | None = None
     words = [f"{value} {name.removesuffix(' colour')}" for name, value in attributes.items() if name != "style"]
     whole = ", ".join([noun, *words])
     return whole if generator is None else varied(whole, generator)
-
-
-def varied(whole: str, generator: np.random.Generator) -> str:
-    """A caption of a drawing in another order, with some of what it says left out; the noun stays in front.
-
-    >>> varied("a critter", np.random.default_rng(0))
-    'a critter'
-    """
-    noun, *words = whole.split(", ")
-    kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
-    return ", ".join([noun, *(words[i] for i in generator.permutation(len(words)) if kept[i])])
 
 
 def check_styles(styles: Sequence[str]) -> None:
@@ -343,18 +338,26 @@ def skin_name(colour: str) -> str:
     return "light" if luminance > 0.68 else "dark" if luminance < 0.38 else "medium"
 
 
-def held_out_pairs(attributes: Attributes) -> list[tuple[str, str]]:
-    """The pairs of attributes ("body dome", "top fin") of a drawing that no training image has: 2 % of all pairs."""
-    style = attributes["style"]
-    shown = [f"{name} {attributes[name]}" for name in _combined(style) if name in attributes]
-    return [pair for pair in combinations(shown, 2) if _is_held_out(style, *pair)]
-
-
-def _combined(style: str) -> list[str]:
-    """The attributes whose pairs count: parts, and colours where a style has fewer than four parts."""
+def attribute_names(style: str) -> tuple[str, ...]:
+    """What a drawing of a style can be asked for: "body", "eyes", "body colour", in the order of its captions."""
     _, parts, colours = _STYLES[style]
     names = [_NOUNS.get(part, part) for part in parts.split()]
-    return [*names, *(f"{_NOUNS.get(colour, colour)} colour" for colour in colours.split())][:_COMBINED]
+    return (*names, *(f"{_NOUNS.get(colour, colour)} colour" for colour in colours.split()))
+
+
+def combined_pairs(attributes: Attributes) -> list[tuple[str, str]]:
+    """The pairs of attributes ("body", "top") of a drawing that make combinations: of parts, and of colours where a
+    style has fewer than four parts.
+    """
+    combined = attribute_names(attributes["style"])[:_COMBINED]
+    return list(combinations([name for name in combined if name in attributes], 2))
+
+
+def held_out_pairs(attributes: Attributes) -> list[tuple[str, str]]:
+    """Those of a drawing whose values ("dome" and "fin") no training image has together: 2 % of all pairs of values."""
+    said = {name: f"{name} {value}" for name, value in attributes.items()}
+    pairs = combined_pairs(attributes)
+    return [(one, other) for one, other in pairs if _is_held_out(attributes["style"], said[one], said[other])]
 
 
 def _is_held_out(style: str, one: str, other: str) -> bool:
@@ -363,7 +366,8 @@ def _is_held_out(style: str, one: str, other: str) -> bool:
 
 
 @cache
-def _style(name: str) -> Any:
+def _style(name: str) -> tuple[Any, dict[str, int]]:
+    """A style of the generator, and the options that make its rare parts usual."""
     try:
         import dicebear
     except ImportError as error:
@@ -371,26 +375,23 @@ def _style(name: str) -> Any:
     definition = json.loads((resources.files("dicebear_styles") / f"{name}.json").read_text(encoding="utf-8"))
     if (licence := definition["meta"]["license"]["name"]) != "CC0 1.0":
         raise UserError(f"avatars take styles under CC0 1.0, got {name}, which is under {licence} here. Leave it out.")
-    return dicebear.Style(definition)
+    parts = definition["components"].items()
+    rare = [part for part, how in parts if how.get("probability", 100) < _OFTEN]
+    return dicebear.Style(definition), {f"{part}Probability": _OFTEN for part in rare}
 
 
 def drawing(style: str, split: str, index: int) -> tuple[str, Attributes]:
     """Drawing `index` of a style and a split, as SVG, and what it shows."""
     import dicebear
 
+    drawn, usual = _style(style)
+    options = usual if split == "reader-train" else {}
     for attempt in count():
-        made = dicebear.Avatar(_style(style), {"seed": f"{split}/{index}/{attempt}"})
+        made = dicebear.Avatar(drawn, {"seed": f"{split}/{index}/{attempt}", **options})
         attributes = attributes_of(style, made.to_json()["options"])
         if split.startswith("reader") or bool(held_out_pairs(attributes)) == (split == "combinations"):
             return made.to_string(), attributes
     raise AssertionError("counting never ends")
-
-
-def _pixels_of(svg: str, image_size: int) -> ImageUint8:
-    import resvg_py
-
-    size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
-    return decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size))
 
 
 def _made_with() -> str:
@@ -448,15 +449,15 @@ def _render_all(files: Sequence[Path], image_size: int) -> None:
 
 
 def render(image_size: int, files: Sequence[str]) -> None:
-    """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and say a line for each."""
+    """Render chunks of drawings into files STYLE+SPLIT+CHUNK.npy, and write an empty line for each."""
     for file in map(Path, files):
         style, split, chunk = file.stem.split("+")
         made = [drawing(style, split, int(chunk) * _CHUNK + row) for row in range(_CHUNK)]
-        pixels = np.stack([_pixels_of(svg, image_size) for svg, _ in made])
+        pixels = np.stack([rendered_svg(svg, image_size) for svg, _ in made])
         write_whole(file, lambda opened, pixels=pixels: np.save(opened, pixels), flush=False)
         note = {"sha256": sha256_of_file(file), "attributes": [attributes for _, attributes in made]}
         write_whole(file.with_suffix(".json"), json.dumps(note), flush=False)
-        print(file.name, flush=True)
+        print(flush=True)  # a byte: the pipe holds those of all chunks until somebody reads
 
 
 def _note(file: Path) -> dict[str, Any]:

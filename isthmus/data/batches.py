@@ -78,7 +78,8 @@ class TrainingImages(BatchedDataset):
         self.in_memory = source.in_memory
         self._order = SampleOrder(source.labels, seed=seed, balanced=source.balanced)
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """See `BatchedDataset`."""
         asked = np.asarray(positions, dtype=np.int64)
         indices, _ = self._order.locate(asked)
         return random_views(self.source, indices, asked, self.image_size, self.augment, self.seed)
@@ -99,7 +100,8 @@ class EvaluationImages(BatchedDataset):
             raise IndexError(index)
         return super().__getitem__(index % len(self))
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """See `BatchedDataset`."""
         chosen = np.asarray(indices, dtype=np.int64)
         views = [centre_view(self.source.load(int(index)), self.image_size) for index in chosen]
         return collate(views, self.source.labels[chosen], chosen, chosen)
@@ -117,7 +119,8 @@ class CachedTokens(BatchedDataset):
         self.cache, self.seed = cache, seed
         self._order = SampleOrder(cache.labels, seed=seed, balanced=balanced)
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """See `BatchedDataset`."""
         asked = np.asarray(positions, dtype=np.int64)
         indices, visits = self._order.locate(asked)
         rows = indices * self.cache.num_views + visits % self.cache.num_views

@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from isthmus.data.source import logger
 from isthmus.data.views import usable_processors
@@ -41,6 +43,19 @@ def clean_caption(text: str) -> str:
         return line
     kept, space, _ = line[: LONGEST_CAPTION + 1].rpartition(" ")
     return kept if space else line[:LONGEST_CAPTION]
+
+
+def varied(caption: str, generator: np.random.Generator) -> str:
+    """What a caption says between its commas in another order, some of it left out; what it begins with stays in front.
+
+    So short prompts are learned too. Draws 1 + n numbers and a permutation, for n parts behind the first.
+
+    >>> varied("a critter", np.random.default_rng(0))
+    'a critter'
+    """
+    noun, *words = caption.split(", ")
+    kept = generator.random(len(words)) < generator.uniform(0.3, 1.2)
+    return ", ".join([noun, *(words[i] for i in generator.permutation(len(words)) if kept[i])])
 
 
 def usable_captions(
@@ -97,9 +112,8 @@ def captions_of_files(root: Path, files: Sequence[str], *, needed: bool = True) 
     Raises UserError for a `metadata.jsonl` that cannot be read, and where captions are `needed` for one whose texts
     belong to none of these images.
     """
-    folders = sorted({folder for file in files for folder in _folders_above(file)})
-    listed = {folder: _names_in(root / folder) for folder in folders}
-    described = {folder: _texts_in(root / folder / METADATA) for folder in folders if METADATA in listed[folder]}
+    listed = _listed(root, files)
+    described = _described(root, listed)
     # nearest last, so that it is what stays
     told: dict[str, str | None] = {}
     for folder in sorted(described, key=len):
@@ -111,13 +125,35 @@ def captions_of_files(root: Path, files: Sequence[str], *, needed: bool = True) 
             f"{METADATA} must name the images it lies beside, but none of the {len(files)} images is a file_name in "
             f"{root / holders[0]}. Write their paths from the folder it lies in."
         )
-    beside = [str(Path(file).with_suffix(".txt")) for file in files]
-    there = [i for i, name in enumerate(beside) if os.path.basename(name) in listed[os.path.dirname(name)]]
+    there = {i: name for i, file in enumerate(files) if (name := _text_file(file, listed)) is not None}
     with ThreadPoolExecutor(min(16, usable_processors())) as pool:
-        for i, text in zip(there, pool.map(lambda i: _text_of(root / beside[i]), there), strict=True):
+        for i, text in zip(there, pool.map(lambda name: _text_of(root / name), there.values()), strict=True):
             texts[i] = text
     where = " and ".join([*(holders[:1]), *([".txt files"] if there else [])])
     return FoundCaptions(tuple(texts) if where else None, where)
+
+
+def any_captions(root: Path, files: Sequence[str]) -> bool:
+    """Whether `captions_of_files` would find some; no `.txt` is read. UserError for what cannot be read, as that."""
+    listed = _listed(root, files)
+    return any(_text_file(file, listed) for file in files) or any(_described(root, listed).values())
+
+
+def _listed(root: Path, files: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Names in all folders that files lie in, and in those above them up to the root, by folder."""
+    folders = sorted({folder for file in files for folder in _folders_above(file)})
+    return {folder: _names_in(root / folder) for folder in folders}
+
+
+def _described(root: Path, listed: Mapping[str, frozenset[str]]) -> dict[str, dict[str, str | None]]:
+    """What each `metadata.jsonl` says, by the folder that it lies in."""
+    return {folder: _texts_in(root / folder / METADATA) for folder, names in listed.items() if METADATA in names}
+
+
+def _text_file(file: str, listed: Mapping[str, frozenset[str]]) -> str | None:
+    """The `.txt` beside a file, None where there is none."""
+    beside = str(Path(file).with_suffix(".txt"))
+    return beside if os.path.basename(beside) in listed[os.path.dirname(beside)] else None
 
 
 def _folders_above(file: str) -> Iterator[str]:

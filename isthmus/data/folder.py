@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from isthmus.data.captions import FoundCaptions, captions_of_files, usable_captions
+from isthmus.data.captions import FoundCaptions, any_captions, captions_of_files, usable_captions
 from isthmus.data.images import ImageUint8, UnreadableImage, decode_image
 from isthmus.data.source import ImageSource, choose_classes, first_names, logger, rows_of_split
 from isthmus.data.views import usable_processors
@@ -308,7 +308,7 @@ class FolderSource(ImageSource):
         if told.texts is None and own_val:
             # beside training images that have captions, these say nothing
             trained_on = [file for name in self.class_names or ("",) for file in layout.train.get(name, [])]
-            if captions_of_files(self.root, trained_on).texts is not None:
+            if any_captions(self.root, trained_on):
                 told = FoundCaptions((None,) * len(files), f"{self.root}")
         if told.texts is not None:
             quiet = split == "val" and not own_val

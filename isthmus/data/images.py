@@ -52,6 +52,17 @@ def decode_image(data: bytes) -> ImageUint8:
         raise UnreadableImage(_reason(error, data)) from error
 
 
+def rendered_svg(svg: str, image_size: int) -> ImageUint8:
+    """A drawing on a white square of side `image_size`, the same on every machine: no fonts of the system are asked.
+
+    Raises ImportError without the extra `demo`.
+    """
+    import resvg_py
+
+    size = {"width": image_size, "height": image_size, "background": "#ffffff", "skip_system_fonts": True}
+    return decode_image(resvg_py.svg_to_bytes(svg_string=svg, **size))
+
+
 def _reason(error: BaseException, data: bytes) -> str:
     if not data:
         return "the file is empty"

@@ -1,4 +1,6 @@
-"""Arrays: `npz:PATH` with arr_0 uint8 (N, H, W, 3), labels arr_1 (N,) and captions (N,) where there are any."""
+"""Arrays: `npz:PATH` with images arr_0 uint8 (N, H, W, 3) and, where there are any, labels arr_1 (N,), `captions` (N,),
+`groups` (N,) of images that a split keeps together, and one text `attribution`.
+"""
 
 import hashlib
 import os
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.data.captions import usable_captions
+from isthmus.data.captions import clean_caption, usable_captions
 from isthmus.data.images import ImageUint8
 from isthmus.data.source import ImageSource, choose_classes, rows_of_split
 from isthmus.errors import UserError
@@ -17,15 +19,15 @@ from isthmus.files import sha256_of_parts
 from isthmus.rgb import failure_words
 
 _SAVE = "Save it with np.savez(file, images, labels)."
-_ARRAYS = ("arr_0", "arr_1", "captions")
+_ARRAYS = ("arr_0", "arr_1", "captions", "groups", "attribution")
 
 
 class NpzSource(ImageSource):
-    """One split (by content hash) of an .npz file, held in memory.
+    """One split of an .npz file, by a hash of an image's content or of its group, held in memory.
 
     Grey images may leave out the channel axis or have one channel; four channels are RGBA, composited on white. Labels
-    are integers 0, 1, ... (class names "0", "1", ...) or texts (class names in alphabetical order). Captions are texts.
-    Anything else is a UserError.
+    are integers 0, 1, ... (class names "0", "1", ...) or texts (class names in alphabetical order). Captions are texts,
+    groups texts or integers. Anything else is a UserError.
     """
 
     in_memory = True
@@ -45,7 +47,9 @@ class NpzSource(ImageSource):
         wanted = np.flatnonzero(labels >= 0)
         labels = labels[wanted]
         digests = [hashlib.sha256(images[i].tobytes()).hexdigest() for i in wanted]
-        chosen = rows_of_split(digests, labels, val_fraction, split, source=self.name)
+        groups = _groups(arrays["groups"], len(images), self.name) if "groups" in arrays else None
+        together = digests if groups is None else [groups[i] for i in wanted]
+        chosen = rows_of_split(together, labels, val_fraction, split, source=self.name)
         self._images = images[wanted[chosen]]
         self.labels = labels[chosen]
         parts = ["npz", *self.class_names, *self.labels, *(digests[i] for i in chosen)]
@@ -55,6 +59,8 @@ class NpzSource(ImageSource):
             captions = usable_captions([texts[i] for i in wanted], source=self.name, where="captions", quiet=quiet)
             self.captions = tuple(captions[i] for i in chosen)
             parts += ["captions", *self.captions]
+        if "attribution" in arrays:
+            self.attribution = _attribution(arrays["attribution"], self.name)
         self.fingerprint = sha256_of_parts(*parts)
 
     def load(self, index: int) -> ImageUint8:
@@ -118,3 +124,19 @@ def _captions(raw: np.ndarray, count: int, name: str) -> list[str]:
             "np.savez(file, images, labels, captions=np.array(list_of_texts))."
         )
     return raw.tolist()
+
+
+def _groups(raw: np.ndarray, count: int, name: str) -> list[str]:
+    """Hashes of the groups, by image."""
+    if raw.shape != (count,) or raw.dtype.kind not in "iuU":
+        raise UserError(
+            f"{name}: groups must hold {count} texts or integers, got {raw.dtype} {raw.shape}. "
+            "Images with one value are trained on together or held out together."
+        )
+    return [hashlib.sha256(str(group).encode()).hexdigest() for group in raw.tolist()]
+
+
+def _attribution(raw: np.ndarray, name: str) -> str:
+    if raw.shape != () or raw.dtype.kind != "U":
+        raise UserError(f"{name}: attribution must be one text, got {raw.dtype} {raw.shape}. Say who made the images.")
+    return clean_caption(str(raw))

@@ -7,7 +7,7 @@ from pathlib import Path
 from isthmus.data.source import ANY_COLUMNS, ImageSource, WantedColumns
 from isthmus.errors import UserError, nearest
 
-BUILT_IN = ("avatars", "openmoji", "photos")
+BUILT_IN = ("avatars", "emoji", "openmoji", "photos")
 PREFIXES = ("folder", "npz", "hf")
 
 
@@ -23,18 +23,19 @@ def open_source(
     columns: WantedColumns = ANY_COLUMNS,
     max_images: int | None = None,
 ) -> ImageSource:
-    """One split ("train" or "val") of what `--data` names.
+    """One split ("train", "val", or "reference" of avatars) of what `--data` names.
 
-    That is `avatars[:STYLE,...]`, `openmoji`, `photos`, `folder:PATH`, `npz:PATH` or `hf:NAME_OR_PATH[:SPLIT]`.
+    That is `avatars[:STYLE,...]`, `emoji`, `openmoji`, `photos`, `folder:PATH`, `npz:PATH` or
+    `hf:NAME_OR_PATH[:SPLIT]`.
 
     `image_size` (pixels) is the size at which drawings are rendered; other sets keep theirs. `classes` chooses and
     orders classes by name. `strict` refuses data with unreadable images instead of skipping those. `val_fraction` of
     the images are held out where the data set has no held-out part of its own (photos hold out a strip of each photo,
     of avatars a tenth is drawn beside). `columns` are those of an hf: table. `max_images` is the number of avatars to
-    train on (None: 20,000). Raises UserError, before any training, for whatever cannot be used.
+    train on, or of a reference (None: 20,000). Raises UserError, before any training, for whatever cannot be used.
     """
     kind, place = parse_spec(spec)
-    if split not in ("train", "val"):
+    if split not in ("train", "val") and (kind, split) != ("avatars", "reference"):
         raise UserError(f"the split must be one of train, val, got {split!r}.")
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}. 0.1 holds out a tenth.")
@@ -51,10 +52,11 @@ def open_source(
             number = DEFAULT_AVATARS if max_images is None else max_images
             options = {"split": split, "classes": classes, "num_images": number, "cache_dir": cache_dir}
             return Avatars(styles_named(place), image_size=image_size, **options)
-        case "openmoji":
-            from isthmus.data.openmoji import OpenMoji
+        case "emoji" | "openmoji":
+            from isthmus.data.emoji import OpenMoji, Twemoji
 
-            return OpenMoji(image_size=image_size, cache_dir=cache_dir, **content)
+            drawings = Twemoji if kind == "emoji" else OpenMoji
+            return drawings(image_size=image_size, cache_dir=cache_dir, **content)
         case "photos":
             from isthmus.data.photos import Photos
 
@@ -115,6 +117,6 @@ def parse_spec(spec: str) -> tuple[str, str]:
         raise UserError(f"a path needs its kind in front, got {spec!r}. Write {written}:{spec}.")
     known = (*BUILT_IN, "avatars:", *(f"{prefix}:" for prefix in PREFIXES))
     raise UserError(
-        "data must be one of avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH, hf:NAME[:SPLIT], got "
-        f"{spec!r}.{nearest(kind + colon, known)}"
+        "data must be one of avatars[:STYLE,...], emoji, openmoji, photos, folder:PATH, npz:PATH, hf:NAME[:SPLIT], "
+        f"got {spec!r}.{nearest(kind + colon, known)}"
     )

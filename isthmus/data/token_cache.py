@@ -21,7 +21,7 @@ from isthmus.data.source import ImageSource, ImageStream, StreamedImage, logger
 from isthmus.data.views import Batch, BatchedDataset, random_views, worker_batches
 from isthmus.display import Display
 from isthmus.errors import UserError
-from isthmus.files import contents, sha256_of_parts, waited_for, write_whole, writing_advice
+from isthmus.files import contents, sha256_of_parts, waited_for, write_flushed, writing_advice
 from isthmus.nn.stored_llama import fingerprint
 
 FORMAT = 1
@@ -167,7 +167,8 @@ class CacheViews(BatchedDataset):
     def __post_init__(self) -> None:
         self.in_memory = self.source.in_memory
 
-    def __getitems__(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """See `BatchedDataset`."""
         numbers = np.asarray(rows, dtype=np.int64)
         indices = numbers // self.num_views - self.first_image
         return random_views(self.source, indices, numbers, self.image_size, self.augment, self.seed)
@@ -189,7 +190,7 @@ def _streamed_views(
     for first in count(0, at_once):
         # image by image: whole images of a batch can take gigabytes
         parts = [
-            CacheViews(StreamedImages(source, [image]), **settings, first_image=number).__getitems__(
+            CacheViews(StreamedImages(source, [image]), **settings, first_image=number).batch(
                 range(number * num_views, (number + 1) * num_views)
             )
             for number, image in enumerate(islice(images, at_once), first)
@@ -222,11 +223,11 @@ def _make(
         partial.mkdir(parents=True)
         labels, (written, length) = _encode(partial / _TOKENS, tokenizer, views, device, rows)
         labels = labels[::num_views]
-        write_whole(partial / _LABELS, lambda file: np.save(file, labels))
+        write_flushed(partial / _LABELS, lambda file: np.save(file, labels))
         names, told = [_TOKENS, _LABELS], {}
         if captions is not None:
             # an earlier version passes it by
-            write_whole(partial / _CAPTIONS, json.dumps(captions, ensure_ascii=False))
+            write_flushed(partial / _CAPTIONS, json.dumps(captions, ensure_ascii=False))
             names, told = [*names, _CAPTIONS], {"has_captions": True}
         record = {
             "format": FORMAT,
@@ -238,7 +239,7 @@ def _make(
             "rows": written,
             **told,
         }
-        write_whole(partial / _RECORD, json.dumps(record, indent=2))
+        write_flushed(partial / _RECORD, json.dumps(record, indent=2))
         if given:
             for name in (*names, _RECORD):
                 (partial / name).rename(path / name)

@@ -35,16 +35,17 @@ Batch = dict[str, Tensor]
 
 
 class BatchedDataset(Dataset[Sample], ABC):
-    """Samples that are made by the batch: subclasses define `__getitems__`."""
+    """Samples that are made by the batch."""
 
     in_memory: bool
     """Making a sample is so quick that worker processes would only cost time."""
 
     def __getitem__(self, position: int) -> Sample:
-        return {name: rows[0] for name, rows in self.__getitems__([position]).items()}
+        return {name: rows[0] for name, rows in self.batch([position]).items()}
 
     @abstractmethod
-    def __getitems__(self, positions: Sequence[int]) -> Batch: ...
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The samples of these positions."""
 
 
 def random_view(
@@ -160,7 +161,7 @@ class _Worker:
 
 
 def worker_batches(dataset: BatchedDataset, slices: Iterator[list[int]], num_workers: int | None) -> Iterator[Batch]:
-    """The batches that `dataset.__getitems__` makes of these lists, in order, made by `num_workers` fresh processes.
+    """The batches that `dataset.batch` makes of these lists, in order, made by `num_workers` fresh processes.
 
     0 makes them in this one; None is 0 where samples are quick to make, else half of the processors, at most 8. Raises
     UserError where a process died.
@@ -168,7 +169,7 @@ def worker_batches(dataset: BatchedDataset, slices: Iterator[list[int]], num_wor
     if num_workers is None:
         num_workers = 0 if dataset.in_memory else min(8, usable_processors() // 2)
     if num_workers == 0:
-        return map(dataset.__getitems__, slices)
+        return map(dataset.batch, slices)
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -208,7 +209,7 @@ def _serve(pipe: Connection, dataset: BatchedDataset) -> None:
         while True:
             positions = pipe.recv()
             try:
-                batch = dataset.__getitems__(positions)
+                batch = dataset.batch(positions)
             except Exception as error:
                 pipe.send(_as_sent(error))
                 continue

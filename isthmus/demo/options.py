@@ -4,20 +4,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+_OPENMOJI_CLASSES = ("face", "flag", "hand", "person")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Prepare images, train a tokenizer and a prior, sample, and write a report."""
+    """Prepare images, train a tokenizer and a prior, sample, evaluate, and write a report."""
 
     family: Literal["next-scale", "dar"] = "next-scale"
     """next-scale: a multi-scale tokenizer and an SRDD prior; dar: a diffusion tokenizer and a Llama."""
+    data: str = "openmoji"
+    """avatars[:STYLE,...], emoji, openmoji, photos or folder:PATH. Images with captions make a model of prompts,
+    others a model of classes."""
     budget: Literal["short", "long"] = "short"
     """short: minutes on two cores; long: four times the training of the tokenizer, and four (next-scale) or three (dar)
     times that of the prior."""
     out: Path | None = None
     """Folder of everything the demo makes; finished stages in it are used again. None: demo or demo-dar, with -long."""
-    classes: tuple[str, ...] = ("face", "flag", "hand", "person")
-    """Classes of openmoji, or `all` for the ten."""
+    classes: tuple[str, ...] = ()
+    """Classes of the data, or `all`; none given: all, but of openmoji face, flag, hand and person."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Type of the products in training, as for `isthmus train`."""
     seed: int = 0
@@ -36,5 +41,10 @@ class DemoOptions:
 
     @property
     def chosen_classes(self) -> tuple[str, ...] | None:
-        """Names of the classes; None is all of them."""
-        return None if tuple(self.classes) == ("all",) else tuple(self.classes)
+        """Names of the classes; None is all of them.
+
+        >>> DemoOptions().chosen_classes, DemoOptions(data="avatars:moods,gaze").chosen_classes
+        (('face', 'flag', 'hand', 'person'), None)
+        """
+        classes = tuple(self.classes) or (_OPENMOJI_CLASSES if self.data == "openmoji" else ("all",))
+        return None if classes == ("all",) else classes

@@ -1,4 +1,4 @@
-"""`isthmus demo`: images, tokenizer, prior, samples and a report of them, on a laptop, without a network.
+"""`isthmus demo`: images, tokenizer, prior, samples, scores and a report of them, on a laptop, without a network.
 
 What is finished is used again: every stage looks for what an earlier run of the demo left.
 """
@@ -8,38 +8,29 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 import isthmus
 from isthmus.dar.pipeline import DARPipeline
 from isthmus.dar.runs import diffusion_tokenizer_preset, next_token_prior_preset
-from isthmus.data.batches import EvaluationImages
+from isthmus.data.avatars import Avatars
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource
 from isthmus.demo.options import DemoOptions
-from isthmus.evaluation.classes import NearestClassMean
-from isthmus.evaluation.features import extract_features, feature_network, sample_features
-from isthmus.evaluation.held_out import as_floats
-from isthmus.evaluation.reference import open_splits
-from isthmus.evaluation.report import markdown_table
-from isthmus.evaluation.scores import RealImages
+from isthmus.evaluation.alignment import held_out_combinations
+from isthmus.evaluation.evaluate import evaluate_model
+from isthmus.evaluation.record import RECORD, EvaluationRecord, Score, read_record
+from isthmus.evaluation.report import ATTRIBUTES, markdown_table, number
 from isthmus.files import alone_in, write_whole
-from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.runs import prior_preset, tokenizer_preset
-from isthmus.next_scale.train_tokenizer import save_previews
-from isthmus.nn.perceptual import psnr
-from isthmus.nn.stored_llama import fingerprint
-from isthmus.pictures import save_picture, table, to_pil, to_uint8
+from isthmus.pictures import save_picture, table
 from isthmus.pipelines.loading import AnyPipeline, load_pipeline
-from isthmus.samples import SampleRequest, Samples, draw, read
 from isthmus.training.config import Run
 from isthmus.training.run import LogLines, column, last, read_log
 from isthmus.training.train_prior import train_prior
@@ -51,123 +42,130 @@ if TYPE_CHECKING:
 logger = logging.getLogger("isthmus")
 
 T = TypeVar("T")
-DATA, IMAGE_SIZE_PX = "openmoji", 32
-SAMPLES_PER_CLASS = 50
-SHOWN_PER_CLASS = 10
-# `--budget long` trains so many times longer
-LONGER = 4
+StageRun = TypeVar("StageRun", bound=Run)
+# `--budget long` trains so many times longer; a D-AR prior of so few images overfits long before a tokenizer does
+_LONGER = {"tokenizer": 4, "model": {"next-scale": 4, "dar": 3}}
+_AVATARS, _SAMPLES = 4_000, 400
+_AVATAR_STEPS = 600
+_ROWS, _COLUMNS = 8, 8
+"""Of samples.png: at most so many prompts or classes, and samples of each."""
+_PREFIX_SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Tokens of the layout strip, as shares of all."""
+_TIMINGS = 5
 
-Scores = dict[str, Any]
-"""What the demo measures on its samples, as `isthmus evaluate` does, and how they were drawn: scores.json.
 
-Shares of samples: `class_accuracy` (the nearest class mean is that of the own class), and `memorised` (nearer to a
-training image than 99 % of held-out images are); `memorised_views` are true copies, shifted and mirrored as training
-sees them. Of D-AR also held-out images, dB: `psnr` from their own codes, `psnr_shuffled` from another image's,
-`psnr_small` shrunk to 4 x 4 and back; `first_preview` is a share of the time of a single image.
-"""
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What the rows of the pictures are drawn from.
+
+    Attributes:
+        names: of the rows.
+        call: arguments of a pipeline for one image of each row.
+        real: for prompts, the drawings whose captions they are.
+        in_words: what the rows are, for the report.
+    """
+
+    names: tuple[str, ...]
+    call: Mapping[str, Any]
+    real: tuple[Image.Image, ...]
+    in_words: str
+
+    def each(self, count: int) -> dict[str, Any]:
+        """The same for `count` images of each row, one row after the other."""
+        return {name: [one for one in values for _ in range(count)] for name, values in self.call.items()}
 
 
 @alone_in("options.folder")
 def run_demo(options: DemoOptions) -> Path:
     """Run every stage that is not finished yet and write `report.md`; returns the folder.
 
-    Raises `UserError` for an unknown class, or where the folder holds something else.
+    Raises `UserError` for data or classes that do not exist, or where the folder holds something else.
     """
     folder, clock = options.folder, Clock(options.folder / "seconds.json")
-    logger.info("1/4 images: %s at %d px", DATA, IMAGE_SIZE_PX)
+    tokenizer, prior, size = _presets(options)
+    logger.info("1/4 images: %s at %d px", options.data, size)
     train, held_out = clock.time(
         "images",
         lambda: tuple(
-            open_source(DATA, image_size=IMAGE_SIZE_PX, split=split, classes=options.chosen_classes)
+            open_source(
+                options.data,
+                image_size=size,
+                split=split,
+                classes=options.chosen_classes,
+                max_images=_max_images(options),
+            )
             for split in ("train", "val")
         ),
     )
     logger.info("    %d images to train on, %d held out: %s", len(train), len(held_out), ", ".join(train.class_names))
 
-    if options.family == "dar":
-        logger.info("2/4 tokenizer: pixels to a sequence of tokens, groups of which drive the steps of a diffusion")
-        first, second = diffusion_tokenizer_preset("dar-small-32"), next_token_prior_preset("dar-prior-small")
-        # a prior of so few images overfits long before a tokenizer does
-        words, longer = "a Llama that predicts the next token", 3
-    else:
-        logger.info("2/4 tokenizer: pixels to tokens of six scales")
-        first, second = tokenizer_preset("small-32"), prior_preset("srdd-small")
-        words, longer = "an SRDD transformer that predicts each scale from the one before", LONGER
-    clock.time("tokenizer", lambda: train_tokenizer(stage_run(first, options, "tokenizer", longer=LONGER)))
+    is_dar, words = options.family == "dar", train.captions is not None
+    what = "the steps of a diffusion" if is_dar else f"tokens of {len(tokenizer.model.scale_sizes or ())} scales"
+    logger.info("2/4 tokenizer: pixels to %s", "a sequence of tokens that drive " + what if is_dar else what)
+    clock.time("tokenizer", lambda: train_tokenizer(_stage(tokenizer, options, "tokenizer")))
 
-    logger.info("3/4 prior: %s", words)
-    tokenizer = str(folder / "tokenizer")
-    clock.time("prior", lambda: train_prior(stage_run(second, options, "model", longer=longer, tokenizer=tokenizer)))
+    logger.info(
+        "3/4 prior: %s, from %s",
+        "a Llama that predicts the next token" if is_dar else "an SRDD transformer: each scale from the one before",
+        "captions" if words else "classes",
+    )
+    if words and is_dar:
+        prior = replace(prior, text=replace(prior.text, encoder="small"))
+    elif words:
+        # colours are decided on the first scales; the vector of a prompt alone is heard soonest, and costs least
+        text = replace(prior.text, encoder="small", cross_attention=False)
+        prior = replace(prior, scale_loss="lognormal", text=text)
+    prior = replace(prior, tokenizer=str(folder / "tokenizer"))
+    clock.time("prior", lambda: train_prior(_stage(prior, options, "model")))
 
-    logger.info("4/4 samples, pictures and report")
+    logger.info("4/4 samples, scores and report")
     pipeline = load_pipeline(str(folder / "model"), device="cpu")
-    model = pipeline.fingerprint if isinstance(pipeline, DARPipeline) else fingerprint(pipeline.transformer)
-    record = folder / "scores.json"
-    scores: Scores | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-    if scores is None or (scores["seed"], scores["model"]) != (options.seed, model):
-        if scores is not None and scores["seed"] == options.seed:
-            # they are of another model
-            shutil.rmtree(folder / "samples", ignore_errors=True)
-        samples = clock.time("drawing", lambda: draw_samples(pipeline, options))
-
-        def finish() -> Scores:
-            size = pipeline.image_size
-            splits = open_splits(DATA, image_size=size, classes=options.chosen_classes or (), wanted=())
-            real = RealImages.of(feature_network("lite0"), splits, size=(size, size))
-            figures = {**sample_figures(real, samples, pipeline, options, clock), "model": model}
-            if isinstance(pipeline, DARPipeline):
-                return figures | dar_figures(pipeline, real, len(samples), options)
-            draw_scales(pipeline, held_out, options)
-            return figures
-
-        scores = clock.time("samples", finish)
-        write_whole(record, json.dumps(scores, indent=2))
+    record = clock.time("scores", lambda: _evaluated(pipeline, options))
+    asked = _asked(pipeline, held_out)
+    draw_samples(pipeline, asked, options)
+    share = draw_growth(pipeline, asked, options)
     if isinstance(pipeline, DARPipeline):
-        draw_curves(folder, None)
-        dar_report(options, pipeline, train, scores, clock.seconds)
-    else:
-        draw_curves(folder, pipeline.schedule.sizes)
-        next_scale_report(options, pipeline, train, scores, clock.seconds)
+        draw_layouts(pipeline, asked, held_out, options)
+    shown = sorted((folder / "tokenizer" / "previews").glob("reconstructions-*.png"))[-1]
+    shutil.copyfile(shown, folder / "reconstructions.png")
+    draw_curves(folder, None if isinstance(pipeline, DARPipeline) else pipeline.schedule.sizes)
+    write_whole(folder / "report.md", _report(options, pipeline, train, asked, record, clock.seconds, share))
     logger.info("done in %.0f s: see %s", sum(clock.seconds.values()), folder / "report.md")
     return folder
 
 
-def draw_scales(pipeline: NextScalePipeline, held_out: ImageSource, options: DemoOptions) -> None:
-    """scales.png and reconstructions.png."""
-    columns = [f"{size} x {size}" for size in pipeline.schedule.sizes]
-    draw_previews(pipeline, held_out.class_names, options, columns, "scales.png")
-    shown = save_previews(pipeline.image_tokenizer, EvaluationImages(held_out, pipeline.image_size), options.folder, 0)
-    shown.replace(options.folder / "reconstructions.png")
+def _is_avatars(options: DemoOptions) -> bool:
+    return options.data.partition(":")[0] == "avatars"
 
 
-_PREFIX_SHARES = (0, 1 / 32, 3 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Tokens of the layout strip, as shares of all: 0, 8, 12, 16, 32, 64 and 128 of 256."""
-_SMALL_SIDE_PX = 4
-_TIMINGS = 5
+def _max_images(options: DemoOptions) -> int | None:
+    return _AVATARS if _is_avatars(options) else None
 
 
-def dar_figures(pipeline: DARPipeline, real: RealImages, num_samples: int, options: DemoOptions) -> Scores:
-    """Picture samples and held-out images, and measure these through the tokens."""
-    assert real.splits is not None and real.splits.held_out.labels is not None, "the data set has classes"
-    held_out, names, headline = real.splits.held_out, list(real.splits.class_names), next(iter(real.network.spaces))
-    unseen, labels = as_floats(np.stack(list(held_out))), real.splits.held_out.labels
-    first_preview = draw_dar_previews(pipeline, names, options)
-    rebuilt, shuffled = reconstructions(pipeline, unseen)
-    draw_reconstructions(unseen, rebuilt, labels, options)
-    # whatever comes first, its layout is what the others take on
-    draw_layouts(pipeline, unseen[:1], names, options)
-    training = real.measured(num_samples).training
-    assert training is not None, "there is a data set"
-    judge = NearestClassMean.fit(training.rows, training.labels)
-    features = extract_features(real.network, to_uint8(rebuilt))[headline]
-    return {
-        "psnr": psnr(rebuilt, unseen).mean().item(),
-        "psnr_shuffled": psnr(shuffled, unseen).mean().item(),
-        "psnr_small": psnr(shrunk_and_back(unseen), unseen).mean().item(),
-        "reconstruction_accuracy": float((judge.predict(features) == labels).mean()),
-        "num_held_out": len(unseen),
-        "first_preview": first_preview,
-    }
+def _presets(options: DemoOptions) -> tuple[Any, Any, int]:
+    """The runs of tokenizer and prior that fit the data, and the side of images in pixels."""
+    if options.family == "dar":
+        return diffusion_tokenizer_preset("dar-small-32"), next_token_prior_preset("dar-prior-small"), 32
+    prior = prior_preset("srdd-small")
+    if _is_avatars(options):
+        return tokenizer_preset("fast-64"), replace(prior, num_steps=_AVATAR_STEPS), 64
+    return tokenizer_preset("small-32"), prior, 32
+
+
+def _stage(run: StageRun, options: DemoOptions, folder: str) -> StageRun:
+    """A stage of the demo: a run on its data, longer with `--budget long`."""
+    longer: Any = _LONGER[folder]
+    factor = longer[options.family] if isinstance(longer, dict) else longer
+    return replace(
+        run,
+        num_steps=run.num_steps * (factor if options.budget == "long" else 1),
+        data=options.data,
+        classes=options.chosen_classes,
+        max_images=_max_images(options),
+        seed=options.seed,
+        mixed_precision=options.mixed_precision,
+        out=options.folder / folder,
+    )
 
 
 class Clock:
@@ -187,124 +185,111 @@ class Clock:
         return result
 
 
-StageRun = TypeVar("StageRun", bound=Run)
-
-
-def stage_run(preset: StageRun, options: DemoOptions, folder: str, *, longer: int, **changes: Any) -> StageRun:
-    """A stage of the demo: the run of a preset on the demo's classes, `longer` times as long with `--budget long`."""
-    return replace(
-        preset,
-        num_steps=preset.num_steps * (longer if options.budget == "long" else 1),
-        classes=options.chosen_classes,
+def _evaluated(pipeline: AnyPipeline, options: DemoOptions) -> EvaluationRecord:
+    """The record of `isthmus evaluate`, of this model."""
+    out = options.folder / "scores"
+    if (out / RECORD).is_file() and read_record(out).subject.fingerprint != pipeline.fingerprint:
+        # they are of a model that was trained before
+        shutil.rmtree(out)
+    evaluate_model(
+        str(options.folder / "model"),
+        out,
+        data=options.data,
+        classes=options.chosen_classes or (),
+        max_images=_max_images(options),
+        num=_SAMPLES,
         seed=options.seed,
-        mixed_precision=options.mixed_precision,
-        out=options.folder / folder,
-        **changes,
+        options={},
+        steering={},
+        balance="data",
+        device="cpu",
     )
+    return read_record(out)
 
 
-def draw_samples(pipeline: AnyPipeline, options: DemoOptions) -> Samples:
-    """The folder samples/, the same number of images of each class one after the other, and samples.png."""
-    classes = list(range(pipeline.num_classes))
-    request = SampleRequest.of(
-        pipeline,
-        [label for label in classes for _ in range(SAMPLES_PER_CLASS)],
-        classes={"class_ids": classes, "images_per_class": SAMPLES_PER_CLASS},
-        seed=options.seed,
+def _asked(pipeline: AnyPipeline, held_out: ImageSource) -> Asked:
+    """Captions of held-out images, every class in turn, and of avatars with pairs that training has not seen."""
+    if not pipeline.reads_text:
+        ids = list(range(min(pipeline.num_classes, _ROWS)))
+        return Asked(tuple(map(pipeline.label_name, ids)), {"class_labels": ids}, (), "classes")
+    chosen = _one_of_each_class(held_out.labels, len(held_out), _ROWS)
+    assert held_out.captions is not None, "a model of prompts was trained on captions"
+    captions, images, told = (
+        [held_out.captions[i] for i in chosen],
+        [held_out.load(i) for i in chosen],
+        "held-out images",
     )
-    draw(pipeline, options.folder / "samples", request, batch_size=SAMPLES_PER_CLASS, title="samples")
-    samples = read(options.folder / "samples", len(request))
-    starts = range(0, len(samples), SAMPLES_PER_CLASS)
-    rows = [[Image.fromarray(samples.image(start + i)) for i in range(SHOWN_PER_CLASS)] for start in starts]
-    names = [pipeline.label_name(label) for label in classes]
-    save_picture(table(rows, row_names=names), options.folder / "samples.png")
-    return samples
+    if isinstance(held_out, Avatars):
+        new = held_out_combinations(held_out.class_names, held_out.num_classes, image_size=pipeline.image_size)
+        kept = max(1, _ROWS - len(new))
+        captions = [*captions[:kept], *new.captions]
+        images = [*images[:kept], *(new.source.load(int(row)) for row in new.rows)]
+        told = (
+            f"held-out images; the last {len(new)} ask for a pair of attributes that no training image shows together"
+        )
+    names = tuple(str(i + 1) for i in range(len(captions)))
+    return Asked(names, {"prompt": captions}, tuple(map(Image.fromarray, images)), f"captions of {told}")
 
 
-def sample_figures(
-    real: RealImages, samples: Samples, pipeline: AnyPipeline, options: DemoOptions, clock: Clock
-) -> Scores:
-    """What is measured on the samples of every model."""
-    assert real.splits is not None, "the demo has a data set"
-    names, accuracy = real.splits.class_names, "class accuracy (nearest mean)"
-    found = real.scores(sample_features(real.network, samples), samples.labels, names)
-    scores = {score.name: score for score in found.scores}
-    return {
-        "class_accuracy": scores[accuracy].value,
-        "class_accuracy_held_out": scores[accuracy].floor,
-        "accuracy_by_class": {name: found.by_class[name][accuracy] for name in names},
-        "memorised": scores["memorised share"].value,
-        "memorised_views": scores["memorised share"].ceiling,
-        "num_samples": len(samples),
-        "guidance": pipeline.defaults.words(),
-        "seed": options.seed,
-        "seconds_per_image": clock.seconds["drawing"] / len(samples),
-    }
+def _one_of_each_class(labels: Any, total: int, count: int) -> list[int]:
+    """Numbers of images, every class in turn."""
+    classes = np.zeros(total, dtype=int) if labels is None else np.asarray(labels)
+    turns = [iter(np.flatnonzero(classes == label).tolist()) for label in np.unique(classes)]
+    chosen: list[int] = []
+    while len(chosen) < min(count, total):
+        chosen += [i for i in (next(turn, None) for turn in turns) if i is not None]
+    return chosen[:count]
 
 
-def draw_previews(
-    pipeline: AnyPipeline, names: Sequence[str], options: DemoOptions, columns: Sequence[str], file: str
-) -> None:
-    """The first sample of each class while it grows: the previews that `stream` yields."""
-    labels = list(range(pipeline.num_classes))
-    index = [label * SAMPLES_PER_CLASS for label in labels]
+def draw_samples(pipeline: AnyPipeline, asked: Asked, options: DemoOptions) -> None:
+    """samples.png: rows of what is asked; of prompts, the drawing whose caption it is comes last."""
+    drawn = pipeline(**asked.each(_COLUMNS), seed=options.seed).images
+    assert isinstance(drawn, list), "a call returns PIL images by default"
+    rows = [drawn[i : i + _COLUMNS] for i in range(0, len(drawn), _COLUMNS)]
+    names = [""] * _COLUMNS
+    if asked.real:
+        rows = [[*row, real] for row, real in zip(rows, asked.real, strict=True)]
+        names += ["drawing"]
+    picture = table(rows, row_names=asked.names, column_names=names if asked.real else ())
+    save_picture(picture, options.folder / "samples.png")
+
+
+def draw_growth(pipeline: AnyPipeline, asked: Asked, options: DemoOptions) -> float:
+    """growth.png: the first sample of every row while it grows, and after which share of its time one is first seen."""
+    index = [row * _COLUMNS for row in range(len(asked.names))]
     steps: list[Sequence[Image.Image]] = []
-    for step in pipeline.stream(labels, seed=options.seed, image_index=index):
+    for step in pipeline.stream(**asked.call, seed=options.seed, image_index=index):
         assert isinstance(step.preview, list), "stream yields PIL images by default"
         steps.append(step.preview)
-    picture = table(list(zip(*steps, strict=True)), row_names=names, column_names=columns)
-    save_picture(picture, options.folder / file)
-
-
-def draw_dar_previews(pipeline: DARPipeline, names: Sequence[str], options: DemoOptions) -> float:
-    """previews.png, by number of tokens; returns after which share of an image's time its first preview is there."""
-    columns = pipeline.step_names(pipeline.scheduler.config["num_inference_steps"])
-    draw_previews(pipeline, names, options, [name.split()[0] for name in columns], "previews.png")
-    shares = []
+    columns = (
+        [name.split()[0] for name in pipeline.step_names(pipeline.scheduler.config["num_inference_steps"])]
+        if isinstance(pipeline, DARPipeline)
+        else [f"{size} x {size}" for size in pipeline.schedule.sizes]
+    )
+    picture = table(list(zip(*steps, strict=True)), row_names=asked.names, column_names=columns)
+    save_picture(picture, options.folder / "growth.png")
+    one: dict[str, Any] = {name: values[:1] for name, values in asked.call.items()}
+    shares: list[float] = []
     for _ in range(_TIMINGS):
         start = time.perf_counter()
-        times = [time.perf_counter() - start for _ in pipeline.stream(0, seed=options.seed)]
+        times = [time.perf_counter() - start for _ in pipeline.stream(**one, seed=options.seed)]
         shares.append(times[0] / times[-1])
     return float(np.median(shares))
 
 
-def reconstructions(pipeline: DARPipeline, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images rebuilt from their own codes, and from those of an image half the set away, under the same noise."""
-    token_ids = pipeline.encode(images)
-    seeds = list(range(len(images)))
-    decoded = [
-        torch.as_tensor(pipeline.decode(ids, seed=0, image_index=seeds, output_type="pt")) * 2 - 1
-        for ids in (token_ids, token_ids.roll(len(images) // 2, dims=0))
-    ]
-    return decoded[0], decoded[1]
-
-
-def shrunk_and_back(images: Tensor, side: int = _SMALL_SIDE_PX) -> Tensor:
-    """Images averaged to `side` x `side` and enlarged again: what any useful code must beat."""
-    small = F.interpolate(images, size=side, mode="area")
-    return F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False).clamp(-1, 1)
-
-
-def draw_reconstructions(images: Tensor, rebuilt: Tensor, labels: np.ndarray, options: DemoOptions) -> None:
-    """Held-out images above what their tokens give back, the first few of every class."""
-    shown = [i for label in np.unique(labels) for i in np.flatnonzero(labels == label)[:4]]
-    rows = [to_pil(images[shown]), to_pil(rebuilt[shown]), to_pil(shrunk_and_back(images[shown]))]
-    picture = table(rows, row_names=["image", "rebuilt", "4 x 4"])
-    save_picture(picture, options.folder / "reconstructions.png")
-
-
-def draw_layouts(pipeline: DARPipeline, reference: Tensor, names: Sequence[str], options: DemoOptions) -> None:
-    """Rows = labels, columns = how many first tokens of the reference are kept; the reference itself comes last."""
-    total = pipeline.token_layout.num_tokens
+def draw_layouts(pipeline: DARPipeline, asked: Asked, held_out: ImageSource, options: DemoOptions) -> None:
+    """layout.png: columns = how many first tokens of a held-out image are kept; the image itself comes last."""
+    reference, total = Image.fromarray(held_out.load(0)), pipeline.token_layout.num_tokens
     lengths = sorted({round(share * total) for share in _PREFIX_SHARES})
     rows = []
-    for label in range(pipeline.num_classes):
-        labels = [label] * len(lengths)
-        output = pipeline(labels, prefix_image=reference, prefix_tokens=lengths, seed=options.seed, image_index=labels)
+    for row in range(len(asked.names)):
+        call: dict[str, Any] = {name: [values[row]] * len(lengths) for name, values in asked.call.items()}
+        index = [row * _COLUMNS] * len(lengths)
+        output = pipeline(**call, prefix_image=reference, prefix_tokens=lengths, seed=options.seed, image_index=index)
         assert isinstance(output.images, list), "a call returns PIL images by default"
-        rows.append([*output.images, *to_pil(reference)])
+        rows.append([*output.images, reference])
     columns = [*(str(length) for length in lengths), "image"]
-    save_picture(table(rows, row_names=names, column_names=columns), options.folder / "layout.png")
+    save_picture(table(rows, row_names=asked.names, column_names=columns), options.folder / "layout.png")
 
 
 def logs_of(folder: Path) -> tuple[LogLines, LogLines]:
@@ -344,145 +329,101 @@ def _draw(panel: "Axes", log: LogLines, names: Mapping[str, str], **settings: An
     panel.legend(ncols=2 if len(names) > 3 else 1)
 
 
-def next_scale_report(
-    options: DemoOptions, pipeline: NextScalePipeline, train: ImageSource, scores: Scores, seconds: Mapping[str, float]
-) -> None:
-    """Write report.md of the next-scale demo."""
-    sizes, (tokenizer_log, prior_log) = pipeline.schedule.sizes, logs_of(options.folder)
-    bits = " | ".join(f"{last(prior_log, f'val/bits_scale{k}'):.2f}" for k in range(len(sizes)))
-    decibels = " | ".join(f"{last(tokenizer_log, f'val/psnr_scale{k}'):.1f}" for k in range(len(sizes)))
-    _write(
-        options, pipeline, train, scores, seconds,
-        title="Isthmus demo",
-        model="An SRDD model trained",
-        pictures="""Rows are classes. One image of each class, coarse to fine:
-
-![scales](scales.png)
-
-Held-out images, rebuilt from the first scales and from all of them; the image itself is last:
-
-![reconstructions](reconstructions.png)""",
-        rows={"PSNR on held-out images": f"{last(tokenizer_log, 'val/psnr'):.2f} dB"},
-        below=f"""| scale | {" | ".join(f"{s} x {s}" for s in sizes)} |
-|---|{"---|" * len(sizes)}
-| PSNR up to this scale, dB | {decibels} |
-| bits per token | {bits} |
-
-""",
-        last_commands="isthmus demo --classes all --out demo-all\nisthmus demo --family dar",
-    )  # fmt: skip
-
-
-def dar_report(
-    options: DemoOptions, pipeline: DARPipeline, train: ImageSource, scores: Scores, seconds: Mapping[str, float]
-) -> None:
-    """Write report.md of the D-AR demo."""
-    layout, scheduler = pipeline.token_layout, pipeline.scheduler.config
-    _write(
-        options, pipeline, train, scores, seconds,
-        title="Isthmus demo: D-AR",
-        model=f"""A Llama whose tokens drive the steps of a pixel diffusion ({layout.num_tokens} tokens of
-{layout.codebook_size} codes, {scheduler["num_inference_steps"]} solver steps, {scheduler["solver"]}), trained""",
-        pictures="""Rows are classes. One image of each class while it is drawn, by the number of tokens that existed.
-
-![previews](previews.png)
-
-Held-out images, what their tokens give back, and the same images shrunk to 4 x 4:
-
-![reconstructions](reconstructions.png)
-
-Layout control: the first tokens of one held-out image (last column) are kept, as many as the column says; the others
-are drawn under the label of the row.
-
-![layout](layout.png)""",
-        rows={
-            f"PSNR of {scores['num_held_out']} held-out images from their own codes": f"{scores['psnr']:.2f} dB",
-            "from another image's codes": f"{scores['psnr_shuffled']:.2f} dB",
-            "gap": f"{scores['psnr'] - scores['psnr_shuffled']:.2f} dB",
-            "images shrunk to 4 x 4 and back": f"{scores['psnr_small']:.2f} dB",
-            "class accuracy of reconstructed held-out images": f"{scores['reconstruction_accuracy']:.1%}",
-            "first preview of a single image": f"after {scores['first_preview']:.0%} of its time",
-        },
-        below="",
-        last_commands=f"""isthmus export llama {options.folder}/model --out llama
-isthmus demo --family dar --budget long""",
-    )  # fmt: skip
-
-
-def _write(
+def _report(
     options: DemoOptions,
-    pipeline: NextScalePipeline | DARPipeline,
+    pipeline: AnyPipeline,
     train: ImageSource,
-    scores: Scores,
+    asked: Asked,
+    record: EvaluationRecord,
     seconds: Mapping[str, float],
-    *,
-    title: str,
-    model: str,
-    pictures: str,
-    rows: Mapping[str, str],
-    below: str,
-    last_commands: str,
-) -> None:
-    tokenizer_log, prior_log = logs_of(options.folder)
+    first_preview: float,
+) -> str:
+    folder, (tokenizer_log, prior_log) = options.folder, logs_of(options.folder)
+    by_words = "prompt" in asked.call
+    if isinstance(pipeline, DARPipeline):
+        layout, steps = pipeline.token_layout, pipeline.scheduler.config["num_inference_steps"]
+        title, columns = "Isthmus demo: D-AR", "the number of tokens that existed"
+        model = (
+            f"A Llama whose {layout.num_tokens} tokens of {layout.codebook_size} codes drive the {steps} steps of a "
+            "pixel diffusion, trained"
+        )
+    else:
+        title, model, columns = "Isthmus demo", "An SRDD model trained", "the scale that was drawn last"
+    legend = "".join(f"{i}. {text}\n" for i, text in enumerate(asked.call.get("prompt", ()), start=1))
+    legend += "\n" if legend else ""
     parts = {"image_tokenizer": "tokenizer", "decoder": "pixel decoder", "transformer": "prior"}
-    parameters = {
-        words: f"{sum(weight.numel() for weight in getattr(pipeline, part).parameters()):,} parameters"
-        for part, words in parts.items()
-        if hasattr(pipeline, part)
-    }
-    codes = pipeline.image_tokenizer.config["codebook_size"]
-    ratio = scores["class_accuracy"] / max(scores["class_accuracy_held_out"], 1e-9)
-    by_class = ", ".join(f"{name} {share:.0%}" for name, share in scores["accuracy_by_class"].items())
     numbers = {
-        **parameters,
-        **rows,
-        "codes that held-out images use": f"{last(tokenizer_log, 'val/usage'):.0%} of {codes}",
-        "bits per token on held-out images": f"{last(prior_log, 'val/bits_per_token'):.3f}",
-        "class accuracy of held-out images": f"{scores['class_accuracy_held_out']:.1%}",
-        f"class accuracy of {scores['num_samples']} samples": f"{scores['class_accuracy']:.1%} ({by_class})",
-        "the same as a share of that of held-out images": f"{ratio:.1%}",
-        "samples that look copied": f"{scores['memorised']:.1%}",
-        "training images, shifted and mirrored, that look copied": f"{scores['memorised_views']:.1%}",
-        "drawing one image, in batches of 50": f"{scores['seconds_per_image'] * 1000:.0f} ms",
+        **{
+            f"{words}, parameters": f"{sum(weight.numel() for weight in getattr(pipeline, part).parameters()):,}"
+            for part, words in parts.items()
+            if hasattr(pipeline, part)
+        },
+        "PSNR of held-out images from their own codes": f"{last(tokenizer_log, 'val/psnr'):.2f} dB",
+        "codes that held-out images use": f"{last(tokenizer_log, 'val/usage'):.0%} of {pipeline.codebook_size}",
+        "bits per token of held-out images": f"{last(prior_log, 'val/bits_per_token'):.3f}",
+        "first preview of a single image": f"after {first_preview:.0%} of its time",
     }
+    if isinstance(pipeline, DARPipeline):
+        numbers["PSNR from another image's codes"] = f"{last(tokenizer_log, 'val/psnr_shuffled'):.2f} dB"
+    kept = (
+        "![layout](layout.png)\n\nLayout: the first tokens of one held-out image (last column) are kept, as many as "
+        "the column says; the others are drawn for the row.\n\n"
+    )
     phases = [(phase, f"{value:.0f}") for phase, value in (*seconds.items(), ("all", sum(seconds.values())))]
-    text = f"""# {title}
+    try_it = f"--prompt '{asked.call['prompt'][0]}'" if by_words else f"--classes {train.class_names[0]}"
+    data = options.data if options.chosen_classes is None else f"{options.data} ({', '.join(options.chosen_classes)})"
+    worst = f"![attributes](scores/{ATTRIBUTES})\n\n" if record.readings else ""
+    return f"""# {title}
 
-{model} from nothing on {len(train)} drawings of {len(train.class_names)} classes
-({", ".join(train.class_names)}), {pipeline.image_size} px, seed {options.seed}, budget {options.budget}.
+{model} from nothing on {len(train):,} drawings of `{data}`, {pipeline.image_size} px, seed {options.seed}, budget
+{options.budget}. Rows are {asked.in_words}.
 
 ![samples](samples.png)
 
-{pictures}
+{legend}The first of each row while it grows, by {columns}:
 
-![curves](curves.png)
+![growth](growth.png)
+
+Held-out images, rebuilt from their tokens; the image itself is last:
+
+![reconstructions](reconstructions.png)
+
+{kept if isinstance(pipeline, DARPipeline) else ""}![curves](curves.png)
 
 ## Numbers
 
 {markdown_table(("", ""), list(numbers.items()))}
 
-Class accuracy: the nearest class mean among {len(train.class_names)} classes on pooled 192-d features of
-EfficientNet-Lite0 at native size, means of the training images. A sample looks copied if it is nearer to a training
-image than 99 % of the held-out images are; the row below it says what this search finds of true copies, so a small
-share is no acquittal. Samples: seed {scores["seed"]}, {scores["guidance"]}.
+## Scores
 
-{below}{markdown_table(("phase", "seconds"), phases)}
+{markdown_table(("score", "value", "floor", "ceiling"), [_cells(one) for one in (*record.scores, *record.held_out)])}
+
+Of {record.protocol.num_samples} samples, seed {options.seed}, {pipeline.defaults.words()}; features:
+{record.protocol.features}.
+Floor and ceiling are the same scores of real images and of blurred ones (of attributes: of the real drawings of the
+same captions, and of those of other captions). More of them: [scores/report.md](scores/report.md).
+
+{worst}{markdown_table(("phase", "seconds"), phases)}
 
 Isthmus {isthmus.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. Products of the trainings:
-{_precisions(options.folder)}.
+{_precisions(folder)}.
 
 ## Next
 
 ```
-isthmus sample {options.folder}/model --classes {train.class_names[0]} --num 16 --seed 1 --out samples --grid --strip
-isthmus info {options.folder}/model
-isthmus train prior --from {options.folder}/model --data folder:PATH_TO_YOUR_IMAGES --out mine
-{last_commands}
+isthmus sample {folder}/model {try_it} --num 16 --seed 1 --out samples --grid --strip
+isthmus info {folder}/model
+isthmus train prior --from {folder}/model --data folder:PATH_TO_YOUR_IMAGES --out mine
+isthmus demo --family {"next-scale" if options.family == "dar" else "dar"}
 ```
 
 {train.attribution}
 """
-    write_whole(options.folder / "report.md", text)
+
+
+def _cells(score: Score) -> tuple[str, ...]:
+    between = "" if score.low is None or score.high is None else f" [{number(score.low)}, {number(score.high)}]"
+    return (score.name, number(score.value) + between, number(score.floor), number(score.ceiling))
 
 
 def _precisions(folder: Path) -> str:

@@ -1,6 +1,6 @@
-"""Classes of samples: which class every sample has, and whether samples look like it.
+"""Classes of samples: which class every sample has, which words it is drawn from, and whether samples look their class.
 
-The class of a drawn sample is fixed by its number alone, so that any part can be drawn anywhere.
+Class and words of a drawn sample are fixed by its number alone, so that any part can be drawn anywhere.
 """
 
 from collections.abc import Iterator, Sequence
@@ -84,16 +84,19 @@ def balance_words(
 
 @dataclass(frozen=True, eq=False)
 class SampleClasses:
-    """The class of every sample.
+    """The class of every sample, and its prompt where the model reads text.
 
     Attributes:
         labels: class in the order of the data set; all 0 where either side has no classes.
         model_ids: the same as ids of the model; its null id where no class is asked for.
-        names: by class of the data set; empty where either side has no classes.
-        ids: of the model, by class of the data set; empty likewise.
+        names: by class of the data set; empty where either side has no classes. The classes of a model of texts are
+            those of the images whose captions it is told.
+        ids: of the model, by class of the data set; empty where either side has no classes.
         words: the balance, in words.
-        rule: what decides the class of sample i, however many there are, in JSON values.
+        rule: what decides the class and the prompt of sample i, however many there are, in JSON values.
         model_names: names of the model's classes by its ids; empty where they have none.
+        prompts: one for each sample; empty for models that read no text.
+        rows: the held-out image whose caption each prompt is; None for models that read no text.
     """
 
     labels: Int[np.ndarray, " n"]
@@ -103,17 +106,25 @@ class SampleClasses:
     words: str
     rule: dict[str, Any]
     model_names: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    rows: Int[np.ndarray, " n"] | None = None
 
 
 def choose_classes(pipeline: "AnyPipeline", data: "DataSplits", num: int, balance: Balance) -> SampleClasses:
-    """The class of samples 0..num - 1, fixed by their numbers.
+    """The class of samples 0..num - 1, fixed by their numbers; of a model that reads text their prompts too.
+
+    A prompt is the caption of a held-out image of the sample's class, all of them in turn; classes of which no held-out
+    image has a caption are left out then.
 
     Raises:
-        UserError: the classes of the data are not those of the model, or frequencies are asked for and there are none.
+        UserError: the classes of the data are not those of the model, frequencies are asked for and there are none, or
+            a model that reads text is judged on data without captions.
     """
     names, nothing, model_names = data.class_names, np.zeros(num, np.int64), names_in_order(pipeline.class_names)
     if balance == "data" and not names:
         raise UserError(f"{data.spec} is unlabelled, so it has no class frequencies. Leave out --balance data.")
+    if pipeline.reads_text:
+        return _with_captions(pipeline, data, num, balance)
     if balance == "data" and pipeline.num_classes == 0:
         raise UserError(
             "the model is unlabelled, so it cannot draw classes as often as in the data. Leave out --balance data."
@@ -124,20 +135,8 @@ def choose_classes(pipeline: "AnyPipeline", data: "DataSplits", num: int, balanc
         labels, ids = class_balanced_labels(num, pipeline.num_classes), list(range(pipeline.num_classes))
         words = balance_words(labels, model_names or list(map(str, ids)))
         return SampleClasses(nothing, labels, (), (), words, {"class_ids": ids}, model_names)
-    if pipeline.class_names:
-        ids = resolve_labels(names, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
-    elif len(names) == pipeline.num_classes:
-        ids = list(range(len(names)))
-    else:
-        raise UserError(
-            f"the model's {pipeline.num_classes} classes have no names, so the data must have as many, got "
-            f"{len(names)}. Pass the data it was trained on."
-        )
+    ids, rule = _ids_and_rule(pipeline, names)
     counts = data.class_counts()
-    rule: dict[str, Any] = {"class_ids": ids}
-    if not model_names:
-        # it is given data with as many classes, in its own order
-        rule["class_names"] = list(names)
     if balance == "uniform":
         labels = class_balanced_labels(num, len(names))
     else:
@@ -145,6 +144,80 @@ def choose_classes(pipeline: "AnyPipeline", data: "DataSplits", num: int, balanc
         rule["class_counts"] = counts.tolist()
     words, model_ids = balance_words(labels, names, counts), np.array(ids, np.int64)[labels]
     return SampleClasses(labels, model_ids, names, tuple(ids), words, rule, model_names or names)
+
+
+def _ids_and_rule(pipeline: "AnyPipeline", names: Sequence[str]) -> tuple[list[int], dict[str, Any]]:
+    """The model's ids of the classes of the data, and the start of the rule; UserError where they do not match."""
+    if pipeline.class_names:
+        ids = resolve_labels(names, class_names=pipeline.class_names, num_classes=pipeline.num_classes)
+        return ids, {"class_ids": ids}
+    if len(names) == pipeline.num_classes:
+        # it is given data with as many classes, in its own order
+        ids = list(range(len(names)))
+        return ids, {"class_ids": ids, "class_names": list(names)}
+    raise UserError(
+        f"the model's {pipeline.num_classes} classes have no names, so the data must have as many, got "
+        f"{len(names)}. Pass the data it was trained on."
+    )
+
+
+def _with_captions(pipeline: "AnyPipeline", data: "DataSplits", num: int, balance: Balance) -> SampleClasses:
+    """Classes and prompts of a model that reads text, whether or not it knows classes too."""
+    held_out, names = data.held_out, data.class_names
+    captions = held_out.captions or ()
+    told = np.array([bool(caption) for caption in captions], bool)
+    if not told.any():
+        of = "none" if held_out.captions is None else "none of its held-out images has any"
+        raise UserError(
+            f"a model that reads text is judged on images with captions, {data.spec} has {of}. Use avatars, write a "
+            ".txt beside each image, or name a --caption-column."
+        )
+    of_images = held_out.labels if names and held_out.labels is not None else np.zeros(len(captions), np.int64)
+    ids, matched = _ids_and_rule(pipeline, names) if names and pipeline.num_classes else ([], {"class_ids": []})
+    rule: dict[str, Any] = {**matched, "captions": held_out.fingerprint}
+    # classes without words cannot be asked for
+    there = np.bincount(of_images[told], minlength=max(len(names), 1)) > 0
+    counts = data.class_counts() if names else None
+    if balance == "uniform" or counts is None:
+        labels = np.flatnonzero(there)[class_balanced_labels(num, int(there.sum()))]
+    else:
+        labels = own_frequency_labels(num, counts * there)
+        rule["class_counts"] = (counts * there).tolist()
+    rows = images_in_turn(labels, np.where(told, of_images, -1))
+    words = balance_words(labels, names, counts) if names else UNKNOWN
+    model_ids = np.array(ids, np.int64)[labels] if ids else np.full(num, pipeline.num_classes, np.int64)
+    model_names = names_in_order(pipeline.class_names) or (names if ids else ())
+    prompts = tuple(captions[int(row)] for row in rows)
+    return SampleClasses(labels, model_ids, names, tuple(ids), words, rule, model_names, prompts, rows)
+
+
+def images_in_turn(labels: Int[np.ndarray, " n"], of_images: Int[np.ndarray, " k"]) -> Int[np.ndarray, " n"]:
+    """For each label the number of an image that has it: all images of a label in turn, over and over.
+
+    >>> images_in_turn(np.array([0, 1, 0, 0]), np.array([1, 0, 0, 1])).tolist()
+    [1, 0, 2, 1]
+    """
+    rows = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        rows[places] = np.resize(np.flatnonzero(of_images == label), len(places))
+    return rows
+
+
+def others_of_their_class(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """For each image the number of another one, of its class where every class has two: each is another's once.
+
+    >>> others_of_their_class(np.array([0, 1, 0, 1])).tolist(), others_of_their_class(np.array([0, 1, 2])).tolist()
+    ([2, 3, 0, 1], [1, 2, 0])
+    """
+    if np.unique(labels, return_counts=True)[1].min() < 2:
+        labels = np.zeros_like(labels)
+    others = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        # half way around: images that lie side by side may be alike
+        others[members] = np.roll(members, -(len(members) // 2))
+    return others
 
 
 @dataclass(frozen=True, eq=False)

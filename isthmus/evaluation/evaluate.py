@@ -2,7 +2,8 @@
 
 `evaluate_images` scores a set of images; `evaluate_model` draws one, scores it likewise, and adds what the model does
 with held-out images. Everything on disk is made once: samples, their features, evaluation.json, then the report. A
-second run with all of it there only writes the report again.
+second run with all of it there only writes the report again. A model that reads text is told captions of held-out
+images; what samples of avatars show of them is read (`alignment.py`).
 """
 
 import json
@@ -20,6 +21,7 @@ from jaxtyping import Int
 from isthmus.data.source import ANY_COLUMNS, WantedColumns
 from isthmus.errors import UserError
 from isthmus.evaluation.adm_npz import StatisticsOrigin, write_adm_images, write_statistics
+from isthmus.evaluation.alignment import AttributesRead, AttributeTest, attributes_to_read
 from isthmus.evaluation.classes import Balance, SampleClasses, choose_classes, matched_classes
 from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network, sample_features
 from isthmus.evaluation.guards import check_duplicates, check_value_range, pixel_digest
@@ -38,11 +40,12 @@ from isthmus.evaluation.record import (
     write_record,
 )
 from isthmus.evaluation.reference import open_splits
-from isthmus.evaluation.report import REPORT_FILES, look_at_samples, write_report
+from isthmus.evaluation.report import ATTRIBUTES, REPORT_FILES, look_at_samples, write_report
 from isthmus.evaluation.scores import RealImages, RealSides, data_facts
 from isthmus.evaluation.statistics import mean_and_covariance
 from isthmus.files import alone_in, check_only
 from isthmus.nn.guidance import Guidance
+from isthmus.pictures import save_picture
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.loading import AnyPipeline, choose_device, dtype_name, load_pipeline
 from isthmus.pipelines.options import guidance_text
@@ -51,15 +54,19 @@ from isthmus.samples import SampleRequest, Samples, check_folder, draw, has_chun
 
 logger = logging.getLogger("isthmus")
 
-SAMPLES_FOLDER, SWEEP_FOLDER = "samples", "sweep"
+SAMPLES_FOLDER, SWEEP_FOLDER, COMBINATIONS_FOLDER = "samples", "sweep", "combinations"
 NPZ, STATISTICS = "samples.npz", "statistics.npz"
 
 # what an evaluation writes: a folder that holds nothing else may be scored (again)
-_OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, NPZ, STATISTICS, *REPORT_FILES))
+_OURS = frozenset((SAMPLES_FOLDER, SWEEP_FOLDER, COMBINATIONS_FOLDER, NPZ, STATISTICS, *REPORT_FILES))
 
 
-def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str]) -> EvaluationRecord | None:
+def scored_record(
+    out: Path, protocol: Protocol, subject: Subject, *, sweep: list[str], attributes: tuple[str, ...] = ()
+) -> EvaluationRecord | None:
     """The record of an earlier run that scored the same samples in the same way; None where they are to be scored.
+
+    `attributes` are those that are read.
 
     Its `measures` are empty where held-out images were not measured to the end. Raises UserError where `out` holds the
     evaluation of something else, or other things.
@@ -80,7 +87,8 @@ def scored_record(out: Path, protocol: Protocol, subject: Subject, *, sweep: lis
     if before is None:
         logger.info("%s is scored again: an earlier version of Isthmus measured it", out)
         return None
-    if before.protocol != protocol or list(before.sweep) != sweep:
+    read = () if before.readings is None else before.readings.attributes
+    if before.protocol != protocol or list(before.sweep) != sweep or read != attributes:
         logger.info("%s is scored again: it was measured in another way before", out)
         return None
     return before
@@ -137,10 +145,13 @@ def _score(
     balance: str,
     facts: Mapping[str, Any],
     warnings: Sequence[str | None] = (),
+    told: str = "",
+    attributes: AttributesRead | None = None,
 ) -> EvaluationRecord:
     """Every set of images against the real ones; the pictures of the report are saved, the record is written.
 
-    `facts` are circumstances with the `seconds` so far; `others` are those of a sweep, by guidance.
+    `facts` are circumstances with the `seconds` so far; `others` are those of a sweep, by guidance. `told` says which
+    prompts samples were drawn from, `attributes` what they show of them.
     """
     start = time.perf_counter()
     # before anything is scored: the guard may refuse
@@ -149,20 +160,24 @@ def _score(
     sweep = {}
     for words, one in others.items():
         swept = real.scores(one.features, one.labels, one.names)
-        sweep[words] = swept.scores
+        sweep[words] = (*swept.scores, *(attributes.sweep[words] if attributes else ()))
         said[words] += [warning for warning in swept.warnings if warning not in scored.warnings]
     looked = look_at_samples(main.images, main.labels, main.names, out, scored.neighbours, real.splits)
+    if attributes and attributes.worst is not None:
+        save_picture(attributes.worst, out / ATTRIBUTES)
+    first, *rest = scored.scores
     of_sweep = [f"Guidance {words}: {one}" for words, found in said.items() for one in found if one]
     record = EvaluationRecord(
         protocol=real.protocol(len(main.images), balance),
         subject=subject,
-        data={} if real.splits is None else data_facts(real.splits),
+        data={} if real.splits is None else data_facts(real.splits) | ({"prompts": told} if told else {}),
         circumstances={**facts, "seconds": {**facts["seconds"], "scoring": time.perf_counter() - start}},
         warnings=(*scored.warnings, *filter(None, (looked, *warnings)), *of_sweep),
-        scores=scored.scores,
+        scores=(first, *(attributes.scores if attributes else ()), *rest),
         class_scores=scored.by_class,
         measures={},
         sweep=sweep,
+        readings=attributes and attributes.readings,
     )
     # without measures of held-out images yet: what stops them does not cost the scores
     write_record(record, out)
@@ -217,7 +232,13 @@ def evaluate_images(
     splits = None
     if data is not None:
         splits = open_splits(
-            data, image_size=size[0], classes=tuple(classes), wanted=(), columns=columns, max_images=max_images
+            data,
+            image_size=size[0],
+            classes=tuple(classes),
+            wanted=(),
+            columns=columns,
+            max_images=max_images,
+            num_samples=len(images),
         )
     real = RealImages.of(network, splits, reference, size=size)
     known = matched_classes(images, splits)
@@ -258,6 +279,7 @@ def evaluate_model(
     features: str = "lite0",
     reference: Path | None = None,
     balance: Balance = "uniform",
+    attributes: Sequence[str] = (),
     sweep: Sequence[Guidance] = (),
     npz: bool = False,
     statistics: bool = False,
@@ -278,6 +300,7 @@ def evaluate_model(
         classes: of the data; none are those of the model.
         num: N, images in all.
         balance: every class equally often, or as often as in the data.
+        attributes: names of those that are read from samples, all or none (`attributes_to_read`).
         sweep: guidances that are drawn and scored beside.
         npz: also write samples.npz for ADM's evaluator.
         measures: what is measured on held-out images beyond the usual.
@@ -295,18 +318,30 @@ def evaluate_model(
         pipeline = load_pipeline(model, device=processes.device(device), dtype=dtype)
         names, side = names_in_order(pipeline.class_names), pipeline.image_size
         splits = open_splits(
-            data, image_size=side, classes=tuple(classes), wanted=names, columns=columns, max_images=max_images
+            data,
+            image_size=side,
+            classes=tuple(classes),
+            wanted=names,
+            columns=columns,
+            max_images=max_images,
+            num_samples=num,
         )
         chosen = choose_classes(pipeline, splits, num, balance)
+        read_names = attributes_to_read(attributes, splits, reads_text=pipeline.reads_text)
         real = RealImages.of(network, splits, reference, size=(side, side), sides=real_sides)
         measures.check(pipeline)
         lpips, extra = measures.lpips(), measures.facts()
 
         drawing: dict[str, Any] = {"seed": seed, "steering": steering, "dtype": dtype}
         asked = _requests(pipeline, chosen, out, options, sweep, drawing)
+        to_draw = {words or SAMPLES_FOLDER: one for words, one in asked.items()}
+        test = AttributeTest.of(splits, chosen, read_names) if read_names else None
+        if test is not None:
+            request = _of_combinations(pipeline, test, chosen, options=options, **drawing)
+            to_draw[COMBINATIONS_FOLDER] = out / COMBINATIONS_FOLDER, request
         # a finished evaluation of an earlier version is read; its chunks are refused where samples are needed
-        if not any(has_chunks(folder) for folder, _ in asked.values()):
-            for folder, wanted in asked.values():
+        if not any(has_chunks(folder) for folder, _ in to_draw.values()):
+            for folder, wanted in to_draw.values():
                 check_folder(folder, wanted)
         subject = Subject(
             name=model,
@@ -317,26 +352,34 @@ def evaluate_model(
             steering=dict(steering),
             dtype=dtype,
         )
+        told = f"captions of {len(splits.held_out):,} held-out images, in turn" if chosen.prompts else ""
         swept = [words for words in asked if words]
-        done = scored_record(out, real.protocol(num, chosen.words), subject, sweep=swept)
+        done = scored_record(out, real.protocol(num, chosen.words), subject, sweep=swept, attributes=read_names)
         if done is None or done.measures != extra or npz or statistics:
             # before anything is drawn: the guards of the reference may refuse
             if done is None and processes.is_first:
                 real.measured(num)
             start, drawn = time.perf_counter(), 0
-            for words, (folder, wanted) in asked.items():
-                title = f"guidance {words}" if words else "samples"
+            for words, (folder, wanted) in to_draw.items():
+                title = f"guidance {words}" if words in swept else words
                 drawn += draw(pipeline, folder, wanted, batch_size=batch_size, processes=processes, title=title).count
             if not processes.is_first:
                 return
             seconds = {"drawing": time.perf_counter() - start} if drawn else {}
             samples = read(asked[""][0], num)
             found: list[_Measured] = []
+            attributes_read: AttributesRead | None = None
             if done is None:
                 remove_by_products(out)
                 start = time.perf_counter()
                 found = [_measured(read(folder, num), chosen, network) for folder, _ in asked.values()]
                 seconds["features"] = time.perf_counter() - start
+                if test is not None:
+                    start = time.perf_counter()
+                    unseen = read(out / COMBINATIONS_FOLDER, len(test.combinations))
+                    sets = {words: one.images for words, one in zip(asked, found, strict=True)}
+                    attributes_read = test.read(sets, _images(unseen), device=pipeline.device)
+                    seconds["attributes"] = time.perf_counter() - start
             # before the guards of the samples: what they refuse may still be looked at elsewhere
             if npz:
                 labels = chosen.model_ids if pipeline.num_classes else None
@@ -347,7 +390,8 @@ def evaluate_model(
                 main, *others = found
                 facts = circumstances(pipeline.device, processes=processes.count) | {"seconds": seconds}
                 sets = dict(zip(swept, others, strict=True))
-                done = _score(main, sets, real, out, subject=subject, balance=chosen.words, facts=facts)
+                said = {"balance": chosen.words, "told": told, "facts": facts, "attributes": attributes_read}
+                done = _score(main, sets, real, out, subject=subject, **said)
             if done.measures != extra:
                 start = time.perf_counter()
                 scores, curves = held_out_scores(
@@ -368,6 +412,15 @@ def evaluate_model(
             _finish(done, out)
 
 
+def samples_folder(out: Path, guidance: str = "") -> Path:
+    """Where an evaluation draws, at its own guidance or at one of its sweep in words (`guidance_text`).
+
+    >>> samples_folder(Path("scores"), "linear:1:2").as_posix()
+    'scores/sweep/linear-1-2'
+    """
+    return out / SWEEP_FOLDER / guidance.replace(":", "-") if guidance else out / SAMPLES_FOLDER
+
+
 def _requests(
     pipeline: AnyPipeline,
     chosen: SampleClasses,
@@ -380,17 +433,34 @@ def _requests(
     guidances = {guidance_text(one): {"guidance_scale": one} for one in sweep}
     labels, asked = chosen.model_ids.tolist(), {}
     for words, guided in {"": {}, **guidances}.items():
-        folder = out / SWEEP_FOLDER / words.replace(":", "-") if words else out / SAMPLES_FOLDER
-        request = SampleRequest.of(pipeline, labels, classes=chosen.rule, options={**options, **guided}, **drawing)
+        folder = samples_folder(out, words)
+        words_of_all: dict[str, Any] = {"classes": chosen.rule, "prompts": chosen.prompts}
+        request = SampleRequest.of(pipeline, labels, options={**options, **guided}, **words_of_all, **drawing)
         asked[words] = folder, request
     return asked
 
 
+def _of_combinations(
+    pipeline: AnyPipeline, test: AttributeTest, chosen: SampleClasses, **drawing: Any
+) -> SampleRequest:
+    """Images that are asked for combinations of attributes that training has not seen."""
+    asked = test.combinations
+    # a model of texts alone is told of no class
+    ids = [chosen.ids[label] if chosen.ids else pipeline.num_classes for label in asked.labels]
+    rule = {"class_ids": list(chosen.ids), "captions": asked.source.fingerprint}
+    return SampleRequest.of(
+        pipeline, ids, classes=rule, prompts=asked.captions if pipeline.reads_text else (), **drawing
+    )
+
+
 def _measured(samples: Samples, chosen: SampleClasses, network: FeatureNetwork) -> _Measured:
     """Drawn images, whose features are kept beside them."""
-    images = ImageSet(str(samples.folder), "", None, (), len(samples), at=samples.image)
     labels = chosen.labels if chosen.names else None
-    return _Measured(images, sample_features(network, samples), labels, chosen.names)
+    return _Measured(_images(samples), sample_features(network, samples), labels, chosen.names)
+
+
+def _images(samples: Samples) -> ImageSet:
+    return ImageSet(str(samples.folder), "", None, (), len(samples), at=samples.image)
 
 
 def usage_curves(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isthmus.errors import UserError
+from isthmus.evaluation.classes import others_of_their_class
 from isthmus.evaluation.features import FeatureNetwork, extract_features
 from isthmus.evaluation.images import ImageSet, ruined, some
 from isthmus.evaluation.record import Curve, Score
@@ -40,6 +42,12 @@ HELD_OUT_LIMIT = 1_000
 """Held-out images that are reconstructed and read; of larger sets evenly spread ones are taken."""
 
 PSNR, LITE0 = "PSNR, dB", "lite0 distance"
+OWN_WORDS, NO_WORDS, OTHER_WORDS = "", "without words", "under another's caption"
+UNTOLD: Mapping[str, Sequence[str] | None] = MappingProxyType({OWN_WORDS: None})
+_NOTES = {
+    NO_WORDS: "the same images under the empty prompt",
+    OTHER_WORDS: "the same images under captions of others (of their class, where there are classes)",
+}
 _HIGHER_IS_BETTER = (PSNR, "SSIM")
 _SSIM_WINDOW_PX = 11
 _FEWEST_LPIPS_PX = 16
@@ -140,10 +148,15 @@ class ReconstructionMeter:
             self._values.setdefault(name, []).append(values.cpu())
         self._features.append(extract_features(self._network, reconstructions)[self._network.headline])
 
+    @property
+    def features(self) -> Float[np.ndarray, "_ _"]:
+        """Of all reconstructions so far, in the headline space."""
+        return np.concatenate(self._features)
+
     def scores(self, originals: Gaussian) -> ReconstructionScores:
         """What was measured; `originals` are the features of the same images."""
         arrays = {name: torch.cat(parts).numpy().astype(np.float64) for name, parts in self._values.items()}
-        return ReconstructionScores(arrays, frechet_distance(Gaussian.of(np.concatenate(self._features)), originals))
+        return ReconstructionScores(arrays, frechet_distance(Gaussian.of(self.features), originals))
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,19 +224,26 @@ def token_bits(
     class_labels: Sequence[Label],
     *,
     batch_size: int,
-) -> Float[np.ndarray, "n l"]:
+    prompts: Mapping[str, Sequence[str] | None] = UNTOLD,
+) -> dict[str, Float[np.ndarray, "n l"]]:
     """-log2 p of every token of an image, in the order of generation, under its class: without guidance or filters.
 
-    The images (of the model's size, one label each) should be held out, or the costs are those of memory.
+    The images (of the model's size, one label each) should be held out, or the costs are those of memory. `prompts`
+    are, by name, sets of one prompt per image under which they are read, each on its own; None is no prompt.
     """
-    source, bits, count = iter(images_uint8), [], 0
+    source, count = iter(images_uint8), 0
+    bits: dict[str, list[Float[np.ndarray, "_ l"]]] = {name: [] for name in prompts}
     with tqdm(desc="likelihood", unit="image", total=len(class_labels), disable=None) as bar:
         while batch := list(islice(source, batch_size)):
-            labels = class_labels[count : count + len(batch)]
-            bits.append(pipeline.bits_per_token(as_floats(np.stack(batch)), labels).cpu().double().numpy())
+            rows = slice(count, count + len(batch))
+            token_ids: Any = pipeline.encode(as_floats(np.stack(batch)))  # of its own family
+            for name, words in prompts.items():
+                told: dict[str, Any] = {} if words is None else {"prompt": list(words[rows])}
+                found = pipeline.bits_per_token(class_labels=class_labels[rows], token_ids=token_ids, **told)
+                bits[name].append(found.cpu().double().numpy())
             count += len(batch)
             bar.update(len(batch))
-    return np.concatenate(bits)
+    return {name: np.concatenate(parts) for name, parts in bits.items()}
 
 
 def held_out_scores(
@@ -237,6 +257,9 @@ def held_out_scores(
     batch_size: int | None = None,
 ) -> tuple[list[Score], list[Curve]]:
     """Reconstruction and likelihood; nothing where there are fewer than two images.
+
+    A model that reads text is told each image's own caption. What its tokens cost without words, and under the caption
+    of another image, stands beside.
 
     Args:
         model_ids: the model's id of every class of the data; empty where either side has no classes.
@@ -258,16 +281,39 @@ def held_out_scores(
         report = reconstruction_report(
             pipeline, images, network, batch_size=size, lpips=lpips, solver_steps=solver_steps
         )
-        bits = token_bits(pipeline, images, labels, batch_size=size)
-    given = "given their class" if any(label is not None for label in labels) else "without a class"
+        read = token_bits(pipeline, images, labels, batch_size=size, prompts=_prompts(pipeline, images))
+    bits = read.pop(OWN_WORDS)
+    given = [
+        *(["class"] if any(label is not None for label in labels) else []),
+        *(["caption"] if pipeline.reads_text else []),
+    ]
+    words = f"given their {' and '.join(given)}" if given else "without a class"
     scores = [
         *_reconstruction(report, network.headline),
-        _mean("nats per image", bits.sum(axis=1) * math.log(2), note=f"-log p(tokens) {given}, not of pixels"),
+        _mean("nats per image", bits.sum(axis=1) * math.log(2), note=f"-log p(tokens) {words}, not of pixels"),
         _mean("bits per token", bits.mean(axis=1)),
+        *(_untold(name, other.mean(axis=1), bits.mean(axis=1)) for name, other in read.items()),
     ]
     looked_at = f"{len(images):,} of {total:,} held-out images"
     scores = [replace(score, note="; ".join(filter(None, (score.note, looked_at)))) for score in scores]
     return scores, _curves(report, bits.mean(axis=0), pipeline.stage_lengths, network.headline)
+
+
+def _untold(name: str, bits: Values, told: Values) -> Score:
+    """Bits under other words than an image's own, and how many its own save; both are of the same images."""
+    saved = bootstrap_interval(bits - told)
+    words = f"{_NOTES[name]}; their own captions save {saved.mean:.3g} [{saved.low:.3g}, {saved.high:.3g}]"
+    return _mean(f"bits per token {name}", bits, note=words)
+
+
+def _prompts(pipeline: AnyPipeline, images: ImageSet) -> dict[str, Sequence[str] | None]:
+    """The words under which images are read, by name."""
+    if not pipeline.reads_text:
+        return dict(UNTOLD)
+    captions = images.captions or [""] * len(images)
+    labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+    others = others_of_their_class(labels)
+    return {OWN_WORDS: captions, NO_WORDS: [""] * len(images), OTHER_WORDS: [captions[int(other)] for other in others]}
 
 
 def _reconstruction(report: ReconstructionReport, space: str) -> list[Score]:

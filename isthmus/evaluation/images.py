@@ -48,6 +48,7 @@ class ImageSet:
         read: starts a reading; None reads them one by one.
         at: image by number; None where only a whole reading is possible.
         resized: how the images were brought to their size, in words; "" where they are as they lie.
+        captions: what every image shows, in words ("": nothing is said); None where the set has none.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ImageSet:
     read: Callable[[], Iterator[Picture]] | None = None
     at: Callable[[int], Picture] | None = None
     resized: str = ""
+    captions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -93,7 +95,7 @@ def real_images(source: ImageSource, image_size: int) -> ImageSet:
 
     labels = source.labels if source.class_names else None
     fingerprint = sha256_of_parts(source.fingerprint, image_size)
-    return ImageSet(source.name, fingerprint, labels, source.class_names, len(source), at=at)
+    return ImageSet(source.name, fingerprint, labels, source.class_names, len(source), at=at, captions=source.captions)
 
 
 def some(images: ImageSet, limit: int) -> ImageSet:
@@ -108,8 +110,11 @@ def some(images: ImageSet, limit: int) -> ImageSet:
         return read(int(chosen[index]))
 
     labels = None if images.labels is None else images.labels[chosen]
+    captions = None if images.captions is None else [images.captions[int(index)] for index in chosen]
     fingerprint = sha256_of_parts(images.fingerprint, limit)
-    return ImageSet(f"{limit} of {images.name}", fingerprint, labels, images.class_names, limit, at=at)
+    return ImageSet(
+        f"{limit} of {images.name}", fingerprint, labels, images.class_names, limit, at=at, captions=captions
+    )
 
 
 def joined(sets: Sequence[ImageSet], name: str) -> ImageSet:

@@ -26,6 +26,8 @@ from isthmus.files import write_whole
 RECORD = "evaluation.json"
 FORMAT = 3
 
+# parts that came after the first record of this format: one without them says nothing of them
+_LATER = ("readings",)
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "torch-fidelity")
 # lists stand for tuples, and null for a number that was not finite
 _JSON = Config(cast=[tuple], type_hooks={float: lambda value: math.nan if value is None else float(value)})
@@ -158,6 +160,46 @@ class Subject:
     dtype: str = ""
 
 
+COMBINATION = "combination"
+"""In the place of an attribute: two of them at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeCount:
+    """How often an attribute was asked for and found, in samples of one style.
+
+    Attributes:
+        prompts: which drawings it was asked with, in words.
+        attribute: its name, or `COMBINATION`.
+        right: how often the reader finds it in the samples.
+        real: how often in the real drawings of the same captions.
+        chance: how often in real drawings of other captions of the style.
+    """
+
+    prompts: str
+    style: str
+    attribute: str
+    asked: int
+    right: int
+    real: int
+    chance: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readings:
+    """What a reader of attributes saw in samples.
+
+    Attributes:
+        reader: its fingerprint, how it was trained, and what share it read right of drawings that it was not trained
+            on.
+        attributes: names of those that were read.
+    """
+
+    reader: dict[str, Any]
+    attributes: tuple[str, ...]
+    counts: tuple[AttributeCount, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
     """Everything in evaluation.json.
@@ -172,6 +214,7 @@ class EvaluationRecord:
             where held-out images were not measured, or not yet.
         held_out: reconstruction and likelihood of held-out images.
         sweep: guidance -> scores, where a sweep was asked for.
+        readings: attributes that were found in the samples; None where nobody looked for any.
     """
 
     protocol: Protocol
@@ -186,6 +229,7 @@ class EvaluationRecord:
     curves: tuple[Curve, ...] = ()
     sweep: dict[str, tuple[Score, ...]]
     format: int = FORMAT
+    readings: Readings | None = None
 
     def score(self, name: str) -> Score | None:
         """The score of that name, among those of samples and of held-out images."""
@@ -194,7 +238,8 @@ class EvaluationRecord:
 
 def write_record(record: EvaluationRecord, folder: Path) -> None:
     """Write evaluation.json, whole or not at all."""
-    text = json.dumps(_finite(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    values = {name: value for name, value in asdict(record).items() if value is not None or name not in _LATER}
+    text = json.dumps(_finite(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECORD, text)
 
@@ -215,7 +260,8 @@ def read_record(folder: Path) -> EvaluationRecord:
         )
     with _undamaged(path):
         # a part that is not there is damage, also where it could be empty
-        return from_dict(EvaluationRecord, {one.name: values[one.name] for one in fields(EvaluationRecord)}, _JSON)
+        known = [one.name for one in fields(EvaluationRecord) if one.name in values or one.name not in _LATER]
+        return from_dict(EvaluationRecord, {name: values[name] for name in known}, _JSON)
 
 
 def outdated_subject(folder: Path) -> Subject | None:
@@ -272,6 +318,11 @@ def same_protocol(a: EvaluationRecord, b: EvaluationRecord) -> list[str]:
     ours, theirs = (record.measures.get("lpips_sha256") for record in (a, b))
     if ours and theirs and ours != theirs:
         differences.append("weights of LPIPS")
+    if a.readings and b.readings:
+        if a.readings.reader["fingerprint"] != b.readings.reader["fingerprint"]:
+            differences.append("reader of attributes")
+        if a.readings.attributes != b.readings.attributes:
+            differences.append(f"attributes: {', '.join(a.readings.attributes)} and {', '.join(b.readings.attributes)}")
     return differences
 
 

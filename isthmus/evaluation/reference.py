@@ -24,6 +24,9 @@ from isthmus.nn.draws import AUGMENT, SPLIT, stream
 TRAINING_LIMIT = 50_000
 """Training images that are measured (class means, nearest neighbours); of larger sets evenly spread ones are taken."""
 
+MOST_FRESH = 10_000
+"""n, at most, where the real images of an evaluation are drawn for it."""
+
 # marks the streams of views: training's own have one number after the purpose
 _MEASURED = 1
 
@@ -98,6 +101,7 @@ class DataSplits:
         num_train: training images in all.
         attribution: licence line.
         sources: both splits as training reads them; None where that is not known.
+        fresh: images of data without end that are neither trained on nor held out: a reference and as many again.
     """
 
     spec: str
@@ -107,6 +111,7 @@ class DataSplits:
     num_train: int
     attribution: str
     sources: tuple[ImageSource, ImageSource] | None = None
+    fresh: ImageSet | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -215,11 +220,13 @@ def open_splits(
     wanted: tuple[str, ...],
     columns: WantedColumns = ANY_COLUMNS,
     max_images: int | None = None,
+    num_samples: int = 0,
 ) -> DataSplits:
     """Both splits of a data set at `image_size` pixels; arguments without words are those of `open_source`.
 
     Args:
         classes: those asked for, in this order; none are those of the model.
+        num_samples: that will be measured: of data without end, twice as many fresh images are drawn (`MOST_FRESH`).
         wanted: names of the model's classes, which the data set must have where `classes` names none.
 
     Raises:
@@ -239,22 +246,30 @@ def open_splits(
         open_source(spec, image_size=image_size, split=split, classes=chosen, columns=columns, max_images=max_images)
         for split in ("train", "val")
     )
+    kind, fresh = parse_spec(spec)[0], None
+    if kind == "avatars" and num_samples:
+        wanted_images = max(2 * min(num_samples, MOST_FRESH), len(train.class_names))
+        source = open_source(
+            spec, image_size=image_size, split="reference", classes=train.class_names, max_images=wanted_images
+        )
+        fresh = real_images(source, image_size)
     return DataSplits(
         spec,
-        parse_spec(spec)[0] in BUILT_IN,
+        kind in BUILT_IN,
         some(real_images(train, image_size), TRAINING_LIMIT),
         real_images(held_out, image_size),
         len(train),
         train.attribution,
         (train, held_out),
+        fresh,
     )
 
 
 def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[int, int]) -> Reference:
     """The reference of an evaluation: images or statistics at `path`, else images of the data set.
 
-    Of built-in sets, some of which are small, it is training and held-out images together; of other data the held-out
-    part.
+    Of data without end it is fresh ones, which nobody trained on; of other built-in sets, some of which are small,
+    training and held-out images together; of other data the held-out part.
 
     Args:
         size: of the samples, height and width in pixels.
@@ -278,6 +293,9 @@ def choose_reference(data: DataSplits | None, path: Path | None, *, size: tuple[
         return Reference(words, images.fingerprint, images, statistics, origin=origin)
     if data is None:
         raise UserError("samples need something to be measured against, got no --reference and no --data. Pass one.")
+    if data.fresh is not None:
+        words = f"{len(data.fresh)} fresh images of {data.spec}"
+        return Reference(words, data.fresh.fingerprint, data.fresh)
     if data.built_in:
         images = joined((data.train, data.held_out), data.spec)
         words = f"{len(data.train)} training and {len(data.held_out)} held-out images of {data.spec}"

@@ -28,6 +28,7 @@ from isthmus.evaluation.guards import (
     check_enough_images,
     check_small_set,
 )
+from isthmus.evaluation.jackknife import error_of, frechet_parts
 from isthmus.evaluation.neighbours import (
     COPY_QUANTILE,
     copies,
@@ -416,6 +417,8 @@ def mean_score(name: str, interval: Interval, images: int, better: Literal["lowe
 def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork) -> Score:
     n, reference = len(real), Gaussian.of(real.reference[space])
     over = frechet_over_chunks(rows, reference, chunk_size=n)
+    # of the widest features it would take minutes
+    single = over.count == 1 and space == network.headline
     return Score(
         name=score_name("frechet", space, n, network.input_size),
         value=over.mean,
@@ -423,6 +426,7 @@ def _frechet(space: str, rows: Rows, real: RealFeatures, network: FeatureNetwork
         images=n,
         measurements=over.count,
         deviation=over.deviation,
+        error=error_of(frechet_parts(stream(0, SPLIT, 1).permutation(rows)[:n], reference)) if single else None,
         floor=frechet_distance(Gaussian.of(real.other[space]), reference),
         ceiling=frechet_distance(Gaussian.of(real.ruined[space]), reference),
         note=_used(over.count * n, len(rows)),

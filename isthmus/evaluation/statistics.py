@@ -6,7 +6,7 @@ Frechet distance: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update R
 
 A share of images (0 or 1 for each) has Wilson's interval: a bootstrap of none or of all says that nothing is unsure. A
 distance between sets is never bootstrapped: drawing with replacement repeats images, which narrows the set and pushes a
-Frechet distance up.
+Frechet distance up. Groups of images are left out in turn instead (jackknife.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -55,23 +55,27 @@ _TOKENIZER_KEYS = [
     (r"quantize\.quant_resi\.(\d+)\.(\w+)", r"phi.\1.conv.\2"),
 ]
 _TOKENIZER_DROPPED = {r"quantize\.ema_vocab_hit_SV": "usage statistics of training; nothing at inference reads them"}
-_PRIOR_KEYS = [
+# of VAR and of Switti
+_SHARED_PRIOR_KEYS = [
     (r"word_embed\.(weight|bias)", r"word_embedding.\1"),
-    (r"class_emb\.weight", r"class_embedding.weight"),
     (r"lvl_embed\.weight", r"scale_embedding.weight"),
     (r"pos_start", r"start_position"),
     (r"pos_1LC", r"position"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"blocks.\1.attention.proj.\2"),
+    (r"blocks\.(\d+)\.ffn\.fc1\.(weight|bias)", r"blocks.\1.feed_forward.up.\2"),
+    (r"blocks\.(\d+)\.ffn\.fc2\.(weight|bias)", r"blocks.\1.feed_forward.down.\2"),
+    (r"head_nm\.ada_lin\.1\.(weight|bias)", r"head_modulation.\1"),
+    (r"head\.(weight|bias)", r"head.\1"),
+]
+_PRIOR_KEYS = [
+    *_SHARED_PRIOR_KEYS,
+    (r"class_emb\.weight", r"class_embedding.weight"),
     (r"shared_ada_lin\.1\.(weight|bias)", r"shared_modulation.linear.\1"),
     (r"blocks\.(\d+)\.attn\.mat_qkv\.weight", r"blocks.\1.attention.qkv.weight"),
     (r"blocks\.(\d+)\.attn\.(q_bias|v_bias)", r"blocks.\1.attention.\2"),
     (r"blocks\.(\d+)\.attn\.scale_mul_1H11", r"blocks.\1.attention.log_scale"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"blocks.\1.attention.proj.\2"),
-    (r"blocks\.(\d+)\.ffn\.fc1\.(weight|bias)", r"blocks.\1.feed_forward.up.\2"),
-    (r"blocks\.(\d+)\.ffn\.fc2\.(weight|bias)", r"blocks.\1.feed_forward.down.\2"),
     (r"blocks\.(\d+)\.ada_lin\.1\.(weight|bias)", r"blocks.\1.modulation.linear.\2"),
     (r"blocks\.(\d+)\.ada_gss", r"blocks.\1.modulation.offset"),
-    (r"head_nm\.ada_lin\.1\.(weight|bias)", r"head_modulation.\1"),
-    (r"head\.(weight|bias)", r"head.\1"),
 ]
 _PRIOR_DROPPED = {
     r"lvl_1L": "scale of every token; follows from scale_sizes",
@@ -158,16 +162,12 @@ def _scale_sizes(raw: Mapping[str, Tensor], what: str) -> tuple[int, ...]:
 
 
 _SWITTI_KEYS = [
-    (r"word_embed\.(weight|bias)", r"word_embedding.\1"),
+    *_SHARED_PRIOR_KEYS,
     (r"text_pooler\.(weight|bias)", r"text_start.\1"),
-    (r"lvl_embed\.weight", r"scale_embedding.weight"),
-    (r"pos_start", r"start_position"),
-    (r"pos_1LC", r"position"),
     (r"crop_embed\.weight", r"size_condition.frequency_bits"),
     (r"crop_proj\.(weight|bias)", r"size_condition.projection.\1"),
     (r"blocks\.(\d+)\.crop_cond_scales", r"blocks.\1.size_scale"),
     (r"blocks\.(\d+)\.attn\.to_qkv\.(weight|bias)", r"blocks.\1.attention.qkv.\2"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"blocks.\1.attention.proj.\2"),
     (r"blocks\.(\d+)\.cross_attn\.to_(q|kv)\.(weight|bias)", r"blocks.\1.cross_attention.\2.\3"),
     (r"blocks\.(\d+)\.cross_attn\.proj\.(weight|bias)", r"blocks.\1.cross_attention.proj.\2"),
     (r"blocks\.(\d+)\.attention_y_norm\.weight", r"blocks.\1.text_norm.weight"),
@@ -178,11 +178,7 @@ _SWITTI_KEYS = [
     (r"blocks\.(\d+)\.ffn_norm1\.weight", r"blocks.\1.feed_forward_norm_in.weight"),
     (r"blocks\.(\d+)\.ffn_norm2\.weight", r"blocks.\1.feed_forward_norm_out.weight"),
     (r"blocks\.(\d+)\.ffn\.(up|gate|down)_proj\.weight", r"blocks.\1.feed_forward.\2.weight"),
-    (r"blocks\.(\d+)\.ffn\.fc1\.(weight|bias)", r"blocks.\1.feed_forward.up.\2"),
-    (r"blocks\.(\d+)\.ffn\.fc2\.(weight|bias)", r"blocks.\1.feed_forward.down.\2"),
     (r"blocks\.(\d+)\.ada_lin\.1\.(weight|bias)", r"blocks.\1.modulation.\2"),
-    (r"head_nm\.ada_lin\.1\.(weight|bias)", r"head_modulation.\1"),
-    (r"head\.(weight|bias)", r"head.\1"),
 ]
 _SWITTI_DROPPED = {key: _PRIOR_DROPPED[key] for key in ("lvl_1L", "attn_bias_for_masking")}
 

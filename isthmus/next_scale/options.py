@@ -24,13 +24,6 @@ class NextScaleOptions(CallOptions, total=False):
             "does so at some scales.",
         ),
     ]
-    prompt: Annotated[
-        str | Sequence[str] | None,
-        Option(None, "What the image shows, in words (models that read text): one text, or one per image."),
-    ]
-    negative_prompt: Annotated[
-        str | None, Option(None, "What guidance leads away from; None is the empty prompt. It needs guidance.")
-    ]
     text: Annotated[
         "TextFeatures | None",
         Option(None, "Takes the place of `prompt`: what an encoder made of prompts elsewhere, one or one per image."),

@@ -30,29 +30,19 @@ from isthmus.next_scale.likelihood import (
     token_log_likelihood,
 )
 from isthmus.next_scale.options import InpaintOptions, NextScaleOptions, ReadOptions
-from isthmus.next_scale.prompts import (
-    Asked,
-    asked_for,
-    check_widths,
-    moved,
-    number_of_texts,
-    prompt_list,
-    read_null_text,
-    read_texts,
-    save_null_text,
-)
+from isthmus.next_scale.prompts import check_widths, moved, read_null_text, read_texts, save_null_text
 from isthmus.next_scale.refinement import Forwards, KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
 from isthmus.next_scale.sampling import AskedTexts, ScaleSampler, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
-from isthmus.nn.guidance import guidance_values
 from isthmus.nn.shapes import Images, LatentMap, TokenPyramid
 from isthmus.pipelines.base import SavedPipeline
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.labels import label_list
 from isthmus.pipelines.memory import free_bytes, images_that_fit
 from isthmus.pipelines.options import OutputType, SamplingOptions
+from isthmus.pipelines.prompts import Asked, number_of_texts, prompt_list
 from isthmus.pipelines.request import (
     GenerationStep,
     Labels,
@@ -61,7 +51,6 @@ from isthmus.pipelines.request import (
     as_output,
     check_output_type,
     image_seeds,
-    spread,
     takes,
 )
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
@@ -87,13 +76,6 @@ class NextScalePipelineOutput:
     seeds: list[tuple[int, int]]
     num_forwards: int
     prompts: list[str] | None = None
-
-
-@dataclass
-class _Request(Request):
-    """And what the images are to be, in words too."""
-
-    asked: Asked
 
 
 @dataclass
@@ -678,56 +660,26 @@ class NextScalePipeline(SavedPipeline):
         return null_text
 
     def asked(
-        self, class_labels: Labels, prompt: object, text: TextFeatures | None, negative_prompt: object = None
+        self,
+        class_labels: Labels,
+        prompt: object = None,
+        text: TextFeatures | None = None,
+        negative_prompt: object = None,
     ) -> Asked:
         """What images are to be, one class and one text each; no prompt is read yet.
 
         Arguments as for a call. Raises UserError where they do not fit each other or the model.
         """
-        if not self.reads_text:
-            for name, given in (("prompt", prompt), ("text", text), ("negative_prompt", negative_prompt)):
-                if given is not None:
-                    shown = "" if name == "text" else f" {given!r}"
-                    instead = "Pass class_labels." if self.num_classes else "Leave it out."
-                    raise UserError(f"this model reads no text, got the {name}{shown}. {instead}")
-            return Asked(self.class_ids(class_labels))
-        if self.num_classes == 0:
-            strange = [label for label in label_list(class_labels) if label is not None]
-            if strange:
-                raise UserError(
-                    f"this model draws prompts and has no classes, got the class {strange[0]!r}. Pass prompt instead."
-                )
-        if text is not None:
+        if text is not None and self.reads_text:
             check_widths(text.hidden.shape[-1], text.pooled.shape[-1], self.transformer, "text")
-        return asked_for(self.class_ids(class_labels), prompt, text, negative_prompt)
+        return super().asked(class_labels, prompt, text, negative_prompt)
 
     def _texts(self, asked: Asked) -> AskedTexts | None:
         """What the transformer is told of the prompts; None where it reads none."""
         null_text = self.null_text
         return None if null_text is None else read_texts(asked, self.text_encoder, null_text)
 
-    def _request(
-        self,
-        class_labels: Labels,
-        num_images: SupportsIndex | None,
-        num_images_per_class: SupportsIndex,
-        options: Mapping[str, Any],
-    ) -> _Request:
-        """The request of a call; `options` holds every one of `NextScaleOptions`."""
-        words = {name: options[name] for name in ("prompt", "text", "negative_prompt")}
-        asked = self.asked(class_labels, **words)
-        asked = asked.images(spread(list(range(len(asked))), num_images, num_images_per_class))
-        labels = [None if one == self.num_classes else one for one in asked.class_labels]
-        request = super()._request(labels, None, 1, options)
-        guidance = guidance_values(request.options.guidance_scale, self.num_guided_steps)
-        if words["negative_prompt"] is not None and all(value == 1 for value in guidance):
-            raise UserError(
-                "guidance leads away from negative_prompt, and guidance_scale is 1, which is off. Pass guidance_scale, "
-                "or leave negative_prompt out."
-            )
-        return _Request(**vars(request), asked=asked)
-
-    def _sampler(self, request: _Request, streams: TokenStreams) -> ScaleSampler:
+    def _sampler(self, request: Request, streams: TokenStreams) -> ScaleSampler:
         labels, texts = torch.tensor(request.class_labels, device=self.device), self._texts(request.asked)
         return ScaleSampler(
             self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams, texts
@@ -740,7 +692,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _drawn(
         self,
-        request: _Request,
+        request: Request,
         scheduler: ScaleRefinementScheduler | None,
         known: KnownPart | None = None,
         on_step: Callable[[GenerationStep], object] | None = None,
@@ -790,7 +742,7 @@ class NextScalePipeline(SavedPipeline):
     def _edited(
         self,
         canvas: Canvas,
-        request: _Request,
+        request: Request,
         rule: Mapping[str, Any],
         jumps: ScaleRefinementScheduler | None,
         paste: Callable[[Images], Images] | None,

@@ -89,6 +89,8 @@ class PriorModel(
         "isthmus.next_scale.transformer:NextScaleTransformer",
         ["width", "num_layers", "num_heads", "scale_attention", "shared_adaln", "l2_attention", "mlp_ratio"]
         + ["drop_path", "init_gate"],
+        later=["position"],
+        _Position=Literal["learned", "rope2d"],
     )
 ):
     """Arguments of `NextScaleTransformer`; None takes the preset's value, or with --from the model's."""
@@ -119,8 +121,7 @@ class PriorRun(TokensRun):
         super().__post_init__()
         must("lie in [0, 1]", self, "label_smoothing", "refinement_probability")
         must("be positive", self, "scales_per_step")
-        if not self.text.encoder and not self.from_model and self.text != TextConfig():
-            raise UserError("settings of text belong to a run that reads captions, got no encoder. Pass --text small.")
+        self.text.check_read(self.from_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +231,25 @@ _SMALL_TOKENIZER = TokenizerRun(
 
 TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
     "small-32": Preset("32 px on a laptop: two to three minutes on two cores", _SMALL_TOKENIZER, 0.95),
+    # narrow, with pixels folded by 8, and many steps: of what was tried, it gains most in a minute (docs/benchmarks.md)
+    "fast-64": Preset(
+        "drawings of 64 px on a laptop: a minute on two cores",
+        replace(
+            _SMALL_TOKENIZER,
+            num_steps=1000,
+            validate_every=200,
+            preview_every=500,
+            optim=replace(_SMALL_TOKENIZER.optim, learning_rate=3e-3),
+            model=replace(
+                _SMALL_TOKENIZER.model,
+                codebook_size=1024,
+                base_channels=64,
+                channel_multipliers=(1,),
+                pixel_unshuffle=8,
+            ),
+        ),
+        0.87,
+    ),
     "small-64": Preset(
         "64 px on a laptop: about forty minutes on two cores",
         replace(

@@ -18,6 +18,7 @@ from isthmus.nn.attention import (
     Attend,
     FeedForward,
     Heads,
+    Seen,
     TextKeysValues,
     attention_to_words,
     reciprocal_norm,
@@ -29,7 +30,6 @@ _EPS = 1e-6  # of every norm here
 
 Stream = Float[Tensor, "b l width"]
 Words = Float[Tensor, "b seen text_width"]
-Seen = Float[Tensor, "b heads seen c"]
 
 
 class RMSNorm(nn.Module):
@@ -133,33 +133,12 @@ class TextCrossAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-class GatedTextBranch(nn.Module):
-    """The look at a text that a block of VAR takes between its attention and its feed-forward, behind its own norms.
-
-    The gate is zero at the start, so a model that gets the branch is the one it was, bit for bit, until it is trained.
-    """
-
-    def __init__(self, width: int, num_heads: int, text_width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=_EPS)
-        self.text_norm = nn.LayerNorm(text_width, eps=_EPS)
-        self.attention = TextCrossAttention(width, num_heads, text_width)
-        self.gate = nn.Parameter(torch.zeros(width))
-
-    def keys_values(self, words: Words, mask: Bool[Tensor, "b seen"]) -> TextKeysValues:
-        """Keys and values of prompts; they serve all scales."""
-        return self.attention.keys_values(self.text_norm(words), mask)
-
-    def forward(self, x: Stream, text: TextKeysValues) -> Stream:
-        """The stream with the branch added to it."""
-        return torch.addcmul(x, self.gate, self.attention(self.norm(x), text))
-
-
 class SharedTextAttention(nn.Module):
     """Keys and values of words for the first heads of every block's own attention, in a softmax of their own.
 
-    The queries are those that look at tokens, and what is seen of words is added behind a gate that is zero at the
-    start, as in `GatedTextBranch`: a token costs no projection more, and all blocks are served by one product.
+    The queries are those that look at tokens, so a token costs no projection more, and one product makes the keys and
+    values of all blocks. What is seen of words is added behind a gate that is zero at the start: a model that gets the
+    words is the one it was, bit for bit, until it is trained.
 
     Args:
         num_layers: blocks.

@@ -3,9 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +28,7 @@ from isthmus.next_scale.sampling import AskedTexts, ScaleSampler
 from isthmus.next_scale.tokenizer import EncoderOutput, MultiScaleVQVAE
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.next_scale.transformer import NextScaleTransformer, NextScaleTransformerOutput
-from isthmus.nn.draws import CAPTION, DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
+from isthmus.nn.draws import DROP_PATH, HIDDEN_TOKENS, SCALE_SUBSET, stream
 from isthmus.nn.guidance import at_sides, guidance_at
 from isthmus.nn.saved_model import Config, without_values
 from isthmus.nn.shapes import Images, TokenPyramid
@@ -46,6 +44,7 @@ from isthmus.training.captions import (
     TextEncoder,
     check_captions,
     encoder_of,
+    shown_captions,
     warn_of_cut_captions,
     with_words,
 )
@@ -53,7 +52,7 @@ from isthmus.training.config import TextConfig, TokensRun
 from isthmus.training.cost import Cost, num_parameters, report, training_cost
 from isthmus.training.images import dropped_labels, open_split, open_splits
 from isthmus.training.optim import ExponentialMovingAverage
-from isthmus.training.previews import PREVIEW_SEED, save_samples
+from isthmus.training.previews import save_samples
 from isthmus.training.saved_networks import (
     averaged_model,
     export_pipeline,
@@ -62,10 +61,7 @@ from isthmus.training.saved_networks import (
     refuse_contradictions,
     sampling_options,
 )
-from isthmus.training.train_prior import PriorTask, bits_by_level, measured_images
-
-# rows of a preview, and letters of a caption beside one
-_SHOWN_CAPTIONS, _NAME_LENGTH = 10, 60
+from isthmus.training.train_prior import PriorTask, bits_by_level
 
 
 def scale_weights(kind: Literal["token-uniform", "lognormal"], scale_sizes: Sequence[int]) -> tuple[float, ...]:
@@ -416,7 +412,7 @@ class NextScalePriorTask(NextScaleTask):
         if isinstance(self.text_encoder, SmallTextEncoder):
             if self._learns_words:
                 self.text_encoder = with_words(self.text_encoder, cache.captions, self.run.text.num_words)
-            warn_of_cut_captions(self.text_encoder, cache.captions)
+            warn_of_cut_captions(self.text_encoder.tokenizer, cache.captions)
             self.network = CaptionedTransformer(self.transformer, self.text_encoder)
 
     def place(self, device: torch.device) -> None:
@@ -444,11 +440,7 @@ class NextScalePriorTask(NextScaleTask):
 
     def _held_out_words(self, rows: slice) -> dict[str, Any]:
         """The captions of these rows, whole."""
-        if self.text_encoder is None:
-            return {}
-        assert self.held_out.captions is not None, "checked at the start"
-        captions = self.held_out.captions
-        return self._words([captions[i] for i in measured_images(self.held_out)[rows]])
+        return {} if self.text_encoder is None else self._words(self.held_out_captions(rows))
 
     @torch.no_grad()
     def save_samples(self, model: Any, folder: Path, step: int) -> None:
@@ -457,9 +449,7 @@ class NextScalePriorTask(NextScaleTask):
             super().save_samples(model, folder, step)
             return
         assert self.held_out.captions is not None, "checked at the start"
-        # drawn: classes may take turns, of which even steps would show one
-        order = stream(PREVIEW_SEED, CAPTION).permutation(len(self.held_out))
-        shown: list[int] = sorted(order[:_SHOWN_CAPTIONS].tolist())
+        shown, names = shown_captions(self.held_out)
         captions = [self.held_out.captions[i] for i in shown]
         bare, said = self.transformer_of(model), self._words([*captions, ""])
         features = said["text"] if self._features is not None else model.text_encoder(said["words"], said["mask"])
@@ -472,7 +462,6 @@ class NextScalePriorTask(NextScaleTask):
             *_, last = refined_scales(sampler)
             return to_pil(self.tokenizer.decode_features(last.features))
 
-        names = [shorten(caption, _NAME_LENGTH, placeholder="...") for caption in captions]
         save_samples(draw, names, len(captions), folder, step)
 
     def export(self, accelerator: Accelerator, model: Any) -> Path:
@@ -662,25 +651,18 @@ def build_prior(
     wanted = given(run.model)
     text = {}
     if encoder is not None:
-        text = {"text_pooled_width": encoder.pooled_width, "text_width": None, "text_heads": None}
-        if run.text.cross_attention is not False:
-            design = _defaults() | wanted if saved is None else saved.transformer.config
-            text |= {"text_width": encoder.text_width, "text_heads": text_heads(run.text, design)}
+        sees_words = run.text.cross_attention is not False
+        text = {"text_pooled_width": encoder.pooled_width, "text_width": encoder.text_width if sees_words else None}
     num_classes, refined = len(class_names), run.refinement_probability > 0
     if saved is not None:
         refuse_contradictions(saved.transformer.config, wanted, run.from_model)
         kept = kept_classes(class_names, names_in_order(saved.class_names))
         source = saved.transformer
-        if saved.reads_text:
-            has = {
-                "cross_attention": source.config["text_width"] is not None,
-                "attention": "own" if source.config["text_heads"] is None else "shared",
-            }
-            for name, value in has.items():
-                if getattr(run.text, name) not in (None, value):
-                    raise UserError(
-                        f"{run.from_model} keeps its network, got text.{name} {getattr(run.text, name)}. Leave it out."
-                    )
+        if saved.reads_text and run.text.cross_attention not in (None, source.config["text_width"] is not None):
+            raise UserError(
+                f"{run.from_model} keeps its network, got text.cross_attention {run.text.cross_attention}. "
+                "Leave it out."
+            )
         if saved.reads_text and not saved.num_classes:
             num_classes = 0
         same = with_new_classes(source, num_classes, kept=kept, mask_embedding=refined)
@@ -726,24 +708,10 @@ def with_new_classes(
     return model
 
 
-def _defaults() -> dict[str, Any]:
-    """Arguments of a transformer of which nothing is said."""
-    return {name: one.default for name, one in signature(NextScaleTransformer).parameters.items()}
-
-
-def text_heads(config: TextConfig, design: Mapping[str, Any]) -> int | None:
-    """How many heads look at words, a third of those of a block of this design; None for an attention of its own."""
-    fits = design["norm"] == "layer" and design["position"] == "learned"
-    wanted = config.attention or ("shared" if fits else "own")
-    return -(-design["num_heads"] // 3) if wanted == "shared" else None
-
-
-def with_text(
-    source: NextScaleTransformer, *, text_pooled_width: int, text_width: int | None, text_heads: int | None = None
-) -> NextScaleTransformer:
+def with_text(source: NextScaleTransformer, *, text_pooled_width: int, text_width: int | None) -> NextScaleTransformer:
     """The saved prior of classes, told of texts too, which change nothing at the start: all that adds them is zero."""
-    added = {"text_pooled_width": text_pooled_width, "text_width": text_width, "text_heads": text_heads}
-    model = NextScaleTransformer(**(source.config | added))
+    widths = {"text_pooled_width": text_pooled_width, "text_width": text_width}
+    model = NextScaleTransformer(**(source.config | widths))
     assert model.text_start is not None and source.class_embedding is not None, "of texts, from classes"
     state = model.state_dict() | source.state_dict()
     for name in ("text_start.weight", "text_start.bias"):

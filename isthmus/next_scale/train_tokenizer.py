@@ -223,7 +223,7 @@ def tokenizer_scores(
     counts = torch.zeros(tokenizer.schedule.num_scales, tokenizer.codebook.num_embeddings)
     whole, by_scale = [], []
     for start in starts:
-        images = views.__getitems__(chosen[start : start + 32])["image"].to(device)
+        images = views.batch(chosen[start : start + 32])["image"].to(device)
         if not quantize:
             whole.append(psnr(tokenizer.decode_features(tokenizer.latents(images)), images))
             continue

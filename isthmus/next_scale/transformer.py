@@ -6,7 +6,7 @@ Diffusion" (the Markovian mask); Voronov et al., "Switti: Designing Scale-Wise T
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from isthmus.errors import UserError
 from isthmus.next_scale.pyramid import ScaleSchedule
 from isthmus.next_scale.text_block import (
-    GatedTextBranch,
     SandwichBlock,
     SharedTextAttention,
     SizeCondition,
@@ -33,6 +32,7 @@ from isthmus.nn.attention import (
     TextKeysValues,
     causal_attention,
     markov_attention,
+    seeing_words,
     trains_on_cpu,
 )
 from isthmus.nn.precision import check_compiler
@@ -138,8 +138,7 @@ class Conditioning:
 class NextScaleBlock(nn.Module):
     """Attention and feed-forward, each behind a modulated norm and a gate (spec of VAR, 2.3).
 
-    With `text_width`, a cross-attention to the words of a prompt lies between the two, behind a gate that is zero at
-    the start.
+    Where it is given words, its first heads look at them beside the tokens (`SharedTextAttention`).
     """
 
     def __init__(
@@ -151,20 +150,12 @@ class NextScaleBlock(nn.Module):
         l2_attention: bool,
         shared_adaln: bool,
         norm_eps: float,
-        text_width: int | None = None,
     ):
         super().__init__()
         self.norm_eps = norm_eps
         self.attention = MultiHeadAttention(width, num_heads, l2_attention=l2_attention)
         self.feed_forward = FeedForward(width, round(width * mlp_ratio))
         self.modulation = SharedModulationOffset(width) if shared_adaln else BlockModulation(width)
-        self.text = None if text_width is None else GatedTextBranch(width, num_heads, text_width)
-
-    def keys_values(
-        self, words: Float[Tensor, "b seen text_width"], mask: Bool[Tensor, "b seen"]
-    ) -> TextKeysValues | None:
-        """What the block sees of prompts, for all scales; None where it sees no words."""
-        return None if self.text is None else self.text.keys_values(words, mask)
 
     def forward(
         self,
@@ -177,15 +168,13 @@ class NextScaleBlock(nn.Module):
         """The stream behind the block.
 
         `keep` multiplies the two branches per image (stochastic depth: 0 or 1 / keep rate); None keeps both. `text` is
-        what `keys_values` returned.
+        this block's part of what `SharedTextAttention` returned.
         """
+        attend = attend if text is None else seeing_words(attend, text)
         gates = modulation[:, :2] if keep is None else modulation[:, :2] * keep.unsqueeze(-1)
         gate1, gate2 = (g.unsqueeze(1) for g in gates.unbind(1))
         scale1, scale2, shift1, shift2 = (m.unsqueeze(1) for m in modulation[:, 2:].unbind(1))
         x = torch.addcmul(x, gate1, self.attention(modulated_norm(x, scale1, shift1, self.norm_eps), attend))
-        if self.text is not None:
-            assert text is not None, "a block that sees words is given them"
-            x = self.text(x, text)
         return torch.addcmul(x, gate2, self.feed_forward(modulated_norm(x, scale2, shift2, self.norm_eps)))
 
 
@@ -214,9 +203,8 @@ class NextScaleTransformer(SavedModel):
             refinement (spec of SRDD, 3.2). Without it hidden tokens are not marked.
         text_pooled_width: width of the vector of a whole prompt. Its linear image is the vector that a class would
             give, and is added to that where there are classes too. None reads no text.
-        text_width: width of the vectors of a prompt's words, at which every block looks. None reads the whole alone.
-        text_heads: how many heads of every block's own attention look at the words too, which costs little. None gives
-            every block a cross-attention of its own.
+        text_width: width of the vectors of a prompt's words, at which every block looks: VAR's with a third of the
+            heads of its attention, Switti's with a cross-attention of its own. None reads the whole alone.
         norm: "layer" is VAR's block; "rms_sandwich" is Switti's, with an RMS norm before and behind every branch, and
             queries and keys normalised over the whole width.
         position: "learned" is a vector per token; "rope2d" turns queries and keys by row and column instead, on grids
@@ -233,7 +221,6 @@ class NextScaleTransformer(SavedModel):
     later_arguments: ClassVar[Mapping[str, Any]] = {
         "text_pooled_width": None,
         "text_width": None,
-        "text_heads": None,
         "norm": "layer",
         "position": "learned",
         "rope_base": 10_000.0,
@@ -264,7 +251,6 @@ class NextScaleTransformer(SavedModel):
         has_mask_embedding: bool = False,
         text_pooled_width: int | None = None,
         text_width: int | None = None,
-        text_heads: int | None = None,
         norm: _Norm = "layer",
         position: _Position = "learned",
         rope_base: float = 10_000.0,
@@ -298,7 +284,7 @@ class NextScaleTransformer(SavedModel):
             if norm == "layer":
                 return NextScaleBlock(
                     width, num_heads, mlp_ratio, l2_attention=l2_attention, shared_adaln=shared_adaln,
-                    norm_eps=norm_eps, text_width=text_width if text_heads is None else None,
+                    norm_eps=norm_eps,
                 )  # fmt: skip
             swiglu = feed_forward == "swiglu"
             feed = SwiGLU(width, int(width * mlp_ratio)) if swiglu else FeedForward(width, round(width * mlp_ratio))
@@ -306,10 +292,9 @@ class NextScaleTransformer(SavedModel):
 
         self.blocks = nn.ModuleList(block() for _ in range(num_layers))
         self.shared_text = None
-        if text_width is not None and text_heads is not None:
-            self.shared_text = SharedTextAttention(
-                num_layers, text_heads, width // num_heads, text_width, unit_keys=l2_attention
-            )
+        if norm == "layer" and text_width is not None:
+            heads, head_width = text_heads(num_heads), width // num_heads
+            self.shared_text = SharedTextAttention(num_layers, heads, head_width, text_width, unit_keys=l2_attention)
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, codebook_size)
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if has_mask_embedding else None
@@ -343,18 +328,6 @@ class NextScaleTransformer(SavedModel):
             raise UserError(
                 f"a text is read as words and as a whole, got text_width {config['text_width']} alone. Pass "
                 "text_pooled_width too."
-            )
-        if config["text_heads"] is not None:
-            self._check_text_heads(config["text_heads"])
-
-    def _check_text_heads(self, text_heads: int) -> None:
-        for name, needed in (("norm", "layer"), ("position", "learned")):
-            if self.config[name] != needed:
-                raise UserError(f"text_heads belong to {name} {needed}, got {self.config[name]}. Leave them out.")
-        if self.config["text_width"] is None or not 0 < text_heads <= self.config["num_heads"]:
-            raise UserError(
-                f"text_heads are some of the {self.config['num_heads']} heads that look at the words of a text, got "
-                f"{text_heads} with text_width {self.config['text_width']}. Pass text_width, and at least 1 head."
             )
 
     @property
@@ -395,15 +368,24 @@ class NextScaleTransformer(SavedModel):
         if self.size_condition is not None:
             image_sizes = start.new_full((len(start), 2), 512).int() if image_sizes is None else image_sizes
             size = self.size_condition(image_sizes)
-        blocks, seen = [], []
-        for block in cast("Iterable[NextScaleBlock | SandwichBlock]", self.blocks):
-            sandwich = isinstance(block, SandwichBlock)
-            blocks.append(block.modulate(start, size) if sandwich else block.modulation(source))
-            seen.append(None if text is None else block.keys_values(text.hidden.to(self.dtype), text.mask))
-        if text is not None and self.shared_text is not None:
-            seen = self.shared_text(text.hidden.to(self.dtype), text.mask)
+        blocks = [
+            block.modulate(start, size) if isinstance(block, SandwichBlock) else block.modulation(source)
+            for block in self._blocks()
+        ]
         head = self.head_modulation(activated).unflatten(-1, (2, -1))
-        return Conditioning(start, tuple(blocks), head, tuple(seen))
+        return Conditioning(start, tuple(blocks), head, self._seen(text))
+
+    def _blocks(self) -> Iterator[NextScaleBlock | SandwichBlock]:
+        yield from cast("Iterable[NextScaleBlock | SandwichBlock]", self.blocks)
+
+    def _seen(self, text: TextFeatures | None) -> tuple[TextKeysValues | None, ...]:
+        """Keys and values of the words for each block; None where it sees none."""
+        if text is None or self.config["text_width"] is None:
+            return (None,) * len(self.blocks)
+        words = text.hidden.to(self.dtype)
+        if self.shared_text is not None:
+            return self.shared_text(words, text.mask)
+        return tuple(cast(SandwichBlock, block).keys_values(words, text.mask) for block in self.blocks)
 
     def _check_asked(self, rows: int, text: TextFeatures | None, image_sizes: Int[Tensor, "b 2"] | None) -> None:
         if image_sizes is not None and self.size_condition is None:
@@ -422,10 +404,6 @@ class NextScaleTransformer(SavedModel):
                     f"this model was made for texts of {name} {self.config[name]}, got {found}. Pass the text encoder "
                     "that it was trained with."
                 )
-
-    def _seen_by_heads(self, conditioning: Conditioning, layer: int) -> TextKeysValues | None:
-        """The words that a block's own attention sees beside tokens; None where it sees none."""
-        return None if self.shared_text is None else conditioning.text[layer]
 
     def _rotary(self, scales: Sequence[int]) -> RotaryTable | None:
         """Table of the tokens of these scales, on the model's device; None where positions are learned."""
@@ -494,12 +472,11 @@ class NextScaleTransformer(SavedModel):
         if not self.is_markov and scales != tuple(range(len(scales))):
             raise UserError(f"a causal model needs every earlier scale: scales must be 0..k, got {scales}. Fill it up.")
         conditioning = self.condition(class_labels, text, image_sizes)
-        attention = markov_attention if self.is_markov else causal_attention
+        attend = markov_attention(lengths) if self.is_markov else causal_attention(lengths)
         rotary = self._rotary(scales)
+        attend = attend if rotary is None else rotated(attend, rotary)
         x = self.embed(conditioning.start, scale_inputs, scales, hidden)
         for i, block in enumerate(self.blocks):
-            attend = attention(lengths, self._seen_by_heads(conditioning, i))
-            attend = attend if rotary is None else rotated(attend, rotary)
             own = None if keep is None else keep[:, i]
             x = self.run_block(block, x, conditioning.blocks[i], attend, own, conditioning.text[i])
         return NextScaleTransformerOutput(self._logits(x, conditioning.head))
@@ -523,10 +500,9 @@ class NextScaleTransformer(SavedModel):
                 "a causal model needs a cache and a Markov model takes none, got the opposite. Pass model.new_cache(b)."
             )
         x = self.embed(conditioning.start, scale_input, (scale,), hidden)
-        rotary = self._rotary((scale,))
+        own, rotary = markov_attention([x.shape[1]]), self._rotary((scale,))
         for i, block in enumerate(self.blocks):
-            words = self._seen_by_heads(conditioning, i)
-            attend = markov_attention([x.shape[1]], words) if cache is None else cache.attention(i, words=words)
+            attend = own if cache is None else cache.attention(i)
             attend = attend if rotary is None else rotated(attend, rotary)
             x = block(x, conditioning.blocks[i], attend, None, conditioning.text[i])
         if cache is not None:
@@ -576,12 +552,10 @@ class NextScaleTransformer(SavedModel):
                 nn.init.zeros_(self.text_start.weight)
             self.head.weight.mul_(0.02)
             self.head_modulation.weight.mul_(init_modulation)
-            for block in cast("Iterable[NextScaleBlock | SandwichBlock]", self.blocks):
+            for block in self._blocks():
                 if isinstance(block, SandwichBlock):
                     block.scale_initial_weights(depth, init_gate, init_modulation)
                     continue
-                if block.text is not None:
-                    block.text.attention.proj.weight.div_(math.sqrt(2 * depth))
                 block.attention.proj.weight.div_(math.sqrt(2 * depth))
                 block.feed_forward.down.weight.div_(math.sqrt(2 * depth))
                 if isinstance(block.modulation, SharedModulationOffset):
@@ -590,6 +564,11 @@ class NextScaleTransformer(SavedModel):
                     gates, others = block.modulation.linear.weight.split((2 * width, 4 * width))
                 gates.mul_(init_gate)
                 others.mul_(init_modulation)
+
+
+def text_heads(num_heads: int) -> int:
+    """How many heads of a block of VAR look at words: a third, rounded up."""
+    return -(-num_heads // 3)
 
 
 def visible_pairs(scale_sizes: Sequence[int], *, markov: bool) -> int:
@@ -609,9 +588,9 @@ def sampling_flops(config: Mapping[str, Any], *, num_words: int = 77) -> int:
     2 (L (n (4 w + f h) w + d w + w V) + 2 n w P + (6 m + 2) w^2), with L tokens, n layers, width w, a feed-forward of f
     matrices (2, or 3 with "swiglu") and hidden width h, d the width of a code, V codes, P visible pairs, and m
     modulations (n, or 1 where they are shared). A text adds 2 p w, p being the width of a prompt's vector, and where
-    blocks look at T words of width t 2 n (L (2 w^2 + 2 w T) + 2 T t w), or 4 n T (L + t) u where heads of their own
-    attention do, u wide in all; a size condition adds 2 w^2. Guidance adds the same again for the scales that it is on
-    at.
+    blocks look at T words of width t 4 n T (L + t) u with the heads of their own attention, u wide in all, or 2 n (L (2
+    w^2 + 2 w T) + 2 T t w) in Switti's; a size condition adds 2 w^2. Guidance adds the same again for the scales that
+    it is on at.
 
     Args:
         config: arguments of the transformer; those that came later may be missing.
@@ -626,10 +605,10 @@ def sampling_flops(config: Mapping[str, Any], *, num_words: int = 77) -> int:
     attention = 2 * num_layers * width * visible_pairs(sizes, markov=config["scale_attention"] == "markov")
     once = (6 * (1 if config["shared_adaln"] else num_layers) + 2) * width**2
     once += (config["text_pooled_width"] or 0) * width + (width**2 if config["size_condition"] else 0)
-    if config["text_heads"] is not None:
-        heads_width = config["text_heads"] * width // config["num_heads"]
-        per_token += num_layers * 2 * heads_width * num_words
-        once += num_layers * 2 * num_words * config["text_width"] * heads_width
+    if config["text_width"] is not None and config["norm"] == "layer":
+        seen_width = text_heads(config["num_heads"]) * width // config["num_heads"]
+        per_token += num_layers * 2 * seen_width * num_words
+        once += num_layers * 2 * num_words * config["text_width"] * seen_width
     elif config["text_width"] is not None:
         per_token += num_layers * 2 * width * (width + num_words)
         once += num_layers * 2 * num_words * config["text_width"] * width

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Heads = Float[Tensor, "b heads l c"]
+Seen = Float[Tensor, "b seen_heads seen c"]
 Attend = Callable[[Heads, Heads, Heads, float], Heads]
 
 MAX_LOG_SCALE = math.log(100)
@@ -111,19 +112,11 @@ class _AttentionOfParts(torch.autograd.Function):
     """Attention in fp32 by plain products, which keeps its probabilities for the backward pass.
 
     torch's fused attention computes them again: that pays for long sequences only, and in bf16 on a CPU takes ten times
-    as long. What the first heads see of `words` (keys, values and which count; nothing) is added in place.
+    as long.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        parts: Sequence[Part],
-        *words: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, parts: Sequence[Part]) -> Tensor:
         batch, heads, length, width = q.shape
         joined = v.new_empty(batch, length, heads, width).transpose(1, 2)
         ctx.softmax_scale, ctx.parts, ctx.dtypes = softmax_scale, parts, (q.dtype, k.dtype, v.dtype)
@@ -142,13 +135,6 @@ class _AttentionOfParts(torch.autograd.Function):
                     scores.masked_fill_(~mask, -math.inf)
                 kept.append(scores.softmax(dim=-1))
                 joined[:, :, own] = torch.bmm(kept[-1], v[:, seen]).unflatten(0, (batch, heads))
-            if words:
-                some = words[0].shape[1]
-                keys, values, counts = words
-                mixed, *told = _seen(_first(q, batch, some), keys, values, counts, softmax_scale)
-                joined[:, :some] += mixed
-                kept += told
-        ctx.told = [(one.shape[1], one.dtype) for one in words[:2]]
         ctx.save_for_backward(q, k, v, *kept)
         return joined
 
@@ -157,7 +143,6 @@ class _AttentionOfParts(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         lead, gradient = gradient.shape[:2], gradient.flatten(0, 1).float()
         of_q = torch.empty_like(q)
-        told = [kept.pop() for _ in range(3)][::-1] if ctx.told else []
         # no second part adds to what the first wrote where each sees itself alone
         disjoint = all(first == start for start, _, first, _ in ctx.parts)
         of_k, of_v = (torch.empty_like(x) if disjoint else torch.zeros_like(x) for x in (k, v))
@@ -177,78 +162,16 @@ class _AttentionOfParts(torch.autograd.Function):
             of_q[:, own] = torch.bmm(of_scores, k[:, seen])
             for total, part in ((of_k, of_keys), (of_v, of_values)):
                 total[:, seen] = part if disjoint else total[:, seen].add_(part)
-        of_words: list[Tensor | None] = []
-        if told:
-            some = ctx.told[0][0]
-            own = _first(gradient, lead[0], some)
-            keys, values, seen = told
-            of_own, *of_told = _seen_backward(
-                own, _first(q, lead[0], some), keys, values, seen, softmax_scale=ctx.softmax_scale
-            )
-            of_q.unflatten(0, lead)[:, :some] += of_own.unflatten(0, (-1, some))
-            pairs = zip(of_told, ctx.told, strict=True)
-            of_words = [*(x.unflatten(0, (-1, some)).to(dtype) for x, (_, dtype) in pairs), None]
         of = (x.unflatten(0, lead).to(dtype) for x, dtype in zip((of_q, of_k, of_v), ctx.dtypes, strict=True))
-        return *of, None, None, *of_words
-
-
-def _first(x: Tensor, batch: int, heads: int) -> Tensor:
-    """The first heads of each row of (b * heads, l, c)."""
-    return x.unflatten(0, (batch, -1))[:, :heads].flatten(0, 1)
-
-
-def _seen(
-    q: Float[Tensor, "rows l c"], keys: Heads, values: Heads, counts: Tensor, softmax_scale: float
-) -> tuple[Heads, Tensor, Tensor, Tensor]:
-    """What queries (rows = b * heads) see of words, and what the backward pass reads: keys, values, probabilities."""
-    lead, k, v = keys.shape[:2], keys.flatten(0, 1).float(), values.flatten(0, 1).float()
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if softmax_scale != 1:
-        scores *= softmax_scale
-    scores.unflatten(0, lead).masked_fill_(~counts, -math.inf)
-    probabilities = scores.softmax(dim=-1)
-    return torch.bmm(probabilities, v).unflatten(0, lead), k, v, probabilities
-
-
-def _seen_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values of `_seen`."""
-    of_v = torch.bmm(probabilities.transpose(1, 2), gradient)
-    of_probabilities = torch.bmm(gradient, v.transpose(1, 2))
-    of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, torch.float32)
-    if softmax_scale != 1:
-        of_scores *= softmax_scale
-    return torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q), of_v
-
-
-class _AttentionToWords(torch.autograd.Function):
-    """Attention to words alone, as `_AttentionOfParts` computes it."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, softmax_scale: float) -> Tensor:
-        ctx.softmax_scale, ctx.dtypes = softmax_scale, (q.dtype, k.dtype, v.dtype)
-        joined = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=torch.float32).transpose(1, 2)
-        with torch.autocast("cpu", enabled=False):
-            flat = q.flatten(0, 1).float()
-            mixed, *told = _seen(flat, k, v, counts, softmax_scale)
-        ctx.save_for_backward(flat, *told)
-        return joined.copy_(mixed)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        lead = gradient.shape[:2]
-        q, k, v, probabilities = ctx.saved_tensors
-        of = _seen_backward(gradient.flatten(0, 1).float(), q, k, v, probabilities, ctx.softmax_scale)
-        return *(x.unflatten(0, lead).to(dtype) for x, dtype in zip(of, ctx.dtypes, strict=True)), None, None
+        return *of, None, None
 
 
 @dataclass
 class TextKeysValues:
     """What tokens see of each prompt: a key and a value per word, for the first heads, and which words count."""
 
-    keys: Float[Tensor, "b heads seen c"]
-    values: Float[Tensor, "b heads seen c"]
+    keys: Seen
+    values: Seen
     mask: Bool[Tensor, "b seen"]
 
     def rows(self, index: Int[Tensor, " rows"] | slice) -> "TextKeysValues":
@@ -256,60 +179,109 @@ class TextKeysValues:
         return TextKeysValues(self.keys[index], self.values[index], self.mask[index])
 
 
-def attention_to_words(q: Heads, k: Heads, v: Heads, mask: Bool[Tensor, "*b words"], softmax_scale: float) -> Heads:
-    """Every token sees those words of its row at which `mask`, (b, words) or with axes of 1, is True: at least one."""
+def seeing_words(attend: Attend, words: TextKeysValues) -> Attend:
+    """The attention `attend`, to which its first heads add what their queries see of words, in a softmax of its own."""
+    heads = words.keys.shape[1]
+
+    def seeing(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
+        mixed = attend(q, k, v, softmax_scale)
+        if _keeps_scores(q[:, :heads], words.keys):
+            told = (words.keys, words.values, words.mask[:, None, None])
+            return _AttentionToWords.apply(mixed, q, *told, softmax_scale)
+        told = attention_to_words(q[:, :heads], words.keys, words.values, words.mask, softmax_scale)
+        return mixed + F.pad(told, (0, 0, 0, 0, 0, q.shape[1] - heads))
+
+    return seeing
+
+
+def attention_to_words(q: Heads, k: Seen, v: Seen, mask: Bool[Tensor, "*rows seen"], softmax_scale: float) -> Heads:
+    """Every token sees those words of its row at which `mask`, (b, seen) or with axes of 1, is True: at least one."""
     counts = mask[:, None, None] if mask.dim() == 2 else mask
-    if trains_on_cpu(q) and q.shape[:3].numel() * k.shape[2] <= _MOST_SCORES:
-        return _AttentionToWords.apply(q, k, v, counts, softmax_scale)
+    if _keeps_scores(q, k):
+        return _AttentionToWords.apply(None, q, k, v, counts, softmax_scale).to(q.dtype)
     return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), counts, scale=softmax_scale)
 
 
-def _added(mixed: Heads, q: Heads, words: TextKeysValues | None, softmax_scale: float) -> Heads:
-    """What the first heads see of words, added to what all see of tokens."""
-    if words is None:
+def _keeps_scores(q: Heads, k: Seen) -> bool:
+    return trains_on_cpu(q) and q.shape[:3].numel() * k.shape[2] <= _MOST_SCORES
+
+
+class _AttentionToWords(torch.autograd.Function):
+    """What the first heads see of words, added to `mixed` of all; in fp32 by plain products, as `_AttentionOfParts`.
+
+    `mixed` is None where there is nothing to add to. Filled up to all heads, the sum would take longer than the rest.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: Tensor | None, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, softmax_scale: float
+    ) -> Tensor:
+        ctx.softmax_scale, ctx.dtypes, ctx.heads = softmax_scale, (q.dtype, k.dtype, v.dtype), q.shape[1]
+        lead = k.shape[:2]
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = (x[:, : lead[1]].flatten(0, 1).float() for x in (q, k, v))
+            scores = torch.bmm(q, k.transpose(1, 2))
+            if softmax_scale != 1:
+                scores *= softmax_scale
+            scores.unflatten(0, lead).masked_fill_(~counts, -math.inf)
+            probabilities = scores.softmax(dim=-1)
+            told = torch.bmm(probabilities, v).unflatten(0, lead)
+        ctx.lead, ctx.adds = lead, mixed is not None
+        ctx.save_for_backward(q, k, v, probabilities)
+        if mixed is None:
+            return told
+        mixed = mixed.clone()
+        mixed[:, : lead[1]] += told
         return mixed
-    heads = words.keys.shape[1]
-    told = attention_to_words(q[:, :heads], words.keys, words.values, words.mask, softmax_scale)
-    return mixed + F.pad(told, (0, 0, 0, 0, 0, q.shape[1] - heads))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, probabilities = ctx.saved_tensors
+        some = ctx.lead[1]
+        own = gradient[:, :some].flatten(0, 1).float()
+        of_v = torch.bmm(probabilities.transpose(1, 2), own)
+        of_probabilities = torch.bmm(own, v.transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, torch.float32)
+        if ctx.softmax_scale != 1:
+            of_scores *= ctx.softmax_scale
+        of_q, of_k = torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q)
+        parts = zip((of_q, of_k, of_v), ctx.dtypes, strict=True)
+        of_q, of_k, of_v = (x.unflatten(0, ctx.lead).to(dtype) for x, dtype in parts)
+        return gradient if ctx.adds else None, F.pad(of_q, (0, 0, 0, 0, 0, ctx.heads - some)), of_k, of_v, None, None
 
 
-def markov_attention(lengths: Sequence[int], words: "TextKeysValues | None" = None) -> Attend:
-    """Every scale attends to itself alone: one unmasked attention per scale; `words` are added (see `_added`)."""
+def markov_attention(lengths: Sequence[int]) -> Attend:
+    """Every scale attends to itself alone: one unmasked attention per scale."""
     ends = list(accumulate(lengths))
-    return _attention_of_parts([(end - n, end, end - n, None) for n, end in zip(lengths, ends, strict=True)], words)
+    return _attention_of_parts([(end - n, end, end - n, None) for n, end in zip(lengths, ends, strict=True)])
 
 
-def causal_attention(lengths: Sequence[int], words: "TextKeysValues | None" = None) -> Attend:
-    """Every scale attends to itself and to all earlier scales; `words` are added."""
+def causal_attention(lengths: Sequence[int]) -> Attend:
+    """Every scale attends to itself and to all earlier scales."""
     # the leading scales that hold at most 64 tokens together share one small masked call
     grouped = max(1, sum(total <= 64 for total in accumulate(lengths)))
     cuts = [sum(lengths[:grouped]), *lengths[grouped:]]
     masks = [scale_causal_mask(lengths[:grouped]) if grouped > 1 else None, *[None] * (len(cuts) - 1)]
     return _attention_of_parts(
-        [(end - n, end, 0, mask) for n, end, mask in zip(cuts, accumulate(cuts), masks, strict=True)],
-        words,
+        [(end - n, end, 0, mask) for n, end, mask in zip(cuts, accumulate(cuts), masks, strict=True)]
     )
 
 
-def _attention_of_parts(parts: Sequence[Part], words: TextKeysValues | None) -> Attend:
+def _attention_of_parts(parts: Sequence[Part]) -> Attend:
     most = max((end - start) * (end - first) for start, end, first, _ in parts)
-    if words is not None:
-        most = max(most, parts[-1][1] * words.mask.shape[1])
 
     def attend(q: Heads, k: Heads, v: Heads, softmax_scale: float) -> Heads:
         here = [(a, b, c, None if mask is None else mask.to(q.device)) for a, b, c, mask in parts]
         if trains_on_cpu(q) and q.shape[0] * q.shape[1] * most <= _MOST_SCORES:
-            told = () if words is None else (words.keys, words.values, words.mask[:, None, None])
-            return _AttentionOfParts.apply(q, k, v, softmax_scale, here, *told)
+            return _AttentionOfParts.apply(q, k, v, softmax_scale, here)
         outputs = []
         for queries, (_, end, first, mask) in zip(q.split([b - a for a, b, _, _ in here], dim=2), here, strict=True):
             keys, values = (x if end - first == x.shape[2] else x[:, :, first:end] for x in (k, v))
             outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=softmax_scale))
         # the projection behind reads (b, l, heads, c): joined along l there, nothing has to be laid out anew
         if len(outputs) == 1:
-            return _added(outputs[0], q, words, softmax_scale)
-        joined = torch.cat([part.transpose(1, 2) for part in outputs], dim=1).transpose(1, 2)
-        return _added(joined, q, words, softmax_scale)
+            return outputs[0]
+        return torch.cat([part.transpose(1, 2) for part in outputs], dim=1).transpose(1, 2)
 
     return attend
 
@@ -375,7 +347,7 @@ class KeyValueCache:
         """Forget all rows of the batch but these, which are numbered anew in their order."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
-    def attention(self, layer: int, *, causal: bool = False, words: TextKeysValues | None = None) -> Attend:
+    def attention(self, layer: int, *, causal: bool = False) -> Attend:
         """Attention of new tokens over everything stored and themselves; where `causal`, not over later new tokens.
 
         A batch smaller than the cache reads and writes its leading rows.
@@ -387,8 +359,7 @@ class KeyValueCache:
             keys[:, :, start:] = k
             values[:, :, start:] = v
             mask = prefix_causal_mask(q.shape[2], end, q.device) if causal and q.shape[2] > 1 else None
-            mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=softmax_scale)
-            return _added(mixed, q, words, softmax_scale)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=softmax_scale)
 
         return attend
 

@@ -36,8 +36,11 @@ class GuidanceSchedule:
             raise UserError(f"guidance kind must be constant, linear or cosine, got {self.kind!r}. Pick one of these.")
         for value in (self.start, self.end):
             _checked(value)
-        if self.first_guided_step < 0:
-            raise UserError(f"steps count from 0, got first_guided_step {self.first_guided_step}. Leave it out.")
+        first, last = self.first_guided_step, self.last_guided_step
+        if first < 0 or (first > 0 and last is not None and last < first):
+            raise UserError(
+                f"guidance needs a first step from 0 and none after its last, got {first} to {last}. 1 turns it off."
+            )
 
     def at(self, position: float) -> float:
         """Value at a relative position in [0, 1] of the run (0 = first step, 1 = last step)."""

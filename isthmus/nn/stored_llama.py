@@ -45,7 +45,7 @@ _SETTINGS = frozenset(
 # what transformers notes about the file, not about the network
 _WRITER = {"architectures", "dtype", "transformers_version"}
 # what it writes beside the settings of the network, and what a prior of ours adds
-_EXTRAS = _WRITER | {"codebook_size", "model_type"}
+_EXTRAS = _WRITER | {"codebook_size", "model_type", "num_words", "prompt_length"}
 # settings that decoding does not read
 _OTHERS = frozenset(
     "attention_dropout bos_token_id eos_token_id initializer_range pad_token_id pretraining_tp use_cache".split()

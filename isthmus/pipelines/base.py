@@ -31,8 +31,9 @@ from isthmus.pipelines.folder import (
     written_whole,
 )
 from isthmus.pipelines.images import ImageInput
-from isthmus.pipelines.labels import listed_names, names_in_order, resolve_labels
+from isthmus.pipelines.labels import label_list, listed_names, names_in_order, resolve_labels
 from isthmus.pipelines.options import SamplingOptions, saved_options
+from isthmus.pipelines.prompts import Asked, asked_for
 from isthmus.pipelines.request import Labels, Request, check_output_type, image_seeds, spread
 
 logger = logging.getLogger("isthmus")
@@ -41,7 +42,7 @@ Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
 Part = type[SavedModel] | type[Recorded] | type[StoredLlama]
 
 # optional components that came after format 1: a folder without one says nothing of it, as those of before
-_LATER = ("text_encoder",)
+_LATER = ("text_encoder", "text_tokenizer")
 
 
 class SavedPipeline:
@@ -126,8 +127,10 @@ class SavedPipeline:
         """All tokens of images, coarse to fine, on the CPU."""
 
     @abstractmethod
-    def _token_nats(self, images: ImageInput | None, class_labels: Labels, token_ids: Any) -> Float[Tensor, "_ n"]:
-        """Log p(token | class, tokens before it) of every token, on the CPU; arguments as for `log_prob`."""
+    def _token_nats(
+        self, images: ImageInput | None, class_labels: Labels, token_ids: Any, prompt: object = None
+    ) -> Float[Tensor, "_ n"]:
+        """Log p(token | class, prompt, tokens before it) of every token, on the CPU; arguments as for `log_prob`."""
 
     @abstractmethod
     def bytes_per_image(self, *, guided: bool) -> int:
@@ -236,21 +239,31 @@ class SavedPipeline:
         return {}
 
     def log_prob(
-        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: Any = None
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: Any = None,
+        prompt: str | Sequence[str] | None = None,
     ) -> Float[Tensor, " b"]:
         """Exact log-likelihood, in nats, of the tokens of images, or of `token_ids` as `encode` returns them.
 
-        It is that of the model without guidance and filters, at temperature 1, under `class_labels`: names, indices or
-        None (no class), one per image or one for all. Raises UserError where images or labels are not usable, or both
-        or neither of images and tokens are given.
+        It is that of the model without guidance and filters, at temperature 1, under `class_labels` (names, indices or
+        None for no class) and under `prompt`, where the model reads text: one per image or one for all. Raises
+        UserError where something is not usable, or both or neither of images and tokens are given.
         """
-        return self._token_nats(images, class_labels, token_ids).sum(dim=1)
+        return self._token_nats(images, class_labels, token_ids, prompt).sum(dim=1)
 
     def bits_per_token(
-        self, images: ImageInput | None = None, class_labels: Labels = None, *, token_ids: Any = None
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: Any = None,
+        prompt: str | Sequence[str] | None = None,
     ) -> Float[Tensor, "_ n"]:
         """Bits that every token costs, in the order of generation; arguments as for `log_prob`."""
-        return -self._token_nats(images, class_labels, token_ids) / math.log(2)
+        return -self._token_nats(images, class_labels, token_ids, prompt) / math.log(2)
 
     def _tokens_of(self, images: ImageInput | None, token_ids: Any) -> Any:
         """The tokens that a likelihood is of."""
@@ -261,6 +274,28 @@ class SavedPipeline:
     def class_ids(self, class_labels: Labels) -> list[int]:
         """Ids of labels, however they were given; UserError for what is no class of this model."""
         return resolve_labels(class_labels, class_names=self.class_names, num_classes=self.num_classes)
+
+    def asked(
+        self, class_labels: Labels, prompt: object = None, text: Any = None, negative_prompt: object = None
+    ) -> Asked:
+        """What images are to be, one class and one text each; no prompt is read yet.
+
+        Arguments as for a call. Raises UserError where they do not fit each other or the model.
+        """
+        if not self.reads_text:
+            for name, given in (("prompt", prompt), ("text", text), ("negative_prompt", negative_prompt)):
+                if given is not None:
+                    shown = "" if name == "text" else f" {given!r}"
+                    instead = "Pass class_labels." if self.num_classes else "Leave it out."
+                    raise UserError(f"this model reads no text, got the {name}{shown}. {instead}")
+            return Asked(self.class_ids(class_labels))
+        if self.num_classes == 0:
+            strange = [label for label in label_list(class_labels) if label is not None]
+            if strange:
+                raise UserError(
+                    f"this model draws prompts and has no classes, got the class {strange[0]!r}. Pass prompt instead."
+                )
+        return asked_for(self.class_ids(class_labels), prompt, text, negative_prompt)
 
     def label_name(self, class_id: int) -> str:
         """Name of a class id: its class name, the number where classes have no names, "null" for no class."""
@@ -431,12 +466,22 @@ Licence: {attribution}
         options: Mapping[str, Any],
     ) -> Request:
         """The request of a call; `options` holds every one of `CallOptions`."""
+        words = {name: options.get(name) for name in ("prompt", "text", "negative_prompt")}
+        asked = self.asked(class_labels, **words)
+        asked = asked.images(spread(list(range(len(asked))), num_images, num_images_per_class))
         check_output_type(options["output_type"])
         resolved = self.defaults.override(**saved_options(options))
         self.check_options(resolved)
-        ids = spread(self.class_ids(class_labels), num_images, num_images_per_class)
+        guidance = guidance_values(resolved.guidance_scale, self.num_guided_steps)
+        # options of single images may guide these
+        unguided = all(value == 1 for value in guidance) and options.get("image_options") is None
+        if words["negative_prompt"] is not None and unguided:
+            raise UserError(
+                "guidance leads away from negative_prompt, and guidance_scale is 1, which is off. Pass guidance_scale, "
+                "or leave negative_prompt out."
+            )
         given = {name: options[name] for name in ("seed", "generator", "image_index")}
-        return Request(ids, image_seeds(len(ids), **given), resolved, options["output_type"])
+        return Request(asked, image_seeds(len(asked), **given), resolved, options["output_type"])
 
 
 def check_not_float16(*asked: object) -> None:

@@ -58,6 +58,13 @@ class CallOptions(TypedDict, total=False):
         float | int | Sequence[float] | Default,
         Option(FOLDER_DEFAULT, "Divides the logits; of a next-scale model also one number per scale."),
     ]
+    prompt: Annotated[
+        str | Sequence[str] | None,
+        Option(None, "What the image shows, in words (models that read text): one text, or one per image."),
+    ]
+    negative_prompt: Annotated[
+        str | None, Option(None, "What guidance leads away from; None is the empty prompt. It needs guidance.")
+    ]
     seed: Annotated[
         "Whole | None",
         Option(None, "One number for the request, or a list with one per image; None draws a fresh one."),
@@ -231,7 +238,7 @@ def saved_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # LAST, FIRST-LAST or FIRST-
-_GUIDED = re.compile(r"(?:(\d+)-(?!-))?(?:(?<=-)|(-?\d+))")
+_GUIDED = re.compile(r"(?:(?P<first>\d+)-)?(?P<last>-?\d+)|(?P<only_first>\d+)-")
 _SMOOTH = re.compile(r"(\d+)-(\d*)(:unfiltered)?")
 
 
@@ -257,8 +264,9 @@ def parse_guidance(text: str) -> Guidance:
         if kind in ("constant", "linear", "cosine") and len(numbers) in (2, 3):
             steps = _GUIDED.fullmatch(numbers[2] if len(numbers) == 3 else "0-")
             if steps is not None:
-                last = int(steps[2]) if steps[2] else None
-                return GuidanceSchedule(kind, float(numbers[0]), float(numbers[1]), last, int(steps[1] or 0))
+                first, last = steps["first"] or steps["only_first"] or 0, steps["last"]
+                guided = (None if last is None else int(last), int(first))
+                return GuidanceSchedule(kind, float(numbers[0]), float(numbers[1]), *guided)
     except UserError:
         raise
     except ValueError:

@@ -18,6 +18,7 @@ from isthmus.errors import UserError, nearest
 from isthmus.pictures import to_pil
 from isthmus.pipelines.labels import Label, elements, whole_number
 from isthmus.pipelines.options import OutputType, SamplingOptions, options_of
+from isthmus.pipelines.prompts import Asked
 
 Pictures = list[PIL.Image.Image] | np.ndarray | Tensor
 """Images as a pipeline returns them: PIL, numpy (b, h, w, 3) in [0, 1], torch (b, 3, h, w) in [0, 1] or features."""
@@ -50,14 +51,17 @@ class GenerationStep:
 
 @dataclass
 class Request:
-    """A call whose labels, seeds and options are known: class id (no class: the null class) and (seed, image index)
-    of every image.
-    """
+    """A call whose labels, prompts, seeds and options are known; (seed, image index) of every image."""
 
-    class_labels: list[int]
+    asked: Asked
     seeds: list[tuple[int, int]]
     options: SamplingOptions
     output_type: OutputType
+
+    @property
+    def class_labels(self) -> list[int]:
+        """Class id of every image; no class is the null class."""
+        return self.asked.class_labels
 
 
 def image_seeds(

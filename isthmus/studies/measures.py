@@ -1,4 +1,4 @@
-"""What both studies measure: evaluations under one protocol, held-out images rebuilt or edited, the cost of a step."""
+"""What all studies measure: evaluations under one protocol, held-out images rebuilt or edited, the cost of a step."""
 
 import os
 import time
@@ -15,11 +15,18 @@ from jaxtyping import Bool, Float, UInt8
 from isthmus.data.opening import open_source
 from isthmus.data.source import ImageSource, WantedColumns
 from isthmus.evaluation.classes import Balance, NearestClassMean, choose_classes
-from isthmus.evaluation.evaluate import evaluate_model
-from isthmus.evaluation.features import FeatureNetwork, Features, extract_features, feature_network
+from isthmus.evaluation.evaluate import evaluate_model, samples_folder
+from isthmus.evaluation.features import (
+    FeatureNetwork,
+    Features,
+    extract_features,
+    feature_network,
+    sample_features,
+)
 from isthmus.evaluation.guards import check_duplicates
 from isthmus.evaluation.held_out import HELD_OUT_LIMIT, LITE0, PSNR, ReconstructionMeter, as_floats
 from isthmus.evaluation.images import some
+from isthmus.evaluation.jackknife import Parts, error_of, frechet_parts, kernel_parts, mean_parts, rebuilt_parts
 from isthmus.evaluation.record import Score, read_record
 from isthmus.evaluation.reference import DataSplits, open_splits
 from isthmus.evaluation.scores import RealImages, RealSides
@@ -28,13 +35,35 @@ from isthmus.nn.perceptual import Lite0Distance
 from isthmus.nn.shapes import Images
 from isthmus.pipelines.labels import Label, names_in_order
 from isthmus.pipelines.loading import AnyPipeline, choose_device, load_pipeline
-from isthmus.pipelines.options import parse_guidance
+from isthmus.pipelines.options import guidance_text, parse_guidance
+from isthmus.samples import read
 from isthmus.studies.experiments import Experiment, Values
-from isthmus.studies.options import BALANCE
-from isthmus.studies.tables import CLASS, Setting
+from isthmus.studies.options import BALANCE, SrddSetting, TextSetting
+from isthmus.studies.tables import CLASS, FRECHET, KERNEL, NORMAL_95, Setting
 from isthmus.training.images import wanted_columns, wanted_drawings
 
 Timed = Callable[[], object]
+
+
+def timing_experiment(
+    name: str,
+    work: Callable[[Any, Experiment], Values],
+    setting: SrddSetting | TextSetting,
+    *,
+    seconds: float,
+    **compared: Sequence[str],
+) -> Experiment:
+    """Trained priors against each other, at the first seed; `compared` are their names, by what a study calls them."""
+    seed, (names,) = setting.seeds[0], compared.values()
+    shared = {"seed": seed, "rounds": setting.rounds, "device": setting.device, "threads": setting.threads}
+    return Experiment(
+        name=name,
+        kind="cost",
+        work=work,
+        settings={**{word: list(some) for word, some in compared.items()}, **shared},
+        after=tuple(f"prior-{one}-seed{seed}" for one in names),
+        seconds=seconds,
+    )
 
 
 def interleaved_seconds(runs: Mapping[str, Timed], device: torch.device, *, rounds: int) -> dict[str, list[float]]:
@@ -133,6 +162,7 @@ class Lab(Generic[Setting]):
             wanted=names_in_order(pipeline.class_names),
             columns=self.columns,
             max_images=wanted_drawings(self.setting.prior),
+            num_samples=self.setting.num,
         )
 
     @cached_property
@@ -148,7 +178,8 @@ class Lab(Generic[Setting]):
 def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
     """Evaluate the model that the experiment reads as `isthmus evaluate` does, with each of its guidances.
 
-    What was drawn earlier is used again.
+    What was drawn earlier is used again. `attributes` of the experiment are read from the samples, where it has any:
+    how often each was asked for and found is in the list of that name.
     """
     setting, guidances = lab.setting, experiment.settings["guidances"]
     first, *others = map(parse_guidance, guidances)
@@ -165,30 +196,40 @@ def evaluation(lab: Lab[Any], experiment: Experiment) -> Values:
         options={"guidance_scale": first},
         steering={},
         balance=lab.balance,
+        attributes=experiment.settings.get("attributes", ()),
         sweep=others,
         batch_size=setting.batch_size,
         device=setting.device,
         real_sides=lab.real_sides,
     )
-    record = read_record(place)
-    swept = zip(guidances, [record.scores, *record.sweep.values()], strict=True)
+    record, scorer = read_record(place), SampleScorer(lab.pipeline(experiment.after[0]), lab)
+    folders = [samples_folder(place), *(samples_folder(place, guidance_text(one)) for one in others)]
+    swept = zip(guidances, folders, [record.scores, *record.sweep.values()], strict=True)
     return {
         "protocol": asdict(record.protocol),
         "warnings": list(record.warnings),
-        "by_guidance": {guidance: _written(scores) for guidance, scores in swept},
+        "by_guidance": {
+            guidance: _written(scores, scorer.parts(sample_features(scorer.real.network, read(folder, setting.num))))
+            for guidance, folder, scores in swept
+        },
+        "attributes": [] if record.readings is None else list(map(asdict, record.readings.counts)),
         "held_out": _written(record.held_out),
         "curves": {curve.name: {"positions": curve.positions, "values": curve.values} for curve in record.curves},
     }
 
 
-def _written(scores: Sequence[Score]) -> Values:
-    return {score.name: asdict(score) for score in scores}
+def _written(scores: Sequence[Score], parts: Mapping[str, Parts] | None = None) -> Values:
+    return {score.name: {**asdict(score), "parts": (parts or {}).get(score.name, [])} for score in scores}
 
 
-def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> list[float]:
-    """Mean over images and both ends of its 95 % interval (`mean_interval`)."""
+Written = list[Any]
+"""A value, the ends of its 95 % interval and what groups of images say (`Reading.written`)."""
+
+
+def mean_and_interval(values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> Written:
+    """Mean over images (`mean_interval`)."""
     interval = mean_interval(values)
-    return [interval.mean, interval.low, interval.high]
+    return [interval.mean, interval.low, interval.high, mean_parts(values)]
 
 
 class SampleScorer:
@@ -202,12 +243,27 @@ class SampleScorer:
         self.real = RealImages.of(lab.network(), splits, size=size, sides=lab.real_sides)
         self.classes = choose_classes(pipeline, splits, lab.setting.num, lab.balance)
 
+    def parts(self, features: Features) -> dict[str, Parts]:
+        """What groups of the samples say of their scores, by name; nothing of a distance that is a mean over chunks."""
+        space, labels = self.real.network.headline, self.classes.labels
+        rows, measured, found = features[space], self.real.measured(len(features[space])), {}
+        if measured.reference is not None and len(measured.reference) == len(rows):
+            reference = measured.reference.reference[space]
+            found = {KERNEL: kernel_parts(rows, reference), FRECHET: frechet_parts(rows, Gaussian.of(reference))}
+        if self.classes.names and measured.training is not None:
+            judge = NearestClassMean.fit(measured.training.rows, measured.training.labels)
+            found[CLASS] = mean_parts(judge.predict(rows) == labels)
+        return found
+
     def values(self, by: str, sets: Mapping[str, tuple[Features, Sequence[str]]]) -> Values:
         """Protocol, warnings, and under `by` the scores of several sets of samples (features and `pixel_digest`s)."""
         classes, scores, warnings = self.classes, {}, []
         for name, (features, digests) in sets.items():
             found = self.real.scores(features, classes.labels if classes.names else None, classes.names)
-            scores[name], warnings = _written(found.scores), [*warnings, *found.warnings, check_duplicates(digests)]
+            scores[name], warnings = (
+                _written(found.scores, self.parts(features)),
+                [*warnings, *found.warnings, check_duplicates(digests)],
+            )
         protocol = self.real.protocol(len(classes.labels), classes.words)
         return {"protocol": asdict(protocol), "warnings": [*filter(None, dict.fromkeys(warnings))], by: scores}
 
@@ -225,20 +281,28 @@ class HeldOut:
     """
 
     def __init__(self, pipeline: AnyPipeline, lab: Lab[Any]):
-        splits, self._network = lab.splits(pipeline), lab.network()
-        self._space, self._perceptual = next(iter(self._network.spaces)), Lite0Distance()
-        chosen = some(splits.held_out, HELD_OUT_LIMIT)
+        self._lab, self._splits, self._network = lab, lab.splits(pipeline), lab.network()
+        self._perceptual = Lite0Distance()
+        chosen = some(self._splits.held_out, HELD_OUT_LIMIT)
         self.images: Pictures = np.stack(list(chosen))
-        self.headline = self._features(self.images)
         self.model_ids: Sequence[Label] = [None] * len(self.images)
-        self._judge, self._labels = None, chosen.labels
-        if splits.class_names and splits.train.labels is not None and chosen.labels is not None:
-            self._judge = NearestClassMean.fit(self._features(splits.train), splits.train.labels)
-            ids = choose_classes(pipeline, splits, 1, "uniform").ids
-            self.model_ids = [ids[label] for label in chosen.labels] if ids else self.model_ids
+        self._labels = chosen.labels if self._splits.class_names else None
+        if self._labels is not None:
+            ids = choose_classes(pipeline, self._splits, 1, "uniform").ids
+            self.model_ids = [ids[label] for label in self._labels] if ids else self.model_ids
 
-    def _features(self, images: Any) -> np.ndarray:
-        return extract_features(self._network, images)[self._space]
+    @cached_property
+    def headline(self) -> np.ndarray:
+        """Features in the headline space."""
+        return extract_features(self._network, self.images)[self._network.headline]
+
+    @cached_property
+    def _judge(self) -> NearestClassMean:
+        size = (self.images.shape[1], self.images.shape[2])
+        real = RealImages.of(self._network, self._splits, size=size, sides=self._lab.real_sides)
+        training = real.measured(self._lab.setting.num).training
+        assert training is not None, "there is a data set"
+        return NearestClassMean.fit(training.rows, training.labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -254,13 +318,16 @@ class HeldOut:
         meter = ReconstructionMeter(self._network, self._perceptual, None)
         for rows, _, _ in self.batches():
             meter.update(self.images[rows], rebuilt[rows])
-        scores = meter.scores(Gaussian.of(self.headline))
+        scores, parts = meter.scores(Gaussian.of(self.headline)), rebuilt_parts(meter.features, self.headline)
+        ends = [None, None]
+        if (error := error_of(parts)) is not None:
+            ends = [scores.frechet - NORMAL_95 * error, scores.frechet + NORMAL_95 * error]
         return {
             **{name: mean_and_interval(scores.values[name]) for name in (PSNR, LITE0)},
-            f"r-FD-{self._space}": [scores.frechet],
-            **self.class_accuracy(self._features(rebuilt)),
+            f"r-FD-{self._network.headline}": [scores.frechet, *ends, parts],
+            **self.class_accuracy(meter.features),
         }
 
     def class_accuracy(self, rows: np.ndarray) -> Values:
         """Share of images that the judge puts into their class, from their features; nothing without classes."""
-        return {} if self._judge is None else {CLASS: mean_and_interval(self._judge.predict(rows) == self._labels)}
+        return {} if self._labels is None else {CLASS: mean_and_interval(self._judge.predict(rows) == self._labels)}

@@ -25,7 +25,16 @@ from isthmus.next_scale.train_prior import NextScalePriorTask
 from isthmus.next_scale.train_tokenizer import load_tokenizer
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, for_every_seed, run_settings
-from isthmus.studies.measures import BATCH, Lab, Timed, evaluation, interleaved_seconds, mean_and_interval, peak_bytes
+from isthmus.studies.measures import (
+    BATCH,
+    Lab,
+    Timed,
+    evaluation,
+    interleaved_seconds,
+    mean_and_interval,
+    peak_bytes,
+    timing_experiment,
+)
 from isthmus.studies.options import BALANCE, SrddSetting
 from isthmus.studies.tables import (
     CLASS,
@@ -208,22 +217,9 @@ def samples(setting: SrddSetting, *variants: Variant) -> Iterator[Experiment]:
 
 
 def cost(setting: SrddSetting, *variants: Variant) -> Experiment:
-    """Time and memory of variants against each other, at the first seed."""
-    names, seed = [variant.name for variant in variants], setting.seeds[0]
-    return Experiment(
-        name=f"cost-{'-'.join(names)}",
-        kind="cost",
-        work=measured_cost,
-        settings={
-            "variants": names,
-            "seed": seed,
-            "rounds": setting.rounds,
-            "device": setting.device,
-            "threads": setting.threads,
-        },
-        after=tuple(f"prior-{name}-seed{seed}" for name in names),
-        seconds=40,
-    )
+    """Time and memory of variants against each other."""
+    names = [variant.name for variant in variants]
+    return timing_experiment(f"cost-{'-'.join(names)}", measured_cost, setting, seconds=40, variants=names)
 
 
 DRAWN_IMAGES = 16
@@ -483,7 +479,7 @@ def measured_noise(lab: SrddLab, experiment: Experiment) -> Values:
     tokenizer.to(choose_device(lab.setting.device))
     images, rows = EvaluationImages(lab.images("val", tokenizer.image_size), tokenizer.image_size), []
     for start in range(0, len(images), BATCH):
-        pixels = images.__getitems__(range(start, min(start + BATCH, len(images))))["image"].to(tokenizer.device)
+        pixels = images.batch(range(start, min(start + BATCH, len(images))))["image"].to(tokenizer.device)
         with torch.no_grad():
             latents = tokenizer.latents(pixels)
         rows.append(signal_to_noise(tokenizer, latents).cpu().double())
@@ -506,7 +502,7 @@ def snr(found: SrddFound) -> StudyTable:
     """Signal-to-noise ratio after every scale."""
     values, column = found.results["snr"], "SNR, dB"
     names = [f"{side} x {side}" for side in values["scale_sizes"]]
-    readings = [{0: Reading(*interval)} for interval in values["decibels"]]
+    readings = [{0: Reading.written(interval)} for interval in values["decibels"]]
     rises = "The signal-to-noise ratio of the state rises with every scale"
     return StudyTable(
         about="|f|^2 / |f - F_k|^2 of the encoder's latents f and the sum of the codes up to scale k, mean of the "

@@ -18,8 +18,18 @@ from isthmus.pictures import draw_grid
 from isthmus.pipelines.loading import choose_device
 from isthmus.studies.experiments import Experiment, Values, facts_of, ordered, run_experiments
 from isthmus.studies.measures import Lab
-from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
-from isthmus.studies.tables import RULE, Difference, Found, Panel, Setting, StudyTable, TableSpec, mean_and_half_width
+from isthmus.studies.options import StudyOptions
+from isthmus.studies.tables import (
+    RULE,
+    Claim,
+    Difference,
+    Found,
+    Panel,
+    Setting,
+    StudyTable,
+    TableSpec,
+    mean_and_half_width,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("isthmus")
 
 _RECORD = "study.json"
-_CLAIM_HEAD = ("claim of a paper", "source", "measured here", "verdict")
+_CLAIM_HEAD = ("claim of a paper", "source", "measured here", "could be seen", "verdict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +162,14 @@ def _parts(
     claims = {name: list(_claim_cells(table)) for name, table in tables.items()}
     rows = [(spec.title, *cells) for spec in specs for cells in claims.get(spec.name, ())]
     if rows:
+        unknown = sum(row[-1].startswith("cannot tell") for row in rows)
         yield "## Claims"
         yield markdown_table(("table", *_CLAIM_HEAD), rows)
         yield RULE
         yield (
-            f"{len(rows)} verdicts stand here, each by a 95 % interval of its own: where nothing differs at all, about "
-            'one in twenty would still not be "cannot tell". Read a single verdict with that in mind.'
+            f"{len(rows)} verdicts stand here, of which {unknown} cannot be told, each by a 95 % interval of its own: "
+            'where nothing differs at all, about one in twenty would still not be "cannot tell". Read a single verdict '
+            "with that in mind."
         )
     for spec in specs:
         yield f"## {spec.title}"
@@ -177,14 +189,38 @@ def _parts(
     yield markdown_table(("what", "value"), [(name, fact_text(value)) for name, value in facts.items()])
 
 
-def _claim_cells(table: StudyTable) -> Iterator[tuple[str, str, str, str]]:
+def _claim_cells(table: StudyTable) -> Iterator[tuple[str, str, str, str, str]]:
     for claim, found in table.findings():
         gap = difference_text(found, table.repetitions(claim.column))
         measured = f"{claim.column}, {claim.first} minus {claim.second}: {gap}"
-        yield claim.says, claim.source, measured, found.verdict(claim.direction)
+        yield claim.says, claim.source, measured, size_text(found.half_width, found.second), verdict_text(claim, found)
 
 
-def run_study(study: Study[Any], options: DarStudyOptions | SrddStudyOptions) -> Path:
+def size_text(size: float | None, of: float) -> str:
+    """The size of a difference, also as a share of what it is a difference to, where that is a magnitude.
+
+    >>> size_text(3.0, 200.0), size_text(3.0, -1.0), size_text(None, 1.0), size_text(0.0, 1.0)
+    ('3 (1.5 %)', '3', '', '')
+    """
+    if not size:
+        return ""
+    share = f" ({100 * size / of:.3g} %)" if of > 0 else ""
+    return f"{size:.3g}{share}"
+
+
+def verdict_text(claim: Claim, found: Difference) -> str:
+    """The verdict; where one cannot tell, how far apart the sides are at most.
+
+    >>> claim = Claim("small", "", "a", "b", "size")
+    >>> verdict_text(claim, Difference(-2.0, 1.0, 3, 10.0)), verdict_text(claim, Difference(-1.0, 2.0, 3, 10.0))
+    ('agrees', 'cannot tell: at most 3 (30 %) apart')
+    """
+    verdict = found.verdict(claim.direction)
+    most = size_text(found.at_most, found.second)
+    return f"{verdict}: at most {most} apart" if verdict == "cannot tell" and most else verdict
+
+
+def run_study(study: Study[Any], options: StudyOptions) -> Path:
     """Run the study that the options describe, from where it stopped; returns report.md.
 
     Sets the number of threads, and the device that trainings of this process take. Raises `UserError` as `Study.run`

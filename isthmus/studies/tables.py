@@ -10,7 +10,7 @@ from isthmus.evaluation.statistics import Measurements
 from isthmus.studies.experiments import Experiment, Values
 from isthmus.studies.options import StudySetting
 
-_NORMAL_95 = 1.96
+NORMAL_95 = 1.96
 
 Verdict = Literal["agrees", "does not agree", "cannot tell"]
 Direction = Literal["lower", "higher"]
@@ -25,12 +25,15 @@ SAMPLE_SCORES = (KERNEL, FRECHET, CLASS, "memorised share", "nearer than held-ou
 RULE = (
     "The rule behind every verdict: with several seeds, the two sides are subtracted seed by seed (equal seeds see "
     "the same data in the same order) and the mean difference has a 95 % interval by Student's t. With one seed, the "
-    "difference has the 95 % interval that the two measurements have by themselves (bootstrap over images, Wilson's "
-    "for shares, standard error of a kernel distance, spread over disjoint chunks or repetitions), which says nothing "
-    "of other trainings. A claim agrees where the whole interval lies on its side of 0, does not agree where it lies "
-    "on the other, and cannot be told otherwise, or where there is no interval. Times are subtracted round by round "
-    "as seeds are. A claim about a FID is judged by two distances: where n < 1,000 the kernel distance counts, since "
-    "its estimate has no bias; the other is shown beside it."
+    "two sides are subtracted in 20 groups of images where both were measured on the same ones, or drew images of the "
+    "same numbers and classes; elsewhere the difference has the interval that the two measurements have by themselves "
+    "(bootstrap over images, Wilson's for shares, standard error, spread over disjoint chunks or repetitions). Either "
+    "says nothing of other trainings. A claim agrees where the whole interval lies on its side of 0, does not agree "
+    "where it lies on the other, and cannot be told otherwise, or where there is no interval. What could be seen is "
+    "half of the interval: a difference below it would not have been told from none, and what cannot be told is "
+    "smaller than the end of its interval that lies farther from 0. Times are subtracted round by round as seeds are. "
+    "A claim about a FID is judged by two distances: where n < 1,000 the kernel distance counts, since its estimate "
+    "has no bias; the other is shown beside it."
 )
 
 
@@ -38,13 +41,22 @@ RULE = (
 class Reading:
     """One measurement of one seed, with the ends of its own 95 % interval where it has one.
 
+    `parts` are what groups of its images say (`isthmus.evaluation.jackknife`), where they are known.
+
     >>> Reading.around(2.0, 0.5), Reading(2.0).half_width
-    (Reading(value=2.0, low=1.5, high=2.5), None)
+    (Reading(value=2.0, low=1.5, high=2.5, parts=()), None)
     """
 
     value: float
     low: float | None = None
     high: float | None = None
+    parts: tuple[float, ...] = ()
+
+    @classmethod
+    def written(cls, found: Sequence[Any]) -> "Reading":
+        """From JSON: a value, the ends of its interval and the parts, as far as they are known."""
+        *ends, parts = found if len(found) == 4 else (*found, ())
+        return cls(*ends, parts=tuple(parts))
 
     @classmethod
     def around(cls, value: float, half_width: float) -> "Reading":
@@ -54,7 +66,7 @@ class Reading:
     def times(self, factor: float) -> "Reading":
         """The same in another unit."""
         ends = (None if end is None else factor * end for end in (self.low, self.high))
-        return Reading(factor * self.value, *ends)
+        return Reading(factor * self.value, *ends, parts=tuple(factor * part for part in self.parts))
 
     @property
     def half_width(self) -> float | None:
@@ -69,8 +81,8 @@ Readings = dict[int, Reading]
 def by_column(found: Mapping[int, Mapping[str, Any]], read: Callable[[Any], Reading]) -> dict[str, Readings]:
     """Readings of one row, from what the experiment of every seed wrote for every column.
 
-    >>> by_column({0: {"PSNR": [20.0, 19.5, 20.5]}, 1: {"PSNR": [21.0]}}, lambda written: Reading(*written))["PSNR"][1]
-    Reading(value=21.0, low=None, high=None)
+    >>> by_column({0: {"PSNR": [20.0, 19.5, 20.5]}, 1: {"PSNR": [21.0]}}, Reading.written)["PSNR"][1]
+    Reading(value=21.0, low=None, high=None, parts=())
     """
     columns: dict[str, Readings] = {}
     for seed, values in found.items():
@@ -83,26 +95,40 @@ def score_reading(score: Mapping[str, Any]) -> Reading:
     """A score with its 95 % interval: its own ends, else 1.96 standard errors, else that of a mean over chunks.
 
     >>> score_reading({"value": 3.0, "low": None, "high": None, "error": 0.5, "deviation": None, "measurements": 1})
-    Reading(value=3.0, low=2.02, high=3.98)
+    Reading(value=3.0, low=2.02, high=3.98, parts=())
     """
     value = math.nan if score["value"] is None else float(score["value"])
     low, high, error, deviation = (score[name] for name in ("low", "high", "error", "deviation"))
-    if low is not None and high is not None:
-        return Reading(value, low, high)
-    if error is not None:
-        return Reading.around(value, _NORMAL_95 * error)
-    if deviation is not None and score["measurements"] > 1:
-        return Reading.around(value, student_half_width(deviation, score["measurements"]))
-    return Reading(value)
+    if low is None or high is None:
+        half_width = None
+        if error is not None:
+            half_width = NORMAL_95 * error
+        elif deviation is not None and score["measurements"] > 1:
+            half_width = student_half_width(deviation, score["measurements"])
+        low, high = (None, None) if half_width is None else (value - half_width, value + half_width)
+    return Reading(value, low, high, tuple(score.get("parts", ())))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second, mean over the seeds that both have; `half_width` of its 95 % interval, where there is one."""
+    """First minus second, mean over the seeds that both have; `half_width` of its 95 % interval, where there is one.
+
+    `second` is the mean of the second side, so that differences can be read as shares of it.
+    """
 
     value: float
     half_width: float | None
     num_seeds: int
+    second: float = math.nan
+
+    @property
+    def at_most(self) -> float | None:
+        """How far apart the sides are at most, by the interval.
+
+        >>> Difference(-1.0, 2.0, 3).at_most
+        3.0
+        """
+        return None if self.half_width is None else abs(self.value) + self.half_width
 
     def verdict(self, claimed: Direction) -> Verdict:
         """Whether the first is `claimed` than the second.
@@ -143,19 +169,28 @@ def mean_and_half_width(readings: Readings) -> tuple[float, float | None]:
 def difference(first: Readings, second: Readings) -> Difference:
     """First minus second over the seeds that both have.
 
+    With one seed, group by group where both have parts.
+
     >>> difference({0: Reading(1.0), 1: Reading(2.0)}, {0: Reading(3.0), 1: Reading(4.0)})
-    Difference(value=-2.0, half_width=0.0, num_seeds=2)
+    Difference(value=-2.0, half_width=0.0, num_seeds=2, second=3.5)
     >>> difference({0: Reading.around(1.0, 3.0)}, {0: Reading.around(2.0, 4.0)})
-    Difference(value=-1.0, half_width=5.0, num_seeds=1)
+    Difference(value=-1.0, half_width=5.0, num_seeds=1, second=2.0)
+    >>> difference({0: Reading(1.0, parts=(0.0, 2.0))}, {0: Reading(3.0, parts=(2.0, 4.0))}).half_width
+    0.0
     """
     seeds = sorted(set(first) & set(second))
     if not seeds:
         return Difference(math.nan, None, 0)
     gaps = [first[seed].value - second[seed].value for seed in seeds]
+    beside = Measurements.of([second[seed].value for seed in seeds]).mean
     if len(seeds) > 1:
-        return Difference(Measurements.of(gaps).mean, half_width_of_mean(gaps), len(seeds))
-    ours, theirs = first[seeds[0]].half_width, second[seeds[0]].half_width
-    return Difference(gaps[0], None if ours is None or theirs is None else math.hypot(ours, theirs), 1)
+        return Difference(Measurements.of(gaps).mean, half_width_of_mean(gaps), len(seeds), beside)
+    one, other = first[seeds[0]], second[seeds[0]]
+    if one.parts and len(one.parts) == len(other.parts):
+        in_groups = [ours - theirs for ours, theirs in zip(one.parts, other.parts, strict=True)]
+        return Difference(gaps[0], half_width_of_mean(in_groups), 1, beside)
+    ours, theirs = one.half_width, other.half_width
+    return Difference(gaps[0], None if ours is None or theirs is None else math.hypot(ours, theirs), 1, beside)
 
 
 @dataclass(frozen=True)
@@ -276,7 +311,7 @@ class Found(Generic[Setting]):
         if once:
             by_seed = {0: next(iter(by_seed.values()))}
         facts = {"images": str(self.first(experiment, "images")), "seeds": self.setting.seed_words}
-        return Row(name=name, facts=facts, cells=by_column(by_seed, lambda written: Reading(*written)))
+        return Row(name=name, facts=facts, cells=by_column(by_seed, Reading.written))
 
     def sample_row(
         self,

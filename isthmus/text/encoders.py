@@ -1,15 +1,12 @@
 """What a prior reads of a prompt, and a small encoder that is trained together with it.
 
-The encoder's words are pieces of bytes (byte-level BPE), so no prompt fails; a prior learns what they mean from the
-captions of its images.
+A prior learns what the encoder's words mean from the captions of its images.
 """
 
-import json
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +16,7 @@ from torch import Tensor, nn
 from isthmus.errors import UserError
 from isthmus.nn.attention import FeedForward, MultiHeadAttention, attention_to_words, trains_on_cpu
 from isthmus.nn.saved_model import SavedModel, records_arguments
-
-logger = logging.getLogger("isthmus")
+from isthmus.text.tokenizer import TextTokenizer
 
 _START = 0  # begins every prompt, and fills rows up
 
@@ -77,10 +73,10 @@ class _Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b words width"],
+        x: Float[Tensor, "rows length width"],
         mask: Bool[Tensor, "b words"],
         places: Int[Tensor, " counted"] | None = None,
-    ) -> Float[Tensor, "b words width"]:
+    ) -> Float[Tensor, "rows length width"]:
         """The stream behind the block; with `places` of the words that count, (1, counted, width) for all rows."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -88,7 +84,7 @@ class _Block(nn.Module):
                 return attention_to_words(q, k, v, mask, scale)
             q, k, v = (_laid_out(one, mask, places) for one in (q, k, v))
             # heads first and rows behind them: attention does not mind
-            mixed = attention_to_words(q, k, v, mask[None, :, None, None], scale)
+            mixed = attention_to_words(q, k, v, mask[None, :, None], scale)
             return mixed.flatten(1, 2)[:, places].unsqueeze(0)
 
         x = x + self.attention(self.attention_norm(x), attend)
@@ -110,20 +106,27 @@ class SmallTextEncoder(SavedModel):
         merges: pairs of pieces that are joined to words, in order, as `learned_merges` finds them; without any a
             word is a byte.
         width: of the vector of a word, and of the whole prompt.
-        num_layers: blocks.
+        num_layers: blocks; with 0 the prompt is the mean of its words (or their sum, see `sum_words`), wherever they
+            stand: a bag of words.
         num_heads: attention heads.
         max_length: words that are read of a prompt.
+        sum_words: whether the vector of a prompt has the sum of its words' own vectors in it, which begin as large as
+            those of classes would. A prior hears single words much sooner: at the start the blocks make nearly the
+            same vector of every prompt (docs/benchmarks.md).
     """
+
+    later_arguments: ClassVar[Mapping[str, Any]] = {"sum_words": False}
 
     @records_arguments
     def __init__(
         self,
         *,
         merges: Sequence[Sequence[str]] = (),
-        width: int = 192,
-        num_layers: int = 3,
-        num_heads: int = 3,
+        width: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 2,
         max_length: int = 48,
+        sum_words: bool = False,
     ):
         super().__init__()
         if width % num_heads:
@@ -131,12 +134,13 @@ class SmallTextEncoder(SavedModel):
         if max_length < 1:
             raise UserError(f"max_length must be at least 1, got {max_length}.")
         self.word_embedding = nn.Embedding(257 + len(merges), width)
-        self.position = nn.Parameter(torch.empty(1, 1 + max_length, width))
+        self.position = nn.Parameter(torch.empty(1, 1 + max_length, width)) if num_layers else None
         self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         if self.device.type != "meta":
-            for table in (self.word_embedding.weight, self.position):
-                nn.init.normal_(table, std=0.02)
+            nn.init.normal_(self.word_embedding.weight, std=1.0 if sum_words else 0.02)
+            if self.position is not None:
+                nn.init.normal_(self.position, std=0.5 if sum_words else 0.02)
 
     @property
     def text_width(self) -> int:
@@ -149,87 +153,62 @@ class SmallTextEncoder(SavedModel):
         return self.config["width"]
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """Byte-level BPE of the `tokenizers` library; ids of its words count from 0."""
-        from tokenizers.models import BPE
-
-        merges = [tuple(pair) for pair in self.config["merges"]]
-        words = [*_alphabet(), *(one + other for one, other in merges)]
-        return _bpe(BPE({word: number for number, word in enumerate(words)}, cast("list[tuple[str, str]]", merges)))
+    def tokenizer(self) -> TextTokenizer:
+        """What makes words of prompts."""
+        return TextTokenizer(merges=self.config["merges"], max_length=self.config["max_length"])
 
     def word_ids(
         self, prompts: Sequence[str], *, warn: bool = True
     ) -> tuple[Int[Tensor, "b words"], Bool[Tensor, "b words"]]:
-        """Numbers of the words of each prompt behind the start word, and True where there is one.
-
-        A prompt that is too long is cut, with a warning that says where, or without one.
-        """
-        encoded = self.tokenizer.encode_batch(list(prompts))
-        limit = self.config["max_length"]
-        for prompt, one in zip(prompts, encoded, strict=True):
-            if warn and len(one.ids) > limit:
-                first, end = one.offsets[limit]
-                logger.warning(
-                    "a prompt has %d words and only %d are read: it is cut before %r, after %r",
-                    *(len(one.ids), limit, prompt[first:end].strip(), prompt[max(first - 40, 0) : first]),
-                )
-        length = 1 + min(limit, max((len(one.ids) for one in encoded), default=0))
-        ids = torch.full((len(encoded), length), _START)
-        mask = torch.zeros((len(encoded), length), dtype=torch.bool)
-        for row, one in enumerate(encoded):
-            words = torch.tensor(one.ids[:limit], dtype=torch.int64) + 1
-            ids[row, 1 : 1 + len(words)] = words
+        """Numbers of the words of each prompt behind the start word, and True where there is one; cut as by `words`."""
+        found = self.tokenizer.words(prompts, warn=warn)
+        length = 1 + max(map(len, found), default=0)
+        ids = torch.full((len(found), length), _START)
+        mask = torch.zeros((len(found), length), dtype=torch.bool)
+        for row, words in enumerate(found):
+            ids[row, 1 : 1 + len(words)] = torch.tensor(words, dtype=torch.int64) + 1
             mask[row, : 1 + len(words)] = True
         return ids.to(self.device), mask.to(self.device)
 
     def forward(self, ids: Int[Tensor, "b words"], mask: Bool[Tensor, "b words"]) -> TextFeatures:
         """Features of words by number; where `mask` is False nothing is seen. The start word stands for the whole."""
-        if not (trains_on_cpu(self.word_embedding.weight) and len(ids) > 1):
-            x = self.word_embedding(ids) + self.position[:, : ids.shape[1]]
-            for block in self.blocks:
-                x = self.run_block(block, x, mask)
-            hidden = self.norm(x)
-            return TextFeatures(hidden, mask, hidden[:, 0])
-        # one row of the words that count: of captions padded to the longest of a batch half is padding
+        if trains_on_cpu(self.word_embedding.weight) and len(ids) > 1:
+            return self._of_counted(ids, mask)
+        words, counted = self.word_embedding(ids), mask.unsqueeze(-1)
+        summed = (words * counted).sum(dim=1) if self.config["sum_words"] else None
+        if self.position is None:
+            hidden = self.norm(words)
+            mean = (hidden * counted).sum(dim=1) / counted.sum(dim=1)
+            return TextFeatures(hidden, mask, mean if summed is None else summed)
+        x = words + self.position[:, : ids.shape[1]]
+        for block in self.blocks:
+            x = self.run_block(block, x, mask)
+        hidden = self.norm(x)
+        return TextFeatures(hidden, mask, hidden[:, 0] if summed is None else hidden[:, 0] + summed)
+
+    def _of_counted(self, ids: Int[Tensor, "b words"], mask: Bool[Tensor, "b words"]) -> TextFeatures:
+        """`forward` of the words that count alone, in one row: half of captions padded to a batch's longest is not."""
         places = mask.flatten().nonzero().squeeze(1)
-        x = (self.word_embedding(ids.flatten()[places]) + self.position[0, places % ids.shape[1]]).unsqueeze(0)
+        words = self.word_embedding(ids.flatten()[places])
+        rows = places // ids.shape[1]
+
+        def summed(x: Float[Tensor, "counted width"]) -> Float[Tensor, "b width"]:
+            return x.new_zeros(len(ids), x.shape[1]).index_add(0, rows, x)
+
+        def laid_out(x: Float[Tensor, "counted width"]) -> Float[Tensor, "b words width"]:
+            return x.new_zeros(mask.numel(), x.shape[1]).index_copy(0, places, x).unflatten(0, mask.shape)
+
+        pooled = summed(words) if self.config["sum_words"] else None
+        if self.position is None:
+            hidden = self.norm(words)
+            mean = summed(hidden) / mask.sum(dim=1, keepdim=True)
+            return TextFeatures(laid_out(hidden), mask, mean if pooled is None else pooled)
+        x = (words + self.position[0, places % ids.shape[1]]).unsqueeze(0)
         for block in self.blocks:
             x = self.run_block(block, x, mask, places)
-        hidden = self.norm(x)[0]
-        hidden = hidden.new_zeros(mask.numel(), hidden.shape[1]).index_copy(0, places, hidden).view(*mask.shape, -1)
-        return TextFeatures(hidden, mask, hidden[:, 0])
+        hidden = laid_out(self.norm(x)[0])
+        return TextFeatures(hidden, mask, hidden[:, 0] if pooled is None else hidden[:, 0] + pooled)
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts; the empty one stands for no prompt."""
         return self(*self.word_ids(prompts))
-
-
-def learned_merges(captions: Iterable[str], *, num_words: int = 2000) -> list[list[str]]:
-    """The pairs that make the commonest words of captions, for a vocabulary of `num_words` beside the start word."""
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
-
-    tokenizer = _bpe(BPE())
-    trainer = BpeTrainer(vocab_size=num_words, initial_alphabet=_alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
-    return [list(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-
-
-def _alphabet() -> list[str]:
-    """A letter for each of the 256 bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return sorted(ByteLevel.alphabet())
-
-
-def _bpe(model: Any) -> Any:
-    """A tokenizer that reads capitals as small letters and a word at the start as one behind a space."""
-    from tokenizers import Tokenizer
-    from tokenizers.normalizers import NFKC, Lowercase
-    from tokenizers.normalizers import Sequence as InTurn
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = InTurn([NFKC(), Lowercase()])  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenizer

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -33,7 +34,6 @@ _ABOUT_FILES = {"architectures", "dtype", "transformers_version"}
 # settings by which transformers loads, or even downloads, code
 _NAMES_CODE = {"auto_map", "attn_implementation", "quantization_config"}
 _TOKENIZER = "tokenizer.json"
-_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
 class PretrainedTextEncoder(SavedModel):
@@ -276,9 +276,9 @@ def _network(folder: Path, dtype: torch.dtype | None) -> nn.Module:
                 output_loading_info=True,
                 **arguments,
             )
-        except _UNREADABLE as error:
+        except _unreadable() as error:
             raise UserError(
-                f"the {found} in {folder} cannot be read ({_first_line(error)}). It needs a config.json that fits its "
+                f"the {found} in {folder} cannot be read ({_in_a_line(error)}). It needs a config.json that fits its "
                 "weights, and those as safetensors: copy or download it again, or save it as safetensors."
             ) from error
     if missing := sorted(report["missing_keys"]):
@@ -292,7 +292,8 @@ def _network(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 
 def _network_name(config: Mapping[str, Any]) -> str | None:
     """The class that reads text with these settings; None for networks that we do not know."""
-    if _WITH_PROJECTION in (config.get("architectures") or ()):
+    named = config.get("architectures")
+    if isinstance(named, list) and _WITH_PROJECTION in named:
         return _WITH_PROJECTION
     return _NETWORKS.get(str(config.get("model_type")))
 
@@ -311,10 +312,10 @@ def _foreign_tokenizer(folder: Path) -> str:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             return tokenizer.backend_tokenizer.to_str()
-        except _UNREADABLE as error:
+        except _unreadable() as error:
             raise UserError(
                 f"a text encoder needs the files of its tokenizer beside its weights, those in {folder} are missing or "
-                f"cannot be read ({_first_line(error)}). Copy them into it."
+                f"cannot be read ({_in_a_line(error)}). Copy them into it."
             ) from error
 
 
@@ -332,5 +333,22 @@ def _quietly() -> Iterator[None]:
         theirs.set_verbosity(level)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises for files that it cannot use."""
+    from huggingface_hub.errors import StrictDataclassError  # takes a moment, and is asked for when something is wrong
+
+    of_python = (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        ArithmeticError,
+    )
+    return (*of_python, SafetensorError, StrictDataclassError)
+
+
+def _in_a_line(error: Exception) -> str:
+    return shorten(str(error), 200, placeholder="...").removesuffix(".") or type(error).__name__

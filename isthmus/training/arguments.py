@@ -6,7 +6,7 @@ The constructor is read as text: importing its module would import torch, and th
 import ast
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, make_dataclass
+from dataclasses import asdict, field, make_dataclass
 from importlib.util import find_spec
 from textwrap import dedent
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -16,7 +16,7 @@ from typing_extensions import Doc
 _TYPES = {"bool": bool, "float": float, "int": int, "str": str, "Literal": Literal, "Sequence": Sequence}
 
 
-def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
+def arguments_of(place: str, names: Sequence[str], *, later: Sequence[str] = (), **types: Any) -> Any:
     """A frozen dataclass to derive from: those arguments of a constructor that a run may set, all None at first.
 
     None leaves an argument to the constructor, or to the model that is gone on from. Sequences become tuples, as on the
@@ -25,6 +25,7 @@ def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
     Args:
         place: module, colon, class or function.
         names: arguments to take, in this order.
+        later: further ones, which runs of before do not have: at None they are left out of run.json.
         types: what names in annotations mean, beside those of Python.
 
     Raises ValueError where there is no such place or argument.
@@ -35,13 +36,14 @@ def arguments_of(place: str, names: Sequence[str], **types: Any) -> Any:
     """
     declared = _declared(place)
     fields = []
-    for name in names:
+    for name in (*names, *later):
         if name not in declared:
             raise ValueError(f"{place} has no argument {name}, it has {', '.join(declared)}.")
         annotation, about = declared[name]
         hint = eval(annotation, {**_TYPES, **types})
         hint = tuple[get_args(hint)[0], ...] if get_origin(hint) is Sequence else hint
-        fields.append((name, Annotated[hint | None, Doc(about)], None))
+        default = field(default=None, metadata={"later": name in later})
+        fields.append((name, Annotated[hint | None, Doc(about)], default))
     return make_dataclass(place.split(":")[1], fields, frozen=True, kw_only=True)
 
 

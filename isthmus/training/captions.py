@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -13,19 +15,22 @@ from isthmus.errors import UserError
 from isthmus.nn.component_files import read_config
 from isthmus.nn.draws import CAPTION, stream
 from isthmus.nn.saved_model import without_values
-from isthmus.text.encoders import SmallTextEncoder, TextFeatures, learned_merges
+from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
+from isthmus.text.tokenizer import TextTokenizer, learned_merges
 from isthmus.training.config import SMALL, TextConfig
 from isthmus.training.images import dropped
+from isthmus.training.previews import PREVIEW_SEED
 from isthmus.training.saved_networks import refuse_contradictions
 
 logger = logging.getLogger("isthmus")
 
 TextEncoder = SmallTextEncoder | PretrainedTextEncoder
+Reader = TypeVar("Reader", SmallTextEncoder, TextTokenizer)
 
 _KEPT_BYTES = 2**30
-# of the small encoder where blocks share their heads with words: it costs a step as little
-_LIGHT = {"width": 128, "num_layers": 2, "num_heads": 2}
+# rows of a preview, and letters of a caption beside one
+_SHOWN_CAPTIONS, _NAME_LENGTH = 10, 60
 
 
 def encoder_of(config: TextConfig, saved: TextEncoder | None, name: str = "") -> TextEncoder | None:
@@ -52,8 +57,7 @@ def encoder_of(config: TextConfig, saved: TextEncoder | None, name: str = "") ->
         return saved
     if config.encoder == SMALL:
         with without_values():
-            sizes: dict[str, int] = wanted if config.attention == "own" else _LIGHT | wanted
-            return SmallTextEncoder(**sizes)  # pyright: ignore[reportArgumentType]  no merges among them
+            return SmallTextEncoder(sum_words=True, **wanted)
     if not config.encoder:
         return None
     folder = Path(config.encoder).expanduser()
@@ -68,19 +72,18 @@ def encoder_of(config: TextConfig, saved: TextEncoder | None, name: str = "") ->
     return PretrainedTextEncoder.from_folders(folder, **wanted)
 
 
-def with_words(planned: SmallTextEncoder, captions: Sequence[str], num_words: int | None) -> SmallTextEncoder:
-    """The planned encoder with the words of these captions, and first weights."""
+def with_words(planned: Reader, captions: Sequence[str], num_words: int | None) -> Reader:
+    """The planned encoder, with first weights, or the planned tokenizer, with the words of these captions."""
     merges = learned_merges(captions) if num_words is None else learned_merges(captions, num_words=num_words)
-    return SmallTextEncoder(**{**planned.config, "merges": merges})
+    return type(planned)(**{**planned.config, "merges": merges})
 
 
-def warn_of_cut_captions(encoder: SmallTextEncoder, captions: Sequence[str]) -> None:
+def warn_of_cut_captions(tokenizer: TextTokenizer, captions: Sequence[str]) -> None:
     """Say once how many captions are longer than what is read of them; training then cuts them in silence."""
-    limit = encoder.config["max_length"]
-    if cut := sum(len(one.ids) > limit for one in encoder.tokenizer.encode_batch(list(captions))):
+    if cut := tokenizer.num_cut(captions):
         logger.warning(
             "%d of %d captions are longer than the %d words that are read; what comes later is not learned",
-            *(cut, len(captions), limit),
+            *(cut, len(captions), tokenizer.config["max_length"]),
         )
 
 
@@ -92,6 +95,15 @@ def check_captions(*splits: ImageSource | ImageStream) -> None:
                 f"a prior of texts is trained on images with captions, {source.name} has none. Use avatars, write a "
                 ".txt beside each image, or name a --caption-column."
             )
+
+
+def shown_captions(held_out: ImageSource) -> tuple[list[int], list[str]]:
+    """Some held-out images whose captions previews are drawn from, and what stands beside the rows."""
+    assert held_out.captions is not None, "checked at the start"
+    # drawn: classes may take turns, of which even steps would show one
+    order = stream(PREVIEW_SEED, CAPTION).permutation(len(held_out))
+    shown: list[int] = sorted(order[:_SHOWN_CAPTIONS].tolist())
+    return shown, [shorten(held_out.captions[i], _NAME_LENGTH, placeholder="...") for i in shown]
 
 
 class Captions:

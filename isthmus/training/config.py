@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
@@ -71,7 +71,7 @@ class Run:
     """What every training shares."""
 
     data: str = "openmoji"
-    """avatars[:STYLE,...], openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
+    """avatars[:STYLE,...], emoji, openmoji, photos, folder:PATH, npz:PATH or hf:NAME[:SPLIT]."""
     out: Path = Path("runs/unnamed")
     """Folder of the run: checkpoints, logs, previews and, at the end, the model."""
     preset: str = ""
@@ -284,8 +284,32 @@ SMALL = "small"
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionsConfig(arguments_of("isthmus.text.tokenizer:TextTokenizer", ["max_length"])):
+    """Captions and their words, of priors of both families; None takes the default, or with --from the model's."""
+
+    encoder: str = ""
+    """What reads captions."""
+    num_words: int | None = None
+    """small: words of the vocabulary that is learned from the training captions; None is 2000."""
+    drop: float = 0.1
+    """Share of captions replaced by the empty one, for guidance."""
+
+    def __post_init__(self):
+        must("lie in [0, 1]", self, "drop")
+        if self.max_length is not None and self.max_length < 3:
+            raise UserError(f"text.max_length must be at least 3, got {self.max_length}.")
+        if self.num_words is not None and self.num_words < 256:
+            raise UserError(f"text.num_words must be at least 256, one for each byte, got {self.num_words}.")
+
+    def check_read(self, from_model: str) -> None:
+        """Raise UserError for settings of a new run that reads no captions."""
+        if not self.encoder and not from_model and self != type(self)():
+            raise UserError("settings of text belong to a run that reads captions, got no encoder. Pass --text small.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig(
-    arguments_of("isthmus.text.encoders:SmallTextEncoder", ["width", "num_layers", "num_heads", "max_length"])
+    CaptionsConfig, arguments_of("isthmus.text.encoders:SmallTextEncoder", ["width", "num_layers", "num_heads"])
 ):
     """Captions in the place of classes, and what reads them; None takes the default, or with --from the model's."""
 
@@ -293,29 +317,13 @@ class TextConfig(
     """small: an encoder that is trained together with the prior. A folder of a text encoder of transformers (T5, CLIP,
     BERT), or of one that a model was saved with: it stays frozen. Empty reads no captions, or with --from a model of
     texts goes on with its encoder."""
-    num_words: int | None = None
-    """small: words of the vocabulary that is learned from the training captions; None is 2000."""
     cross_attention: bool | None = None
     """Whether every block looks at the words, or the prior knows the vector of the whole caption alone; None is yes."""
-    attention: Literal["shared", "own"] | None = field(default=None, metadata={"before": "own"})
-    """How blocks of next-scale models look at the words: with a third of the heads that look at tokens (shared), or in
-    a cross-attention of their own, which makes steps a third slower. None is shared, or with --from the model's. The
-    small encoder of shared has 2 layers of 128 where nothing else is said, that of own 3 of 192."""
-    drop: float = 0.1
-    """Share of captions replaced by the empty one, for guidance."""
 
     def __post_init__(self):
-        must("be positive", self, "width", "num_layers", "num_heads")
-        must("lie in [0, 1]", self, "drop")
-        if self.max_length is not None and self.max_length < 3:
-            raise UserError(f"text.max_length must be at least 3, got {self.max_length}.")
-        if self.num_words is not None and self.num_words < 256:
-            raise UserError(f"text.num_words must be at least 256, one for each byte, got {self.num_words}.")
-        if self.attention is not None and self.cross_attention is False:
-            raise UserError(
-                f"text.attention says how blocks look at words, got {self.attention} with text.cross_attention False. "
-                "Leave one of them out."
-            )
+        super().__post_init__()
+        must("be positive", self, "width", "num_heads")
+        must("not be negative", self, "num_layers")
         if self.encoder not in ("", SMALL):
             for name in ("width", "num_layers", "num_heads", "num_words"):
                 if (value := getattr(self, name)) is not None:
@@ -328,20 +336,19 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 def run_to_json(run: Run) -> dict[str, Any]:
-    """Plain values of a run, for run.json; fields that came later are left out at what they were before."""
-    later = {f.name for f in fields(run) if f.metadata.get("later") and getattr(run, f.name) == f.default_factory()}  # pyright: ignore[reportCallIssue]
-    values = {name: value for name, value in asdict(run).items() if name not in later}
-    for name in values:
-        if is_dataclass(part := getattr(run, name)):
-            for inner in _with_another_past(type(part)):
-                if getattr(part, inner.name) == inner.metadata["before"]:
-                    del values[name][inner.name]
-    return json.loads(json.dumps(values, default=str))
+    """Plain values of a run, for run.json; fields that came later are left out at their defaults, as of before."""
+    return json.loads(json.dumps(_without_later(run), default=str))
 
 
-def _with_another_past(kind: type[Any]) -> list[Field[Any]]:
-    """Fields whose default is not what records that lack them mean."""
-    return [f for f in fields(kind) if "before" in f.metadata]
+def _without_later(config: Any) -> dict[str, Any]:
+    """Values by name, without fields that came later and stand at their defaults."""
+    values = {}
+    for one in fields(config):
+        value = getattr(config, one.name)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if not (one.metadata.get("later") and value == default):
+            values[one.name] = _without_later(value) if is_dataclass(value) else value
+    return values
 
 
 def run_from_json(kind: type[AnyRun], values: dict[str, Any]) -> AnyRun:
@@ -357,7 +364,7 @@ def _from_plain(kind: type[Any], values: dict[str, Any], prefix: str) -> Any:
             f"{kind.__name__} has no field {prefix + unknown[0]}.{nearest(unknown[0], hints)} Pass the run.json of "
             "such a run, of this version."
         )
-    made = {f.name: f.metadata["before"] for f in _with_another_past(kind)}
+    made = {}
     for name, value in values.items():
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):

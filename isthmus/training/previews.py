@@ -19,7 +19,7 @@ _COLUMNS = 8
 def preview_images(views: EvaluationImages) -> tuple[Images, Sequence[int]]:
     """Up to 8 held-out images in [-1, 1], spread over all, and their numbers."""
     numbers = spread(len(views), 8)
-    return views.__getitems__(numbers)["image"], numbers
+    return views.batch(numbers)["image"], numbers
 
 
 def save_reconstructions(stages: dict[str, Images], images: Images, folder: Path, step: int) -> Path:

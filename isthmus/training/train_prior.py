@@ -125,6 +125,11 @@ class PriorTask(Protocol):
         """Bits per token of held-out images, in all and per scale or group, from token ids (n, L) and labels (n,)."""
         ...
 
+    def held_out_captions(self, rows: slice) -> list[str]:
+        """Captions of these rows of the held-out images that are measured, of data that have some."""
+        assert self.held_out.captions is not None, "checked at the start"
+        return [self.held_out.captions[i] for i in measured_images(self.held_out)[rows]]
+
     def save_samples(self, model: Any, folder: Path, step: int) -> None:
         """A picture of samples at fixed seeds."""
         ...
@@ -278,7 +283,7 @@ def held_out_tokens(task: PriorTask) -> tuple[Tensor, Tensor]:
     ids, labels = [], []
     chosen = measured_images(task.held_out)
     for start in range(0, len(chosen), 64):
-        batch = views.__getitems__(chosen[start : start + 64])
+        batch = views.batch(chosen[start : start + 64])
         ids.append(task.token_ids(batch["image"].to(device)))
         labels.append(batch["class_label"])
     return torch.cat(ids), torch.cat(labels).to(device)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from isthmus.pipelines.loading import load_pipeline
+from tests.pipelines.tiny_dar import WORDS, tiny_dar
 from tests.testers import token_hashes
 
 
@@ -69,3 +70,26 @@ def test_bad_arguments_write_nothing(refused, dar_model, layout_image, tmp_path)
         words = words.replace("LAYOUT", str(layout_image)).replace("BROKEN", str(tmp_path / "broken.png"))
         assert said in refused("sample", dar_model, "--out", tmp_path / "o", *words.split())
     assert not (tmp_path / "o").exists()
+
+
+def test_prompts_are_taken_in_turn(isthmus, refused, layout_image, tmp_path):
+    pipe = tiny_dar(num_classes=0, names=False, words=WORDS, sampling_defaults={"guidance_scale": 2.0})
+    pipe.save_pretrained(tmp_path / "text")
+    (tmp_path / "more.txt").write_text("ein Häuschen 🏠\n\n" + "dome " * 30 + "long\n")
+    words = ("--prompt", "a critter", "--prompts", tmp_path / "more.txt", "--num", 5, "--negative-prompt", "a dome")
+    for size in (1, 4):
+        out = ("--out", tmp_path / f"by{size}", "--batch-size", size)
+        result = isthmus("sample", tmp_path / "text", *words, *out, "--grid", "--strip")
+        assert result.code == 0 and "only 12 are read" in result.err, result
+    assert hashes(tmp_path / "by1") == hashes(tmp_path / "by4")
+    prompts = manifest(tmp_path / "by1")["settings"]["prompts"]
+    drawn = pipe(prompt=prompts, num_images=5, seed=0, negative_prompt="a dome").token_ids
+    assert hashes(tmp_path / "by1") == token_hashes([drawn])
+    kept = ("--prefix-image", layout_image, "--prefix-tokens", 5)
+    assert isthmus("sample", tmp_path / "text", *words, *kept, "--out", tmp_path / "kept").code == 0
+    out = ("--out", tmp_path / "o")
+    assert "has no classes" in refused("-q", "sample", tmp_path / "text", "--classes", "face", *out)
+    told = isthmus("info", tmp_path / "text").out
+    assert f"up to 12 words, of {WORDS.num_words}" in told
+    assert isthmus("export", "llama", tmp_path / "text", "--out", tmp_path / "llama").code == 0
+    assert (tmp_path / "llama" / "tokenizer.json").is_file() and not (tmp_path / "o").exists()

@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from isthmus.data.avatars import attribute_names
+from isthmus.evaluation import alignment
 from isthmus.evaluation.adm_npz import read_adm_images
+from isthmus.evaluation.alignment import COMBINATIONS, SEEDS
+from isthmus.evaluation.attributes import DRAWINGS, PASSES, attribute_readers
 from isthmus.evaluation.guards import BUILT_IN_SENTENCE
 from isthmus.evaluation.record import read_record, write_record
 from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.pictures import save_picture
 from isthmus.samples import read
-from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM = 12
+CLASSES = ("face", "flag", "hand")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def images(tmp_path_factory) -> Path:
     """24 images of three classes, 8 px, with some held out."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for label, name in enumerate(("face", "flag", "hand")):
+    for label, name in enumerate(CLASSES):
         for part, count in (("train", 10), ("val", 6)):
             (folder / part / name).mkdir(parents=True)
             for i in range(count):
@@ -43,8 +48,8 @@ def images(tmp_path_factory) -> Path:
 def evaluate(isthmus, model, images):
     """Run `isthmus evaluate` on the tiny model."""
 
-    def run(out, *words, model=model):
-        result = isthmus("evaluate", model, "--data", f"folder:{images}", "--num", NUM, "--out", out, *words)
+    def run(out, *words, model=model, data=images):
+        result = isthmus("evaluate", model, "--data", f"folder:{data}", "--num", NUM, "--out", out, *words)
         assert result.code == 0, result.err
         return result
 
@@ -255,6 +260,63 @@ def test_d_ar_and_unlabelled_models(evaluate, refused, images, tmp_path):
     assert "memorised share" in scores(tmp_path / "b")
     words = ("--data", f"folder:{images}", "--num", NUM, "--balance", "data", "--out", tmp_path / "c")
     assert "the model is unlabelled" in refused("-q", "evaluate", tmp_path / "unlabelled", *words)
+
+
+def test_a_model_of_texts_is_told_captions(isthmus, evaluate, refused, model, images, tmp_path):
+    tiny_text_pipeline().save_pretrained(tmp_path / "words")
+    told = tmp_path / "told"
+    shutil.copytree(images, told)
+    for picture in told.glob("*/*/*.png"):
+        picture.with_suffix(".txt").write_text(f"a {picture.parent.name} numbered {picture.stem}")
+    words = ("--data", f"folder:{told}", "--num", NUM)
+    assert isthmus("evaluate", tmp_path / "words", *words, "--out", tmp_path / "a", "--batch-size", 5).code == 0
+    rows = read(tmp_path / "a" / "samples").rows
+    assert {row["prompt"] for row in rows} == {f"a {name} numbered {i}" for name in CLASSES for i in range(4)}
+    record = read_record(tmp_path / "a")
+    assert record.protocol.balance == "every class equally often" and record.readings is None
+    assert "captions of 18 held-out images" in (tmp_path / "a" / "report.md").read_text()
+    assert {"bits per token without words", "class accuracy (nearest mean)"} <= set(scores(tmp_path / "a"))
+    # a model of classes on the same images is measured alike
+    evaluate(tmp_path / "b", data=told)
+    assert isthmus("compare", tmp_path / "a", tmp_path / "b").code == 0
+    # other captions, other samples
+    next(told.glob("val/*/*.txt")).write_text("another")
+    assert "captions differ" in refused("-q", "evaluate", tmp_path / "words", *words, "--out", tmp_path / "a")
+    nothing = ("--data", f"folder:{images}", "--num", NUM, "--out", tmp_path / "c")
+    assert "images with captions" in refused("-q", "evaluate", tmp_path / "words", *nothing)
+    wanted = ("--attributes", "eyes")
+    assert "attributes are those of avatars" in refused("-q", "evaluate", model, *nothing, *wanted)
+    assert not (tmp_path / "c").exists()
+
+
+def test_attributes_of_avatars_are_found_in_samples(isthmus, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("ISTHMUS_CACHE", str(cache))
+    # of ten drawings one has a combination that is held out
+    monkeypatch.setattr(alignment, "COMBINATIONS_LIMIT", 64)
+    # a reader that has seen little stands for the one of the cache, which takes longer
+    attribute_readers(8, ("gaze",), drawings=128, passes=1)
+    (little,) = (cache / "attribute-readers").glob("gaze-*")
+    little.rename(little.with_name(f"gaze-8px-{DRAWINGS}x{PASSES}-seed0"))
+    tiny_text_pipeline().save_pretrained(tmp_path / "words")
+    words = (tmp_path / "words", "--data", "avatars:gaze", "--max-images", 100, "--num", NUM, "--out", tmp_path / "a")
+    assert isthmus("evaluate", *words, "--sweep-guidance", "3").code == 0
+    record = read_record(tmp_path / "a")
+    kinds = [f"{what} right, {prompts}" for prompts in (SEEDS, COMBINATIONS) for what in ("attributes", "combinations")]
+    assert [score.name for score in record.scores[1:5]] == kinds
+    assert [score.name for score in record.sweep["3"] if "right" in score.name] == kinds[:2]
+    assert len(read(tmp_path / "a" / "combinations")) == NUM and (tmp_path / "a" / "attributes.png").is_file()
+    assert "## Attributes" in (tmp_path / "a" / "report.md").read_text()
+    assert record.readings is not None and record.readings.attributes == attribute_names("gaze")
+    before = (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns
+    assert isthmus("evaluate", *words, "--sweep-guidance", "3").code == 0
+    assert (tmp_path / "a" / "evaluation.json").stat().st_mtime_ns == before
+    # asked for fewer, the same samples are scored again
+    assert isthmus("evaluate", *words, "--attributes", "eyes,shape").code == 0
+    again = read_record(tmp_path / "a").readings
+    assert again is not None and again.attributes == ("eyes", "shape")
+    ours, theirs = ([one for one in found.counts if one.attribute == "eyes"] for found in (record.readings, again))
+    assert ours == theirs
 
 
 def test_what_misleads_is_refused(refused, model, images, tmp_path):

@@ -170,7 +170,7 @@ def test_words_that_a_model_cannot_draw(refused, model, dar_model, text_model, t
     out = ("--out", tmp_path / "o")
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "reads no text" in refused("-q", "sample", model, "--prompt", "a cat", *out)
-    assert "has no prompt" in refused("-q", "sample", dar_model, "--prompt", "a cat", *out)
+    assert "reads no text" in refused("-q", "sample", dar_model, "--prompt", "a cat", *out)
     assert "has no classes" in refused("-q", "sample", text_model, "--classes", "face", *out)
     assert "which has none" in refused("-q", "sample", text_model, "--prompts", tmp_path / "empty.txt", *out)
     assert "cannot be read" in refused("-q", "sample", text_model, "--prompts", tmp_path / "nowhere.txt", *out)

@@ -7,7 +7,7 @@ from isthmus.cli import main
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("study", ["srdd", "dar"])
+@pytest.mark.parametrize("study", ["srdd", "dar", "text"])
 def test_bad_arguments_stop_before_any_training(study, tmp_path, capsys):
     for arguments, message in (
         (["--seeds", "0"], "--seeds must be at least 1"),

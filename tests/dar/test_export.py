@@ -11,7 +11,7 @@ from isthmus.dar.sampling import generate_tokens
 from isthmus.errors import UserError
 from isthmus.pipelines.options import SamplingOptions
 from tests.pipelines.tiny import tiny_pipeline
-from tests.pipelines.tiny_dar import tiny_dar
+from tests.pipelines.tiny_dar import WORDS, tiny_dar
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -88,6 +88,38 @@ def test_filters_that_are_off_stay_off_and_unlabelled_models_have_one_prompt(tmp
     written = json.loads((folder / "generation_config.json").read_text())
     assert (written["top_k"], written.get("top_p", 1.0)) == (0, 1.0)
     assert "every prompt is the one id 16" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_stock_transformers_draws_our_greedy_tokens_of_prompts(tmp_path, num_classes):
+    """As the README says: a padded batch, whose rows are those of single prompts and of our loop."""
+    pipe = tiny_dar(num_classes=num_classes, words=WORDS, data={"prompt": "a critter with a dome body"})
+    folder = export_llama(pipe, tmp_path / "llama")
+    prompts, label = ["a critter with a dome body", ""], 1 if num_classes else None
+    readme, layout = (folder / "README.md").read_text(), pipe.token_layout
+    ids = [layout.first_word + word for word in WORDS.words(prompts)[0]] + [layout.first_word - 1]
+    assert f"    {ids}\n" in readme and f'"prompt": {ids}' in readme
+    assert f"range(16, {layout.vocab_size - 1} + 1)" in readme
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    for block in blocks:
+        ast.parse(block)
+    greedy = json.loads((folder / "generation_config.json").read_text()) | {"do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(greedy))
+    done = {}
+    exec(blocks[1].replace("path/to/this/folder", str(folder)), done)
+    assert done["prompt"][0].tolist() == ids and done["mask"].sum(dim=1).tolist() == [len(ids), 1]
+    for guidance, drawn in ((1.0, done["drawn"]), (2.0, done["guided"])):
+        ours = pipe(prompt=prompts, seed=0, top_k=1, guidance_scale=guidance).token_ids
+        assert torch.equal(drawn[:, len(ids) :], ours)
+    llama = done["llama"]
+    for row in range(2):
+        own = done["prompt"][row : row + 1, len(ids) - done["mask"][row].sum() :]
+        alone = llama.generate(own, attention_mask=torch.ones_like(own))
+        assert torch.equal(alone[0, own.shape[1] :], done["drawn"][row, len(ids) :])
+    if label is not None:
+        done["prompt"][:, -1] = layout.codebook_size + label
+        classes = llama.generate(done["prompt"], attention_mask=done["mask"])[:, len(ids) :]
+        assert torch.equal(classes, pipe(label, prompt=prompts, seed=0, top_k=1, guidance_scale=1).token_ids)
 
 
 def test_from_a_saved_pipeline(pipeline, tmp_path, folder):

@@ -92,6 +92,23 @@ def test_unlabelled_models_have_one_null_class():
     assert TokenLayout.of(llama_config(layout, width=8, num_layers=1, num_heads=2), 8) == layout
 
 
+def test_words_lie_behind_classes_and_begin_a_sequence():
+    layout = TokenLayout(codebook_size=24, num_classes=3, num_tokens=12, num_words=300, prompt_length=5)
+    assert (layout.first_word, layout.vocab_size, layout.num_positions) == (28, 328, 18)
+    config = llama_config(layout, width=32, num_layers=1, num_heads=2)
+    assert TokenLayout.of(LlamaConfig.from_dict(config.to_dict()), codebook_size=24, num_tokens=12) == layout
+    # what a model without words writes knows nothing of them
+    assert (
+        not {"num_words", "prompt_length"} & llama_config(LAYOUT, width=32, num_layers=1, num_heads=2).to_dict().keys()
+    )
+    words = layout.padded([[0, 7], [], [299]])
+    inputs = next_token_inputs(layout, LABELS, TOKENS[:, :1], words)
+    assert inputs[:, :3].tolist() == [[28, 35, 24], [27, 27, 26], [27, 327, 27]]
+    places = words.places(2)
+    assert places["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
+    assert places["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 1, 2]]
+
+
 def test_strangers_are_refused():
     for changed, sizes, said in [
         ({}, (16, None), "same codebook_size"),
@@ -99,6 +116,9 @@ def test_strangers_are_refused():
         ({"codebook_size": 64}, (64, None), "vocabulary"),
         ({"codebook_size": 28}, (28, None), "vocabulary"),
         ({"max_position_embeddings": 1}, (24, None), "positions"),
+        ({"num_words": 256, "prompt_length": 4}, (24, None), "256 words of prompts"),
+        ({"num_words": 3, "prompt_length": 12}, (24, None), "one position for each of 12 words, for the class"),
+        ({"num_words": 3}, (24, 12), "num_words 3 and prompt_length 0"),
         ({"attention_bias": True}, (24, None), "attention_bias"),
         ({"tie_word_embeddings": True}, (24, None), "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, (24, None), "hidden_act"),
@@ -116,7 +136,7 @@ def test_a_llama_of_others_is_taken_by_its_sizes():
 
 
 def test_sizes_out_of_range_are_refused():
-    for sizes in ((0, 3, 12), (24, -1, 12), (24, 3, 0)):
+    for sizes in ((0, 3, 12), (24, -1, 12), (24, 3, 0), (24, 3, 12, 256, 0), (24, 3, 12, 0, 5), (24, 3, 12, -1, -1)):
         with pytest.raises(UserError):
             TokenLayout(*sizes)
     with pytest.raises(UserError, match="twice the heads"):

@@ -70,6 +70,7 @@ def test_split_folders_are_splits_not_classes(tmp_path, cache_dir, caplog):
         root = tmp_path / f"with {val_name}"
         for i in range(4):
             save(i, root / ("train" if i < 3 else val_name) / ("cat" if i % 2 else "dog") / f"{i}.png")
+        (root / val_name / "dog").mkdir()  # a held-out part may lack classes
         train, val = both(root, cache_dir)
         assert train.class_names == val.class_names == ("cat", "dog")
         assert len(train) == 3 and len(val) == 1 and val.labels.tolist() == [0]

@@ -43,6 +43,16 @@ def test_grey_and_rgba(tmp_path):
     np.testing.assert_array_equal(opened(saved(tmp_path, solid), val_fraction=0.0).load(0), IMAGES[0])
 
 
+def test_images_of_a_group_are_held_out_together(tmp_path):
+    groups = np.array([f"concept {i // 3}" for i in range(12)])
+    path = saved(tmp_path, IMAGES, np.arange(12) % 3, groups=groups, attribution=np.array("Drawn by us."))
+    train, val = (opened(path, split=split, val_fraction=0.5) for split in ("train", "val"))
+    place = {image.tobytes(): i for i, image in enumerate(IMAGES)}
+    held, kept = ({groups[place[one.load(i).tobytes()]] for i in range(len(one))} for one in (val, train))
+    assert held and kept and not held & kept and len(held | kept) == 4
+    assert train.attribution == "Drawn by us."
+
+
 def test_refusals(tmp_path):
     for arrays, said in [
         ((IMAGES.astype(np.float32),), "float32"),
@@ -57,6 +67,12 @@ def test_refusals(tmp_path):
             opened(saved(tmp_path, *arrays))
     with pytest.raises(UserError, match="needs the name arr_0"):
         opened(saved(tmp_path, images=IMAGES))
+    for named, said in [
+        ({"groups": np.arange(5)}, "groups must hold 12 texts or integers, got int64 \\(5,\\)"),
+        ({"attribution": np.array(["a", "b"])}, "attribution must be one text"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            opened(saved(tmp_path, IMAGES, **named))
     np.save(tmp_path / "a.npy", IMAGES)
     (tmp_path / "half.npz").write_bytes(saved(tmp_path, IMAGES).read_bytes()[:1000])
     for place, word in (("a.npy", "single array"), ("half.npz", "cannot be read"), ("none.npz", "existing file")):

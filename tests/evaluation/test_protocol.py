@@ -11,11 +11,14 @@ from isthmus.errors import UserError
 from isthmus.evaluation.evaluate import remove_by_products, scored_record
 from isthmus.evaluation.images import ImageSet
 from isthmus.evaluation.record import (
+    COMBINATION,
     FORMAT,
     RECORD,
+    AttributeCount,
     Curve,
     EvaluationRecord,
     Protocol,
+    Readings,
     Score,
     Subject,
     read_record,
@@ -81,6 +84,30 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert read_record(tmp_path) == read_record(tmp_path / RECORD) == record(held_out=SCORES)
     write_record(record(), tmp_path)
     assert math.isnan(read_record(tmp_path).held_out[0].value), "JSON has no infinity"
+
+
+def read_by(fingerprint: str, *counts: AttributeCount) -> Readings:
+    reader = {"fingerprint": fingerprint, "training": "9 drawings", "fresh attributes read": 4, "right": 0.5}
+    return Readings(reader=reader, attributes=("eyes",), counts=counts)
+
+
+def test_what_a_reader_saw_is_part_of_a_record_where_one_looked(tmp_path):
+    write_record(record(), tmp_path)
+    assert "readings" not in json.loads((tmp_path / RECORD).read_text()), "records of before stay what they were"
+    count = AttributeCount(prompts="held-out seeds", style="gaze", attribute="eyes", asked=8, right=2, real=7, chance=1)
+    pair = replace(count, attribute=COMBINATION, asked=4)
+    with_readings = record(held_out=SCORES, readings=read_by("a" * 64, count, pair))
+    write_record(with_readings, tmp_path)
+    assert read_record(tmp_path) == with_readings
+    text = report_text(with_readings, tmp_path)
+    assert "| gaze | eyes | 25.0% [7.1%, 59.1%] of 8; real 87.5%, chance 12.5% |" in text
+    assert "| all styles | parts | 25.0%" in text and "| all styles | colours |" not in text
+    assert "| all styles | combination | 50.0%" in text
+    # one without readings compares, one of another reader does not
+    assert same_protocol(record(), with_readings) == []
+    assert same_protocol(with_readings, record(readings=read_by("b" * 64))) == ["reader of attributes"]
+    other = replace(read_by("a" * 64), attributes=("mouth",))
+    assert same_protocol(with_readings, record(readings=other)) == ["attributes: eyes and mouth"]
 
 
 def test_other_ways_of_measuring_are_refused_in_words(tmp_path):

@@ -90,3 +90,17 @@ def test_what_is_used_again_is_what_would_be_measured(tmp_path):
     # another order of the classes is another numbering of the labels
     turned = open_splits(specs[0], image_size=8, classes=tuple(reversed(splits[0].class_names)), wanted=())
     assert RealImages(network, turned, references[0], (8, 8), sides).measured(2) is not first
+
+
+def test_drawings_without_end_are_measured_against_fresh_ones():
+    """As many on each side as samples; nobody trained on them, and they are not the held-out part either."""
+    data = open_splits(
+        "avatars:gaze,stack", image_size=8, classes=("stack", "gaze"), wanted=(), max_images=40, num_samples=30
+    )
+    against = choose_reference(data, None, size=(8, 8))
+    assert data.fresh is not None and against.images is data.fresh and not against.holds_training
+    assert (len(data.fresh), against.images_per_measurement(30), data.fresh.class_names) == (60, 30, ("stack", "gaze"))
+    parts = [{image.tobytes() for image in part} for part in (data.fresh, data.train, data.held_out)]
+    assert len(parts[0] - parts[1] - parts[2]) > 30
+    few = open_splits("avatars:gaze,stack", image_size=8, classes=(), wanted=(), max_images=40)
+    assert few.fresh is None and "training and" in choose_reference(few, None, size=(8, 8)).words

@@ -9,19 +9,22 @@ from isthmus.errors import UserError
 from isthmus.evaluation.features import FeatureNetwork, extract_features, feature_network
 from isthmus.evaluation.held_out import (
     LITE0,
+    OWN_WORDS,
     PSNR,
     Measures,
     ReconstructionMeter,
     as_floats,
+    held_out_scores,
     reconstruction_report,
     reconstructions_by_stage,
     token_bits,
 )
+from isthmus.evaluation.images import ImageSet
 from isthmus.evaluation.statistics import Gaussian
 from isthmus.nn.perceptual import Lite0Distance
 from isthmus.pictures import to_uint8
 from tests.evaluation.photo_crops import photo_crops
-from tests.pipelines.tiny import tiny_pipeline
+from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 
 pytestmark = pytest.mark.slow
@@ -107,7 +110,29 @@ def test_what_a_model_cannot_be_asked_is_refused():
 
 def test_likelihoods_are_the_pipelines_own(pipe):
     images, labels = crops(pipe, 5), [0, None, 2, 1, 1]
-    bits = token_bits(pipe, images, labels, batch_size=2)
+    bits = token_bits(pipe, images, labels, batch_size=2)[OWN_WORDS]
     assert bits.shape == (5, sum(pipe.stage_lengths.values()))
     expected = pipe.log_prob(as_floats(images), labels)
     np.testing.assert_allclose(bits.sum(axis=1) * math.log(2), -expected.numpy(), rtol=1e-4)
+
+
+def test_captions_are_read_beside_none_and_those_of_others(network):
+    pipe, pictures = tiny_text_pipeline(), photo_crops("chelsea", 4, side=8)
+    captions, others = ["a cat", "", "an eye", "fur"], ["an eye", "fur", "a cat", ""]
+    images = ImageSet("crops", "1", None, (), 4, at=lambda i: pictures[i], captions=captions)
+    scores, curves = held_out_scores(pipe, images, network, ())
+    found = {score.name: score for score in scores}
+    pixels = as_floats(pictures)
+    for words, name in (
+        (captions, "bits per token"),
+        ("", "bits per token without words"),
+        (others, "bits per token under another's caption"),
+    ):
+        bits = pipe.bits_per_token(pixels, prompt=words).double().mean().item()
+        assert found[name].value == pytest.approx(bits, rel=1e-4), name
+    assert "given their caption" in found["nats per image"].note
+    assert "their own captions save" in found["bits per token without words"].note
+    # the same without words for a model that reads none
+    plain, _ = held_out_scores(tiny_pipeline(), images, network, ())
+    assert [score.name for score in plain] == [name for name in found if "word" not in name and "another" not in name]
+    assert any(curve.name == "bits per token" for curve in curves)

@@ -7,16 +7,16 @@ from torch import nn
 
 from isthmus.errors import UserError
 from isthmus.next_scale.text_block import (
-    GatedTextBranch,
     RMSNorm,
     SandwichBlock,
+    SharedTextAttention,
     SizeCondition,
     SwiGLU,
     crop_values,
     scale_rotary_table,
 )
 from isthmus.next_scale.transformer import NextScaleBlock
-from isthmus.nn.attention import FeedForward, KeyValueCache, causal_attention, markov_attention
+from isthmus.nn.attention import FeedForward, KeyValueCache, causal_attention, markov_attention, seeing_words
 from isthmus.nn.rotary import rotated
 from tests.testers import NETWORK, randomized
 
@@ -137,16 +137,21 @@ def test_the_weight_of_a_norm_comes_after_the_rounding():
     torch.testing.assert_close(norm.bfloat16()(x), unit * norm.weight, rtol=0, atol=0)
 
 
+def shared(unit_keys=True):
+    return randomized(SharedTextAttention(3, 1, WIDTH // HEADS, TEXT, unit_keys=unit_keys))
+
+
 def test_a_model_of_var_that_gets_the_look_at_a_text_starts_as_itself(words):
     block = randomized(NextScaleBlock(WIDTH, HEADS, 4.0, l2_attention=True, shared_adaln=False, norm_eps=1e-6))
-    branch = randomized(GatedTextBranch(WIDTH, HEADS, TEXT))
+    looking = shared()
     with torch.no_grad():
-        branch.gate.zero_()
-    behind = block(torch.randn(2, 14, WIDTH), torch.randn(2, 6, WIDTH), markov_attention(LENGTHS))
-    looked = branch(behind, branch.keys_values(*words))
-    assert torch.equal(looked, behind)
+        looking.gate.zero_()
+    arguments = torch.randn(2, 14, WIDTH), torch.randn(2, 6, WIDTH), markov_attention(LENGTHS), None
+    looked = block(*arguments, looking(*words)[1])
+    assert torch.equal(looked, block(*arguments))
     looked.square().sum().backward()
-    assert branch.gate.grad.abs().min() > 0  # it can leave zero
+    assert looking.gate.grad[1].abs().min() > 0  # it can leave zero
+    assert not looking.gate.grad[[0, 2]].any()  # what other blocks see
 
 
 def test_a_sandwich_that_gets_the_look_at_a_text_starts_as_itself(words):
@@ -159,18 +164,25 @@ def test_a_sandwich_that_gets_the_look_at_a_text_starts_as_itself(words):
     assert torch.equal(seeing(*arguments, seeing.keys_values(*words)), blind(*arguments))
 
 
-@torch.no_grad()
-def test_a_trained_gate_looks_at_the_text(words):
-    branch = randomized(GatedTextBranch(WIDTH, HEADS, TEXT))
-    x = torch.randn(2, 14, WIDTH)
-    looked = branch(x, branch.keys_values(*words))
-    assert not torch.allclose(looked, x)
-    hidden, mask = words
-    other = branch(x, branch.keys_values(torch.where(mask[..., None], hidden, 9.0), mask))
-    torch.testing.assert_close(looked, other, **NETWORK)
-    # no position: words in another order are the same words
-    order = torch.tensor([3, 0, 4, 2, 1])
-    torch.testing.assert_close(looked, branch(x, branch.keys_values(hidden[:, order], mask[:, order])), **NETWORK)
+@pytest.mark.parametrize("unit_keys", [True, False])
+def test_a_trained_gate_looks_at_the_text(words, unit_keys):
+    looking = shared(unit_keys)
+    q, k, v = torch.randn(3, 2, HEADS, 14, WIDTH // HEADS)
+    attend = markov_attention(LENGTHS)
+
+    def looked(hidden, mask):
+        return seeing_words(attend, looking(hidden, mask)[0])(q, k, v, 1.0)
+
+    with torch.no_grad():
+        seen, blind = looked(*words), attend(q, k, v, 1.0)
+        assert torch.equal(seen[:, 1:], blind[:, 1:]) and not torch.allclose(seen[:, 0], blind[:, 0])
+        hidden, mask = words
+        other = looked(torch.where(mask[..., None], hidden, 9.0), mask)
+        torch.testing.assert_close(seen, other, **NETWORK)
+        # no position: words in another order are the same words
+        order = torch.tensor([3, 0, 4, 2, 1])
+        torch.testing.assert_close(seen, looked(hidden[:, order], mask[:, order]), **NETWORK)
+    torch.testing.assert_close(looked(*words), seen, **NETWORK)  # where gradients are wanted
 
 
 def test_initial_weights_of_branches_are_scaled_down():

@@ -183,7 +183,7 @@ def test_a_class_model_that_gets_the_text_branch_is_the_one_it_was(scale_attenti
     logits = told(labels, scale_inputs, text_for(3)).logits
     assert torch.equal(logits, plain(labels, scale_inputs).logits)
     logits.square().sum().backward()
-    assert told.text_start.weight.grad.any() and told.blocks[0].text.gate.grad.any()
+    assert told.text_start.weight.grad.any() and told.shared_text.gate.grad.any()
 
 
 def test_image_sizes_are_a_condition_of_their_own():

@@ -11,9 +11,11 @@ from isthmus.nn.attention import (
     MAX_LOG_SCALE,
     KeyValueCache,
     MultiHeadAttention,
+    TextKeysValues,
     causal_attention,
     markov_attention,
     scale_causal_mask,
+    seeing_words,
     tanh_gelu,
     unit_heads,
 )
@@ -50,6 +52,31 @@ def test_gradients_are_those_of_masked_attention(attention, mask):
     found = torch.autograd.grad((attention(lengths)(*tensors, 0.5) * weights).sum(), tensors)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("some", [1, 3])
+def test_words_are_added_to_what_the_first_heads_see_of_tokens(some):
+    tokens, (_, keys, values) = heads(14), heads(5, seed=1)
+    mask = torch.tensor([[True] * 5, [True, False, True, False, False]])
+    words = keys[:, :some], values[:, :some]
+    upstream = heads(14, seed=2)[0]
+
+    def formula(q, k, v, keys, values):
+        told = F.scaled_dot_product_attention(q[:, :some], keys, values, mask[:, None, None], scale=0.7)
+        return markov_attention((1, 4, 9))(q, k, v, 0.7) + F.pad(told, (0, 0, 0, 0, 0, 3 - some))
+
+    def ours(q, k, v, keys, values):
+        return seeing_words(markov_attention((1, 4, 9)), TextKeysValues(keys, values, mask))(q, k, v, 0.7)
+
+    inputs = (*tokens, *words)
+    torch.testing.assert_close(ours(*inputs), formula(*inputs))
+    for one in inputs:
+        one.requires_grad_()
+    expected, found = formula(*inputs), ours(*inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
 
 
 @given(LENGTHS)

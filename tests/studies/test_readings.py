@@ -32,6 +32,21 @@ def test_seeds_that_one_side_lacks_do_not_count():
     assert difference({0: Reading(1.0)}, {1: Reading(1.0)}).num_seeds == 0
 
 
+def test_with_one_seed_groups_of_the_same_images_are_subtracted():
+    """Groups differ by 10 and the sides by 1 in each: paired, that is certain; apart it would not be."""
+    groups = [10.0 * group for group in range(20)]
+    first = {0: Reading.around(95.0, 26.0)}
+    paired = difference(
+        {0: Reading(95.0, 69.0, 121.0, tuple(groups))},
+        {0: Reading(96.0, 70.0, 122.0, tuple(one + 1 for one in groups))},
+    )
+    assert paired.half_width == pytest.approx(0.0) and paired.verdict("lower") == "agrees"
+    assert difference(first, {0: Reading.around(96.0, 26.0)}).verdict("lower") == "cannot tell"
+    # of several seeds the trainings count, whatever their images say
+    seeds = {seed: Reading(95.0, parts=tuple(groups)) for seed in (0, 1)}
+    assert difference(seeds, {0: Reading(96.0), 1: Reading(99.0)}).half_width == half_width_of_mean([-1.0, -4.0])
+
+
 def test_one_seed_needs_an_interval_that_lies_on_one_side():
     for half_width, verdict in ((None, "cannot tell"), (1.0, "cannot tell"), (0.9, "agrees")):
         assert Difference(-1.0, half_width, 1).verdict("lower") == verdict

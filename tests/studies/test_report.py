@@ -4,7 +4,7 @@ import pytest
 
 from isthmus.errors import UserError
 from isthmus.studies.experiments import Experiment
-from isthmus.studies.options import DarStudyOptions
+from isthmus.studies.options import DarStudyOptions, SrddStudyOptions
 from isthmus.studies.study import Study
 from isthmus.studies.tables import Claim, Found, Panel, Reading, Row, StudyTable, mean_and_half_width, study_table
 from tests.studies.tiny_studies import run, srdd_setting
@@ -78,10 +78,24 @@ def test_options_that_no_study_has_are_refused():
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"num": 1}, "--num must be at least 2"),
-        ({"classes": ()}, "--classes needs names"),
     ):
         with pytest.raises(UserError, match=words):
             DarStudyOptions(**given)
+
+
+def test_what_cannot_be_told_is_said_to_be_small(tmp_path):
+    """Differences -0.05, 0.1, -0.1: deviation 0.104, half width 4.303 * 0.104 / sqrt(3), of a mean of 1.117."""
+    text = run(STUDY, SETTING, tmp_path, tables=("hand",)).read_text()
+    assert "| 0.259 (23.2 %) | cannot tell: at most 0.275 (24.6 %) apart |" in text
+    assert "4 verdicts stand here, of which 2 cannot be told" in text
+
+
+def test_data_without_end_buy_more_of_everything():
+    ours, theirs = (SrddStudyOptions(budget="full", data=data) for data in ("avatars:gaze,moods", "openmoji"))
+    for name in ("num", "tokenizer_steps", "prior_steps"):
+        assert getattr(ours.amount, name) > getattr(theirs.amount, name)
+    assert ours.chosen_classes is None and theirs.chosen_classes == ("face", "flag", "hand", "person")
+    assert SrddStudyOptions(data="openmoji", classes=("all",)).chosen_classes is None
 
 
 def test_bars_need_an_interval_or_several_seeds():

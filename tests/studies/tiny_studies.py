@@ -9,7 +9,7 @@ import torch
 
 from isthmus.evaluation.record import circumstances
 from isthmus.studies.experiments import Values, finished
-from isthmus.studies.options import DarSetting, SrddSetting
+from isthmus.studies.options import DarSetting, SrddSetting, TextSetting
 from isthmus.studies.study import Study
 from isthmus.studies.tables import Found
 from tests.training.tiny_runs import (
@@ -86,3 +86,22 @@ def dar_setting(data: str, **changes) -> DarSetting:
         "batch_size": 8,
     }
     return DarSetting(**(setting | changes))
+
+
+def text_setting(**changes) -> TextSetting:
+    """One seed of two arms and eight samples of two styles."""
+    drawings = {"max_images": 40}
+    setting = {
+        "tokenizer": tokenizer_run("avatars:gaze,stack", Path("unset"), **drawings),
+        "prior": prior_run("avatars:gaze,stack", Path("unset"), "", **drawings),
+        "dar_tokenizer": diffusion_tokenizer_run("avatars:gaze,stack", Path("unset"), **drawings),
+        "dar_prior": next_token_prior_run("avatars:gaze,stack", Path("unset"), "", **drawings),
+        "arms": ("class", "cross", "prefix"),
+        "num_classes": 2,
+        "seeds": (0,),
+        "num": 8,
+        "guidances": (),
+        "rounds": 2,
+        "batch_size": 8,
+    }
+    return TextSetting(**(setting | changes))

@@ -206,10 +206,20 @@ def damaged(folder):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_setting(name, value):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (shutil.rmtree, "is no folder"),
+        (with_setting("hidden_size", "wide"), "cannot be read .*hidden_size"),
+        (with_setting("num_attention_heads", 0), "cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (of_another_network, "got gpt2"),
         (without_a_weight, "missing .*layer_norm1"),

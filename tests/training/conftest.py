@@ -13,6 +13,7 @@ from tests.training.tiny_runs import (
     prior_run,
     tokenizer_run,
     train,
+    with_captions,
     write_images,
 )
 
@@ -21,6 +22,12 @@ from tests.training.tiny_runs import (
 def images(tmp_path_factory) -> str:
     """Data spec of twelve images of two classes."""
     return made_once(tmp_path_factory, "squares", lambda folder: write_images(folder / "squares.npz"))
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory, images) -> str:
+    """The squares of `images`, their colour in words."""
+    return made_once(tmp_path_factory, "captioned", lambda folder: with_captions(images, folder / "squares.npz"))
 
 
 @pytest.fixture(scope="session")

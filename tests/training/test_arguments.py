@@ -1,6 +1,6 @@
 import inspect
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
@@ -11,11 +11,11 @@ from isthmus.dar.runs import DiffusionTokenizerModel, FlowDecoderModel, FlowSett
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
-from isthmus.next_scale.runs import PriorModel, PriorRun, TokenizerModel
+from isthmus.next_scale.runs import PriorModel, PriorRun, TokenizerModel, prior_preset
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.training.arguments import arguments_of
-from isthmus.training.config import run_from_json
+from isthmus.training.config import run_from_json, run_to_json
 
 # of the decoder, a run says whether there are positions and a canvas; their sizes are the tokenizer's
 NOT_READ = {"position_table", "canvas"}
@@ -55,3 +55,10 @@ def test_an_argument_or_a_place_that_is_not_there_is_refused():
         PriorModel(widht=3)
     with pytest.raises(UserError, match=r"no field model.widht. Did you mean width\?"):
         run_from_json(PriorRun, {"model": {"widht": 3}})
+
+
+def test_settings_that_came_later_are_in_a_record_only_where_they_are_set():
+    run = prior_preset("srdd-small")
+    turned = replace(run, model=replace(run.model, position="rope2d"))
+    assert "position" not in run_to_json(run)["model"] and run_to_json(turned)["model"]["position"] == "rope2d"
+    assert all(run_from_json(type(one), run_to_json(one)) == one for one in (run, turned))

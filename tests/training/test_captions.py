@@ -23,7 +23,6 @@ from isthmus.text.pretrained import PretrainedTextEncoder
 from isthmus.training.captions import Captions, FrozenFeatures, warn_of_cut_captions, with_words
 from isthmus.training.config import TextConfig, run_from_json, run_to_json
 from isthmus.training.images import dropped
-from tests.made_once import made_once
 from tests.text.test_pretrained import write_network
 from tests.training.tiny_runs import (
     COLOURS,
@@ -38,12 +37,6 @@ from tests.training.tiny_runs import (
     with_captions,
     write_images,
 )
-
-
-@pytest.fixture(scope="session")
-def captioned(tmp_path_factory, images) -> str:
-    """The squares of `images`, their colour in words."""
-    return made_once(tmp_path_factory, "captioned", lambda folder: with_captions(images, folder / "squares.npz"))
 
 
 @pytest.fixture(scope="session")
@@ -169,12 +162,12 @@ def test_words_are_learned_from_captions_alone(captioned):
     captions = ["a red square", "a green square"] * 3
     first, second = (with_words(planned, captions, 300).config["merges"] for _ in range(2))
     assert first == second and 0 < len(first) <= 300 - 256
-    assert len(with_words(planned, captions, None).tokenizer.encode("a red square").ids) == 3
+    assert len(with_words(planned, captions, None).tokenizer.words(["a red square"])[0]) == 3
 
 
 def test_captions_that_are_cut_are_counted_once(caplog):
     encoder = SmallTextEncoder(width=8, num_layers=1, num_heads=2, max_length=4)
-    warn_of_cut_captions(encoder, ["red", "reddish", "a red cat"])  # a word of this encoder is a byte
+    warn_of_cut_captions(encoder.tokenizer, ["red", "reddish", "a red cat"])  # a word of this encoder is a byte
     assert "2 of 3 captions are longer than the 4 words" in caplog.text
     caplog.clear()
     encoder.word_ids(["a red cat"], warn=False)

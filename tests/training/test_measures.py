@@ -20,7 +20,7 @@ class Sorted(EvaluationImages):
     def __len__(self) -> int:
         return self.count
 
-    def __getitems__(self, indices):
+    def batch(self, indices):
         greys = torch.tensor([-1.0 if index < self.count // 2 else 1.0 for index in indices])
         return {"image": greys.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)}
 
@@ -28,7 +28,7 @@ class Sorted(EvaluationImages):
 def test_the_wrong_codes_are_those_of_another_class_also_in_a_sorted_set():
     """A decoder that knows classes alone, and all of them: every right image is exact, every wrong one is not."""
     tokenizer = tiny_dar().image_tokenizer
-    black, white = (tokenizer.encode(Sorted(2).__getitems__([i])["image"]).quantized for i in range(2))
+    black, white = (tokenizer.encode(Sorted(2).batch([i])["image"]).quantized for i in range(2))
     assert not torch.equal(black, white)
 
     def decode(codes, numbers):
@@ -55,7 +55,7 @@ def test_a_single_image_has_no_gap():
 
 def test_without_a_codebook_what_the_latents_give_is_measured():
     tokenizer, views = tiny_pipeline().image_tokenizer, Sorted(4)
-    images = views.__getitems__(range(4))["image"]
+    images = views.batch(range(4))["image"]
     plain = tokenizer_scores(tokenizer, views, quantize=False)
     decoded = tokenizer.decode_features(tokenizer.latents(images))
     assert plain == {"val/psnr": pytest.approx(psnr(decoded, images).mean().item())}

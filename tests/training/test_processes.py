@@ -17,6 +17,7 @@ from tests.made_once import made_once
 from tests.testers import LOGGED
 from tests.training.tiny_runs import (
     SMALL_TEXT,
+    SMALL_WORDS,
     assert_same_log,
     diffusion_tokenizer_run,
     killed_after,
@@ -57,6 +58,7 @@ def runs(tmp_path_factory, images, trained_tokenizer, trained_dar_tokenizer) -> 
 
 def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) -> Runs:
     long = {"num_steps": 12, "save_every": 6, "preview_every": 12, "validate_every": 6}
+    captioned = with_captions(images, folder / "captioned.npz")
     dar = diffusion_tokenizer_run(images, folder / "one-diffusion-tokenizer", revive_every=2, **long)
     one: dict[str, Run] = {
         # usage, revival, the discriminator and its adaptive weight
@@ -64,9 +66,9 @@ def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) 
         # stochastic depth, label dropout, a batch in two parts
         "prior": prior_run(images, folder / "one-prior", multi_scale, accumulate=2, **long),
         # an encoder of captions that is trained along
-        "captions": prior_run(
-            with_captions(images, folder / "captioned.npz"), folder / "one-captions", multi_scale, text=SMALL_TEXT
-        ),
+        "captions": prior_run(captioned, folder / "one-captions", multi_scale, text=SMALL_TEXT),
+        # rows of captions that each process fills up to a length of its own
+        "words": next_token_prior_run(captioned, folder / "one-words", diffusion, text=SMALL_WORDS),
         # steps that leave some weights without a gradient
         "scales": prior_run(images, folder / "one-scales", multi_scale, scales_per_step=1),
         # codebook start, uneven counts of tokens, statistics of the whole batch
@@ -98,7 +100,7 @@ def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) 
 
 
 def test_two_processes_train_what_one_trains(runs):
-    for name in (*TRAININGS, "captions", "scales"):
+    for name in (*TRAININGS, "captions", "words", "scales"):
         lines = [line for line in log_lines(runs.two[name].out) if "train/loss" in line]
         assert len(lines) == runs.one[name].num_steps, name
         assert_same_log(runs.one[name].out, runs.two[name].out)

@@ -283,19 +283,19 @@ class TestDAR(TrainingLaws):
     def test_fine_tuning_starts_where_the_source_stands(self, prior):
         source = load_pipeline(prior, device="cpu").transformer
         old, new = TokenLayout(16, 2, 4), TokenLayout(16, 5, 4)
-        model = dar.with_new_classes(source, new).eval()
+        model = dar.with_vocabulary(source, new).eval()
         ids = torch.randint(16, (2, 4))
         with torch.no_grad():
             before = next_token_logits(source, old, torch.tensor([old.null_class_id] * 2), ids)
             for label in (0, 4, new.null_class_id):
                 assert torch.equal(next_token_logits(model, new, torch.tensor([label] * 2), ids), before)
-            known = dar.with_new_classes(source, new, kept={3: 1}).eval()
+            known = dar.with_vocabulary(source, new, kept={3: 1}).eval()
             expected = next_token_logits(source, old, torch.tensor([1, old.null_class_id]), ids)
             assert torch.equal(next_token_logits(known, new, torch.tensor([3, 0]), ids), expected)
         # settings that a run cannot name stay as well
         config = copy.deepcopy(source.config)
         config.num_key_value_heads, config.rms_norm_eps = 1, 1e-3
-        grouped = dar.with_new_classes(LlamaForCausalLM(config), new)
+        grouped = dar.with_vocabulary(LlamaForCausalLM(config), new)
         assert (grouped.config.num_key_value_heads, grouped.config.rms_norm_eps) == (1, 1e-3)
 
     def test_a_frozen_encoder_with_latent_norm_keeps_the_tokens_of_other_images(self, tmp_path, images):

@@ -19,6 +19,7 @@ from isthmus.dar.runs import (
     FlowDecoderModel,
     LlamaModel,
     NextTokenPriorRun,
+    WordsConfig,
 )
 from isthmus.next_scale.runs import PriorModel, PriorRun, TokenizerLoss, TokenizerModel, TokenizerRun
 from isthmus.training.config import OptimConfig, PriorSampling, Run, TextConfig, TokensRun
@@ -41,6 +42,7 @@ SIX = {
     "optim": OPTIM,
 }
 SMALL_TEXT = TextConfig(encoder="small", num_words=300, width=16, num_layers=1, num_heads=2, max_length=12)
+SMALL_WORDS = WordsConfig(encoder="small", num_words=300, max_length=12)
 # two steps without quantisation, a codebook from encoder outputs, revival at every step
 CODES = {"continuous_steps": 2, "revive_every": 1}
 
@@ -203,7 +205,8 @@ def forget_after(out: Path, step: int) -> None:
     for checkpoint in (out / "checkpoints").iterdir():
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
-    for name in ("image_tokenizer", "decoder", "scheduler", "transformer", "text_encoder", "model_index.json"):
+    parts = ("image_tokenizer", "decoder", "scheduler", "transformer", "text_encoder", "text_tokenizer")
+    for name in (*parts, "model_index.json"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
