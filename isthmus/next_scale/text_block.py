@@ -159,7 +159,7 @@ class SharedTextAttention(nn.Module):
         """What each block sees of prompts, for all scales. At least one word of each must count."""
         layers, heads, width = self.gate.shape
         # a batch of captions is half padding
-        places = mask.flatten().nonzero().squeeze(1) if trains_on_cpu(words) else None
+        places = mask.flatten().nonzero().squeeze(1) if trains_on_cpu(words) and len(words) > 1 else None
         rows = words.flatten(0, 1) if places is None else words.flatten(0, 1)[places]
         k, v = self.kv(self.norm(rows)).unflatten(-1, (layers, 2, heads, width)).unbind(2)
         if self.log_scale is not None:
