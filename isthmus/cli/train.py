@@ -59,8 +59,8 @@ _ABOUT: dict[type[Run], str] = {
     PriorRun: "Train the transformer that predicts a scale from the coarser ones: VAR (causal) or SRDD (markov). With "
     "the tokenizer or a model of the D-AR family, train its Llama instead, with options of its own.",
     DistillRun: "Train a student on fewer scales (--scale-sizes), or under another mask (--scale-attention), from a "
-    "saved next-scale model: isthmus distill MODEL --scale-sizes 1,3,5,8,13,16 --out DIR. Images, classes and sampling "
-    "defaults are the teacher's where they are not given.",
+    "saved next-scale model: isthmus distill MODEL --scale-sizes 1,3,5,8,13,16 --out DIR. Images, classes, captions "
+    "and sampling defaults are the teacher's where they are not given.",
     NextTokenPriorRun: "Train the Llama that predicts the tokens of a D-AR tokenizer one by one.",
 }
 

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from isthmus.data.source import ImageSource, ImageStream
 from isthmus.data.views import Batch
 from isthmus.errors import UserError
 from isthmus.files import alone_in
@@ -29,6 +30,7 @@ from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.train_prior import (
     NextScaleLosses,
     NextScaleTask,
+    captions_read,
     encoder_for,
     next_scale_loss,
     prior_cost,
@@ -45,6 +47,8 @@ from isthmus.nn.stored_llama import fingerprint
 from isthmus.pipelines.folder import model_folder
 from isthmus.pipelines.labels import names_in_order
 from isthmus.pipelines.options import guidance_text, parse_guidance
+from isthmus.text.encoders import TextFeatures
+from isthmus.training.captions import check_captions
 from isthmus.training.cost import Cost, report, work
 from isthmus.training.images import open_split, open_splits
 from isthmus.training.run import STAGES, check_folder
@@ -163,15 +167,17 @@ class TeacherRollouts:
         positions: Int[Tensor, " b"],
         *,
         seed: int,
+        text: TextFeatures | None = None,
     ) -> list[ScaleTokens]:
         """Token ids for each of `scales`, from the images under the student's schedule and under the teacher's.
 
-        The teacher gets the label that the student gets. Draws follow from the run's seed and the training positions.
+        The teacher gets the label and the text that the student gets. Draws follow from the run's seed and the training
+        positions.
         """
         tokenizer, theirs = self.tokenizer, self.teacher_schedule
         ours = [scale.features for scale in tokenizer.token_scales(token_ids, self.schedule)]
         known = [scale.features for scale in tokenizer.token_scales(teacher_ids, theirs)]
-        conditioning, cache = self.teacher.condition(labels), self.teacher.new_cache(len(labels))
+        conditioning, cache = self.teacher.condition(labels, text), self.teacher.new_cache(len(labels))
         read, found = 0, []  # of the image's own scales, how many the cache holds
 
         def predict(k: int, features: LatentMap) -> Float[Tensor, "b l v"]:
@@ -201,8 +207,9 @@ def student_of(teacher: NextScaleTransformer, scale_sizes: Sequence[int], scale_
     student = NextScaleTransformer(**(teacher.config | {"scale_sizes": sizes, "scale_attention": scale_attention}))
     # of the tables of scales and positions the rows of these sides, all else as it is
     weights, kept = teacher.state_dict(), [teacher.schedule.sizes.index(side) for side in sizes]
-    positions = weights["position"].split(list(teacher.schedule.lengths), dim=1)
-    weights["position"] = torch.cat([positions[k] for k in kept], dim=1)
+    if teacher.position is not None:  # rotary ones have no table
+        positions = weights["position"].split(list(teacher.schedule.lengths), dim=1)
+        weights["position"] = torch.cat([positions[k] for k in kept], dim=1)
     weights["scale_embedding.weight"] = weights["scale_embedding.weight"][kept]
     student.load_state_dict(weights)
     return student
@@ -226,6 +233,12 @@ class ScaleDistillationTask(NextScaleTask):
 
     The frozen teacher is asked about the student's own input at the scales in `asked`; at the others, `rolled`, it
     draws targets on its own scales.
+
+    Of a teacher that reads texts the student keeps the encoder as it is, whichever kind that is. Both are told what it
+    makes of the same captions, some of them dropped: an encoder that moved with the student would tell the teacher, in
+    whose targets the words have their meaning, what it never learned, or each would need one of its own. So captions
+    are read once for the two, and the student without a teacher, which has the same encoder, differs by the teacher
+    alone.
     """
 
     def __init__(self, run: DistillRun):
@@ -237,15 +250,27 @@ class ScaleDistillationTask(NextScaleTask):
         if run.progressive and len(stages) > 1:
             teacher = load_model(str(stage_folder(run, stages[-2])), NextScalePipeline)
         splits = open_splits(run, tokenizer.image_size)
-        check_classes(splits[0].class_names, named)
+        check_images(run.from_model, named, *splits)
         student = student_of(teacher.transformer, sizes, mask)
         for name, parameter in student.named_parameters():
             # the mark of hidden tokens stays the teacher's: nothing here is trained on partly hidden scales
             parameter.requires_grad_(name != "mask_embedding")
-        super().__init__(run, tokenizer, splits, student, guided_sizes=named_sizes)
+        super().__init__(
+            run,
+            tokenizer,
+            splits,
+            student,
+            guided_sizes=named_sizes,
+            text_encoder=named.text_encoder,
+            caption_dropout=run.label_dropout,
+        )
         self.teacher = teacher.transformer.eval().requires_grad_(False)
         self.run: DistillRun = run
         self.facts = {"teacher_fingerprint": fingerprint(self.teacher)}
+        if self.text_encoder is not None:
+            self.text_encoder.eval().requires_grad_(False)
+            self.facts["text_encoder_fingerprint"] = fingerprint(self.text_encoder)
+            self.note = "the text encoder is the teacher's, frozen"
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
         sizes, markov = self.teacher.schedule.sizes, self.teacher.is_markov
         self.asked = shared_steps(sizes, self.schedule.sizes, markov=markov) if run.distillation_weight else ()
@@ -262,7 +287,7 @@ class ScaleDistillationTask(NextScaleTask):
         with without_values():
             saved = load_model(run.from_model, NextScalePipeline)
         source = open_split(run, saved.image_size, "train")
-        check_classes(source.class_names, saved)
+        check_images(run.from_model, saved, source)
 
         sizes, mask = student_shape(run, saved.transformer.schedule.sizes, saved.transformer.config["scale_attention"])
         models = [saved.transformer]
@@ -275,18 +300,27 @@ class ScaleDistillationTask(NextScaleTask):
             f"{_described(configs[-1])} per image; teacher {_described(configs[0])}; {len(source)} images, "
             f"{len(source.class_names) or 'no'} classes"
         )
+        if saved.text_encoder is not None:
+            network += f"; {captions_read(models[-1], source, frozen=saved.text_encoder)}"
         # the memory is that of the first stage, which has the most scales
         largest = replace(costs[-1], activation_bytes=max(cost.activation_bytes for cost in costs))
         return report(run, network, largest, trainings=_trainings(run, configs, costs))
+
+    def place(self, device: torch.device) -> None:
+        """Also the text encoder, which is no part of the network in training."""
+        super().place(device)
+        if self.text_encoder is not None:
+            self.text_encoder.to(device)
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> DistillationLosses:
         """Losses of one part of a batch, on the device of the model."""
         run, schedule, device = self.run, self.schedule, self.tokenizer.device
         token_ids, teacher_ids = self._pyramids(batch["token_ids"].to(device))
         labels, keep = self._dropouts(batch)
+        told = self._told(batch)
         with torch.no_grad():
             inputs = self.tokenizer.scale_inputs(token_ids, schedule)
-        logits = model(labels, inputs, keep=keep).logits
+        logits = model(labels, inputs, **told, keep=keep).logits
 
         scales = range(schedule.num_scales)
         data = next_scale_loss(logits, torch.cat(token_ids, dim=1), schedule, self._weights, scales=scales)
@@ -294,11 +328,12 @@ class ScaleDistillationTask(NextScaleTask):
         if run.distillation_weight:
             self.teacher.to(device)
             parts = logits.split(list(schedule.lengths), dim=1)
-            for k, theirs in zip(self.asked, self._teacher_logits(labels, inputs), strict=True):
+            for k, theirs in zip(self.asked, self._teacher_logits(labels, inputs, told), strict=True):
                 said[k] = scale_divergence(theirs, parts[k])
             drawn = []
             if self.rolled:
-                drawn = self._rollouts.targets(labels, token_ids, teacher_ids, batch["position"], seed=run.seed)
+                positions = batch["position"]
+                drawn = self._rollouts.targets(labels, token_ids, teacher_ids, positions, seed=run.seed, **told)
             for k, targets in zip(self.rolled, drawn, strict=True):
                 said[k] = F.cross_entropy(parts[k].float().transpose(1, 2), targets)
         by_scale = torch.stack(said)
@@ -318,15 +353,17 @@ class ScaleDistillationTask(NextScaleTask):
         return parts[: len(lengths)], parts[len(lengths) :]
 
     @torch.no_grad()
-    def _teacher_logits(self, labels: Tensor, inputs: Float[Tensor, "b l d"]) -> list[Float[Tensor, "b _ v"]]:
-        """Logits of the teacher at the scales in `asked`, from the student's inputs."""
+    def _teacher_logits(
+        self, labels: Tensor, inputs: Float[Tensor, "b l d"], told: Mapping[str, TextFeatures]
+    ) -> list[Float[Tensor, "b _ v"]]:
+        """Logits of the teacher at the scales in `asked`, from the student's inputs and what it is told."""
         if not self.asked:
             return []
         lengths = self.schedule.lengths
         parts = inputs.split(list(lengths[1:]), dim=1)
         chosen = torch.cat([parts[k - 1] for k in self.asked if k] or [inputs[:, :0]], dim=1)
         known = [self.teacher.schedule.sizes.index(self.schedule.sizes[k]) for k in self.asked]
-        logits = self.teacher(labels, chosen, scales=known).logits
+        logits = self.teacher(labels, chosen, **told, scales=known).logits
         return list(logits.split([lengths[k] for k in self.asked], dim=1))
 
 
@@ -351,10 +388,22 @@ def student_shape(
     return sizes, mask
 
 
-def check_classes(found: Sequence[str], teacher: NextScalePipeline) -> None:
-    """Raise UserError for images of other classes than the teacher's, which may have no names, and for its texts."""
+def check_images(name: str, teacher: NextScalePipeline, *splits: ImageSource | ImageStream) -> None:
+    """Raise UserError unless these are images for a student of the teacher in `name`.
+
+    They have its classes, which may have no names, and captions where it reads texts; a teacher of texts alone is told
+    of no class.
+    """
     if teacher.reads_text:
-        raise UserError("only models of classes are distilled, got a teacher that reads texts. Choose another --from.")
+        if teacher.text_encoder is None:
+            raise UserError(
+                f"{name} reads texts and was saved without its encoder, so there is nothing to read captions with. "
+                "Distil the folder that has the encoder."
+            )
+        check_captions(*splits)
+        if not teacher.num_classes:
+            return
+    found = splits[0].class_names
     names = names_in_order(teacher.class_names)
     if len(found) != teacher.num_classes or (names and tuple(found) != names):
         known = ", ".join(names) or f"{teacher.num_classes} without names"

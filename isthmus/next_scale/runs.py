@@ -128,6 +128,8 @@ class PriorRun(TokensRun):
 class DistillRun(TokensRun):
     """`isthmus distill`; `from_model` is the teacher."""
 
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label, and of captions by the empty one, for guidance."""
     scale_sizes: tuple[int, ...] | None = None
     """Sides of the student's scales: some of the teacher's, with its first and its last; None keeps them all."""
     scale_attention: Literal["causal", "markov"] | None = None

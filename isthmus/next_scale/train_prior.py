@@ -258,13 +258,22 @@ def encoder_for(tokenizer: MultiScaleVQVAE, *schedules: ScaleSchedule) -> MultiS
 class NextScaleTask(PriorTask):
     """A base to derive from: the networks, what is measured while training, and what is left behind.
 
-    The scales of `network` are the tokenizer's, or some of them. `guided_sizes` are the sides that a list of guidance
-    values in the run counts on; None is those of the network.
+    Args:
+        run: settings.
+        tokenizer: frozen.
+        splits: training and held-out images.
+        network: the transformer in training, whose scales are the tokenizer's, or some of them.
+        guided_sizes: the sides that a list of guidance values in the run counts on; None is those of the network.
+        text_encoder: what reads captions, for a transformer of texts; it is frozen, unless `with_cache` joins it to the
+            network.
+        caption_dropout: share of the captions that are replaced by the empty one.
     """
 
     # not whole blocks, since all modulations are computed ahead of them
     sharded = ("BlockModulation", "MultiHeadAttention", "FeedForward")
     level = "scale"
+    note = ""
+    """What the card says of the training, beside its steps."""
 
     def __init__(
         self,
@@ -274,9 +283,15 @@ class NextScaleTask(PriorTask):
         network: NextScaleTransformer,
         *,
         guided_sizes: Sequence[int] | None = None,
+        text_encoder: TextEncoder | None = None,
+        caption_dropout: float = 0.0,
     ):
-        self.run, self.tokenizer, self.transformer, self.network = run, tokenizer, network, network
+        self.run, self.tokenizer, self.transformer = run, tokenizer, network
+        self.network: NextScaleTransformer | CaptionedTransformer = network
         self.train, self.held_out = splits
+        self.text_encoder, self._caption_dropout = text_encoder, caption_dropout
+        self._captions: Captions | None = None
+        self._features = FrozenFeatures(text_encoder) if isinstance(text_encoder, PretrainedTextEncoder) else None
         self.image_size = tokenizer.image_size
         # the phi of every side is the tokenizer's, also where the transformer leaves scales out
         self.schedule = tokenizer.schedule.derive(network.schedule.sizes)
@@ -294,13 +309,29 @@ class NextScaleTask(PriorTask):
         guidance = guidance_at(options.guidance_scale, guided, sizes)
         self.options = replace(options, guidance_scale=guidance, temperature=temperature)
 
+    def with_cache(self, cache: TokenCache) -> None:
+        """Take over the captions."""
+        if self.text_encoder is None:
+            return
+        assert cache.captions is not None, "the images have some"
+        self._captions = Captions(self.train, cache.captions, drop=self._caption_dropout, seed=self.run.seed)
+        if isinstance(self.text_encoder, SmallTextEncoder):
+            warn_of_cut_captions(self.text_encoder.tokenizer, cache.captions)
+
     def place(self, device: torch.device) -> None:
-        """Move the tokenizer to the device of the training."""
+        """Move the tokenizer to the device of the training, and a frozen text encoder of transformers."""
         self.tokenizer.to(device)
+        if self._features is not None:
+            self._features.encoder.to(device)
 
     def averaged(self, ema: ExponentialMovingAverage) -> "NextScaleTransformer | CaptionedTransformer":
-        """A copy that holds the averages."""
-        return averaged_model(self.transformer, ema)
+        """Copies that hold the averages."""
+        if not isinstance(self.network, CaptionedTransformer):
+            return averaged_model(self.network, ema)
+        return CaptionedTransformer(
+            averaged_model(self.network.transformer, ema, prefix="transformer."),
+            averaged_model(self.network.text_encoder, ema, prefix="text_encoder."),
+        )
 
     def lengths(self, step: int) -> dict[int, int]:
         """Tokens of every scale."""
@@ -325,9 +356,27 @@ class NextScaleTask(PriorTask):
             sums += loss.by_scale * len(ids)
         return bits_by_level("val", "scale", sums / len(token_ids), dict(enumerate(lengths)))
 
+    def _words(self, captions: Sequence[str]) -> dict[str, Any]:
+        """What a forward is given of captions: the words, or what a frozen encoder makes of them."""
+        if self._features is not None:
+            return {"text": self._features(captions)}
+        assert isinstance(self.text_encoder, SmallTextEncoder), "the other kind"
+        ids, mask = self.text_encoder.word_ids(captions, warn=False)
+        if isinstance(self.network, CaptionedTransformer):
+            return {"words": ids, "mask": mask}
+        # anew for every batch: kept ones would have been rounded with the batch that they came in first
+        with torch.no_grad():
+            return {"text": self.text_encoder(ids, mask)}
+
+    def _told(self, batch: Batch) -> dict[str, Any]:
+        """What a forward is given of the captions of a batch, some of them dropped; nothing where it reads none."""
+        if self._captions is None:
+            return {}
+        return self._words(self._captions.told(batch["index"], batch["position"]))
+
     def _held_out_words(self, rows: slice) -> dict[str, Any]:
-        """What a model is told of these rows of the held-out images that are measured: nothing but the class."""
-        return {}
+        """The whole captions of these rows of the held-out images that are measured."""
+        return {} if self.text_encoder is None else self._words(self.held_out_captions(rows))
 
     def _known_labels(self, labels: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Labels that the transformer knows: a model of texts alone is told of no class."""
@@ -335,13 +384,24 @@ class NextScaleTask(PriorTask):
 
     @torch.no_grad()
     def save_samples(self, model: Any, folder: Path, step: int) -> None:
-        """A picture of samples at fixed seeds."""
+        """A picture of samples at fixed seeds: a row for each class, or for each of some held-out captions."""
+        bare = self.transformer_of(model)
+        names, null = self.train.class_names, bare.null_class_id
+        classes, texts = torch.arange(null + 1), None
+        if self.text_encoder is not None:
+            assert self.held_out.captions is not None, "checked at the start"
+            shown, names = shown_captions(self.held_out)
+            classes, null = self._known_labels(torch.from_numpy(self.held_out.labels[shown])), len(shown)
+            said = self._words([*(self.held_out.captions[i] for i in shown), ""])
+            texts = said["text"] if "text" in said else model.text_encoder(said["words"], said["mask"])
 
-        def draw(labels: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
-            *_, last = refined_scales(ScaleSampler(self.tokenizer, model, labels.to(model.device), seeds, self.options))
+        def draw(rows: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
+            labels = classes[rows].to(bare.device)
+            asked = None if texts is None else AskedTexts(texts, rows.to(bare.device))
+            *_, last = refined_scales(ScaleSampler(self.tokenizer, bare, labels, seeds, self.options, texts=asked))
             return to_pil(self.tokenizer.decode_features(last.features))
 
-        save_samples(draw, self.train.class_names, model.null_class_id, folder, step)
+        save_samples(draw, names, null, folder, step)
 
     def _dropouts(self, batch: Batch) -> tuple[Int[Tensor, " b"], Float[Tensor, "b layers 2"] | None]:
         """Labels, some of them dropped, and the factors of stochastic depth, on the device of the training."""
@@ -352,9 +412,29 @@ class NextScaleTask(PriorTask):
         return labels, None if keep is None else keep.to(device)
 
     def export(self, accelerator: Accelerator, model: Any) -> Path:
-        """Write the pipeline."""
-        networks = {"image_tokenizer": self.tokenizer, "transformer": model}
-        return export_pipeline(accelerator, self.run, self.train, self.options, NextScalePipeline, **networks)
+        """Write the pipeline, with the text encoder of a model of texts."""
+        networks: dict[str, object] = {"image_tokenizer": self.tokenizer, "transformer": self.transformer_of(model)}
+        prompt = ""
+        if self.text_encoder is not None:
+            joined = isinstance(model, CaptionedTransformer)
+            networks["text_encoder"] = model.text_encoder if joined else self.text_encoder
+            prompt = (self.held_out.captions or ("",))[0]
+        return export_pipeline(
+            accelerator,
+            self.run,
+            self.train,
+            self.options,
+            NextScalePipeline,
+            class_names=self.train.class_names if self.transformer.null_class_id else (),
+            prompt=prompt,
+            note=self.note,
+            **networks,
+        )
+
+    @staticmethod
+    def transformer_of(model: Any) -> NextScaleTransformer:
+        """The transformer in what was trained."""
+        return model.transformer if isinstance(model, CaptionedTransformer) else model
 
 
 class NextScalePriorTask(NextScaleTask):
@@ -366,12 +446,11 @@ class NextScalePriorTask(NextScaleTask):
         encoder = text_encoder_of(run, saved)
         if encoder is not None:
             check_captions(*splits)
-        super().__init__(run, tokenizer, splits, build_prior(run, tokenizer, saved, splits[0].class_names, encoder))
+        prior = build_prior(run, tokenizer, saved, splits[0].class_names, encoder)
+        super().__init__(run, tokenizer, splits, prior, text_encoder=encoder, caption_dropout=run.text.drop)
         self.run: PriorRun = run
         self._weights = scale_weights(run.scale_loss, self.schedule.sizes)
-        self.text_encoder, self._captions = encoder, None
         self._learns_words = encoder is not None and is_planned(encoder, saved)
-        self._features = FrozenFeatures(encoder) if isinstance(encoder, PretrainedTextEncoder) else None
         if self._features is not None:
             self.facts = {"text_encoder_fingerprint": fingerprint(self._features.encoder)}
 
@@ -391,105 +470,23 @@ class NextScalePriorTask(NextScaleTask):
         if encoder is None:
             return report(run, about, prior_cost(model))
         check_captions(source)
-        sees = "the whole" if model.config["text_width"] is None else "the whole and its words"
-        reads = f"captions of {len(set(source.captions or ()))} kinds, of which blocks know {sees}"
         if isinstance(encoder, PretrainedTextEncoder):
-            about += f"; {reads}, from a frozen encoder of {num_parameters(encoder) / 1e6:.2f}M, which is not counted"
-            return report(run, about, prior_cost(model))
+            return report(run, f"{about}; {captions_read(model, source, frozen=encoder)}", prior_cost(model))
         if is_planned(encoder, saved):
             with without_values():
                 encoder = with_words(encoder, source.captions or (), run.text.num_words)
         words = 257 + len(encoder.config["merges"])
-        about += f"; {reads}, from an encoder of {words} words, {num_parameters(encoder) / 1e6:.2f}M"
-        return report(run, about, prior_cost(model, encoder))
+        reads = f"{captions_read(model, source)}, from an encoder of {words} words"
+        return report(run, f"{about}; {reads}, {num_parameters(encoder) / 1e6:.2f}M", prior_cost(model, encoder))
 
     def with_cache(self, cache: TokenCache) -> None:
         """Take over the captions; an encoder that learns gets its words from them and joins the network."""
-        if self.text_encoder is None:
-            return
-        assert cache.captions is not None, "the images have some"
-        self._captions = Captions(self.train, cache.captions, drop=self.run.text.drop, seed=self.run.seed)
         if isinstance(self.text_encoder, SmallTextEncoder):
+            assert cache.captions is not None, "the images have some"
             if self._learns_words:
                 self.text_encoder = with_words(self.text_encoder, cache.captions, self.run.text.num_words)
-            warn_of_cut_captions(self.text_encoder.tokenizer, cache.captions)
             self.network = CaptionedTransformer(self.transformer, self.text_encoder)
-
-    def place(self, device: torch.device) -> None:
-        """Also a frozen text encoder."""
-        super().place(device)
-        if self._features is not None:
-            self._features.encoder.to(device)
-
-    def averaged(self, ema: ExponentialMovingAverage) -> "NextScaleTransformer | CaptionedTransformer":
-        """Copies that hold the averages."""
-        if not isinstance(self.network, CaptionedTransformer):
-            return averaged_model(self.network, ema)
-        return CaptionedTransformer(
-            averaged_model(self.network.transformer, ema, prefix="transformer."),
-            averaged_model(self.network.text_encoder, ema, prefix="text_encoder."),
-        )
-
-    def _words(self, captions: Sequence[str]) -> dict[str, Any]:
-        """What a forward is given of captions."""
-        if self._features is not None:
-            return {"text": self._features(captions)}
-        assert isinstance(self.text_encoder, SmallTextEncoder), "what is not frozen"
-        ids, mask = self.text_encoder.word_ids(captions, warn=False)
-        return {"words": ids, "mask": mask}
-
-    def _held_out_words(self, rows: slice) -> dict[str, Any]:
-        """The captions of these rows, whole."""
-        return {} if self.text_encoder is None else self._words(self.held_out_captions(rows))
-
-    @torch.no_grad()
-    def save_samples(self, model: Any, folder: Path, step: int) -> None:
-        """A picture of samples at fixed seeds: a row for each of some held-out captions, or for each class."""
-        if self.text_encoder is None:
-            super().save_samples(model, folder, step)
-            return
-        assert self.held_out.captions is not None, "checked at the start"
-        shown, names = shown_captions(self.held_out)
-        captions = [self.held_out.captions[i] for i in shown]
-        bare, said = self.transformer_of(model), self._words([*captions, ""])
-        features = said["text"] if self._features is not None else model.text_encoder(said["words"], said["mask"])
-        classes = self._known_labels(torch.from_numpy(self.held_out.labels[shown])).to(bare.device)
-
-        def draw(rows: Int[Tensor, " b"], seeds: list[tuple[int, int]]) -> list[Image.Image]:
-            rows = rows.to(bare.device)
-            texts = AskedTexts(features, rows)
-            sampler = ScaleSampler(self.tokenizer, bare, classes[rows], seeds, self.options, texts=texts)
-            *_, last = refined_scales(sampler)
-            return to_pil(self.tokenizer.decode_features(last.features))
-
-        save_samples(draw, names, len(captions), folder, step)
-
-    def export(self, accelerator: Accelerator, model: Any) -> Path:
-        """Write the pipeline, with the text encoder of a model of texts."""
-        if self.text_encoder is None:
-            return super().export(accelerator, model)
-        encoder = model.text_encoder if isinstance(model, CaptionedTransformer) else self.text_encoder
-        networks = {
-            "image_tokenizer": self.tokenizer,
-            "transformer": self.transformer_of(model),
-            "text_encoder": encoder,
-        }
-        captions = self.held_out.captions or ("",)
-        return export_pipeline(
-            accelerator,
-            self.run,
-            self.train,
-            self.options,
-            NextScalePipeline,
-            class_names=self.train.class_names if self.transformer.null_class_id else (),
-            prompt=captions[0],
-            **networks,
-        )
-
-    @staticmethod
-    def transformer_of(model: Any) -> NextScaleTransformer:
-        """The transformer in what was trained."""
-        return model.transformer if isinstance(model, CaptionedTransformer) else model
+        super().with_cache(cache)
 
     @staticmethod
     def has_unused_parameters(run: PriorRun) -> bool:
@@ -509,11 +506,10 @@ class NextScalePriorTask(NextScaleTask):
         token_ids = batch["token_ids"].to(self.tokenizer.device)
         inputs, marked, counted = self._inputs(list(token_ids.split(list(schedule.lengths), dim=1)), positions)
         labels, keep = self._dropouts(batch)
-        said = {} if self._captions is None else self._words(self._captions.told(batch["index"], positions))
         output = model(
             labels,
             select_scales(inputs, schedule, scales, first=1),
-            **said,
+            **self._told(batch),
             scales=scales,
             keep=keep,
             hidden=None if marked is None else select_scales(marked, schedule, scales, first=1),
@@ -578,6 +574,15 @@ class CaptionedTransformer(nn.Module):
         device = self.transformer.device
         text = self.text_encoder(words.to(device), mask.to(device))
         return self.transformer(class_labels, scale_inputs, text=text, **given)
+
+
+def captions_read(model: NextScaleTransformer, source: ImageSource, *, frozen: TextEncoder | None = None) -> str:
+    """For a dry run: how many captions there are, what blocks know of them, and a frozen encoder that reads them."""
+    sees = "the whole" if model.config["text_width"] is None else "the whole and its words"
+    reads = f"captions of {len(set(source.captions or ()))} kinds, of which blocks know {sees}"
+    if frozen is None:
+        return reads
+    return f"{reads}, from a frozen encoder of {num_parameters(frozen) / 1e6:.2f}M, which is not counted"
 
 
 def prior_cost(model: NextScaleTransformer, encoder: SmallTextEncoder | None = None) -> Cost:

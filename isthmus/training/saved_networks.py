@@ -126,12 +126,14 @@ def export_pipeline(
     *,
     class_names: Sequence[str] | None = None,
     prompt: str = "",
+    note: str = "",
     **networks: object,
 ) -> Path:
     """Write a pipeline of `networks` into the run's folder: a trained run loads like a downloaded model.
 
     `options` become the defaults of a call, `class_names` None are those of the images, `prompt` is an example for the
-    card of a model of texts. Raises UserError where the disk is full.
+    card of a model of texts, `note` what it says of the training beside its steps. Raises UserError where
+    the disk is full.
     """
     if accelerator.is_main_process:
         pipeline = kind(
@@ -140,7 +142,8 @@ def export_pipeline(
             sampling_defaults=options,
             data={"name": source.name, "attribution": source.attribution} | ({"prompt": prompt} if prompt else {}),
             protocol=f"{run.num_steps} steps of {run.batch_size} images, seed {run.seed}, averaged weights (decay "
-            f"{run.ema_decay}); settings and data fingerprint are in run.json, measurements in log.jsonl",
+            f"{run.ema_decay}); {note and f'{note}; '}settings and data fingerprint are in run.json, measurements in "
+            "log.jsonl",
         )
         with written_or_explained(run.out):
             pipeline.save_pretrained(run.out)

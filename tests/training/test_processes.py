@@ -28,6 +28,7 @@ from tests.training.tiny_runs import (
     train,
     with_captions,
 )
+from tests.training.tiny_teacher import distill_run
 from tests.training.two_processes import same_tensors, three_llama_steps, three_steps, tiny_objective, tiny_prior
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,6 +68,8 @@ def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) 
         "prior": prior_run(images, folder / "one-prior", multi_scale, accumulate=2, **long),
         # an encoder of captions that is trained along
         "captions": prior_run(captioned, folder / "one-captions", multi_scale, text=SMALL_TEXT),
+        # what teacher and student are told by an encoder that no process trains
+        "student": distill_run(captioned, folder / "one-student", folder / "one-captions", scale_sizes=(1, 4)),
         # rows of captions that each process fills up to a length of its own
         "words": next_token_prior_run(captioned, folder / "one-words", diffusion, text=SMALL_WORDS),
         # steps that leave some weights without a gradient
@@ -100,7 +103,7 @@ def trained_runs(folder: Path, images: str, multi_scale: Path, diffusion: Path) 
 
 
 def test_two_processes_train_what_one_trains(runs):
-    for name in (*TRAININGS, "captions", "words", "scales"):
+    for name in (*TRAININGS, "captions", "student", "words", "scales"):
         lines = [line for line in log_lines(runs.two[name].out) if "train/loss" in line]
         assert len(lines) == runs.one[name].num_steps, name
         assert_same_log(runs.one[name].out, runs.two[name].out)

@@ -8,6 +8,8 @@ from isthmus.next_scale.pipeline import NextScalePipeline
 from isthmus.next_scale.runs import DistillRun
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE
 from isthmus.next_scale.transformer import NextScaleTransformer
+from isthmus.text.encoders import SmallTextEncoder
+from isthmus.text.pretrained import PretrainedTextEncoder
 from tests.training.tiny_runs import OPTIM
 
 SIZES = (1, 2, 3, 4)
@@ -15,9 +17,14 @@ CODES, WIDTH = 16, 8
 
 
 def tiny_teacher(
-    scale_attention: str = "markov", *, phi_ratio: float = 0.5, sizes: tuple[int, ...] = SIZES
+    scale_attention: str = "markov",
+    *,
+    phi_ratio: float = 0.5,
+    sizes: tuple[int, ...] = SIZES,
+    num_classes: int = 2,
+    text_encoder: SmallTextEncoder | PretrainedTextEncoder | None = None,
 ) -> NextScalePipeline:
-    """A pipeline of two classes, "0" and "1"."""
+    """A pipeline of two classes, "0" and "1"; with `text_encoder` it reads captions, and may have no classes (0)."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         tokenizer = MultiScaleVQVAE(
@@ -26,12 +33,15 @@ def tiny_teacher(
         )  # fmt: skip
         transformer = NextScaleTransformer(
             scale_sizes=sizes, codebook_size=CODES, codebook_dim=CODES, width=WIDTH, num_layers=2, num_heads=2,
-            num_classes=2, scale_attention=scale_attention, init_gate=1.0, init_modulation=1.0,
+            num_classes=num_classes, scale_attention=scale_attention, init_gate=1.0, init_modulation=1.0,
+            text_width=text_encoder and text_encoder.text_width,
+            text_pooled_width=text_encoder and text_encoder.pooled_width,
         )  # fmt: skip
         with torch.no_grad():
             for parameter in transformer.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return NextScalePipeline(tokenizer.eval(), transformer.eval(), class_names=["0", "1"])
+    names = ["0", "1"][:num_classes]
+    return NextScalePipeline(tokenizer.eval(), transformer.eval(), class_names=names, text_encoder=text_encoder)
 
 
 def distill_run(data: str, out: Path, teacher: Path, **changes) -> DistillRun:

@@ -24,7 +24,7 @@ from isthmus.dar.train_prior import (
     residual_seeds,
 )
 from isthmus.errors import UserError
-from isthmus.next_scale.runs import PriorRun, TokenizerRun
+from isthmus.next_scale.runs import DistillRun, PriorRun, TokenizerRun
 from isthmus.next_scale.train_prior import NextScalePriorTask, next_scale_loss, scale_weights
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.training.checkpoints import gathered, like, whole
@@ -167,7 +167,7 @@ def refused(run: Run) -> str:
 
 def made_again(kind: str, values: dict[str, object]) -> Run:
     """The run of a plan."""
-    kinds = (TokenizerRun, DiffusionTokenizerRun, PriorRun, NextTokenPriorRun)
+    kinds = (TokenizerRun, DiffusionTokenizerRun, PriorRun, DistillRun, NextTokenPriorRun)
     return run_from_json({each.__name__: each for each in kinds}[kind], values)
 
 
