@@ -588,7 +588,7 @@ def edit_image(
     mask: Path | None,
     classes: Sequence[str],
     prompts: Sequence[str] = (),
-    negative_prompt: str | None = None,
+    steering: Mapping[str, Any],
     num_images: int,
     seed: int,
     settings: Mapping[str, Any],
@@ -622,7 +622,7 @@ def edit_image(
         **_in_turn(ids, prompts, number),
         seed=seed,
         options=options,
-        steering={} if negative_prompt is None else {"negative_prompt": negative_prompt},
+        steering=steering,
         dtype=dtype,
     )
     request = replace(

@@ -28,6 +28,14 @@ class NextScaleOptions(CallOptions, total=False):
         "TextFeatures | None",
         Option(None, "Takes the place of `prompt`: what an encoder made of prompts elsewhere, one or one per image."),
     ]
+    image_size_condition: Annotated[
+        Sequence[int] | Sequence[Sequence[int]] | None,
+        Option(
+            None,
+            "Original height and width in pixels that images are drawn as if they had (models with a size condition): "
+            "one pair, or one per image; None is 512 x 512.",
+        ),
+    ]
 
 
 class ReadOptions(TypedDict, total=False):

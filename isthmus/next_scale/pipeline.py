@@ -28,7 +28,7 @@ from isthmus.next_scale.likelihood import (
 from isthmus.next_scale.options import InpaintOptions, NextScaleOptions, ReadOptions
 from isthmus.next_scale.prompts import check_widths, moved, read_null_text, read_texts, save_null_text
 from isthmus.next_scale.refinement import Forwards, KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
-from isthmus.next_scale.sampling import AskedTexts, ScaleSampler, shared_schedule
+from isthmus.next_scale.sampling import AskedTexts, ScaleSampler, original_sizes, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
@@ -72,6 +72,13 @@ class NextScalePipelineOutput:
     seeds: list[tuple[int, int]]
     num_forwards: int
     prompts: list[str] | None = None
+
+
+@dataclass
+class _SizedRequest(Request):
+    """A request, and the height and width that each image is drawn as if it had."""
+
+    image_sizes: Int[Tensor, "b 2"] | None
 
 
 _MOST_AT_ONCE = 32  # more images at once are no faster
@@ -589,10 +596,27 @@ class NextScalePipeline(SavedPipeline):
         null_text = self.null_text
         return None if null_text is None else read_texts(asked, self.text_encoder, null_text)
 
-    def _sampler(self, request: Request, streams: TokenStreams) -> ScaleSampler:
-        labels, texts = torch.tensor(request.class_labels, device=self.device), self._texts(request.asked)
+    def _request(
+        self,
+        class_labels: Labels,
+        num_images: SupportsIndex | None,
+        num_images_per_class: SupportsIndex,
+        options: Mapping[str, Any],
+    ) -> "_SizedRequest":
+        request = super()._request(class_labels, num_images, num_images_per_class, options)
+        sizes = original_sizes(options["image_size_condition"], len(request.seeds), self.transformer)
+        return _SizedRequest(**vars(request), image_sizes=sizes)
+
+    def _sampler(self, request: "_SizedRequest", streams: TokenStreams) -> ScaleSampler:
         return ScaleSampler(
-            self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams, texts
+            self.image_tokenizer,
+            self.transformer,
+            torch.tensor(request.class_labels, device=self.device),
+            request.seeds,
+            request.options,
+            streams,
+            self._texts(request.asked),
+            request.image_sizes,
         )
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
@@ -602,7 +626,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _drawn(
         self,
-        request: Request,
+        request: _SizedRequest,
         scheduler: ScaleRefinementScheduler | None,
         known: KnownPart | None = None,
         on_step: Callable[[GenerationStep], object] | None = None,
@@ -652,7 +676,7 @@ class NextScalePipeline(SavedPipeline):
     def _edited(
         self,
         canvas: Canvas,
-        request: Request,
+        request: _SizedRequest,
         rule: Mapping[str, Any],
         jumps: ScaleRefinementScheduler | None,
         paste: Callable[[Images], Images] | None,
