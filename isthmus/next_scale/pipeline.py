@@ -51,6 +51,7 @@ from isthmus.pipelines.request import (
 )
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
+from isthmus.text.reading import TextReader
 
 
 @dataclass
@@ -75,10 +76,11 @@ class NextScalePipelineOutput:
 
 
 @dataclass
-class _SizedRequest(Request):
-    """A request, and the height and width that each image is drawn as if it had."""
+class _OwnRequest(Request):
+    """A request, the height and width that each image is drawn as if it had, and what reads the prompts."""
 
     image_sizes: Int[Tensor, "b 2"] | None
+    text_reader: TextReader | None
 
 
 _MOST_AT_ONCE = 32  # more images at once are no faster
@@ -114,6 +116,8 @@ class NextScalePipeline(SavedPipeline):
             `text` in the place of prompts.
         null_text: what the encoder makes of the empty prompt, one row; None asks the encoder.
 
+    Another `text_encoder` may be set later, of the same widths: the null text becomes its own.
+
     Raises UserError where the components do not belong together, or names or defaults do not fit them; and every method
     does for what it cannot use, before anything is drawn.
     """
@@ -142,10 +146,18 @@ class NextScalePipeline(SavedPipeline):
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
         self.text_encoder = text_encoder
-        self._null_text = self._checked_null_text(null_text)
+        self._null_text = self._checked_null_text(text_encoder, null_text)
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
         if scheduler is not None:
             scheduler.rounds_of(self.schedule.num_scales)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # another encoder makes another text of the empty prompt; without one the model is guided as before
+        other = name == "text_encoder" and value is not None and "_null_text" in vars(self)
+        null_text = self._checked_null_text(value, None) if other else None
+        super().__setattr__(name, value)
+        if other:
+            self._null_text = null_text
 
     @takes(NextScaleOptions)
     def __call__(
@@ -429,10 +441,12 @@ class NextScalePipeline(SavedPipeline):
         return evidence_map(self._measured(measure, images, class_labels, **given), self.schedule)
 
     def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
-        """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on."""
+        """Arguments for many calls: what reads their prompts, each once. `compiled` runs the transformer's blocks
+        through `torch.compile` from now on.
+        """
         if compiled:
             self.transformer.compile_blocks()
-        return {}
+        return {} if self.text_encoder is None else {"text_reader": self.text_reader()}
 
     def refine_with(self, mode: RefinementMode) -> None:
         """Draw tokens again from now on, with the rounds that are usual in `mode`; "none" draws each once.
@@ -551,9 +565,10 @@ class NextScalePipeline(SavedPipeline):
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def _checked_null_text(self, null_text: TextFeatures | None) -> TextFeatures | None:
+    def _checked_null_text(
+        self, encoder: SmallTextEncoder | PretrainedTextEncoder | None, null_text: TextFeatures | None
+    ) -> TextFeatures | None:
         """The null text of a model that reads prompts; UserError where it, or the encoder, does not fit it."""
-        encoder = self.text_encoder
         if not self.reads_text:
             if encoder is not None or null_text is not None:
                 raise UserError(
@@ -591,10 +606,22 @@ class NextScalePipeline(SavedPipeline):
             check_widths(text.hidden.shape[-1], text.pooled.shape[-1], self.transformer, "text")
         return super().asked(class_labels, prompt, text, negative_prompt)
 
-    def _texts(self, asked: Asked) -> AskedTexts | None:
+    def _texts(self, asked: Asked, reader: TextReader | None = None) -> AskedTexts | None:
         """What the transformer is told of the prompts; None where it reads none."""
         null_text = self.null_text
-        return None if null_text is None else read_texts(asked, self.text_encoder, null_text)
+        if null_text is None:
+            return None
+        if reader is None:
+            reader = self.text_reader()
+        elif reader.encoder is not self.text_encoder:
+            raise UserError("text_reader reads with another text encoder than this model's. Pass pipe.text_reader().")
+        return read_texts(asked, reader, null_text)
+
+    def text_reader(self) -> TextReader | None:
+        """Reads prompts once, for many calls: a call reads its own anew where it is given none. None where the model
+        has no text encoder.
+        """
+        return None if self.text_encoder is None else TextReader(self.text_encoder)
 
     def _request(
         self,
@@ -602,12 +629,12 @@ class NextScalePipeline(SavedPipeline):
         num_images: SupportsIndex | None,
         num_images_per_class: SupportsIndex,
         options: Mapping[str, Any],
-    ) -> "_SizedRequest":
+    ) -> "_OwnRequest":
         request = super()._request(class_labels, num_images, num_images_per_class, options)
         sizes = original_sizes(options["image_size_condition"], len(request.seeds), self.transformer)
-        return _SizedRequest(**vars(request), image_sizes=sizes)
+        return _OwnRequest(**vars(request), image_sizes=sizes, text_reader=options["text_reader"])
 
-    def _sampler(self, request: "_SizedRequest", streams: TokenStreams) -> ScaleSampler:
+    def _sampler(self, request: "_OwnRequest", streams: TokenStreams) -> ScaleSampler:
         return ScaleSampler(
             self.image_tokenizer,
             self.transformer,
@@ -615,7 +642,7 @@ class NextScalePipeline(SavedPipeline):
             request.seeds,
             request.options,
             streams,
-            self._texts(request.asked),
+            self._texts(request.asked, request.text_reader),
             request.image_sizes,
         )
 
@@ -626,7 +653,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _drawn(
         self,
-        request: _SizedRequest,
+        request: _OwnRequest,
         scheduler: ScaleRefinementScheduler | None,
         known: KnownPart | None = None,
         on_step: Callable[[GenerationStep], object] | None = None,
@@ -676,7 +703,7 @@ class NextScalePipeline(SavedPipeline):
     def _edited(
         self,
         canvas: Canvas,
-        request: _SizedRequest,
+        request: _OwnRequest,
         rule: Mapping[str, Any],
         jumps: ScaleRefinementScheduler | None,
         paste: Callable[[Images], Images] | None,

@@ -62,6 +62,29 @@ def test_padding_and_where_a_text_was_read_change_nothing(pipe):
         assert token_hashes(result.token_ids) == drawn and result.prompts is None
 
 
+def test_another_encoder_brings_its_own_null_text():
+    pipe = tiny_text_pipeline(sampling_defaults={"guidance_scale": 3.0})
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        other = SmallTextEncoder(width=12, num_layers=1).eval()
+    new = NextScalePipeline(
+        pipe.image_tokenizer, pipe.transformer, text_encoder=other, sampling_defaults={"guidance_scale": 3.0}
+    )
+    reader = pipe.text_reader()
+    pipe.text_encoder = other
+    assert torch.equal(pipe.null_text.pooled, new.null_text.pooled) and pipe.fingerprint == new.fingerprint
+    assert token_hashes(pipe(prompt=PROMPTS, seed=1).token_ids) == token_hashes(new(prompt=PROMPTS, seed=1).token_ids)
+    with pytest.raises(UserError, match="another text encoder"):
+        pipe(prompt="a cat", text_reader=reader)
+    with pytest.raises(UserError, match="must have the text_width"):
+        pipe.text_encoder = SmallTextEncoder(width=24)
+    assert pipe.text_encoder is other
+    pipe.text_encoder = None
+    assert torch.equal(pipe.null_text.pooled, new.null_text.pooled)
+    with pytest.raises(UserError, match="reads no text"):
+        tiny_pipeline().text_encoder = other
+
+
 def test_words_are_read_once_and_their_keys_made_once(one, monkeypatch):
     read, made = [], []
     block = one.transformer.blocks[0]
