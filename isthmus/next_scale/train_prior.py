@@ -409,6 +409,8 @@ class NextScalePriorTask(NextScaleTask):
             return
         assert cache.captions is not None, "the images have some"
         self._captions = Captions(self.train, cache.captions, drop=self.run.text.drop, seed=self.run.seed)
+        if self._features is not None:
+            self._features.keep_beside(cache, self.train, self.held_out_captions(slice(None)))
         if isinstance(self.text_encoder, SmallTextEncoder):
             if self._learns_words:
                 self.text_encoder = with_words(self.text_encoder, cache.captions, self.run.text.num_words)

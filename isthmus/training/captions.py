@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from isthmus.data.source import ImageSource, ImageStream
+from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
 from isthmus.nn.component_files import read_config
 from isthmus.nn.draws import CAPTION, stream
@@ -138,3 +139,11 @@ class FrozenFeatures(TextReader):
 
     def __init__(self, encoder: PretrainedTextEncoder, *, kept_bytes: int = _KEPT_BYTES):
         super().__init__(encoder, kept_bytes=kept_bytes)
+
+    def keep_beside(self, cache: TokenCache, train: ImageSource | ImageStream, held_out: Sequence[str]) -> None:
+        """Keep what the encoder makes of the captions that training reads as they are in the folder of the token cache.
+
+        These are the empty one, those of held-out images, and those of all images unless the data vary them.
+        """
+        said = type(train).varied_caption in (ImageSource.varied_caption, ImageStream.varied_caption)
+        self.keep_in(cache.path, ["", *held_out, *((cache.captions or ()) if said else ())])
