@@ -6,7 +6,7 @@ made again from the images:
 
 - `index`, `seed`, `class_id`, `label`, and `prompt` where there is one: image `index` of the request, drawn from
   (seed, index);
-- `model` (fingerprint), `settings` (JSON), `Software`: what drew it, and how;
+- `model` (fingerprint), `settings` (JSON; not the prompts of other images), `Software`: what drew it, and how;
 - `token_ids`: of all steps in a row, little-endian int32, compressed by zlib, in base64; and `token_ids_sha256`, of the
   same bytes before they were compressed.
 """
@@ -388,10 +388,15 @@ def _saved(
         **_packed(token_ids),
         "Software": f"isthmus {isthmus.__version__}",
         "model": request.settings["model"],
-        "settings": _json(request.settings),
+        "settings": _json(_own_settings(request)),
     }
     save_picture(picture, folder / file_name(index), text)
     return _row(text)
+
+
+def _own_settings(request: SampleRequest) -> dict[str, Any]:
+    """The settings as an image has them: of all prompts its own decides, which stands beside them."""
+    return {name: value for name, value in request.settings.items() if name != "prompts"}
 
 
 def _row(text: Mapping[str, str]) -> dict[str, Any]:
@@ -418,7 +423,12 @@ def _finished(folder: Path, index: int, request: SampleRequest) -> dict[str, Any
             text = _text(image)
             image.verify()
         _unpacked(text)
-        same = (text["settings"], text["index"]) == (_json(request.settings), str(index))
+        # an earlier version wrote the prompts of all images into each
+        same = text["settings"] in (_json(_own_settings(request)), _json(request.settings))
+        same &= text["index"] == str(index)
+        # images that an earlier call asked for beyond these have the settings of the folder
+        if request.prompts and index < len(request):
+            same &= text["prompt"] == request.prompts[index]
         return _row(text) if same else None
     # PIL raises a SyntaxError for a damaged file
     except (OSError, SyntaxError, ValueError, KeyError, zlib.error):
@@ -588,7 +598,7 @@ def edit_image(
     mask: Path | None,
     classes: Sequence[str],
     prompts: Sequence[str] = (),
-    negative_prompt: str | None = None,
+    steering: Mapping[str, Any],
     num_images: int,
     seed: int,
     settings: Mapping[str, Any],
@@ -622,7 +632,7 @@ def edit_image(
         **_in_turn(ids, prompts, number),
         seed=seed,
         options=options,
-        steering={} if negative_prompt is None else {"negative_prompt": negative_prompt},
+        steering=steering,
         dtype=dtype,
     )
     request = replace(

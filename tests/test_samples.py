@@ -14,9 +14,10 @@ from PIL import Image
 
 from isthmus.errors import UserError
 from isthmus.files import claimed
+from isthmus.pictures import save_picture
 from isthmus.processes import Processes
-from isthmus.samples import MANIFEST, check_folder, draw, file_name, read
-from tests.pipelines.tiny import tiny_pipeline
+from isthmus.samples import MANIFEST, SampleRequest, check_folder, draw, file_name, read
+from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
 from tests.pipelines.tiny_dar import tiny_dar
 from tests.testers import token_hashes
 from tests.tiny_samples import NUM, REPOSITORY, SEED, tiny_request
@@ -76,6 +77,30 @@ def test_an_image_says_how_to_draw_it_again_and_holds_its_tokens(pipeline, tmp_p
     assert np.array_equal(samples.token_ids(6), torch.cat(list(steps), dim=1)[0].numpy())
     assert np.abs(np.asarray(again.images[0]).astype(int) - samples.image(6)).max() <= 1
     assert text["model"] == pipeline.fingerprint and json.loads(text["settings"]) == samples.settings
+
+
+def test_an_image_of_words_holds_its_own_and_words_are_read_once(tmp_path, monkeypatch):
+    pipeline, folder, prompts = tiny_text_pipeline(), tmp_path / "a", ["a cat", "two dogs", ""] * 2
+    classes = {"class_ids": [0], "prompts": prompts[:3]}
+    request = SampleRequest.of(pipeline, [0] * 6, classes=classes, seed=3, prompts=prompts, options={"top_k": 9})
+    read_now, encode = [], pipeline.text_encoder.encode
+    monkeypatch.setattr(pipeline.text_encoder, "encode", lambda words: read_now.extend(words) or encode(words))
+    assert draw(pipeline, folder, request, batch_size=1).count == 6 and read_now == prompts[:2]
+    samples, path = read(folder), folder / file_name(4)
+    with Image.open(path) as image:
+        text = dict(image.info)
+    assert "a cat" not in str(text) and text["prompt"] == "two dogs"
+    settings = json.loads(text["settings"])
+    assert settings | {"prompts": prompts[:3]} == samples.settings
+    own = pipeline.defaults.from_dict(settings["sampling"])
+    again = pipeline(prompt=text["prompt"], seed=int(text["seed"]), image_index=int(text["index"]), **vars(own))
+    assert token_hashes(again.token_ids) == [text["token_ids_sha256"]]
+    # an image of an earlier version, with the prompts of all, stays; one of other words does not
+    for said, prompt, drawn in ((samples.settings, "two dogs", 0), (settings, "a cat", 1)):
+        words = text | {"settings": json.dumps(said, sort_keys=True), "prompt": prompt}
+        save_picture(Image.fromarray(samples.image(4)), path, words)
+        assert draw(pipeline, folder, request).count == drawn
+    assert read(folder).rows == samples.rows
 
 
 @pytest.mark.slow

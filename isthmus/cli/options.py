@@ -192,6 +192,14 @@ class PromptOptions:
     prompts: Path | None = None
     """A text file of more prompts, one a line; empty lines are left out."""
     negative_prompt: Annotated[str | None, _CALL["negative_prompt"]] = None
+    image_size_condition: tuple[int, int] | None = None
+    """Original height and width in pixels that images are drawn as if they had (models with a size condition, such as
+    Switti's); none given: 512 x 512."""
+
+    def asked(self) -> dict[str, Any]:
+        """Arguments of a call beside the prompts, where they were given."""
+        given = {name: getattr(self, name) for name in ("negative_prompt", "image_size_condition")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def words(self) -> tuple[str, ...]:
         """All prompts; UserError where the file cannot be read or has none."""
@@ -218,7 +226,7 @@ class SteeredDrawOptions(DrawOptions):
     steps: Annotated[int | None, _CALL["num_inference_steps"]] = None
     solver: Annotated[Literal["default"] | Solver, _CALL["solver"]] = "default"
 
-    def steering(self) -> dict[str, int | str]:
+    def steering(self) -> dict[str, Any]:
         """Arguments that only some models have, where they were given."""
         given = {"num_inference_steps": self.steps, "solver": None if self.solver == "default" else self.solver}
         return {name: value for name, value in given.items() if value is not None}

@@ -56,10 +56,10 @@ class Sample(SteeredDrawOptions, PromptOptions):
         if self.prefix_image is not None:
             _check_file(self.prefix_image, "--prefix-image")
 
-    def steering(self) -> dict[str, int | str]:
+    def steering(self) -> dict[str, Any]:
         """Arguments that only some models have, where they were given."""
-        given = {"prefix_tokens": self.prefix_tokens, "negative_prompt": self.negative_prompt}
-        return {**super().steering(), **{name: value for name, value in given.items() if value is not None}}
+        prefix = {} if self.prefix_tokens is None else {"prefix_tokens": self.prefix_tokens}
+        return {**super().steering(), **prefix, **self.asked()}
 
     def decoding(self) -> dict[str, bool]:
         """How tokens are computed, where it was asked for."""
@@ -235,7 +235,7 @@ def _edit(kind: type[_Edit], command_name: str, method: str, arguments: Sequence
         mask=getattr(command, "mask", None),
         classes=command.classes,
         prompts=prompts,
-        negative_prompt=command.negative_prompt,
+        steering=command.asked(),
         num_images=command.num,
         settings=command.edit_settings(),
         **draw,

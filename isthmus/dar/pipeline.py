@@ -4,7 +4,7 @@ Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models". The first tok
 picture keeps of another one is a prefix of tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack, get_args
@@ -15,17 +15,20 @@ from torch import Tensor
 
 from isthmus.dar.decoder import FlowDecoder
 from isthmus.dar.decoding import FlowStep, Preview, SolverPlan, decode_tokens, flow_steps, image_noise
+from isthmus.dar.likelihood import log_likelihood, score_classes
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.options import DAROptions, Solver
-from isthmus.dar.prior import TokenLayout
-from isthmus.dar.sampling import AskedWords, Prefix, generate_tokens, log_likelihood
+from isthmus.dar.prior import PaddedWords, TokenLayout
+from isthmus.dar.sampling import AskedWords, Prefix, generate_tokens
 from isthmus.dar.scheduler import FlowMatchingScheduler
 from isthmus.dar.tokenizer import DiffusionTokenizer
 from isthmus.errors import UserError
 from isthmus.nn.shapes import Images
 from isthmus.nn.stored_llama import StoredLlama, no_progress_bars
 from isthmus.pipelines.base import SavedPipeline
+from isthmus.pipelines.classification import CandidateScores
 from isthmus.pipelines.images import ImageInput, to_images
+from isthmus.pipelines.memory import images_that_fit, tokens_that_fit
 from isthmus.pipelines.options import OutputType, SamplingOptions, saved_options
 from isthmus.pipelines.prompts import Asked
 from isthmus.pipelines.request import (
@@ -213,6 +216,25 @@ class DARPipeline(SavedPipeline):
         pixels = to_images(images, self.image_size)
         options = {"height": pixels.shape[2], "width": pixels.shape[3], **options}
         return self.decode(self.encode(pixels), **options)
+
+    def evidence(
+        self,
+        images: ImageInput | None = None,
+        class_labels: Labels = None,
+        *,
+        token_ids: TokenInput | None = None,
+        prompt: str | Sequence[str] | None = None,
+    ) -> Float[Tensor, "b n"]:
+        """Which tokens of an image speak for its class or prompt: nats of pointwise mutual information per token.
+
+        log p(token | class) - log p(token | no class); a row's sum is log p(image's tokens | class) - log p(image's
+        tokens). Tokens have a place in time and none in the image: the first drive the steps that lay it out, the last
+        those of its details, so there is no map of it. Arguments as for `log_prob`, every label a class or every prompt
+        some words.
+        """
+        self._check_evidence(class_labels, prompt)
+        token_ids = self._tokens_of(images, token_ids)
+        return self._token_nats(None, class_labels, token_ids, prompt) - self._token_nats(None, None, token_ids)
 
     def restart(
         self,
@@ -478,10 +500,45 @@ class DARPipeline(SavedPipeline):
                 f"a likelihood needs 1..{self.token_layout.num_tokens} tokens and a {what} per image, got {rows} "
                 f"row(s) of {length} token(s) and {len(asked)} such. Pass the tokens of whole images."
             )
-        texts = self._words(asked)
-        words = None if texts is None else self.token_layout.padded(texts.words)
         labels = torch.tensor(asked.class_labels)
-        return log_likelihood(self.transformer, self.token_layout, token_ids, labels, words)
+        return log_likelihood(self.transformer, self.token_layout, token_ids, labels, self._padded_words(asked))
+
+    def _padded_words(self, asked: Asked) -> PaddedWords | None:
+        texts = self._words(asked)
+        return None if texts is None else self.token_layout.padded(texts.words)
+
+    def _latents(self, images: ImageInput) -> Iterator[Float[Tensor, "b n d"]]:
+        at_once = images_that_fit(self.device, self.bytes_per_image(guided=False))
+        for pixels in to_images(images, self.image_size).split(at_once):
+            with torch.no_grad():
+                yield self.image_tokenizer.encode(pixels.to(self.image_tokenizer.device)).latents
+
+    def _scores(
+        self,
+        latents: Iterable[Float[Tensor, "rows n d"]],
+        asked: Asked,
+        *,
+        num_views: int,
+        keep: int,
+        margin_nats: float | None,
+    ) -> Iterator[CandidateScores]:
+        words, token_bytes = self._padded_words(asked), self._token_bytes()
+        for part in latents:
+            yield score_classes(
+                self.transformer, self.token_layout, self.image_tokenizer.requantize(part), asked.class_labels,
+                tokens_per_group=self.image_tokenizer.tokens_per_group, words=words,
+                keep=keep, margin_nats=margin_nats, num_views=num_views,
+                tokens_at_once=tokens_that_fit(self.device, token_bytes),
+            )  # fmt: skip
+
+    def _token_bytes(self) -> int:
+        """Of a token that is read: activations, the keys and values of all layers, and logits."""
+        config, size = self.llama.config, self.llama.dtype.itemsize
+        # keys and values twice: dropping rows copies those that stay
+        kept = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        read = 10 * config.hidden_size + 3 * config.intermediate_size
+        # logits in the type of the weights, in fp32, and what the cross-entropy makes of them
+        return (kept + read) * size + 4 * config.vocab_size * 4
 
 
 def check_words(layout: TokenLayout, text_tokenizer: TextTokenizer | None) -> None:

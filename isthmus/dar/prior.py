@@ -139,6 +139,10 @@ class PaddedWords:
         """The same on a device."""
         return PaddedWords(self.ids.to(device), self.lengths.to(device))
 
+    def rows(self, index: Int[Tensor, " rows"]) -> "PaddedWords":
+        """Those of some rows, or of one several times."""
+        return PaddedWords(self.ids[index], self.lengths[index])
+
     @property
     def padding(self) -> Int[Tensor, " b"]:
         """How many places at the left end of each row do not count."""

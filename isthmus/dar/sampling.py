@@ -1,4 +1,4 @@
-"""Generation of next-token models, token by token and group by group, and the exact likelihood of a sequence.
+"""Generation of next-token models, token by token and group by group.
 
 Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from isthmus.dar.llama_decoding import LlamaCache, LlamaDecoder
-from isthmus.dar.prior import PaddedWords, TokenLayout, next_token_inputs, next_token_logits, next_token_loss
+from isthmus.dar.prior import TokenLayout, next_token_inputs
 from isthmus.errors import UserError
 from isthmus.nn.draws import token_uniforms
 from isthmus.nn.guidance import guidance_values
@@ -166,22 +166,3 @@ class _Draws:
                         drawn = torch.where(forced[:, position], tokens[:, position], drawn)
                     tokens[:, position] = drawn
             yield tokens[:, start:stop].clone()
-
-
-@torch.no_grad()
-def log_likelihood(
-    transformer: "LlamaForCausalLM",
-    layout: TokenLayout,
-    token_ids: Int[Tensor, "b l"],
-    class_labels: Int[Tensor, " labels"],
-    words: PaddedWords | None = None,
-) -> Float[Tensor, "b l"]:
-    """Nats of every token, log p(token | words, class, tokens before it); a row's sum is log p of its tokens together.
-
-    Tokens count from the first of the image on, and may be fewer than all; labels are 0..num_classes, the last being
-    the null label.
-    """
-    token_ids, class_labels = token_ids.to(transformer.device), class_labels.to(transformer.device)
-    words = None if words is None else words.to(transformer.device)
-    logits = next_token_logits(transformer, layout, class_labels, token_ids[:, :-1], words)
-    return -next_token_loss(logits, token_ids)

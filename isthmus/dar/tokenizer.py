@@ -230,8 +230,13 @@ class DiffusionTokenizer(SavedModel):
         """Images in [-1, 1] to tokens. Raises UserError as `latents`, and where the tokenizer has no codebook."""
         self._codebook()
         latents = self.latents(images)
-        token_ids = self._nearest(latents)
+        token_ids = self.requantize(latents)
         return DiffusionTokenizerEncoding(token_ids, latents, self.lookup(token_ids))
+
+    def requantize(self, latents: Codes) -> TokenIds:
+        """Latents, which need not be unit vectors, to ids of the nearest codes. UserError without a codebook."""
+        found = nearest_code(latents.flatten(0, 1), self._codebook().weight, normalize=True)
+        return found.view(latents.shape[:2])
 
     def lookup(self, token_ids: TokenIds) -> Codes:
         """Unit codes, in fp32 whatever the precision of the weights."""
@@ -288,7 +293,7 @@ class DiffusionTokenizer(SavedModel):
         if not quantize or self.codebook is None:
             zero = torch.zeros_like(latents[..., 0])
             return DiffusionTokenizerOutput(self.condition_vectors(latents), None, latents, latents, zero, zero)
-        token_ids = self._nearest(latents)
+        token_ids = self.requantize(latents)
         codes = self.lookup(token_ids)
         straight_through = latents + (codes - latents).detach()
         return DiffusionTokenizerOutput(
@@ -299,10 +304,6 @@ class DiffusionTokenizer(SavedModel):
             (codes - latents.detach()).square().mean(dim=-1),
             (codes.detach() - latents).square().mean(dim=-1),
         )
-
-    def _nearest(self, latents: Codes) -> TokenIds:
-        found = nearest_code(latents.flatten(0, 1), self._codebook().weight, normalize=True)
-        return found.view(latents.shape[:2])
 
     def _embed_patches(self, images: Images) -> Rows:
         patch = self.config.patch_size

@@ -8,6 +8,7 @@ from isthmus.pipelines.options import FOLDER_DEFAULT, CallOptions, Default, Opti
 if TYPE_CHECKING:
     from isthmus.nn.shapes import TokenPyramid
     from isthmus.text.encoders import TextFeatures
+    from isthmus.text.reading import TextReader
 
 Keeping = Literal["coverage", "published"]
 """Which tokens an edit keeps; see `isthmus.next_scale.editing.known_part`."""
@@ -27,6 +28,18 @@ class NextScaleOptions(CallOptions, total=False):
     text: Annotated[
         "TextFeatures | None",
         Option(None, "Takes the place of `prompt`: what an encoder made of prompts elsewhere, one or one per image."),
+    ]
+    text_reader: Annotated[
+        "TextReader | None",
+        Option(None, "What the method of this name returned, to be used again; None reads the prompts of this call."),
+    ]
+    image_size_condition: Annotated[
+        Sequence[int] | Sequence[Sequence[int]] | None,
+        Option(
+            None,
+            "Original height and width in pixels that images are drawn as if they had (models with a size condition): "
+            "one pair, or one per image; None is 512 x 512.",
+        ),
     ]
 
 

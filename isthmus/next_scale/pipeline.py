@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,9 @@ from isthmus.files import sha256_of_parts
 from isthmus.next_scale.canvas import Canvas, MaskInput, extended, open_images, place, project_onto_small, to_masks
 from isthmus.next_scale.editing import jumps_of, known_part, num_results, one_each
 from isthmus.next_scale.likelihood import (
-    DEFAULT_VIEW_NOISE,
-    ClassScores,
-    check_classification,
     check_token_ids,
     diffusion_bound,
     evidence_map,
-    perturbed_views,
     score_classes,
     signal_to_noise,
     token_evidence,
@@ -32,15 +28,16 @@ from isthmus.next_scale.likelihood import (
 from isthmus.next_scale.options import InpaintOptions, NextScaleOptions, ReadOptions
 from isthmus.next_scale.prompts import check_widths, moved, read_null_text, read_texts, save_null_text
 from isthmus.next_scale.refinement import Forwards, KnownPart, RefinementMode, ScaleRefinementScheduler, refined_scales
-from isthmus.next_scale.sampling import AskedTexts, ScaleSampler, shared_schedule
+from isthmus.next_scale.sampling import AskedTexts, ScaleSampler, original_sizes, shared_schedule
 from isthmus.next_scale.tokenizer import MultiScaleVQVAE, latents_of, pixels_of
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, EDIT_STREAMS, TokenStreams
 from isthmus.nn.shapes import Images, LatentMap, TokenPyramid
 from isthmus.pipelines.base import SavedPipeline
+from isthmus.pipelines.classification import CandidateScores
 from isthmus.pipelines.images import ImageInput, to_images
 from isthmus.pipelines.labels import label_list
-from isthmus.pipelines.memory import free_bytes, images_that_fit
+from isthmus.pipelines.memory import images_that_fit, tokens_that_fit
 from isthmus.pipelines.options import OutputType, SamplingOptions
 from isthmus.pipelines.prompts import Asked, number_of_texts, prompt_list
 from isthmus.pipelines.request import (
@@ -50,11 +47,11 @@ from isthmus.pipelines.request import (
     Request,
     as_output,
     check_output_type,
-    image_seeds,
     takes,
 )
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
+from isthmus.text.reading import TextReader
 
 
 @dataclass
@@ -79,27 +76,14 @@ class NextScalePipelineOutput:
 
 
 @dataclass
-class ClassificationOutput:
-    """What `classify` returns.
+class _OwnRequest(Request):
+    """A request, the height and width that each image is drawn as if it had, and what reads the prompts."""
 
-    Attributes:
-        class_labels: (b, top_k), class ids, the most probable first; numbers of prompts, where those are chosen from.
-        names: the same as names, or as prompts.
-        probabilities: (b, top_k), posterior among the classes or prompts to choose from, in [0, 1].
-        candidates: class ids (numbers of prompts) that were to choose from, the columns of `scores`.
-        scores: log-likelihoods of every candidate, and what they cost.
-    """
-
-    class_labels: Int[Tensor, "b top_k"]
-    names: list[list[str]]
-    probabilities: Float[Tensor, "b top_k"]
-    candidates: list[int]
-    scores: ClassScores
+    image_sizes: Int[Tensor, "b 2"] | None
+    text_reader: TextReader | None
 
 
 _MOST_AT_ONCE = 32  # more images at once are no faster
-_CLASSIFIED_AT_ONCE = 8
-_MOST_TOKENS = 2**16  # larger passes are no faster
 _SEAM_PARTS = 16  # the seam is this part of the image's side: half a cell of the published latent grid
 
 
@@ -132,6 +116,8 @@ class NextScalePipeline(SavedPipeline):
             `text` in the place of prompts.
         null_text: what the encoder makes of the empty prompt, one row; None asks the encoder.
 
+    Another `text_encoder` may be set later, of the same widths: the null text becomes its own.
+
     Raises UserError where the components do not belong together, or names or defaults do not fit them; and every method
     does for what it cannot use, before anything is drawn.
     """
@@ -160,10 +146,18 @@ class NextScalePipeline(SavedPipeline):
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.num_classes: int = transformer.null_class_id
         self.text_encoder = text_encoder
-        self._null_text = self._checked_null_text(null_text)
+        self._null_text = self._checked_null_text(text_encoder, null_text)
         self._describe(class_names, sampling_defaults, preprocessing, data, protocol)
         if scheduler is not None:
             scheduler.rounds_of(self.schedule.num_scales)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # another encoder makes another text of the empty prompt; without one the model is guided as before
+        other = name == "text_encoder" and value is not None and "_null_text" in vars(self)
+        null_text = self._checked_null_text(value, None) if other else None
+        super().__setattr__(name, value)
+        if other:
+            self._null_text = null_text
 
     @takes(NextScaleOptions)
     def __call__(
@@ -429,69 +423,6 @@ class NextScalePipeline(SavedPipeline):
         rows = [signal_to_noise(self.image_tokenizer, part, self.schedule) for part in self._latents(images)]
         return torch.cat(rows).mean(dim=0).cpu()
 
-    def classify(
-        self,
-        images: ImageInput,
-        class_labels: Labels = None,
-        top_k: int = 1,
-        *,
-        prompts: Sequence[str] | None = None,
-        prune_nats: float | int | None = 8.0,
-        num_views: int = 1,
-        view_noise: float | int | None = None,
-        seed: SupportsIndex = 0,
-        image_index: int = 0,
-    ) -> ClassificationOutput:
-        """The most probable classes or prompts of images, by Bayes' rule with equal priors over unguided
-        log-likelihoods.
-
-        Args:
-            images: as for `encode`.
-            class_labels: classes to choose from, names or indices; None is all of the model.
-            prompts: texts to choose from instead, of a model that reads text.
-            top_k: how many classes to return; at least so many are looked at to the end.
-            prune_nats: after every scale, a class further below the best than this is dropped; None drops none, and is
-                exact.
-            num_views: log-likelihoods are averaged over the image and `num_views` - 1 perturbed copies of its latents.
-            view_noise: standard deviation of the perturbation, as a share of that of the latents, in [0, 1]; None is
-                0.1. It needs more than one view.
-            seed: of the perturbations; image i draws from (seed, image_index + i), whatever the batch.
-            image_index: number of the first image.
-        """
-        if prompts is None:
-            candidates = self._candidates(class_labels)
-            asked = self.asked([None] if self.num_classes == 0 else candidates or None, None, None)
-            listed = [self.label_name(one) for one in candidates]
-        else:
-            asked, listed = self._prompts_to_choose_from(class_labels, prompts)
-            candidates = list(range(len(listed)))
-        check_classification(
-            top_k=top_k, num_candidates=len(candidates), num_views=num_views, noise=view_noise, prune_nats=prune_nats
-        )
-        noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
-        token_bytes = self._token_bytes(self.transformer.config["num_layers"])
-        texts = self._texts(asked)
-        features = None if texts is None else texts.features.rows(texts.rows)
-        parts, first = [], image_index
-        for some in (some for latents in self._latents(images) for some in latents.split(_CLASSIFIED_AT_ONCE)):
-            seeds = image_seeds(len(some), seed=seed, image_index=first)
-            first += len(some)
-            views = perturbed_views(some, seeds, num_views=num_views, noise=noise)
-            with torch.no_grad():
-                token_ids = self.image_tokenizer.requantize(views, self.schedule)
-            parts.append(
-                score_classes(
-                    self.image_tokenizer, self.transformer, token_ids, asked.class_labels, keep=top_k, texts=features,
-                    margin_nats=prune_nats, num_views=num_views,
-                    tokens_at_once=max(1, min(_MOST_TOKENS, free_bytes(self.device) // 2 // token_bytes)),
-                )
-            )  # fmt: skip
-        scores = ClassScores.joined(parts)
-        best = scores.order[:, :top_k]
-        ids = torch.tensor(candidates)[best]
-        names = [[listed[one] for one in row] for row in best.tolist()]
-        return ClassificationOutput(ids, names, scores.probabilities.gather(1, best), candidates, scores)
-
     @takes(ReadOptions)
     def evidence(
         self, images: ImageInput | None = None, class_labels: Labels = None, **given: Unpack[ReadOptions]
@@ -504,18 +435,18 @@ class NextScalePipeline(SavedPipeline):
         every prompt some words.
         `isthmus.pictures.heat_map` draws it over the central square of a picture, which is what is read of one.
         """
-        wordless = given.get("text") is None and "" in prompt_list(given.get("prompt"))
-        if wordless and any(label is None for label in label_list(class_labels)):
-            what = "prompt" if self.num_classes == 0 and self.reads_text else "class"
-            raise UserError(f"evidence is evidence for a {what}, got None. Pass a {what} for every image.")
+        if given.get("text") is None:
+            self._check_evidence(class_labels, given.get("prompt"))
         measure = partial(token_evidence, null_text=self.null_text)
         return evidence_map(self._measured(measure, images, class_labels, **given), self.schedule)
 
     def prepared(self, num_images: int, *, compiled: bool = False) -> dict[str, Any]:
-        """Nothing to pass on; `compiled` runs the transformer's blocks through `torch.compile` from now on."""
+        """Arguments for many calls: what reads their prompts, each once. `compiled` runs the transformer's blocks
+        through `torch.compile` from now on.
+        """
         if compiled:
             self.transformer.compile_blocks()
-        return {}
+        return {} if self.text_encoder is None else {"text_reader": self.text_reader()}
 
     def refine_with(self, mode: RefinementMode) -> None:
         """Draw tokens again from now on, with the rounds that are usual in `mode`; "none" draws each once.
@@ -634,9 +565,10 @@ class NextScalePipeline(SavedPipeline):
         pixels = self.image_size**2 * self.image_tokenizer.config["base_channels"] * 4 * 6
         return int(max(rows * (block + cache + logits) + draw, pixels))
 
-    def _checked_null_text(self, null_text: TextFeatures | None) -> TextFeatures | None:
+    def _checked_null_text(
+        self, encoder: SmallTextEncoder | PretrainedTextEncoder | None, null_text: TextFeatures | None
+    ) -> TextFeatures | None:
         """The null text of a model that reads prompts; UserError where it, or the encoder, does not fit it."""
-        encoder = self.text_encoder
         if not self.reads_text:
             if encoder is not None or null_text is not None:
                 raise UserError(
@@ -674,15 +606,44 @@ class NextScalePipeline(SavedPipeline):
             check_widths(text.hidden.shape[-1], text.pooled.shape[-1], self.transformer, "text")
         return super().asked(class_labels, prompt, text, negative_prompt)
 
-    def _texts(self, asked: Asked) -> AskedTexts | None:
+    def _texts(self, asked: Asked, reader: TextReader | None = None) -> AskedTexts | None:
         """What the transformer is told of the prompts; None where it reads none."""
         null_text = self.null_text
-        return None if null_text is None else read_texts(asked, self.text_encoder, null_text)
+        if null_text is None:
+            return None
+        if reader is None:
+            reader = self.text_reader()
+        elif reader.encoder is not self.text_encoder:
+            raise UserError("text_reader reads with another text encoder than this model's. Pass pipe.text_reader().")
+        return read_texts(asked, reader, null_text)
 
-    def _sampler(self, request: Request, streams: TokenStreams) -> ScaleSampler:
-        labels, texts = torch.tensor(request.class_labels, device=self.device), self._texts(request.asked)
+    def text_reader(self) -> TextReader | None:
+        """Reads prompts once, for many calls: a call reads its own anew where it is given none. None where the model
+        has no text encoder.
+        """
+        return None if self.text_encoder is None else TextReader(self.text_encoder)
+
+    def _request(
+        self,
+        class_labels: Labels,
+        num_images: SupportsIndex | None,
+        num_images_per_class: SupportsIndex,
+        options: Mapping[str, Any],
+    ) -> "_OwnRequest":
+        request = super()._request(class_labels, num_images, num_images_per_class, options)
+        sizes = original_sizes(options["image_size_condition"], len(request.seeds), self.transformer)
+        return _OwnRequest(**vars(request), image_sizes=sizes, text_reader=options["text_reader"])
+
+    def _sampler(self, request: "_OwnRequest", streams: TokenStreams) -> ScaleSampler:
         return ScaleSampler(
-            self.image_tokenizer, self.transformer, labels, request.seeds, request.options, streams, texts
+            self.image_tokenizer,
+            self.transformer,
+            torch.tensor(request.class_labels, device=self.device),
+            request.seeds,
+            request.options,
+            streams,
+            self._texts(request.asked, request.text_reader),
+            request.image_sizes,
         )
 
     def _pictures(self, features: LatentMap, output_type: OutputType) -> Pictures:
@@ -692,7 +653,7 @@ class NextScalePipeline(SavedPipeline):
 
     def _drawn(
         self,
-        request: Request,
+        request: _OwnRequest,
         scheduler: ScaleRefinementScheduler | None,
         known: KnownPart | None = None,
         on_step: Callable[[GenerationStep], object] | None = None,
@@ -742,7 +703,7 @@ class NextScalePipeline(SavedPipeline):
     def _edited(
         self,
         canvas: Canvas,
-        request: Request,
+        request: _OwnRequest,
         rule: Mapping[str, Any],
         jumps: ScaleRefinementScheduler | None,
         paste: Callable[[Images], Images] | None,
@@ -805,26 +766,25 @@ class NextScalePipeline(SavedPipeline):
             made.append(measure(self.image_tokenizer, self.transformer, part, labels, told).cpu())
         return torch.cat(made)
 
-    def _prompts_to_choose_from(self, class_labels: Labels, prompts: Sequence[str]) -> tuple[Asked, list[str]]:
-        listed = prompt_list(prompts)
-        if class_labels is not None:
-            raise UserError("images are sorted by prompts or by classes, got both. Pass one of them.")
-        if len(set(listed)) < len(listed):
-            raise UserError(f"every prompt to choose from is named once, got {listed}.")
-        return self.asked(None, listed, None), listed
-
-    def _candidates(self, class_labels: Labels) -> list[int]:
-        if class_labels is None:
-            if self.num_classes == 0 and self.reads_text:
-                raise UserError("this model has no classes to choose from. Pass prompts.")
-            return list(range(self.num_classes))
-        given = label_list(class_labels)
-        if any(label is None for label in given):
-            raise UserError("classes to choose from are names or indices, got None. Leave it out.")
-        ids = self.class_ids(given)
-        if len(set(ids)) < len(ids):
-            raise UserError(f"every class to choose from is named once, got {given}.")
-        return ids
+    def _scores(
+        self,
+        latents: Iterable[Float[Tensor, "rows d grid grid"]],
+        asked: Asked,
+        *,
+        num_views: int,
+        keep: int,
+        margin_nats: float | None,
+    ) -> Iterator[CandidateScores]:
+        token_bytes, texts = self._token_bytes(self.transformer.config["num_layers"]), self._texts(asked)
+        features = None if texts is None else texts.features.rows(texts.rows)
+        for part in latents:
+            with torch.no_grad():
+                token_ids = self.image_tokenizer.requantize(part, self.schedule)
+            yield score_classes(
+                self.image_tokenizer, self.transformer, token_ids, asked.class_labels, texts=features,
+                keep=keep, margin_nats=margin_nats, num_views=num_views,
+                tokens_at_once=tokens_that_fit(self.device, token_bytes),
+            )  # fmt: skip
 
     def _token_bytes(self, kept_layers: int = 0) -> int:
         """Of a token that is read: activations, the keys and values that are kept, and logits."""

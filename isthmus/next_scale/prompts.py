@@ -17,6 +17,7 @@ from isthmus.next_scale.sampling import AskedTexts
 from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pipelines.prompts import Asked
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
+from isthmus.text.reading import TextReader
 
 if TYPE_CHECKING:
     from isthmus.text.pretrained import PretrainedTextEncoder
@@ -24,25 +25,22 @@ if TYPE_CHECKING:
     TextEncoder = SmallTextEncoder | PretrainedTextEncoder
 
 NULL_TEXT = "null_text.safetensors"
-_READ_AT_ONCE = 32
 _PARTS = ("hidden", "mask", "pooled")
 
 
-def read_texts(asked: Asked, encoder: "TextEncoder | None", null_text: TextFeatures) -> AskedTexts:
+def read_texts(asked: Asked, reader: TextReader | None, null_text: TextFeatures) -> AskedTexts:
     """What the transformer is told: every distinct prompt read once, what guidance leads away from behind them.
 
-    `null_text` says where the results lie. UserError where there are prompts and no encoder.
+    `null_text` says where the results lie. UserError where there are prompts and no reader.
     """
 
     def read(prompts: Sequence[str]) -> list[TextFeatures]:
-        if encoder is None:
+        if reader is None:
             raise UserError(
                 "this model was saved without its text encoder, so it reads no words: pass text=, what that encoder "
                 f"made of them elsewhere, got the prompt {prompts[0]!r}."
             )
-        with torch.no_grad():
-            starts = range(0, len(prompts), _READ_AT_ONCE)
-            return [encoder.encode(prompts[start : start + _READ_AT_ONCE]) for start in starts]
+        return [reader(prompts)]
 
     device = null_text.pooled.device
     null = [null_text] if asked.negative_prompt == "" else read([asked.negative_prompt])

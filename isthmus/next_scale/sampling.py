@@ -17,8 +17,11 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.nn.draws import DRAW_STREAMS, TokenStreams, token_gumbels, token_uniforms
 from isthmus.nn.sampling import draw_tokens, filter_logits, guided_logits, smooth_weights
 from isthmus.nn.shapes import FeatureMap, LatentMap, ScaleTokens
+from isthmus.pipelines.labels import elements, whole_number
 from isthmus.pipelines.options import SamplingOptions, guidance_on
 from isthmus.text.encoders import TextFeatures
+
+_LARGEST_SIDE = 1_000_000  # what follows from longer ones does not fit into 32 bits
 
 
 def shared_schedule(image_tokenizer: MultiScaleVQVAE, transformer: NextScaleTransformer) -> ScaleSchedule:
@@ -86,6 +89,32 @@ class AskedTexts:
     rows: Int[Tensor, " b"]
 
 
+def original_sizes(
+    image_sizes: object, num_images: int, transformer: NextScaleTransformer
+) -> Int[Tensor, "b 2"] | None:
+    """Height and width in pixels that each image is drawn as if it had, on the CPU, from one pair or one for each.
+
+    None stays None, which is the transformer's own.
+    UserError for a transformer without a size condition, and for what are no sizes of these images.
+    """
+    if image_sizes is None:
+        return None
+    if transformer.size_condition is None:
+        raise UserError(f"this model has no size condition, got image_size_condition {image_sizes!r}. Leave it out.")
+    given = elements(image_sizes) or []
+    listed = [elements(one) for one in given]
+    pairs = [given] * num_images if all(one is None for one in listed) else listed
+    if len(pairs) != num_images or any(pair is None or len(pair) != 2 for pair in pairs):
+        raise UserError(
+            f"image_size_condition is a height and a width, or a pair for each of {num_images} image(s), got "
+            f"{image_sizes!r}. Pass (512, 768), for example."
+        )
+    sides = [[whole_number(side, "image_size_condition") for side in pair or ()] for pair in pairs]
+    if strange := [side for pair in sides for side in pair if not 1 <= side <= _LARGEST_SIDE]:
+        raise UserError(f"image_size_condition must be pixels, 1..{_LARGEST_SIDE}, got {strange[0]}. Mend it.")
+    return torch.tensor(sides)
+
+
 class ScaleSampler:
     """Predict, draw and add, scale by scale, for loops that may visit a scale again or go back to an earlier one.
 
@@ -99,7 +128,8 @@ class ScaleSampler:
     null rows of a scale are one.
 
     Guidance leads away from the null label and, of a model of texts, from the last of `texts` together. Everything that
-    follows from label and prompt is computed once for each pair that is asked for.
+    follows from label, prompt and `image_sizes` (see `original_sizes`) is computed once for each that are asked for
+    together. Null rows have the sizes of their images.
     """
 
     def __init__(
@@ -111,6 +141,7 @@ class ScaleSampler:
         options: SamplingOptions,
         streams: TokenStreams = DRAW_STREAMS,
         texts: AskedTexts | None = None,
+        image_sizes: Int[Tensor, "b 2"] | None = None,
     ):
         self.schedule = shared_schedule(image_tokenizer, transformer)
         self.tokenizer, self.options, self.image_seeds, self.num_forwards = image_tokenizer, options, image_seeds, 0
@@ -119,6 +150,7 @@ class ScaleSampler:
         # pairs of a label and the number of a prompt
         prompts = torch.zeros_like(class_labels) if texts is None else texts.rows.to(class_labels)
         asked = torch.stack([class_labels, prompts], dim=1).to(transformer.device)
+        sizes = asked.new_zeros(len(asked), 0) if image_sizes is None else image_sizes.to(asked)
         null_prompt = 0 if texts is None else len(texts.features) - 1
         null = asked.new_tensor([[transformer.null_class_id, null_prompt]])
         if bool((asked == null).all()):
@@ -127,12 +159,14 @@ class ScaleSampler:
         self._batch, doubled = len(class_labels), any(self._with_null)
         # ahead of the loop, in which a GPU need not wait for the CPU; rounds after the first make their own
         self._uniforms = [self._new_uniforms(scale, 0) for scale in range(self.schedule.num_scales)]
+        asked = torch.cat([asked, sizes], dim=1)
         if doubled:
-            asked = torch.cat([asked, null.expand_as(asked)])
+            asked = torch.cat([asked, torch.cat([null.expand(len(asked), 2), sizes], dim=1)])
         with torch.no_grad():
             distinct, row = asked.unique(dim=0, return_inverse=True)
             text = None if texts is None else texts.features.rows(distinct[:, 1])
-            self._conditioning = transformer.condition(distinct[:, 0], text).rows(row)
+            sizes = None if image_sizes is None else distinct[:, 2:]
+            self._conditioning = transformer.condition(distinct[:, 0], text, sizes).rows(row)
         self._cache = transformer.new_cache(len(asked))
 
     def start(self) -> LatentMap:

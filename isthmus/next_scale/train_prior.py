@@ -315,6 +315,8 @@ class NextScaleTask(PriorTask):
             return
         assert cache.captions is not None, "the images have some"
         self._captions = Captions(self.train, cache.captions, drop=self._caption_dropout, seed=self.run.seed)
+        if self._features is not None:
+            self._features.keep_beside(cache, self.train, self.held_out_captions(slice(None)))
         if isinstance(self.text_encoder, SmallTextEncoder):
             warn_of_cut_captions(self.text_encoder.tokenizer, cache.captions)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex, TypeVar, cast
 
@@ -21,6 +21,14 @@ from isthmus.nn.guidance import guidance_values
 from isthmus.nn.saved_model import Config, Recorded, SavedModel, check_settings
 from isthmus.nn.shapes import Images
 from isthmus.nn.stored_llama import StoredLlama, fingerprint
+from isthmus.pipelines.classification import (
+    DEFAULT_VIEW_NOISE,
+    Candidates,
+    CandidateScores,
+    ClassificationOutput,
+    check_classification,
+    perturbed_views,
+)
 from isthmus.pipelines.folder import (
     FORGOTTEN,
     FORMAT,
@@ -33,13 +41,15 @@ from isthmus.pipelines.folder import (
 from isthmus.pipelines.images import ImageInput
 from isthmus.pipelines.labels import label_list, listed_names, names_in_order, resolve_labels
 from isthmus.pipelines.options import SamplingOptions, saved_options
-from isthmus.pipelines.prompts import Asked, asked_for
+from isthmus.pipelines.prompts import Asked, asked_for, prompt_list
 from isthmus.pipelines.request import Labels, Request, check_output_type, image_seeds, spread
 
 logger = logging.getLogger("isthmus")
 
 Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
 Part = type[SavedModel] | type[Recorded] | type[StoredLlama]
+
+_CLASSIFIED_AT_ONCE = 8  # images
 
 # optional components that came after format 1: a folder without one says nothing of it, as those of before
 _LATER = ("text_encoder", "text_tokenizer")
@@ -131,6 +141,25 @@ class SavedPipeline:
         self, images: ImageInput | None, class_labels: Labels, token_ids: Any, prompt: object = None
     ) -> Float[Tensor, "_ n"]:
         """Log p(token | class, prompt, tokens before it) of every token, on the CPU; arguments as for `log_prob`."""
+
+    @abstractmethod
+    def _latents(self, images: ImageInput) -> Iterable[Float[Tensor, "b ..."]]:
+        """What the image tokenizer makes of images before they are quantised, a few images each."""
+
+    @abstractmethod
+    def _scores(
+        self,
+        latents: Iterable[Float[Tensor, "rows ..."]],
+        asked: Asked,
+        *,
+        num_views: int,
+        keep: int,
+        margin_nats: float | None,
+    ) -> Iterator[CandidateScores]:
+        """Log-likelihoods under everything asked for of a few images each, by the rules of `score_pairs`.
+
+        The `num_views` rows of an image lie next to each other.
+        """
 
     @abstractmethod
     def bytes_per_image(self, *, guided: bool) -> int:
@@ -264,6 +293,80 @@ class SavedPipeline:
     ) -> Float[Tensor, "_ n"]:
         """Bits that every token costs, in the order of generation; arguments as for `log_prob`."""
         return -self._token_nats(images, class_labels, token_ids, prompt) / math.log(2)
+
+    def classify(
+        self,
+        images: ImageInput,
+        class_labels: Labels = None,
+        top_k: int = 1,
+        *,
+        prompts: Sequence[str] | None = None,
+        prune_nats: float | int | None = 8.0,
+        num_views: int = 1,
+        view_noise: float | int | None = None,
+        seed: SupportsIndex = 0,
+        image_index: int = 0,
+    ) -> ClassificationOutput:
+        """The most probable classes or prompts of images, by Bayes' rule with equal priors over unguided
+        log-likelihoods.
+
+        Args:
+            images: as for `encode`.
+            class_labels: classes to choose from, names or indices; None is all of the model.
+            prompts: texts to choose from instead, of a model that reads text.
+            top_k: how many classes to return; at least so many are looked at to the end.
+            prune_nats: after every scale (D-AR: group of tokens), a class further below the best than this is dropped;
+                None drops none, and is exact.
+            num_views: log-likelihoods are averaged over the image and `num_views` - 1 perturbed copies of its latents.
+            view_noise: standard deviation of the perturbation, as a share of that of the latents, in [0, 1]; None is
+                0.1. It needs more than one view.
+            seed: of the perturbations; image i draws from (seed, image_index + i), whatever the batch.
+            image_index: number of the first image.
+        """
+        candidates = self._candidates(class_labels, prompts)
+        number = len(candidates.ids)
+        check_classification(
+            top_k=top_k, num_candidates=number, num_views=num_views, noise=view_noise, prune_nats=prune_nats
+        )
+        noise = DEFAULT_VIEW_NOISE if view_noise is None else view_noise
+
+        def views() -> Iterator[Tensor]:
+            first = image_index
+            for some in (some for latents in self._latents(images) for some in latents.split(_CLASSIFIED_AT_ONCE)):
+                seeds = image_seeds(len(some), seed=seed, image_index=first)
+                first += len(some)
+                yield perturbed_views(some, seeds, num_views=num_views, noise=noise)
+
+        parts = self._scores(views(), candidates.asked, num_views=num_views, keep=top_k, margin_nats=prune_nats)
+        return ClassificationOutput.of(CandidateScores.joined(list(parts)), candidates, top_k)
+
+    def _candidates(self, class_labels: Labels, prompts: Sequence[str] | None) -> Candidates:
+        """The classes or prompts to choose from; UserError for others than those of the model."""
+        if prompts is not None:
+            names = prompt_list(prompts)
+            if class_labels is not None:
+                raise UserError("images are sorted by prompts or by classes, got both. Pass one of them.")
+            if len(set(names)) < len(names):
+                raise UserError(f"every prompt to choose from is named once, got {names}.")
+            return Candidates(self.asked(None, names), list(range(len(names))), names)
+        if class_labels is None:
+            if self.num_classes == 0 and self.reads_text:
+                raise UserError("this model has no classes to choose from. Pass prompts.")
+            ids = list(range(self.num_classes))
+        else:
+            given = label_list(class_labels)
+            if any(label is None for label in given):
+                raise UserError("classes to choose from are names or indices, got None. Leave it out.")
+            ids = self.class_ids(given)
+            if len(set(ids)) < len(ids):
+                raise UserError(f"every class to choose from is named once, got {given}.")
+        return Candidates(self.asked(ids or None), ids, [self.label_name(one) for one in ids])
+
+    def _check_evidence(self, class_labels: Labels, prompt: object) -> None:
+        """Raise UserError where an image has neither a class nor words that evidence could be for."""
+        if "" in prompt_list(prompt) and any(label is None for label in label_list(class_labels)):
+            what = "prompt" if self.num_classes == 0 and self.reads_text else "class"
+            raise UserError(f"evidence is evidence for a {what}, got None. Pass a {what} for every image.")
 
     def _tokens_of(self, images: ImageInput | None, token_ids: Any) -> Any:
         """The tokens that a likelihood is of."""

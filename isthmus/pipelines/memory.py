@@ -12,6 +12,7 @@ from isthmus.errors import UserError
 from isthmus.pipelines.base import SavedPipeline
 
 _LARGEST = 64  # larger batches are no faster, and progress is seen less often
+_MOST_TOKENS = 2**16  # larger passes are no faster
 _SHARE = 0.5  # of what is free: the allocator and everything else on the machine need the rest
 
 
@@ -60,6 +61,11 @@ def _text(path: Path) -> str:
 def images_that_fit(device: torch.device, bytes_each: int) -> int:
     """Images of so many bytes that fit into the share of the free memory that one call may take: 1..64."""
     return max(1, min(_LARGEST, int(_SHARE * free_bytes(device)) // bytes_each))
+
+
+def tokens_that_fit(device: torch.device, bytes_each: int) -> int:
+    """Tokens of so many bytes that one pass reads in that share: 1..65,536."""
+    return max(1, min(_MOST_TOKENS, int(_SHARE * free_bytes(device)) // bytes_each))
 
 
 def batch_size_that_fits(pipeline: SavedPipeline, *, guided: bool) -> int:

@@ -6,17 +6,18 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TypeVar
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from isthmus.data.source import ImageSource, ImageStream
+from isthmus.data.token_cache import TokenCache
 from isthmus.errors import UserError
 from isthmus.nn.component_files import read_config
 from isthmus.nn.draws import CAPTION, stream
 from isthmus.nn.saved_model import without_values
-from isthmus.text.encoders import SmallTextEncoder, TextFeatures
+from isthmus.text.encoders import SmallTextEncoder
 from isthmus.text.pretrained import PretrainedTextEncoder
+from isthmus.text.reading import TextReader
 from isthmus.text.tokenizer import TextTokenizer, learned_merges
 from isthmus.training.config import SMALL, TextConfig
 from isthmus.training.images import dropped
@@ -131,34 +132,18 @@ class Captions:
         return self.source.varied_caption(self.texts[image], stream(self.seed, CAPTION, position))
 
 
-class FrozenFeatures:
+class FrozenFeatures(TextReader):
     """What a frozen encoder makes of captions: each is read once, and up to a gibibyte of results is kept."""
 
+    encoder: PretrainedTextEncoder
+
     def __init__(self, encoder: PretrainedTextEncoder, *, kept_bytes: int = _KEPT_BYTES):
-        self.encoder, self._kept_bytes, self._bytes = encoder, kept_bytes, 0
-        self._known: dict[str, TextFeatures] = {}
+        super().__init__(encoder, kept_bytes=kept_bytes)
 
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> TextFeatures:
-        """Features of captions on the encoder's device, padded to the longest."""
-        asked = dict.fromkeys(captions)
-        found = {caption: self._known[caption] for caption in asked if caption in self._known}
-        if new := [caption for caption in asked if caption not in found]:
-            read = self.encoder.encode(new)
-            for row, caption in enumerate(new):
-                found[caption] = self._keep(caption, read.rows(slice(row, row + 1)))
-        return TextFeatures.joined([found[caption] for caption in captions])
+    def keep_beside(self, cache: TokenCache, train: ImageSource | ImageStream, held_out: Sequence[str]) -> None:
+        """Keep what the encoder makes of the captions that training reads as they are in the folder of the token cache.
 
-    def _keep(self, caption: str, text: TextFeatures) -> TextFeatures:
-        length = int(text.mask[0].nonzero().max()) + 1
-        # copies: a view would keep the whole batch
-        own = TextFeatures(text.hidden[:, :length].clone(), text.mask[:, :length].clone(), text.pooled.clone())
-        self._known[caption] = own
-        self._bytes += _size(own)
-        while self._bytes > self._kept_bytes and len(self._known) > 1:
-            self._bytes -= _size(self._known.pop(next(iter(self._known))))
-        return own
-
-
-def _size(text: TextFeatures) -> int:
-    return sum(part.numel() * part.element_size() for part in (text.hidden, text.mask, text.pooled))
+        These are the empty one, those of held-out images, and those of all images unless the data vary them.
+        """
+        said = type(train).varied_caption in (ImageSource.varied_caption, ImageStream.varied_caption)
+        self.keep_in(cache.path, ["", *held_out, *((cache.captions or ()) if said else ())])

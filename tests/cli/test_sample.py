@@ -6,7 +6,7 @@ from PIL import Image
 
 from isthmus.next_scale.refinement import ScaleRefinementScheduler
 from isthmus.pipelines.loading import load_pipeline
-from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
+from tests.pipelines.tiny import SIZED, tiny_pipeline, tiny_text_pipeline
 from tests.testers import token_hashes
 
 
@@ -164,6 +164,22 @@ def test_prompts_are_taken_in_turn(isthmus, text_model, tmp_path):
     (tmp_path / "by1" / "000002.png").unlink()
     again = isthmus("sample", text_model, *words, "--out", tmp_path / "by1", "--negative-prompt", "a cat")
     assert "(1 drawn now" in again.err and manifest(tmp_path / "by1") == written
+
+
+def test_the_size_that_images_are_drawn_as_if_they_had(isthmus, refused, text_model, tmp_path):
+    pipe = tiny_text_pipeline(design=SIZED)
+    pipe.save_pretrained(tmp_path / "sized")
+    asked = ("--prompt", "a cat", "--num", 9, "--image-size-condition")
+    assert isthmus("sample", tmp_path / "sized", *asked, "64,640", "--out", tmp_path / "o").code == 0
+    plain, sized = (
+        token_hashes(pipe(prompt="a cat", num_images=9, seed=0, image_size_condition=sizes).token_ids)
+        for sizes in (None, (64, 640))
+    )
+    assert hashes(tmp_path / "o") == sized != plain
+    assert manifest(tmp_path / "o")["settings"]["steering"] == {"image_size_condition": [64, 640]}
+    assert "steering differ" in refused("sample", tmp_path / "sized", *asked, 64, 64, "--out", tmp_path / "o")
+    assert "no size condition" in refused("sample", text_model, *asked, 64, 64, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_words_that_a_model_cannot_draw(refused, model, dar_model, text_model, tmp_path):

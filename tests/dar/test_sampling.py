@@ -1,13 +1,11 @@
-import itertools
 from itertools import pairwise
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from isthmus.dar.llama_decoding import LlamaDecoder
 from isthmus.dar.prior import TokenLayout, next_token_logits
-from isthmus.dar.sampling import Prefix, generate_tokens, log_likelihood
+from isthmus.dar.sampling import Prefix, generate_tokens
 from isthmus.errors import UserError
 from isthmus.nn.draws import token_uniforms
 from isthmus.nn.guidance import GuidanceSchedule, guidance_values
@@ -229,21 +227,3 @@ def test_what_lies_behind_a_shorter_prefix_is_not_looked_at(prior):
         draw(prior, prefix=known(padded.where(torch.arange(N) < 3, -1), lengths)),
         draw(prior, prefix=known(PREFIX, lengths)),
     )
-
-
-def test_all_sequences_together_have_probability_one():
-    layout = TokenLayout(codebook_size=3, num_classes=1, num_tokens=3)
-    sequences = torch.tensor(list(itertools.product(range(3), repeat=3)))
-    for label in (0, 1):
-        log_p = log_likelihood(tiny_prior(layout), layout, sequences, torch.full((27,), label)).sum(dim=1)
-        assert_close(log_p.exp().sum(), torch.tensor(1.0))
-
-
-def test_a_token_costs_what_the_logits_before_it_say():
-    prior, labels = tiny_prior(), torch.tensor([1, 3])
-    token_ids = torch.randint(24, (2, 12), generator=torch.Generator().manual_seed(0))
-    log_p = log_likelihood(prior, LAYOUT, token_ids, labels)
-    for p in range(12):
-        logits = next_token_logits(prior, LAYOUT, labels, token_ids[:, :p])[:, -1].log_softmax(dim=-1)
-        assert_close(log_p[:, p], logits.gather(1, token_ids[:, p : p + 1])[:, 0].detach())
-    assert_close(log_likelihood(prior, LAYOUT, token_ids[:, :5], labels), log_p[:, :5])

@@ -13,7 +13,7 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
-from tests.pipelines.tiny import tiny_pipeline, tiny_text_pipeline
+from tests.pipelines.tiny import SIZED, tiny_pipeline, tiny_text_pipeline
 from tests.testers import token_hashes
 from tests.text.test_pretrained import write_network
 
@@ -62,6 +62,29 @@ def test_padding_and_where_a_text_was_read_change_nothing(pipe):
         assert token_hashes(result.token_ids) == drawn and result.prompts is None
 
 
+def test_another_encoder_brings_its_own_null_text():
+    pipe = tiny_text_pipeline(sampling_defaults={"guidance_scale": 3.0})
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        other = SmallTextEncoder(width=12, num_layers=1).eval()
+    new = NextScalePipeline(
+        pipe.image_tokenizer, pipe.transformer, text_encoder=other, sampling_defaults={"guidance_scale": 3.0}
+    )
+    reader = pipe.text_reader()
+    pipe.text_encoder = other
+    assert torch.equal(pipe.null_text.pooled, new.null_text.pooled) and pipe.fingerprint == new.fingerprint
+    assert token_hashes(pipe(prompt=PROMPTS, seed=1).token_ids) == token_hashes(new(prompt=PROMPTS, seed=1).token_ids)
+    with pytest.raises(UserError, match="another text encoder"):
+        pipe(prompt="a cat", text_reader=reader)
+    with pytest.raises(UserError, match="must have the text_width"):
+        pipe.text_encoder = SmallTextEncoder(width=24)
+    assert pipe.text_encoder is other
+    pipe.text_encoder = None
+    assert torch.equal(pipe.null_text.pooled, new.null_text.pooled)
+    with pytest.raises(UserError, match="reads no text"):
+        tiny_pipeline().text_encoder = other
+
+
 def test_words_are_read_once_and_their_keys_made_once(one, monkeypatch):
     read, made = [], []
     block = one.transformer.blocks[0]
@@ -90,6 +113,30 @@ def test_a_negative_prompt_stands_for_the_empty_one(one):
 def test_the_last_picture_of_a_stream_is_that_of_a_call(one):
     *_, last = one.stream(prompt=PROMPTS, seed=1, output_type="pt")
     assert torch.equal(last.preview, one(prompt=PROMPTS, seed=1, output_type="pt").images)
+
+
+@pytest.mark.parametrize("attention", ["markov", "causal"])
+def test_images_are_drawn_as_if_they_had_a_size(attention):
+    one = tiny_text_pipeline(scale_attention=attention, design=SIZED, sampling_defaults={"guidance_scale": 2.0})
+    asked = {"prompt": "a cat", "num_images": 9, "seed": 1}
+    draw = lambda sizes, **more: one(**asked, image_size_condition=sizes, **more)  # noqa: E731
+    plain, wide = token_hashes(one(**asked).token_ids), token_hashes(draw((64, 640)).token_ids)
+    assert plain == token_hashes(draw((512, 512)).token_ids) != wide
+    mixed = token_hashes(draw(torch.tensor([[64, 640], [512, 512]] * 4 + [[64, 640]])).token_ids)
+    assert mixed == [(wide, plain)[i % 2][i] for i in range(9)]
+    *_, last = one.stream(**asked, image_size_condition=[64, 640], output_type="pt")
+    image = draw((64, 640), output_type="pt").images
+    assert torch.equal(last.preview, image)
+    edit = lambda sizes: one.variations(image[:1] * 2 - 1, 1, **asked, image_size_condition=sizes).token_ids  # noqa: E731
+    assert token_hashes(edit((64, 640))) != token_hashes(edit(None))
+    for sizes, said in (
+        ((512,), "a height and a width"), ([[1, 2]] * 2, "a pair for each of 9"), ((0, 512), "got 0"),
+        ((1.5, 2), "must be a whole number"), ("512", "a height and a width"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            one.stream(**asked, image_size_condition=sizes)
+    with pytest.raises(UserError, match="no size condition"):
+        tiny_pipeline().stream(0, image_size_condition=(512, 768))
 
 
 def test_a_class_model_with_a_branch_for_text_equals_itself():

@@ -38,7 +38,12 @@ def tiny_pipeline(*, scale_attention: str = "markov", num_classes: int = 3, name
     return NextScalePipeline(tokenizer.eval(), transformer.eval(), class_names=class_names, **options)
 
 
-def tiny_text_pipeline(*, scale_attention: str = "markov", num_classes: int = 0, text_encoder=None, **options):
+SIZED = {"norm": "rms_sandwich", "l2_attention": False, "size_condition": True}
+
+
+def tiny_text_pipeline(
+    *, scale_attention: str = "markov", num_classes: int = 0, text_encoder=None, design=None, **options
+):
     """The same, reading prompts: words in every block, and the whole where the class stands."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -49,6 +54,7 @@ def tiny_text_pipeline(*, scale_attention: str = "markov", num_classes: int = 0,
             scale_attention=scale_attention,
             text_width=encoder.text_width,
             text_pooled_width=encoder.pooled_width,
+            **(design or {}),
         )
         with torch.no_grad():
             small.word_embedding.weight.mul_(20)  # prompts far apart

@@ -1,13 +1,14 @@
 """Training on captions: what a sample is told follows from its place, and models of classes take texts in."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from isthmus.data.npz import NpzSource
 from isthmus.data.opening import open_source
@@ -19,7 +20,7 @@ from isthmus.next_scale.transformer import NextScaleTransformer
 from isthmus.pipelines.loading import load_pipeline
 from isthmus.text.encoders import SmallTextEncoder, TextFeatures
 from isthmus.text.pretrained import PretrainedTextEncoder
-from isthmus.training.captions import Captions, FrozenFeatures, warn_of_cut_captions, with_words
+from isthmus.training.captions import Captions, warn_of_cut_captions, with_words
 from isthmus.training.config import TextConfig, run_from_json, run_to_json
 from isthmus.training.images import dropped
 from tests.text.test_pretrained import write_network
@@ -89,30 +90,14 @@ def test_a_frozen_encoder_stays_what_it_is(tmp_path, captioned, trained_tokenize
     given = PretrainedTextEncoder.from_folders(folder)
     assert_same(dict(model.text_encoder.state_dict()), dict(given.state_dict()))
     assert model.transformer.config["text_width"] == 16
+    [kept] = (run.out / "tokens").glob("texts-*/features.safetensors")
+    stored, words = load_file(kept), json.loads((run.out / "tokens" / "captions.json").read_text())
+    assert len(stored["lengths"]) == len(
+        {"", *words, *(open_source(captioned, image_size=8, split="val").captions or ())}
+    )
     again = killed_after(4, run, tmp_path / "again")
     train(again)
     assert_same(weights(again.out), weights(run.out))
-
-
-def test_a_frozen_encoder_reads_a_caption_once(tmp_path):
-    class Counting(PretrainedTextEncoder):
-        read: ClassVar[list[str]] = []
-
-        def encode(self, prompts):
-            self.read.extend(prompts)
-            return super().encode(prompts)
-
-    encoder = Counting.from_folders(write_network("clip", tmp_path / "clip"))
-    features = FrozenFeatures(encoder)
-    features(["a red cat", "", "a red cat"])
-    text = features(["a red cat on the house", "", "a red cat"])
-    assert encoder.read == ["a red cat", "", "a red cat on the house"]
-    at_once = encoder.encode(["a red cat on the house", "", "a red cat"])
-    assert torch.equal(text.mask, at_once.mask)
-    torch.testing.assert_close(text.pooled, at_once.pooled)
-    torch.testing.assert_close(text.hidden[text.mask], at_once.hidden[text.mask])
-    few = FrozenFeatures(encoder, kept_bytes=1)
-    torch.testing.assert_close(few(["the dog", ""]).pooled, encoder.encode(["the dog", ""]).pooled)
 
 
 def test_settings_of_text_enter_a_record_only_where_there_are_some(tmp_path, captioned, trained_tokenizer):
