@@ -2,7 +2,7 @@
 
 Source: Gao and Shou, "D-AR: Diffusion via Autoregressive Models" (arXiv 2505.23660), section 3.3: the tokens of an
 image are a sentence of a Llama, so log p(tokens | class) is a sum over them. How classes are chosen by it:
-`isthmus.pipelines.classification`, a stage being a group of tokens.
+`isthmus.pipelines.classification`, a stage being some groups of tokens.
 """
 
 from collections.abc import Sequence
@@ -38,6 +38,21 @@ def log_likelihood(
     return -next_token_loss(logits, token_ids)
 
 
+def classified_lengths(num_tokens: int, tokens_per_group: int) -> list[int]:
+    """Tokens between two looks at which candidates are dropped: a group, another one, two, four and so on.
+
+    As many are read again as before, as from scale to scale of a pyramid: after every group the passes would be so many
+    and so short that dropping costs more than it saves.
+
+    >>> classified_lengths(256, 32), classified_lengths(24, 4)
+    ([32, 32, 64, 128], [4, 4, 8, 8])
+    """
+    lengths = [tokens_per_group]
+    while (left := num_tokens - sum(lengths)) > 0:
+        lengths.append(min(sum(lengths), left))
+    return lengths
+
+
 @torch.no_grad()
 def score_classes(
     transformer: "LlamaForCausalLM",
@@ -52,12 +67,12 @@ def score_classes(
     tokens_at_once: int | None = None,
     words: PaddedWords | None = None,
 ) -> CandidateScores:
-    """Log-likelihoods of images under every candidate class or prompt, group by group; see `score_pairs`.
+    """Log-likelihoods of images under every candidate class or prompt, see `score_pairs`.
 
     Args:
         token_ids: all tokens of b * num_views rows; the views of an image lie next to each other.
         candidates: class ids.
-        tokens_per_group: after so many tokens candidates are dropped; it divides their number.
+        tokens_per_group: after so many tokens candidates are first dropped; see `classified_lengths`.
         num_views: rows per image, whose log-likelihoods are averaged.
         tokens_at_once: bounds the memory: tokens that one pass reads and whose keys are held; None is no bound. The
             answers do not depend on it.
@@ -82,7 +97,7 @@ class _Pairs(Pairs):
         words: PaddedWords | None,
     ):
         super().__init__(
-            [tokens_per_group] * (token_ids.shape[1] // tokens_per_group),
+            classified_lengths(token_ids.shape[1], tokens_per_group),
             num_images=len(token_ids) // num_views,
             num_candidates=len(candidates),
             num_views=num_views,

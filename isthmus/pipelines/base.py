@@ -315,8 +315,8 @@ class SavedPipeline:
             class_labels: classes to choose from, names or indices; None is all of the model.
             prompts: texts to choose from instead, of a model that reads text.
             top_k: how many classes to return; at least so many are looked at to the end.
-            prune_nats: after every scale (D-AR: group of tokens), a class further below the best than this is dropped;
-                None drops none, and is exact.
+            prune_nats: after every scale (D-AR: after one group of tokens, two, four and so on), a class further below
+                the best than this is dropped; None drops none, and is exact.
             num_views: log-likelihoods are averaged over the image and `num_views` - 1 perturbed copies of its latents.
             view_noise: standard deviation of the perturbation, as a share of that of the latents, in [0, 1]; None is
                 0.1. It needs more than one view.

@@ -1,6 +1,6 @@
 """Which class or prompt an image is most probably of: Bayes' rule over exact likelihoods, for models of both families.
 
-Images are read in stages, coarse to fine (scales, or groups of tokens), under every candidate. Candidates that are
+Images are read in stages, coarse to fine (scales, or some groups of tokens), under every candidate. Candidates that are
 hopeless after the first stages are not looked at any further. Source: Li et al., "Your Diffusion Model is Secretly a
 Zero-Shot Classifier", which does it with noise levels.
 """

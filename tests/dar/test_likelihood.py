@@ -52,6 +52,7 @@ def test_what_goes_on_is_scored_as_if_alone(layout):
         for image, groups in enumerate(scores.stages[:, column].tolist()):
             both = nats[2 * image : 2 * image + 2, : 4 * groups].sum(dim=1)
             assert_close(scores.nats[image, column], both.mean(), atol=1e-4, rtol=0)
+    # after groups of 4, 4, and what is left: as many
     last = LAYOUT.num_tokens // 4
     assert bool(((scores.stages == last).sum(dim=1) >= 2).all()) and bool((scores.stages < last).any())
     assert torch.equal(scores.tokens, 2 * 4 * scores.stages.sum(dim=1))
