@@ -87,10 +87,10 @@ def test_another_encoder_brings_its_own_null_text():
 
 def test_words_are_read_once_and_their_keys_made_once(one, monkeypatch):
     read, made = [], []
-    block = one.transformer.blocks[0]
-    encode, keys_values = one.text_encoder.encode, block.keys_values
+    words = one.transformer.shared_text
+    encode, keys_values = one.text_encoder.encode, words.forward
     monkeypatch.setattr(one.text_encoder, "encode", lambda prompts: read.extend(prompts) or encode(prompts))
-    monkeypatch.setattr(block, "keys_values", lambda words, mask: made.append(len(words)) or keys_values(words, mask))
+    monkeypatch.setattr(words, "forward", lambda words, mask: made.append(len(words)) or keys_values(words, mask))
     one(prompt=["a cat", "a dog", "a cat", ""], num_images_per_class=2, seed=0)
     assert read == ["a cat", "a dog"] and made == [3]
     one(prompt="a cat", negative_prompt="a dog", seed=0)
@@ -241,8 +241,8 @@ def test_parts_that_do_not_belong_together(one):
     parts = {"image_tokenizer": one.image_tokenizer, "transformer": one.transformer}
     with pytest.raises(UserError, match="got neither"):
         NextScalePipeline(**parts)
-    with pytest.raises(UserError, match="text_width of the transformer, 12, got 9"):
-        NextScalePipeline(**parts, text_encoder=SmallTextEncoder(width=9))
+    with pytest.raises(UserError, match="text_width of the transformer, 12, got 10"):
+        NextScalePipeline(**parts, text_encoder=SmallTextEncoder(width=10))
     with pytest.raises(UserError, match="reads no text"):
         NextScalePipeline(one.image_tokenizer, tiny_pipeline().transformer, text_encoder=one.text_encoder)
 
