@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+DRAWN = "avatars:moods,gaze,pixel-art"
+"""Styles whose parts are large enough to come through a tokenizer of a minute (docs/benchmarks.md)."""
 _OPENMOJI_CLASSES = ("face", "flag", "hand", "person")
 
 
@@ -13,7 +15,7 @@ class DemoOptions:
 
     family: Literal["next-scale", "dar"] = "next-scale"
     """next-scale: a multi-scale tokenizer and an SRDD prior; dar: a diffusion tokenizer and a Llama."""
-    data: str = "openmoji"
+    data: str = DRAWN
     """avatars[:STYLE,...], emoji, openmoji, photos or folder:PATH. Images with captions make a model of prompts,
     others a model of classes."""
     budget: Literal["short", "long"] = "short"
@@ -43,8 +45,8 @@ class DemoOptions:
     def chosen_classes(self) -> tuple[str, ...] | None:
         """Names of the classes; None is all of them.
 
-        >>> DemoOptions().chosen_classes, DemoOptions(data="avatars:moods,gaze").chosen_classes
-        (('face', 'flag', 'hand', 'person'), None)
+        >>> DemoOptions().chosen_classes, DemoOptions(data="openmoji").chosen_classes
+        (None, ('face', 'flag', 'hand', 'person'))
         """
         classes = tuple(self.classes) or (_OPENMOJI_CLASSES if self.data == "openmoji" else ("all",))
         return None if classes == ("all",) else classes

@@ -45,8 +45,7 @@ T = TypeVar("T")
 StageRun = TypeVar("StageRun", bound=Run)
 # `--budget long` trains so many times longer; a D-AR prior of so few images overfits long before a tokenizer does
 _LONGER = {"tokenizer": 4, "model": {"next-scale": 4, "dar": 3}}
-_AVATARS, _SAMPLES = 4_000, 400
-_AVATAR_STEPS = 600
+_AVATARS, _SAMPLES = 4_000, 240
 _ROWS, _COLUMNS = 8, 8
 """Of samples.png: at most so many prompts or classes, and samples of each."""
 _PREFIX_SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -112,9 +111,7 @@ def run_demo(options: DemoOptions) -> Path:
     if words and is_dar:
         prior = replace(prior, text=replace(prior.text, encoder="small"))
     elif words:
-        # colours are decided on the first scales; the vector of a prompt alone is heard soonest, and costs least
-        text = replace(prior.text, encoder="small", cross_attention=False)
-        prior = replace(prior, scale_loss="lognormal", text=text)
+        prior = replace(prior, scale_loss="lognormal", text=replace(prior.text, encoder="small"))
     prior = replace(prior, tokenizer=str(folder / "tokenizer"))
     clock.time("prior", lambda: train_prior(_stage(prior, options, "model")))
 
@@ -146,10 +143,9 @@ def _presets(options: DemoOptions) -> tuple[Any, Any, int]:
     """The runs of tokenizer and prior that fit the data, and the side of images in pixels."""
     if options.family == "dar":
         return diffusion_tokenizer_preset("dar-small-32"), next_token_prior_preset("dar-prior-small"), 32
-    prior = prior_preset("srdd-small")
     if _is_avatars(options):
-        return tokenizer_preset("fast-64"), replace(prior, num_steps=_AVATAR_STEPS), 64
-    return tokenizer_preset("small-32"), prior, 32
+        return tokenizer_preset("fast-48"), prior_preset("srdd-fast"), 48
+    return tokenizer_preset("small-32"), prior_preset("srdd-small"), 32
 
 
 def _stage(run: StageRun, options: DemoOptions, folder: str) -> StageRun:

@@ -32,7 +32,7 @@ from isthmus.pipelines.folder import written_whole
 logger = logging.getLogger("isthmus")
 
 ABSENT = ""
-DRAWINGS, PASSES = 6_144, 7
+DRAWINGS, PASSES = 3_072, 10
 """Drawings of each style that a reader is trained on, and how often it sees each."""
 _CEILING = "ceiling.json"
 _FRESH = 256  # drawings of each style that its ceiling is measured on
@@ -161,7 +161,7 @@ def attribute_readers(
 ) -> AttributeReaders:
     """The readers of some styles at a size; those that the cache has not are trained.
 
-    That takes a core about 17 seconds for each style (12 with bf16 products), and drawing as long again.
+    That takes a core about 12 seconds for each style (8 with bf16 products), and drawing as long again.
 
     Args:
         drawings: of each style, to train on.

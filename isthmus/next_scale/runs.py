@@ -10,6 +10,7 @@ from isthmus.nn.component_files import read_config
 from isthmus.training.arguments import arguments_of
 from isthmus.training.config import (
     IMAGENET_IMAGES,
+    SMALL,
     AugmentConfig,
     ImagesRun,
     OptimConfig,
@@ -233,24 +234,25 @@ _SMALL_TOKENIZER = TokenizerRun(
 
 TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
     "small-32": Preset("32 px on a laptop: two to three minutes on two cores", _SMALL_TOKENIZER, 0.95),
-    # narrow, with pixels folded by 8, and many steps: of what was tried, it gains most in a minute (docs/benchmarks.md)
-    "fast-64": Preset(
-        "drawings of 64 px on a laptop: a minute on two cores",
+    # narrow, many steps, and few pixels behind a code: eyes and mouths of drawings come through (docs/benchmarks.md)
+    "fast-48": Preset(
+        "drawings of 48 px on a laptop: a minute on two cores",
         replace(
             _SMALL_TOKENIZER,
-            num_steps=1000,
+            num_steps=800,
             validate_every=200,
-            preview_every=500,
+            preview_every=400,
             optim=replace(_SMALL_TOKENIZER.optim, learning_rate=3e-3),
             model=replace(
                 _SMALL_TOKENIZER.model,
                 codebook_size=1024,
+                scale_sizes=(1, 2, 4, 6, 12),
                 base_channels=64,
                 channel_multipliers=(1,),
-                pixel_unshuffle=8,
+                pixel_unshuffle=4,
             ),
         ),
-        0.87,
+        0.71,
     ),
     "small-64": Preset(
         "64 px on a laptop: about forty minutes on two cores",
@@ -344,6 +346,22 @@ _D24 = _published_prior(24, fid=2.33, params=1033.40, gate=1e-4, peak=2.4e-4, fi
 
 PRIOR_PRESETS: dict[str, Preset[PriorRun]] = {
     "srdd-small": Preset("SRDD on a laptop: a few minutes on two cores", _SMALL_PRIOR),
+    # as fast-48: narrow and shallow, so that it sees more images; colours are decided on the first scales
+    "srdd-fast": Preset(
+        "SRDD of captions on a laptop, on a fast-48 tokenizer: a minute and a half on two cores",
+        replace(
+            _SMALL_PRIOR,
+            num_steps=500,
+            validate_every=100,
+            preview_every=250,
+            batch_size=32,
+            scale_loss="lognormal",
+            optim=replace(_SMALL_PRIOR.optim, learning_rate=4e-3),
+            text=TextConfig(encoder=SMALL),
+            model=replace(_SMALL_PRIOR.model, width=128, num_layers=3, num_heads=2),
+            sampling=replace(_SMALL_PRIOR.sampling, guidance="3", temperature=0.5),
+        ),
+    ),
     "var-small": Preset(
         "VAR on a laptop: the same network with the causal mask",
         replace(_SMALL_PRIOR, model=replace(_SMALL_PRIOR.model, scale_attention="causal")),
