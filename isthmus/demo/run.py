@@ -397,7 +397,8 @@ Held-out images, rebuilt from their tokens; the image itself is last:
 Of {record.protocol.num_samples} samples, seed {options.seed}, {pipeline.defaults.words()}; features:
 {record.protocol.features}.
 Floor and ceiling are the same scores of real images and of blurred ones (of attributes: of the real drawings of the
-same captions, and of those of other captions). More of them: [scores/report.md](scores/report.md).
+same captions, and of those of other captions; `reconstructions`: what the tokenizer lets through of the former). More
+of them: [scores/report.md](scores/report.md).
 
 {worst}{markdown_table(("phase", "seconds"), phases)}
 

@@ -2,16 +2,17 @@
 
 Samples are asked for the attributes of real drawings, by their captions. The reader looks at the samples and at those
 drawings themselves, which is as right as anybody can be seen to be, and at drawings of other captions, which is chance.
+It also looks at what the model's own tokenizer makes of those drawings: a prior can hardly show what its tokens lose.
 Asked for twice: on held-out seeds, whose pairs of attributes training has seen, and on held-out combinations, each with
 a pair that no training image has.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, zip_longest
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from PIL import Image
 
@@ -19,15 +20,17 @@ from isthmus.data.avatars import Attributes, Avatars, attribute_names, caption, 
 from isthmus.errors import UserError, nearest
 from isthmus.evaluation.attributes import AttributeReaders, attribute_readers
 from isthmus.evaluation.classes import SampleClasses, images_in_turn, others_of_their_class
-from isthmus.evaluation.held_out import as_floats
+from isthmus.evaluation.held_out import as_floats, rebuilt
 from isthmus.evaluation.images import ImageSet, Picture
 from isthmus.evaluation.record import COMBINATION, AttributeCount, Readings, Score
 from isthmus.evaluation.reference import DataSplits
 from isthmus.evaluation.scores import mean_score
 from isthmus.evaluation.statistics import wilson_interval
 from isthmus.pictures import table
+from isthmus.pipelines.loading import AnyPipeline
 
 SEEDS, COMBINATIONS = "held-out seeds", "held-out combinations"
+RECONSTRUCTIONS = "reconstructions"
 COMBINATIONS_LIMIT = 1_000
 """Samples that are drawn for held-out combinations: as many as of held-out seeds, at most so many."""
 ALL, NONE = "all", "none"
@@ -67,6 +70,11 @@ class AskedDrawings:
     def labels(self) -> Int[np.ndarray, " n"]:
         """The style of each, as a class of the source."""
         return self.source.labels[self.rows]
+
+    @property
+    def drawings(self) -> ImageSet:
+        """The drawings themselves, one for each sample."""
+        return ImageSet(self.source.name, "", None, (), len(self), at=lambda i: self.source.load(int(self.rows[i])))
 
     def combinations(self, asked: Attributes) -> list[tuple[str, str]]:
         """The pairs of attributes that count together: on held-out combinations those that training has not seen."""
@@ -131,7 +139,8 @@ class Alignment:
         names: attributes that count.
         shown: what the reader sees in each sample.
         real: what it sees in each drawing itself.
-        others: what it sees in the drawing of another caption of the style.
+        others: what it sees in another drawing of the style.
+        rebuilt: what it sees in each drawing that the model's tokenizer has rebuilt; None where these are the samples.
     """
 
     asked: AskedDrawings
@@ -139,26 +148,38 @@ class Alignment:
     shown: Sequence[Attributes]
     real: Sequence[Attributes]
     others: Sequence[Attributes]
+    rebuilt: Sequence[Attributes] | None = None
 
     @classmethod
-    def read(
-        cls, readers: AttributeReaders, images: Iterable[Picture], asked: AskedDrawings, names: Sequence[str]
+    def of_drawings(
+        cls,
+        readers: AttributeReaders,
+        asked: AskedDrawings,
+        names: Sequence[str],
+        rebuild: Callable[[ImageSet], Iterable[Picture]],
     ) -> "Alignment":
-        """Look at samples, one (0..255) for each drawing that was asked for, and at those drawings."""
-        attributes = asked.attributes
-        shown = _read(readers, images, [one["style"] for one in attributes])
-        rows, places = np.unique(asked.rows, return_inverse=True)
-        pictures = (asked.source.load(int(row)) for row in rows)
-        real = _read(readers, pictures, [asked.source.attributes[row]["style"] for row in rows])
-        # among the drawings: samples that were asked for the same one are no others
-        others = others_of_their_class(asked.source.labels[rows])[places]
-        return cls(asked, tuple(names), shown, [real[place] for place in places], [real[other] for other in others])
+        """Look at drawings, each once, and as `rebuild` gives them back: those are the samples here."""
+        source, rows = asked.source, np.unique(asked.rows)
+        # of the whole split: of few samples a style may have one
+        others = others_of_their_class(source.labels)[rows]
+        looked_at = np.union1d(rows, others)
+        seen = _read(readers, replace(asked, rows=looked_at))
+        once = replace(asked, rows=rows)
+        shown = _read(readers, once, rebuild(once.drawings))
+        real, chance = ([seen[place] for place in np.searchsorted(looked_at, some)] for some in (rows, others))
+        return cls(once, tuple(names), shown, real, chance)
+
+    def of_samples(self, readers: AttributeReaders, images: Iterable[Picture], asked: AskedDrawings) -> "Alignment":
+        """Look at samples (0..255), one for each drawing that was asked for; these drawings were looked at here."""
+        places = np.searchsorted(self.asked.rows, asked.rows)
+        real, others, rebuilt = ([seen[place] for place in places] for seen in (self.real, self.others, self.shown))
+        return Alignment(asked, self.names, _read(readers, asked, images), real, others, rebuilt)
 
     def counts(self) -> list[AttributeCount]:
         """By style and attribute, and of combinations, in the order of captions."""
         found: dict[tuple[str, str], list[list[bool]]] = {}
-        for place, wanted in enumerate(self.asked.attributes):
-            seen = (self.shown[place], self.real[place], self.others[place])
+        looked = (self.shown, self.real, self.others, *([] if self.rebuilt is None else [self.rebuilt]))
+        for wanted, *seen in zip(self.asked.attributes, *looked, strict=True):
             names = [name for name in wanted if name in self.names]
             pairs = [pair for pair in self.asked.combinations(wanted) if set(pair) <= set(self.names)]
             for name, parts in [*((name, (name,)) for name in names), *((COMBINATION, pair) for pair in pairs)]:
@@ -168,7 +189,7 @@ class Alignment:
         for style in self.asked.source.class_names:
             for name in (*attribute_names(style), COMBINATION):
                 if hits := found.get((style, name)):
-                    right, real, chance = np.sum(hits, axis=0).tolist()
+                    right, real, chance, *rebuilt = np.sum(hits, axis=0).tolist()
                     made.append(
                         AttributeCount(
                             prompts=self.asked.prompts,
@@ -178,6 +199,7 @@ class Alignment:
                             right=right,
                             real=real,
                             chance=chance,
+                            rebuilt=rebuilt[0] if rebuilt else None,
                         )
                     )
         return made
@@ -189,32 +211,41 @@ class Alignment:
         return [(name, value, seen.get(name, "none")) for name, value in pairs if seen.get(name) != value]
 
 
-def _read(readers: AttributeReaders, images: Iterable[Picture], styles: Sequence[str]) -> list[Attributes]:
-    source, shown = iter(images), []
+def _read(readers: AttributeReaders, asked: AskedDrawings, images: Iterable[Picture] | None = None) -> list[Attributes]:
+    """What images show, one for each drawing that is asked for; None are these drawings."""
+    source, shown = iter(asked.drawings if images is None else images), []
+    styles = [one["style"] for one in asked.attributes]
     while batch := list(islice(source, _AT_ONCE)):
         shown += readers.read(as_floats(np.stack(batch)), styles[len(shown) : len(shown) + len(batch)])
     return shown
 
 
-def attribute_scores(alignments: Sequence[Alignment]) -> list[Score]:
-    """Attributes right and combinations right, with Wilson's intervals, on each kind of prompts that was asked."""
-    scores = []
-    for one in alignments:
-        counts, prompts = one.counts(), one.asked.prompts
-        for what, together in (("attributes", False), ("combinations", True)):
-            chosen = [count for count in counts if (count.attribute == COMBINATION) == together]
-            asked, right, real, chance = (
-                sum(getattr(count, name) for count in chosen) for name in ("asked", "right", "real", "chance")
-            )
-            if asked:
-                note = (
-                    f"{asked:,} {what} asked for; floor: what the reader finds in the real drawings of these captions, "
-                    "ceiling: in those of other captions"
-                )
-                share = wilson_interval(right, asked)
-                ends = {"floor": real / asked, "ceiling": chance / asked}
-                name = f"{what} right, {prompts}"
-                scores.append(mean_score(name, share, len(one.asked), "higher", note=note, **ends))
+def attribute_scores(one: Alignment, of: str = "") -> list[Score]:
+    """Attributes right and combinations right, with Wilson's intervals.
+
+    `of` says of what, in the names of the scores; without it stands the kind of prompts.
+    """
+    counts, scores = one.counts(), []
+    for what, together in (("attributes", False), ("combinations", True)):
+        chosen = [count for count in counts if (count.attribute == COMBINATION) == together]
+        asked, right, real, chance = (
+            sum(getattr(count, name) for count in chosen) for name in ("asked", "right", "real", "chance")
+        )
+        if not asked:
+            continue
+        if one.rebuilt is None:
+            looked_at = "the real drawings of these captions after the tokenizer has rebuilt them: what its tokens keep"
+        else:
+            kept = sum(count.rebuilt or 0 for count in chosen) / asked
+            looked_at = f"{kept:.1%} are found in reconstructions of the real drawings: what the tokens keep"
+        note = (
+            f"{asked:,} {what} asked for; {looked_at}; floor: what the reader finds in the real drawings of these "
+            "captions, ceiling: in those of other captions"
+        )
+        share = wilson_interval(right, asked)
+        name = f"{what} right, {of or one.asked.prompts}"
+        ends = {"floor": real / asked, "ceiling": chance / asked}
+        scores.append(mean_score(name, share, len(one.asked), "higher", note=note, **ends))
     return scores
 
 
@@ -255,7 +286,7 @@ class AttributesRead:
     """What was found in the samples of an evaluation.
 
     Attributes:
-        scores: of both kinds of prompts.
+        scores: of both kinds of prompts, and of reconstructions of the drawings of held-out seeds.
         sweep: those on held-out seeds by guidance.
         worst: a picture, see `worst_samples`.
     """
@@ -300,19 +331,30 @@ class AttributeTest:
         return cls(tuple(names), AskedDrawings(SEEDS, source, rows), unseen)
 
     def read(
-        self, samples: Mapping[str, ImageSet], combinations: ImageSet, *, device: torch.device | str
+        self,
+        pipeline: AnyPipeline,
+        samples: Mapping[str, ImageSet],
+        combinations: ImageSet,
+        *,
+        batch_size: int | None = None,
     ) -> AttributesRead:
-        """Look at samples, those that were asked for first, then those of a sweep by guidance."""
+        """Look at samples, those that were asked for first, then those of a sweep by guidance.
+
+        `batch_size` drawings at once are rebuilt from their tokens, see `rebuilt`. Raises UserError as that does.
+        """
         size, _ = combinations.size()
-        readers = attribute_readers(size, self.seeds.source.class_names, device=device)
-        first, *others = (Alignment.read(readers, images, self.seeds, self.names) for images in samples.values())
-        unseen = Alignment.read(readers, combinations, self.combinations, self.names)
+        readers = attribute_readers(size, self.seeds.source.class_names, device=pipeline.device)
+        rebuild = partial(rebuilt, pipeline, batch_size=batch_size, title="reconstructions of the drawings asked for")
+        drawings, of_pairs = (
+            Alignment.of_drawings(readers, asked, self.names, rebuild) for asked in (self.seeds, self.combinations)
+        )
+        first, *others = (drawings.of_samples(readers, images, self.seeds) for images in samples.values())
+        unseen = of_pairs.of_samples(readers, combinations, self.combinations)
         swept = zip(list(samples)[1:], others, strict=True)
-        both = (first, unseen)
-        counts = tuple(count for one in both for count in one.counts())
+        scores = [*attribute_scores(first), *attribute_scores(drawings, RECONSTRUCTIONS), *attribute_scores(unseen)]
         return AttributesRead(
-            Readings(reader=readers.facts(), attributes=self.names, counts=counts),
-            tuple(attribute_scores(both)),
-            {words: tuple(attribute_scores([one])) for words, one in swept},
-            worst_samples(both, (next(iter(samples.values())), combinations)),
+            Readings(reader=readers.facts(), attributes=self.names, counts=(*first.counts(), *unseen.counts())),
+            tuple(scores),
+            {words: tuple(attribute_scores(one)) for words, one in swept},
+            worst_samples((first, unseen), (next(iter(samples.values())), combinations)),
         )

@@ -23,7 +23,7 @@ from isthmus.data.avatars import Attributes, Avatars, attribute_names, check_sty
 from isthmus.display import Display
 from isthmus.files import cache_directory, sha256_of_parts, waited_for
 from isthmus.nn.draws import ORDER, stream
-from isthmus.nn.precision import faster_type
+from isthmus.nn.precision import faster_type, whole_fp32
 from isthmus.nn.saved_model import SavedModel, records_arguments
 from isthmus.nn.shapes import Images
 from isthmus.nn.stored_llama import fingerprint
@@ -73,6 +73,7 @@ class AttributeReader(SavedModel):
         return dict(zip(self.values, logits.split([*map(len, self.values.values())], dim=1), strict=True))
 
     @torch.no_grad()
+    @whole_fp32()
     def read(self, images: Images) -> list[Attributes]:
         """What drawings in [-1, 1] show; an attribute that is not there is left out."""
         shown: list[Attributes] = []

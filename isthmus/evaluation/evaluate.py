@@ -378,7 +378,7 @@ def evaluate_model(
                     start = time.perf_counter()
                     unseen = read(out / COMBINATIONS_FOLDER, len(test.combinations))
                     sets = {words: one.images for words, one in zip(asked, found, strict=True)}
-                    attributes_read = test.read(sets, _images(unseen), device=pipeline.device)
+                    attributes_read = test.read(pipeline, sets, _images(unseen), batch_size=batch_size)
                     seconds["attributes"] = time.perf_counter() - start
             # before the guards of the samples: what they refuse may still be looked at elsewhere
             if npz:

@@ -5,7 +5,8 @@ tokens given its class, not of its pixels: it compares priors over one tokenizer
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from isthmus.errors import UserError
 from isthmus.evaluation.classes import others_of_their_class
 from isthmus.evaluation.features import FeatureNetwork, extract_features
-from isthmus.evaluation.images import ImageSet, ruined, some
+from isthmus.evaluation.images import ImageSet, Picture, ruined, some
 from isthmus.evaluation.record import Curve, Score
 from isthmus.evaluation.scores import mean_score
 from isthmus.evaluation.statistics import Gaussian, bootstrap_interval, frechet_distance
@@ -195,7 +196,9 @@ def reconstruction_report(
             pixels = as_floats(originals)
             rebuilt = {
                 "stages": reconstructions_by_stage(pipeline, pixels, first_index=count),
-                "solver": {str(steps): _solved(pipeline, pixels, steps, count) for steps in solver_steps},
+                "solver": {
+                    str(steps): _whole(pipeline, pixels, count, num_inference_steps=steps) for steps in solver_steps
+                },
                 "ruined": {"": np.stack(list(ruined(originals)))},
             }
             for kind, drawn_by_name in rebuilt.items():
@@ -210,12 +213,41 @@ def reconstruction_report(
     return ReconstructionReport(scores["stages"], scores.get("solver", {}), scores["ruined"][""])
 
 
-def _solved(pipeline: AnyPipeline, images: Images, steps: int, first_index: int) -> UInt8[np.ndarray, "b h w 3"]:
-    """The whole reconstruction with another number of solver steps."""
-    found = cast(Any, pipeline).reconstruct(
-        images, num_inference_steps=steps, seed=0, image_index=first_index, output_type="latent"
-    )
-    return to_uint8(torch.as_tensor(found))
+def _whole(pipeline: AnyPipeline, images: Images, first_index: int, **steps: int) -> UInt8[np.ndarray, "b h w 3"]:
+    """The last stage of `reconstructions_by_stage`, without those before it; a solver may take other `steps`."""
+    noise = {"seed": 0, "image_index": first_index} if pipeline.has_solver else {}
+    found = cast(Any, pipeline).reconstruct(images, output_type="pt", **noise, **steps)
+    return to_uint8(torch.as_tensor(found) * 2 - 1)
+
+
+def rebuilt(
+    pipeline: AnyPipeline, images: ImageSet, *, batch_size: int | None = None, title: str = "reconstructions"
+) -> Iterator[Picture]:
+    """Images (0..255, of the model's size) from all of their tokens: what `reconstruction_report` measures as a whole.
+
+    Args:
+        batch_size: images at once, as for `held_out_scores`.
+        title: of the progress bar.
+
+    Raises UserError where memory ran out, with the next batch size to try.
+    """
+    size, source, count = _at_once(pipeline, batch_size), iter(images), 0
+    with tqdm(desc=title, unit="image", total=len(images), disable=None) as bar:
+        while batch := list(islice(source, size)):
+            with _naming_smaller(size, kept="samples are kept"):
+                drawn = _whole(pipeline, as_floats(np.stack(batch)), count)
+            count += len(batch)
+            bar.update(len(batch))
+            yield from drawn
+
+
+def _at_once(pipeline: AnyPipeline, batch_size: int | None) -> int:
+    return batch_size or min(_LARGEST_BATCH, batch_size_that_fits(pipeline, guided=False))
+
+
+def _naming_smaller(size: int, *, kept: str) -> AbstractContextManager[None]:
+    smaller = f"Try --batch-size {size // 2}" if size > 1 else "Use --device cpu"
+    return naming_next_batch_size(size, advice=f"{smaller}: {kept}.")
 
 
 def token_bits(
@@ -272,12 +304,11 @@ def held_out_scores(
     images, total = some(images, HELD_OUT_LIMIT), len(images)
     if len(images) < 2:
         return [], []
-    size = batch_size or min(_LARGEST_BATCH, batch_size_that_fits(pipeline, guided=False))
+    size = _at_once(pipeline, batch_size)
     labels: list[Label] = [None] * len(images)
     if images.labels is not None and model_ids:
         labels = [model_ids[label] for label in images.labels]
-    smaller = f"Try --batch-size {size // 2}" if size > 1 else "Use --device cpu"
-    with naming_next_batch_size(size, advice=f"{smaller}: samples and their scores are kept."):
+    with _naming_smaller(size, kept="samples and their scores are kept"):
         report = reconstruction_report(
             pipeline, images, network, batch_size=size, lpips=lpips, solver_steps=solver_steps
         )

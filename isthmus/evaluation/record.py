@@ -27,7 +27,7 @@ RECORD = "evaluation.json"
 FORMAT = 3
 
 # parts that came after the first record of this format: one without them says nothing of them
-_LATER = ("readings",)
+_LATER = ("readings", "rebuilt")
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "torch-fidelity")
 # lists stand for tuples, and null for a number that was not finite
 _JSON = Config(cast=[tuple], type_hooks={float: lambda value: math.nan if value is None else float(value)})
@@ -174,6 +174,8 @@ class AttributeCount:
         right: how often the reader finds it in the samples.
         real: how often in the real drawings of the same captions.
         chance: how often in real drawings of other captions of the style.
+        rebuilt: how often in those real drawings after the model's tokenizer has rebuilt them; None in records of
+            before.
     """
 
     prompts: str
@@ -183,6 +185,7 @@ class AttributeCount:
     right: int
     real: int
     chance: int
+    rebuilt: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +241,7 @@ class EvaluationRecord:
 
 def write_record(record: EvaluationRecord, folder: Path) -> None:
     """Write evaluation.json, whole or not at all."""
-    values = {name: value for name, value in asdict(record).items() if value is not None or name not in _LATER}
-    text = json.dumps(_finite(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_json_values(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECORD, text)
 
@@ -344,10 +346,11 @@ def _shown(record: EvaluationRecord, name: str, value: Any) -> str:
     return (value[:12] or "none") if name.endswith("sha256") else str(value)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
+def _json_values(value: Any) -> Any:
+    """JSON has no NaN: null stands for it. Later parts that say nothing are left out."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        said = {name: inner for name, inner in value.items() if inner is not None or name not in _LATER}
+        return {name: _json_values(inner) for name, inner in said.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_json_values(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -285,6 +285,14 @@ def _readings(readings: Readings, out: Path) -> Iterator[str]:
         "captions of the style, which is chance. A combination is a pair of attributes, both right; on held-out "
         "combinations a pair that no training image has."
     )
+    # records of before do not know
+    known = all(one.rebuilt is not None for one in counts)
+    if known:
+        yield (
+            "Reconstructions are these real drawings after the model's own tokenizer has turned them into tokens and "
+            "back. What is lost there, say an eye of three pixels, no prior over these tokens can be expected to draw: "
+            "what the column lacks is lost by the tokenizer, what samples lack beyond that by the prior."
+        )
     kinds = list(dict.fromkeys(one.prompts for one in counts))
     places = [("all styles", "all"), ("all styles", "parts"), ("all styles", "colours"), ("all styles", COMBINATION)]
     for style in dict.fromkeys(one.style for one in counts):
@@ -293,10 +301,12 @@ def _readings(readings: Readings, out: Path) -> Iterator[str]:
     rows = []
     for style, name in places:
         of_style = [one for one in counts if style in (one.style, "all styles") and _is_among(one.attribute, name)]
-        cells = [_found([one for one in of_style if one.prompts == prompts]) for prompts in kinds]
+        by_kind = [[one for one in of_style if one.prompts == prompts] for prompts in kinds]
+        cells = [cell for counted in by_kind for cell in (_found(counted), *([_kept(counted)] if known else []))]
         if any(cells):
             rows.append((style, name, *cells))
-    yield markdown_table(("style", "attribute", *kinds), rows)
+    columns = [column for kind in kinds for column in (kind, *(["reconstructions"] if known else []))]
+    yield markdown_table(("style", "attribute", *columns), rows)
     yield from _picture(
         out / ATTRIBUTES,
         "Samples with the largest share of attributes wrong, each style in turn, and the drawings of their captions; "
@@ -326,6 +336,12 @@ def _found(counts: Sequence[AttributeCount]) -> str:
     interval = wilson_interval(right, asked)
     shares = f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
     return f"{shares} of {asked:,}; real {real / asked:.1%}, chance {chance / asked:.1%}"
+
+
+def _kept(counts: Sequence[AttributeCount]) -> str:
+    """Share that is found in reconstructions of the real drawings; nothing where nothing was asked for."""
+    asked = sum(one.asked for one in counts)
+    return f"{sum(one.rebuilt or 0 for one in counts) / asked:.1%}" if asked else ""
 
 
 def _score_cells(score: Score) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from PIL import Image
 from isthmus.data.avatars import attribute_names
 from isthmus.evaluation import alignment
 from isthmus.evaluation.adm_npz import read_adm_images
-from isthmus.evaluation.alignment import COMBINATIONS, SEEDS
+from isthmus.evaluation.alignment import COMBINATIONS, RECONSTRUCTIONS, SEEDS
 from isthmus.evaluation.attributes import DRAWINGS, PASSES, attribute_readers
 from isthmus.evaluation.guards import BUILT_IN_SENTENCE
 from isthmus.evaluation.record import read_record, write_record
@@ -302,8 +302,9 @@ def test_attributes_of_avatars_are_found_in_samples(isthmus, tmp_path, monkeypat
     words = (tmp_path / "words", "--data", "avatars:gaze", "--max-images", 100, "--num", NUM, "--out", tmp_path / "a")
     assert isthmus("evaluate", *words, "--sweep-guidance", "3").code == 0
     record = read_record(tmp_path / "a")
-    kinds = [f"{what} right, {prompts}" for prompts in (SEEDS, COMBINATIONS) for what in ("attributes", "combinations")]
-    assert [score.name for score in record.scores[1:5]] == kinds
+    asked = (SEEDS, RECONSTRUCTIONS, COMBINATIONS)
+    kinds = [f"{what} right, {of}" for of in asked for what in ("attributes", "combinations")]
+    assert [score.name for score in record.scores[1:7]] == kinds
     assert [score.name for score in record.sweep["3"] if "right" in score.name] == kinds[:2]
     assert len(read(tmp_path / "a" / "combinations")) == NUM and (tmp_path / "a" / "attributes.png").is_file()
     assert "## Attributes" in (tmp_path / "a" / "report.md").read_text()

@@ -13,6 +13,7 @@ from isthmus.errors import UserError
 from isthmus.evaluation import alignment
 from isthmus.evaluation.alignment import (
     COMBINATIONS,
+    RECONSTRUCTIONS,
     SEEDS,
     Alignment,
     AskedDrawings,
@@ -72,27 +73,58 @@ def names_of(asked: AskedDrawings) -> tuple[str, ...]:
 
 def told_right(asked: AskedDrawings) -> Alignment:
     """What a reader without error would see in samples that show all that they were asked for."""
-    shown, (rows, places) = asked.attributes, np.unique(asked.rows, return_inverse=True)
-    others = others_of_their_class(asked.source.labels[rows])[places]
-    return Alignment(asked, names_of(asked), shown, shown, [asked.source.attributes[rows[other]] for other in others])
+    shown, others = asked.attributes, others_of_their_class(asked.source.labels)[asked.rows]
+    return Alignment(asked, names_of(asked), shown, shown, [asked.source.attributes[other] for other in others], shown)
 
 
 def test_drawings_themselves_show_what_the_reader_sees(asked, readers):
     for one in asked:
-        drawings = [one.source.load(int(row)) for row in one.rows]
-        found = Alignment.read(readers, drawings, one, names_of(one))
+        drawings = Alignment.of_drawings(readers, one, names_of(one), darker)
+        found = drawings.of_samples(readers, one.drawings, one)
         assert found.shown == found.real
         assert all(count.right == count.real for count in found.counts())
-        # the drawings of other captions of the style are what chance is
-        rows, places = np.unique(one.rows, return_inverse=True)
-        others = rows[others_of_their_class(one.source.labels[rows])[places]]
-        moved = Alignment.read(readers, [one.source.load(int(other)) for other in others], one, names_of(one))
+        # other drawings of the style are what chance is
+        moved = replace(one, rows=others_of_their_class(one.source.labels)[one.rows])
+        assert moved.labels.tolist() == one.labels.tolist() and all(moved.rows != one.rows)
+        moved = drawings.of_samples(readers, moved.drawings, one)
         assert all(count.right == count.chance for count in moved.counts())
+
+
+def darker(images: ImageSet) -> list[np.ndarray]:
+    """What stands for a tokenizer here: it loses half of the light."""
+    return [image // 2 for image in images]
+
+
+def test_drawings_are_looked_at_once_and_as_they_are_rebuilt(asked, readers):
+    seeds = asked[0]
+    drawings = Alignment.of_drawings(readers, seeds, names_of(seeds), darker)
+    assert len(drawings.asked) == 20 < len(seeds), "each is asked for twice"
+    # samples that are the reconstructions show what the column of reconstructions says
+    found = drawings.of_samples(readers, darker(seeds.drawings), seeds)
+    assert found.shown == found.rebuilt and all(one.right == one.rebuilt for one in found.counts())
+    assert all(one.rebuilt is None for one in drawings.counts()), "there they are what is right"
+    ours, theirs = attribute_scores(found), attribute_scores(drawings, RECONSTRUCTIONS)
+    assert [score.name for score in theirs] == [
+        "attributes right, reconstructions",
+        "combinations right, reconstructions",
+    ]
+    for once, twice in zip(theirs, ours, strict=True):
+        assert (once.value, once.floor, once.ceiling) == pytest.approx((twice.value, twice.floor, twice.ceiling))
+        assert once.images == 20 and once.high - once.low > twice.high - twice.low, "no more sure for repeated captions"
+        assert f"{once.value:.1%} are found in reconstructions" in twice.note
+
+
+def test_chance_stays_within_the_style_for_few_samples(asked, readers):
+    """One drawing of each style: the other one is not among those that are asked for."""
+    seeds = asked[0]
+    few = replace(seeds, rows=np.array([seeds.rows[seeds.labels == label][0] for label in (0, 1)]))
+    drawings = Alignment.of_drawings(readers, few, names_of(few), darker)
+    assert [one["style"] for one in drawings.others] == [one["style"] for one in few.attributes] == list(STYLES)
 
 
 def test_all_is_right_where_all_is_shown(asked):
     alignments = [told_right(one) for one in asked]
-    scores = attribute_scores(alignments)
+    scores = [score for one in alignments for score in attribute_scores(one)]
     assert [score.name for score in scores] == [
         f"{what} right, {prompts}" for prompts in (SEEDS, COMBINATIONS) for what in ("attributes", "combinations")
     ]

@@ -103,6 +103,16 @@ def test_what_a_reader_saw_is_part_of_a_record_where_one_looked(tmp_path):
     assert "| gaze | eyes | 25.0% [7.1%, 59.1%] of 8; real 87.5%, chance 12.5% |" in text
     assert "| all styles | parts | 25.0%" in text and "| all styles | colours |" not in text
     assert "| all styles | combination | 50.0%" in text
+    # records of before say nothing of reconstructions
+    assert "rebuilt" not in (tmp_path / RECORD).read_text() and "reconstructions" not in text
+    counts = [replace(count, rebuilt=5), replace(pair, rebuilt=0)]
+    with_rebuilt = replace(with_readings, readings=read_by("a" * 64, *counts))
+    write_record(with_rebuilt, tmp_path)
+    assert read_record(tmp_path) == with_rebuilt
+    text = report_text(with_rebuilt, tmp_path)
+    assert "| style | attribute | held-out seeds | reconstructions |" in text
+    assert "real 87.5%, chance 12.5% | 62.5% |" in text and "lost by the tokenizer" in text
+    assert same_protocol(with_readings, with_rebuilt) == []
     # one without readings compares, one of another reader does not
     assert same_protocol(record(), with_readings) == []
     assert same_protocol(with_readings, record(readings=read_by("b" * 64))) == ["reader of attributes"]

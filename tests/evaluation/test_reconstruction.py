@@ -15,6 +15,7 @@ from isthmus.evaluation.held_out import (
     ReconstructionMeter,
     as_floats,
     held_out_scores,
+    rebuilt,
     reconstruction_report,
     reconstructions_by_stage,
     token_bits,
@@ -86,6 +87,15 @@ def test_the_last_stage_is_the_whole_reconstruction(pipe):
         whole = pipe.image_tokenizer.decode(pipe.image_tokenizer.encode(images).token_ids)
     assert np.abs(last.astype(int) - to_uint8(torch.as_tensor(whole))).max() <= 1
     assert len(stages) == len(pipe.stage_lengths)
+
+
+def test_rebuilt_images_are_the_last_stage_whatever_the_batch(pipe):
+    pictures = crops(pipe, 5)
+    last = list(reconstructions_by_stage(pipe, as_floats(pictures)).values())[-1]
+    images = ImageSet("crops", "", None, (), 5, at=lambda i: pictures[i])
+    for size in (2, None):
+        found = np.stack(list(rebuilt(pipe, images, batch_size=size)))
+        assert found.dtype == np.uint8 and np.abs(last.astype(int) - found).max() <= 1
 
 
 def test_a_report_does_not_depend_on_the_batch(pipe, network):
