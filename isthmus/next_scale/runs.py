@@ -245,14 +245,13 @@ TOKENIZER_PRESETS: dict[str, Preset[TokenizerRun]] = {
             optim=replace(_SMALL_TOKENIZER.optim, learning_rate=3e-3),
             model=replace(
                 _SMALL_TOKENIZER.model,
-                codebook_size=1024,
                 scale_sizes=(1, 2, 4, 6, 12),
                 base_channels=64,
                 channel_multipliers=(1,),
                 pixel_unshuffle=4,
             ),
         ),
-        0.71,
+        0.70,
     ),
     "small-64": Preset(
         "64 px on a laptop: about forty minutes on two cores",
