@@ -184,6 +184,7 @@ def _in_turn(workers: list[_Worker], slices: Iterator[list[int]]) -> Iterator[Ba
     reader = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
     due: deque[tuple[_Worker, Future[Batch]]] = deque()
     try:
+        # an epoch may have fewer lists than the workers could take at once
         for worker, positions in zip(workers * _AHEAD, slices, strict=False):
             worker.ask(positions)
             due.append((worker, reader.submit(worker.answer)))

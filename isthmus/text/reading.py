@@ -60,6 +60,7 @@ class TextReader:
         except UserError as error:
             logger.warning("the features of captions are not kept on disk: %s", error)
             return
+        # the first prompts, as many as `kept_bytes` had room for
         self._stored = dict(zip(prompts, stored, strict=False))
         logger.info("features of captions: using %d in %s", len(stored), path.parent)
 
